@@ -1,0 +1,250 @@
+"""The binary payloads: entries of sparse rows, and triangles of relation matrices. FORMAT.md has the bytes.
+
+Everything read is checked before it is used: a payload's length must be exactly what its header says,
+so no allocation is larger than a small multiple of the payload. Little-endian throughout.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import CorruptPartError
+from storage.records import RelationMatrix
+from storage.rows import HEAD_TOLERANCE, SparseRows
+
+PAYLOAD_VERSION = 1
+MAX_RELATION_ROWS = 65535
+ROUNDED_HEAD_TOLERANCE = 0.02  # probability; float16 logprobs move a head by at most entropy / 2048
+
+_ROWS_HEADER = struct.Struct("<BBBBIIId")  # version, bytes an id, a length, a count; r, exact, sampled, tau
+_RELATION_HEADER = struct.Struct("<B3xI")  # version, n
+
+
+def encode_rows(rows: SparseRows, *, vocab_size: int, tau: float) -> bytes:
+    """The payload of valid rows; the scalars of each row are not in it. ValueError for rows it cannot hold.
+
+    `tau` is the weight of one draw: every sampled entry's weight must be a whole multiple of it.
+    """
+    rows.validate(vocab_size)
+    check_sampled_total(rows, tau)
+    exact = rows.is_exact()
+    counts = _draws(rows, exact, tau)
+    num_sampled = np.diff(rows.offsets) - rows.num_exact
+    id_bytes = _id_bytes(vocab_size)
+    length_bytes = _width(max(rows.num_exact.max(initial=0), num_sampled.max(initial=0)))
+    count_bytes = _width(counts.max(initial=0))
+    header = _ROWS_HEADER.pack(
+        PAYLOAD_VERSION,
+        id_bytes,
+        length_bytes,
+        count_bytes,
+        rows.num_rows,
+        int(exact.sum()),
+        len(counts),
+        tau if len(counts) else 0.0,
+    )
+    return b"".join(
+        [
+            header,
+            rows.num_exact.astype(f"<u{length_bytes}").tobytes(),
+            num_sampled.astype(f"<u{length_bytes}").tobytes(),
+            rows.ids[exact].astype(f"<u{id_bytes}").tobytes(),
+            rows.ids[~exact].astype(f"<u{id_bytes}").tobytes(),
+            np.minimum(rows.logprobs[exact], 0).astype("<f2").tobytes(),
+            counts.astype(f"<u{count_bytes}").tobytes(),
+        ]
+    )
+
+
+def decode_rows(
+    payload: bytes | memoryview,
+    *,
+    vocab_size: int,
+    tail_mass: NDArray[np.float32],
+    entropy: NDArray[np.float32],
+    log_sum_exp: NDArray[np.float32],
+    label_logprob: NDArray[np.float32] | None = None,
+) -> SparseRows:
+    """The rows of a payload, beside their scalars. The head of each row sums to 1 - tail_mass.
+
+    Errors: CorruptPartError for any bytes that are not the payload of as many valid rows.
+    """
+    view = memoryview(payload).cast("B")
+    widths, num_rows, total_exact, total_sampled, tau = _read_rows_header(view)
+    if not num_rows == len(tail_mass) == len(entropy) == len(log_sum_exp):
+        raise CorruptPartError(f"payload has {num_rows} rows, its scalar columns have {len(tail_mass)}")
+    if label_logprob is not None and len(label_logprob) != num_rows:
+        raise CorruptPartError(f"payload has {num_rows} rows, label_logprob has {len(label_logprob)}")
+    id_kind, length_kind, count_kind = (f"<u{width}" for width in widths)
+    cursor = _ROWS_HEADER.size
+
+    def take(kind: str, count: int) -> NDArray:
+        nonlocal cursor
+        start, cursor = cursor, cursor + np.dtype(kind).itemsize * count
+        return np.frombuffer(view[start:cursor], dtype=kind)
+
+    num_exact = take(length_kind, num_rows).astype(np.int64)
+    num_sampled = take(length_kind, num_rows).astype(np.int64)
+    exact_ids, sampled_ids = take(id_kind, total_exact), take(id_kind, total_sampled)
+    head = take("<f2", total_exact).astype(np.float64)
+    draws = take(count_kind, total_sampled)
+    if num_exact.sum() != total_exact or num_sampled.sum() != total_sampled:
+        raise CorruptPartError("payload: row lengths do not sum to the header's totals")
+    for ids in (exact_ids, sampled_ids):
+        if ids.size and int(ids.max()) >= vocab_size:
+            raise CorruptPartError(f"payload: id {int(ids.max())} is outside 0..{vocab_size - 1}")
+    exact_row = np.repeat(np.arange(num_rows), num_exact)
+    head = _rescaled(head, exact_row, tail_mass)
+    if (draws == 0).any():
+        raise CorruptPartError("payload: a sampled entry has no draws")
+    sampled_row = np.repeat(np.arange(num_rows), num_sampled)
+    if ((sampled_row[1:] == sampled_row[:-1]) & (sampled_ids[1:] <= sampled_ids[:-1])).any():
+        raise CorruptPartError("payload: sampled ids are not ascending")
+
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_exact + num_sampled)])
+    ids = np.empty(total_exact + total_sampled, np.int32)
+    logprobs = np.empty(len(ids), np.float32)
+    exact_at = np.arange(total_exact) + np.repeat(np.cumsum(num_sampled) - num_sampled, num_exact)
+    sampled_at = np.arange(total_sampled) + np.repeat(np.cumsum(num_exact), num_sampled)
+    ids[exact_at], ids[sampled_at] = exact_ids, sampled_ids
+    logprobs[exact_at] = head
+    logprobs[sampled_at] = np.log(draws * tau)
+    return SparseRows(
+        offsets=offsets,
+        ids=ids,
+        logprobs=logprobs,
+        num_exact=num_exact.astype(np.int32),
+        tail_mass=tail_mass,
+        entropy=entropy,
+        log_sum_exp=log_sum_exp,
+        label_logprob=label_logprob,
+    )
+
+
+def check_sampled_total(rows: SparseRows, tau: float) -> None:
+    """ValueError unless each row's sampled weights lie within one draw of its tail, as systematic draws do.
+
+    Nothing to check where tau is 0: such rows hold exact entries only.
+    """
+    if tau <= 0:
+        return
+    sampled = ~rows.is_exact()
+    weight = np.exp(rows.logprobs[sampled].astype(np.float64))
+    gap = np.abs(np.bincount(rows.row_of_entry()[sampled], weight, rows.num_rows) - rows.tail_mass)
+    if (gap > tau + HEAD_TOLERANCE).any():
+        row = int(np.argmax(gap))
+        raise ValueError(
+            f"row {row}: sampled weights differ by {gap[row]:.6g} from the tail mass "
+            f"{rows.tail_mass[row]:.6g}, expected at most tau = {tau}"
+        )
+
+
+def encode_relation(matrix: RelationMatrix) -> bytes:
+    """The float16 upper triangle of a relation matrix, row by row. ValueError for one it cannot hold."""
+    values, n = matrix.values, len(matrix.values)
+    if values.shape != (n, n) or values.dtype != np.float32 or not 1 <= n <= MAX_RELATION_ROWS:
+        raise ValueError(f"a relation matrix must be float32 and square, got {values.dtype}{values.shape}")
+    if not np.isfinite(values).all() or not np.allclose(values, values.T, rtol=1e-3, atol=1e-6):
+        raise ValueError("a relation matrix must be finite and symmetric")
+    frobenius = float(np.linalg.norm(values.astype(np.float64)))
+    if not np.isfinite(matrix.norm) or matrix.norm < 0 or matrix.norm > np.finfo(np.float32).max:
+        raise ValueError(f"the norm of a relation matrix is {matrix.norm}, expected a float32 of at least 0")
+    if abs(frobenius - (1.0 if matrix.norm > 0 else 0.0)) > HEAD_TOLERANCE:
+        raise ValueError(f"relation values have the norm {frobenius:.6g}, expected 1 (0 if norm is 0)")
+    return _RELATION_HEADER.pack(PAYLOAD_VERSION, n) + values[_triangle(n)].astype("<f2").tobytes()
+
+
+def decode_relation(payload: bytes | memoryview, *, norm: float) -> RelationMatrix:
+    """The whole symmetric matrix, rescaled to a Frobenius norm of 1 after float16 rounding.
+
+    Errors: CorruptPartError for any bytes that are not a payload.
+    """
+    view = memoryview(payload).cast("B")
+    if len(view) < _RELATION_HEADER.size or any(view[1:4]):
+        raise CorruptPartError(f"relation payload of {len(view)} bytes has no valid header")
+    version, n = _RELATION_HEADER.unpack_from(view)
+    if version != PAYLOAD_VERSION:
+        raise CorruptPartError(f"relation payload has version {version}, expected {PAYLOAD_VERSION}")
+    expected = _RELATION_HEADER.size + n * (n + 1)
+    if not 1 <= n <= MAX_RELATION_ROWS or len(view) != expected:
+        raise CorruptPartError(f"relation payload has {len(view)} bytes, n = {n} needs {expected}")
+    triangle = np.frombuffer(view[_RELATION_HEADER.size :], dtype="<f2").astype(np.float32)
+    if not np.isfinite(triangle).all() or not np.isfinite(norm) or norm < 0:
+        raise CorruptPartError("relation payload or norm holds a value that is not a finite number")
+    values = np.zeros((n, n), np.float32)
+    upper = _triangle(n)
+    values[upper] = triangle
+    values.T[upper] = triangle
+    frobenius = float(np.linalg.norm(values.astype(np.float64)))
+    if abs(frobenius - (1.0 if norm > 0 else 0.0)) > ROUNDED_HEAD_TOLERANCE:
+        raise CorruptPartError(f"relation payload has the Frobenius norm {frobenius:.6g}, norm is {norm:.6g}")
+    return RelationMatrix(values / np.float32(frobenius) if norm > 0 else values, float(norm))
+
+
+@lru_cache(maxsize=4)
+def _triangle(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of each value of an upper triangle: one size serves most images of a cache."""
+    return np.triu_indices(n)
+
+
+def _read_rows_header(view: memoryview) -> tuple[tuple[int, int, int], int, int, int, float]:
+    if len(view) < _ROWS_HEADER.size:
+        raise CorruptPartError(f"payload of {len(view)} bytes is shorter than a header, {_ROWS_HEADER.size}")
+    version, *widths, num_rows, exact, sampled, tau = _ROWS_HEADER.unpack_from(view)
+    id_bytes, length_bytes, count_bytes = widths
+    if version != PAYLOAD_VERSION:
+        raise CorruptPartError(f"payload has version {version}, expected {PAYLOAD_VERSION}")
+    if id_bytes not in (2, 4) or length_bytes not in (1, 2, 4) or count_bytes not in (1, 2, 4):
+        raise CorruptPartError(f"payload has widths {id_bytes}, {length_bytes}, {count_bytes}; not 1, 2 or 4")
+    expected = _ROWS_HEADER.size + 2 * length_bytes * num_rows + (id_bytes + 2) * exact
+    expected += (id_bytes + count_bytes) * sampled
+    if len(view) != expected:
+        raise CorruptPartError(f"payload has {len(view)} bytes, its header needs {expected}")
+    if not (0 < tau < 1 if sampled else tau == 0):
+        raise CorruptPartError(f"payload has {sampled} sampled entries and tau {tau}")
+    return (id_bytes, length_bytes, count_bytes), num_rows, exact, sampled, tau
+
+
+def _rescaled(head: NDArray[np.float64], row: NDArray[np.int64], tail_mass: NDArray) -> NDArray[np.float64]:
+    """Exact logprobs shifted so that each row's sum is 1 - tail_mass, undoing float16 rounding."""
+    if not np.isfinite(head).all() or (head > 0).any():
+        raise CorruptPartError("payload: an exact logprob is above 0 or not finite")
+    if ((row[1:] == row[:-1]) & (head[1:] > head[:-1])).any():
+        raise CorruptPartError("payload: exact logprobs are not falling")
+    if not ((tail_mass >= 0) & (tail_mass <= 1)).all():
+        raise CorruptPartError("a tail mass is outside 0..1")
+    wanted = 1.0 - tail_mass.astype(np.float64)
+    present = np.bincount(row, np.exp(head), len(tail_mass))
+    if (np.abs(present - wanted) > ROUNDED_HEAD_TOLERANCE).any():
+        raise CorruptPartError("payload: exact entries and tail mass do not sum to 1")
+    has_head = present > 0
+    if (wanted[has_head] <= 0).any():
+        raise CorruptPartError("payload: the tail mass is 1 beside exact entries")
+    shift = np.zeros(len(tail_mass))
+    shift[has_head] = np.log(wanted[has_head] / present[has_head])
+    return head + shift[row]
+
+
+def _draws(rows: SparseRows, exact: NDArray[np.bool_], tau: float) -> NDArray[np.int64]:
+    """The number of draws of each sampled entry."""
+    if exact.all():
+        return np.zeros(0, np.int64)
+    if not 0 < tau < 1:
+        raise ValueError(f"rows hold sampled entries, but tau is {tau}; expected a probability")
+    draws = np.exp(rows.logprobs[~exact].astype(np.float64)) / tau
+    counts = np.rint(draws)
+    if (counts < 1).any() or (draws > 2 / tau).any() or (np.abs(draws - counts) > 1e-3 * counts).any():
+        raise ValueError(f"a sampled entry's weight is not a whole multiple of tau = {tau}")
+    return counts.astype(np.int64)
+
+
+def _id_bytes(vocab_size: int) -> int:
+    return 2 if vocab_size <= 1 << 16 else 4
+
+
+def _width(largest: int) -> int:
+    return 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4

@@ -1,0 +1,128 @@
+"""The JSON files of a cache: cache.json, a part's commit, the manifest. Each carries the sha256 of itself.
+
+A document is written in one spelling only (sorted keys, indent 1, ASCII, a final newline), so that
+a reader can demand it to the byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage.errors import CacheError, CorruptPartError
+from storage.identity import FORMAT_VERSION, Identity
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+
+
+class Entry(BaseModel):
+    """A frozen piece of a document with no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Document(Entry):
+    """A whole JSON file."""
+
+    def to_bytes(self) -> bytes:
+        """The file's content, its own sha256 included."""
+        body = self.model_dump(mode="json")
+        return _spell({**body, "sha256": hashlib.sha256(_spell(body)).hexdigest()})
+
+
+class FileEntry(Entry):
+    """One Parquet file of a part."""
+
+    file: str  # relative to the cache, forward slashes
+    rows: Count  # Parquet rows: samples, or image keys
+    file_bytes: Count
+    sha256: Sha256
+
+
+class ErrorEntry(Entry):
+    """A sample of the plan that has no record."""
+
+    sample_id: str
+    reason: str
+
+
+class Description(Document):
+    """cache.json."""
+
+    format_version: int
+    families: tuple[str, ...]  # besides tokens
+    identity: Identity
+
+
+class Commit(Document):
+    """commits/part-00000.json: it exists only if the part's files are whole."""
+
+    format_version: int
+    cache_sha256: Sha256  # of the bytes of cache.json
+    part: Count
+    num_samples: Count
+    num_images: Count  # image keys, each once
+    num_rows: dict[str, Count]  # distribution rows, of the families response and visual
+    families: dict[str, FileEntry]
+    errors: tuple[ErrorEntry, ...]
+
+
+class CommitEntry(Entry):
+    """One commit in the manifest."""
+
+    file: str
+    sha256: Sha256  # of the commit file's bytes
+
+
+class Manifest(Document):
+    """manifest.json: the sealed list, a function of cache.json and the commits alone."""
+
+    format_version: int
+    cache_sha256: Sha256
+    num_samples: Count
+    num_errors: Count
+    num_rows: dict[str, Count]
+    bytes_by_family: dict[str, Count]
+    commits: tuple[CommitEntry, ...]  # by part
+
+
+Kind = TypeVar("Kind", bound=Document)
+
+
+def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
+    """The document in a file's bytes. Version first, then checksum, then content.
+
+    Errors: CacheError for another format version, CorruptPartError for anything else.
+    """
+    try:
+        body = json.loads(content.decode("ascii"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptPartError(f"{place}: is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise CorruptPartError(f"{place}: is not a JSON object")
+    version = body.get("format_version")
+    claimed = body.pop("sha256", None)
+    actual = hashlib.sha256(_spell(body)).hexdigest()
+    if claimed != actual:
+        raise CorruptPartError(f"{place}: its content has the sha256 {actual}, it says {claimed}")
+    if version != FORMAT_VERSION:
+        raise CacheError(
+            f"{place}: format version is {version!r}, this Stillhouse reads {FORMAT_VERSION}; "
+            "read it with the version that wrote it, or dump again"
+        )
+    try:
+        document = kind.model_validate_json(_spell(body))
+    except (ValidationError, ValueError) as error:
+        raise CorruptPartError(f"{place}: {error}") from error
+    if document.to_bytes() != content:
+        raise CorruptPartError(f"{place}: is not spelt as FORMAT.md says; its bytes were changed")
+    return document
+
+
+def _spell(body: dict[str, Any]) -> bytes:
+    text = json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
+    return f"{text}\n".encode("ascii")

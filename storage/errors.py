@@ -1,0 +1,23 @@
+"""The exceptions that the command line turns into one clear message and an exit code."""
+
+from __future__ import annotations
+
+
+class StillhouseError(Exception):
+    """A failure with one message for a person; the command line exits 1."""
+
+
+class ConfigError(StillhouseError):
+    """The user's mistake in a configuration or a command; the command line exits 2."""
+
+
+class CacheError(StillhouseError):
+    """A cache that is missing, unfinished, or asked for what it does not hold."""
+
+
+class CorruptPartError(CacheError):
+    """A file of a cache whose bytes are not what was committed, or not what FORMAT.md allows."""
+
+
+class IdentityError(CacheError):
+    """A cache made by another teacher, tokenizer, template, preprocessing, plan or selection."""

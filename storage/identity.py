@@ -1,0 +1,55 @@
+"""What a cache was made from: the fields that must agree before anything is added to it or read from it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_VERSION = 1
+
+
+class Identity(BaseModel):
+    """Fingerprints and settings that decide every byte of a cache, except the order of the work."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    teacher: str  # folder or hub id, for a person
+    teacher_fingerprint: str  # content hash of weights and config; "none" when the cache holds tokens only
+    dtype: str
+    engine: str  # name and version
+    tokenizer_fingerprint: str
+    vocab_size: Annotated[int, Field(ge=1, le=2**31 - 1)]  # the tokenizer's real one; every id is below it
+    chat_template_fingerprint: str
+    image_preprocessing_fingerprint: str
+    image_token_id: int  # the placeholder that stands once for each image in `token_ids`
+    eos_token_ids: tuple[int, ...]
+    plan_fingerprint: str
+    num_parts: Annotated[int, Field(ge=0, le=10**7)]
+    image_root: str
+    selection: dict[str, dict[str, Any]]  # cache.response, cache.visual, cache.relation of pipeline.yaml
+
+
+def difference(cache: Identity, run: Identity) -> list[str]:
+    """One line for each field in which two identities differ; empty when they agree."""
+    ours, theirs = (json.loads(identity.model_dump_json()) for identity in (run, cache))
+    return [
+        line for name in Identity.model_fields for line in _differing_leaves(name, theirs[name], ours[name])
+    ]
+
+
+def _differing_leaves(name: str, cache: Any, run: Any) -> list[str]:
+    if isinstance(cache, dict) and isinstance(run, dict):
+        keys = [*cache, *(key for key in run if key not in cache)]
+        return [
+            line for key in keys for line in _differing_leaves(f"{name}.{key}", cache.get(key), run.get(key))
+        ]
+    return [] if cache == run else [f"{name}: cache has {cache!r}, this run has {run!r}"]
+
+
+def stored_tau(identity: Identity, family: str) -> float:
+    """The weight of one sampled draw in a family's rows; 0 where its selection stores no sampled entries."""
+    selection = identity.selection.get(family, {})
+    return float(selection["tau"]) if selection.get("method") == "threshold" else 0.0

@@ -1,0 +1,117 @@
+"""What one sample holds, what one part holds, and the key under which an image's signals are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.rows import SparseRows
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def check_image_path(path: str) -> str:
+    """The path itself, if it is relative, posix, and stays below its root; ValueError otherwise."""
+    if not path or "\0" in path or "\\" in path or path.startswith("/") or _DRIVE.match(path):
+        raise ValueError(f"image path {path!r} must be relative, with forward slashes")
+    if ".." in PurePosixPath(path).parts or PurePosixPath(path) == PurePosixPath("."):
+        raise ValueError(f"image path {path!r} must stay inside its image root")
+    return path
+
+
+def image_key(prefix_ids: Iterable[int], image_sha256s: Sequence[str], preprocessing_fingerprint: str) -> str:
+    """The key of an image's visual rows and relation matrix: sha256 in hex.
+
+    In a causal teacher they depend on nothing else: the token ids up to and including the image's own
+    placeholder, the content of every image so far (this one last), and the preprocessing.
+    """
+    ids = np.asarray(list(prefix_ids), dtype="<i4")
+    digest = hashlib.sha256(b"stillhouse image key 1\0")
+    digest.update(struct.pack("<Q", len(ids)) + ids.tobytes())
+    digest.update(struct.pack("<Q", len(image_sha256s)) + "".join(image_sha256s).encode())
+    digest.update(preprocessing_fingerprint.encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One image of a sample. ValueError for a path outside of the root or a malformed hash."""
+
+    path: str  # relative to the image root
+    sha256: str  # of the file's bytes, in hex
+    num_visual_tokens: int  # positions that the teacher's grid gives it
+    key: str  # see image_key
+
+    def __post_init__(self) -> None:
+        check_image_path(self.path)
+        for name in ("sha256", "key"):
+            if not _SHA256.fullmatch(getattr(self, name)):
+                got = getattr(self, name)
+                raise ValueError(f"{name} of image {self.path} is {got!r}, expected 64 hex digits")
+        if self.num_visual_tokens < 1:
+            raise ValueError(f"image {self.path} has {self.num_visual_tokens} visual tokens, expected some")
+
+    def file(self, root: str | Path) -> Path:
+        """Where the image lies below a root."""
+        return Path(root) / self.path
+
+
+@dataclass(frozen=True, eq=False)
+class TokensRecord:
+    """A sample's conversation as token ids. One placeholder token stands for each image."""
+
+    sample_id: str
+    split: str
+    category: str
+    token_ids: NDArray[np.int32]  # (t,)
+    response_mask: NDArray[np.bool_]  # (t,) True where a loss counts
+    images: tuple[ImageRef, ...] = ()
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(np.count_nonzero(self.response_mask))
+
+
+@dataclass(frozen=True, eq=False)
+class RelationMatrix:
+    """The Gram matrix G of an image's visual rows of raw logits, divided by its Frobenius norm."""
+
+    values: NDArray[np.float32]  # (n, n), symmetric, of norm 1 (all zero if G is)
+    norm: float  # of G
+
+
+@dataclass(frozen=True, eq=False)
+class SampleRecord:
+    """Everything a reader was asked for about one sample."""
+
+    tokens: TokensRecord
+    response: SparseRows | None = None  # row r is the distribution of response token r
+    visual: Mapping[str, SparseRows] = field(default_factory=dict)  # by image key
+    relation: Mapping[str, RelationMatrix] = field(default_factory=dict)  # by image key
+
+
+@dataclass(frozen=True)
+class SampleError:
+    """A sample of the plan that has no record, and why."""
+
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class PartRecords:
+    """What a dump hands to the writer for one part; None for each family that the cache does not hold."""
+
+    tokens: Sequence[TokensRecord]
+    response: Sequence[SparseRows] | None = None  # aligned with tokens, a row for each response token
+    visual: Mapping[str, SparseRows] | None = None  # by the keys of the samples' images
+    relation: Mapping[str, RelationMatrix] | None = None  # likewise
+    errors: Sequence[SampleError] = ()

@@ -1,0 +1,185 @@
+"""Sparse rows of the teacher's distribution: ragged (CSR), exact entries first, then sampled ones.
+
+Legend: r rows, k entries of all rows together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEAD_TOLERANCE = 1e-3  # probability; how far exact entries may sum from 1 - tail before a row is refused
+LOGPROB_TOLERANCE = 1e-4  # nats above 0 that float32 rounding of a log-softmax may give
+
+_DTYPES = {
+    "offsets": np.int64,
+    "ids": np.int32,
+    "logprobs": np.float32,
+    "num_exact": np.int32,
+    "tail_mass": np.float32,
+    "entropy": np.float32,
+    "log_sum_exp": np.float32,
+    "label_logprob": np.float32,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SparseRows:
+    """Rows of next-token distributions at temperature 1 over the real vocabulary, natural logarithm.
+
+    Row i holds the entries offsets[i] : offsets[i + 1]. Its first num_exact[i] entries are exact:
+    log p in falling order. The others are sampled, by ascending id: the log of their weight,
+    which is the number of draws times tau; their expectation is the row's tail.
+    """
+
+    offsets: NDArray[np.int64]  # (r + 1,)
+    ids: NDArray[np.int32]  # (k,)
+    logprobs: NDArray[np.float32]  # (k,)
+    num_exact: NDArray[np.int32]  # (r,)
+    tail_mass: NDArray[np.float32]  # (r,) probability of everything that is not an exact entry
+    entropy: NDArray[np.float32]  # (r,) nats, of the full distribution
+    log_sum_exp: NDArray[np.float32]  # (r,) of the raw logits over the real vocabulary
+    label_logprob: NDArray[np.float32] | None = None  # (r,) of the label token; None for visual rows
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.ids)
+
+    def row_of_entry(self) -> NDArray[np.int64]:
+        """The row that each entry belongs to, (k,)."""
+        return np.repeat(np.arange(self.num_rows, dtype=np.int64), np.diff(self.offsets))
+
+    def is_exact(self) -> NDArray[np.bool_]:
+        """True for exact entries, False for sampled ones, (k,)."""
+        end_of_exact = self.offsets[:-1] + self.num_exact
+        return np.arange(self.num_entries) < np.repeat(end_of_exact, np.diff(self.offsets))
+
+    def equals(self, other: SparseRows) -> bool:
+        """True if every array is the same to the bit."""
+        return all(_same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+
+    def slice(self, start: int, stop: int) -> SparseRows:
+        """Rows start : stop, with 0 <= start <= stop <= num_rows (IndexError otherwise)."""
+        if not 0 <= start <= stop <= self.num_rows:
+            raise IndexError(f"rows {start}:{stop} of {self.num_rows}")
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return SparseRows(
+            offsets=self.offsets[start : stop + 1] - first,
+            ids=self.ids[first:last],
+            logprobs=self.logprobs[first:last],
+            num_exact=self.num_exact[start:stop],
+            tail_mass=self.tail_mass[start:stop],
+            entropy=self.entropy[start:stop],
+            log_sum_exp=self.log_sum_exp[start:stop],
+            label_logprob=None if self.label_logprob is None else self.label_logprob[start:stop],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[SparseRows]) -> SparseRows:
+        """All rows one after another; no parts give no rows. Label logprobs: all parts have them, or none."""
+        if not parts:
+            return SparseRows.empty()
+        labels = [part.label_logprob for part in parts if part.label_logprob is not None]
+        if 0 < len(labels) < len(parts):
+            raise ValueError(f"{len(labels)} of {len(parts)} parts have label logprobs; all or none must")
+        starts = np.cumsum([0] + [part.num_entries for part in parts[:-1]])
+        shifted = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=True)]
+        return SparseRows(
+            offsets=np.concatenate([np.zeros(1, np.int64), *shifted]),
+            ids=np.concatenate([part.ids for part in parts]),
+            logprobs=np.concatenate([part.logprobs for part in parts]),
+            num_exact=np.concatenate([part.num_exact for part in parts]),
+            tail_mass=np.concatenate([part.tail_mass for part in parts]),
+            entropy=np.concatenate([part.entropy for part in parts]),
+            log_sum_exp=np.concatenate([part.log_sum_exp for part in parts]),
+            label_logprob=np.concatenate(labels) if labels else None,
+        )
+
+    @staticmethod
+    def empty(*, with_labels: bool = False) -> SparseRows:
+        """No rows at all."""
+        zero = np.zeros(0, np.float32)
+        return SparseRows(
+            offsets=np.zeros(1, np.int64),
+            ids=np.zeros(0, np.int32),
+            logprobs=zero,
+            num_exact=np.zeros(0, np.int32),
+            tail_mass=zero,
+            entropy=zero,
+            log_sum_exp=zero,
+            label_logprob=zero if with_labels else None,
+        )
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise ValueError, naming the first row at fault, unless these are rows that a cache may hold."""
+        self._check_shapes()
+        self._check_scalars()
+        exact, row = self.is_exact(), self.row_of_entry()
+        in_vocabulary = (self.ids >= 0) & (self.ids < vocab_size)
+        _check(in_vocabulary, f"an id is outside 0..{vocab_size - 1}", row)
+        _check(np.isfinite(self.logprobs), "a logprob is not finite", row)
+        _check(~exact | (self.logprobs <= LOGPROB_TOLERANCE), "an exact logprob is above 0", row)
+        same_row = row[1:] == row[:-1]
+        falling = self.logprobs[1:] <= self.logprobs[:-1]
+        _check(~(same_row & exact[1:]) | falling, "exact logprobs are not falling", row[1:])
+        ascending = self.ids[1:] > self.ids[:-1]
+        _check(~(same_row & ~exact[:-1]) | ascending, "sampled ids are not ascending", row[1:])
+        keys = np.sort(row * vocab_size + self.ids)
+        _check(keys[1:] != keys[:-1], "an id appears twice", keys[1:] // vocab_size)
+        head = np.bincount(row[exact], np.exp(self.logprobs[exact].astype(np.float64)), self.num_rows)
+        gap = np.abs(head - (1.0 - self.tail_mass.astype(np.float64)))
+        _check(gap <= HEAD_TOLERANCE, "exact entries and tail mass do not sum to 1")
+        _check((self.num_exact == 0) | (self.tail_mass < 1), "the tail mass is 1 beside exact entries")
+
+    def _check_shapes(self) -> None:
+        for name, dtype in _DTYPES.items():
+            array = getattr(self, name)
+            if array is None and name == "label_logprob":
+                continue
+            if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
+                got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array)
+                raise ValueError(f"{name} must be a 1-d array of {np.dtype(dtype)}, got {got}")
+        if len(self.offsets) == 0 or self.offsets[0] != 0:
+            raise ValueError("offsets must start with 0")
+        if (np.diff(self.offsets) < 0).any():
+            raise ValueError("offsets must not fall")
+        if not self.offsets[-1] == len(self.ids) == len(self.logprobs):
+            raise ValueError(
+                f"offsets end at {self.offsets[-1]}, but there are {len(self.ids)} ids "
+                f"and {len(self.logprobs)} logprobs"
+            )
+        for name in ("num_exact", "tail_mass", "entropy", "log_sum_exp", "label_logprob"):
+            array = getattr(self, name)
+            if array is not None and len(array) != self.num_rows:
+                raise ValueError(f"{name} has {len(array)} values for {self.num_rows} rows")
+        _check((self.num_exact >= 0) & (self.num_exact <= np.diff(self.offsets)), "num_exact is wrong")
+
+    def _check_scalars(self) -> None:
+        # A comparison with NaN is False, so each check also refuses NaN.
+        _check((self.tail_mass >= 0) & (self.tail_mass <= 1), "the tail mass is outside 0..1")
+        finite_entropy = np.isfinite(self.entropy) & (self.entropy >= -LOGPROB_TOLERANCE)
+        _check(finite_entropy, "the entropy is negative or not finite")
+        _check(np.isfinite(self.log_sum_exp), "the log-sum-exp is not finite")
+        if self.label_logprob is not None:
+            labels = np.isfinite(self.label_logprob) & (self.label_logprob <= LOGPROB_TOLERANCE)
+            _check(labels, "the label logprob is above 0 or not finite")
+
+
+def _same(a: NDArray | None, b: NDArray | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _check(good: NDArray[np.bool_], problem: str, row: NDArray[np.int64] | None = None) -> None:
+    """ValueError naming the row of the first False; `row` gives the row of each position, if not itself."""
+    if not good.all():
+        position = int(np.argmin(good))
+        raise ValueError(f"row {position if row is None else int(row[position])}: {problem}")

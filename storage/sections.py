@@ -1,0 +1,289 @@
+"""Reads the sections of pipeline.yaml that an entry point needs, with `section.field=value` overrides.
+
+A section's schema belongs to its package; here lie only the file's top-level names, the overrides,
+the `{run}` placeholder and the messages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from yaml.constructor import ConstructorError
+
+from storage.config import Section
+from storage.errors import ConfigError
+
+TOP_LEVEL_KEYS = (
+    "name", "runs_dir", "prepare", "data", "teacher", "dump", "cache", "train_teacher", "stages",
+    "evaluation", "ablations",
+)  # fmt: skip
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+DEFAULT_NAME = "digits"
+DEFAULT_RUNS_DIR = "runs"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A section that maps names of the user's choice to sections of one schema, such as `stages:`."""
+
+    schema: type[Section]
+
+
+@dataclass(frozen=True)
+class Sections(Mapping[str, Any]):
+    """The sections asked for: sections["cache"] is a CacheSection, sections["stages"] a dict of them."""
+
+    path: Path  # of the YAML file
+    name: str
+    runs_dir: Path
+    checked: Mapping[str, Any]  # by name, what sections[name] gives
+    document: Mapping[str, Any]  # the whole file as plain data, overrides applied and {run} replaced
+
+    @property
+    def run(self) -> Path:
+        """The folder that everything of this run lies in, relative to the current folder."""
+        return self.runs_dir / self.name
+
+    def __getitem__(self, key: str) -> Any:
+        return self.checked[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checked)
+
+    def __len__(self) -> int:
+        return len(self.checked)
+
+
+def read_sections(
+    path: str | Path, schemas: Mapping[str, type[Section] | Named], overrides: Sequence[str] = ()
+) -> Sections:
+    """The named sections of a YAML file, checked against their schemas; the others are left unread.
+
+    A section that the file lacks is made of its defaults. Errors: ConfigError naming the file, the dotted
+    path, what was got, what is expected, and close matches of a misspelt name.
+    """
+    path = Path(path)
+    document = _apply_overrides(path, _load(path), overrides)
+    _refuse_unknown(str(path), "top-level key", document, TOP_LEVEL_KEYS)
+    name = _text(path, document, "name", DEFAULT_NAME)
+    if not _FOLDER_NAME.fullmatch(name):
+        raise ConfigError(f"{path}: name: got {name!r}, expected a folder's name of letters, digits, . _ -")
+    runs_dir = Path(_text(path, document, "runs_dir", DEFAULT_RUNS_DIR))
+    document = _replace_run(document, str(runs_dir / name))
+    problems: list[str] = []
+    checked = {key: _section(key, schema, document.get(key), problems) for key, schema in schemas.items()}
+    if problems:
+        raise ConfigError(
+            "\n".join(f"{path}: {problem}{_origin(problem, overrides)}" for problem in problems)
+        )
+    return Sections(path, name, runs_dir, checked, document)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, and reads 2e-5 as a number as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key in seen:
+                raise ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+"),
+    list("-+.0123456789"),
+)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
+    document = _parse(str(path), text)
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: got {_shown(document)}, expected sections such as `cache:`")
+    return document
+
+
+def _parse(place: str, text: str) -> Any:
+    try:
+        text = re.sub(r"\{([a-z_]+)\}", "\ue000\\1\ue001", text)  # so that {run}/x needs no quotes
+        return _with_braces(yaml.load(text, Loader=_Loader))  # a SafeLoader: plain data only
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{place}: is not valid YAML: {error}") from error
+
+
+def _with_braces(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\ue000", "{").replace("\ue001", "}")
+    if isinstance(value, dict):
+        return {_with_braces(key): _with_braces(item) for key, item in value.items()}
+    return [_with_braces(item) for item in value] if isinstance(value, list) else value
+
+
+def _apply_overrides(path: Path, document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        keys = dotted.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"override {override!r}: expected section.field=value")
+        _set(document, keys, _parse(f"override {override!r}", text), f"override {override!r}: {path}: ")
+    return document
+
+
+def _set(document: dict[str, Any], keys: list[str], value: Any, place: str) -> None:
+    node: Any = document
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdecimal() or int(key) >= len(node):
+                where = ".".join(keys[:depth])
+                raise ConfigError(f"{place}{where}: got item {key!r}, expected a number below {len(node)}")
+            slot: Any = int(key)
+        elif isinstance(node, dict):
+            slot = key
+        else:
+            where = ".".join(keys[:depth])
+            raise ConfigError(f"{place}{where}: is {_shown(node)} and has no field {key!r}")
+        if last:
+            node[slot] = value
+        else:
+            if isinstance(node, dict) and node.get(slot) is None:
+                node[slot] = {}
+            node = node[slot]
+
+
+def _text(path: Path, document: Mapping[str, Any], key: str, default: str) -> str:
+    value = document.get(key, default)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{path}: {key}: got {_shown(value)}, expected text")
+    return value
+
+
+def _replace_run(value: Any, run: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("{run}", run)
+    if isinstance(value, dict):
+        return {key: _replace_run(item, run) for key, item in value.items()}
+    return [_replace_run(item, run) for item in value] if isinstance(value, list) else value
+
+
+def _section(key: str, schema: type[Section] | Named, value: Any, problems: list[str]) -> Any:
+    value = {} if value is None else value
+    if not isinstance(schema, Named):
+        return _validate(key, schema, value, problems)
+    if not isinstance(value, dict):
+        problems.append(f"{key}: got {_shown(value)}, expected names with a {schema.schema.__name__} each")
+        return None
+    for name in value:
+        if not _FOLDER_NAME.fullmatch(str(name)):
+            problems.append(f"{key}.{name}: got {name!r}, expected a name of letters, digits, . _ -")
+    return {
+        str(name): _validate(f"{key}.{name}", schema.schema, {} if item is None else item, problems)
+        for name, item in value.items()
+    }
+
+
+def _validate(place: str, schema: type[Section], value: Any, problems: list[str]) -> Section | None:
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        for detail in error.errors():
+            problems.append(_problem(place, schema, detail))
+    return None
+
+
+def _problem(place: str, schema: type[Section], detail: Any) -> str:
+    location = detail["loc"]
+    where = ".".join([place, *map(str, location)])
+    if detail["type"] == "extra_forbidden":
+        known = [name for model in _models_at(schema, location[:-1]) for name in model.model_fields]
+        return f"{where}: unknown field; {_suggestion(str(location[-1]), known)}"
+    if detail["type"] == "missing":
+        return f"{where}: is missing; this field has no default"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    expected = re.sub(r"^Input should be ", "expected ", message).replace("a valid tuple", "a list")
+    expected = re.sub(r"a valid dictionary or instance of (\w+)", r"fields of \1", expected)
+    close = difflib.get_close_matches(
+        str(detail["input"]), re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
+    )
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{where}: got {_shown(detail['input'])}, {expected}{hint}"
+
+
+def _models_at(schema: Any, location: Sequence[Any]) -> list[type[BaseModel]]:
+    """The models that an error's location may lie in: the walk follows fields, items and unions."""
+    found = [schema]
+    for step in location:
+        following: list[Any] = []
+        for kind in [member for parent in found for member in _members(parent)]:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                if step in kind.model_fields:
+                    following.append(kind.model_fields[step].annotation)
+            elif get_args(kind):  # tuple, list, dict: the last argument is the item's type
+                following.append([item for item in get_args(kind) if item is not Ellipsis][-1])
+        found = following
+    return [
+        member
+        for kind in found
+        for member in _members(kind)
+        if isinstance(member, type) and issubclass(member, BaseModel)
+    ]
+
+
+def _members(kind: Any) -> list[Any]:
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for argument in get_args(kind) for member in _members(argument)]
+    return [kind]
+
+
+def _refuse_unknown(place: str, what: str, got: Mapping[Any, Any], known: Sequence[str]) -> None:
+    for key in got:
+        if key not in known:
+            raise ConfigError(f"{place}: {key}: unknown {what}; {_suggestion(str(key), known)}")
+
+
+def _suggestion(got: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(got, known, n=3) or [name for name in known if name.startswith(got)]
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known are {', '.join(known)}" if known else "nothing is expected there"
+
+
+def _origin(problem: str, overrides: Sequence[str]) -> str:
+    """A note for a problem that an override made."""
+    where = problem.partition(": ")[0] + "."
+    made = []
+    for override in overrides:
+        dotted = override.partition("=")[0].strip() + "."
+        if where.startswith(dotted) or dotted.startswith(where):
+            made.append(override)
+    return f" (from the override {made[-1]!r})" if made else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

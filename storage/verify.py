@@ -1,0 +1,238 @@
+"""A full scan of a cache: every checksum, bound, count and tail, every sample id once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from storage import commit as layout
+from storage import files
+from storage.codec import check_sampled_total
+from storage.columns import relation_matrix, sparse_rows, tokens_record
+from storage.documents import Commit, Description, Manifest
+from storage.errors import CacheError
+from storage.identity import stored_tau
+from storage.part_files import PartFiles
+from storage.records import TokensRecord
+
+Progress = Callable[[int, int], None]  # parts done, parts in all
+
+_ROW_GROUPS_BYTES = 64 << 20  # each row group is read once, in order
+
+
+@dataclass
+class VerifyReport:
+    """What a scan found. A cache is good if `problems` is empty."""
+
+    sealed: bool = False
+    num_parts: int = 0
+    num_samples: int = 0
+    num_images: int = 0
+    num_errors: int = 0  # samples that the dump could not do, which is no problem of the cache
+    num_rows: dict[str, int] = field(default_factory=dict)
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # files that belong to no part, and harm nothing
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
+    """Scan a whole cache and report everything wrong with it; a broken cache raises nothing.
+
+    An unsealed cache is a problem too: its samples may be good, but not all of them are there.
+    """
+    report = VerifyReport()
+    try:
+        folder = files.local_folder(path)
+        description, cache_sha256 = layout.read_description(folder)
+    except (CacheError, OSError) as error:
+        report.problems.append(str(error))
+        return report
+    manifest = _manifest(folder, description, cache_sha256, report)
+    commits = _commits(folder, description, cache_sha256, manifest, report)
+    _compare_totals(folder, manifest, cache_sha256, commits, report)
+    holders: dict[str, int] = {}
+    for done, (commit, _) in enumerate(commits):
+        if progress:
+            progress(done, len(commits))
+        _Part(folder, description, commit, report).scan(holders)
+    if progress:
+        progress(len(commits), len(commits))
+    _note_strangers(folder, [commit for commit, _ in commits], report)
+    return report
+
+
+def _manifest(
+    folder: Path, description: Description, cache_sha256: str, report: VerifyReport
+) -> Manifest | None:
+    try:
+        manifest = layout.read_manifest(folder, cache_sha256)
+    except (CacheError, OSError) as error:
+        report.problems.append(str(error))
+        return None
+    report.sealed = manifest is not None
+    total = description.identity.num_parts
+    if manifest is None:
+        committed = len(layout.commit_numbers(folder))
+        report.problems.append(
+            f"{folder / layout.MANIFEST_FILE}: is missing: the cache is not sealed, {committed} of {total} "
+            "parts are committed; run the dump again"
+        )
+    elif len(manifest.commits) != total:
+        report.problems.append(
+            f"{folder / layout.MANIFEST_FILE}: lists {len(manifest.commits)} parts, the plan has {total}"
+        )
+    return manifest
+
+
+def _commits(
+    folder: Path, description: Description, cache_sha256: str, manifest: Manifest | None, report: VerifyReport
+) -> list[tuple[Commit, str]]:
+    listed = {} if manifest is None else dict(enumerate(manifest.commits))
+    commits = []
+    for part in sorted({*layout.commit_numbers(folder), *listed}):
+        place = folder / layout.commit_file(part)
+        try:
+            commit, sha256 = layout.read_commit(folder, part, description, cache_sha256)
+        except FileNotFoundError:
+            report.problems.append(f"{place}: is missing, but the manifest names it; run the dump again")
+        except (CacheError, OSError) as error:
+            report.problems.append(str(error))
+        else:
+            commits.append((commit, sha256))
+            if manifest is not None and (part not in listed or listed[part].sha256 != sha256):
+                stated = listed[part].sha256 if part in listed else "nothing of it"
+                report.problems.append(f"{place}: sha256 is {sha256}, the manifest says {stated}")
+    return commits
+
+
+def _compare_totals(
+    folder: Path,
+    manifest: Manifest | None,
+    cache_sha256: str,
+    commits: list[tuple[Commit, str]],
+    report: VerifyReport,
+) -> None:
+    total = layout.make_manifest(cache_sha256, commits)
+    report.num_parts = len(commits)
+    report.num_errors = total.num_errors
+    report.num_bytes = sum(total.bytes_by_family.values())
+    if manifest is not None and len(commits) == len(manifest.commits):
+        for name in ("num_samples", "num_errors", "num_rows", "bytes_by_family"):
+            if getattr(manifest, name) != getattr(total, name):
+                report.problems.append(
+                    f"{folder / layout.MANIFEST_FILE}: {name} is {getattr(manifest, name)}, "
+                    f"the commits say {getattr(total, name)}"
+                )
+
+
+class _Part:
+    """One part's scan. It keeps the counts that the commit is compared with."""
+
+    def __init__(self, folder: Path, description: Description, commit: Commit, report: VerifyReport) -> None:
+        self.folder = folder
+        self.identity = description.identity
+        self.families = description.families
+        self.commit = commit
+        self.report = report
+        self.files = PartFiles(folder, max_bytes=_ROW_GROUPS_BYTES, checksums=False)
+        self.records: list[TokensRecord] = []
+        self.num_rows = dict.fromkeys(commit.num_rows, 0)
+
+    def scan(self, holders: dict[str, int]) -> None:
+        """Report what is wrong with the part; `holders` maps each sample id seen so far to its part."""
+        whole = True
+        for entry in self.commit.families.values():
+            whole &= self._try(lambda entry=entry: layout.check_file(self.folder, entry, content=True))
+        if not whole:  # what cannot be trusted is not parsed
+            return
+        for row in range(self.commit.families["tokens"].rows):
+            self._try(lambda row=row: self._tokens(row), f"tokens row {row}")
+        ids = [record.sample_id for record in self.records]
+        for sample_id in [*ids, *(error.sample_id for error in self.commit.errors)]:
+            if sample_id in holders:
+                self._problem(f"sample {sample_id!r} is in part {holders[sample_id]} too")
+            holders[sample_id] = self.commit.part
+        if "response" in self.families:
+            self._response()
+        images = {image.key: image.num_visual_tokens for record in self.records for image in record.images}
+        for family in ("visual", "relation"):
+            if family in self.families:
+                self._images(family, images)
+        counted = (len(self.records), len(images), self.num_rows)
+        stated = (self.commit.num_samples, self.commit.num_images, self.commit.num_rows)
+        if counted != stated:
+            self._problem(f"holds (samples, images, rows) {counted}, its commit says {stated}")
+        self.report.num_samples += len(self.records)
+        self.report.num_images += len(images)
+        for family, count in self.num_rows.items():
+            self.report.num_rows[family] = self.report.num_rows.get(family, 0) + count
+
+    def _tokens(self, row: int) -> None:
+        record = tokens_record(*self.files.row("tokens", self.commit.families["tokens"], row), self.identity)
+        self.records.append(record)
+
+    def _response(self) -> None:
+        entry = self.commit.families["response"]
+        if entry.rows != len(self.records):
+            self._problem(f"{entry.rows} responses for {len(self.records)} samples")
+            return
+        for row, record in enumerate(self.records):
+            self._try(lambda row=row, record=record: self._response_row(row, record), f"response row {row}")
+
+    def _response_row(self, row: int, record: TokensRecord) -> None:
+        table, at = self.files.row("response", self.commit.families["response"], row)
+        if table["sample_id"][at].as_py() != record.sample_id:
+            raise ValueError(f"is not of sample {record.sample_id!r}")
+        self._distribution("response", table, at, record.num_response_tokens)
+
+    def _images(self, family: str, images: dict[str, int]) -> None:
+        unseen = dict(images)
+        for row in range(self.commit.families[family].rows):
+            self._try(lambda row=row: self._image_row(family, row, unseen), f"{family} row {row}")
+        if unseen:
+            self._problem(f"{family}: {len(unseen)} images have no rows, such as {next(iter(unseen))}")
+
+    def _image_row(self, family: str, row: int, unseen: dict[str, int]) -> None:
+        table, at = self.files.row(family, self.commit.families[family], row)
+        key = table["image_key"][at].as_py()
+        if key not in unseen:
+            raise ValueError(f"image {key} is of no sample, or appears twice")
+        expected = unseen.pop(key)
+        if family == "visual":
+            self._distribution("visual", table, at, expected)
+        elif (count := len(relation_matrix(table, at).values)) != expected:
+            raise ValueError(f"has n = {count} for {expected} visual tokens")
+
+    def _distribution(self, family: str, table, at: int, expected: int) -> None:
+        rows = sparse_rows(table, at, vocab_size=self.identity.vocab_size)
+        rows.validate(self.identity.vocab_size)
+        check_sampled_total(rows, stored_tau(self.identity, family))
+        if rows.num_rows != expected:
+            raise ValueError(f"has {rows.num_rows} rows for {expected} tokens")
+        self.num_rows[family] += rows.num_rows
+
+    def _try(self, step: Callable[[], None], place: str = "") -> bool:
+        try:
+            step()
+        except (CacheError, ValueError) as error:
+            self._problem(f"{place}: {error}" if place else str(error))
+            return False
+        return True
+
+    def _problem(self, text: str) -> None:
+        self.report.problems.append(f"part {self.commit.part}: {text}")
+
+
+def _note_strangers(folder: Path, commits: list[Commit], report: VerifyReport) -> None:
+    named = {layout.CACHE_FILE, layout.MANIFEST_FILE}
+    for commit in commits:
+        named |= {layout.commit_file(commit.part), *(entry.file for entry in commit.families.values())}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in named:
+            report.notes.append(f"{name}: belongs to no part")

@@ -1,0 +1,265 @@
+"""Writes a cache: opens or joins it, commits parts, seals it. Any number of writers may do so at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from storage import commit as layout
+from storage import files
+from storage.columns import Columns, check_token_ids, relation_columns, rows_columns, tokens_columns
+from storage.documents import Commit, Description, ErrorEntry, FileEntry, Manifest
+from storage.errors import CacheError, IdentityError
+from storage.identity import FORMAT_VERSION, Identity, difference, stored_tau
+from storage.records import PartRecords, TokensRecord
+from storage.schema import FAMILIES, parquet_bytes
+
+
+class CacheWriter:
+    """A cache that parts are added to. Invariant: its cache.json lies on disk and says what this one says."""
+
+    def __init__(self, folder: Path, description: Description, cache_sha256: str, zstd_level: int) -> None:
+        self.folder = folder
+        self.description = description
+        self._cache_sha256 = cache_sha256
+        self._zstd_level = zstd_level
+
+    @classmethod
+    def open(
+        cls, path: str | Path, identity: Identity, families: Sequence[str], *, zstd_level: int = 9
+    ) -> CacheWriter:
+        """Create a cache, or join the one that lies there if it has the same identity and families.
+
+        `families` come besides tokens, which are always there. Errors: IdentityError naming each
+        field that differs; CacheError for object storage or an unknown family.
+        """
+        folder = files.local_folder(path)
+        unknown = [family for family in families if family not in FAMILIES]
+        if unknown:
+            raise CacheError(f"{folder}: unknown families {unknown}, expected some of {FAMILIES}")
+        wanted = tuple(family for family in FAMILIES if family in families and family != "tokens")
+        ours = Description(format_version=FORMAT_VERSION, families=wanted, identity=identity)
+        for sub in ("tokens", *wanted, layout.COMMITS_FOLDER):
+            (folder / sub).mkdir(parents=True, exist_ok=True)
+        if not (folder / layout.CACHE_FILE).exists():
+            files.create_exclusively(folder / layout.CACHE_FILE, ours.to_bytes())
+        theirs, cache_sha256 = layout.read_description(folder)
+        lines = difference(theirs.identity, identity)
+        if theirs.families != wanted:
+            lines.append(f"families: cache has {theirs.families}, this run has {wanted}")
+        if lines:
+            raise IdentityError(
+                f"{folder}: the cache there was made otherwise; delete it, or give cache.path another folder:"
+                + "".join(f"\n  {line}" for line in lines)
+            )
+        return cls(folder, theirs, cache_sha256, zstd_level)
+
+    @property
+    def identity(self) -> Identity:
+        return self.description.identity
+
+    def committed_parts(self) -> set[int]:
+        """Parts that need no more work. CorruptPartError if a file of one is gone or has another size."""
+        return {commit.part for commit, _ in self._commits()}
+
+    def write_part(self, part: int, records: PartRecords) -> Commit:
+        """Write a part's files, then its commit. A part that has a commit is left as it is.
+
+        The commit that counts is returned: of writers that race, one wins and the others adopt its commit.
+        Errors: ValueError for records that contradict each other or the identity; OSError.
+        """
+        if not 0 <= part < self.identity.num_parts:
+            raise ValueError(f"part {part} is not one of the plan's {self.identity.num_parts}")
+        existing = self._existing(part)
+        if existing:
+            return existing
+        check_records(records, self.description)
+        entries: dict[str, FileEntry] = {}
+        try:
+            for family, rows in part_columns(records, self.description).items():
+                entries[family] = self._write_family(family, part, rows)
+            commit = self._commit(part, records, entries)
+            if files.create_exclusively(self.folder / layout.commit_file(part), commit.to_bytes()):
+                return commit
+            winner = self._existing(part)
+        except FileNotFoundError:  # the cache was sealed meanwhile, and our temporary file removed
+            winner = self._existing(part)
+            if winner is None:
+                raise
+        if winner is None:
+            raise CacheError(f"{self.folder}: somebody removes commits while the dump is running")
+        named = {entry.file for entry in winner.families.values()}
+        for entry in entries.values():
+            if entry.file not in named:
+                (self.folder / entry.file).unlink(missing_ok=True)
+        return winner
+
+    def seal(self) -> Manifest:
+        """Write the manifest, when every part is committed. A no-op on a sealed, unchanged cache.
+
+        Errors: CacheError naming missing parts, or sample ids that two parts hold; CorruptPartError.
+        """
+        commits = self._commits()
+        committed = {commit.part for commit, _ in commits}
+        missing = [part for part in range(self.identity.num_parts) if part not in committed]
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+            raise CacheError(
+                f"{self.folder}: {len(missing)} of {self.identity.num_parts} parts are not committed: "
+                f"{shown}; run the dump again"
+            )
+        manifest = layout.make_manifest(self._cache_sha256, commits)
+        place, content = self.folder / layout.MANIFEST_FILE, manifest.to_bytes()
+        if place.exists() and files.read_bytes(place) == content:
+            return manifest
+        self._refuse_duplicates([commit for commit, _ in commits])
+        layout.remove_orphans(self.folder, [commit for commit, _ in commits])
+        files.write_atomically(place, content)
+        return manifest
+
+    def _existing(self, part: int) -> Commit | None:
+        try:
+            return layout.read_commit(self.folder, part, self.description, self._cache_sha256)[0]
+        except FileNotFoundError:
+            return None
+
+    def _commits(self) -> list[tuple[Commit, str]]:
+        commits = [
+            layout.read_commit(self.folder, part, self.description, self._cache_sha256)
+            for part in layout.commit_numbers(self.folder)
+        ]
+        for commit, _ in commits:
+            for entry in commit.families.values():
+                layout.check_file(self.folder, entry, content=False)
+        return commits
+
+    def _write_family(self, family: str, part: int, rows: Sequence[Columns]) -> FileEntry:
+        content = parquet_bytes(family, rows, zstd_level=self._zstd_level)
+        sha256 = hashlib.sha256(content).hexdigest()
+        name = layout.part_file(family, part, sha256)
+        files.write_atomically(self.folder / name, content)
+        return FileEntry(file=name, rows=len(rows), file_bytes=len(content), sha256=sha256)
+
+    def _commit(self, part: int, records: PartRecords, entries: Mapping[str, FileEntry]) -> Commit:
+        num_rows = {}
+        if records.response is not None:
+            num_rows["response"] = sum(rows.num_rows for rows in records.response)
+        if records.visual is not None:
+            num_rows["visual"] = sum(rows.num_rows for rows in records.visual.values())
+        return Commit(
+            format_version=FORMAT_VERSION,
+            cache_sha256=self._cache_sha256,
+            part=part,
+            num_samples=len(records.tokens),
+            num_images=len({image.key for record in records.tokens for image in record.images}),
+            num_rows=num_rows,
+            families=dict(entries),
+            errors=tuple(
+                ErrorEntry(sample_id=_encodable(error.sample_id), reason=_encodable(error.reason))
+                for error in records.errors
+            ),
+        )
+
+    def _refuse_duplicates(self, commits: Sequence[Commit]) -> None:
+        holders: dict[str, int] = {}
+        for commit in commits:
+            path = self.folder / commit.families["tokens"].file
+            for sample_id in pq.read_table(path, columns=["sample_id"])["sample_id"].to_pylist():
+                if sample_id in holders:
+                    raise CacheError(
+                        f"{self.folder}: parts {holders[sample_id]} and {commit.part} both hold sample "
+                        f"{sample_id!r}; sample ids must be unique in the plan"
+                    )
+                holders[sample_id] = commit.part
+
+
+def part_columns(records: PartRecords, description: Description) -> Mapping[str, Sequence[Columns]]:
+    """The Parquet rows of each family. Images are written in the order of the samples."""
+    identity = description.identity
+    keys = list(dict.fromkeys(image.key for record in records.tokens for image in record.images))
+    families: dict[str, Sequence[Columns]] = {"tokens": [tokens_columns(record) for record in records.tokens]}
+    if records.response is not None:
+        settings = {"vocab_size": identity.vocab_size, "tau": stored_tau(identity, "response")}
+        families["response"] = [
+            {"sample_id": record.sample_id, **rows_columns(rows, **settings)}
+            for record, rows in zip(records.tokens, records.response, strict=True)
+        ]
+    if records.visual is not None:
+        settings = {"vocab_size": identity.vocab_size, "tau": stored_tau(identity, "visual")}
+        visual = records.visual
+        families["visual"] = [{"image_key": key, **rows_columns(visual[key], **settings)} for key in keys]
+    if records.relation is not None:
+        relation = records.relation
+        families["relation"] = [{"image_key": key, **relation_columns(relation[key])} for key in keys]
+    return families
+
+
+def check_records(records: PartRecords, description: Description) -> None:
+    """ValueError, naming the sample, unless a part's records agree with each other and with the identity."""
+    for family in ("response", "visual", "relation"):
+        if (getattr(records, family) is None) == (family in description.families):
+            raise ValueError(f"{family}: records and cache must both have it or both lack it")
+    ids = Counter(record.sample_id for record in records.tokens)
+    ids.update(error.sample_id for error in records.errors)
+    twice = [sample_id for sample_id, count in ids.items() if count > 1]
+    if twice:
+        raise ValueError(f"sample ids appear more than once in one part: {twice[:5]}")
+    for record in records.tokens:
+        _check_tokens(record, description.identity)
+    _check_images(records)
+    if records.response is not None:
+        if len(records.response) != len(records.tokens):
+            raise ValueError(f"{len(records.response)} responses for {len(records.tokens)} samples")
+        for record, rows in zip(records.tokens, records.response, strict=True):
+            if rows.num_rows != record.num_response_tokens or rows.label_logprob is None:
+                raise ValueError(
+                    f"sample {record.sample_id}: {rows.num_rows} response rows for "
+                    f"{record.num_response_tokens} response tokens, each with a label logprob"
+                )
+    for rows in (records.visual or {}).values():
+        if rows.label_logprob is not None:
+            raise ValueError("visual rows have no label")
+
+
+def _check_tokens(record: TokensRecord, identity: Identity) -> None:
+    ids, mask, place = record.token_ids, record.response_mask, f"sample {record.sample_id}"
+    if ids.dtype != np.int32 or mask.dtype != np.bool_ or ids.ndim != 1 or ids.shape != mask.shape:
+        raise ValueError(
+            f"{place}: token_ids {ids.dtype}{ids.shape} and response_mask {mask.dtype}{mask.shape} "
+            "must be int32[t] and bool[t]"
+        )
+    try:
+        check_token_ids(ids, identity)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    placeholders = int(np.count_nonzero(ids == identity.image_token_id))
+    if placeholders != len(record.images):
+        raise ValueError(f"{place}: {placeholders} image placeholders for {len(record.images)} images")
+
+
+def _check_images(records: PartRecords) -> None:
+    num_tokens: dict[str, int] = {}
+    for record in records.tokens:
+        for image in record.images:
+            if num_tokens.setdefault(image.key, image.num_visual_tokens) != image.num_visual_tokens:
+                raise ValueError(f"sample {record.sample_id}: image {image.path} has two visual token counts")
+    for family in ("visual", "relation"):
+        signals = getattr(records, family)
+        if signals is None:
+            continue
+        if signals.keys() != num_tokens.keys():
+            missing, extra = num_tokens.keys() - signals.keys(), signals.keys() - num_tokens.keys()
+            raise ValueError(f"{family}: {len(missing)} image keys are missing, {len(extra)} are unknown")
+        for key, signal in signals.items():
+            rows = signal.num_rows if family == "visual" else len(signal.values)
+            if rows != num_tokens[key]:
+                raise ValueError(f"{family}: image {key} has {rows} rows for {num_tokens[key]} visual tokens")
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,31 @@
+import numpy as np
+import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.columns import tokens_columns, tokens_record
+from storage.records import TokensRecord
+from storage.schema import SCHEMAS
+from tests.storage.synthetic_cache import make_identity
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), max_size=40), st.text(max_size=5))
+def test_any_response_mask_comes_back(bits, sample_id):
+    mask = np.array(bits, bool)
+    record = TokensRecord(sample_id, "train", "", np.full(len(bits), 9, np.int32), mask)
+    try:
+        columns = {
+            name: pa.array([value], SCHEMAS["tokens"].field(name).type) for name, value in columns_of(record)
+        }
+    except UnicodeEncodeError:
+        assert any("\ud800" <= letter <= "\udfff" for letter in sample_id)
+        return
+    got = tokens_record(pa.table(columns, schema=SCHEMAS["tokens"]), 0, make_identity())
+    np.testing.assert_array_equal(got.response_mask, mask)
+    assert got.sample_id == sample_id
+    assert columns["num_response_tokens"].to_pylist() == [sum(bits)]
+
+
+def columns_of(record):
+    return tokens_columns(record).items()

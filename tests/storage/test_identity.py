@@ -1,0 +1,35 @@
+from storage.identity import Identity, difference, stored_tau
+from tests.storage.synthetic_cache import make_identity
+
+
+def test_equal_identities_do_not_differ_even_after_json():
+    identity = make_identity()
+    assert difference(identity, identity) == []
+    assert difference(identity, Identity.model_validate_json(identity.model_dump_json())) == []
+
+
+def test_tuples_in_a_selection_equal_their_json_lists():
+    a = make_identity(selection={"response": {"temperatures": (1.0, 2.0)}})
+    b = make_identity(selection={"response": {"temperatures": [1.0, 2.0]}})
+    assert difference(a, b) == []
+
+
+def test_every_field_that_differs_gets_a_line():
+    cache = make_identity(teacher="a", selection={"response": {"tau": 0.1}, "old": {"x": 1}})
+    run = make_identity(teacher="b", num_parts=3, selection={"response": {"tau": 0.2}, "new": {"y": 2}})
+    assert difference(cache, run) == [
+        "teacher: cache has 'a', this run has 'b'",
+        "num_parts: cache has 2, this run has 3",
+        "selection.response.tau: cache has 0.1, this run has 0.2",
+        "selection.old: cache has {'x': 1}, this run has None",
+        "selection.new: cache has None, this run has {'y': 2}",
+    ]
+
+
+def test_tau_counts_only_where_something_is_sampled():
+    identity = make_identity(
+        selection={"response": {"method": "threshold", "tau": 0.1}, "visual": {"method": "topk", "tau": 0.1}}
+    )
+    assert stored_tau(identity, "response") == 0.1
+    assert stored_tau(identity, "visual") == 0.0
+    assert stored_tau(identity, "relation") == 0.0

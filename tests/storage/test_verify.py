@@ -1,0 +1,277 @@
+import contextlib
+import dataclasses
+import hashlib
+import json
+import random
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from storage import commit as layout
+from storage.codec import decode_rows, encode_rows
+from storage.documents import Commit, Manifest, parse_document
+from storage.errors import CacheError
+from storage.reader import Cache
+from storage.verify import verify
+from storage.writer import CacheWriter
+from tests.storage.synthetic_cache import (
+    FAMILIES,
+    SAMPLES_PER_PART,
+    VOCAB_SIZE,
+    make_identity,
+    make_part,
+    write_cache,
+)
+
+FLIPS_PER_FILE = 25
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good")
+    write_cache(path)
+    return path
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "cache")
+
+
+def all_files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def read_everything(folder):
+    cache = Cache.open(folder, checksums=False)
+    for index in range(cache.num_samples):
+        cache.read(index)
+
+
+def test_a_good_cache_has_no_problems(good):
+    seen = []
+    report = verify(good, lambda done, total: seen.append((done, total)))
+    assert report.ok
+    assert report.sealed
+    assert report.notes == []
+    assert (report.num_parts, report.num_samples, report.num_errors) == (2, 2 * SAMPLES_PER_PART, 2)
+    statistics = Cache.open(good).statistics()
+    assert report.num_rows == statistics["num_rows"]
+    assert report.num_images == statistics["num_images"]
+    assert report.num_bytes == statistics["bytes"]
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_any_flipped_byte_is_found_and_no_reader_dies_of_it(tmp_path):
+    folder = tmp_path / "small"
+    write_cache(folder, num_samples=2)
+    rng = random.Random(0)
+    flips = 0
+    for path in all_files(folder):
+        content = path.read_bytes()
+        for _ in range(FLIPS_PER_FILE):
+            damaged = bytearray(content)
+            position = rng.randrange(len(content))
+            damaged[position] ^= rng.randrange(1, 256)
+            path.write_bytes(damaged)
+            assert verify(folder).problems, f"byte {position} of {path}"
+            with contextlib.suppress(CacheError):  # whole-file checksums are off: decoders see the damage
+                read_everything(folder)
+            flips += 1
+        path.write_bytes(content)
+    assert flips == 12 * FLIPS_PER_FILE
+    assert verify(folder).ok
+
+
+def test_cut_lengthened_emptied_and_missing_files_are_found(folder):
+    for path in all_files(folder):
+        content = path.read_bytes()
+        for damaged in (content[:-1], content[: len(content) // 2], content + b"\n", b""):
+            path.write_bytes(damaged)
+            assert verify(folder).problems, path
+        path.unlink()
+        assert verify(folder).problems, path
+        path.write_bytes(content)
+    assert verify(folder).ok
+
+
+def test_swapped_files_are_found(folder):
+    for sub in ("tokens", "commits"):
+        a, b = sorted((folder / sub).iterdir())
+        first, second = a.read_bytes(), b.read_bytes()
+        a.write_bytes(second)
+        b.write_bytes(first)
+        assert verify(folder).problems
+        a.write_bytes(first)
+        b.write_bytes(second)
+
+
+def test_where_there_is_no_cache_that_is_the_problem(tmp_path):
+    assert "no cache is here" in verify(tmp_path).problems[0]
+    assert "object storage" in verify("s3://bucket/x").problems[0]
+
+
+def test_an_unsealed_cache_says_how_far_it_is(tmp_path):
+    writer = CacheWriter.open(tmp_path, make_identity(num_parts=2), FAMILIES)
+    writer.write_part(0, make_part(0))
+    report = verify(tmp_path)
+    assert not report.sealed
+    assert len(report.problems) == 1
+    assert "1 of 2 parts are committed" in report.problems[0]
+
+
+def reseal(folder, part, family, content):
+    """Put other bytes into a part as a forger would, with every hash right."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    place = folder / layout.commit_file(part)
+    commit = parse_document(place.read_bytes(), Commit, "commit")
+    entry = commit.families[family].model_copy(
+        update={"file": layout.part_file(family, part, sha256), "sha256": sha256, "file_bytes": len(content)}
+    )
+    (folder / entry.file).write_bytes(content)
+    place.write_bytes(commit.model_copy(update={"families": {**commit.families, family: entry}}).to_bytes())
+    description, cache_sha256 = layout.read_description(folder)
+    commits = [layout.read_commit(folder, number, description, cache_sha256) for number in range(2)]
+    (folder / layout.MANIFEST_FILE).write_bytes(layout.make_manifest(cache_sha256, commits).to_bytes())
+
+
+def forge(folder, family, change):
+    """Change columns of a part's first family file and make every hash right again."""
+    path = next((folder / family).glob("part-00000*"))
+    table = pq.read_table(path)
+    columns = change({name: table[name].to_pylist() for name in table.column_names})
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=table.schema), sink)
+    path.unlink()
+    reseal(folder, 0, family, sink.getvalue().to_pybytes())
+
+
+def set_value(name, row, value):
+    def change(columns):
+        columns[name][row] = value(columns[name][row]) if callable(value) else value
+        return columns
+
+    return change
+
+
+def swap_rows(columns):
+    return {name: [values[1], values[0], *values[2:]] for name, values in columns.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("tokens", set_value("sample_id", 1, "sample-1-0"), "'sample-1-0' is in part 0 too"),
+        ("tokens", set_value("sample_id", 1, "broken-0"), "'broken-0' is in part 0 too"),
+        ("tokens", set_value("sample_id", 1, "other"), "response row 1: is not of sample 'other'"),
+        ("tokens", set_value("image_paths", 0, ["../../etc/passwd"]), "must stay inside its image root"),
+        ("tokens", set_value("image_paths", 0, ["/etc/passwd"]), "must be relative"),
+        ("tokens", set_value("image_paths", 0, ["a.png", "b.png"]), "tokens row 0"),
+        ("tokens", set_value("image_keys", 0, ["0" * 64]), "visual: 1 images have no rows"),
+        (
+            "tokens",
+            set_value("token_ids", 0, lambda ids: [ids[0], ids[1], 300, *ids[3:]]),
+            "token id 300 is outside",
+        ),
+        ("tokens", set_value("token_ids", 0, lambda ids: ids[:-1]), "not ascending within 7 tokens"),
+        ("tokens", set_value("num_tokens", 0, 3), "num_tokens is not"),
+        ("tokens", set_value("num_response_tokens", 0, 3), "num_response_tokens is not"),
+        ("tokens", set_value("response_starts", 0, [-2, 5]), "not ascending within"),
+        ("tokens", set_value("response_stops", 0, [2**31 - 1, 8]), "not ascending within"),
+        ("tokens", set_value("response_starts", 0, [2]), "1 response spans start and 2 stop"),
+        ("response", swap_rows, "response row 0: is not of sample"),
+        ("response", set_value("num_entries", 0, 1), "its columns say"),
+        ("response", set_value("tail_mass", 0, lambda tails: [1.5, *tails[1:]]), "tail mass is outside"),
+        ("response", set_value("entropy", 0, lambda values: [float("nan"), *values[1:]]), "entropy"),
+        ("response", set_value("label_logprob", 0, lambda values: values[1:]), "label_logprob has 3"),
+        ("response", set_value("payload", 0, lambda payload: payload[:-1]), "its header needs"),
+        ("response", set_value("payload", 0, b""), "shorter than a header"),
+        ("visual", set_value("image_key", 0, "0" * 64), "is of no sample"),
+        ("visual", lambda columns: {**columns, "image_key": [columns["image_key"][1]] * 4}, "appears twice"),
+        ("relation", set_value("num_rows", 0, 9), "its column says otherwise"),
+        ("relation", set_value("norm", 0, float("inf")), "not a finite number"),
+        ("relation", set_value("payload", 0, lambda payload: payload + b"\0"), "n = 4 needs"),
+    ],
+)
+def test_forged_content_under_right_hashes_is_found(folder, family, change, message):
+    forge(folder, family, change)
+    report = verify(folder)
+    assert any(message in problem for problem in report.problems), report.problems
+    with contextlib.suppress(CacheError):
+        read_everything(folder)
+
+
+def test_files_that_are_not_parquet_or_not_of_the_family_are_found(folder):
+    good = next((folder / "visual").glob("part-00000*")).read_bytes()
+    reseal(folder, 0, "relation", good)
+    assert any("columns are" in problem for problem in verify(folder).problems)
+    reseal(folder, 0, "relation", b"PAR1 this is no Parquet file PAR1")
+    assert verify(folder).problems
+    with pytest.raises(CacheError):
+        read_everything(folder)
+
+
+def test_a_commit_that_names_a_file_elsewhere_is_refused(folder, tmp_path):
+    outside = tmp_path / "outside.parquet"
+    source = next((folder / "tokens").glob("part-00000*"))
+    outside.write_bytes(source.read_bytes())
+    place = folder / layout.commit_file(0)
+    commit = parse_document(place.read_bytes(), Commit, "commit")
+    for name in ("../outside.parquet", str(outside)):
+        entry = commit.families["tokens"].model_copy(update={"file": name})
+        place.write_bytes(
+            commit.model_copy(update={"families": {**commit.families, "tokens": entry}}).to_bytes()
+        )
+        assert any("expected its own tokens file" in problem for problem in verify(folder).problems)
+        with pytest.raises(CacheError, match="expected its own tokens file"):
+            Cache.open(folder)
+
+
+def test_manifest_totals_are_compared(folder):
+    place = folder / layout.MANIFEST_FILE
+    manifest = parse_document(place.read_bytes(), Manifest, "manifest")
+    place.write_bytes(manifest.model_copy(update={"num_samples": 1}).to_bytes())
+    assert any("num_samples is 1" in problem for problem in verify(folder).problems)
+
+
+def test_another_format_version_is_named_before_anything_is_parsed(folder):
+    place = folder / layout.CACHE_FILE
+    body = json.loads(place.read_text())
+    assert body["format_version"] == 1
+    description, _ = layout.read_description(folder)
+    place.write_bytes(description.model_copy(update={"format_version": 2}).to_bytes())
+    assert "format version is 2, this Stillhouse reads 1" in verify(folder).problems[0]
+
+
+def drop_samples(columns):
+    """Row 0 without its sampled entries: valid by itself, but not under threshold selection."""
+    tail_mass, entropy, log_sum_exp, label_logprob = (
+        np.array(columns[name][0], np.float32)
+        for name in ("tail_mass", "entropy", "log_sum_exp", "label_logprob")
+    )
+    rows = decode_rows(
+        columns["payload"][0],
+        vocab_size=VOCAB_SIZE,
+        tail_mass=tail_mass,
+        entropy=entropy,
+        log_sum_exp=log_sum_exp,
+        label_logprob=label_logprob,
+    )
+    exact = rows.is_exact()
+    rows = dataclasses.replace(
+        rows,
+        offsets=np.cumsum([0, *rows.num_exact]).astype(np.int64),
+        ids=rows.ids[exact],
+        logprobs=rows.logprobs[exact],
+    )
+    columns["payload"][0] = encode_rows(rows, vocab_size=VOCAB_SIZE, tau=0)
+    columns["num_entries"][0] = rows.num_entries
+    return columns
+
+
+def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):
+    forge(folder, "response", drop_samples)
+    assert any("sampled weights differ by" in problem for problem in verify(folder).problems)
