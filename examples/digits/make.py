@@ -1,0 +1,164 @@
+"""Makes the digits experiment: LLaVA-format data, PNG mosaics, a vision tower, untrained models.
+
+    python examples/digits/make.py --out runs/digits
+
+writes <out>/data/{teacher_train,train,train_clean,test}.jsonl with their images, and
+<out>/models/{teacher_init,student_init_0,…}. `train` and `train_clean` are the same questions about the
+same mosaics; in `train` a stated share of the answers has one wrong number word, as answers of a crowd do.
+Nothing outside this folder knows what a digit is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from examples.digits.mosaics import CATEGORIES, WORDS, Originals, ask, draw_mosaics, load_originals, miswrite
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One question about one mosaic. `answer` is clean; `noisy` may hold one wrong word."""
+
+    sample_id: str
+    image: str
+    category: str
+    question: str
+    answer: str
+    noisy: str
+
+    def line(self, *, noisy: bool, suffix: str = "") -> str:
+        """The pair as a line of LLaVA-format JSONL."""
+        conversation = [
+            {"from": "human", "value": f"<image>\n{self.question}"},
+            {"from": "gpt", "value": self.noisy if noisy else self.answer},
+        ]
+        record = {
+            "id": self.sample_id + suffix,
+            "image": self.image,
+            "category": self.category,
+            "conversations": conversation,
+        }
+        return json.dumps(record) + "\n"
+
+
+def make_pairs(
+    folder: Path,
+    name: str,
+    originals: Originals,
+    *,
+    num_mosaics: int,
+    per_mosaic: int,
+    seed: int,
+    noise: float = 0.0,
+) -> Iterator[Pair]:
+    """Writes each mosaic as <folder>/images/<name>/00000.png and yields its questions.
+
+    Every mosaic gets `per_mosaic` different categories. With probability `noise` a pair's noisy answer
+    has one number word replaced, drawn uniformly from the other nine digits (eighteen sums).
+    """
+    rng = np.random.default_rng(seed)
+    (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+    for index, (pixels, digits) in enumerate(islice(draw_mosaics(originals, rng), num_mosaics)):
+        path = f"images/{name}/{index:05d}.png"
+        Image.fromarray(pixels).save(folder / path)
+        for category in rng.permutation(CATEGORIES)[:per_mosaic]:
+            question, words, num_choices = ask(str(category), digits, rng)
+            noisy = miswrite(words, num_choices, rng) if rng.random() < noise else words
+            sample_id = f"{name}-{index:05d}-{category}"
+            yield Pair(sample_id, path, str(category), question, " ".join(words), " ".join(noisy))
+
+
+def write_data(folder: Path, *, teacher_mosaics: int, mosaics: int, test_mosaics: int, noise: float, seed: int) -> None:
+    """The four JSONL files and their images; test mosaics use only originals that no other file used."""
+    train, test = load_originals(held_out=False), load_originals(held_out=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = make_pairs(folder, "teacher_train", train, num_mosaics=teacher_mosaics, per_mosaic=4, seed=seed + 1)
+    _write(folder / "teacher_train.jsonl", (pair.line(noisy=False) for pair in teacher))
+    pairs = list(make_pairs(folder, "train", train, num_mosaics=mosaics, per_mosaic=2, seed=seed + 2, noise=noise))
+    _write(folder / "train.jsonl", (pair.line(noisy=True) for pair in pairs))
+    _write(folder / "train_clean.jsonl", (pair.line(noisy=False, suffix="-clean") for pair in pairs))
+    held_out = make_pairs(folder, "test", test, num_mosaics=test_mosaics, per_mosaic=2, seed=seed + 3)
+    _write(folder / "test.jsonl", (pair.line(noisy=False) for pair in held_out))
+
+
+def write_models(folder: Path, *, tower_steps: int, num_students: int, min_tower_accuracy: float, seed: int) -> None:
+    """The untrained teacher and one untrained student a seed, all with the same pretrained vision tower."""
+    from examples.digits.models import (  # after the data: torch is slow
+        STUDENT,
+        TEACHER,
+        make_llava,
+        make_processor,
+    )
+    from examples.digits.tower import pretrain_tower
+    from student_train.checkpoint import save_checkpoint
+
+    train, test = load_originals(held_out=False), load_originals(held_out=True)
+    tower, accuracy = pretrain_tower(train, test, steps=tower_steps, seed=seed)
+    print(f"vision tower: {accuracy:.1%} of held-out digits read by its probe")
+    if accuracy < min_tower_accuracy:
+        raise SystemExit(f"the tower reads {accuracy:.1%}, expected {min_tower_accuracy:.1%}; raise --tower-steps")
+    rng = np.random.default_rng(seed)
+    texts = [text for _, digits in islice(draw_mosaics(train, rng), 200) for text in _texts(digits, rng)]
+    processor = make_processor([*texts, *WORDS, "user\n", "assistant\n"])
+    with tempfile.TemporaryDirectory() as source:
+        processor.save_pretrained(source)
+        save_checkpoint(make_llava(tower, processor, TEACHER, seed=seed), folder / "teacher_init", source)
+        for student in range(num_students):
+            model = make_llava(tower, processor, STUDENT, seed=seed + 1 + student)
+            save_checkpoint(model, folder / f"student_init_{student}", source)
+
+
+def _texts(digits: np.ndarray, rng: np.random.Generator) -> Iterator[str]:
+    for category in CATEGORIES:
+        question, words, _ = ask(category, digits, rng)
+        yield f"{question} {' '.join(words)}"
+
+
+def _write(path: Path, lines: Iterator[str]) -> None:
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    """Parses the arguments and makes everything."""
+    parser = argparse.ArgumentParser(description="Makes the digits experiment's data and models.")
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets data/ and models/")
+    parser.add_argument("--teacher-mosaics", type=int, default=4000, help="four questions each, clean answers")
+    parser.add_argument("--mosaics", type=int, default=1000, help="of the students, two questions each")
+    parser.add_argument("--test-mosaics", type=int, default=250, help="two questions each, clean answers")
+    parser.add_argument("--noise", type=float, default=0.5, help="share of students' answers with a wrong word")
+    parser.add_argument("--tower-steps", type=int, default=700)
+    parser.add_argument("--min-tower-accuracy", type=float, default=0.95, help="below it making the models fails")
+    parser.add_argument("--students", type=int, default=3, help="untrained students, one a seed")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write_data(
+        arguments.out / "data",
+        teacher_mosaics=arguments.teacher_mosaics,
+        mosaics=arguments.mosaics,
+        test_mosaics=arguments.test_mosaics,
+        noise=arguments.noise,
+        seed=arguments.seed,
+    )
+    write_models(
+        arguments.out / "models",
+        tower_steps=arguments.tower_steps,
+        num_students=arguments.students,
+        min_tower_accuracy=arguments.min_tower_accuracy,
+        seed=arguments.seed,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The command `stillhouse`, the same as `python -m pipeline`.
+
+Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from storage.errors import ConfigError, StillhouseError
+
+DEFAULT_FILE = "pipeline.yaml"
+Action = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        _take_overrides(arguments, rest)
+        arguments.act(arguments)
+    except ConfigError as error:
+        print(f"stillhouse: {error}", file=sys.stderr)
+        return 2
+    except StillhouseError as error:
+        print(f"stillhouse: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stillhouse: interrupted; what is finished is kept, run the same command again", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb with its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="stillhouse", description="Run the big teacher once; train every student from the cache."
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, act: Action, text: str, *, file: bool = True) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(act=act, takes_file=file)
+        if file:
+            sub.add_argument("words", nargs="*", metavar="FILE | section.field=value", help=f"default {DEFAULT_FILE}")
+        return sub
+
+    verb("run", _run, "everything: data, teacher, dump, verify, train, evaluate, report")
+    verb("check", _check, "validate configuration, data and prompts before anything costs money")
+    verb("dump", _dump, "run the teacher once and write the cache")
+    sub = verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
+    sub.add_argument("cache", type=Path)
+    sub.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    sub = verb("inspect", _inspect, "what is in a cache", file=False)
+    sub.add_argument("cache", type=Path)
+    sub = verb("train", _train, "train one stage under torchrun")
+    sub.add_argument("--stage", required=True)
+    sub = verb("evaluate", _evaluate, "accuracy of a model, and its fidelity to the cached teacher")
+    sub.add_argument("--model", type=Path, required=True, metavar="DIR")
+    sub = verb("ask", _ask, "ask any teacher or student about an image", file=False)
+    sub.add_argument("--model", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--image", type=Path, required=True, metavar="FILE")
+    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("question")
+    verb("ablate", _ablate, "the ablation grid over one cache")
+    sub = verb("report", _report, "report.json and report.html of a run", file=False)
+    sub.add_argument("folder", type=Path, metavar="DIR")
+    return parser
+
+
+def _take_overrides(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Sorts a verb's loose words into the YAML file and its overrides; refuses what is neither."""
+    if not arguments.takes_file:
+        if rest:
+            raise ConfigError(f"unexpected argument {rest[0]!r}; see `stillhouse VERB --help`")
+        return
+    words = [*arguments.words, *rest]
+    unknown = [word for word in words if word.startswith("-")]
+    files = [word for word in words if "=" not in word and not word.startswith("-")]
+    if unknown:
+        raise ConfigError(f"unexpected option {unknown[0]!r}; see `stillhouse VERB --help`")
+    if len(files) > 1:
+        raise ConfigError(f"got {len(files)} files ({', '.join(files)}), expected one and section.field=value")
+    arguments.file = Path(files[0] if files else DEFAULT_FILE)
+    arguments.overrides = [word for word in words if "=" in word]
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from pipeline.config import read_experiment
+    from pipeline.run import run
+    from pipeline.summary import print_summary
+
+    page = run(read_experiment(arguments.file, arguments.overrides))
+    print_summary(page.parent)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from pipeline.check import check
+    from pipeline.config import read_experiment
+
+    for line in check(read_experiment(arguments.file, arguments.overrides)):
+        print(line)
+
+
+def _dump(arguments: argparse.Namespace) -> None:
+    from teacher_dump.__main__ import table
+    from teacher_dump.dump import read_settings, run_dump
+
+    print(table(run_dump(read_settings(arguments.file, arguments.overrides))))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from pipeline.run import scan
+
+    report = scan(arguments.cache)
+    if arguments.json:
+        print(json.dumps(asdict(report)))
+    elif report.ok:
+        print(f"{arguments.cache}: whole; {report.num_samples:,} samples in {report.num_parts:,} parts")
+    if not report.ok:
+        raise StillhouseError(f"{arguments.cache}: {len(report.problems)} problems\n  " + "\n  ".join(report.problems))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from pipeline.summary import describe_cache
+
+    print(describe_cache(arguments.cache))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from pipeline.config import read_experiment
+    from pipeline.run import train
+
+    train(read_experiment(arguments.file, arguments.overrides), arguments.stage)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from pipeline.config import read_experiment
+    from pipeline.run import evaluate_model
+    from pipeline.summary import describe_evaluation
+
+    if not arguments.model.is_dir():
+        raise ConfigError(f"--model {arguments.model} is not a folder")
+    print(describe_evaluation(evaluate_model(read_experiment(arguments.file, arguments.overrides), arguments.model)))
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from student_train.ask import answer
+
+    print(answer(arguments.model, arguments.image, arguments.question, max_new_tokens=arguments.max_new_tokens))
+
+
+def _ablate(arguments: argparse.Namespace) -> None:
+    from pipeline.ablate import ablate
+    from pipeline.config import read_experiment
+    from pipeline.report import write_report
+    from pipeline.summary import print_summary
+
+    experiment = read_experiment(arguments.file, arguments.overrides)
+    ablate(experiment)
+    write_report(experiment.run)
+    print_summary(experiment.run)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from pipeline.report import write_report
+    from pipeline.summary import print_summary
+
+    write_report(arguments.folder)
+    print_summary(arguments.folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

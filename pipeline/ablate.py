@@ -1,0 +1,123 @@
+"""The ablation grid: every run once a seed, all over one cache, scheduled by Ray, finished runs not repeated.
+
+Each run lies in <run>/models/<name>/seed<k>/ with its checkpoint, metrics.jsonl, summary.json and
+evaluation.json. <run>/ablations.json lists them for the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.config import Experiment
+from pipeline.ledger import Ledger, file_fingerprint
+from pipeline.training import torchrun_command, training_environment
+from storage.errors import StillhouseError
+from storage.files import write_atomically
+from storage.sections import Named, read_sections
+from student_train.config import StageSection
+from teacher_dump.ray_jobs import Command, run_commands
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One run of the grid with one seed."""
+
+    name: str
+    stage: str
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]  # the experiment's own and the run's
+    section: StageSection  # with the overrides applied
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-seed{self.seed}"
+
+
+def grid(experiment: Experiment) -> Iterator[GridRun]:
+    """Every run of `ablations:` in the file's order, the seeds inside."""
+    for name, run in experiment.ablations.runs.items():
+        for seed in experiment.ablations.seeds:
+            folder = experiment.run / "models" / name / f"seed{seed}"
+            place = f"stages.{run.stage}"
+            overrides = (
+                *experiment.overrides,
+                *run.overrides(),
+                f"{place}.seed={seed}",
+                f"{place}.output={json.dumps(str(folder))}",
+            )
+            section = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"][run.stage]
+            yield GridRun(name, run.stage, seed, folder, overrides, section)
+
+
+def ablate(experiment: Experiment) -> list[GridRun]:
+    """Runs what is not finished and writes <run>/ablations.json; `StillhouseError` names the runs that failed."""
+    runs = list(grid(experiment))
+    ledger = Ledger(experiment.run / "steps")
+    inputs = {run.label: _inputs(experiment, run) for run in runs}
+    waiting = {run.label: run for run in runs if not ledger.is_done(run.label, inputs[run.label], _outputs(run))}
+    (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
+    commands = [
+        Command(
+            name=run.label,
+            argv=torchrun_command(
+                experiment.path,
+                run.stage,
+                run.overrides,
+                num_processes=run.section.num_processes,
+                evaluate=True,
+            ),
+            env=training_environment(round(experiment.ablations.cpus_per_run / run.section.num_processes)),
+            log_path=experiment.run / "logs" / f"{run.label}.log",
+        )
+        for run in waiting.values()
+    ]
+    failed = []
+    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="students", unit="run")
+    with bar:
+        for result in run_commands(
+            commands,
+            experiment.ablations.cpus_per_run,
+            experiment.ablations.gpus_per_run,
+            address=experiment.dump.ray_address,
+            logs=experiment.run / "logs",
+        ):
+            run = waiting[result.name]
+            if result.returncode == 0 and all(path.exists() for path in _outputs(run)):
+                ledger.record(run.label, inputs[run.label], seconds=result.seconds)
+                accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
+                bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
+            else:
+                failed.append(f"{run.label}: exit code {result.returncode}, see {result.log_path}")
+            bar.update()
+    if failed:
+        raise StillhouseError("training failed:\n  " + "\n  ".join(failed))
+    listing = [{"name": run.name, "stage": run.stage, "seed": run.seed, "folder": str(run.folder)} for run in runs]
+    document = {
+        "runs": listing,
+        "controls": {name: experiment.ablations.controls_of(name) for name in experiment.ablations.runs},
+        "cache": experiment.cache.path,
+        "teacher": experiment.teacher.model,
+    }
+    write_atomically(experiment.run / "ablations.json", json.dumps(document, indent=1).encode())
+    return runs
+
+
+def _outputs(run: GridRun) -> list[Path]:
+    return [run.folder / name for name in ("config.json", "summary.json", "evaluation.json")]
+
+
+def _inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
+    init = Path(run.section.init.replace("{seed}", str(run.seed)))
+    return {
+        "stage": run.section.model_dump(mode="json"),
+        "evaluation": experiment.evaluation.model_dump(mode="json"),
+        "init": file_fingerprint(init) if init.is_dir() else str(init),
+        "cache": file_fingerprint(Path(run.section.cache or experiment.cache.path) / "manifest.json"),
+    }

@@ -1,0 +1,56 @@
+"""The ledger of an experiment: which steps are done, and from what they were made.
+
+A step is a name and the fingerprint of everything that it depends on. Its entry is one JSON file
+under <run>/steps/, written after the step's own outputs, so its existence means that they are whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Finished steps of one experiment, kept in `folder`."""
+
+    folder: Path
+
+    def is_done(self, step: str, inputs: dict[str, Any], outputs: list[Path]) -> bool:
+        """Whether `step` finished from exactly these inputs and its outputs still exist."""
+        try:
+            entry = json.loads(self._path(step).read_bytes())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        return entry.get("fingerprint") == fingerprint(inputs) and all(path.exists() for path in outputs)
+
+    def record(self, step: str, inputs: dict[str, Any], **facts: Any) -> None:
+        """Notes that `step` is finished; its outputs must be on disk already."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        entry = {"step": step, "fingerprint": fingerprint(inputs), "inputs": inputs, **facts}
+        write_atomically(self._path(step), json.dumps(entry, indent=1, default=str).encode())
+
+    def _path(self, step: str) -> Path:
+        return self.folder / f"{step}.json"
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """sha256 of a file's bytes, or of the names and bytes of every file in a folder."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
+    for file in files:
+        digest.update(file.relative_to(path.parent).as_posix().encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

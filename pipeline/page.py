@@ -1,0 +1,146 @@
+"""report.html: one self-contained page, no script, nothing fetched; every text from data is escaped."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from pipeline.plots import accuracy_plot, category_plot, colour_of, loss_plots
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fbfaf7; margin: 0 auto; max-width: 900px;
+  padding: 2rem 1.2rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+p.lead { font-size: 1.1rem; border-left: 4px solid #c8553d; padding-left: .8rem; margin: 1.2rem 0; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .55rem; border-bottom: 1px solid #e3dfd5; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #555; }
+.wide { overflow-x: auto; } .dim { color: #777; } svg { width: 100%; height: auto; }
+.swatch { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .45em; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; }
+dt { color: #555; } dd { margin: 0; }
+"""
+
+
+def render_page(report: dict[str, Any], metrics: dict[str, list[dict[str, float]]]) -> str:
+    """The page as text. `metrics` holds the logged steps of every run, by "<run>/seed<k>"."""
+    runs = report["runs"]
+    pictures = loss_plots(runs, metrics)
+    sections = [
+        ("Result", _results(report)),
+        ("Exact match by run", accuracy_plot(runs, report["teacher"].get("exact_match"))),
+        ("Paired differences to the controls, points of exact match", _differences(report)),
+        ("Exact match by question type", category_plot(runs) + _categories(runs)),
+        ("The teacher and its cache", _cache(report)),
+        *((f"Loss: {name.replace('_', ' ')}", picture) for name, picture in pictures.items()),
+    ]
+    body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(report['name'])} · Stillhouse</title><style>{STYLE}</style></head><body>"
+        f'<h1>{escape(report["name"])}</h1><p class="dim">{escape(report["machine"])}</p>'
+        f'<p class="lead">{escape(report["verdict"])}</p>{body}</body></html>\n'
+    )
+
+
+def format_bytes(size: float) -> str:
+    """A size in the largest unit that leaves at least 1: 1,536 -> "1.5 kB" (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def percent(value: dict[str, float] | None) -> str:
+    """A share with its spread: "68.8 ± 0.7 %"; a dash when it was not measured."""
+    return "–" if value is None else f"{100 * value['mean']:.1f} ± {100 * value['sd']:.1f} %"
+
+
+def _nats(value: dict[str, float] | None) -> str:
+    return "–" if value is None else f"{value['mean']:.3f} ± {value['sd']:.3f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
+
+
+def _names(runs: list[dict[str, Any]]) -> dict[str, str]:
+    return {
+        name: f'<span class="swatch" style="background:{colour}"></span>{escape(name)}'
+        for name, colour in colour_of(runs).items()
+    }
+
+
+def _results(report: dict[str, Any]) -> str:
+    runs, teacher = report["runs"], report["teacher"]
+    header = ["run", "exact match", "held-out KL to the teacher", "top-1 agreement", "steps", "seconds", "peak memory"]
+    rows = [
+        [
+            _names(runs)[run["name"]],
+            percent(run["exact_match"]),
+            _nats(run["kl_to_teacher"]),
+            percent(run["top1_agreement"]),
+            str(run["steps"]),
+            f"{run['seconds']:.0f}",
+            format_bytes(run["peak_memory_bytes"]),
+        ]
+        for run in runs
+    ]
+    if teacher:
+        kl = teacher.get("kl_to_teacher")
+        rows.append(
+            [
+                "teacher",
+                f"{100 * teacher['exact_match']:.1f} %",
+                "–" if kl is None else f"{kl:.3f}",
+                "–" if teacher.get("top1_agreement") is None else f"{100 * teacher['top1_agreement']:.1f} %",
+                "–",
+                "–" if teacher.get("training_seconds") is None else f"{teacher['training_seconds']:.0f}",
+                "–",
+            ]
+        )
+    num_seeds = max((run["num_seeds"] for run in runs), default=0)
+    note = f'<p class="dim">Mean ± standard deviation over {num_seeds} seeds.</p>'
+    return _table(header, rows) + note
+
+
+def _differences(report: dict[str, Any]) -> str:
+    rows = []
+    for run in report["runs"]:
+        for control, found in run["paired"].items():
+            interval = "–" if found["low"] is None else f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
+            rows.append([_names(report["runs"])[run["name"]], escape(control), f"{100 * found['mean']:+.1f}", interval])
+    return _table(["run", "less", "difference", "95 % interval"], rows)
+
+
+def _categories(runs: list[dict[str, Any]]) -> str:
+    categories = sorted({category for run in runs for category in run["by_category"]})
+    missing: dict[str, float] | None = None
+    rows = [
+        [_names(runs)[run["name"]], *(percent(run["by_category"].get(category, missing)) for category in categories)]
+        for run in runs
+    ]
+    return _table(["run", *categories], rows)
+
+
+def _cache(report: dict[str, Any]) -> str:
+    cache, dump = report["cache"], report["dump"]
+    facts: list[tuple[str, str]] = []
+    if cache:
+        per_row = cache["bytes_per_row_by_family"]
+        facts += [
+            ("samples", f"{cache['num_samples']:,} ({cache['num_errors']} refused)"),
+            ("size", f"{format_bytes(cache['bytes'])} for {cache['num_rows']:,} cached rows"),
+            ("bytes a row", ", ".join(f"{name} {size:.1f}" for name, size in per_row.items())),
+            ("by family", ", ".join(f"{name} {format_bytes(size)}" for name, size in cache["bytes_by_family"].items())),
+            ("teacher", f"{cache['teacher']}, {cache['engine']}"),
+        ]
+    if dump:
+        facts += [("dump", f"{dump['num_tokens']:,} tokens at {dump['tokens_per_s']:,.0f} tokens/s")]
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
+    return f"<dl>{items}</dl>"

@@ -1,0 +1,189 @@
+"""What a run measured, gathered from its files into report.json and report.html.
+
+Spreads are standard deviations over seeds; differences to a control are taken seed by seed (paired)
+and carry a 95 % interval of Student's t.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy import stats
+
+from pipeline.page import render_page
+from storage.errors import ConfigError
+from storage.files import write_atomically
+from storage.reader import Cache
+
+
+def write_report(folder: Path) -> Path:
+    """Writes <folder>/report.json and report.html and returns the latter's path."""
+    report = build_report(folder)
+    write_atomically(folder / "report.json", json.dumps(report, indent=1).encode())
+    metrics = {
+        f"{run['name']}/seed{seed}": read_metrics(folder / "models" / run["name"] / f"seed{seed}")
+        for run in report["runs"]
+        for seed in run["seeds"]
+    }
+    page = folder / "report.html"
+    write_atomically(page, render_page(report, metrics).encode())
+    return page
+
+
+def build_report(folder: Path) -> dict[str, Any]:
+    """The report as plain data; `ConfigError` when `folder` holds no finished ablation."""
+    listing = _read(folder / "ablations.json")
+    if listing is None:
+        raise ConfigError(f"{folder}: ablations.json is missing; run `stillhouse run` or `stillhouse ablate` first")
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for entry in listing["runs"]:
+        by_name.setdefault(entry["name"], []).append(_read_run(Path(entry["folder"]), entry))
+    runs = [_summarise(name, entries) for name, entries in by_name.items()]
+    for run in runs:
+        controls = listing["controls"].get(run["name"], [])
+        run["paired"] = {control: paired_difference(by_name[run["name"]], by_name[control]) for control in controls}
+    cache = listing.get("cache")
+    return {
+        "name": folder.name,
+        "machine": describe_machine(),
+        "teacher": _read_teacher(listing.get("teacher")),
+        "cache": {} if cache is None else _read_cache(Path(cache)),
+        "dump": {} if cache is None else _read(Path(cache) / "dump.json") or {},
+        "runs": runs,
+        "verdict": verdict(runs),
+    }
+
+
+def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
+    """{"mean", "sd"}; sd is the sample's, 0 for a single value."""
+    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
+
+
+def paired_difference(run: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Exact match of `run` less that of `control`, seed by seed: mean, sd, 95 % interval (None for one seed)."""
+    of_control = {entry["seed"]: entry["exact_match"] for entry in control}
+    differences = [entry["exact_match"] - of_control[entry["seed"]] for entry in run if entry["seed"] in of_control]
+    summary: dict[str, float | None] = {**mean_and_sd(differences), "low": None, "high": None}
+    if len(differences) > 1:
+        half = float(stats.t.ppf(0.975, len(differences) - 1)) * stdev(differences) / len(differences) ** 0.5
+        summary |= {"low": fmean(differences) - half, "high": fmean(differences) + half}
+    return summary
+
+
+def verdict(runs: Sequence[dict[str, Any]]) -> str:
+    """One sentence: which distilled runs beat all of their controls, judged by the paired 95 % intervals."""
+    distilled = [run for run in runs if run["distilled"] and run["paired"]]
+    if not distilled:
+        return "There is nothing to compare: no distilled run has a control."
+    wins = [run for run in distilled if all(_beats(difference) for difference in run["paired"].values())]
+    losses = [run for run in distilled if run not in wins]
+    parts = []
+    if wins:
+        parts.append(f"Distillation beat its controls in {_gains(wins)}")
+    if losses:
+        opening = "but not" if wins else "Distillation did not beat its controls"
+        parts.append(f"{opening} by more than the seeds' spread in {_gains(losses)}")
+    return ", ".join(parts) + ". Exact match, paired by seed, with 95 % intervals."
+
+
+def _beats(difference: dict[str, float | None]) -> bool:
+    return difference["low"] is not None and difference["low"] > 0
+
+
+def _gains(runs: list[dict[str, Any]]) -> str:
+    gains = []
+    for run in runs:
+        found = ", ".join(f"{_points(difference)} to {control}" for control, difference in run["paired"].items())
+        gains.append(f"{run['name']} ({found})")
+    return "; ".join(gains)
+
+
+def _points(difference: dict[str, Any]) -> str:
+    if difference["low"] is None:
+        return f"{100 * difference['mean']:+.1f} points"
+    return f"{100 * difference['mean']:+.1f} points [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+
+
+def _read_run(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    summary, evaluation = _read(folder / "summary.json"), _read(folder / "evaluation.json")
+    if summary is None or evaluation is None:
+        raise ConfigError(f"{folder}: summary.json or evaluation.json is missing; run `stillhouse ablate` again")
+    return {**summary, **evaluation, "seconds": summary["seconds"], "seed": entry["seed"], "stage": entry["stage"]}
+
+
+def _summarise(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    categories = sorted({category for entry in entries for category in entry["by_category"]})
+    return {
+        "name": name,
+        "stage": entries[0]["stage"],
+        "distilled": any(part in entries[0]["final"] for part in ("response", "visual", "relation")),
+        "steps": entries[0]["steps"],
+        "seeds": [entry["seed"] for entry in entries],
+        "num_seeds": len(entries),
+        "num_parameters": entries[0]["num_parameters"],
+        "exact_match": mean_and_sd([entry["exact_match"] for entry in entries]),
+        "exact_match_by_seed": {str(entry["seed"]): entry["exact_match"] for entry in entries},
+        "by_category": {
+            category: mean_and_sd([entry["by_category"][category]["exact_match"] for entry in entries])
+            for category in categories
+        },
+        "kl_to_teacher": _optional(entries, "kl_to_teacher"),
+        "top1_agreement": _optional(entries, "top1_agreement"),
+        "seconds": fmean([entry["seconds"] for entry in entries]),
+        "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in entries),
+    }
+
+
+def _optional(entries: list[dict[str, Any]], key: str) -> dict[str, float] | None:
+    values = [entry[key] for entry in entries]
+    return None if any(value is None for value in values) else mean_and_sd(values)
+
+
+def _read_teacher(folder: str | None) -> dict[str, Any]:
+    """The teacher's own evaluation, where there is one; without its samples."""
+    evaluation = None if folder is None else _read(Path(folder) / "evaluation.json")
+    if evaluation is None:
+        return {}
+    summary = _read(Path(str(folder)) / "summary.json") or {}
+    kept = {key: value for key, value in evaluation.items() if key != "samples"}
+    return {"num_parameters": summary.get("num_parameters"), "training_seconds": summary.get("seconds"), **kept}
+
+
+def _read_cache(path: Path) -> dict[str, Any]:
+    cache = Cache.open(path, families=())
+    statistics = cache.statistics()
+    num_rows = statistics["num_rows"]
+    return {
+        **statistics,
+        "num_rows": sum(num_rows.values()),
+        "num_rows_by_family": num_rows,
+        "teacher": cache.identity.teacher,
+        "engine": cache.identity.engine,
+    }
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The logged steps of one run, oldest first."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def describe_machine() -> str:
+    """Processor, cores and system in one line."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_bytes()) if path.exists() else None

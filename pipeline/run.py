@@ -1,0 +1,156 @@
+"""The whole road: prepare, train the teacher if asked, dump, verify, train the students, report.
+
+Every step is in the ledger: what is finished and whose inputs have not changed is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.ablate import ablate
+from pipeline.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
+from pipeline.ledger import Ledger, file_fingerprint
+from pipeline.report import write_report
+from pipeline.training import torchrun_command, training_environment
+from storage.errors import ConfigError, StillhouseError
+from storage.verify import VerifyReport, verify
+from teacher_dump.__main__ import table
+from teacher_dump.dump import read_settings, run_dump
+
+
+def run(experiment: Experiment) -> Path:
+    """Everything that `experiment` asks for; returns the path of report.html."""
+    ledger = Ledger(experiment.run / "steps")
+    if experiment.prepare is not None:
+        prepare(experiment, experiment.prepare, ledger)
+    if experiment.train_teacher is not None:
+        train_teacher(experiment, experiment.train_teacher, ledger)
+    dump(experiment)
+    check_cache(Path(experiment.cache.path), ledger)
+    if experiment.train_teacher is not None:
+        evaluate_model(experiment, Path(experiment.teacher.model), ledger, step="evaluate-teacher-on-cache")
+    ablate(experiment)
+    return write_report(experiment.run)
+
+
+def prepare(experiment: Experiment, section: PrepareSection, ledger: Ledger) -> None:
+    """Runs the script of `prepare:` with `--out <run>`, unless it did its work from the same source files."""
+    script = Path(section.script)
+    if not script.is_file():
+        raise ConfigError(f"{experiment.path}: prepare.script is {script}, which is not a file")
+    sources = {path.name: file_fingerprint(path) for path in sorted(script.parent.glob("*.py"))}
+    inputs = {"sources": sources, "arguments": section.arguments}
+    if ledger.is_done("prepare", inputs, [experiment.run / "data", experiment.run / "models"]):
+        return _say("data and untrained models: there already")
+    _say(f"preparing data and untrained models with {script}")
+    arguments = [text for name, value in section.arguments.items() for text in (f"--{name}", str(value))]
+    module = ".".join(script.with_suffix("").parts)
+    _call([sys.executable, "-m", module, "--out", str(experiment.run), *arguments], num_threads=1)
+    ledger.record("prepare", inputs)
+    return None
+
+
+def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: Ledger) -> None:
+    """Trains the teacher with its stage and checks its exact match on held-out questions."""
+    stage = experiment.stage(section.stage, asked_by="train_teacher.stage")
+    overrides = (
+        f"data={section.data.model_dump_json()}",
+        f"teacher.model={json.dumps(section.tokenizer)}",
+        f"cache.path={json.dumps(stage.cache)}",
+        "cache.families=[]",
+    )
+    dump(experiment, overrides)
+    manifest = Path(stage.cache or "") / "manifest.json"
+    inputs = {
+        "stage": stage.model_dump(mode="json"),
+        "init": file_fingerprint(Path(stage.init.replace("{seed}", str(stage.seed)))),
+        "cache": file_fingerprint(manifest),
+        "evaluation": experiment.evaluation.model_dump(mode="json"),
+    }
+    folder = Path(stage.output)
+    if ledger.is_done("train-teacher", inputs, [folder / "config.json", folder / "evaluation.json"]):
+        _say(f"teacher: trained already, {folder}")
+    else:
+        _say(f"training the teacher: stage {section.stage}, {stage.num_processes} processes")
+        train(experiment, section.stage, evaluate=True)
+        ledger.record("train-teacher", inputs)
+    accuracy = json.loads((folder / "evaluation.json").read_bytes())["exact_match"]
+    _say(f"teacher: exact match {accuracy:.1%} on held-out questions")
+    if accuracy < section.min_exact_match:
+        raise StillhouseError(
+            f"the teacher's exact match is {accuracy:.1%}, expected at least {section.min_exact_match:.1%} "
+            "(train_teacher.min_exact_match); a student would learn its mistakes. Train it longer."
+        )
+
+
+def dump(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
+    """Runs the dump in this process and prints what it did."""
+    _say(table(run_dump(read_settings(experiment.path, (*experiment.overrides, *overrides)))))
+
+
+def train(experiment: Experiment, stage_name: str, *, evaluate: bool = False, overrides: Sequence[str] = ()) -> None:
+    """Trains one stage under torchrun in the foreground; `StillhouseError` when it fails."""
+    overrides = (*experiment.overrides, *overrides)
+    stage = read_experiment(experiment.path, overrides).stage(stage_name, asked_by="--stage")
+    command = torchrun_command(
+        experiment.path, stage_name, overrides, num_processes=stage.num_processes, evaluate=evaluate
+    )
+    _call(command, num_threads=1)
+
+
+def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = None, *, step: str = "") -> Path:
+    """Writes <model>/evaluation.json over the cache's evaluation splits, in a process of its own."""
+    target = model / "evaluation.json"
+    inputs = {
+        "model": file_fingerprint(model / "config.json"),
+        "manifest": file_fingerprint(Path(experiment.cache.path) / "manifest.json"),
+        "evaluation": experiment.evaluation.model_dump(mode="json"),
+    }
+    if ledger is not None and ledger.is_done(step, inputs, [target]):
+        return target
+    module = [sys.executable, "-m", "student_train.evaluate", str(experiment.path), "--model", str(model)]
+    _call([*module, *experiment.overrides], num_threads=2)
+    if ledger is not None:
+        ledger.record(step, inputs)
+    return target
+
+
+def check_cache(path: Path, ledger: Ledger) -> None:
+    """Verifies the sealed cache once; `StillhouseError` lists what is wrong."""
+    inputs = {"manifest": file_fingerprint(path / "manifest.json")}
+    if ledger.is_done("verify", inputs, [path / "manifest.json"]):
+        return _say(f"cache: verified already, {path}")
+    report = scan(path)
+    if not report.ok:
+        raise StillhouseError(f"{path} does not verify:\n  " + "\n  ".join(report.problems))
+    ledger.record("verify", inputs)
+    return _say(f"cache: verified, {path}")
+
+
+def scan(path: Path) -> VerifyReport:
+    """The findings of a full scan of the cache, with a progress bar over its parts."""
+    with tqdm(desc="verify", unit="part") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return verify(path, show)
+
+
+def _call(command: Sequence[str], *, num_threads: int) -> None:
+    code = subprocess.run(command, env=training_environment(num_threads), check=False).returncode
+    if code == 2:
+        raise ConfigError("the step above refused its input")
+    if code:
+        raise StillhouseError(f"{' '.join(command[:6])} … ended with exit code {code}")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

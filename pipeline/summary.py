@@ -1,0 +1,61 @@
+"""What the terminal shows: the table at the end of a run, a cache's contents, an evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.page import format_bytes, percent
+from storage.reader import Cache
+
+
+def print_summary(folder: Path) -> None:
+    """Prints the table of <folder>/report.json, its verdict, and where the page lies."""
+    report = json.loads((folder / "report.json").read_bytes())
+    header = ("run", "exact match", "KL to teacher", "seconds", "peak memory")
+    rows = [
+        (
+            run["name"],
+            percent(run["exact_match"]),
+            "–" if run["kl_to_teacher"] is None else f"{run['kl_to_teacher']['mean']:.3f}",
+            f"{run['seconds']:.0f}",
+            format_bytes(run["peak_memory_bytes"]),
+        )
+        for run in report["runs"]
+    ]
+    if report["teacher"]:
+        rows.append(("teacher", f"{100 * report['teacher']['exact_match']:.1f} %", "", "", ""))
+    print(f"\n{_columns([header, *rows])}\n\n{report['verdict']}\n{folder / 'report.html'}")
+
+
+def describe_cache(path: Path) -> str:
+    """A cache's identity, families and sizes as text."""
+    cache = Cache.open(path, families=())
+    statistics = cache.statistics()
+    sizes = [(name, format_bytes(size)) for name, size in statistics["bytes_by_family"].items()]
+    rows = [(f"{name} rows", f"{number:,}") for name, number in statistics["num_rows"].items()]
+    identity = [(name, str(value)) for name, value in cache.identity.model_dump().items()]
+    counts = [("samples", f"{statistics['num_samples']:,}"), ("errors", f"{statistics['num_errors']:,}")]
+    return _columns([*identity, *counts, *rows, *sizes, ("total", format_bytes(statistics["bytes"]))])
+
+
+def describe_evaluation(path: Path) -> str:
+    """An evaluation.json as a few lines of text."""
+    evaluation = json.loads(path.read_bytes())
+    rows = [("exact match", f"{100 * evaluation['exact_match']:.1f} %")]
+    rows += [(name, f"{100 * found['exact_match']:.1f} %") for name, found in evaluation["by_category"].items()]
+    if evaluation["kl_to_teacher"] is not None:
+        rows.append(("KL to the teacher", f"{evaluation['kl_to_teacher']:.4f} nats"))
+        rows.append(("top-1 agreement", f"{100 * evaluation['top1_agreement']:.1f} %"))
+    return f"{_columns(rows)}\n{path}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length in columns: the first to the left, and the others to the right if there are several."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *(cells if len(others) > 1 else others)]).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,33 @@
+"""A step counts as done only if its inputs are the same and its outputs exist."""
+
+from pipeline.ledger import Ledger, file_fingerprint
+
+
+def test_a_step_is_done_only_with_the_same_inputs_and_existing_outputs(tmp_path):
+    ledger, output = Ledger(tmp_path / "steps"), tmp_path / "out"
+    assert not ledger.is_done("train", {"lr": 1}, [])
+    output.touch()
+    ledger.record("train", {"lr": 1})
+    assert ledger.is_done("train", {"lr": 1}, [output])
+    assert not ledger.is_done("train", {"lr": 2}, [output])
+    output.unlink()
+    assert not ledger.is_done("train", {"lr": 1}, [output])
+
+
+def test_a_torn_entry_counts_as_not_done(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.record("train", {"lr": 1})
+    entry = tmp_path / "train.json"
+    entry.write_bytes(entry.read_bytes()[:10])
+    assert not ledger.is_done("train", {"lr": 1}, [])
+
+
+def test_folder_fingerprint_sees_names_and_bytes(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    first = file_fingerprint(folder)
+    (folder / "a").write_text("2")
+    second = file_fingerprint(folder)
+    (folder / "a").rename(folder / "b")
+    assert len({first, second, file_fingerprint(folder)}) == 3

@@ -1,0 +1,83 @@
+"""The report's arithmetic by hand, its sentence both ways, and its page against hostile text."""
+
+import pytest
+
+from pipeline.page import format_bytes, render_page
+from pipeline.report import mean_and_sd, paired_difference, verdict
+
+
+def entries(*values: float) -> list[dict]:
+    return [{"seed": seed, "exact_match": value} for seed, value in enumerate(values)]
+
+
+def run(name: str, *, distilled: bool, paired: dict) -> dict:
+    return {
+        "name": name,
+        "stage": "dft",
+        "distilled": distilled,
+        "steps": 3,
+        "seeds": [0, 1],
+        "num_seeds": 2,
+        "num_parameters": 10,
+        "exact_match": {"mean": 0.5, "sd": 0.1},
+        "exact_match_by_seed": {"0": 0.4, "1": 0.6},
+        "by_category": {"place": {"mean": 0.5, "sd": 0.1}},
+        "kl_to_teacher": None,
+        "top1_agreement": None,
+        "seconds": 1.0,
+        "peak_memory_bytes": 1,
+        "paired": paired,
+    }
+
+
+def test_paired_difference_by_hand():
+    # Differences .1, .2, .3: mean .2, sd .1, half-width 4.303 * .1 / sqrt(3) = .2484.
+    found = paired_difference(entries(0.6, 0.7, 0.8), entries(0.5, 0.5, 0.5))
+    assert found["mean"] == pytest.approx(0.2)
+    assert found["sd"] == pytest.approx(0.1)
+    assert found["low"] == pytest.approx(0.2 - 0.2484, abs=1e-4)
+    assert found["high"] == pytest.approx(0.2 + 0.2484, abs=1e-4)
+
+
+def test_paired_difference_pairs_by_seed_not_by_order():
+    assert paired_difference(entries(0.6, 0.7), entries(0.5, 0.6)[::-1])["sd"] == pytest.approx(0)
+
+
+def test_one_seed_has_no_interval():
+    assert paired_difference(entries(0.6), entries(0.5))["low"] is None
+    assert mean_and_sd([0.3]) == {"mean": 0.3, "sd": 0.0}
+
+
+def test_verdict_is_honest_either_way():
+    better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
+    worse = {"mean": -0.1, "sd": 0.01, "low": -0.15, "high": -0.05}
+    unsure = {"mean": 0.1, "sd": 0.1, "low": -0.05, "high": 0.25}
+    wins = run("kd", distilled=True, paired={"sft": better, "double": better})
+    for bad in (worse, unsure):
+        loses = run("kd2", distilled=True, paired={"sft": better, "double": bad})
+        assert verdict([loses]).startswith("Distillation did not beat its controls")
+        both = verdict([wins, loses])
+        assert both.startswith("Distillation beat its controls in kd (+10.0")
+        assert "but not by more than the seeds' spread in kd2" in both
+    assert verdict([wins]).startswith("Distillation beat its controls in kd (+10.0 points [+5.0, +15.0] to sft")
+    assert "nothing to compare" in verdict([run("sft", distilled=False, paired={"x": better})])
+
+
+def test_page_escapes_text_from_data():
+    hostile = "<script>alert(1)</script>"
+    report = {
+        "name": hostile,
+        "machine": hostile,
+        "teacher": {},
+        "cache": {},
+        "dump": {},
+        "runs": [run(hostile, distilled=False, paired={})],
+        "verdict": hostile,
+    }
+    page = render_page(report, {f"{hostile}/seed{seed}": [{"step": 1, "cross_entropy": 2.0}] for seed in (0, 1)})
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_sizes_are_decimal():
+    assert [format_bytes(size) for size in (999, 1000, 1.5e6, 2e12)] == ["999 B", "1.0 kB", "1.5 MB", "2.0 TB"]
