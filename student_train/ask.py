@@ -1,0 +1,86 @@
+"""One question about one image to any checkpoint, through its own chat template and processor."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.errors import StillhouseError
+from storage.identity import real_vocab_size
+from storage.records import ImageRef, TokensRecord
+from student_train.batch import collate_prompts
+from student_train.generation import greedy
+from student_train.huggingface import load_processor
+from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.models import Checkpoint, load_for_inference, read_checkpoint
+from student_train.student import Student
+
+
+def answer(model_dir: str | Path, image_path: str | Path, question: str, max_new_tokens: int = 64) -> str:
+    """The model's greedy answer. The model stays loaded for the next question.
+
+    Errors: StillhouseError for a checkpoint, template or image that cannot be used; ConfigError for an
+    architecture that is not served.
+    """
+    checkpoint, processor, student = _loaded(str(model_dir))
+    tokens = _prompt(processor, checkpoint, Path(image_path), question)
+    folder = ImageFolder(Path(image_path).parent, checkpoint.image_processor)
+    vision = VisionSource(folder, features=None, pixels=FeatureStore(0))
+    prompts = collate_prompts([tokens], checkpoint.grid, vision.gather)
+    (ids,) = greedy(
+        student,
+        prompts.to(next(student.parameters()).device),
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=_eos_token_ids(checkpoint, student),
+    )
+    return checkpoint.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@lru_cache(maxsize=1)
+def _loaded(model_dir: str) -> tuple[Checkpoint, Any, Student]:
+    checkpoint = read_checkpoint(model_dir)
+    processor = load_processor(model_dir)
+    if getattr(processor, "chat_template", None) is None:
+        raise StillhouseError(f"{model_dir}: has no chat template; add chat_template.jinja to it")
+    vocab_size = real_vocab_size(checkpoint.tokenizer.get_vocab())
+    return checkpoint, processor, load_for_inference(checkpoint, vocab_size=vocab_size)
+
+
+def _prompt(processor: Any, checkpoint: Checkpoint, image: Path, question: str) -> TokensRecord:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    try:
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # templates raise whatever they like through Jinja
+        raise StillhouseError(f"{checkpoint.folder}: the chat template refuses it: {error}") from error
+    ids = checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = checkpoint.tokenizer("")["input_ids"]  # what the tokenizer puts before every text
+    if ids[: len(first)] != first:
+        ids = [*first, *ids]
+    token_ids = np.array(ids, np.int32)
+    found = int(np.count_nonzero(token_ids == checkpoint.grid.image_token_id))
+    if found != 1:
+        raise StillhouseError(
+            f"{checkpoint.folder}: its chat template makes {found} image tokens of one image and "
+            f"{question!r}, expected 1; ask without image markers, or give it a multimodal template"
+        )
+    return TokensRecord("question", "", "", token_ids, np.zeros(len(token_ids), bool), (_reference(image, checkpoint),))
+
+
+def _reference(image: Path, checkpoint: Checkpoint) -> ImageRef:
+    try:
+        sha256 = hashlib.sha256(image.read_bytes()).hexdigest()
+    except OSError as error:
+        raise StillhouseError(f"{image}: cannot be read: {error.strerror}") from error
+    return ImageRef(image.name, sha256, checkpoint.grid.tokens_per_image, key=sha256)
+
+
+def _eos_token_ids(checkpoint: Checkpoint, student: Student) -> set[int]:
+    configured = getattr(student.model.generation_config, "eos_token_id", None)
+    ids = {checkpoint.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return {token_id for token_id in ids if token_id is not None}

@@ -1,0 +1,261 @@
+"""The one place that aligns: sample records become padded token ids, positions of rows, and teacher rows.
+
+Legend: b sequences, t tokens, r response rows, i images, n visual tokens of an image. Positions are flat,
+into b * t. The response token at position p is predicted at p - 1, so there lies its row; a visual row is
+the distribution *at* its visual token, so its position is not shifted. Training pads on the right: in a
+causal model no row that is read can see the padding, hence there is no attention mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from storage.errors import IdentityError, StillhouseError
+from storage.records import ImageRef, RelationMatrix, SampleRecord, TokensRecord
+from storage.rows import SparseRows
+from student_train.images import VisionInput
+from student_train.losses import TeacherRows
+
+Gather = Callable[[Sequence[tuple[str, ImageRef]]], VisionInput]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the student lays out a sequence."""
+
+    image_token_id: int
+    tokens_per_image: int  # of the student's own vision tower
+    pad_token_id: int
+    max_length: int  # positions that the student's decoder has
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One sample for the student, its placeholders expanded. Positions are within the sequence."""
+
+    input_ids: NDArray[np.int64]  # (t,)
+    response_positions: NDArray[np.int64]  # (r,) where each response token is predicted
+    labels: NDArray[np.int64]  # (r,) the response tokens
+    visual_positions: NDArray[np.int64]  # (i * n,)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch. Images are in the order of their placeholders, sequence by sequence."""
+
+    sample_ids: tuple[str, ...]
+    input_ids: Int[Tensor, "b t"]
+    response_positions: Int[Tensor, " r"]
+    labels: Int[Tensor, " r"]
+    visual_positions: Int[Tensor, "i n"]
+    vision: VisionInput
+    response: TeacherRows | None = None  # r rows
+    visual: TeacherRows | None = None  # i * n rows
+    relation: Float[Tensor, "i n n"] | None = None
+    counted: bool = True  # False: a filler, no row of it is in any loss
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+            elif isinstance(value, TeacherRows | VisionInput):
+                moved[name] = value.to(device)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Prompts to be continued, padded on the left so that all end together."""
+
+    input_ids: Int[Tensor, "b t"]
+    attention_mask: Int[Tensor, "b t"]
+    visual_positions: Int[Tensor, "i n"]
+    vision: VisionInput
+
+    def to(self, device: torch.device) -> PromptBatch:
+        """The same prompts on another device."""
+        return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def layout(tokens: TokensRecord, grid: Grid) -> Layout:
+    """A sample with each placeholder expanded to the student's number of visual tokens.
+
+    Errors: StillhouseError for a sample that is longer than the decoder, or whose response starts it.
+    """
+    is_image = tokens.token_ids == grid.image_token_id
+    repeats = np.where(is_image, grid.tokens_per_image, 1)
+    input_ids = np.repeat(tokens.token_ids, repeats).astype(np.int64)
+    if len(input_ids) > grid.max_length:
+        raise StillhouseError(
+            f"sample {tokens.sample_id!r} has {len(input_ids)} tokens for this student, which has "
+            f"{grid.max_length} positions; dump with a smaller teacher.max_length or take a longer student"
+        )
+    responses = np.flatnonzero(np.repeat(tokens.response_mask, repeats))
+    if responses.size and responses[0] == 0:
+        raise StillhouseError(
+            f"sample {tokens.sample_id!r}: its first token is a response token, which nothing predicts; "
+            "dump it again with a prompt before the answer"
+        )
+    return Layout(
+        input_ids=input_ids,
+        response_positions=responses - 1,
+        labels=input_ids[responses],
+        visual_positions=np.flatnonzero(np.repeat(is_image, repeats)),
+    )
+
+
+def collate(
+    records: Sequence[SampleRecord],
+    grid: Grid,
+    gather: Gather,
+    *,
+    families: Sequence[str] = (),
+    counted: bool = True,
+) -> Batch:
+    """The batch of one or more records, with the teacher's rows of `families`.
+
+    A batch that is not counted has no response rows and no teacher rows. Errors: StillhouseError as `layout`
+    and `gather`; IdentityError where the teacher's and the student's visual grids differ and a family needs
+    them equal.
+    """
+    if not counted:
+        families = ()
+    layouts = [layout(record.tokens, grid) for record in records]
+    length = max(len(item.input_ids) for item in layouts)
+    input_ids = np.full((len(records), length), grid.pad_token_id, np.int64)
+    for row, item in enumerate(layouts):
+        input_ids[row, : len(item.input_ids)] = item.input_ids
+    images = [(record.tokens.sample_id, image) for record in records for image in record.tokens.images]
+    starts = np.arange(len(records)) * length
+    visual = [item.visual_positions + start for item, start in zip(layouts, starts, strict=True)]
+    response = [item.response_positions + start for item, start in zip(layouts, starts, strict=True)]
+    labels = [item.labels for item in layouts]
+    if not counted:
+        response, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    if "visual" in families or "relation" in families:
+        for record in records:
+            check_grid(record.tokens, grid)
+    return Batch(
+        sample_ids=tuple(record.tokens.sample_id for record in records),
+        input_ids=torch.from_numpy(input_ids),
+        response_positions=torch.from_numpy(np.concatenate(response)),
+        labels=torch.from_numpy(np.concatenate(labels)),
+        visual_positions=torch.from_numpy(np.concatenate(visual)).view(-1, grid.tokens_per_image),
+        vision=gather(images),
+        response=teacher_rows([_response(record) for record in records]) if "response" in families else None,
+        visual=teacher_rows(_by_image(records, "visual")) if "visual" in families else None,
+        relation=_relation(_by_image(records, "relation"), grid) if "relation" in families else None,
+        counted=counted,
+    )
+
+
+def prompt_of(tokens: TokensRecord, *, image_token_id: int) -> TokensRecord:
+    """A sample up to its first response token, with the images shown until then.
+
+    Errors: StillhouseError for a sample without a response, or that starts with it.
+    """
+    responses = np.flatnonzero(tokens.response_mask)
+    if not responses.size or responses[0] == 0:
+        found = "no response token" if not responses.size else "a response token first"
+        raise StillhouseError(f"sample {tokens.sample_id!r} has {found}, so there is nothing to answer")
+    stop = int(responses[0])
+    num_images = int(np.count_nonzero(tokens.token_ids[:stop] == image_token_id))
+    return replace(
+        tokens,
+        token_ids=tokens.token_ids[:stop],
+        response_mask=tokens.response_mask[:stop],
+        images=tokens.images[:num_images],
+    )
+
+
+def first_answer(tokens: TokensRecord) -> NDArray[np.int32]:
+    """The ids of a sample's first response, its end-of-turn token included; empty without a response."""
+    responses = np.flatnonzero(tokens.response_mask)
+    breaks = np.flatnonzero(np.diff(responses) > 1)
+    return tokens.token_ids[responses[: breaks[0] + 1] if breaks.size else responses]
+
+
+def collate_prompts(prompts: Sequence[TokensRecord], grid: Grid, gather: Gather) -> PromptBatch:
+    """The batch of one or more prompts. Errors: StillhouseError as `layout` and `gather`."""
+    layouts = [layout(tokens, grid) for tokens in prompts]
+    length = max(len(item.input_ids) for item in layouts)
+    input_ids = np.full((len(prompts), length), grid.pad_token_id, np.int64)
+    mask = np.zeros((len(prompts), length), np.int64)
+    visual = []
+    for row, item in enumerate(layouts):
+        start = length - len(item.input_ids)
+        input_ids[row, start:] = item.input_ids
+        mask[row, start:] = 1
+        visual.append(item.visual_positions + row * length + start)
+    return PromptBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(mask),
+        visual_positions=torch.from_numpy(np.concatenate(visual)).view(-1, grid.tokens_per_image),
+        vision=gather([(tokens.sample_id, image) for tokens in prompts for image in tokens.images]),
+    )
+
+
+def check_grid(tokens: TokensRecord, grid: Grid) -> None:
+    """IdentityError unless the teacher gave each image as many visual tokens as the student does."""
+    for image in tokens.images:
+        if image.num_visual_tokens != grid.tokens_per_image:
+            raise IdentityError(
+                f"visual grid: the cache has {image.num_visual_tokens} visual tokens for image {image.path} "
+                f"of sample {tokens.sample_id!r}, this student has {grid.tokens_per_image}; take a student "
+                "with the teacher's grid, or leave the visual and relation losses out"
+            )
+
+
+def teacher_rows(parts: Sequence[SparseRows]) -> TeacherRows:
+    """Rows of the cache as tensors, one part after another."""
+    rows = SparseRows.concatenate(parts)
+    return TeacherRows(
+        offsets=torch.from_numpy(rows.offsets),
+        ids=torch.from_numpy(rows.ids.astype(np.int64)),
+        logprobs=torch.from_numpy(rows.logprobs),
+        num_exact=torch.from_numpy(rows.num_exact.astype(np.int64)),
+        tail_mass=torch.from_numpy(rows.tail_mass),
+        entropy=torch.from_numpy(rows.entropy),
+    )
+
+
+def _response(record: SampleRecord) -> SparseRows:
+    rows = record.response
+    expected = record.tokens.num_response_tokens
+    if rows is None or rows.num_rows != expected:
+        got = "no rows" if rows is None else f"{rows.num_rows} rows"
+        raise StillhouseError(
+            f"sample {record.tokens.sample_id!r}: {got} for {expected} response tokens; run stillhouse verify"
+        )
+    return rows
+
+
+def _by_image(records: Sequence[SampleRecord], family: str) -> list:
+    signals = []
+    for record in records:
+        for image in record.tokens.images:
+            signal = getattr(record, family).get(image.key)
+            if signal is None:
+                raise StillhouseError(
+                    f"sample {record.tokens.sample_id!r}: image {image.path} has no {family} rows; "
+                    "run stillhouse verify"
+                )
+            signals.append(signal)
+    return signals
+
+
+def _relation(matrices: Sequence[RelationMatrix], grid: Grid) -> Float[Tensor, "i n n"]:
+    size = grid.tokens_per_image
+    values = np.empty((len(matrices), size, size), np.float32)
+    for index, matrix in enumerate(matrices):
+        values[index] = matrix.values
+    return torch.from_numpy(values)

@@ -1,0 +1,163 @@
+"""Checkpoints: Hugging Face folders that transformers loads and vLLM serves, written whole or not at all.
+
+Tensor names: transformers 5 saves a LLaVA's tower as `vision_tower.encoder…`, vLLM reads
+`vision_tower.vision_model.encoder…`. The names from before transformers 4.52 are read by both:
+`language_model.model.*`, `language_model.lm_head.*`, `multi_modal_projector.*` and
+`vision_tower.vision_model.*`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from storage.errors import StillhouseError
+
+_WEIGHTS = "model{suffix}.safetensors"
+_INDEX = "model.safetensors.index.json"
+_LEGACY = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"^model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+)
+PROCESSOR_FILES = (  # tokenizer, chat template, image preprocessing
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "*.tiktoken", "chat_template*", "additional_chat_templates/*", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+_OWN_FILES = ("*.safetensors", _INDEX, "config.json", "generation_config.json", *PROCESSOR_FILES)
+
+
+def save_checkpoint(
+    model: Any,
+    folder: str | Path,
+    processor_source: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_bytes: int = 5 << 30,
+) -> Path:
+    """Make `folder` a checkpoint of a LLaVA model with the tokenizer and processor of `processor_source`.
+
+    Either the old folder or the new one is there, never a mixture; other files in it stay. `state_dict`: the
+    model's whole weights, where its parameters are sharded. StillhouseError: no tokenizer in the source.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
+    new.mkdir()
+    try:
+        _write_config(model, new)
+        weights = model.state_dict() if state_dict is None else state_dict
+        _write_weights(model, weights, new, max_shard_bytes)
+        copy_processor(processor_source, new)
+        _replace_folder(folder, new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return folder
+
+
+def copy_processor(source: str | Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and image preprocessing. StillhouseError if there is no tokenizer."""
+    root = _local(source)
+    files = sorted({path for pattern in PROCESSOR_FILES for path in root.glob(pattern) if path.is_file()})
+    if not any(path.name.startswith("tokenizer") or path.suffix == ".model" for path in files):
+        raise StillhouseError(f"{source}: has no tokenizer to put beside weights; give a complete checkpoint")
+    for path in files:
+        target = folder / path.relative_to(root)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def legacy_name(name: str) -> str:
+    """A parameter's name in the file: see this module's header."""
+    for pattern, replacement in _LEGACY:
+        renamed = re.sub(pattern, replacement, name)
+        if renamed != name:
+            return renamed
+    return name
+
+
+def _write_config(model: nn.Module, folder: Path) -> None:
+    import copy
+
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next(model.parameters()).dtype
+    config.save_pretrained(folder)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def _write_weights(model: Any, state_dict: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors = {
+        legacy_name(name): tensor.detach().to("cpu").contiguous()
+        for name, tensor in state_dict.items()
+        if name not in tied
+    }
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=_WEIGHTS, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace_folder(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder`, keeping files of the old one that are no part of a checkpoint."""
+    if folder.exists():
+        stale = {path.name for pattern in _OWN_FILES for path in folder.glob(pattern)}
+        for path in folder.iterdir():
+            if path.name not in stale and not (new / path.name).exists():
+                _link_or_copy(path, new / path.name)
+    for path in new.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(new)
+    old = new.with_name(f"{new.name}-old")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+        return
+    try:
+        os.link(source, target)  # the same file: a log that is open goes on in it
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _local(source: str | Path) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source), allow_patterns=list(PROCESSOR_FILES)))

@@ -1,0 +1,58 @@
+"""The command line of student_train/main.py: reads sections, trains, evaluates, speaks to a person."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from storage.config import CacheSection
+from storage.errors import ConfigError, StillhouseError
+from storage.sections import Named, Sections, read_sections
+from student_train.config import EvaluationSection, StageSection
+
+SCHEMAS = {"cache": CacheSection, "stages": Named(StageSection), "evaluation": EvaluationSection}
+
+
+def main(arguments: Sequence[str], *, started: float) -> int:
+    """Train the stage that the command line names; returns the exit code. `started`: of time.monotonic()."""
+    parser = argparse.ArgumentParser(prog="student_train/main.py", description="Train one stage.")
+    parser.add_argument("file", help="pipeline.yaml")
+    parser.add_argument("--stage", required=True, help="a name below `stages:`")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate the checkpoint afterwards")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the cores from other ranks
+    try:
+        sections = read_sections(options.file, SCHEMAS, options.overrides)
+        train(sections, options.stage, evaluate=options.evaluate, started=started)
+    except StillhouseError as error:
+        is_first = os.environ.get("RANK", "0") == "0"
+        if is_first or getattr(error, "of_this_rank", False):
+            sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def train(sections: Sections, name: str, *, evaluate: bool, started: float) -> None:
+    """Train the stage of that name, and evaluate it on the first rank. Errors: StillhouseError."""
+    stages = sections["stages"]
+    if name not in stages:
+        known = ", ".join(stages) or "no stages"
+        raise ConfigError(f"{sections.path}: there is no stage {name!r}; the file has {known}")
+    from student_train import (
+        trainer,
+    )  # torch and transformers: seconds, which a misspelt name should not cost
+    from student_train.engine import this_process
+    from student_train.material import prepare
+
+    stage = trainer.resolved(stages[name], name)
+    cache_path = stage.cache or sections["cache"].path
+    process = this_process()
+    output = trainer.train(stage, name, prepare(stage, cache_path), process, started=started)
+    if evaluate and process.is_first:
+        from student_train.evaluate import evaluate_model
+
+        evaluate_model(output, cache_path, sections["evaluation"], images=stage.images)

@@ -1,0 +1,87 @@
+"""The `stages:` and `evaluation:` sections of pipeline.yaml: what is trained, on what, by which losses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from storage.config import Section
+
+Module = Literal["vision", "projector", "llm"]
+Treatment = Literal["bucket", "unbiased"]
+
+
+class DistributionLossSection(Section):
+    """Forward KL to cached teacher rows.
+
+    `bucket` uses the exact entries and one bucket for all other mass; `unbiased` uses exact and
+    sampled entries by weight (with top-k rows it would drop the tail, and is refused).
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    treatment: Treatment = "bucket"
+
+
+class RelationLossSection(Section):
+    """1 - cosine between the teacher's and the student's relation matrices, per image."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class LossesSection(Section):
+    """Weights of the losses; one that is absent is not computed, and its family is not read."""
+
+    cross_entropy: Annotated[float, Field(ge=0)] = 1.0  # L_reg, with the data set's labels
+    response: DistributionLossSection | None = None  # L_res
+    visual: DistributionLossSection | None = None  # L_vis
+    relation: RelationLossSection | None = None  # L_rel
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> LossesSection:
+        if self.cross_entropy == 0 and not (self.response or self.visual or self.relation):
+            raise ValueError("no loss is left; give cross_entropy, response, visual or relation")
+        return self
+
+
+class StageSection(Section):
+    """One training stage: start, data, trained modules, losses, schedule."""
+
+    init: str  # checkpoint folder or hub id; `{seed}` becomes the stage's seed
+    output: str = "{run}/models/{stage}"  # checkpoint, metrics.jsonl, summary.json
+    cache: str | None = None  # default: cache.path
+    splits: tuple[str, ...] = ("train",)
+    images: str | None = None  # folder of images; default: the one that the cache names
+    train: tuple[Module, ...] = ("projector", "llm")  # everything else is frozen
+    losses: LossesSection = LossesSection()
+    steps: Annotated[int, Field(ge=1)] | None = None  # optimizer steps; or
+    epochs: Annotated[float, Field(gt=0)] | None = None  # passes over the splits
+    global_batch: Annotated[int, Field(ge=1)] = 128  # samples an optimizer step, over all ranks
+    micro_batch: Annotated[int, Field(ge=1)] = 16  # samples a forward pass, per rank
+    lr: Annotated[float, Field(gt=0)] = 2e-5  # peak
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.03  # of the steps, then cosine to 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0  # of the global gradient
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2  # DeepSpeed ZeRO
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0  # of the sample order
+    chunk_logits: Annotated[int, Field(ge=1)] = 2**25  # of the head in memory at once, 4 bytes each
+    memory_mb: Annotated[int, Field(ge=0)] = 512  # MiB a rank: decoded samples, image features (or pixels)
+    log_every: Annotated[int, Field(ge=1)] = 10  # steps
+    num_processes: Annotated[int, Field(ge=1)] = 1  # ranks that `stillhouse train` asks torchrun for
+
+    @model_validator(mode="after")
+    def _exactly_one_length(self) -> StageSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class EvaluationSection(Section):
+    """Held-out test: generation against the reference answers, and fidelity to the cached teacher."""
+
+    splits: tuple[str, ...] = ("test",)
+    images: str | None = None  # folder of images; default: the one that the cache names
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    batch: Annotated[int, Field(ge=1)] = 64  # samples

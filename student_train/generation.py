@@ -1,0 +1,50 @@
+"""Greedy generation in batches, through the same layout and vocabulary as training.
+
+Legend: b sequences, t tokens, v real vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from student_train.batch import PromptBatch
+from student_train.student import Student
+
+
+@torch.inference_mode()
+def greedy(
+    student: Student, prompts: PromptBatch, *, max_new_tokens: int, eos_token_ids: Collection[int]
+) -> list[list[int]]:
+    """The most probable continuation of each prompt, token by token, without its end-of-turn token.
+
+    Stops at a token of `eos_token_ids` or after `max_new_tokens`. Ids lie in the real vocabulary.
+    """
+    decoder = student.model.model.language_model
+    embedded = student.embedded(prompts.input_ids, prompts.visual_positions, prompts.vision)
+    mask = prompts.attention_mask
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    answers: list[list[int]] = [[] for _ in range(len(mask))]
+    open_rows = list(range(len(mask)))
+    past = None
+    for _ in range(max_new_tokens):
+        output = decoder(
+            inputs_embeds=embedded,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=True,
+        )
+        past = output.past_key_values
+        chosen = student.logits(output.last_hidden_state[:, -1]).argmax(1)  # (b,)
+        ids = chosen.tolist()
+        open_rows = [row for row in open_rows if ids[row] not in eos_token_ids]
+        for row in open_rows:
+            answers[row].append(ids[row])
+        if not open_rows:
+            break
+        embedded = student.model.get_input_embeddings()(chosen)[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return answers

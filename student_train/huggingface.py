@@ -1,0 +1,106 @@
+"""The one door to transformers: imported lean, with images always processed by Pillow.
+
+transformers imports torchvision, torchaudio, scikit-learn and others wherever it finds them. The student
+needs none of them: a torchvision built for another torch cannot be imported at all, torchvision and Pillow
+resize images differently, and scikit-learn alone takes 1.5 s of every start. So they are hidden while
+transformers is imported, and visible again afterwards; transformers remembers that they are absent.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import StillhouseError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HIDDEN = ("torchvision", "torchaudio", "torchcodec", "sklearn", "scipy", "pandas", "librosa", "soundfile")
+_PROBES = (  # transformers.utils functions that look for a hidden package, and remember what they saw
+    "is_torchvision_available",
+    "is_torchvision_v2_available",
+    "is_torchaudio_available",
+    "is_torchcodec_available",
+    "is_sklearn_available",
+    "is_scipy_available",
+    "is_pandas_available",
+    "is_librosa_available",
+    "is_soundfile_available",
+)
+
+
+@contextmanager
+def hidden(packages: tuple[str, ...] = HIDDEN) -> Iterator[None]:
+    """Within it, packages that are not imported yet look as if they were not installed."""
+    masked = [name for name in packages if name not in sys.modules]
+    for name in masked:
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to bar an import
+    try:
+        yield
+    finally:
+        for name in masked:
+            if name in sys.modules and sys.modules[name] is None:
+                del sys.modules[name]
+
+
+def transformers_module() -> Any:
+    """The transformers package, its logs quiet, its classes imported without optional packages."""
+    loaded = sys.modules.get("transformers.generation.candidate_generator") is not None
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with hidden():
+        module = importlib.import_module("transformers")
+        if not loaded:
+            availability = importlib.import_module("transformers.utils.import_utils")
+            for probe in _PROBES:
+                getattr(availability, probe, bool)()
+            importlib.import_module("transformers.models.auto.modeling_auto")
+            importlib.import_module("transformers.models.llava.modeling_llava")
+    module.logging.disable_progress_bar()
+    return module
+
+
+def load_config(folder: str | Path) -> Any:
+    """A checkpoint's configuration. StillhouseError if there is no readable one."""
+    return _load("configuration", transformers_module().AutoConfig.from_pretrained, folder)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """A checkpoint's tokenizer. StillhouseError if there is no readable one."""
+    return _load("tokenizer", transformers_module().AutoTokenizer.from_pretrained, folder)
+
+
+def load_image_processor(folder: str | Path) -> Any:
+    """A checkpoint's image processor on Pillow. StillhouseError if there is no readable one."""
+    return _load("image processor", transformers_module().AutoImageProcessor.from_pretrained, folder, backend="pil")
+
+
+def load_processor(folder: str | Path) -> Any:
+    """A checkpoint's processor (chat template, tokenizer, images). StillhouseError if it has none."""
+    return _load("processor", transformers_module().AutoProcessor.from_pretrained, folder, backend="pil")
+
+
+def load_weights(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """The model with its weights. StillhouseError if they are missing or do not fill the model."""
+    auto = transformers_module().AutoModelForImageTextToText
+    model, info = _load("model", auto.from_pretrained, folder, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise StillhouseError(
+            f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}, and random ones would "
+            "stand in for them; give a complete checkpoint"
+        )
+    return model
+
+
+def _load(what: str, loader: Any, folder: str | Path, **options: Any) -> Any:
+    try:
+        return loader(str(folder), **options)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise StillhouseError(f"{folder}: no {what} can be read from it: {first_line}") from error

@@ -1,0 +1,149 @@
+"""Images of a cache: read below one root, checked against their sha256, made into pixels; features kept.
+
+Legend: i images, n visual tokens of an image, f channels of the vision tower, k images whose features are
+known, p images whose pixels are needed, c h w channels, height and width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from storage.errors import StillhouseError
+from storage.records import ImageRef
+
+
+class ImageFolder:
+    """The images below a root, as the student's own preprocessing shows them to its vision tower."""
+
+    def __init__(self, root: str | Path, processor: Any) -> None:
+        """`processor`: a transformers image processor that makes every image equally large."""
+        self.root = Path(root)
+        self._resolved_root = self.root.resolve()
+        self._processor = processor
+
+    def pixels(self, image: ImageRef, *, sample_id: str) -> Float[Tensor, "c h w"]:
+        """One image, ready for the tower.
+
+        Errors: StillhouseError naming sample and file, for a file that is missing, lies outside of the root,
+        is not the one that the teacher saw, or is no image.
+        """
+        place = f"sample {sample_id!r}: image {self.root / image.path}"
+        content = self._content(image, place)
+        got = hashlib.sha256(content).hexdigest()
+        if got != image.sha256:
+            raise StillhouseError(
+                f"{place}: sha256 is {got[:12]}…, the cache was made from {image.sha256[:12]}…; "
+                "give the folder of the original images, or dump again"
+            )
+        try:
+            with Image.open(io.BytesIO(content)) as opened:
+                picture = opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise StillhouseError(f"{place}: cannot be decoded: {error}") from error
+        return self._processed(picture)
+
+    def blank(self) -> Float[Tensor, "1 c h w"]:
+        """A black image, for a batch without images: parameters then get a gradient (of 0) on every rank."""
+        return self._processed(Image.new("RGB", (32, 32)))[None]
+
+    def _processed(self, picture: Image.Image) -> Float[Tensor, "c h w"]:
+        return self._processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+    def _content(self, image: ImageRef, place: str) -> bytes:
+        file = image.file(self.root)
+        try:
+            if not file.resolve().is_relative_to(self._resolved_root):
+                raise StillhouseError(f"{place}: leads out of {self.root}; copy the image into it")
+            return file.read_bytes()
+        except OSError as error:
+            raise StillhouseError(
+                f"{place}: cannot be read: {error.strerror}; give the image folder as stages.NAME.images"
+            ) from error
+
+
+class FeatureStore:
+    """Tensors by name, up to a number of bytes. What came first stays: all are wanted equally often."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._free_bytes = max_bytes
+        self._tensors: dict[str, Tensor] = {}
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of that name, if it is kept."""
+        return self._tensors.get(name)
+
+    def put(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        """Keep copies of those that are new and fit."""
+        for name, tensor in zip(names, tensors, strict=True):
+            if name not in self._tensors and tensor.nbytes <= self._free_bytes:
+                self._tensors[name] = tensor.detach().to("cpu", copy=True)
+                self._free_bytes -= tensor.nbytes
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class VisionInput:
+    """What fills the visual positions of a batch: known features, and the pixels of the other images."""
+
+    names: tuple[str, ...]  # sha256 of each image's file, i of them
+    known: Float[Tensor, "k n f"] | None  # features of the frozen tower
+    known_slots: Int[Tensor, " k"]  # which image each of them is
+    pixel_values: Float[Tensor, "p c h w"] | None  # without any image: one blank image, p = 1
+    pixel_slots: Int[Tensor, " p"]  # which image each of them is; empty without any image
+
+    def to(self, device: torch.device) -> VisionInput:
+        """The same on another device."""
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+class VisionSource:
+    """Gathers a batch's images: from the features kept in memory if there is a store, else as pixels."""
+
+    def __init__(self, folder: ImageFolder, *, features: FeatureStore | None, pixels: FeatureStore) -> None:
+        """`features`: of a frozen tower; None if the tower trains. `pixels`: decoded images worth keeping."""
+        self._folder = folder
+        self._features = features
+        self._pixels = pixels
+
+    def gather(self, images: Sequence[tuple[str, ImageRef]]) -> VisionInput:
+        """The input for (sample id, image) pairs. Errors as ImageFolder.pixels."""
+        known: list[Tensor] = []
+        known_slots, pixel_slots = [], []
+        for slot, (_, image) in enumerate(images):
+            features = self._features.get(image.sha256) if self._features is not None else None
+            if features is None:
+                pixel_slots.append(slot)
+            else:
+                known.append(features)
+                known_slots.append(slot)
+        wanted = [self._read(*images[slot]) for slot in pixel_slots]
+        pixel_values = torch.stack(wanted) if wanted else None
+        return VisionInput(
+            names=tuple(image.sha256 for _, image in images),
+            known=torch.stack(known) if known else None,
+            known_slots=torch.tensor(known_slots, dtype=torch.int64),
+            pixel_values=pixel_values if images else self._folder.blank(),
+            pixel_slots=torch.tensor(pixel_slots, dtype=torch.int64),
+        )
+
+    def _read(self, sample_id: str, image: ImageRef) -> Tensor:
+        pixels = self._pixels.get(image.sha256)
+        if pixels is None:
+            pixels = self._folder.pixels(image, sample_id=sample_id)
+            self._pixels.put([image.sha256], [pixels])
+        return pixels

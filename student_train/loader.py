@@ -1,0 +1,180 @@
+"""Sample order, who gets which sample, how many rows a global batch has, and reading ahead.
+
+Order depends only on (seed, epoch, position). A global batch is the next `global_batch` samples of the
+endless sequence of shuffled epochs; each rank takes a contiguous slice of it and cuts that into
+micro-batches, as many on every rank. Row counts come from the cache's plain columns, so every rank knows
+those of the whole global batch without asking the others.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+_END = object()
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Rows of each loss in a set of samples; relation counts images."""
+
+    response: int
+    visual: int
+    relation: int
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTable:
+    """The samples that a stage trains on, with the counts that their losses are divided by."""
+
+    indices: NDArray[np.int64]  # (s,) into the cache
+    num_response_rows: NDArray[np.int64]  # (s,)
+    num_images: NDArray[np.int64]  # (s,)
+    tokens_per_image: int  # of the student
+
+    def counts(self, rows: NDArray[np.int64]) -> RowCounts:
+        """Row counts of some rows of this table, repetitions counted."""
+        images = int(self.num_images[rows].sum())
+        return RowCounts(
+            response=int(self.num_response_rows[rows].sum()),
+            visual=images * self.tokens_per_image,
+            relation=images,
+        )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroPlan:
+    """What one rank computes in one forward pass."""
+
+    step: int
+    micro: int  # 0 .. num_micro - 1
+    num_micro: int
+    rows: NDArray[np.int64]  # of the sample table, one or more
+    counted: bool  # False: this rank has run out of samples, and a sample stands in without any loss
+    totals: RowCounts  # of the global batch
+    largest: RowCounts  # the most that any rank has in its micro-batch of this number
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of 0 .. num_samples - 1, a function of (num_samples, seed, epoch) alone."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+
+
+def global_batch(num_samples: int, size: int, *, step: int, seed: int) -> NDArray[np.int64]:
+    """The samples of an optimizer step, counted from 0: positions step * size and on of the endless sequence.
+
+    A batch may run over the end of an epoch, and over several of a data set that is smaller than it.
+    """
+    first, stop = step * size, (step + 1) * size
+    epochs = range(first // num_samples, (stop - 1) // num_samples + 1)
+    orders = np.concatenate([epoch_order(num_samples, seed=seed, epoch=epoch) for epoch in epochs])
+    start = first - epochs[0] * num_samples
+    return orders[start : start + size]
+
+
+def num_micro_batches(global_size: int, micro_size: int, *, num_ranks: int) -> int:
+    """Forward passes that every rank makes for a global batch: enough for the largest slice."""
+    return math.ceil(math.ceil(global_size / num_ranks) / micro_size)
+
+
+def micro_batches(batch: NDArray[np.int64], micro_size: int, *, rank: int, num_ranks: int) -> list[NDArray[np.int64]]:
+    """One rank's contiguous slice of a global batch in nearly equal pieces, as many on every rank.
+
+    Some may be empty.
+    """
+    edges = [len(batch) * each // num_ranks for each in (rank, rank + 1)]
+    pieces = num_micro_batches(len(batch), micro_size, num_ranks=num_ranks)
+    return np.array_split(batch[edges[0] : edges[1]], pieces)
+
+
+def plans(
+    table: SampleTable, size: int, micro_size: int, *, steps: range, seed: int, rank: int, num_ranks: int
+) -> Iterator[MicroPlan]:
+    """One rank's forward passes of the steps in turn."""
+    for step in steps:
+        batch = global_batch(len(table), size, step=step, seed=seed)
+        pieces = [micro_batches(batch, micro_size, rank=each, num_ranks=num_ranks) for each in range(num_ranks)]
+        totals = table.counts(batch)
+        for micro, rows in enumerate(pieces[rank]):
+            each = [table.counts(of_rank[micro]) for of_rank in pieces]
+            yield MicroPlan(
+                step=step,
+                micro=micro,
+                num_micro=len(pieces[rank]),
+                rows=rows if len(rows) else batch[:1],
+                counted=len(rows) > 0,
+                totals=totals,
+                largest=RowCounts(*(max(getattr(c, f) for c in each) for f in ("response", "visual", "relation"))),
+            )
+
+
+class ReadAhead(Generic[T]):
+    """Computes items in a background thread, a few ahead of who iterates. Use as a context manager.
+
+    An error of the thread is raised where the item it failed at is asked for.
+    """
+
+    def __init__(self, items: Iterable[T], *, depth: int = 2) -> None:
+        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(items,), name="read-ahead", daemon=True)
+
+    def __enter__(self) -> ReadAhead[T]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            item, error = self._next()
+            if error is not None:
+                raise error
+            if item is _END:
+                return
+            yield item
+
+    def _next(self) -> tuple:
+        while True:
+            try:
+                return self._queue.get(timeout=1)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._queue.empty():
+                    raise RuntimeError("the read-ahead thread has died without an error") from None
+
+    def _work(self, items: Iterable[T]) -> None:
+        try:
+            for item in items:
+                if not self._put((item, None)):
+                    return
+            self._put((_END, None))
+        except BaseException as error:  # the consumer raises it
+            self._put((None, error))
+
+    def _put(self, message: tuple) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(message, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+def select(splits: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
+    """Indices of the samples whose split is wanted, in the cache's order."""
+    names = set(wanted)
+    return np.array([index for index, split in enumerate(splits) if split in names], np.int64)

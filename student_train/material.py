@@ -1,0 +1,132 @@
+"""What a stage trains and on what: cache, samples and student's checkpoint, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from storage.errors import CacheError, ConfigError
+from storage.reader import Cache
+from storage.records import SampleRecord
+from student_train.batch import check_grid
+from student_train.config import LossesSection, StageSection
+from student_train.loader import SampleTable, select
+from student_train.models import Checkpoint, check_fit, read_checkpoint
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """All that a stage needs but weights. The student fits the cache."""
+
+    cache: Cache
+    table: SampleTable
+    checkpoint: Checkpoint
+    images: str  # folder
+
+    @property
+    def centered(self) -> bool:
+        """Whether the cache's relation matrices are centered."""
+        return bool(self.cache.identity.selection.get("relation", {}).get("centered", False))
+
+
+def prepare(stage: StageSection, cache_path: str) -> Material:
+    """Open and check everything. Errors: ConfigError, CacheError, IdentityError, StillhouseError."""
+    cache = open_sealed(cache_path, loss_families(stage.losses))
+    _check_treatments(stage.losses, cache.identity.selection)
+    indices = chosen_samples(cache, stage.splits)
+    checkpoint = read_checkpoint(stage.init)
+    check_fit(checkpoint, cache.identity)
+    table = SampleTable(
+        indices=indices,
+        num_response_rows=cache.num_response_rows[indices].astype(np.int64),
+        num_images=cache.num_images[indices].astype(np.int64),
+        tokens_per_image=checkpoint.grid.tokens_per_image,
+    )
+    if (stage.losses.visual or stage.losses.relation) and table.num_images.any():
+        first = int(indices[np.argmax(table.num_images > 0)])
+        check_grid(cache.read(first).tokens, checkpoint.grid)
+    return Material(cache, table, checkpoint, stage.images or cache.identity.image_root)
+
+
+def open_sealed(path: str, families: tuple[str, ...]) -> Cache:
+    """A cache whose dump has finished. Errors: CacheError."""
+    cache = Cache.open(path, families)
+    if not cache.sealed:
+        raise CacheError(f"{path}: its dump has not finished (there is no manifest.json); run the dump to its end")
+    return cache
+
+
+def chosen_samples(cache: Cache, splits: tuple[str, ...]) -> np.ndarray:
+    """Indices of the samples of some splits, one or more. ConfigError if there are none."""
+    indices = select(cache.splits, splits)
+    if not len(indices):
+        raise ConfigError(
+            f"{cache.folder}: no sample is in the splits {', '.join(splits) or '(none)'}; "
+            f"the cache has {', '.join(sorted(set(cache.splits))) or 'no samples'}"
+        )
+    return indices
+
+
+def loss_families(losses: LossesSection) -> tuple[str, ...]:
+    """The families of the cache that these losses read, besides the tokens."""
+    return tuple(family for family in ("response", "visual", "relation") if getattr(losses, family))
+
+
+def _check_treatments(losses: LossesSection, selection: Mapping[str, Any]) -> None:
+    for family in ("response", "visual"):
+        section = getattr(losses, family)
+        method = selection.get(family, {}).get("method")
+        if section is not None and section.treatment == "unbiased" and method != "threshold":
+            raise ConfigError(
+                f"losses.{family}.treatment is 'unbiased', but the cache's {family} rows were selected by "
+                f"{method!r}, which keeps nothing of the tail; use 'bucket', or dump with method 'threshold'"
+            )
+
+
+class SampleMemory:
+    """Reads samples and keeps those that came first, up to a number of bytes: decoding costs the most."""
+
+    def __init__(self, cache: Cache, max_bytes: int) -> None:
+        self._cache = cache
+        self._free_bytes = max_bytes
+        self._records: dict[int, SampleRecord] = {}
+        self._signals: dict[tuple[str, str], Any] = {}  # by family and image key: shared by conversations
+
+    def read(self, index: int) -> SampleRecord:
+        """The sample at a position of the cache. Errors as Cache.read."""
+        kept = self._records.get(index)
+        if kept is not None:
+            return kept
+        record = self._cache.read(index)
+        if self._free_bytes > 0:
+            record = self._kept(record)
+            self._records[index] = record
+        return record
+
+    def _kept(self, record: SampleRecord) -> SampleRecord:
+        return SampleRecord(
+            tokens=self._owned(record.tokens),
+            response=None if record.response is None else self._owned(record.response),
+            visual={key: self._shared("visual", key, rows) for key, rows in record.visual.items()},
+            relation={key: self._shared("relation", key, matrix) for key, matrix in record.relation.items()},
+        )
+
+    def _shared(self, family: str, key: str, signal: T) -> T:
+        if (family, key) not in self._signals:
+            self._signals[family, key] = self._owned(signal)
+        return self._signals[family, key]
+
+    def _owned(self, value: Any) -> Any:
+        """A copy of a dataclass whose arrays are its own: the reader's are views of whole row groups."""
+        arrays = {
+            field.name: array.copy()
+            for field in fields(value)
+            if isinstance(array := getattr(value, field.name), np.ndarray)
+        }
+        self._free_bytes -= 1024 + sum(array.nbytes for array in arrays.values())
+        return replace(value, **arrays)

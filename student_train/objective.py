@@ -1,0 +1,131 @@
+"""A student with its losses: a batch goes in, the loss and its parts come out. No logits of all tokens.
+
+Legend: r rows, i images, n visual tokens of an image, d hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from student_train.batch import Batch
+from student_train.config import DistributionLossSection, LossesSection
+from student_train.loader import RowCounts
+from student_train.losses import (
+    TeacherRows,
+    bucketed_forward_kl,
+    cross_entropy,
+    relation_loss,
+    unbiased_forward_kl,
+)
+from student_train.student import Student
+
+
+class Objective(nn.Module):
+    """The loss of a micro-batch as its share of the global batch's: sums divided by global row counts."""
+
+    def __init__(self, student: Student, losses: LossesSection, *, centered: bool, chunk_logits: int) -> None:
+        """`centered`: whether the cache's relation matrices are. `chunk_logits`: that are in memory at once."""
+        super().__init__()
+        self.student = student
+        self._losses = losses
+        self._centered = centered
+        self._rows_per_chunk = max(1, chunk_logits // student.vocab_size)
+
+    def forward(self, batch: Batch, totals: RowCounts, largest: RowCounts) -> dict[str, Tensor]:
+        """Each part as this micro-batch's sum over `totals`, detached, and their weighted sum `loss`.
+
+        Parts of all micro-batches of all ranks add up to the global batch's means. `largest` fixes the number
+        of head calls, so that ranks that share parameters move together. A loss whose total is 0 is 0.
+        """
+        hidden = self.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+        parts = {
+            **self._response_parts(hidden, batch, totals.response, largest.response),
+            **self._visual_part(hidden, batch, totals.visual, largest.visual),
+            **self._relation_part(hidden, batch, totals.relation),
+        }
+        loss = 0 * hidden.float().sum()
+        for name, part in parts.items():
+            loss = loss + _weight(self._losses, name) * part
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    def _response_parts(self, hidden: Tensor, batch: Batch, total: int, largest: int) -> dict[str, Tensor]:
+        labels = batch.labels if self._losses.cross_entropy > 0 else None
+        section = self._losses.response
+        if labels is None and section is None:
+            return {}
+        rows = hidden.index_select(0, batch.response_positions)
+        sums = self._head_sums(rows, labels, batch.response if section else None, section, largest)
+        names = ([] if labels is None else ["cross_entropy"]) + ([] if section is None else ["response"])
+        return {name: value / max(1, total) for name, value in zip(names, sums, strict=True)}
+
+    def _visual_part(self, hidden: Tensor, batch: Batch, total: int, largest: int) -> dict[str, Tensor]:
+        section = self._losses.visual
+        if section is None:
+            return {}
+        rows = hidden.index_select(0, _loss_positions(batch).flatten())
+        (value,) = self._head_sums(rows, None, batch.visual, section, largest)
+        return {"visual": value / max(1, total)}
+
+    def _relation_part(self, hidden: Tensor, batch: Batch, total: int) -> dict[str, Tensor]:
+        if self._losses.relation is None:
+            return {}
+        positions = _loss_positions(batch)
+        rows = hidden.index_select(0, positions.flatten()).view(*positions.shape, hidden.shape[1])
+        size = positions.shape[1]
+        teacher = rows.new_empty(0, size, size) if batch.relation is None else batch.relation
+        value = relation_loss(rows, self.student.head_metric(hidden), teacher, centered=self._centered)
+        return {"relation": value / max(1, total)}
+
+    def _head_sums(
+        self,
+        rows: Float[Tensor, "r d"],
+        labels: Int[Tensor, " r"] | None,
+        teacher: TeacherRows | None,
+        section: DistributionLossSection | None,
+        largest: int,
+    ) -> list[Tensor]:
+        """Sums of cross-entropy (with labels) and of the divergence (with a section), chunk by chunk."""
+        per_chunk = self._rows_per_chunk
+        num_chunks = max(1, -(-max(largest, rows.shape[0]) // per_chunk))
+        divergence = {"bucket": bucketed_forward_kl, "unbiased": unbiased_forward_kl}
+
+        def sums(hidden: Tensor, labels: Tensor | None, teacher: TeacherRows | None) -> tuple[Tensor, ...]:
+            logits = self.student.logits(hidden).float()
+            values = [] if labels is None else [cross_entropy(logits, labels)]
+            if section is not None:
+                values.append(0 * logits.sum() if teacher is None else divergence[section.treatment](logits, teacher))
+            return tuple(values)
+
+        totals: list[Tensor] = []
+        for chunk in range(num_chunks):
+            start, stop = (min(edge * per_chunk, rows.shape[0]) for edge in (chunk, chunk + 1))
+            inputs = (
+                rows[start:stop],
+                None if labels is None else labels[start:stop],
+                None if teacher is None else teacher.slice(start, stop),
+            )
+            # One chunk is kept for the backward pass; of more, each is computed again there.
+            values = sums(*inputs) if num_chunks == 1 else checkpoint(sums, *inputs, use_reentrant=False)
+            assert values is not None
+            totals = [a + b for a, b in zip(totals, values, strict=True)] if totals else list(values)
+        return totals
+
+
+def _loss_positions(batch: Batch) -> Int[Tensor, "i n"]:
+    return batch.visual_positions if batch.counted else batch.visual_positions[:0]
+
+
+def _weight(losses: LossesSection, name: str) -> float:
+    section = getattr(losses, name)
+    return section if isinstance(section, float | int) else section.weight
+
+
+def part_names(losses: LossesSection) -> tuple[str, ...]:
+    """The parts that these losses compute, in the order of `Objective.forward`."""
+    sections: Mapping[str, Any] = {name: getattr(losses, name) for name in LossesSection.model_fields}
+    return tuple(name for name, section in sections.items() if section)

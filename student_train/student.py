@@ -1,0 +1,85 @@
+"""A LLaVA-type model, cut where losses and generation need it: vision tower, decoder, head.
+
+Legend: b sequences, t tokens, r rows, i images, n visual tokens of an image, p images whose pixels are given,
+f channels of the vision tower, c h w channels, height and width, d hidden, v real vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from student_train.images import FeatureStore, VisionInput
+
+
+class Student(nn.Module):
+    """A model of transformers, its vocabulary cut to the tokenizer's, a frozen tower's features kept."""
+
+    def __init__(self, model: Any, *, vocab_size: int, image_token_id: int, features: FeatureStore | None) -> None:
+        """`vocab_size`: the tokenizer's real one. `features`: where a frozen tower's output is kept."""
+        super().__init__()
+        self.model: Any = model
+        self.vocab_size = vocab_size
+        self._image_token_id = image_token_id
+        self._features = features
+        self._vision_trains = any(p.requires_grad for p in model.model.vision_tower.parameters())
+
+    def embedded(
+        self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, "i n"], vision: VisionInput
+    ) -> Float[Tensor, "b t d"]:
+        """What the decoder reads: embeddings, with projected image features at visual positions (flat)."""
+        is_image = input_ids == self._image_token_id  # an id that may lie beyond the embedding
+        tokens = self.model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        width = tokens.shape[-1]
+        projected = self.model.model.multi_modal_projector(self.tower_features(vision))
+        if not vision.names:  # a blank image: the projector takes part, with no effect
+            return tokens + 0 * projected.sum()
+        places = visual_positions.flatten()
+        merged = tokens.view(-1, width).index_copy(0, places, projected.view(-1, width).to(tokens.dtype))
+        return merged.view(*input_ids.shape, width)
+
+    def hidden(
+        self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, "i n"], vision: VisionInput
+    ) -> Float[Tensor, "bt d"]:
+        """Final-norm hidden states of every position of sequences padded on the right."""
+        embedded = self.embedded(input_ids, visual_positions, vision)
+        output = self.model.model.language_model(inputs_embeds=embedded, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)
+
+    def tower_features(self, vision: VisionInput) -> Float[Tensor, "i n f"]:
+        """What the projector reads: selected layers of the tower. New ones of a frozen tower are kept."""
+        if vision.pixel_values is None:
+            assert vision.known is not None
+            return vision.known
+        with torch.set_grad_enabled(self._vision_trains and torch.is_grad_enabled()):
+            fresh = tower_features(self.model, vision.pixel_values)
+        if self._features is not None and vision.names:
+            self._features.put([vision.names[slot] for slot in vision.pixel_slots.tolist()], list(fresh))
+        if vision.known is None:
+            return fresh
+        merged = fresh.new_empty(len(vision.names), *fresh.shape[1:])
+        merged = merged.index_copy(0, vision.known_slots, vision.known.to(fresh.dtype))
+        return merged.index_copy(0, vision.pixel_slots, fresh)
+
+    def logits(self, hidden: Float[Tensor, "r d"]) -> Float[Tensor, "r v"]:
+        """Raw logits over the real vocabulary."""
+        return self.model.lm_head(hidden)[:, : self.vocab_size]
+
+    def head_metric(self, like: Float[Tensor, "r d"]) -> Float[Tensor, "d d"]:
+        """W^T W of the head, in float32. The head is called as a module: so ZeRO-3 gathers its weight."""
+        weight = self.logits(torch.eye(like.shape[1], dtype=like.dtype, device=like.device)).float()  # (d, v)
+        return weight @ weight.T
+
+
+def tower_features(model: Any, pixel_values: Float[Tensor, "p c h w"]) -> Float[Tensor, "p n f"]:
+    """The vision tower's output as LlavaModel.get_image_features hands it to the projector."""
+    tower, config = model.model.vision_tower, model.config
+    layers = config.vision_feature_layer
+    output = tower(pixel_values.to(dtype=tower.dtype), output_hidden_states=True, return_dict=True)
+    chosen = [output.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [states[:, 1:] for states in chosen]
+    return torch.cat(chosen, dim=-1)

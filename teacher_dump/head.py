@@ -1,0 +1,160 @@
+"""The teacher's output head: final-norm hidden states to logits, sparse rows and relation matrices.
+
+The engine gives hidden states only; the head is read from the checkpoint and applied here, to the rows
+that are wanted, in float32 and in chunks.
+
+Legend: r rows, n visual rows of one image, v real vocabulary, d hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from storage.errors import StillhouseError
+from storage.records import RelationMatrix
+from storage.rows import SparseRows
+from teacher_dump import checkpoint
+from teacher_dump.selection import Selection, select_rows
+
+_HEAD = "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
+_VOCABULARY_CHUNK = 8192  # columns of [n, v] at once, where logits are not linear in the hidden states
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHead:
+    """logits = soft_cap * tanh((hidden weight^T + bias) * scale / soft_cap); no cap: the inside."""
+
+    weight: Float[Tensor, "v d"]  # float32, real vocabulary only
+    bias: Float[Tensor, " v"] | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, hidden: Float[Tensor, "r d"]) -> Float[Tensor, "r v"]:
+        """Raw float32 logits over the real vocabulary."""
+        return self._logits(hidden, slice(None))
+
+    def _logits(self, hidden: Tensor, columns: slice) -> Tensor:
+        rows = hidden.to(self.weight.device, torch.float32)
+        logits = rows @ self.weight[columns].T
+        if self.bias is not None:
+            logits = logits + self.bias[columns]
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+    def sparse_rows(
+        self,
+        hidden: Float[Tensor, "r d"],
+        *,
+        labels: Int[Tensor, " r"] | None,
+        selection: Selection,
+        uniforms: NDArray[np.float64],
+        rows_per_chunk: int,
+    ) -> SparseRows:
+        """The rows' distributions as a cache keeps them; no more than [rows_per_chunk, v] in memory at once.
+
+        `uniforms` (r,): see selection.row_uniforms. ValueError: logits that are not finite.
+        """
+        parts = []
+        for start in range(0, hidden.shape[0], rows_per_chunk):
+            chunk = slice(start, start + rows_per_chunk)
+            parts.append(
+                select_rows(
+                    self.logits(hidden[chunk]),
+                    labels=None if labels is None else labels[chunk].to(self.weight.device),
+                    selection=selection,
+                    uniforms=uniforms[chunk],
+                )
+            )
+        return SparseRows.concatenate(parts) if parts else SparseRows.empty(with_labels=labels is not None)
+
+    def relation(self, hidden: Float[Tensor, "n d"], *, centered: bool) -> RelationMatrix:
+        """G / ||G|| with G = Z Z^T, Z the raw logits of an image's visual rows; float32.
+
+        `centered` subtracts the mean row of Z first. All zeros, with norm 0, where G is zero (a single
+        centred row). Without bias and soft-cap G is H (W^T W) H^T, and Z is never made.
+        Source: LLaVA-KD (arXiv 2410.16236), L_rel.
+        """
+        rows = hidden.to(self.weight.device, torch.float32)
+        if self.soft_cap is None and (self.bias is None or centered):
+            rows = rows - rows.mean(dim=0) if centered else rows  # a bias is the same in every row
+            gram = (rows @ self._weight_gram @ rows.T) * self.scale**2  # (n, n)
+        else:
+            gram = rows.new_zeros(rows.shape[0], rows.shape[0])
+            for start in range(0, self.vocab_size, _VOCABULARY_CHUNK):
+                logits = self._logits(rows, slice(start, start + _VOCABULARY_CHUNK))
+                logits = logits - logits.mean(dim=0) if centered else logits
+                gram += logits @ logits.T
+        gram = (gram + gram.T) / 2
+        norm = float(torch.linalg.matrix_norm(gram.double()))
+        if not np.isfinite(norm):
+            raise ValueError("the relation matrix is not finite")
+        values = gram / norm if norm > 0 else torch.zeros_like(gram)
+        return RelationMatrix(values.cpu().numpy().astype(np.float32), norm)
+
+    @cached_property
+    def _weight_gram(self) -> Tensor:
+        """W^T W, (d, d): once for each teacher."""
+        return self.weight.T @ self.weight
+
+
+def read_head(folder: Path, *, vocab_size: int, device: str = "cpu") -> OutputHead:
+    """The output head of a checkpoint, its rows beyond `vocab_size` (the tokenizer's real one) cut off.
+
+    A tied head is the input embedding. Logit scale and soft-cap are those of the config. StillhouseError:
+    no head in the checkpoint, or fewer rows than the vocabulary has.
+    """
+    settings = checkpoint.text_settings(checkpoint.read_json(folder / "config.json"))
+    files = checkpoint.tensor_files(folder)
+    heads, embeddings = _ending(files, _HEAD), _ending(files, _EMBEDDING)
+    wanted = embeddings if settings.get("tie_word_embeddings") or not heads else heads
+    if not heads and settings.get("tie_word_embeddings") is False:
+        wanted = []
+    if len(wanted) != 1:
+        raise StillhouseError(
+            f"{folder}: expected one output head ({_HEAD}, or {_EMBEDDING} where they are tied), "
+            f"found {', '.join(wanted) or 'none'}"
+        )
+    weight = _read(files, wanted[0], vocab_size)
+    if weight.shape[0] < vocab_size:
+        raise StillhouseError(
+            f"{folder}: the output head has {weight.shape[0]} rows, the tokenizer {vocab_size} tokens"
+        )
+    bias = wanted[0].removesuffix("weight") + "bias"
+    return OutputHead(
+        weight=weight.to(device),
+        bias=_read(files, bias, vocab_size).to(device) if wanted is heads and bias in files else None,
+        scale=_logit_scale(settings),
+        soft_cap=settings.get("final_logit_softcapping"),
+    )
+
+
+def _logit_scale(settings: Mapping[str, Any]) -> float:
+    if settings.get("logit_scale") is not None:  # Cohere
+        return float(settings["logit_scale"])
+    return 1.0 / float(settings.get("logits_scaling") or 1.0)  # Granite divides
+
+
+def _ending(files: Mapping[str, Path], suffix: str) -> list[str]:
+    return [name for name in files if name == suffix or name.endswith(f".{suffix}")]
+
+
+def _read(files: Mapping[str, Path], name: str, num_rows: int) -> Tensor:
+    with safe_open(files[name], framework="pt") as tensors:
+        return tensors.get_slice(name)[:num_rows].to(torch.float32).contiguous()

@@ -1,0 +1,47 @@
+"""Images: a file below the image root, its content hash, its pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+from PIL.Image import Image
+
+from teacher_dump.samples import SampleRefusedError
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedImage:
+    """A decoded image."""
+
+    path: str  # relative to the image root
+    sha256: str  # of the file's bytes
+    pixels: Image  # RGB
+
+
+def load_image(root: Path, path: str) -> LoadedImage:
+    """Read and decode one image. SampleRefusedError: outside of the root, unreadable, no image, too large to trust.
+
+    Pillow's own limit against decompression bombs holds (about 179 million pixels).
+    """
+    try:
+        file = (root / path).resolve()
+        if not file.is_relative_to(root.resolve()):
+            raise SampleRefusedError(f"image {path!r} lies outside of {root}")
+        content = file.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SampleRefusedError(f"image {path!r}: cannot be read: {error}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # palettes, odd metadata, and bombs below the limit
+            with PIL.Image.open(io.BytesIO(content)) as image:
+                pixels = image.convert("RGB")
+    except PIL.UnidentifiedImageError as error:  # whose own message holds a memory address
+        raise SampleRefusedError(f"image {path!r}: cannot be decoded: is of no image format") from error
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        raise SampleRefusedError(f"image {path!r}: cannot be decoded: {error}") from error
+    return LoadedImage(path, hashlib.sha256(content).hexdigest(), pixels)

@@ -1,0 +1,101 @@
+"""The plan: a pure, deterministic split of the samples into parts, the units of work, retry and commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from storage.records import SampleError
+from teacher_dump.samples import Sample
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples that are scored and committed together. No image is in two parts."""
+
+    number: int
+    samples: tuple[Sample, ...]
+    errors: tuple[SampleError, ...] = ()  # rows that never became a sample; all of them in part 0
+
+    def to_text(self) -> str:
+        """JSON, for another process."""
+        errors = [[error.sample_id, error.reason] for error in self.errors]
+        return json.dumps([self.number, [sample.as_json() for sample in self.samples], errors])
+
+    @staticmethod
+    def from_text(text: str) -> Part:
+        """The inverse of `to_text`."""
+        number, samples, errors = json.loads(text)
+        return Part(
+            number,
+            tuple(Sample.from_json(row) for row in samples),
+            tuple(SampleError(*error) for error in errors),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All parts, and the fingerprint of everything that decides what is in them."""
+
+    parts: tuple[Part, ...]
+    fingerprint: str
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(part.samples) for part in self.parts)
+
+
+def make_plan(
+    samples: Sequence[Sample],
+    *,
+    errors: Sequence[SampleError] = (),
+    samples_per_part: int,
+    max_length: int,
+) -> Plan:
+    """Parts of about `samples_per_part` samples, in the samples' order.
+
+    Samples that share an image, directly or through others, form a group that is never cut, so a part is
+    larger where one group is. `max_length` (tokens) decides which samples are refused and is part of the
+    fingerprint. Rows that are no samples travel as errors of part 0; with no samples there is one part.
+    """
+    parts: list[list[Sample]] = []
+    for group in _groups(samples):
+        if not parts or len(parts[-1]) + len(group) > samples_per_part:
+            parts.append([])
+        parts[-1].extend(group)
+    numbered = tuple(
+        Part(number, tuple(part), tuple(errors) if number == 0 else ()) for number, part in enumerate(parts or [[]])
+    )
+    return Plan(numbered, _fingerprint(numbered, max_length))
+
+
+def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples connected by images, groups and members in the order of first appearance."""
+    parent = list(range(len(samples)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    first_with: dict[str, int] = {}
+    for index, sample in enumerate(samples):
+        for image in sample.images:
+            one, other = root(first_with.setdefault(image, index)), root(index)
+            parent[max(one, other)] = min(one, other)
+    groups: dict[int, list[Sample]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(root(index), []).append(sample)
+    return list(groups.values())
+
+
+def _fingerprint(parts: Sequence[Part], max_length: int) -> str:
+    digest = hashlib.sha256(f"stillhouse plan 1\0{max_length}\0".encode())
+    for part in parts:
+        errors = [error.sample_id for error in part.errors]  # a reason may name folders of this machine
+        row = [part.number, [sample.as_json() for sample in part.samples], errors]
+        digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,20 @@
+"""Loads a teacher's transformers processor, on any machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storage.errors import StillhouseError
+from teacher_dump import torchvision_shim
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The processor of a checkpoint, or its tokenizer where it takes no images."""
+    torchvision_shim.ensure()
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise StillhouseError(f"{folder}: its processor or tokenizer cannot be loaded: {error}") from error

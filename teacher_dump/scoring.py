@@ -1,0 +1,312 @@
+"""Scoring: the samples of a part to its records, through prompts, teacher and output head.
+
+A sample that cannot be scored becomes a SampleError; anything wrong with the teacher itself is raised.
+Legend: r response rows, n visual rows of one image, t unexpanded tokens, d hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage.errors import StillhouseError
+from storage.records import ImageRef, PartRecords, RelationMatrix, SampleError, TokensRecord, image_key
+from storage.rows import SparseRows
+from teacher_dump.head import OutputHead
+from teacher_dump.images import LoadedImage, load_image
+from teacher_dump.plan import Part
+from teacher_dump.prompt import PromptBuilder
+from teacher_dump.samples import Sample, SampleRefusedError
+from teacher_dump.selection import Selection, row_uniforms
+from teacher_dump.teacher import Teacher, TeacherPrompt
+from teacher_dump.visual_grid import Expansion, VisualGrid, expand
+
+_SAMPLES_PER_CALL = 32  # of the engine: their hidden states and pixels are in memory together
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowRequest:
+    """Which entries of a family's rows are kept, and the seed of their draws."""
+
+    selection: Selection
+    seed: int
+
+
+@dataclass(frozen=True)
+class SignalRequest:
+    """The families to make; None for one that is not wanted."""
+
+    response: RowRequest | None = None
+    visual: RowRequest | None = None
+    relation_centered: bool | None = None
+    rows_per_chunk: int = 1024
+
+    @property
+    def needs_teacher(self) -> bool:
+        return not (self.response is None and self.visual is None and self.relation_centered is None)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A part's records, and how many positions the teacher was asked about."""
+
+    records: PartRecords
+    num_tokens: int  # expanded, of the samples that have a record; 0 without a teacher
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A sample that is ready for the teacher."""
+
+    record: TokensRecord
+    images: tuple[LoadedImage, ...]
+    expansion: Expansion
+
+    @property
+    def prompt(self) -> TeacherPrompt:
+        return TeacherPrompt(self.record.token_ids, tuple(image.pixels for image in self.images))
+
+    @property
+    def response_positions(self) -> np.ndarray:
+        """(r,) the position before each response token: its hidden state predicts that token."""
+        return self.expansion.positions[self.record.response_mask] - 1
+
+
+@dataclass(frozen=True, eq=False)
+class OpenTeacher:
+    """A loaded teacher and its output head."""
+
+    engine: Teacher
+    head: OutputHead
+
+
+class Preparer:
+    """Samples to token ids and images, refused where they are too long or broken."""
+
+    def __init__(
+        self,
+        *,
+        prompts: PromptBuilder,
+        grid: VisualGrid,
+        image_token_id: int,
+        preprocessing_fingerprint: str,
+        image_root: Path,
+        max_length: int,  # tokens, visual tokens included
+    ) -> None:
+        self._prompts = prompts
+        self._grid = grid
+        self._image_token_id = image_token_id
+        self._preprocessing = preprocessing_fingerprint
+        self._image_root = image_root
+        self._max_length = max_length
+
+    def prepare(self, sample: Sample) -> Prepared:
+        """SampleRefusedError: a bad image, a prompt that cannot be made, more than `max_length` tokens."""
+        images = tuple(load_image(self._image_root, path) for path in sample.images)
+        prompt = self._prompts.build(sample)
+        counts = [self._grid.num_visual_tokens(image.pixels) for image in images]
+        expansion = expand(prompt.token_ids, counts, self._image_token_id)
+        if len(expansion.token_ids) > self._max_length:
+            raise SampleRefusedError(
+                f"has {len(expansion.token_ids)} tokens, {sum(counts)} of them visual; "
+                f"teacher.max_length allows {self._max_length}"
+            )
+        if prompt.response_mask[:1].any():
+            raise SampleRefusedError("its answer starts at the first token, which no position predicts")
+        places = np.flatnonzero(prompt.token_ids == self._image_token_id)
+        refs = tuple(
+            ImageRef(
+                path=image.path,
+                sha256=image.sha256,
+                num_visual_tokens=count,
+                key=image_key(
+                    prompt.token_ids[: place + 1],
+                    [earlier.sha256 for earlier in images[: number + 1]],
+                    self._preprocessing,
+                ),
+            )
+            for number, (image, count, place) in enumerate(zip(images, counts, places, strict=True))
+        )
+        record = TokensRecord(sample.id, sample.split, sample.category, prompt.token_ids, prompt.response_mask, refs)
+        return Prepared(record, images, expansion)
+
+
+class PartScorer:
+    """Scores parts with one teacher, or with none where only tokens are wanted."""
+
+    def __init__(self, preparer: Preparer, request: SignalRequest, teacher: OpenTeacher | None) -> None:
+        if request.needs_teacher and teacher is None:
+            raise ValueError("these signals need a teacher")
+        self._preparer = preparer
+        self._request = request
+        self._teacher = teacher if request.needs_teacher else None
+
+    def score(self, part: Part) -> Scored:
+        """The part's records in the order of its samples. Rows are a function of the part and the seeds."""
+        gathered = _Gathered(errors=list(part.errors))
+        for start in range(0, len(part.samples), _SAMPLES_PER_CALL):
+            ready = self.prepare(part.samples[start : start + _SAMPLES_PER_CALL], gathered.errors)
+            if self._teacher is None:
+                gathered.tokens += [prepared.record for prepared in ready]
+            elif ready:
+                scored, hidden = self.hidden_states(ready, gathered.errors)
+                self._add_signals(self._teacher.head, scored, hidden, gathered)
+        request = self._request
+        records = PartRecords(
+            tokens=gathered.tokens,
+            response=None if request.response is None else gathered.response,
+            visual=None if request.visual is None else gathered.visual,
+            relation=None if request.relation_centered is None else gathered.relation,
+            errors=gathered.errors,
+        )
+        return Scored(records, gathered.num_tokens)
+
+    def prepare(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Prepared]:
+        """The samples that can be scored; the others are added to `errors`."""
+        ready = []
+        for sample in samples:
+            try:
+                ready.append(self._preparer.prepare(sample))
+            except SampleRefusedError as refusal:
+                errors.append(SampleError(sample.id, str(refusal)))
+        return ready
+
+    def hidden_states(
+        self, samples: Sequence[Prepared], errors: list[SampleError]
+    ) -> tuple[list[Prepared], list[Tensor]]:
+        """The samples that the teacher took and their hidden states, (T, d) each; the others become errors.
+
+        When a call fails, its samples are tried one by one. StillhouseError: all of several samples fail,
+        or the engine expands a prompt in another way than the processor.
+        """
+        try:
+            return list(samples), self._ask(samples)
+        except StillhouseError:
+            raise
+        except Exception as error:  # an engine raises its own kinds, and one sample must not cost the others
+            _log.warning("the teacher failed on %d samples together: %s", len(samples), error)
+        taken: list[Prepared] = []
+        hidden: list[Tensor] = []
+        failures: list[SampleError] = []
+        for sample in samples:
+            try:
+                hidden += self._ask([sample])
+                taken.append(sample)
+            except StillhouseError:
+                raise
+            except Exception as error:
+                failures.append(SampleError(sample.record.sample_id, f"the teacher failed: {error}"))
+        if not taken and len(failures) > 1:
+            raise StillhouseError(f"the teacher fails on every sample; {failures[0].sample_id}: {failures[0].reason}")
+        errors += failures
+        return taken, hidden
+
+    def _ask(self, samples: Sequence[Prepared]) -> list[Tensor]:
+        assert self._teacher is not None
+        states = self._teacher.engine.hidden_states([sample.prompt for sample in samples])
+        for sample, state in zip(samples, states, strict=True):
+            try:
+                sample.expansion.check(state.token_ids)
+            except StillhouseError as error:
+                raise StillhouseError(f"sample {sample.record.sample_id}: {error}") from error
+        return [state.hidden for state in states]
+
+    def _add_signals(
+        self, head: OutputHead, samples: Sequence[Prepared], hidden: Sequence[Tensor], gathered: _Gathered
+    ) -> None:
+        kept: list[tuple[Prepared, Tensor]] = []
+        for sample, states in zip(samples, hidden, strict=True):
+            if bool(torch.isfinite(states).all()):
+                kept.append((sample, states))
+            else:
+                reason = "the teacher's hidden states are not finite; a wider dtype may help"
+                gathered.errors.append(SampleError(sample.record.sample_id, reason))
+        gathered.tokens += [sample.record for sample, _ in kept]
+        gathered.num_tokens += sum(len(states) for _, states in kept)
+        if self._request.response is not None:
+            gathered.response += self._response(head, self._request.response, kept)
+        new = _new_images(kept, gathered.image_keys)
+        if self._request.visual is not None:
+            gathered.visual |= self._visual(head, self._request.visual, new)
+        if self._request.relation_centered is not None:
+            for key, states in new.items():
+                gathered.relation[key] = head.relation(states, centered=self._request.relation_centered)
+
+    def _response(
+        self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[Prepared, Tensor]]
+    ) -> list[SparseRows]:
+        counts = [sample.record.num_response_tokens for sample, _ in kept]
+        if not kept:
+            return []
+        rows = head.sparse_rows(
+            torch.cat([states[torch.from_numpy(sample.response_positions)] for sample, states in kept]),
+            labels=torch.cat(
+                [
+                    torch.from_numpy(sample.record.token_ids[sample.record.response_mask].astype(np.int64))
+                    for sample, _ in kept
+                ]
+            ),
+            selection=request.selection,
+            uniforms=np.concatenate(
+                [
+                    row_uniforms(count, seed=request.seed, family="response", key=sample.record.sample_id)
+                    for (sample, _), count in zip(kept, counts, strict=True)
+                ]
+            ),
+            rows_per_chunk=self._request.rows_per_chunk,
+        )
+        return _split(rows, counts)
+
+    def _visual(self, head: OutputHead, request: RowRequest, images: dict[str, Tensor]) -> dict[str, SparseRows]:
+        if not images:
+            return {}
+        rows = head.sparse_rows(
+            torch.cat(list(images.values())),
+            labels=None,
+            selection=request.selection,
+            uniforms=np.concatenate(
+                [
+                    row_uniforms(len(states), seed=request.seed, family="visual", key=key)
+                    for key, states in images.items()
+                ]
+            ),
+            rows_per_chunk=self._request.rows_per_chunk,
+        )
+        return dict(zip(images, _split(rows, [len(states) for states in images.values()]), strict=True))
+
+
+@dataclass
+class _Gathered:
+    """What a part has so far."""
+
+    tokens: list[TokensRecord] = field(default_factory=list)
+    response: list[SparseRows] = field(default_factory=list)
+    visual: dict[str, SparseRows] = field(default_factory=dict)
+    relation: dict[str, RelationMatrix] = field(default_factory=dict)
+    image_keys: set[str] = field(default_factory=set)
+    errors: list[SampleError] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+def _new_images(kept: Sequence[tuple[Prepared, Tensor]], known: set[str]) -> dict[str, Tensor]:
+    """Hidden states of the images whose key is not yet known, (n, d) each, unshifted; their keys become known."""
+    new: dict[str, Tensor] = {}
+    for sample, states in kept:
+        for ref, (start, stop) in zip(sample.record.images, sample.expansion.spans, strict=True):
+            if ref.key not in known:
+                known.add(ref.key)
+                new[ref.key] = states[start:stop]
+    return new
+
+
+def _split(rows: SparseRows, counts: Sequence[int]) -> list[SparseRows]:
+    stops = np.cumsum(counts)
+    return [rows.slice(int(stop) - count, int(stop)) for stop, count in zip(stops, counts, strict=True)]

@@ -1,0 +1,40 @@
+"""The seam between the dump and an inference engine: prompts in, final hidden states out.
+
+Legend: t positions of the expanded prompt, visual tokens included; d hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL.Image import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherPrompt:
+    """Unexpanded token ids, one image token an image, and the images in that order."""
+
+    token_ids: NDArray[np.int32]
+    images: tuple[Image, ...]  # RGB
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherStates:
+    """What a teacher computed for one prompt."""
+
+    token_ids: NDArray[np.int64]  # (t,) as the engine saw them, image tokens expanded
+    hidden: Float[Tensor, "t d"]  # after the last norm: the output head's input
+
+
+class Teacher(Protocol):
+    """An engine with a teacher loaded."""
+
+    def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+        """The states of each prompt, in order. Raises whatever the engine raises; the engine stays usable."""
+        ...

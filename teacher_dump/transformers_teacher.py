@@ -1,0 +1,63 @@
+"""The slow reference teacher: transformers, one prompt at a time, no padding and no batching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from storage.errors import ConfigError, StillhouseError
+from teacher_dump import torchvision_shim
+from teacher_dump.processor import load_processor
+from teacher_dump.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.visual_grid import VisualGrid, expand
+
+
+class TransformersTeacher:
+    """A causal vision-language model of transformers, up to its last norm."""
+
+    def __init__(self, folder: Path, *, dtype: str, image_token_id: int, settings: dict[str, object]) -> None:
+        """ConfigError: any setting but trust_remote_code. The model runs on the first GPU, if there is one."""
+        unknown = sorted(set(settings) - {"trust_remote_code"})
+        if unknown:
+            raise ConfigError(f"teacher.settings: the transformers backend takes no {', '.join(unknown)}")
+        torchvision_shim.ensure()
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+        trust = bool(settings.get("trust_remote_code", False))
+        kind = AutoModelForCausalLM if image_token_id < 0 else AutoModelForImageTextToText
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model = kind.from_pretrained(folder, dtype=self._dtype, trust_remote_code=trust, use_safetensors=True)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise StillhouseError(f"transformers cannot load {folder}: {error}") from error
+        self._trunk = model.base_model.to(self._device).eval()
+        self._processor = load_processor(folder, trust_remote_code=trust)
+        self._grid = VisualGrid(self._processor, image_token_id)
+        self._image_token_id = image_token_id
+
+    @torch.no_grad()
+    def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+        """See Teacher."""
+        return [self._states(prompt) for prompt in prompts]
+
+    def _states(self, prompt: TeacherPrompt) -> TeacherStates:
+        counts = [self._grid.num_visual_tokens(image) for image in prompt.images]
+        ids = expand(prompt.token_ids, counts, self._image_token_id).token_ids
+        inputs = {
+            "input_ids": torch.from_numpy(ids)[None],
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        }
+        if prompt.images:
+            inputs |= self._processor.image_processor(images=list(prompt.images), return_tensors="pt")
+        inputs = {
+            name: value.to(self._device, self._dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        hidden = self._trunk(**inputs, use_cache=False).last_hidden_state[0]
+        if hidden.shape[0] != len(ids):
+            raise StillhouseError(f"transformers gave {hidden.shape[0]} positions for {len(ids)} tokens")
+        return TeacherStates(ids.astype(np.int64), hidden.float().cpu())

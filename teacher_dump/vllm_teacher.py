@@ -1,0 +1,132 @@
+"""The vLLM teacher: each prompt token's final hidden state. The only file that imports vllm.
+
+vLLM's public pooling API with the task `token_embed` and no activation returns the hidden states after the
+last norm (DESIGN §3). The engine runs inside this process. No private attribute of vLLM is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.errors import ConfigError, StillhouseError
+from teacher_dump import checkpoint, torchvision_shim
+from teacher_dump.teacher import TeacherPrompt, TeacherStates
+
+_TASK = "token_embed"
+_OURS = {  # what the dump decides; each has its own field, or no other value works
+    "model": "teacher.model",
+    "revision": "teacher.revision",
+    "dtype": "teacher.dtype",
+    "max_model_len": "teacher.max_length",
+    "runner": None,
+    "convert": None,
+    "pooler_config": None,
+    "enable_prefix_caching": None,  # a cached prefix has no hidden states
+}
+_CPU_KV_CACHE_BYTES = 256 * 2**20  # the default takes 92 % of the memory, which the head and others need
+_GPU_MEMORY_FRACTION = 0.8  # leaves room for the output head and a chunk of logits beside the engine
+
+
+class VllmTeacher:
+    """A model served by vLLM's pooling runner."""
+
+    def __init__(self, folder: Path, *, dtype: str, max_length: int, settings: Mapping[str, Any], served: Path) -> None:
+        """Start an engine on a checkpoint folder.
+
+        `max_length` in tokens, visual tokens included; `settings` go to vllm.LLM by name; `served` is a
+        folder for a view of a checkpoint whose tensor names vLLM does not know. ConfigError: unknown settings.
+        """
+        torchvision_shim.ensure()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: the actor that called
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        import vllm
+        from vllm.config import PoolerConfig
+        from vllm.platforms import current_platform
+
+        self._vllm = vllm
+        check_settings(settings)
+        config = checkpoint.read_json(folder / "config.json")
+        if current_platform.is_cpu():
+            _register_in_process(config.get("architectures", []))
+            defaults = {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": max(_CPU_KV_CACHE_BYTES, 2 * max_length * _kv_bytes_per_token(config)),
+            }
+        else:
+            defaults = {"gpu_memory_utilization": _GPU_MEMORY_FRACTION}
+        try:
+            self._engine = vllm.LLM(
+                str(checkpoint.servable_view(folder, into=served)),
+                dtype=dtype,  # type: ignore[arg-type]
+                max_model_len=max_length,
+                runner="pooling",
+                convert="embed",
+                pooler_config=PoolerConfig(task=_TASK),
+                enable_prefix_caching=False,
+                **{**defaults, **settings},
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise StillhouseError(f"vLLM cannot serve {folder}: {error}") from error
+
+    def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+        """See Teacher. Hidden states are float32, on the CPU."""
+        outputs = self._engine.encode(
+            [_engine_prompt(prompt) for prompt in prompts],
+            pooling_params=self._vllm.PoolingParams(use_activation=False),
+            pooling_task=_TASK,
+            use_tqdm=False,
+        )
+        return [
+            TeacherStates(np.asarray(output.prompt_token_ids, np.int64), output.outputs.data.float().cpu())
+            for output in outputs
+        ]
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """ConfigError for a name that vLLM's engine does not have, or that the dump sets itself."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in fields(EngineArgs)}
+    for name in settings:
+        if name in _OURS:
+            instead = f"set {_OURS[name]}" if _OURS[name] else "the dump sets it and needs its value"
+            raise ConfigError(f"teacher.settings.{name}: is not yours to set; {instead}")
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see vllm's EngineArgs"
+            raise ConfigError(f"teacher.settings.{name}: vLLM has no such setting; {hint}")
+
+
+def _engine_prompt(prompt: TeacherPrompt) -> Any:
+    engine_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids.tolist()}
+    if prompt.images:
+        engine_prompt["multi_modal_data"] = {"image": list(prompt.images)}
+    return engine_prompt
+
+
+def _register_in_process(architectures: Sequence[str]) -> None:
+    """Let vLLM inspect the model here instead of in a process of its own.
+
+    It does that to keep CUDA out of this process; on a CPU there is no such need, and the other process
+    has no torchvision shim (vLLM imports transformers there before any plugin is loaded).
+    """
+    from vllm import ModelRegistry
+
+    for name in architectures:
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def _kv_bytes_per_token(config: Mapping[str, Any]) -> int:
+    """Upper bound: keys and values of every layer in float32, 0 where the config does not say."""
+    settings = checkpoint.text_settings(config)
+    heads = int(settings.get("num_attention_heads") or 0)
+    size = int(settings.get("head_dim") or (int(settings.get("hidden_size") or 0) // max(heads, 1)))
+    return 8 * int(settings.get("num_hidden_layers") or 0) * int(settings.get("num_key_value_heads") or heads) * size

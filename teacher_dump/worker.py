@@ -1,0 +1,135 @@
+"""A worker: one process's teacher, which scores parts and commits them to the cache."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.identity import Identity
+from storage.writer import CacheWriter
+from teacher_dump.fingerprint import ProcessorFacts
+from teacher_dump.plan import Part
+from teacher_dump.processor import load_processor
+from teacher_dump.prompt import PromptBuilder
+from teacher_dump.samples import Sample
+from teacher_dump.scoring import OpenTeacher, PartScorer, Preparer, SignalRequest
+from teacher_dump.sight import check_sight
+from teacher_dump.teacher import Teacher
+from teacher_dump.visual_grid import VisualGrid
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Everything that a worker needs to know, in plain values that travel between processes."""
+
+    checkpoint: Path
+    backend: str  # vllm or transformers
+    dtype: str
+    max_length: int  # tokens, visual tokens included
+    engine_settings: dict[str, Any]
+    served: Path  # folder for views of the checkpoint
+    facts: ProcessorFacts
+    image_root: Path
+    request: SignalRequest
+    cache: Path
+    identity: Identity
+    families: tuple[str, ...]
+    zstd_level: int
+    check_samples: tuple[Sample, ...]  # for the blind check; none: no check
+
+
+@dataclass(frozen=True)
+class PartOutcome:
+    """What became of one part."""
+
+    part: int
+    num_samples: int  # with a record
+    num_errors: int
+    num_tokens: int  # positions that the teacher was asked about
+    started: float  # seconds since the epoch: scoring began
+    finished: float  # the part was committed
+
+
+class Worker:
+    """Scores and commits parts. Its teacher is loaded, and seen to see, on the first one."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._writer = CacheWriter.open(
+            settings.cache, settings.identity, settings.families, zstd_level=settings.zstd_level
+        )
+        self._scorer: PartScorer | None = None
+
+    def run(self, part: Part) -> PartOutcome:
+        """Score a part and commit it. StillhouseError: the teacher cannot be used."""
+        if self._scorer is None:
+            self._scorer = _open_scorer(self._settings)
+        started = time.time()
+        scored = self._scorer.score(part)
+        self._writer.write_part(part.number, scored.records)
+        return PartOutcome(
+            part=part.number,
+            num_samples=len(scored.records.tokens),
+            num_errors=len(scored.records.errors),
+            num_tokens=scored.num_tokens,
+            started=started,
+            finished=time.time(),
+        )
+
+
+def open_preparer(settings: WorkerSettings) -> Preparer:
+    """Load the teacher's processor; no weights."""
+    facts = settings.facts
+    trust = bool(settings.engine_settings.get("trust_remote_code", False))
+    processor = load_processor(settings.checkpoint, trust_remote_code=trust)
+    return Preparer(
+        prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
+        grid=VisualGrid(processor, facts.image_token_id),
+        image_token_id=facts.image_token_id,
+        preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        image_root=settings.image_root,
+        max_length=settings.max_length,
+    )
+
+
+def _open_scorer(settings: WorkerSettings) -> PartScorer:
+    preparer = open_preparer(settings)
+    teacher = open_teacher(settings) if settings.request.needs_teacher else None
+    scorer = PartScorer(preparer, settings.request, teacher)
+    if teacher is not None and settings.check_samples:
+        check_sight(scorer, teacher.head, settings.check_samples)
+    return scorer
+
+
+def open_teacher(settings: WorkerSettings) -> OpenTeacher:
+    """Load the engine and the output head, the head on the GPU where there is one."""
+    import torch
+
+    from teacher_dump.head import read_head
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    head = read_head(settings.checkpoint, vocab_size=settings.facts.vocab_size, device=device)
+    return OpenTeacher(_open_engine(settings), head)
+
+
+def _open_engine(settings: WorkerSettings) -> Teacher:
+    if settings.backend == "vllm":
+        from teacher_dump.vllm_teacher import VllmTeacher
+
+        return VllmTeacher(
+            settings.checkpoint,
+            dtype=settings.dtype,
+            max_length=settings.max_length,
+            settings=settings.engine_settings,
+            served=settings.served,
+        )
+    from teacher_dump.transformers_teacher import TransformersTeacher
+
+    return TransformersTeacher(
+        settings.checkpoint,
+        dtype=settings.dtype,
+        image_token_id=settings.facts.image_token_id,
+        settings=settings.engine_settings,
+    )

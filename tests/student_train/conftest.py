@@ -1,0 +1,121 @@
+"""Shared by the student's tests: a tiny checkpoint, a cache that fits it, runs of the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jaxtyping import install_import_hook
+
+from teacher_dump import torchvision_shim
+
+with install_import_hook(["student_train.losses", "student_train.student"], "beartype.beartype"):
+    import student_train.losses
+    import student_train.student  # noqa: F401
+
+from tests.student_train.caches import make_cache
+from tests.tiny import make_tiny_llava
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torchvision_shim.ensure()  # the tests' tiny model is built with torchvision's image processor
+
+ROOT = Path(__file__).resolve().parents[2]
+MAIN = ROOT / "student_train" / "main.py"
+IN_TURN = """
+import contextlib, io, json, sys, time
+root, prologue, lines = sys.argv[1:]
+sys.path.insert(0, root)
+exec(prologue)
+from student_train.command import main
+outcomes = []
+for line in json.loads(lines):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        code = main(line, started=time.monotonic())
+    outcomes.append({"code": code, "stderr": stderr.getvalue()})
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA: SigLIP tower of 16 visual tokens, tokenizer of 300, head of 320 rows."""
+    return make_tiny_llava(tmp_path_factory.mktemp("checkpoint") / "llava", num_layers=1)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """24 samples of `train` and of `test`, all families, top 8."""
+    return make_cache(tmp_path_factory.mktemp("cache"), checkpoint)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command line ended."""
+
+    code: int
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs student_train/main.py on a configuration of its own."""
+
+    folder: Path
+    document: dict[str, Any]
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "pipeline.yaml"
+
+    def output(self, stage: str) -> Path:
+        return self.folder / "runs" / "t" / f"{stage}-0"
+
+    def run(self, stage: str, *arguments: str, ranks: int = 0) -> Outcome:
+        """One command line in processes of its own: of torchrun, or of plain Python with `ranks` 0."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = self._python([*(torchrun if ranks else []), str(MAIN), *self._arguments(stage, arguments)])
+        return Outcome(done.returncode, done.stderr)
+
+    def run_in_turn(self, *commands: Sequence[str], prologue: str) -> list[Outcome]:
+        """Command lines (stage, arguments) one after another in one process that first runs `prologue`."""
+        lines = [self._arguments(stage, arguments) for stage, *arguments in commands]
+        done = self._python(["-c", IN_TURN, str(ROOT), prologue, json.dumps(lines)])
+        assert done.returncode == 0, done.stderr
+        return [Outcome(**outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
+
+    def _arguments(self, stage: str, arguments: Sequence[str]) -> list[str]:
+        return [str(self.config), "--stage", stage, *arguments]
+
+    def _python(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        self.config.write_text(yaml.safe_dump(self.document))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTHONPATH", None)
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, cwd=self.folder,
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make_runner(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, cache: Path) -> Callable[..., Runner]:
+    """Runners over the shared checkpoint and cache; each stage is given by the fields that differ."""
+
+    def make(**stages: dict[str, Any]) -> Runner:
+        folder = tmp_path_factory.mktemp("run")
+        common = {
+            "init": str(checkpoint), "output": "{run}/{stage}-{seed}", "steps": 4, "global_batch": 12,
+            "micro_batch": 12, "lr": 2e-3, "precision": "fp32", "log_every": 1,
+        }  # fmt: skip
+        named = {name: {**common, **fields} for name, fields in stages.items()}
+        return Runner(folder, {"name": "t", "runs_dir": "runs", "cache": {"path": str(cache)}, "stages": named})
+
+    return make

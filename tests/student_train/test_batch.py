@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from storage.errors import IdentityError, StillhouseError
+from storage.records import ImageRef, RelationMatrix, SampleRecord, TokensRecord
+from student_train.batch import Grid, collate, collate_prompts, first_answer, layout, prompt_of
+from student_train.images import VisionInput
+from tests.student_train.caches import sparse_rows
+
+IMAGE = 9
+GRID = Grid(image_token_id=IMAGE, tokens_per_image=3, pad_token_id=0, max_length=32)
+
+
+def image(name: str, tokens: int = 3) -> ImageRef:
+    return ImageRef(name, "0" * 64, tokens, key=name.encode().hex().ljust(64, "0"))
+
+
+def sample(ids: Sequence[int], responses: Sequence[int], *images: ImageRef, name: str = "s") -> TokensRecord:
+    mask = np.zeros(len(ids), bool)
+    mask[list(responses)] = True
+    return TokensRecord(name, "train", "c", np.array(ids, np.int32), mask, images)
+
+
+def gather(images: Sequence[tuple[str, ImageRef]]) -> VisionInput:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return VisionInput(tuple(ref.path for _, ref in images), None, nothing, None, nothing)
+
+
+def record(tokens: TokensRecord, seed: int = 0, tokens_per_image: int = 3) -> SampleRecord:
+    draw = np.random.default_rng(seed)
+    return SampleRecord(
+        tokens,
+        response=sparse_rows(draw.normal(size=(tokens.num_response_tokens, 10)), k=2),
+        visual={ref.key: sparse_rows(draw.normal(size=(tokens_per_image, 10)), k=3) for ref in tokens.images},
+        relation={ref.key: RelationMatrix(np.full((3, 3), len(ref.path), np.float32), 1.0) for ref in tokens.images},
+    )
+
+
+def test_placeholders_expand_and_rows_are_predicted_one_position_before() -> None:
+    found = layout(sample([1, IMAGE, 2, 3, 4, 5, 6], [4, 5], image("a")), GRID)
+    assert found.input_ids.tolist() == [1, IMAGE, IMAGE, IMAGE, 2, 3, 4, 5, 6]
+    assert found.labels.tolist() == [4, 5]
+    assert found.response_positions.tolist() == [5, 6]  # of tokens 3 and 4, which predict 4 and 5
+    assert found.visual_positions.tolist() == [1, 2, 3]  # not shifted
+
+
+def test_a_response_right_after_an_image_is_predicted_at_its_last_visual_token() -> None:
+    found = layout(sample([1, IMAGE, 4], [2], image("a")), GRID)
+    assert found.response_positions.tolist() == [3]
+    assert found.visual_positions.tolist() == [1, 2, 3]
+
+
+def test_two_images_and_two_turns() -> None:
+    found = layout(sample([IMAGE, 1, 2, IMAGE, 3, 4, 5], [2, 5], image("a"), image("b")), GRID)
+    assert found.input_ids.tolist() == [IMAGE] * 3 + [1, 2] + [IMAGE] * 3 + [3, 4, 5]
+    assert found.response_positions.tolist() == [3, 8]
+    assert found.labels.tolist() == [2, 4]
+    assert found.visual_positions.tolist() == [0, 1, 2, 5, 6, 7]
+
+
+def test_positions_of_a_padded_batch_are_flat() -> None:
+    short = record(sample([1, 2, 3], [1, 2], name="short"), seed=1)
+    long = record(sample([1, IMAGE, 4, 5], [3], image("a"), name="long"), seed=2)
+    batch = collate([short, long], GRID, gather, families=("response", "visual", "relation"))
+    assert batch.sample_ids == ("short", "long")
+    assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0, 0], [1, IMAGE, IMAGE, IMAGE, 4, 5]]
+    assert batch.response_positions.tolist() == [0, 1, 6 + 4]
+    assert batch.labels.tolist() == [2, 3, 5]
+    assert batch.visual_positions.tolist() == [[7, 8, 9]]
+    assert batch.input_ids.flatten()[batch.response_positions + 1].tolist() == batch.labels.tolist()
+    assert batch.response is not None
+    assert short.response is not None
+    assert long.response is not None
+    assert batch.response.ids.tolist() == [*short.response.ids, *long.response.ids]
+    assert batch.response.num_rows == 3
+    assert batch.visual is not None
+    assert batch.visual.num_rows == 3
+    assert batch.relation is not None
+    assert batch.relation.shape == (1, 3, 3)
+
+
+def test_visual_rows_follow_the_order_of_placeholders_not_of_keys() -> None:
+    tokens = sample([IMAGE, 1, IMAGE, 2], [3], image("zz"), image("a"))
+    whole = record(tokens)
+    batch = collate([whole], GRID, gather, families=("visual", "relation"))
+    expected = [*whole.visual[tokens.images[0].key].ids, *whole.visual[tokens.images[1].key].ids]
+    assert batch.visual is not None
+    assert batch.visual.ids.tolist() == expected
+    assert batch.relation is not None
+    assert batch.relation[:, 0, 0].tolist() == [2.0, 1.0]
+    assert batch.vision.names == ("zz", "a")
+
+
+def test_a_batch_that_does_not_count_has_no_rows_but_its_images() -> None:
+    batch = collate(
+        [record(sample([1, IMAGE, 4], [2], image("a")))], GRID, gather, families=("response",), counted=False
+    )
+    assert batch.response is None
+    assert batch.labels.tolist() == []
+    assert batch.response_positions.dtype == torch.int64
+    assert batch.visual_positions.tolist() == [[1, 2, 3]]
+
+
+def test_another_visual_grid_is_refused_only_where_rows_must_match() -> None:
+    whole = record(sample([IMAGE, 4, 5], [2], image("a", tokens=5)), tokens_per_image=5)
+    assert collate([whole], GRID, gather, families=("response",)).response_positions.tolist() == [3]
+    for family in ("visual", "relation"):
+        with pytest.raises(IdentityError, match="5 visual tokens for image a of sample 's', this student has 3"):
+            collate([whole], GRID, gather, families=(family,))
+
+
+def test_what_cannot_be_laid_out_is_refused_by_name() -> None:
+    with pytest.raises(StillhouseError, match="sample 's': its first token is a response token"):
+        layout(sample([1, 2], [0]), GRID)
+    with pytest.raises(StillhouseError, match="sample 's' has 34 tokens for this student, which has 32"):
+        layout(sample([1] * 31 + [IMAGE], [5], image("a")), GRID)
+    incomplete = SampleRecord(sample([1, IMAGE, 2], [2], image("a")))
+    with pytest.raises(StillhouseError, match="sample 's': no rows for 1 response tokens"):
+        collate([incomplete], GRID, gather, families=("response",))
+    with pytest.raises(StillhouseError, match="sample 's': image a has no visual rows"):
+        collate([incomplete], GRID, gather, families=("visual",))
+
+
+def test_prompts_end_together_before_the_first_response_token() -> None:
+    first = sample([1, IMAGE, 2, 7, 8, IMAGE, 3, 6], [3, 4, 7], image("a"), image("b"), name="two turns")
+    second = sample([1, 2, 3, 4, 5, 6, 7], [6], name="text")
+    prompts = [prompt_of(tokens, image_token_id=IMAGE) for tokens in (first, second)]
+    assert prompts[0].token_ids.tolist() == [1, IMAGE, 2]
+    assert [ref.path for ref in prompts[0].images] == ["a"]
+    assert first_answer(first).tolist() == [7, 8]
+    assert first_answer(second).tolist() == [7]
+    batch = collate_prompts(prompts, GRID, gather)
+    assert batch.input_ids.tolist() == [[0, 1, IMAGE, IMAGE, IMAGE, 2], [1, 2, 3, 4, 5, 6]]
+    assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    assert batch.visual_positions.tolist() == [[2, 3, 4]]
+    with pytest.raises(StillhouseError, match="sample 's' has no response token"):
+        prompt_of(sample([1, 2], []), image_token_id=IMAGE)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.errors import StillhouseError
+from student_train.loader import (
+    ReadAhead,
+    RowCounts,
+    SampleTable,
+    epoch_order,
+    global_batch,
+    micro_batches,
+    num_micro_batches,
+    plans,
+    select,
+)
+
+
+def table(size: int) -> SampleTable:
+    numbers = np.arange(size)
+    return SampleTable(indices=numbers + 100, num_response_rows=numbers + 1, num_images=numbers % 3, tokens_per_image=4)
+
+
+@given(size=st.integers(1, 50), seed=st.integers(0, 100), epoch=st.integers(0, 5))
+def test_an_epoch_is_a_permutation_of_seed_and_epoch(size: int, seed: int, epoch: int) -> None:
+    order = epoch_order(size, seed=seed, epoch=epoch)
+    assert sorted(order.tolist()) == list(range(size))
+    assert order.tolist() == epoch_order(size, seed=seed, epoch=epoch).tolist()
+
+
+def test_seeds_and_epochs_shuffle_differently() -> None:
+    orders = {tuple(epoch_order(40, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+@given(size=st.integers(1, 30), batch=st.integers(1, 40), seed=st.integers(0, 9))
+def test_batches_are_consecutive_pieces_of_the_endless_sequence(size: int, batch: int, seed: int) -> None:
+    epochs = -(-5 * batch // size)
+    endless = np.concatenate([epoch_order(size, seed=seed, epoch=epoch) for epoch in range(epochs)])
+    got = np.concatenate([global_batch(size, batch, step=step, seed=seed) for step in range(5)])
+    assert got.tolist() == endless[: 5 * batch].tolist()
+
+
+@given(size=st.integers(1, 60), micro=st.integers(1, 20), num_ranks=st.integers(1, 9))
+def test_ranks_share_a_batch_in_equally_many_pieces(size: int, micro: int, num_ranks: int) -> None:
+    batch = np.random.default_rng(size).permutation(size)
+    pieces = [micro_batches(batch, micro, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    expected = num_micro_batches(size, micro, num_ranks=num_ranks)
+    assert {len(of_rank) for of_rank in pieces} == {expected}
+    assert np.concatenate([piece for of_rank in pieces for piece in of_rank]).tolist() == batch.tolist()
+    assert max(len(piece) for of_rank in pieces for piece in of_rank) <= micro
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 20), batch=st.integers(1, 24), micro=st.integers(1, 8), num_ranks=st.integers(1, 4))
+def test_totals_are_those_of_the_global_batch_on_every_rank(size: int, batch: int, micro: int, num_ranks: int) -> None:
+    samples = table(size)
+    by_rank = [
+        list(plans(samples, batch, micro, steps=range(2), seed=3, rank=rank, num_ranks=num_ranks))
+        for rank in range(num_ranks)
+    ]
+    for step in range(2):
+        rows = global_batch(size, batch, step=step, seed=3)
+        expected = RowCounts(
+            response=int((rows + 1).sum()), visual=4 * int((rows % 3).sum()), relation=int((rows % 3).sum())
+        )
+        mine = [plan for of_rank in by_rank for plan in of_rank if plan.step == step]
+        assert {plan.totals for plan in mine} == {expected}
+        counted = np.concatenate([plan.rows for plan in mine if plan.counted])
+        assert sorted(counted.tolist()) == sorted(rows.tolist())
+        for together in zip(*([plan for plan in each if plan.step == step] for each in by_rank), strict=True):
+            assert len({(plan.micro, plan.largest) for plan in together}) == 1
+            counts = [samples.counts(plan.rows).response for plan in together if plan.counted]
+            assert together[0].largest.response == max(counts)
+
+
+def test_a_rank_without_samples_gets_one_that_does_not_count() -> None:
+    third = list(plans(table(5), 2, 1, steps=range(1), seed=0, rank=0, num_ranks=3))
+    assert [(len(plan.rows), plan.counted) for plan in third] == [(1, False)]
+
+
+def test_select_keeps_the_order_of_the_cache() -> None:
+    assert select(["train", "test", "val", "train"], ["val", "train"]).tolist() == [0, 2, 3]
+    assert select(["train"], ["test"]).tolist() == []
+
+
+def test_read_ahead_yields_in_order() -> None:
+    with ReadAhead(iter(range(20)), depth=2) as reader:
+        assert list(reader) == list(range(20))
+
+
+def test_read_ahead_raises_the_thread_s_own_error_where_it_happened() -> None:
+    def items():
+        yield 1
+        raise StillhouseError("sample 'x': broken")
+
+    with ReadAhead(items()) as reader:
+        iterator = iter(reader)
+        assert next(iterator) == 1
+        with pytest.raises(StillhouseError, match="sample 'x': broken"):
+            next(iterator)
+
+
+def test_read_ahead_stays_within_its_depth_and_stops_with_its_reader() -> None:
+    made = []
+
+    def items():
+        for number in range(1000):
+            made.append(number)
+            yield number
+
+    with ReadAhead(items(), depth=3) as reader:
+        assert next(iter(reader)) == 0
+        time.sleep(0.2)
+    assert len(made) <= 6

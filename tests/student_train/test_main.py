@@ -1,0 +1,186 @@
+"""Whole trainings through the command line, each in processes of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from storage.reader import Cache
+from student_train.ask import answer
+from student_train.config import EvaluationSection
+from student_train.evaluate import evaluate_model
+from tests.student_train.caches import make_cache
+from tests.student_train.conftest import Outcome, Runner
+
+LOSSES = {"response": {}, "visual": {"weight": 0.5}, "relation": {"weight": 0.5}}
+WITHOUT = '''
+import sys
+class Without:
+    """A finder that does not see some packages, as if they were not installed."""
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("vllm", "ray", "teacher_dump", "pipeline", "torchvision", "torchaudio"):
+            return None
+        return self.finder.find_spec(name, path, target)
+    def find_distributions(self, *arguments, **options):
+        return getattr(self.finder, "find_distributions", lambda *a, **k: ())(*arguments, **options)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+'''
+Make = Callable[..., Runner]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What one process did that trained one stage after another, and the cache that `memory` learnt by heart."""
+
+    runner: Runner
+    outcomes: dict[str, Outcome]
+    small_cache: Path
+
+    def output(self, stage: str) -> Path:
+        assert self.outcomes[stage].code == 0, self.outcomes[stage].stderr
+        return self.runner.output(stage)
+
+
+@pytest.fixture(scope="module")
+def alone(make_runner: Make, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """One rank and one process without vllm, ray, the dump, the pipeline and torchvision."""
+    broken, small = tmp_path_factory.mktemp("broken"), tmp_path_factory.mktemp("small")
+    tiny = {"num_images": 2, "splits": ("train",)}
+    broken_cache = make_cache(broken, checkpoint, num_samples=4, **tiny)
+    small_cache = make_cache(small, checkpoint, num_samples=6, k=None, tau=0.02, **tiny)
+    Image.new("RGB", (32, 32)).save(broken / "images" / "train-1.png")
+    memory = {
+        "cache": str(small_cache), "steps": 120, "global_batch": 6, "micro_batch": 2, "zero_stage": 0,
+        "lr": 5e-3, "losses": {"response": {"treatment": "unbiased"}},
+    }  # fmt: skip
+    runner = make_runner(
+        broken={"cache": str(broken_cache), "global_batch": 4, "micro_batch": 4},
+        hot={"lr": 1e30, "clip_norm": 1e30, "global_batch": 3, "micro_batch": 3},
+        all={"losses": LOSSES},
+        memory=memory,
+        bf16={"precision": "bf16", "losses": LOSSES},
+    )
+    names = ("broken", "hot", "all", "memory", "bf16")
+    lines = [(name, *(["--evaluate", "evaluation.splits=[train]"] if name == "memory" else [])) for name in names]
+    return Alone(runner, dict(zip(names, runner.run_in_turn(*lines, prologue=WITHOUT), strict=True)), small_cache)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_course(ours: Path, theirs: Path) -> None:
+    """Losses and gradient norms of every step agree, and so do the trained weights."""
+    for mine, other in zip(metrics(ours), metrics(theirs), strict=True):
+        for name in ("step", "loss", "cross_entropy", "response", "visual", "relation", "grad_norm", "lr"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-4), (name, mine["step"])
+    weights, others = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+    assert weights.keys() == others.keys()
+    # Adam divides by the gradient's size, so where a gradient is rounding noise its step is too: lr is 2e-3.
+    assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 5e-4
+
+
+def test_a_student_trains_where_the_teacher_s_packages_are_absent(alone: Alone) -> None:
+    folder = alone.output("all")
+    assert {path.name for path in folder.iterdir()} >= {
+        "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja",
+        "metrics.jsonl", "summary.json", "deepspeed.log",
+    }  # fmt: skip
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["samples_per_s"] > 0 for line in lines)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {
+        "stage": "all", "seed": 0, "steps": 4, "num_processes": 1,
+        "final": {name: lines[-1][name] for name in ("loss", "cross_entropy", "response", "visual", "relation")},
+    }.items() <= summary.items()  # fmt: skip
+    assert summary["num_trained_parameters"] < summary["num_parameters"]
+    assert summary["seconds"] > 0
+    assert summary["peak_memory_bytes"] > 10**7
+
+
+def test_bf16_follows_fp32(alone: Alone) -> None:
+    for low, full in zip(metrics(alone.output("bf16")), metrics(alone.output("all")), strict=True):
+        assert low["loss"] == pytest.approx(full["loss"], rel=0.05)
+    weights = load_file(alone.output("bf16") / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.bfloat16"}
+
+
+@pytest.mark.parametrize(("zero_stage", "micro"), [(2, 4), (3, 3)])
+def test_two_ranks_train_as_one(make_runner: Make, alone: Alone, zero_stage: int, micro: int) -> None:
+    fields = {"zero_stage": zero_stage, "micro_batch": micro, "chunk_logits": 300 * 20}
+    runner = make_runner(all={"losses": LOSSES, **fields})
+    done = runner.run("all", ranks=2)
+    assert done.code == 0, done.stderr
+    assert_same_course(runner.output("all"), alone.output("all"))
+    assert json.loads((runner.output("all") / "summary.json").read_text())["num_processes"] == 2
+
+
+def test_a_trained_student_answers(alone: Alone) -> None:
+    folder, path = alone.output("memory"), alone.small_cache
+    document = json.loads((folder / "evaluation.json").read_text())
+    assert document["exact_match"] == 1.0
+    cache = Cache.open(path, ())
+    image = Path(cache.identity.image_root) / cache.read(0).tokens.images[0].path
+    reference = document["samples"][0]["reference"]
+    assert reference in ("red", "green", "blue", "white")
+    assert answer(folder, image, "what colour is the left half?") == reference
+    assert answer(folder, image, "describe the image.", max_new_tokens=2) != reference
+
+
+def test_an_evaluation_holds_what_the_contract_says(alone: Alone) -> None:
+    folder, path = alone.output("memory"), alone.small_cache
+    document = evaluate_model(folder, str(path), EvaluationSection(splits=("train",), batch=4))
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert written == document
+    assert document["num_samples"] == 6
+    assert set(document["by_category"]) == {"left", "right", "caption"}
+    assert sum(category["num"] for category in document["by_category"].values()) == 6
+    assert 0 < document["kl_to_teacher"] < 2
+    assert document["top1_agreement"] > 0.95
+    assert set(document["samples"][0]) == {"sample_id", "category", "answer", "reference", "correct"}
+    assert [sample["sample_id"] for sample in document["samples"]] == [f"train-{n:03d}" for n in range(6)]
+
+
+def test_a_cache_of_tokens_alone_gives_no_fidelity(checkpoint: Path, tmp_path: Path) -> None:
+    path = make_cache(tmp_path, checkpoint, num_samples=3, families=())
+    document = evaluate_model(checkpoint, str(path), EvaluationSection(max_new_tokens=3))
+    assert document["kl_to_teacher"] is None
+    assert document["top1_agreement"] is None
+    (checkpoint / "evaluation.json").unlink()
+
+
+def test_a_user_s_mistake_is_one_message_and_code_2(make_runner: Make) -> None:
+    runner = make_runner(run={})
+    done = runner.run("rnu")
+    assert done.code == 2
+    assert done.stderr == f"error: {runner.config}: there is no stage 'rnu'; the file has run\n"
+    done = runner.run("run", "stages.run.lr=fast")
+    assert done.code == 2
+    assert "stages.run.lr: got 'fast'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_changed_image_stops_training_and_is_named(alone: Alone) -> None:
+    done = alone.outcomes["broken"]
+    assert done.code == 1
+    assert "train-1.png: sha256 is" in done.stderr
+    assert not (alone.runner.output("broken") / "summary.json").exists()
+
+
+def test_a_loss_that_is_no_number_stops_with_the_samples_named(alone: Alone) -> None:
+    done = alone.outcomes["hot"]
+    assert done.code == 1
+    assert "lower stages.NAME.lr" in done.stderr
+    assert "train-0" in done.stderr
+    assert not (alone.runner.output("hot") / "model.safetensors").exists()

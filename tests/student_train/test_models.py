@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.errors import ConfigError, IdentityError, StillhouseError
+from storage.identity import Identity
+from storage.reader import Cache
+from student_train.models import check_fit, freeze, load_student, read_checkpoint, tokenizer_fingerprint
+
+
+@pytest.fixture(scope="module")
+def identity(cache: Path) -> Identity:
+    return Cache.open(cache, ()).identity
+
+
+def edited(checkpoint: Path, folder: Path, file: str, *changes: tuple[str, object]) -> Path:
+    """A copy of a checkpoint with dotted fields of one JSON file changed."""
+    shutil.copytree(checkpoint, folder)
+    document = json.loads((folder / file).read_text())
+    for dotted, value in changes:
+        *path, last = dotted.split(".")
+        node = document
+        for key in path:
+            node = node[key]
+        node[last] = value
+    (folder / file).write_text(json.dumps(document))
+    return folder
+
+
+def test_a_student_of_the_same_family_fits(checkpoint: Path, identity: Identity) -> None:
+    found = read_checkpoint(checkpoint)
+    assert found.grid.tokens_per_image == 16
+    assert found.grid.image_token_id == identity.image_token_id
+    check_fit(found, identity)  # its head of 320 rows is padded beyond the tokenizer's 300
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tokenizer_fingerprint", "0" * 64), ("vocab_size", 299), ("image_token_id", 7)],
+)
+def test_a_field_that_differs_is_named_with_both_values(
+    checkpoint: Path, identity: Identity, field: str, value: object
+) -> None:
+    other = identity.model_copy(update={field: value})
+    with pytest.raises(IdentityError) as caught:
+        check_fit(read_checkpoint(checkpoint), other)
+    message = str(caught.value)
+    assert f"{field}: the cache has {value}" in message
+    assert str(getattr(identity, field)) in message
+    assert "teacher's tokenizer" in message
+
+
+def test_a_head_smaller_than_the_vocabulary_is_refused_without_reading_weights(
+    checkpoint: Path, identity: Identity, tmp_path: Path
+) -> None:
+    folder = edited(checkpoint, tmp_path / "small", "config.json", ("text_config.vocab_size", 280))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(IdentityError, match=r"vocab_size: the cache has 300, the head of .*small 280 rows"):
+        check_fit(read_checkpoint(folder), identity)
+
+
+def test_another_architecture_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    folder = edited(checkpoint, tmp_path / "other", "config.json", ("model_type", "blip-2"))
+    with pytest.raises(ConfigError, match="model_type is 'blip-2', expected llava"):
+        read_checkpoint(folder)
+
+
+def test_a_processor_of_another_resolution_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = edited(
+        checkpoint, tmp_path / "other", "processor_config.json",
+        ("image_processor.size", {"height": 64, "width": 64}),
+    )  # fmt: skip
+    with pytest.raises(StillhouseError, match="makes 64 x 64 pixels, the vision tower takes 32 x 32"):
+        read_checkpoint(folder)
+
+
+def test_incomplete_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "incomplete"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "multi_modal_projector" in name)
+    save_file({key: value for key, value in tensors.items() if key != name}, folder / "model.safetensors")
+    with pytest.raises(StillhouseError, match="lack 1 tensors"):
+        load_student(read_checkpoint(folder), precision="fp32", device=torch.device("cpu"))
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StillhouseError, match="no configuration can be read"):
+        read_checkpoint(tmp_path)
+
+
+def test_only_trained_parts_get_gradients_and_train_mode(checkpoint: Path) -> None:
+    model = load_student(read_checkpoint(checkpoint), precision="fp32", device=torch.device("cpu"))
+    freeze(model, ("projector",))
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"multi_modal_projector"}
+    freeze(model, ("projector", "llm"))
+    frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"vision_tower"}
+    assert model.lm_head.weight.requires_grad
+    assert model.model.language_model.training
+    assert not model.model.vision_tower.training
+
+
+def test_fingerprint_is_the_dump_s(checkpoint: Path) -> None:
+    from teacher_dump import fingerprint
+
+    vocabulary = read_checkpoint(checkpoint).tokenizer.get_vocab()
+    assert tokenizer_fingerprint(vocabulary) == fingerprint.tokenizer_fingerprint(vocabulary)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from student_train.config import StageSection
+from student_train.trainer import learning_rate, num_steps, resolved
+
+
+def stage(**fields: object) -> StageSection:
+    return StageSection.model_validate({"init": "somewhere", **({} if "epochs" in fields else {"steps": 5}), **fields})
+
+
+@given(total=st.integers(1, 300), warmup=st.floats(0, 1))
+def test_the_learning_rate_rises_to_its_peak_then_falls(total: int, warmup: float) -> None:
+    rates = [learning_rate(step, num_steps=total, peak=2.0, warmup_fraction=warmup) for step in range(total)]
+    top = rates.index(max(rates))
+    assert rates[top] == pytest.approx(2.0)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert min(rates) > 0
+
+
+def test_the_learning_rate_by_hand() -> None:
+    rates = [learning_rate(step, num_steps=6, peak=1.0, warmup_fraction=0.3) for step in range(6)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+
+
+def test_epochs_become_steps_that_cover_them() -> None:
+    assert num_steps(stage(), 1000) == 5
+    assert num_steps(stage(epochs=1, global_batch=32), 100) == 4
+    assert num_steps(stage(epochs=0.01, global_batch=32), 100) == 1
+
+
+def test_stage_and_seed_are_put_into_paths() -> None:
+    got = resolved(stage(init="models/{seed}", output="runs/{stage}/seed{seed}", seed=7), "kd")
+    assert (got.init, got.output) == ("models/7", "runs/kd/seed7")
+
+
+def test_exactly_one_length_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="either steps or epochs"):
+        StageSection(init="x")

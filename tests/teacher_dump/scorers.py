@@ -1,0 +1,52 @@
+"""Scorers over the tiny teacher, put together without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from teacher_dump import fingerprint
+from teacher_dump.config import SourceSection
+from teacher_dump.head import read_head
+from teacher_dump.plan import Part
+from teacher_dump.processor import load_processor
+from teacher_dump.prompt import PromptBuilder
+from teacher_dump.samples import read_samples
+from teacher_dump.scoring import OpenTeacher, PartScorer, Preparer, RowRequest, SignalRequest
+from teacher_dump.selection import Threshold, TopK
+from teacher_dump.teacher import Teacher
+from teacher_dump.transformers_teacher import TransformersTeacher
+from teacher_dump.visual_grid import VisualGrid
+
+EVERYTHING = SignalRequest(
+    response=RowRequest(TopK(300), 0), visual=RowRequest(Threshold(0.02), 0), relation_centered=False
+)
+NOTHING = SignalRequest()
+
+
+def part_of(file: Path, **fields: Any) -> Part:
+    """All samples of a file as one part."""
+    found = read_samples([SourceSection(path=str(file), **fields)])
+    return Part(0, found.samples, found.errors)
+
+
+def reference_teacher(folder: Path) -> TransformersTeacher:
+    return TransformersTeacher(folder, dtype="float32", image_token_id=299, settings={})
+
+
+def make_scorer(
+    folder: Path, image_root: Path, request: SignalRequest, engine: Teacher | None, *, max_length: int = 256
+) -> PartScorer:
+    """A scorer with an engine of the test's choice."""
+    processor = load_processor(folder)
+    facts = fingerprint.processor_facts(folder, processor)
+    preparer = Preparer(
+        prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
+        grid=VisualGrid(processor, facts.image_token_id),
+        image_token_id=facts.image_token_id,
+        preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        image_root=image_root,
+        max_length=max_length,
+    )
+    teacher = None if engine is None else OpenTeacher(engine, read_head(folder, vocab_size=facts.vocab_size))
+    return PartScorer(preparer, request, teacher)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.reader import Cache
+from storage.verify import verify
+from teacher_dump.__main__ import main
+from teacher_dump.dump import DumpSummary, plan_dump, prompt_errors, read_settings, run_dump
+from teacher_dump.worker import PartOutcome
+from tests.teacher_dump.conftest import WriteConfig
+from tests.tiny import make_tiny_dataset
+
+REPOSITORY = Path(__file__).parents[2]
+TOKENS_ONLY: dict[str, Any] = {"families": []}
+
+
+def test_tokens_only_needs_no_teacher_and_no_ray(write_config: WriteConfig, tiny_teacher: Path, tmp_path: Path) -> None:
+    """Runs where ray and vllm cannot be imported, over a folder that holds a processor and no weights."""
+    shutil.copytree(tiny_teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = write_config(cache=TOKENS_ONLY, teacher={"model": str(tmp_path / "bare")})
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['vllm'] = None\n"
+        "from teacher_dump.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    cache = Cache.open(tmp_path / "cache")
+    assert cache.sealed
+    assert cache.families == ("tokens",)
+    assert cache.num_samples == 24
+    assert cache.identity.teacher_fingerprint == cache.identity.engine == "none"
+    assert cache.read(0).tokens.images[0].num_visual_tokens == 16
+    assert verify(tmp_path / "cache").problems == []
+
+
+def test_a_complete_cache_is_left_alone_and_costs_no_torch(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config(cache=TOKENS_ONLY)
+    first = run_dump(read_settings(config), progress=False)
+    assert first.summary is not None
+    assert first.summary.num_parts_written == first.num_parts == 8
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*")}
+    code = (
+        "import sys; from teacher_dump.__main__ import main; code = main(sys.argv[1:])\n"
+        "assert not {'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing; the cache was complete" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*")} == before
+
+
+def test_errors_are_counted_and_too_many_fail(
+    write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = make_tiny_dataset(tmp_path / "data", num_samples=20, num_images=4)["train"]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "data/images/train-001.png").write_bytes(b"no image")  # five samples show it
+    file.write_text("\n".join([*lines, lines[0], "{broken"]) + "\n", encoding="utf-8")
+    config = write_config(cache=TOKENS_ONLY, data={"sources": [{"path": str(file)}]})
+    settings = read_settings(config)
+    foreseen = prompt_errors(settings, plan_dump(settings), progress=False)
+    assert main([str(config)]) == 1
+    said = capsys.readouterr().err
+    assert "7 of 22 samples failed (31.8%; dump.max_error_fraction is 1.0%)" in said
+    assert "duplicate id 'train-0000'" in said
+    assert not (tmp_path / "cache/manifest.json").exists()
+    assert main([str(config), "dump.max_error_fraction=0.5"]) == 0
+    cache = Cache.open(tmp_path / "cache")
+    assert cache.sealed
+    assert (cache.num_samples, len(cache.errors)) == (15, 7)
+    assert sorted(error.sample_id for error in foreseen) == sorted(error.sample_id for error in cache.errors)
+    summary = json.loads((tmp_path / "cache/dump.json").read_text(encoding="utf-8"))
+    assert (summary["num_samples"], summary["num_errors"], summary["num_tokens"]) == (15, 7, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.model=/nowhere/at/all"], "teacher.model: /nowhere/at/all is no folder"),
+        (["data.sources=[{path: /nowhere.jsonl}]"], "/nowhere.jsonl"),
+        (["data.sources=[]"], "data.sources: is empty"),
+        (["dump.samples_per_prat=3"], "samples_per_prat"),
+        (["dump.samples_per_part=0"], "samples_per_part"),
+        (["teacher.backend=magic"], "magic"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(
+    write_config: WriteConfig, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    assert main([str(write_config(cache=TOKENS_ONLY)), *overrides]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_another_plan_over_the_same_cache_is_refused_by_name(
+    write_config: WriteConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(cache=TOKENS_ONLY)
+    assert main([str(config)]) == 0
+    assert main([str(config), "dump.samples_per_part=24"]) == 1
+    said = capsys.readouterr().err
+    assert "plan_fingerprint" in said
+    assert "num_parts" in said
+    assert main([str(config), "teacher.max_length=100"]) == 1
+
+
+def test_identity_follows_what_is_dumped(write_config: WriteConfig) -> None:
+    config = write_config()
+
+    def identity(*overrides: str) -> Any:
+        return plan_dump(read_settings(config, overrides)).identity
+
+    base = identity()
+    assert base.dtype == "float32"
+    assert base.engine.startswith("transformers ")
+    assert identity("teacher.backend=vllm").engine.startswith("vllm ")
+    assert identity("teacher.dtype=bfloat16").dtype == "bfloat16"
+    assert base.selection == {
+        "response": {"method": "threshold", "tau": 0.01, "seed": 0},
+        "visual": {"method": "threshold", "tau": 0.01, "seed": 0},
+        "relation": {"centered": False},
+    }
+    assert identity("cache.families=[response]", "cache.response.method=topk").selection == {
+        "response": {"method": "topk", "k": 64}
+    }
+    assert len(base.teacher_fingerprint) == 64
+    assert identity("cache.families=[]").teacher_fingerprint == "none"
+
+
+def test_max_length_is_never_beyond_the_models_own(write_config: WriteConfig) -> None:
+    assert plan_dump(read_settings(write_config(teacher={"max_length": 4096}))).max_length == 512
+
+
+def test_the_cache_knows_the_image_root(write_config: WriteConfig, tiny_data: Path) -> None:
+    identity = plan_dump(read_settings(write_config(cache=TOKENS_ONLY))).identity
+    assert identity.image_root == os.fspath(tiny_data.parent)
+
+
+def test_tokens_a_second_are_over_the_scoring_phase() -> None:
+    outcomes = [PartOutcome(0, 2, 0, 600, 10.0, 12.0), PartOutcome(1, 2, 1, 400, 11.0, 15.0)]
+    assert DumpSummary.of(outcomes) == DumpSummary(4, 2, 1000, 5.0, 200.0, 1)

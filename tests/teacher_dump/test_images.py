@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from PIL import Image
+
+from teacher_dump.images import load_image
+from teacher_dump.samples import SampleRefusedError
+
+
+def test_pixels_are_rgb_and_the_hash_is_of_the_file(tmp_path: Path) -> None:
+    Image.new("LA", (3, 2), (128, 0)).save(tmp_path / "grey.png")
+    image = load_image(tmp_path, "grey.png")
+    assert (image.pixels.mode, image.pixels.size) == ("RGB", (3, 2))
+    assert image.sha256 == hashlib.sha256((tmp_path / "grey.png").read_bytes()).hexdigest()
+
+
+def test_files_that_are_no_images_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "good.png")
+    content = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "short.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.png").write_bytes(b"no image at all")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("short.png", "text.png", "empty.png"):
+        with pytest.raises(SampleRefusedError, match=f"{name}.*cannot be decoded"):
+            load_image(tmp_path, name)
+    with pytest.raises(SampleRefusedError, match="cannot be read"):
+        load_image(tmp_path, "gone.png")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(SampleRefusedError, match="bomb"):
+        load_image(tmp_path, "bomb.png")
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "link.png", "folder/../../secret.png"])
+def test_an_image_outside_of_the_root_is_refused(tmp_path: Path, path: str) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    (tmp_path / "root/folder").mkdir(parents=True)
+    (tmp_path / "root/link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(SampleRefusedError, match="outside"):
+        load_image(tmp_path / "root", path)

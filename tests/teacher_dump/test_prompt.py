@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from storage.errors import StillhouseError
+from teacher_dump.prompt import (
+    Message,
+    Piece,
+    PromptBuilder,
+    StopTokens,
+    conversation_messages,
+    cut_pieces,
+    tokenise,
+)
+from teacher_dump.samples import Sample, SampleRefusedError, Turn
+from tests.tiny import CHAT_TEMPLATE, END_OF_TURN, IMAGE_TOKEN, make_tiny_tokenizer
+
+STOPS = StopTokens((9,), ("$",))
+VICUNA = (  # as llava-hf/llava-1.5-7b-hf has it: no stop token after an answer
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for item in message['content'] %}{{ '<image>\n' if item['type'] == 'image' else item['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def text_of(message: Message) -> str:
+    return "".join("#" if item["type"] == "image" else item["text"] for item in message["content"])
+
+
+def render(messages: list[Message], open_turn: bool) -> str:
+    """`[u:question]` and `[a:answer$]` with a line break after the stop token `$`."""
+    turns = [
+        f"[u:{text_of(message)}]" if message["role"] == "user" else f"[a:{text_of(message)}$]\n" for message in messages
+    ]
+    return "".join(turns) + ("[a:" if open_turn else "")
+
+
+def conversation(*texts: str) -> list[Turn]:
+    return [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
+
+
+def builder(template: str | None = CHAT_TEMPLATE, **changes: Any) -> tuple[PromptBuilder, Any]:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = template
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    built = PromptBuilder(tokenizer, image_token_id=image_token_id, eos_token_ids=[tokenizer.eos_token_id])
+    return built, tokenizer
+
+
+def sample(*texts: str, num_images: int = 0) -> Sample:
+    return Sample("x", "train", "", tuple(f"{number}.png" for number in range(num_images)), tuple(conversation(*texts)))
+
+
+def test_pieces_by_hand_for_two_turns() -> None:
+    messages = conversation_messages(conversation("<image>\nq1", "r1", "q2", "r2"), 1)
+    assert cut_pieces(messages, render, stops=STOPS) == [
+        Piece("[u:#q1][a:", is_response=False),
+        Piece("r1$", is_response=True),
+        Piece("]\n[u:q2][a:", is_response=False),
+        Piece("r2$", is_response=True),
+    ]
+
+
+def test_ids_and_mask_by_hand() -> None:
+    pieces = [Piece("ab", False), Piece("c$", True), Piece("d", False), Piece("ef", True, stop_id=9)]
+    prompt = tokenise(pieces, lambda text: ["abcdef###$".index(letter) for letter in text])
+    assert prompt.token_ids.tolist() == [0, 1, 2, 9, 3, 4, 5, 9]
+    assert prompt.response_mask.tolist() == [False, False, True, True, False, True, True, True]
+
+
+def test_a_template_without_stop_token_gets_one() -> None:
+    def plain(messages: list[Message], open_turn: bool) -> str:
+        return " ".join([text_of(message) for message in messages] + (["A:"] if open_turn else []))
+
+    def rewriting(messages: list[Message], open_turn: bool) -> str:
+        return f"{len(messages)} {plain(messages, open_turn)}"
+
+    def speaking(messages: list[Message], open_turn: bool) -> str:
+        return plain(messages, False) if open_turn else plain(messages, False).upper()
+
+    messages = conversation_messages(conversation("q", "r"), 0)
+    with pytest.raises(SampleRefusedError, match="rewrites"):
+        cut_pieces(messages, rewriting, stops=STOPS)
+    with pytest.raises(SampleRefusedError, match=r"rewrites|changes"):
+        cut_pieces(messages, speaking, stops=STOPS)
+    built, tokenizer = builder(VICUNA)
+    prompt = built.build(sample("<image>\nwhat?", "red", "and?", "blue", num_images=1))
+    assert tokenizer.decode(prompt.token_ids) == (
+        f"USER: <image>\nwhat? ASSISTANT: red{END_OF_TURN} USER: and? ASSISTANT: blue{END_OF_TURN}"
+    )
+    answers = tokenizer.decode(prompt.token_ids[prompt.response_mask])
+    assert answers == f" red{END_OF_TURN} blue{END_OF_TURN}"
+
+
+def test_response_mask_covers_the_answers_and_their_stop_tokens_only() -> None:
+    built, tokenizer = builder()
+    prompt = built.build(sample("<image>\nwhat?", "red", "and the right?", "blue", num_images=1))
+    whole = tokenizer.decode(prompt.token_ids)
+    assert whole == (
+        f"<|im_start|>user\n<image>\nwhat?{END_OF_TURN}\n<|im_start|>assistant\nred{END_OF_TURN}\n"
+        f"<|im_start|>user\nand the right?{END_OF_TURN}\n<|im_start|>assistant\nblue{END_OF_TURN}"
+    )
+    assert tokenizer.decode(prompt.token_ids[prompt.response_mask]) == f"red{END_OF_TURN}blue{END_OF_TURN}"
+    before_first = int(np.flatnonzero(prompt.response_mask)[0])
+    assert tokenizer.decode(prompt.token_ids[:before_first]).endswith("assistant\n")
+    assert prompt.response_mask[-1]
+    assert prompt.token_ids.dtype == np.int32
+
+
+def test_boundaries_are_those_of_generation_even_where_joint_tokenisation_merges() -> None:
+    built, tokenizer = builder(
+        "{{ messages[0]['content'][0]['text'] }}"
+        "{% if messages | length > 1 %}{{ messages[1]['content'][0]['text'] }}<|im_end|>{% endif %}"
+    )
+    prompt = built.build(sample("the le", "ft half"))
+    response = tokenizer("ft half", add_special_tokens=False)["input_ids"]
+    assert prompt.token_ids[prompt.response_mask].tolist() == [*response, tokenizer.eos_token_id]
+    joint = tokenizer("the left half", add_special_tokens=False)["input_ids"]
+    assert prompt.token_ids[:-1].tolist() != joint
+
+
+def test_images_stay_where_their_markers_are_and_one_without_marker_comes_first() -> None:
+    built, tokenizer = builder()
+
+    def asked(text: str, num_images: int) -> str:
+        decoded = tokenizer.decode(built.build(sample(text, "red", num_images=num_images)).token_ids)
+        return decoded.removeprefix("<|im_start|>user\n").split(END_OF_TURN)[0]
+
+    assert asked("what?\n<image>", 1) == "what?<image>\n"
+    assert asked("<image>\nor\n<image>\nthis?", 2) == "<image>\nor<image>\nthis?"
+    assert asked("what?", 1) == "<image>\nwhat?"
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (sample("<image> what?", "", num_images=1), "turn 1 is an empty answer"),
+        (sample("what?", " \n"), "empty answer"),
+        (sample("<image><image> what?", "red", num_images=1), "2 <image> markers for 1 images"),
+        (sample("<image> what?", "red"), "1 <image> markers for 0 images"),
+        (sample("what?", "<image> red", num_images=1), "outside of a question"),
+        (sample("what? <|im_end|>", "red"), "special token"),
+        (sample("what?", "<|im_start|>user"), "special token"),
+    ],
+)
+def test_conversations_that_cannot_be_asked_are_refused(refused: Sample, message: str) -> None:
+    with pytest.raises(SampleRefusedError, match=message.replace("|", r"\|")):
+        builder()[0].build(refused)
+
+
+def test_templates_that_cannot_be_used_are_a_clear_error() -> None:
+    with pytest.raises(StillhouseError, match="no chat template"):
+        builder(None)
+    blind, _ = builder("{% for m in messages %}{% for i in m['content'] %}{{ i['text'] }}{% endfor %}{% endfor %}")
+    with pytest.raises(StillhouseError, match="no place for an image"):
+        blind.build(sample("what?", "red", num_images=1))
+    strings, tokenizer = builder("{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}")
+    prompt = strings.build(sample("what?", "red"))
+    assert tokenizer.decode(prompt.token_ids) == f"what?|red{END_OF_TURN}"
+
+
+def test_a_beginning_of_sequence_token_comes_once() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    _, tokenizer = builder()
+    begin = "<|endoftext|>"
+    post = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, tokenizer.convert_tokens_to_ids(begin))])
+    tokenizer.backend_tokenizer.post_processor = post
+    ids = [tokenizer.eos_token_id]
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    plain = PromptBuilder(tokenizer, image_token_id=image_token_id, eos_token_ids=ids)
+    assert tokenizer.decode(plain.build(sample("what?", "red")).token_ids).startswith(begin + "<|im_start|>user")
+    tokenizer.chat_template = begin + CHAT_TEMPLATE
+    written = PromptBuilder(tokenizer, image_token_id=image_token_id, eos_token_ids=ids)
+    assert tokenizer.decode(written.build(sample("what?", "red")).token_ids).count(begin) == 1

@@ -1,0 +1,217 @@
+"""The dump under Ray, as processes of their own: killed and resumed, submitted as a job, commands as tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from storage.reader import Cache
+from storage.verify import verify
+from storage.writer import CacheWriter
+from teacher_dump.dump import plan_dump, read_settings, worker_settings
+from teacher_dump.worker import Worker
+from tests.teacher_dump.conftest import WriteConfig
+from tests.tiny import make_tiny_dataset
+
+REPOSITORY = Path(__file__).parents[2]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+PATIENCE_S = 150  # until something that takes 20 s on an idle machine has happened
+
+
+def start_dump(config: Path, *, environment: dict[str, str] = ONE_THREAD) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "teacher_dump", str(config)],
+        cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_until(
+    happened: Callable[[], bool], process: subprocess.Popen[str], *, explain: Callable[[], str] = str
+) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"nothing happened {explain()}"
+        time.sleep(0.01)
+
+
+def commits(cache: Path) -> dict[str, Any]:
+    """What each committed part is made of: name and sha256 of its files, errors, counts."""
+    found = {}
+    for path in sorted((cache / "commits").glob("part-*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found[path.name] = {name: document[name] for name in ("families", "errors", "num_samples", "num_rows")}
+    return found
+
+
+def dump_here(config: Path, cache: Path) -> None:
+    """An undisturbed dump without Ray."""
+    settings = read_settings(config, [f"cache.path={cache}"])
+    planned = plan_dump(settings)
+    worker = Worker(worker_settings(planned, settings))
+    for part in planned.plan.parts:
+        worker.run(part)
+    CacheWriter.open(cache, planned.identity, settings.cache.families).seal()
+
+
+@pytest.mark.slow
+def test_a_killed_dump_goes_on_where_it_stopped(write_config: WriteConfig, tmp_path: Path) -> None:
+    """The driver is killed, then a worker of the second run; the records are those of an undisturbed dump."""
+    file = make_tiny_dataset(tmp_path / "data", num_samples=480, num_images=240, turns=2)["train"]
+    (tmp_path / "data/images/train-005.png").write_bytes(b"no image")
+    config = write_config(data={"sources": [{"path": str(file)}]})
+    cache, logs = tmp_path / "cache", tmp_path / "runs/tiny/logs"
+
+    first = start_dump(config)
+    wait_until(lambda: len(commits(cache)) >= 3, first)
+    first.kill()
+    first.communicate()
+    time.sleep(1)  # the orphaned actor notices
+    survived = len(commits(cache))
+    assert 3 <= survived < 120
+    assert not (cache / "manifest.json").exists()
+
+    known = set(logs.glob("teacher-*"))
+    second = start_dump(config)
+    wait_until(lambda: len(commits(cache)) >= survived + 3, second)
+    (log,) = set(logs.glob("teacher-*")) - known
+    os.kill(int(log.stem.rsplit("-", 1)[1]), signal.SIGKILL)
+    said, complained = second.communicate(timeout=PATIENCE_S)
+    assert second.returncode == 0, complained
+    assert "Traceback" not in complained
+    assert "errors       2" in said
+    assert len(set(logs.glob("teacher-*")) - known) == 2
+
+    dump_here(config, tmp_path / "undisturbed")
+    assert commits(cache) == commits(tmp_path / "undisturbed")
+    opened = Cache.open(cache)
+    assert len(set(opened.sample_ids)) == opened.num_samples == 478
+    assert verify(cache).problems == []
+    third = start_dump(config)
+    assert "nothing; the cache was complete" in third.communicate(timeout=PATIENCE_S)[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """A cluster of one node, for the tests of this file only."""
+
+    dashboard: str  # where jobs are submitted
+    environment: dict[str, str]  # to talk to it in; RAY_ADDRESS is its GCS
+
+
+@pytest.fixture(scope="module")
+def ray_head() -> Iterator[RayHead]:
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        token = secrets.token_hex(32)  # `ray start` wants one; this head's alone
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {
+            **ONE_THREAD, "PATH": path, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
+        }  # fmt: skip
+        port, dashboard_port = free_port(), free_port()
+        command = [
+            "ray", "start", "--head", "--block", f"--temp-dir={folder}", f"--port={port}",
+            "--node-ip-address=127.0.0.1", "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
+            f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=3", "--disable-usage-stats",
+            f"--object-store-memory={100 * 2**20}",
+        ]  # fmt: skip
+        with Path(folder, "head.log").open("w") as log:
+            head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True)
+        dashboard, said = f"http://127.0.0.1:{dashboard_port}", ""
+
+        def answers() -> bool:
+            nonlocal said
+            asked = subprocess.run(
+                ["ray", "job", "list", "--address", dashboard],
+                env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            said = asked.stderr
+            return asked.returncode == 0
+
+        try:
+            wait_until(answers, head, explain=lambda: said)
+            yield RayHead(dashboard, {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"})
+        finally:  # the head's own session, and nobody else's processes as `ray stop` would
+            os.killpg(head.pid, signal.SIGTERM)
+            time.sleep(2)
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+
+def test_ray_job_submit_runs_the_dump(ray_head: RayHead, write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config(dump={"samples_per_part": 12, "actors": 2})
+    submitted = subprocess.run(
+        ["ray", "job", "submit", "--address", ray_head.dashboard, "--working-dir", ".", "--",
+         "python", "-m", "teacher_dump", str(config)],
+        cwd=REPOSITORY, env=ray_head.environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "succeeded" in submitted.stdout
+    assert "written now  2 parts" in submitted.stdout
+    assert Cache.open(tmp_path / "cache").num_samples == 24
+    assert verify(tmp_path / "cache").problems == []
+    assert list((tmp_path / "runs/tiny/logs").glob("teacher-*"))
+
+
+def test_a_blind_teacher_fails_in_one_message_and_writes_nothing(
+    ray_head: RayHead, write_config: WriteConfig, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_teacher, tmp_path / "blind")
+    tensors = load_file(tmp_path / "blind/model.safetensors")
+    zeroed = {name: t.zero_() if "multi_modal_projector" in name else t for name, t in tensors.items()}
+    save_file(zeroed, tmp_path / "blind/model.safetensors", metadata={"format": "pt"})
+    config = write_config(teacher={"model": str(tmp_path / "blind")}, dump={"actors": 8})
+    dump = start_dump(config, environment=ray_head.environment)
+    _, complained = dump.communicate(timeout=PATIENCE_S)
+    assert dump.returncode == 1
+    assert "error: the teacher is blind" in complained
+    assert "Ray has 3 CPUs and the 8 actors want 8" in complained
+    assert "Traceback" not in complained
+    assert commits(tmp_path / "cache") == {}
+
+
+def test_commands_run_as_tasks_and_leave_their_output(ray_head: RayHead, tmp_path: Path) -> None:
+    code = (
+        "import json, os, sys\n"
+        "from pathlib import Path\n"
+        "from teacher_dump.ray_jobs import Command, run_commands\n"
+        "folder = Path(sys.argv[1])\n"
+        "script = 'import os, sys; print(os.environ[\"GREETING\"], os.getcwd()); sys.exit(int(sys.argv[1]))'\n"
+        "commands = [Command(f'c{n}', (sys.executable, '-c', script, str(n)), folder / f'{n}.log',\n"
+        "                    {'GREETING': f'hello {n}'}) for n in range(3)]\n"
+        "commands += [Command('gone', ('/no/such/program',), folder / 'gone.log')]\n"
+        "assert list(run_commands([], 1, 0)) == []\n"
+        "print(json.dumps({r.name: [r.returncode, r.seconds] for r in run_commands(commands, 1, 0)}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=REPOSITORY, env=ray_head.environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert {name: code for name, (code, _) in results.items()} == {"c0": 0, "c1": 1, "c2": 2, "gone": 127}
+    assert all(0 < seconds < 60 for _, seconds in results.values())
+    for number in range(3):
+        said = (tmp_path / f"{number}.log").read_text(encoding="utf-8")
+        assert said == f"hello {number} {REPOSITORY}\n"

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from storage.errors import ConfigError
+from teacher_dump.config import SourceSection
+from teacher_dump.samples import Sample, SampleSet, read_samples
+
+TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
+
+
+def write_image(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(folder / name)
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def read(*paths: Path, **fields: Any) -> SampleSet:
+    return read_samples([SourceSection(path=str(path), **fields) for path in paths])
+
+
+def test_reads_one_image_many_images_and_none(tmp_path: Path) -> None:
+    write_image(tmp_path, "a.png")
+    write_image(tmp_path, "deep/b.png")
+    rows = [
+        {"id": "one", "image": "a.png", "conversations": TURNS, "category": "colour"},
+        {"id": 2, "image": ["a.png", "deep/b.png"], "conversations": TURNS},
+        {"id": "none", "conversations": TURNS},
+    ]
+    got = read(write_rows(tmp_path / "rows.jsonl", rows), split="test")
+    assert got.errors == ()
+    assert [(sample.id, sample.images, sample.category) for sample in got.samples] == [
+        ("one", ("a.png",), "colour"),
+        ("2", ("a.png", "deep/b.png"), ""),
+        ("none", (), ""),
+    ]
+    assert {sample.split for sample in got.samples} == {"test"}
+    assert [turn.role for turn in got.samples[0].turns] == ["user", "assistant"]
+
+
+def test_json_array_reads_as_json_lines_do(tmp_path: Path) -> None:
+    rows = [{"id": str(number), "conversations": TURNS} for number in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    assert read(tmp_path / "rows.json").samples == read(write_rows(tmp_path / "rows.jsonl", rows)).samples
+
+
+def test_every_bad_row_is_named_and_counted(tmp_path: Path) -> None:
+    write_image(tmp_path, "a.png")
+    (tmp_path / "folder").mkdir()
+    bad = {
+        "gone": {"id": "gone", "image": "gone.png", "conversations": TURNS},
+        "folder": {"id": "folder", "image": "folder", "conversations": TURNS},
+        "number": {"id": "number", "image": 7, "conversations": TURNS},
+        "silent": {"id": "silent", "conversations": []},
+        "robot": {"id": "robot", "conversations": [{"from": "robot", "value": "hi"}]},
+        "question": {"id": "question", "conversations": TURNS[:1]},
+        "answer": {"id": "answer", "conversations": TURNS[::-1]},
+        "late": {"id": "late", "conversations": [*TURNS, {"from": "system", "value": "x"}]},
+        "wordless": {"id": "wordless", "conversations": [TURNS[0], {"from": "gpt", "value": None}]},
+        "surrogate": {"id": "surrogate", "conversations": [TURNS[0], {"from": "gpt", "value": "\ud800"}]},
+    }
+    nameless = ["{broken", [1, 2], {"conversations": TURNS}, {"id": "good", "conversations": TURNS}]
+    rows = [{"id": "good", "image": "a.png", "conversations": TURNS}, *bad.values(), *nameless]
+    got = read(write_rows(tmp_path / "rows.jsonl", rows))
+    assert [sample.id for sample in got.samples] == ["good"]
+    assert len(got.errors) == len(rows) - 1
+    assert {error.sample_id for error in got.errors} >= set(bad)
+    reasons = {error.sample_id: error.reason for error in got.errors}
+    assert "gone.png" in reasons["gone"]
+    assert "is missing" in reasons["gone"]
+    duplicate = got.errors[-1]
+    assert "duplicate id 'good'" in duplicate.reason
+    assert "rows.jsonl:1" in duplicate.reason
+    assert len({error.sample_id for error in got.errors} | {"good"}) == len(rows)
+
+
+def test_duplicate_ids_are_found_across_sources_and_positions_avoid_them(tmp_path: Path) -> None:
+    rows = [{"id": "same", "conversations": TURNS}]
+    one, two = write_rows(tmp_path / "one.jsonl", rows), write_rows(tmp_path / "two.jsonl", rows)
+    got = read(one, two)
+    assert (len(got.samples), len(got.errors)) == (1, 1)
+    numbered = read(one, two, ids="position")
+    assert [sample.id for sample in numbered.samples] == ["one:0", "two:0"]
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "inside/../../secret.png", "link.png", "a\0b"])
+def test_an_image_outside_of_its_folder_is_refused(tmp_path: Path, path: str) -> None:
+    write_image(tmp_path, "secret.png")
+    root = tmp_path / "images"
+    (root / "inside").mkdir(parents=True)
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"id": "x", "image": path, "conversations": TURNS}])
+    got = read(rows, images=str(root))
+    assert got.samples == ()
+    assert len(got.errors) == 1
+
+
+def test_image_paths_are_relative_to_the_common_folder_of_all_sources(tmp_path: Path) -> None:
+    write_image(tmp_path / "one", "a.png")
+    write_image(tmp_path / "two", "a.png")
+    for name in ("one", "two"):
+        write_rows(tmp_path / name / "rows.jsonl", [{"id": name, "image": "a.png", "conversations": TURNS}])
+    got = read(tmp_path / "one/rows.jsonl", tmp_path / "two/rows.jsonl")
+    assert got.image_root == tmp_path
+    assert [sample.images for sample in got.samples] == [("one/a.png",), ("two/a.png",)]
+
+
+def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
+    rows = [{"id": str(number), "conversations": TURNS} for number in range(5)]
+    assert [sample.id for sample in read(write_rows(tmp_path / "r.jsonl", rows), limit=2).samples] == [
+        "0",
+        "1",
+    ]
+
+
+def test_sources_that_cannot_be_read_are_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is empty"):
+        read_samples([])
+    with pytest.raises(ConfigError, match=r"gone\.jsonl"):
+        read(tmp_path / "gone.jsonl")
+    (tmp_path / "broken.json").write_text("[{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        read(tmp_path / "broken.json")
+
+
+def test_a_sample_survives_the_way_to_another_process(tmp_path: Path) -> None:
+    rows = [{"id": "x", "category": "c", "conversations": TURNS}]
+    (sample,) = read(write_rows(tmp_path / "r.jsonl", rows)).samples
+    assert Sample.from_json(json.loads(json.dumps(sample.as_json()))) == sample

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from storage.errors import StillhouseError
+from teacher_dump.plan import Part
+from teacher_dump.processor import load_processor
+from teacher_dump.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.transformers_teacher import TransformersTeacher
+from tests.teacher_dump.scorers import EVERYTHING, NOTHING, make_scorer, part_of, reference_teacher
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_teacher: Path) -> TransformersTeacher:
+    return reference_teacher(tiny_teacher)
+
+
+class Twisted:
+    """A teacher whose states pass through a function of the batch before anyone sees them."""
+
+    def __init__(self, teacher: TransformersTeacher, twist: Any) -> None:
+        self._teacher = teacher
+        self._twist = twist
+
+    def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+        return self._twist(prompts, self._teacher.hidden_states(prompts))
+
+
+def test_signals_equal_a_plain_forward_pass_of_the_whole_model(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    """The model's own logits over its own processor's ids: nothing shifted, cut or expanded by us."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_teacher).eval()
+    processor = load_processor(tiny_teacher)
+    part = part_of(tiny_data, limit=10)
+    scored = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference).score(part)
+    records = scored.records
+    assert records.response is not None
+    assert records.visual is not None
+    assert records.relation is not None
+    num_tokens = 0
+    for sample, tokens, rows in zip(part.samples, records.tokens, records.response, strict=True):
+        image = Image.open(tiny_data.parent / sample.images[0]).convert("RGB")
+        inputs = processor(images=[image], text=[processor.tokenizer.decode(tokens.token_ids)], return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0, :, :300]
+        logprobs = torch.log_softmax(logits.double(), dim=-1).numpy()
+        ids = inputs["input_ids"][0].numpy()
+        num_tokens += len(ids)
+        counts = np.where(tokens.token_ids == 299, 16, 1)
+        is_response = np.repeat(tokens.response_mask, counts)
+        predicting = np.flatnonzero(is_response) - 1
+        labels = ids[predicting + 1]
+        assert labels.tolist() == tokens.token_ids[tokens.response_mask].tolist()
+        assert rows.label_logprob is not None
+        np.testing.assert_allclose(rows.label_logprob, logprobs[predicting, labels], atol=1e-5)
+        np.testing.assert_allclose(rows.logprobs.reshape(-1, 300), -np.sort(-logprobs[predicting], axis=1), atol=1e-5)
+        (ref,) = tokens.images
+        seen = np.flatnonzero(ids == 299)
+        visual = records.visual[ref.key]
+        assert visual.num_rows == ref.num_visual_tokens == len(seen) == 16
+        np.testing.assert_allclose(visual.log_sum_exp, torch.logsumexp(logits[seen].double(), dim=-1), atol=1e-5)
+        head = np.exp(logprobs[seen]) * (np.exp(logprobs[seen]) >= 0.02)
+        np.testing.assert_allclose(visual.tail_mass, 1 - head.sum(axis=1), atol=1e-5)
+        raw = logits[seen].double().numpy()
+        gram = raw @ raw.T
+        np.testing.assert_allclose(records.relation[ref.key].values, gram / np.linalg.norm(gram), atol=1e-6)
+    assert scored.num_tokens == num_tokens
+    assert set(records.visual) == set(records.relation) == {ref.key for t in records.tokens for ref in t.images}
+    assert len(records.visual) == 8
+
+
+def test_tokens_are_the_same_without_a_teacher(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    part = part_of(tiny_data)
+    alone = make_scorer(tiny_teacher, tiny_data.parent, NOTHING, None).score(part)
+    asked = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference).score(part)
+    assert alone.num_tokens == 0
+    assert alone.records.response is None
+    for one, other in zip(alone.records.tokens, asked.records.tokens, strict=True):
+        assert (one.sample_id, one.images) == (other.sample_id, other.images)
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.response_mask.tolist() == other.response_mask.tolist()
+
+
+def test_bad_samples_are_counted_and_cost_only_themselves(
+    tmp_path: Path, tiny_teacher: Path, reference: TransformersTeacher
+) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+
+    def row(name: str, image: str | None, question: str, answer: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return {"id": name, "image": image, "conversations": turns}
+
+    rows = [
+        row("good", "red.png", "<image>\nwhat?", "red"),
+        row("broken", "broken.png", "<image>\nwhat?", "red"),
+        row("silent", "red.png", "<image>\nwhat?", ""),
+        row("long", "red.png", "<image>\n" + "what? " * 100, "red"),
+        row("blank", None, "what?", "red"),
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    records = make_scorer(tiny_teacher, tmp_path, EVERYTHING, reference, max_length=60).score(part_of(file)).records
+    assert [tokens.sample_id for tokens in records.tokens] == ["good", "blank"]
+    reasons = {error.sample_id: error.reason for error in records.errors}
+    assert set(reasons) == {"broken", "silent", "long"}
+    assert "cannot be decoded" in reasons["broken"]
+    assert "empty answer" in reasons["silent"]
+    assert "16 of them visual; teacher.max_length allows 60" in reasons["long"]
+    assert records.response is not None
+    assert len(records.response) == 2
+
+
+def test_a_sample_that_the_engine_refuses_costs_only_itself(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    part = part_of(tiny_data, limit=6)
+    builder = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference)
+    hated = builder.score(Part(0, part.samples[2:3])).records.tokens[0].token_ids.tolist()
+
+    def refuse(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
+        if any(prompt.token_ids.tolist() == hated for prompt in prompts):
+            raise RuntimeError("I will not")
+        return states
+
+    def spoil(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
+        for prompt, state in zip(prompts, states, strict=True):
+            if prompt.token_ids.tolist() == hated:
+                state.hidden[3, 0] = float("inf")
+        return states
+
+    for twist, reason in ((refuse, "I will not"), (spoil, "not finite")):
+        scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Twisted(reference, twist))
+        records = scorer.score(part).records
+        assert len(records.tokens) == 6 - len(records.errors)
+        assert part.samples[2].id in {error.sample_id for error in records.errors}
+        assert all(reason in error.reason for error in records.errors)
+        assert records.response is not None
+        assert len(records.response) == len(records.tokens)
+
+
+def test_an_engine_that_fails_on_everything_stops_the_dump(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    def refuse(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
+        raise RuntimeError("out of memory")
+
+    def expand_more(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
+        return [TeacherStates(np.insert(state.token_ids, 6, 299), state.hidden) for state in states]
+
+    for twist, message in (
+        (refuse, "fails on every sample.*out of memory"),
+        (expand_more, "train-0000: position"),
+    ):
+        scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Twisted(reference, twist))
+        with pytest.raises(StillhouseError, match=message):
+            scorer.score(part_of(tiny_data, limit=4))
+
+
+def test_an_images_rows_are_kept_once_for_each_prefix(
+    tmp_path: Path, tiny_teacher: Path, reference: TransformersTeacher
+) -> None:
+    for name, colour in (("a", "red"), ("copy", "red"), ("b", "blue")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
+
+    def row(number: int, images: list[str], question: str) -> str:
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
+        return json.dumps({"id": str(number), "image": images, "conversations": turns}) + "\n"
+
+    one, two = "<image>\nwhat?", "<image>\n<image>\nwhat?"
+    rows = [
+        (["a.png"], one), (["copy.png"], one + " now"), (["b.png"], one),
+        (["a.png", "b.png"], two), (["b.png", "a.png"], two), (["a.png"], "what?\n<image>"),
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(row(number, *fields) for number, fields in enumerate(rows)), encoding="utf-8")
+    records = make_scorer(tiny_teacher, tmp_path, EVERYTHING, reference).score(part_of(file)).records
+    keys = [[ref.key for ref in tokens.images] for tokens in records.tokens]
+    red, blue = keys[0][0], keys[2][0]
+    assert keys[1] == [red]  # the same content in another file
+    assert keys[3][0] == red  # the first image does not see the second
+    assert keys[4][0] == blue
+    assert len({red, blue, keys[3][1], keys[4][1], keys[5][0]}) == 5
+    assert records.visual is not None
+    assert len(records.visual) == 5

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.rows import SparseRows
+from teacher_dump.selection import Selection, Threshold, TopK, row_uniforms, select_rows
+
+
+def random_logits(rows: int, vocab: int, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def select(logits: torch.Tensor, selection: Selection, *, seed: int = 0, labels: bool = True) -> SparseRows:
+    rows = select_rows(
+        logits,
+        labels=torch.arange(len(logits)) % logits.shape[1] if labels else None,
+        selection=selection,
+        uniforms=row_uniforms(len(logits), seed=seed, family="response", key="x"),
+    )
+    rows.validate(logits.shape[1])
+    return rows
+
+
+def log_softmax(logits: torch.Tensor) -> np.ndarray:
+    """The slow reference, in float64."""
+    wide = logits.double().numpy()
+    shifted = wide - wide.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def weights(rows: SparseRows, vocab: int) -> np.ndarray:
+    """Dense (r, v) array of stored probabilities and weights."""
+    dense = np.zeros((rows.num_rows, vocab))
+    dense[rows.row_of_entry(), rows.ids] = np.exp(rows.logprobs.astype(np.float64))
+    return dense
+
+
+@pytest.mark.parametrize("selection", [TopK(5), TopK(1000), Threshold(0.02), Threshold(0.3)])
+def test_scalars_and_exact_entries_equal_the_float64_reference(selection: Selection) -> None:
+    logits = random_logits(40, 100)
+    rows, expected = select(logits, selection), log_softmax(logits)
+    wide = logits.double().numpy()
+    np.testing.assert_allclose(rows.log_sum_exp, wide[:, 0] - expected[:, 0], atol=1e-5)
+    np.testing.assert_allclose(rows.entropy, -(np.exp(expected) * expected).sum(axis=1), atol=1e-5)
+    assert rows.label_logprob is not None
+    np.testing.assert_allclose(rows.label_logprob, expected[np.arange(40), np.arange(40)], atol=1e-5)
+    exact = rows.is_exact()
+    np.testing.assert_allclose(rows.logprobs[exact], expected[rows.row_of_entry()[exact], rows.ids[exact]], atol=1e-5)
+    for row in range(rows.num_rows):
+        start, count = rows.offsets[row], rows.num_exact[row]
+        falling = np.argsort(-expected[row], kind="stable")[:count]
+        assert rows.ids[start : start + count].tolist() == falling.tolist()
+        tail = 1 - np.exp(expected[row, falling]).sum()
+        np.testing.assert_allclose(rows.tail_mass[row], tail, atol=1e-6)
+        if isinstance(selection, Threshold):
+            assert count == (np.exp(expected[row]) >= selection.tau).sum()
+        else:
+            assert count == min(selection.k, 100)
+
+
+def test_rows_sum_to_one_with_their_tail_even_when_the_tail_is_tiny() -> None:
+    logits = torch.full((1, 50), -20.0)
+    logits[0, 7] = 0.0
+    rows = select(logits, TopK(1))
+    np.testing.assert_allclose(rows.tail_mass, [49 * np.exp(-20) / (1 + 49 * np.exp(-20))], rtol=1e-5)
+    for selection in (TopK(3), Threshold(0.01)):
+        rows = select(random_logits(200, 300, scale=2.0), selection)
+        exact = rows.is_exact()
+        head = np.bincount(rows.row_of_entry()[exact], np.exp(rows.logprobs[exact]), 200)
+        np.testing.assert_allclose(head + rows.tail_mass, 1, atol=2e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.5, 0.1, 0.01, 0.003]), st.floats(0.0, 6.0))
+def test_total_of_a_sampled_row_is_within_tau_of_one(seed: int, tau: float, scale: float) -> None:
+    logits = random_logits(20, 200, seed=seed, scale=scale)
+    rows = select(logits, Threshold(tau), seed=seed)
+    total = np.bincount(rows.row_of_entry(), np.exp(rows.logprobs.astype(np.float64)), 20)
+    assert np.abs(total - 1).max() <= tau + 1e-5
+
+
+def test_the_mean_of_many_sampled_rows_is_the_dense_row() -> None:
+    logits = random_logits(1, 60, scale=1.5)
+    tau, num_draws = 0.05, 40_000
+    dense = np.exp(log_softmax(logits))[0]
+    rows = select(logits.expand(num_draws, -1), Threshold(tau), labels=False)
+    mean = weights(rows, 60).mean(axis=0)
+    sampled = dense < tau
+    np.testing.assert_allclose(mean[~sampled], dense[~sampled], atol=1e-6)
+    # A draw of weight tau and probability p / tau has the variance p tau - p^2; 5 standard errors.
+    bound = 5 * np.sqrt((dense * tau - dense**2)[sampled] / num_draws)
+    assert (np.abs(mean - dense)[sampled] < bound).all()
+
+
+def test_small_entries_of_a_large_vocabulary_are_drawn_as_often_as_they_should() -> None:
+    """Steps of 1e-4 in a cumulative sum near 50: summed in float32 they would drift."""
+    logits = torch.zeros(64, 50_000)
+    logits[:, :1000] = 6.0  # 1,000 entries with most of the mass, then 49,000 that together hold 10.8 %
+    rows = select(logits, Threshold(0.02), labels=False)
+    rare = np.exp(log_softmax(logits[:1]))[0, 1000:].sum()
+    drawn = (rows.ids >= 1000).sum() * 0.02 / 64
+    np.testing.assert_allclose(drawn, rare, atol=0.01)
+
+
+def test_a_retry_draws_the_same_and_another_seed_or_key_does_not() -> None:
+    base = row_uniforms(5, seed=0, family="response", key="x")
+    assert (base == row_uniforms(5, seed=0, family="response", key="x")).all()
+    assert (base[:3] == row_uniforms(3, seed=0, family="response", key="x")).all()
+    for changed in ({"seed": 1}, {"family": "visual"}, {"key": "y"}):
+        others = {"seed": 0, "family": "response", "key": "x", **changed}
+        assert (base != row_uniforms(5, **others)).all()
+    logits = random_logits(10, 100)
+    assert select(logits, Threshold(0.05)).equals(select(logits, Threshold(0.05)))
+    assert not select(logits, Threshold(0.05)).equals(select(logits, Threshold(0.05), seed=1))
+
+
+def test_draws_by_hand() -> None:
+    """p = .4 .3 .2 .1 and tau = .5: steps .8 .6 .4 .2, sums .8 1.4 1.8 2; u = .5 hits .5 and 1.5."""
+    rows = select_rows(
+        torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log(),
+        labels=None,
+        selection=Threshold(0.5),
+        uniforms=np.array([0.5]),
+    )
+    assert rows.ids.tolist() == [0, 2]
+    np.testing.assert_allclose(np.exp(rows.logprobs), [0.5, 0.5])
+    assert rows.num_exact.tolist() == [0]
+    np.testing.assert_allclose(rows.tail_mass, [1.0], rtol=1e-6)
+
+
+def test_no_rows_and_bad_rows() -> None:
+    assert select(torch.zeros(0, 10), Threshold(0.1), labels=False).num_rows == 0
+    assert select(torch.zeros(0, 10), TopK(3)).num_rows == 0
+    with pytest.raises(ValueError, match="not finite"):
+        select(torch.tensor([[0.0, float("nan")]]), TopK(1))

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.errors import StillhouseError
+from teacher_dump.head import OutputHead, read_head
+from teacher_dump.samples import Sample
+from teacher_dump.sight import check_sight, choose_samples
+from teacher_dump.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.transformers_teacher import TransformersTeacher
+from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher
+
+
+class Blindfolded:
+    """Shows its teacher one and the same image whatever it is asked about."""
+
+    def __init__(self, teacher: TransformersTeacher) -> None:
+        self._teacher = teacher
+
+    def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+        image = prompts[0].images[0].resize((32, 32)).point(lambda _: 128)
+        return self._teacher.hidden_states([TeacherPrompt(p.token_ids, (image,) * len(p.images)) for p in prompts])
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_teacher: Path) -> TransformersTeacher:
+    return reference_teacher(tiny_teacher)
+
+
+@pytest.fixture(scope="module")
+def head(tiny_teacher: Path) -> OutputHead:
+    return read_head(tiny_teacher, vocab_size=300)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_a_teacher_that_sees_passes_and_a_blind_one_does_not(
+    num_samples: int, tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher, head: OutputHead
+) -> None:
+    samples = choose_samples(part_of(tiny_data).samples, num_samples)
+    assert len(samples) == num_samples
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference)
+    sight = check_sight(scorer, head, samples)
+    assert sight is not None
+    assert sight.num_samples == num_samples
+    assert sight.change > 0.01 > 1e-4 > sight.noise
+    blind = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Blindfolded(reference))
+    with pytest.raises(StillhouseError, match=r"the teacher is blind.*blind_check_samples=0"):
+        check_sight(blind, head, samples)
+
+
+def test_noise_does_not_pass_for_sight(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher, head: OutputHead
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    class Noisy(Blindfolded):
+        def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+            states = super().hidden_states(prompts)
+            return [
+                replace(one, hidden=one.hidden + 0.05 * torch.randn(one.hidden.shape, generator=generator))
+                for one in states
+            ]
+
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Noisy(reference))
+    with pytest.raises(StillhouseError, match="blind"):
+        check_sight(scorer, head, choose_samples(part_of(tiny_data).samples, 4))
+
+
+def test_samples_without_usable_images_are_not_checked(
+    tmp_path: Path, tiny_teacher: Path, reference: TransformersTeacher, head: OutputHead
+) -> None:
+    scorer = make_scorer(tiny_teacher, tmp_path, EVERYTHING, reference)
+    assert check_sight(scorer, head, []) is None
+    assert check_sight(scorer, head, [Sample("x", "train", "", ("gone.png",), ())]) is None
+
+
+def test_chosen_samples_show_different_images(tiny_data: Path) -> None:
+    text_only = Sample("text", "train", "", (), ())
+    chosen = choose_samples([text_only, *part_of(tiny_data).samples], 100)
+    assert len(chosen) == 8
+    assert len({image for sample in chosen for image in sample.images}) == 8

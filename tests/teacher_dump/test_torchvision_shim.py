@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from teacher_dump import torchvision_shim
+
+REPOSITORY = Path(__file__).parents[2]
+WORKING = "import torch\ndef nms(*_):\n    return 'the real one'\n"
+
+
+def run(code: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(folder)!r}, {str(REPOSITORY)!r}]\n{code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+
+def fake(folder: Path, package: str, code: str) -> Path:
+    (folder / package).mkdir(parents=True)
+    (folder / package / "__init__.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+def test_transformers_finds_its_models_once_it_ran() -> None:
+    torchvision_shim.ensure()
+    torchvision_shim.ensure()
+    from transformers import LlavaForConditionalGeneration, SiglipImageProcessor
+
+    assert LlavaForConditionalGeneration is not None
+    assert SiglipImageProcessor is not None
+
+
+def test_matching_wheels_are_left_alone(tmp_path: Path) -> None:
+    fake(tmp_path, "torchvision", WORKING)
+    fake(tmp_path, "torchaudio", "loaded = True\n")
+    code = (
+        "from teacher_dump import torchvision_shim; torchvision_shim.ensure()\n"
+        "import torch, torchvision, torchaudio\n"
+        "print(torchvision.nms(), torchaudio.loaded, torch._C._dispatch_has_kernel('torchvision::nms'))"
+    )
+    assert run(code, tmp_path) == "the real one True False"
+
+
+def test_missing_operators_are_defined_and_a_dead_torchaudio_hidden(tmp_path: Path) -> None:
+    fake(
+        tmp_path,
+        "torchvision",
+        "import torch\ntorch.library.register_fake('torchvision::nms')(lambda *a: None)\n",
+    )
+    fake(tmp_path, "torchaudio", "raise OSError('Could not load this library: torchaudio/lib/x.so')\n")
+    code = (
+        "from teacher_dump import torchvision_shim; torchvision_shim.ensure()\n"
+        "import importlib.util, torch, torchvision\n"
+        "print(torch.ops.torchvision.nms.default._schema, importlib.util.find_spec('torchaudio'))"
+    )
+    expected = "torchvision::nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor None"
+    assert run(code, tmp_path) == expected
+
+
+def test_other_failures_are_not_hidden(tmp_path: Path) -> None:
+    fake(tmp_path, "torchvision", "raise RuntimeError('something else')\n")
+    code = "from teacher_dump import torchvision_shim; torchvision_shim.ensure()"
+    assert run(code, tmp_path) == "RuntimeError: something else"
+
+
+def test_absent_packages_are_no_matter(tmp_path: Path) -> None:
+    for package in ("torchvision", "torchaudio"):
+        fake(tmp_path, package, f"raise ModuleNotFoundError('no', name={package!r})\n")
+    code = "from teacher_dump import torchvision_shim; torchvision_shim.ensure(); print('well')"
+    assert run(code, tmp_path) == "well"

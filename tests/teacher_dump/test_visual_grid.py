@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from storage.errors import StillhouseError
+from teacher_dump.processor import load_processor
+from teacher_dump.visual_grid import VisualGrid, expand
+
+IDS = np.array([5, 9, 6, 9, 9, 7], np.int32)  # 9 is the placeholder
+
+
+def test_positions_by_hand() -> None:
+    expansion = expand(IDS, [3, 1, 2], 9)
+    assert expansion.token_ids.tolist() == [5, 9, 9, 9, 6, 9, 9, 9, 7]
+    assert expansion.positions.tolist() == [0, 1, 4, 5, 6, 8]
+    assert expansion.spans == ((1, 4), (5, 6), (6, 8))
+
+
+def test_response_rows_sit_one_position_before_their_tokens() -> None:
+    """The classic off-by-one: answer tokens 6 and 7 are predicted at positions 3 and 7 of the expanded ids."""
+    expansion = expand(IDS, [3, 1, 2], 9)
+    mask = np.array([False, False, True, False, False, True])
+    predicting = expansion.positions[mask] - 1
+    assert predicting.tolist() == [3, 7]
+    assert expansion.token_ids[predicting + 1].tolist() == IDS[mask].tolist()
+
+
+def test_without_images_nothing_moves() -> None:
+    expansion = expand(np.array([1, 2, 3], np.int32), [], -1)
+    assert expansion.positions.tolist() == [0, 1, 2]
+    assert expansion.spans == ()
+
+
+def test_another_number_of_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 placeholders for 2 images"):
+        expand(IDS, [3, 1], 9)
+
+
+@pytest.mark.parametrize(
+    ("engine_ids", "message"),
+    [
+        ([5, 9, 9, 9, 6, 9, 9, 8, 7], "position 7: the engine has token 8, expected 9"),
+        ([5, 9, 9, 9, 6, 9, 9, 9], "8 positions, expected 9"),
+        ([5, 9, 9, 9, 6, 9, 9, 9, 7, 7], "10 positions, expected 9"),
+    ],
+)
+def test_an_engine_that_expands_otherwise_is_a_clear_error(engine_ids: list[int], message: str) -> None:
+    expansion = expand(IDS, [3, 1, 2], 9)
+    expansion.check(expansion.token_ids)
+    with pytest.raises(StillhouseError, match=message):
+        expansion.check(np.array(engine_ids))
+
+
+def test_the_grid_is_what_the_processor_makes_of_an_image(tiny_teacher: Path) -> None:
+    grid = VisualGrid(load_processor(tiny_teacher), 299)
+    assert grid.num_visual_tokens(Image.new("RGB", (32, 32))) == 16
+    assert grid.num_visual_tokens(Image.new("RGB", (100, 20))) == 16
