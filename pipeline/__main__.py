@@ -91,6 +91,11 @@ def _take_overrides(arguments: argparse.Namespace, rest: list[str]) -> None:
     arguments.overrides = [word for word in words if "=" in word]
 
 
+def _need_folder(path: Path, name: str) -> None:
+    if not path.is_dir():
+        raise ConfigError(f"{name} {path} is not a folder")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from pipeline.config import read_experiment
     from pipeline.run import run
@@ -118,6 +123,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from pipeline.run import scan
 
+    _need_folder(arguments.cache, "CACHE")
     report = scan(arguments.cache)
     if arguments.json:
         print(json.dumps(asdict(report)))
@@ -130,6 +136,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from pipeline.summary import describe_cache
 
+    _need_folder(arguments.cache, "CACHE")
     print(describe_cache(arguments.cache))
 
 
@@ -145,14 +152,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from pipeline.run import evaluate_model
     from pipeline.summary import describe_evaluation
 
-    if not arguments.model.is_dir():
-        raise ConfigError(f"--model {arguments.model} is not a folder")
+    _need_folder(arguments.model, "--model")
     print(describe_evaluation(evaluate_model(read_experiment(arguments.file, arguments.overrides), arguments.model)))
 
 
 def _ask(arguments: argparse.Namespace) -> None:
     from student_train.ask import answer
 
+    _need_folder(arguments.model, "--model")
+    if not arguments.image.is_file():
+        raise ConfigError(f"--image {arguments.image} is not a file")
     print(answer(arguments.model, arguments.image, arguments.question, max_new_tokens=arguments.max_new_tokens))
 
 

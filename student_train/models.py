@@ -41,6 +41,8 @@ class Checkpoint:
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Everything but the weights. Errors: StillhouseError; ConfigError for another architecture."""
+    if not Path(folder).is_dir() and (Path(folder).is_absolute() or len(Path(folder).parts) != 2):
+        raise StillhouseError(f"{folder}: there is no such folder, and a hub id is owner/name")
     config = load_config(folder)
     if config.model_type not in MODEL_TYPES:
         raise ConfigError(

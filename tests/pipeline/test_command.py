@@ -14,6 +14,10 @@ from pipeline.__main__ import main
         (["train", "pipeline.yaml", "--stage", "nothing"], "nothing"),
         (["report", "nowhere"], "ablations.json"),
         (["evaluate", "--model", "nowhere"], "nowhere"),
+        (["ask", "--model", "nowhere", "--image", "x.png", "what?"], "nowhere"),
+        (["ask", "--model", ".", "--image", "x.png", "what?"], "x.png"),
+        (["verify", "nowhere"], "nowhere"),
+        (["inspect", "nowhere"], "nowhere"),
     ],
 )
 def test_a_users_mistake_exits_2_with_one_message(argv, words, capsys):
@@ -23,6 +27,6 @@ def test_a_users_mistake_exits_2_with_one_message(argv, words, capsys):
     assert "Traceback" not in said
 
 
-def test_a_missing_cache_exits_with_its_path(tmp_path, capsys):
-    assert main(["verify", str(tmp_path / "none")]) in (1, 2)
-    assert "none" in capsys.readouterr().err
+def test_a_folder_that_is_no_cache_is_a_failure_with_its_path(tmp_path, capsys):
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "cache.json" in capsys.readouterr().err

@@ -30,9 +30,9 @@ torchvision_shim.ensure()  # the tests' tiny model is built with torchvision's i
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ROOT / "student_train" / "main.py"
 IN_TURN = """
-import contextlib, io, json, sys, time
+import contextlib, io, json, os, sys, time
 root, prologue, lines = sys.argv[1:]
-sys.path.insert(0, root)
+sys.path[0] = root
 exec(prologue)
 from student_train.command import main
 outcomes = []
@@ -41,7 +41,8 @@ for line in json.loads(lines):
     with contextlib.redirect_stderr(stderr):
         code = main(line, started=time.monotonic())
     outcomes.append({"code": code, "stderr": stderr.getvalue()})
-print(json.dumps(outcomes))
+if os.environ.get("RANK", "0") == "0":
+    print(json.dumps(outcomes))
 """
 
 
@@ -79,16 +80,22 @@ class Runner:
     def output(self, stage: str) -> Path:
         return self.folder / "runs" / "t" / f"{stage}-0"
 
-    def run(self, stage: str, *arguments: str, ranks: int = 0) -> Outcome:
-        """One command line in processes of its own: of torchrun, or of plain Python with `ranks` 0."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = self._python([*(torchrun if ranks else []), str(MAIN), *self._arguments(stage, arguments)])
+    def run(self, stage: str, *arguments: str) -> Outcome:
+        """One command line of plain Python."""
+        done = self._python([str(MAIN), *self._arguments(stage, arguments)])
         return Outcome(done.returncode, done.stderr)
 
-    def run_in_turn(self, *commands: Sequence[str], prologue: str) -> list[Outcome]:
-        """Command lines (stage, arguments) one after another in one process that first runs `prologue`."""
+    def run_in_turn(self, *commands: Sequence[str], prologue: str = "", ranks: int = 1) -> list[Outcome]:
+        """Command lines (stage, arguments) one after another in the same processes, as the first rank sees them.
+
+        `prologue`: Python to run first. Several ranks are torchrun's.
+        """
+        script = self.folder / "in_turn.py"
+        script.write_text(IN_TURN)
         lines = [self._arguments(stage, arguments) for stage, *arguments in commands]
-        done = self._python(["-c", IN_TURN, str(ROOT), prologue, json.dumps(lines)])
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher = torchrun if ranks > 1 else []
+        done = self._python([*launcher, str(script), str(ROOT), prologue, json.dumps(lines)])
         assert done.returncode == 0, done.stderr
         return [Outcome(**outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
 

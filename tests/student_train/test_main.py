@@ -116,14 +116,17 @@ def test_bf16_follows_fp32(alone: Alone) -> None:
     assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.bfloat16"}
 
 
-@pytest.mark.parametrize(("zero_stage", "micro"), [(2, 4), (3, 3)])
-def test_two_ranks_train_as_one(make_runner: Make, alone: Alone, zero_stage: int, micro: int) -> None:
-    fields = {"zero_stage": zero_stage, "micro_batch": micro, "chunk_logits": 300 * 20}
-    runner = make_runner(all={"losses": LOSSES, **fields})
-    done = runner.run("all", ranks=2)
-    assert done.code == 0, done.stderr
-    assert_same_course(runner.output("all"), alone.output("all"))
-    assert json.loads((runner.output("all") / "summary.json").read_text())["num_processes"] == 2
+def test_two_ranks_train_as_one(make_runner: Make, alone: Alone) -> None:
+    """With ZeRO-2 and with ZeRO-3, other micro-batches (one of a rank's is larger) and a chunked head."""
+    split = {"losses": LOSSES, "chunk_logits": 300 * 20}
+    runner = make_runner(
+        zero2={**split, "zero_stage": 2, "micro_batch": 4}, zero3={**split, "zero_stage": 3, "micro_batch": 5}
+    )
+    for outcome in runner.run_in_turn(("zero2",), ("zero3",), ranks=2):
+        assert outcome.code == 0, outcome.stderr
+    for name in ("zero2", "zero3"):
+        assert_same_course(runner.output(name), alone.output("all"))
+        assert json.loads((runner.output(name) / "summary.json").read_text())["num_processes"] == 2
 
 
 def test_a_trained_student_answers(alone: Alone) -> None:
@@ -138,6 +141,17 @@ def test_a_trained_student_answers(alone: Alone) -> None:
     assert answer(folder, image, "describe the image.", max_new_tokens=2) != reference
 
 
+def top_is_label(path: Path) -> float:
+    """The fraction of response rows whose most probable token is the label: the teacher is random."""
+    cache, hits = Cache.open(path), []
+    for index in range(cache.num_samples):
+        record = cache.read(index)
+        assert record.response is not None
+        tops = record.response.ids[record.response.offsets[:-1]]
+        hits += (tops == record.tokens.token_ids[record.tokens.response_mask]).tolist()
+    return sum(hits) / len(hits)
+
+
 def test_an_evaluation_holds_what_the_contract_says(alone: Alone) -> None:
     folder, path = alone.output("memory"), alone.small_cache
     document = evaluate_model(folder, str(path), EvaluationSection(splits=("train",), batch=4))
@@ -147,7 +161,7 @@ def test_an_evaluation_holds_what_the_contract_says(alone: Alone) -> None:
     assert set(document["by_category"]) == {"left", "right", "caption"}
     assert sum(category["num"] for category in document["by_category"].values()) == 6
     assert 0 < document["kl_to_teacher"] < 2
-    assert document["top1_agreement"] > 0.95
+    assert document["top1_agreement"] == pytest.approx(top_is_label(path))  # it gives each label the most
     assert set(document["samples"][0]) == {"sample_id", "category", "answer", "reference", "correct"}
     assert [sample["sample_id"] for sample in document["samples"]] == [f"train-{n:03d}" for n in range(6)]
 
