@@ -51,17 +51,13 @@ def real_vocab_size(vocabulary: Mapping[str, int]) -> int:
 def difference(cache: Identity, run: Identity) -> list[str]:
     """One line for each field in which two identities differ; empty when they agree."""
     ours, theirs = (json.loads(identity.model_dump_json()) for identity in (run, cache))
-    return [
-        line for name in Identity.model_fields for line in _differing_leaves(name, theirs[name], ours[name])
-    ]
+    return [line for name in Identity.model_fields for line in _differing_leaves(name, theirs[name], ours[name])]
 
 
 def _differing_leaves(name: str, cache: Any, run: Any) -> list[str]:
     if isinstance(cache, dict) and isinstance(run, dict):
         keys = [*cache, *(key for key in run if key not in cache)]
-        return [
-            line for key in keys for line in _differing_leaves(f"{name}.{key}", cache.get(key), run.get(key))
-        ]
+        return [line for key in keys for line in _differing_leaves(f"{name}.{key}", cache.get(key), run.get(key))]
     return [] if cache == run else [f"{name}: cache has {cache!r}, this run has {run!r}"]
 
 

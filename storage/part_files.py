@@ -98,8 +98,7 @@ class PartFiles:
             check_schema(family, parquet.schema_arrow, str(self._folder / entry.file))
             if parquet.metadata.num_rows != entry.rows:
                 raise CorruptPartError(
-                    f"{self._folder / entry.file}: has {parquet.metadata.num_rows} rows, "
-                    f"its commit says {entry.rows}"
+                    f"{self._folder / entry.file}: has {parquet.metadata.num_rows} rows, its commit says {entry.rows}"
                 )
             self._footers[entry.file] = _Footer(parquet.metadata)
             if len(self._footers) > MAX_OPEN_FOOTERS:

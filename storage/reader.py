@@ -74,9 +74,7 @@ class Cache:
                 commit, sha256 = layout.read_commit(folder, part, description, cache_sha256)
             except FileNotFoundError as error:
                 place = folder / layout.commit_file(part)
-                raise CorruptPartError(
-                    f"{place}: is missing, but the manifest names it; run the dump again"
-                ) from error
+                raise CorruptPartError(f"{place}: is missing, but the manifest names it; run the dump again") from error
             if manifest is not None and sha256 != manifest.commits[part].sha256:
                 raise CorruptPartError(
                     f"{folder / layout.commit_file(part)}: sha256 is {sha256}, the manifest says "
@@ -97,9 +95,7 @@ class Cache:
     @property
     def errors(self) -> list[SampleError]:
         """Samples of the plan that have no record, with reasons."""
-        return [
-            SampleError(error.sample_id, error.reason) for commit in self._commits for error in commit.errors
-        ]
+        return [SampleError(error.sample_id, error.reason) for commit in self._commits for error in commit.errors]
 
     def index_of(self, sample_id: str) -> int:
         """The position of a sample. Errors: KeyError."""
@@ -124,8 +120,7 @@ class Cache:
         """
         num_rows = {"response": 0, "visual": 0, **layout.total_rows(self._commits)}
         by_family = {
-            family: sum(commit.families[family].file_bytes for commit in self._commits)
-            for family in self.families
+            family: sum(commit.families[family].file_bytes for commit in self._commits) for family in self.families
         }
         row_bytes = {family: by_family.get(family, 0) for family in num_rows}
         return {

@@ -81,9 +81,7 @@ def read_sections(
     problems: list[str] = []
     checked = {key: _section(key, schema, document.get(key), problems) for key, schema in schemas.items()}
     if problems:
-        raise ConfigError(
-            "\n".join(f"{path}: {problem}{_origin(problem, overrides)}" for problem in problems)
-        )
+        raise ConfigError("\n".join(f"{path}: {problem}{_origin(problem, overrides)}" for problem in problems))
     return Sections(path, name, runs_dir, checked, document)
 
 

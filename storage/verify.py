@@ -66,9 +66,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     return report
 
 
-def _manifest(
-    folder: Path, description: Description, cache_sha256: str, report: VerifyReport
-) -> Manifest | None:
+def _manifest(folder: Path, description: Description, cache_sha256: str, report: VerifyReport) -> Manifest | None:
     try:
         manifest = layout.read_manifest(folder, cache_sha256)
     except (CacheError, OSError) as error:

@@ -30,9 +30,7 @@ class CacheWriter:
         self._zstd_level = zstd_level
 
     @classmethod
-    def open(
-        cls, path: str | Path, identity: Identity, families: Sequence[str], *, zstd_level: int = 9
-    ) -> CacheWriter:
+    def open(cls, path: str | Path, identity: Identity, families: Sequence[str], *, zstd_level: int = 9) -> CacheWriter:
         """Create a cache, or join the one that lies there if it has the same identity and families.
 
         `families` come besides tokens, which are always there. Errors: IdentityError naming each

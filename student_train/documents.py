@@ -6,23 +6,28 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 class MetricsLog:
-    """metrics.jsonl, begun anew. Each line is written at once."""
+    """metrics.jsonl, begun anew. Each line is written at once. Use as a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path | None) -> None:
+        """`path` None: nothing is written, as ranks but the first want it."""
+        self._file = None if path is None else path.open("w", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Add a line."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """No more lines."""
-        self._file.close()
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

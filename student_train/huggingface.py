@@ -88,7 +88,8 @@ def load_processor(folder: str | Path) -> Any:
 def load_weights(folder: str | Path, **options: Any) -> PreTrainedModel:
     """The model with its weights. StillhouseError if they are missing or do not fill the model."""
     auto = transformers_module().AutoModelForImageTextToText
-    model, info = _load("model", auto.from_pretrained, folder, output_loading_info=True, **options)
+    options |= {"use_safetensors": True, "output_loading_info": True}  # never a pickle
+    model, info = _load("model", auto.from_pretrained, folder, **options)
     missing = sorted(info["missing_keys"])
     if missing:
         raise StillhouseError(

@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -66,9 +67,12 @@ class MicroPlan:
     largest: RowCounts  # the most that any rank has in its micro-batch of this number
 
 
+@lru_cache(maxsize=2)
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """A permutation of 0 .. num_samples - 1, a function of (num_samples, seed, epoch) alone."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+    order.flags.writeable = False  # it is remembered
+    return order
 
 
 def global_batch(num_samples: int, size: int, *, step: int, seed: int) -> NDArray[np.int64]:

@@ -26,6 +26,7 @@ from student_train.objective import Objective, part_names
 from student_train.student import Student
 
 LOG_FILE = "deepspeed.log"
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
 class RankError(StillhouseError):
@@ -73,6 +74,7 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
         output.mkdir(parents=True, exist_ok=True)
         for stale in ("summary.json", "evaluation.json"):
             (output / stale).unlink(missing_ok=True)
+    torch.manual_seed(stage.seed)
     model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
     freeze(model, stage.train)
     if stage.gradient_checkpointing:
@@ -111,6 +113,10 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
         engine.barrier()
     except StillhouseError as error:
         raise RankError(str(error)) from error
+    except RuntimeError as error:
+        if process.num_ranks == 1 or not any(sign in str(error) for sign in PEER_IS_GONE):
+            raise
+        raise RankError(f"rank {process.rank}: another rank has stopped; its own message says why") from error
     finally:
         engine.close()
     return output
@@ -140,7 +146,7 @@ def _loop(
         rank=process.rank, num_ranks=process.num_ranks,
     )  # fmt: skip
     names = part_names(stage.losses)
-    log = MetricsLog(Path(stage.output) / "metrics.jsonl") if process.is_first else None
+    log = MetricsLog(Path(stage.output) / "metrics.jsonl" if process.is_first else None)
     bar = tqdm(
         total=total_steps, desc=name, unit="step", disable=not process.is_first,
         mininterval=1.0 if sys.stderr.isatty() else 10.0,
@@ -149,7 +155,7 @@ def _loop(
     families = loss_families(stage.losses)
     batches = ((plan, _batch(plan, material, samples, vision, families)) for plan in micro_plans)
     reader = ReadAhead(batches, depth=4)
-    with bar, reader:
+    with bar, log, reader:
         items = iter(reader)
         last_logged, logged_at = -1, time.monotonic()
         for step in range(total_steps):
@@ -160,8 +166,7 @@ def _loop(
                 now = time.monotonic()
                 rate = (step - last_logged) * stage.global_batch / max(now - logged_at, 1e-9)
                 last_logged, logged_at, final = step, now, means
-                if log is not None:
-                    log.write({"step": step + 1, **means, "lr": lr, "grad_norm": norm, "samples_per_s": rate})
+                log.write({"step": step + 1, **means, "lr": lr, "grad_norm": norm, "samples_per_s": rate})
                 bar.set_postfix({part: f"{value:.3f}" for part, value in means.items()}, refresh=False)
             bar.update()
     return final
@@ -172,34 +177,33 @@ def _step(
 ) -> tuple[dict[str, float], float]:
     """One optimizer step; returns this rank's loss parts and the gradient's norm."""
     outputs: list[Mapping[str, torch.Tensor]] = []
-    batches: list[Batch] = []
+    sample_ids: list[tuple[str, ...]] = []
     norm = None
     while norm is None:
         plan, batch = next(items)
         output = engine.forward(batch.to(engine.process.device), plan.totals, plan.largest)
         engine.backward(output["loss"])
         outputs.append({name: value.detach().float() for name, value in output.items()})
-        batches.append(batch)
+        sample_ids.append(batch.sample_ids)
         if plan.micro == plan.num_micro - 1:
-            _refuse_non_finite(outputs, batches, step)
+            _refuse_non_finite(outputs, sample_ids, step)
         norm = engine.step(lr)
     parts = {name: math.fsum(float(each[name]) for each in outputs) for name in outputs[0]}
     if not math.isfinite(norm):
-        ids = [sample_id for batch in batches for sample_id in batch.sample_ids]
         raise StillhouseError(
             f"step {step + 1}: the gradient is not finite though the loss is, in a batch with "
-            f"{_shortened(ids)}; lower stages.NAME.lr, or look at these samples"
+            f"{_shortened([each for ids in sample_ids for each in ids])}; lower stages.NAME.lr, or look at these samples"
         )
     return parts, norm
 
 
-def _refuse_non_finite(outputs: list[Mapping[str, torch.Tensor]], batches: list[Batch], step: int) -> None:
-    for parts, batch in zip(outputs, batches, strict=True):
+def _refuse_non_finite(outputs: list[Mapping[str, torch.Tensor]], sample_ids: list[tuple[str, ...]], step: int) -> None:
+    for parts, ids in zip(outputs, sample_ids, strict=True):
         broken = [name for name, value in parts.items() if not torch.isfinite(value)]
         if broken:
             shown = ", ".join(f"{name} is {float(parts[name])}" for name in broken)
             raise StillhouseError(
-                f"step {step + 1}: {shown} on the samples {_shortened(batch.sample_ids)}; "
+                f"step {step + 1}: {shown} on the samples {_shortened(ids)}; "
                 "lower stages.NAME.lr, or look at these samples"
             )
 

@@ -31,8 +31,12 @@ from teacher_dump.plan import Part
 from teacher_dump.worker import PartOutcome, Worker, WorkerSettings
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray; parts travel as text and results as a few numbers
+_NUM_RESTARTS = 5  # of an actor: an accident may repeat, a part that always kills its worker must not loop
 _NOT_STARTED = 127  # as shells have it
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def score_parts(
 ) -> Iterator[PartOutcome]:
     """Score and commit parts in a pool of actors, each with a teacher of its own; outcomes as they come.
 
-    A killed actor is started again and its parts are repeated; a commit that it made before stands.
+    A killed actor is started again, a few times, and its parts are repeated; its commits stand.
     `notify` is told once if the cluster has no room yet, since an autoscaler may still make it.
     StillhouseError: what a worker says of its teacher, or a worker that fails in a way nobody foresaw.
     """
@@ -94,6 +98,8 @@ def score_parts(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus or None,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
+            max_restarts=_NUM_RESTARTS,
+            max_task_retries=_NUM_RESTARTS,
         )
         try:
             for row in outcomes.iter_rows():
@@ -130,11 +136,12 @@ def run_commands(
 
 
 class _PartActor:
-    """A Worker as Ray Data calls it. Foreseen failures travel as rows, so that no traceback hides them."""
+    """A Worker as Ray Data calls it. Failures travel as rows, so that Ray's own text does not hide them."""
 
     def __init__(self, *, settings: WorkerSettings, logs: Path) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-        send_output_to(logs / f"teacher-{socket.gethostname()}-{os.getpid()}.log")
+        self._log_path = logs / f"teacher-{socket.gethostname()}-{os.getpid()}.log"
+        send_output_to(self._log_path)
         self._settings = settings
         self._worker: Worker | None = None
 
@@ -145,10 +152,16 @@ class _PartActor:
             if self._worker is None:
                 self._worker = Worker(self._settings)
             row |= asdict(self._worker.run(Part.from_text(str(text))))
-        except StillhouseError as error:
-            row = {"failure": str(error), "is_config": isinstance(error, ConfigError)}
+        except Exception as error:
+            if not isinstance(error, StillhouseError):
+                _log.exception("the worker failed in a way that nobody foresaw")
+            said = str(error) if isinstance(error, StillhouseError) else self._unforeseen(error)
+            row = {"failure": said, "is_config": isinstance(error, ConfigError)}
             row |= asdict(PartOutcome(-1, 0, 0, 0, 0.0, 0.0))
         return {name: np.array([value]) for name, value in row.items()}
+
+    def _unforeseen(self, error: Exception) -> str:
+        return f"a dump worker failed: {type(error).__name__}: {error}; the traceback is in {self._log_path}"
 
 
 def _outcome(row: Mapping[str, Any]) -> PartOutcome:

@@ -72,7 +72,7 @@ class VllmTeacher:
                 enable_prefix_caching=False,
                 **{**defaults, **settings},
             )
-        except (ValueError, NotImplementedError) as error:
+        except Exception as error:  # an engine raises its own kinds
             raise StillhouseError(f"vLLM cannot serve {folder}: {error}") from error
 
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:

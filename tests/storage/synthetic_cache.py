@@ -33,9 +33,7 @@ FAMILIES = ("response", "visual", "relation")
 SAMPLES_PER_PART = 6
 
 
-def make_identity(
-    *, num_parts: int = 2, vocab_size: int = VOCAB_SIZE, tau: float = TAU, **changes
-) -> Identity:
+def make_identity(*, num_parts: int = 2, vocab_size: int = VOCAB_SIZE, tau: float = TAU, **changes) -> Identity:
     """An identity of a teacher that does not exist."""
     selection = {"method": "threshold", "k": 64, "tau": tau, "seed": 0}
     fields = {
@@ -151,8 +149,7 @@ def make_part(
             )
         )
     response = [
-        select(make_logits(rng, record.num_response_tokens), tau=TAU, rng=rng, labels=True)
-        for record in tokens
+        select(make_logits(rng, record.num_response_tokens), tau=TAU, rng=rng, labels=True) for record in tokens
     ]
     return PartRecords(
         tokens=tokens,

@@ -115,9 +115,7 @@ def test_worked_example_of_the_specification_is_what_is_written_and_read():
     assert_same_but_for_rounding(got, rows)
     matrix = RelationMatrix(np.array([[0.75, 0.25], [0.25, 0.5]], np.float32) / np.float32(0.96824584), 8.0)
     assert encode_relation(matrix) == written["relation"]
-    np.testing.assert_allclose(
-        decode_relation(written["relation"], norm=8.0).values, matrix.values, atol=5e-4
-    )
+    np.testing.assert_allclose(decode_relation(written["relation"], norm=8.0).values, matrix.values, atol=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +169,7 @@ def assert_valid_or_refused(payload, num_rows, vocab_size):
     half = np.full(num_rows, 0.5, np.float32)
     for tail_mass in (zero, half, zero + 1):
         try:
-            got = decode_rows(
-                payload, vocab_size=vocab_size, tail_mass=tail_mass, entropy=zero, log_sum_exp=zero
-            )
+            got = decode_rows(payload, vocab_size=vocab_size, tail_mass=tail_mass, entropy=zero, log_sum_exp=zero)
         except CorruptPartError:
             continue
         assert got.offsets[-1] == len(got.ids) == len(got.logprobs)

@@ -6,9 +6,7 @@ from storage.documents import Description, parse_document
 from storage.errors import CacheError, CorruptPartError
 from tests.storage.synthetic_cache import make_identity
 
-DESCRIPTION = Description(
-    format_version=1, families=("response",), identity=make_identity(teacher="größe \u2028")
-)
+DESCRIPTION = Description(format_version=1, families=("response",), identity=make_identity(teacher="größe \u2028"))
 
 
 def test_a_document_comes_back_and_is_ascii():

@@ -7,11 +7,7 @@ FORBIDDEN = ("torch", "ray", "vllm", "deepspeed", "transformers", "pipeline", "t
 
 
 def test_storage_imports_nothing_of_teacher_or_student():
-    modules = [
-        f"storage.{path.stem}" for path in (REPOSITORY / "storage").glob("*.py") if path.stem != "__init__"
-    ]
+    modules = [f"storage.{path.stem}" for path in (REPOSITORY / "storage").glob("*.py") if path.stem != "__init__"]
     code = f"import sys, {', '.join(modules)}; print([name for name in {FORBIDDEN!r} if name in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -94,8 +94,7 @@ def test_statistics_add_up(folder):
     assert statistics["num_images"] == sum(len(visual) for _, _, visual, _ in parts)
     assert statistics["num_errors"] == 3
     by_family = {
-        family: sum(file.stat().st_size for file in (folder / family).iterdir())
-        for family in ("tokens", *FAMILIES)
+        family: sum(file.stat().st_size for file in (folder / family).iterdir()) for family in ("tokens", *FAMILIES)
     }
     assert statistics["bytes_by_family"] == by_family
     assert statistics["bytes"] == sum(by_family.values())

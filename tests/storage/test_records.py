@@ -35,9 +35,7 @@ def test_image_paths_inside_their_root_are_kept(path, tmp_path):
     assert ImageRef(path, SHA, 1, SHA).file(tmp_path).is_relative_to(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("sha256", "key"), [("0" * 63, SHA), (SHA, "G" * 64), (SHA, ""), (SHA.upper() + "A", SHA)]
-)
+@pytest.mark.parametrize(("sha256", "key"), [("0" * 63, SHA), (SHA, "G" * 64), (SHA, ""), (SHA.upper() + "A", SHA)])
 def test_malformed_hashes_are_refused(sha256, key):
     with pytest.raises(ValueError, match="64 hex digits"):
         ImageRef("x.png", sha256, 1, key)

@@ -108,9 +108,7 @@ def test_an_id_may_not_appear_twice_in_a_row_but_in_two_rows():
 
 
 def test_sampled_ids_must_ascend():
-    rows = select(
-        make_logits(np.random.default_rng(3), 1) * 0.1, tau=TAU, rng=np.random.default_rng(0), labels=False
-    )
+    rows = select(make_logits(np.random.default_rng(3), 1) * 0.1, tau=TAU, rng=np.random.default_rng(0), labels=False)
     assert rows.num_exact[0] == 0
     assert rows.num_entries > 2
     swapped = rows.ids[[1, 0, *range(2, rows.num_entries)]]

@@ -53,9 +53,7 @@ def test_files_are_zstd_deterministic_and_without_nulls():
 
 def test_a_page_with_a_flipped_bit_is_noticed_by_its_checksum():
     payload = np.random.default_rng(0).bytes(4000)  # incompressible, so it lies in the page as it is
-    content = bytearray(
-        parquet_bytes("relation", [{**relation_rows(1, 0)[0], "payload": payload}], zstd_level=1)
-    )
+    content = bytearray(parquet_bytes("relation", [{**relation_rows(1, 0)[0], "payload": payload}], zstd_level=1))
     position = bytes(content).index(payload[:100])
     content[position + 50] ^= 1
     pq.read_table(pa.BufferReader(bytes(content)), page_checksum_verification=False)

@@ -222,9 +222,7 @@ def test_a_commit_that_names_a_file_elsewhere_is_refused(folder, tmp_path):
     commit = parse_document(place.read_bytes(), Commit, "commit")
     for name in ("../outside.parquet", str(outside)):
         entry = commit.families["tokens"].model_copy(update={"file": name})
-        place.write_bytes(
-            commit.model_copy(update={"families": {**commit.families, "tokens": entry}}).to_bytes()
-        )
+        place.write_bytes(commit.model_copy(update={"families": {**commit.families, "tokens": entry}}).to_bytes())
         assert any("expected its own tokens file" in problem for problem in verify(folder).problems)
         with pytest.raises(CacheError, match="expected its own tokens file"):
             Cache.open(folder)
@@ -249,8 +247,7 @@ def test_another_format_version_is_named_before_anything_is_parsed(folder):
 def drop_samples(columns):
     """Row 0 without its sampled entries: valid by itself, but not under threshold selection."""
     tail_mass, entropy, log_sum_exp, label_logprob = (
-        np.array(columns[name][0], np.float32)
-        for name in ("tail_mass", "entropy", "log_sum_exp", "label_logprob")
+        np.array(columns[name][0], np.float32) for name in ("tail_mass", "entropy", "log_sum_exp", "label_logprob")
     )
     rows = decode_rows(
         columns["payload"][0],

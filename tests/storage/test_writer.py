@@ -34,9 +34,7 @@ def start_writer(folder, *options):
 
 
 def files_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_succeeds(process):
@@ -232,9 +230,7 @@ def test_a_committed_part_whose_file_was_cut_or_removed_is_named(tmp_path):
 
 
 def spoil_tokens(part, **changes):
-    return dataclasses.replace(
-        part, tokens=[dataclasses.replace(part.tokens[0], **changes), *part.tokens[1:]]
-    )
+    return dataclasses.replace(part, tokens=[dataclasses.replace(part.tokens[0], **changes), *part.tokens[1:]])
 
 
 @pytest.mark.parametrize(
@@ -259,22 +255,16 @@ def spoil_tokens(part, **changes):
             "visual: 4 image keys are missing, 0 are unknown",
         ),
         (
-            lambda part: dataclasses.replace(
-                part, relation={**part.relation, "x": next(iter(part.relation.values()))}
-            ),
+            lambda part: dataclasses.replace(part, relation={**part.relation, "x": next(iter(part.relation.values()))}),
             "relation: 0 image keys are missing, 1 are unknown",
         ),
         (
-            lambda part: dataclasses.replace(
-                part, visual={key: rows.slice(0, 1) for key, rows in part.visual.items()}
-            ),
+            lambda part: dataclasses.replace(part, visual={key: rows.slice(0, 1) for key, rows in part.visual.items()}),
             "visual: image .* has 1 rows for 4",
         ),
         (lambda part: spoil_tokens(part, images=()), "sample-0-0: 1 image placeholders for 0 images"),
         (
-            lambda part: spoil_tokens(
-                part, token_ids=np.full(8, 300, np.int32), response_mask=np.zeros(8, bool)
-            ),
+            lambda part: spoil_tokens(part, token_ids=np.full(8, 300, np.int32), response_mask=np.zeros(8, bool)),
             "sample-0-0: token id 300 is outside 0..299",
         ),
         (lambda part: spoil_tokens(part, response_mask=np.zeros(3, bool)), "must be int32"),
@@ -301,9 +291,7 @@ def test_a_part_that_is_not_of_the_plan_is_refused(tmp_path):
 
 def test_a_part_of_errors_alone_is_a_part(tmp_path):
     writer = CacheWriter.open(tmp_path, make_identity(num_parts=2), FAMILIES)
-    writer.write_part(
-        0, PartRecords([], [], {}, {}, [SampleError("a", "no image \udc80"), SampleError("b", "?")])
-    )
+    writer.write_part(0, PartRecords([], [], {}, {}, [SampleError("a", "no image \udc80"), SampleError("b", "?")]))
     writer.write_part(1, make_part(1))
     writer.seal()
     assert verify(tmp_path).problems == []
