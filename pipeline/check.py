@@ -19,7 +19,7 @@ def check(experiment: Experiment) -> Iterator[str]:
     planned = plan_dump(settings)
     yield f"samples: {planned.plan.num_samples:,} in {len(planned.plan.parts):,} parts"
     errors = prompt_errors(settings, planned)
-    total = planned.plan.num_samples + len(errors)
+    total = planned.plan.num_samples + sum(len(part.errors) for part in planned.plan.parts)
     allowed = experiment.dump.max_error_fraction
     named = "\n  ".join(f"{error.sample_id}: {error.reason}" for error in errors[:10])
     if errors and len(errors) > allowed * total:

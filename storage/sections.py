@@ -82,6 +82,7 @@ def read_sections(
     checked = {key: _section(key, schema, document.get(key), problems) for key, schema in schemas.items()}
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}{_origin(problem, overrides)}" for problem in problems))
+    checked = {key: _with_run_in_defaults(section, str(runs_dir / name)) for key, section in checked.items()}
     return Sections(path, name, runs_dir, checked, document)
 
 
@@ -185,6 +186,14 @@ def _replace_run(value: Any, run: str) -> Any:
     if isinstance(value, dict):
         return {key: _replace_run(item, run) for key, item in value.items()}
     return [_replace_run(item, run) for item in value] if isinstance(value, list) else value
+
+
+def _with_run_in_defaults(section: Any, run: str) -> Any:
+    """The section, or sections by name, with `{run}` replaced in texts that came from a schema's defaults."""
+    if isinstance(section, dict):
+        return {name: _with_run_in_defaults(item, run) for name, item in section.items()}
+    texts = {name: text for name in type(section).model_fields if isinstance(text := getattr(section, name), str)}
+    return section.model_copy(update={name: _replace_run(text, run) for name, text in texts.items()})
 
 
 def _section(key: str, schema: type[Section] | Named, value: Any, problems: list[str]) -> Any:

@@ -53,6 +53,6 @@ def train(sections: Sections, name: str, *, evaluate: bool, started: float) -> N
     process = this_process()
     output = trainer.train(stage, name, prepare(stage, cache_path), process, started=started)
     if evaluate and process.is_first:
-        from student_train.evaluate import evaluate_model
+        from student_train.evaluation import evaluate_model
 
         evaluate_model(output, cache_path, sections["evaluation"], images=stage.images)

@@ -192,7 +192,7 @@ def _step(
     if not math.isfinite(norm):
         raise StillhouseError(
             f"step {step + 1}: the gradient is not finite though the loss is, in a batch with "
-            f"{_shortened([each for ids in sample_ids for each in ids])}; lower stages.NAME.lr, or look at these samples"
+            f"{_shortened([each for ids in sample_ids for each in ids])}; lower stages.NAME.lr, or look at them"
         )
     return parts, norm
 

@@ -84,4 +84,5 @@ def test_written_data_is_llava_format_with_its_images(tmp_path):
         assert noisy["conversations"][1] != clean["conversations"][1]
     for row in rows["test"]:
         assert row["conversations"][0]["value"].startswith("<image>\n")
-        assert Image.open(tmp_path / row["image"]).size == (32, 32)
+        with Image.open(tmp_path / row["image"]) as image:
+            assert image.size == (32, 32)

@@ -195,3 +195,9 @@ def test_merge_keys_and_anchors_work(tmp_path):
     file.write_text("stages:\n  a: &base {init: x, steps: 3}\n  b: {<<: *base, steps: 4}\n")
     stages = read(file)["stages"]
     assert (stages["b"].init, stages["b"].steps) == ("x", 4)
+
+
+def test_run_is_replaced_in_defaults_too(tmp_path):
+    path = tmp_path / "pipeline.yaml"
+    path.write_text("name: mine\n")
+    assert read_sections(path, {"cache": CacheSection})["cache"].path == "runs/mine/cache"

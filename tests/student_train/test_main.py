@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from storage.reader import Cache
 from student_train.ask import answer
 from student_train.config import EvaluationSection
-from student_train.evaluate import evaluate_model
+from student_train.evaluation import evaluate_model
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
 

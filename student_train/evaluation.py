@@ -1,0 +1,190 @@
+"""How good a model is: generated answers against references, and closeness to the cached teacher, held out.
+
+A sample is asked once: its prompt ends before its first response token, so of several turns only the
+first is judged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from storage.reader import Cache
+from student_train.batch import Batch, collate, collate_prompts, first_answer, prompt_of
+from student_train.config import EvaluationSection
+from student_train.documents import write_json
+from student_train.generation import greedy
+from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.losses import bucketed_forward_kl
+from student_train.material import SampleMemory, chosen_samples, open_sealed
+from student_train.models import Checkpoint, check_fit, load_for_inference, read_checkpoint
+from student_train.student import Student
+
+MEMORY_BYTES = 512 << 20  # of image features, which the second pass needs again
+CHUNK_LOGITS = 1 << 25  # of the head in memory at once
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Closeness to the cached teacher, over held-out response rows."""
+
+    kl_sum: float  # nats, bucketed on the exact entries
+    num_agreeing: int  # rows whose most probable token is the teacher's
+    num_rows: int
+    num_topped: int  # rows whose most probable token of the teacher is stored
+
+    @property
+    def kl(self) -> float | None:
+        """Mean over rows, None without any."""
+        return self.kl_sum / self.num_rows if self.num_rows else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Fraction of rows, None without any."""
+        return self.num_agreeing / self.num_topped if self.num_topped else None
+
+
+def evaluate_model(
+    model: str | Path, cache_path: str, section: EvaluationSection, *, images: str | None = None
+) -> dict[str, Any]:
+    """Write and return <model>/evaluation.json. `images`: the image folder where the section names none.
+
+    Errors: ConfigError (no sample in the splits), CacheError, IdentityError, StillhouseError.
+    """
+    started = time.monotonic()
+    families = ("response",) if "response" in Cache.open(cache_path, ()).families else ()
+    cache = open_sealed(cache_path, families)
+    indices = chosen_samples(cache, section.splits).tolist()
+    checkpoint = read_checkpoint(model)
+    check_fit(checkpoint, cache.identity)
+    features = FeatureStore(MEMORY_BYTES)
+    student = load_for_inference(checkpoint, vocab_size=cache.identity.vocab_size, features=features)
+    folder = ImageFolder(section.images or images or cache.identity.image_root, checkpoint.image_processor)
+    judge = _Judge(
+        cache=cache,
+        samples=SampleMemory(cache, MEMORY_BYTES),
+        checkpoint=checkpoint,
+        student=student,
+        vision=VisionSource(folder, features=features, pixels=FeatureStore(0)),
+        section=section,
+    )
+    samples = judge.answers(indices)
+    fidelity = judge.fidelity(indices) if families else None
+    by_category: dict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        by_category[sample["category"]].append(sample["correct"])
+    document = {
+        "num_samples": len(samples),
+        "exact_match": _mean([sample["correct"] for sample in samples]),
+        "by_category": {
+            name: {"num": len(hits), "exact_match": _mean(hits)} for name, hits in sorted(by_category.items())
+        },
+        "kl_to_teacher": fidelity.kl if fidelity else None,
+        "top1_agreement": fidelity.agreement if fidelity else None,
+        "seconds": round(time.monotonic() - started, 3),
+        "samples": samples,
+    }
+    write_json(Path(model) / "evaluation.json", document)
+    return document
+
+
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    """A model and the samples it is judged on."""
+
+    cache: Cache
+    samples: SampleMemory
+    checkpoint: Checkpoint
+    student: Student
+    vision: VisionSource
+    section: EvaluationSection
+
+    def answers(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """What the model answers to each sample, in the order of `indices`."""
+        grid, tokenizer = self.checkpoint.grid, self.checkpoint.tokenizer
+        tokens = {index: self.samples.read(index).tokens for index in indices}
+        prompts = {index: prompt_of(record, image_token_id=grid.image_token_id) for index, record in tokens.items()}
+        order = sorted(indices, key=lambda index: (len(prompts[index].token_ids), index))  # little padding
+        device = next(self.student.parameters()).device
+        answers: dict[int, list[int]] = {}
+        with tqdm(total=len(order), desc="answering", unit="sample", mininterval=1.0, leave=False) as bar:
+            for batch in _pieces(order, self.section.batch):
+                prompt_batch = collate_prompts([prompts[index] for index in batch], grid, self.vision.gather)
+                continued = greedy(
+                    self.student,
+                    prompt_batch.to(device),
+                    max_new_tokens=self.section.max_new_tokens,
+                    eos_token_ids=self.cache.identity.eos_token_ids,
+                )
+                answers.update(zip(batch, continued, strict=True))
+                bar.update(len(batch))
+        results = []
+        for index in indices:
+            record = tokens[index]
+            answer = normalised(tokenizer.decode(answers[index], skip_special_tokens=True))
+            reference = normalised(tokenizer.decode(first_answer(record), skip_special_tokens=True))
+            results.append(
+                {
+                    "sample_id": record.sample_id,
+                    "category": record.category,
+                    "answer": answer,
+                    "reference": reference,
+                    "correct": answer == reference,
+                }
+            )
+        return results
+
+    @torch.inference_mode()
+    def fidelity(self, indices: Sequence[int]) -> Fidelity:
+        """KL to the teacher and agreement with its first choice, over all response rows of the samples."""
+        order = sorted(indices, key=lambda index: (len(self.samples.read(index).tokens.token_ids), index))
+        device = next(self.student.parameters()).device
+        kl_sum, num_agreeing, num_rows, num_topped = 0.0, 0, 0, 0
+        for indices_of_batch in tqdm(
+            _pieces(order, self.section.batch), desc="comparing", unit="batch", mininterval=1.0, leave=False
+        ):
+            records = [self.samples.read(index) for index in indices_of_batch]
+            batch = collate(records, self.checkpoint.grid, self.vision.gather, families=("response",)).to(device)
+            part = _fidelity(self.student, batch)
+            kl_sum += part.kl_sum
+            num_agreeing += part.num_agreeing
+            num_rows += part.num_rows
+            num_topped += part.num_topped
+        return Fidelity(kl_sum, num_agreeing, num_rows, num_topped)
+
+
+def normalised(text: str) -> str:
+    """Text with each run of white space as one space, and none at its ends."""
+    return " ".join(text.split())
+
+
+def _fidelity(student: Student, batch: Batch) -> Fidelity:
+    assert batch.response is not None
+    hidden = student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+    rows = hidden.index_select(0, batch.response_positions)
+    per_chunk = max(1, CHUNK_LOGITS // student.vocab_size)
+    kl_sum, num_agreeing, num_topped = 0.0, 0, 0
+    for start in range(0, len(rows), per_chunk):
+        stop = min(start + per_chunk, len(rows))
+        logits, teacher = student.logits(rows[start:stop]), batch.response.slice(start, stop)
+        kl_sum += float(bucketed_forward_kl(logits, teacher))
+        topped = teacher.num_exact > 0  # entries fall, so the first is the most probable
+        tops = teacher.ids[teacher.offsets[:-1][topped]]
+        num_agreeing += int((logits.argmax(1)[topped] == tops).sum())
+        num_topped += int(topped.sum())
+    return Fidelity(kl_sum, num_agreeing, len(rows), num_topped)
+
+
+def _pieces(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
