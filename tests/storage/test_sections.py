@@ -82,7 +82,7 @@ def test_missing_sections_are_made_of_defaults(tmp_path):
     file = tmp_path / "empty.yaml"
     file.write_text("")
     sections = read(file)
-    assert sections["cache"] == CacheSection(path="{run}/cache")
+    assert sections["cache"] == CacheSection(path="runs/digits/cache")
     assert sections["stages"] == {}
     assert sections.run == Path("runs/digits")
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from storage.reader import Cache
+from student_train import evaluate
 from student_train.ask import answer
 from student_train.config import EvaluationSection
 from student_train.evaluation import evaluate_model
@@ -164,6 +165,16 @@ def test_an_evaluation_holds_what_the_contract_says(alone: Alone) -> None:
     assert document["top1_agreement"] == pytest.approx(top_is_label(path))  # it gives each label the most
     assert set(document["samples"][0]) == {"sample_id", "category", "answer", "reference", "correct"}
     assert [sample["sample_id"] for sample in document["samples"]] == [f"train-{n:03d}" for n in range(6)]
+
+
+def test_the_evaluation_s_command_line(alone: Alone, capsys: pytest.CaptureFixture[str]) -> None:
+    config, model = str(alone.runner.config), str(alone.output("memory"))
+    overrides = [f"cache.path={alone.small_cache}", "evaluation.splits=[train]"]
+    assert evaluate.main([config, "--model", model, *overrides]) == 0
+    assert capsys.readouterr().out == f"{model}: exact match 100.0% of 6\n"
+    assert evaluate.main([config, "--model", model, overrides[0], "evaluation.splits=[nowhere]"]) == 2
+    assert "no sample is in the splits nowhere" in capsys.readouterr().err
+    assert evaluate.main([config, "--model", f"{model}-not", *overrides]) == 1
 
 
 def test_a_cache_of_tokens_alone_gives_no_fidelity(checkpoint: Path, tmp_path: Path) -> None:
