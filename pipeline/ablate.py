@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pipeline.config import Experiment
 from pipeline.ledger import Ledger, file_fingerprint
-from pipeline.training import torchrun_command, training_environment
+from pipeline.training import training_command, training_environment
 from storage.errors import StillhouseError
 from storage.files import write_atomically
 from storage.sections import Named, read_sections
@@ -66,7 +66,7 @@ def ablate(experiment: Experiment) -> list[GridRun]:
     commands = [
         Command(
             name=run.label,
-            argv=torchrun_command(
+            argv=training_command(
                 experiment.path,
                 run.stage,
                 run.overrides,
