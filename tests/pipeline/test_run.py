@@ -55,7 +55,7 @@ def write_experiment(folder: Path) -> Path:
         },
     }
     path = folder / "pipeline.yaml"
-    path.write_text(yaml.safe_dump(document))
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
 
 
