@@ -52,7 +52,7 @@ class AblationsSection(Section):
     seeds: tuple[int, ...] = (0,)  # every run once a seed
     controls: tuple[str, ...] = ()  # runs that distillation must beat; paired differences are taken to them
     cpus_per_run: Annotated[float, Field(gt=0)] = 1  # as many runs at once as the machine (or cluster) holds
-    gpus_per_run: Annotated[float, Field(ge=0)] = 0
+    gpus_per_run: Annotated[float, Field(ge=0)] | None = None  # None: 1 where Ray has GPUs, or 0
 
     def controls_of(self, name: str) -> tuple[str, ...]:
         """The runs that `name` is compared to; a control is not compared to itself."""

@@ -17,7 +17,7 @@ from pipeline.ablate import ablate
 from pipeline.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
 from pipeline.ledger import Ledger, file_fingerprint
 from pipeline.report import write_report
-from pipeline.training import training_command, training_environment
+from pipeline.training import num_ranks, training_command, training_environment
 from storage.errors import ConfigError, StillhouseError
 from storage.verify import VerifyReport, verify
 from teacher_dump.__main__ import table
@@ -99,7 +99,7 @@ def train(experiment: Experiment, stage_name: str, *, evaluate: bool = False, ov
     overrides = (*experiment.overrides, *overrides)
     stage = read_experiment(experiment.path, overrides).stage(stage_name, asked_by="--stage")
     command = training_command(
-        experiment.path, stage_name, overrides, num_processes=stage.num_processes, evaluate=evaluate
+        experiment.path, stage_name, overrides, num_processes=num_ranks(stage.num_processes), evaluate=evaluate
     )
     _call(command, num_threads=1)
 

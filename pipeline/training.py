@@ -25,6 +25,17 @@ def training_command(
     return (sys.executable, *(launcher if num_processes > 1 else ()), *script)
 
 
+def num_ranks(wanted: int) -> int:
+    """`wanted`, or the number of this machine's GPUs if it has some but fewer: two ranks share no GPU.
+
+    The loss does not depend on the number of ranks; see student_train/loader.py.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return min(wanted, gpus) if gpus else wanted
+
+
 def training_environment(num_threads: int) -> dict[str, str]:
     """This process's environment, each rank held to `num_threads` threads of arithmetic."""
     return {**os.environ, "OMP_NUM_THREADS": str(max(1, num_threads)), "TOKENIZERS_PARALLELISM": "false"}

@@ -42,7 +42,7 @@ class DumpSection(Section):
     samples_per_part: Annotated[int, Field(ge=1)] = 256
     actors: Annotated[int, Field(ge=1)] = 1  # one teacher each
     cpus_per_actor: Annotated[float, Field(ge=0)] = 1
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None  # None: tensor_parallel_size where Ray has GPUs, or 0
     ray_address: str | None = None  # of a running cluster; None: RAY_ADDRESS if set, else a local one
     rows_per_chunk: Annotated[int, Field(ge=1)] = 1024  # rows of [rows, vocabulary] in memory at once
     max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of samples; above it the dump fails

@@ -44,7 +44,7 @@ class Resources:
     """What one actor or command asks Ray for."""
 
     num_cpus: float = 1
-    num_gpus: float = 0
+    num_gpus: float = 0  # without any, Ray hides all GPUs from it
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,20 @@ class CommandResult:
     log_path: Path
 
 
+def gpus_or_default(wanted: float | None, default: float) -> float:
+    """What is wanted; where nothing is said, `default` in a cluster that has GPUs and 0 in one that has none."""
+    if wanted is not None:
+        return wanted
+    return default if ray.cluster_resources().get("GPU", 0) else 0
+
+
 def score_parts(
     parts: Sequence[Part],
     settings: WorkerSettings,
     *,
     num_actors: int,
-    resources: Resources,
+    num_cpus: float,
+    num_gpus: float | None,
     address: str | None,
     logs: Path,
     notify: Callable[[str], None],
@@ -80,12 +88,15 @@ def score_parts(
     """Score and commit parts in a pool of actors, each with a teacher of its own; outcomes as they come.
 
     A killed actor is started again, a few times, and its parts are repeated; its commits stand.
+    `num_cpus` and `num_gpus` are each actor's; num_gpus None: the engine's tensor_parallel_size where Ray has GPUs.
     `notify` is told once if the cluster has no room yet, since an autoscaler may still make it.
     StillhouseError: what a worker says of its teacher, or a worker that fails in a way nobody foresaw.
     """
     num_actors = min(num_actors, len(parts))
-    local_cpus = math.ceil(num_actors * resources.num_cpus) + 1  # one for Ray Data itself
+    local_cpus = math.ceil(num_actors * num_cpus) + 1  # one for Ray Data itself
     with _cluster(address, local_cpus=local_cpus):
+        gpus = gpus_or_default(num_gpus, settings.engine_settings.get("tensor_parallel_size", 1))
+        resources = Resources(num_cpus, gpus)
         _compare_room(num_actors, resources, notify)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -111,21 +122,23 @@ def score_parts(
 def run_commands(
     commands: Sequence[Command],
     num_cpus: float,
-    num_gpus: float,
+    num_gpus: float | None,
     *,
     address: str | None = None,
     logs: Path | None = None,
 ) -> Iterator[CommandResult]:
     """Run commands as Ray tasks, as many at once as the cluster has room for; results as they end.
 
-    Each asks for `num_cpus` and `num_gpus` and runs in this process's current folder. A command dies with
-    its worker. `logs` is where Ray's own output goes; default: beside the first command's log.
+    Each asks for `num_cpus` and `num_gpus` (None: one where Ray has any) and runs in this process's current
+    folder. A command dies with its worker. `logs` is where Ray's own output goes; default: beside the first
+    command's log.
     """
     if not commands:
         return
     logs = logs or commands[0].log_path.parent
     with _cluster(address, local_cpus=math.ceil(num_cpus)):
-        task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0)(_run_command)
+        gpus = gpus_or_default(num_gpus, 1)
+        task = ray.remote(num_cpus=num_cpus, num_gpus=gpus, max_retries=0)(_run_command)
         waiting = [task.remote(command, str(Path.cwd())) for command in commands]
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1)
