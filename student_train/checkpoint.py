@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from storage.errors import StillhouseError
+from storage.files import sync
 
 _WEIGHTS = "model{suffix}.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -127,13 +128,13 @@ def _replace_folder(folder: Path, new: Path) -> None:
                 _link_or_copy(path, new / path.name)
     for path in new.rglob("*"):
         if path.is_file():
-            _sync(path)
-    _sync(new)
+            sync(path)
+    sync(new)
     old = new.with_name(f"{new.name}-old")
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -145,14 +146,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)  # the same file: a log that is open goes on in it
     except OSError:
         shutil.copy2(source, target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _local(source: str | Path) -> Path:
