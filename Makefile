@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where this is set, each of the demo's thirty processes compiles all of torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
+
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 HAS_GPU := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
 PARTS := student,pipeline,dev,teacher-$(if $(filter-out 0,$(HAS_GPU)),gpu,cpu)
