@@ -32,7 +32,7 @@ def encode_rows(rows: SparseRows, *, vocab_size: int, tau: float) -> bytes:
     rows.validate(vocab_size)
     check_sampled_total(rows, tau)
     exact = rows.is_exact()
-    counts = _draws(rows, exact, tau)
+    counts = draws_of(rows, exact, tau)
     num_sampled = np.diff(rows.offsets) - rows.num_exact
     id_bytes = _id_bytes(vocab_size)
     length_bytes = _width(max(rows.num_exact.max(initial=0), num_sampled.max(initial=0)))
@@ -229,7 +229,7 @@ def _rescaled(head: NDArray[np.float64], row: NDArray[np.int64], tail_mass: NDAr
     return head + shift[row]
 
 
-def _draws(rows: SparseRows, exact: NDArray[np.bool_], tau: float) -> NDArray[np.int64]:
+def draws_of(rows: SparseRows, exact: NDArray[np.bool_], tau: float) -> NDArray[np.int64]:
     """The number of draws of each sampled entry."""
     if exact.all():
         return np.zeros(0, np.int64)
