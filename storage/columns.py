@@ -132,7 +132,7 @@ def hidden_states(table: pa.Table, row: int) -> NDArray[np.float32]:
     states = decode_hidden(_payload(table, row))
     stated = (table["num_rows"][row].as_py(), table["width"][row].as_py())
     errors = _numbers(table, "relative_error", row)
-    if states.shape != stated or len(errors) != len(states):
+    if states.shape != stated or len(errors) != len(states) or not (np.isfinite(errors) & (errors >= 0)).all():
         raise CorruptPartError(f"hidden payload is {states.shape}, its columns say {stated} and {len(errors)} errors")
     return states
 

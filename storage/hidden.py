@@ -52,7 +52,8 @@ def decode_hidden(payload: bytes | memoryview) -> NDArray[np.float32]:
         scales = np.frombuffer(content[: 4 * num_rows], "<f4")
         if not ((scales >= 0) & (scales <= np.finfo(np.float32).max / 128)).all():
             raise CorruptPartError("hidden payload has a scale that is negative or not finite")
-        states = np.frombuffer(content[4 * num_rows :], np.int8).reshape(num_rows, width) * scales[:, None]
+        codes = np.frombuffer(content[4 * num_rows :], np.int8).reshape(num_rows, width)
+        states = codes.astype(np.float32) * scales[:, None].astype(np.float32)
     if not np.isfinite(states).all():
         raise CorruptPartError("hidden payload holds a value that is not a finite number")
     return states

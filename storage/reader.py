@@ -23,10 +23,11 @@ from storage.columns import (
 from storage.documents import Commit, Description, FileEntry
 from storage.errors import CacheError, CorruptPartError
 from storage.head import StoredHead, decode_head
-from storage.identity import Identity
+from storage.identity import Identity, stored_relation
 from storage.part_files import PartFiles
 from storage.preference import PreferencePair, check_sequence, pairs_of
 from storage.records import ImageRef, SampleError, SampleRecord, SequenceLogprob, TokensRecord
+from storage.relation import check_encoding
 from storage.rows import SparseRows
 
 DEFAULT_MAX_BYTES = 256 << 20
@@ -51,6 +52,7 @@ class Cache:
         self._commits = commits
         self._reads = reads
         self._files = part_files
+        self._relation_section = stored_relation(description.identity)
         self._image_rows: dict[tuple[int, str], dict[str, int]] = {}
         self._read_index()
 
@@ -201,6 +203,7 @@ class Cache:
             if "relation" in self._reads:
                 table, at = self._image_row(position, "relation", image.key)
                 relation[image.key] = relation_matrix(table, at, image.num_visual_tokens)
+                check_encoding(relation[image.key], self._relation_section)
         hidden = self._hidden(commit, row, tokens) if "hidden" in self._reads else None
         sequence = self._sequence(commit, row, tokens) if "sequence" in self._reads else None
         return SampleRecord(tokens, response, visual, relation, hidden, sequence)

@@ -88,6 +88,15 @@ def cosine_error(payload: bytes | memoryview) -> float | None:
     return _read_header(memoryview(payload).cast("B"))[4]
 
 
+def check_encoding(relation: Relation, section: RelationSection) -> None:
+    """CorruptPartError unless a cache of this encoding may hold such a matrix."""
+    expected = {"low_rank": (RelationFactor, RelationMatrix), "pooled": (PooledRelation,)}
+    pool = relation.pool if isinstance(relation, PooledRelation) else None
+    if not isinstance(relation, expected.get(section.encoding, (RelationMatrix,))) or pool != section.pool:
+        got = f"{type(relation).__name__}{'' if pool is None else f' of pool {pool}'}"
+        raise CorruptPartError(f"relation payload is a {got}, the cache's encoding is {section.encoding!r}")
+
+
 def blocks_of_grid(num_visual_tokens: int, pool: int) -> NDArray[np.int64]:
     """(n,) the block that each visual token belongs to when a square grid is cut into pool x pool blocks.
 
@@ -156,6 +165,8 @@ def _encode_factor(matrix: RelationMatrix, max_cosine_error: float, *, int8: boo
         return _with_header(kind, matrix, b"", 0.0)
     eigenvalues, vectors = np.linalg.eigh((values + values.T) / 2)
     eigenvalues, vectors = np.maximum(eigenvalues[::-1], 0), vectors[:, ::-1]
+    largest = np.abs(vectors).argmax(axis=0)
+    vectors = vectors * np.sign(vectors[largest, np.arange(n)])  # else a column's sign is LAPACK's choice
     cosines = np.sqrt(np.cumsum(eigenvalues**2)) / np.linalg.norm(values)
     least = int(np.searchsorted(cosines, 1 - max_cosine_error)) + 1
     most = min(n, (n * (n + 1) - 1) // (bytes_per_value * n + (4 if int8 else 0)))  # smaller than the triangle

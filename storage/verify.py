@@ -22,10 +22,11 @@ from storage.columns import (
 from storage.documents import Commit, Description, Manifest
 from storage.errors import CacheError, CorruptPartError
 from storage.head import decode_head
-from storage.identity import stored_tau
+from storage.identity import stored_relation, stored_tau
 from storage.part_files import PartFiles
 from storage.preference import check_pairs, check_sequence
 from storage.records import TokensRecord
+from storage.relation import check_encoding
 
 Progress = Callable[[int, int], None]  # parts done, parts in all
 
@@ -201,7 +202,7 @@ class _Part:
                 self._images(family, images)
         if "images" in self.families:
             self._image_files()
-        self._compare_errors()
+        self._try(self._compare_errors)
         counted = (len(self.records), len(images), self.num_rows)
         stated = (self.commit.num_samples, self.commit.num_images, self.commit.num_rows)
         if counted != stated:
@@ -234,9 +235,8 @@ class _Part:
         else:
             states = hidden_states(table, at)
             if states.shape != (record.num_response_tokens, self.head_width or states.shape[1]):
-                raise ValueError(
-                    f"is {states.shape} for {record.num_response_tokens} response tokens and a head of {self.head_width}"
-                )
+                expected = (record.num_response_tokens, self.head_width)
+                raise ValueError(f"is {states.shape}, response tokens and head have {expected}")
             self.errors["hidden"] += family_errors("hidden", [{"relative_error": table["relative_error"][at].as_py()}])
 
     def _image_files(self) -> None:
@@ -278,7 +278,7 @@ class _Part:
         if family == "visual":
             self._distribution("visual", table, at, expected)
         else:
-            relation_matrix(table, at, expected)
+            check_encoding(relation_matrix(table, at, expected), stored_relation(self.identity))
             self.errors["relation"] += family_errors("relation", [{"payload": table["payload"][at].as_buffer()}])
 
     def _distribution(self, family: str, table, at: int, expected: int) -> None:
