@@ -1,4 +1,4 @@
-"""The binary payloads: entries of sparse rows, and triangles of relation matrices. FORMAT.md has the bytes.
+"""The binary payload of sparse rows. FORMAT.md has the bytes.
 
 Everything read is checked before it is used: a payload's length must be exactly what its header says,
 so no allocation is larger than a small multiple of the payload. Little-endian throughout.
@@ -7,21 +7,17 @@ so no allocation is larger than a small multiple of the payload. Little-endian t
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CorruptPartError
-from storage.records import RelationMatrix
 from storage.rows import HEAD_TOLERANCE, SparseRows
 
 PAYLOAD_VERSION = 1
-MAX_RELATION_ROWS = 65535
 ROUNDED_HEAD_TOLERANCE = 0.02  # probability; float16 logprobs move a head by at most entropy / 2048
 
 _ROWS_HEADER = struct.Struct("<BBBBIIId")  # version, bytes an id, a length, a count; r, exact, sampled, tau
-_RELATION_HEADER = struct.Struct("<B3xI")  # version, n
 
 
 def encode_rows(rows: SparseRows, *, vocab_size: int, tau: float) -> bytes:
@@ -141,54 +137,6 @@ def check_sampled_total(rows: SparseRows, tau: float) -> None:
             f"row {row}: sampled weights differ by {gap[row]:.6g} from the tail mass "
             f"{rows.tail_mass[row]:.6g}, expected at most tau = {tau}"
         )
-
-
-def encode_relation(matrix: RelationMatrix) -> bytes:
-    """The float16 upper triangle of a relation matrix, row by row. ValueError for one it cannot hold."""
-    values, n = matrix.values, len(matrix.values)
-    if values.shape != (n, n) or values.dtype != np.float32 or not 1 <= n <= MAX_RELATION_ROWS:
-        raise ValueError(f"a relation matrix must be float32 and square, got {values.dtype}{values.shape}")
-    if not np.isfinite(values).all() or not np.allclose(values, values.T, rtol=1e-3, atol=1e-6):
-        raise ValueError("a relation matrix must be finite and symmetric")
-    frobenius = float(np.linalg.norm(values.astype(np.float64)))
-    if not np.isfinite(matrix.norm) or matrix.norm < 0 or matrix.norm > np.finfo(np.float32).max:
-        raise ValueError(f"the norm of a relation matrix is {matrix.norm}, expected a float32 of at least 0")
-    if abs(frobenius - (1.0 if matrix.norm > 0 else 0.0)) > HEAD_TOLERANCE:
-        raise ValueError(f"relation values have the norm {frobenius:.6g}, expected 1 (0 if norm is 0)")
-    return _RELATION_HEADER.pack(PAYLOAD_VERSION, n) + values[_triangle(n)].astype("<f2").tobytes()
-
-
-def decode_relation(payload: bytes | memoryview, *, norm: float) -> RelationMatrix:
-    """The whole symmetric matrix, rescaled to a Frobenius norm of 1 after float16 rounding.
-
-    Errors: CorruptPartError for any bytes that are not a payload.
-    """
-    view = memoryview(payload).cast("B")
-    if len(view) < _RELATION_HEADER.size or any(view[1:4]):
-        raise CorruptPartError(f"relation payload of {len(view)} bytes has no valid header")
-    version, n = _RELATION_HEADER.unpack_from(view)
-    if version != PAYLOAD_VERSION:
-        raise CorruptPartError(f"relation payload has version {version}, expected {PAYLOAD_VERSION}")
-    expected = _RELATION_HEADER.size + n * (n + 1)
-    if not 1 <= n <= MAX_RELATION_ROWS or len(view) != expected:
-        raise CorruptPartError(f"relation payload has {len(view)} bytes, n = {n} needs {expected}")
-    triangle = np.frombuffer(view[_RELATION_HEADER.size :], dtype="<f2").astype(np.float32)
-    if not np.isfinite(triangle).all() or not np.isfinite(norm) or norm < 0:
-        raise CorruptPartError("relation payload or norm holds a value that is not a finite number")
-    values = np.zeros((n, n), np.float32)
-    upper = _triangle(n)
-    values[upper] = triangle
-    values.T[upper] = triangle
-    frobenius = float(np.linalg.norm(values.astype(np.float64)))
-    if abs(frobenius - (1.0 if norm > 0 else 0.0)) > ROUNDED_HEAD_TOLERANCE:
-        raise CorruptPartError(f"relation payload has the Frobenius norm {frobenius:.6g}, norm is {norm:.6g}")
-    return RelationMatrix(values / np.float32(frobenius) if norm > 0 else values, float(norm))
-
-
-@lru_cache(maxsize=4)
-def _triangle(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and column of each value of an upper triangle: one size serves most images of a cache."""
-    return np.triu_indices(n)
 
 
 def _read_rows_header(view: memoryview) -> tuple[tuple[int, int, int], int, int, int, float]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.codec import decode_relation, decode_rows, encode_relation, encode_rows
+from storage.codec import decode_rows, encode_rows
+from storage.config import HiddenSection, RelationSection
 from storage.errors import CorruptPartError
+from storage.hidden import decode_hidden, encode_hidden, relative_errors
 from storage.identity import Identity
-from storage.records import ImageRef, RelationMatrix, TokensRecord
+from storage.records import ImageRef, Relation, RelationMatrix, SequenceLogprob, TokensRecord
+from storage.relation import cosine_error, decode_relation, encode_relation, stored_norm
 from storage.rows import SparseRows
 
 Columns = Mapping[str, Any]
@@ -101,18 +105,68 @@ def sparse_rows(table: pa.Table, row: int, *, vocab_size: int) -> SparseRows:
     return rows
 
 
-def relation_columns(matrix: RelationMatrix) -> Columns:
+def relation_columns(matrix: RelationMatrix, section: RelationSection) -> Columns:
     """A relation row but for its key. ValueError for a matrix that a cache may not hold."""
-    payload = encode_relation(matrix)
-    return {"num_rows": len(matrix.values), "norm": np.float32(matrix.norm), "payload": payload}
+    payload = encode_relation(matrix, section)
+    return {"num_rows": len(matrix.values), "norm": np.float32(stored_norm(matrix, section)), "payload": payload}
 
 
-def relation_matrix(table: pa.Table, row: int) -> RelationMatrix:
-    """The matrix of a relation row. CorruptPartError unless count and payload agree."""
-    matrix = decode_relation(_payload(table, row), norm=table["norm"][row].as_py())
-    if len(matrix.values) != table["num_rows"][row].as_py():
-        raise CorruptPartError(f"relation payload has n = {len(matrix.values)}, its column says otherwise")
+def relation_matrix(table: pa.Table, row: int, num_visual_tokens: int) -> Relation:
+    """The matrix of a relation row. CorruptPartError unless count and payload are those of the image."""
+    norm = table["norm"][row].as_py()
+    matrix = decode_relation(_payload(table, row), norm=norm, num_visual_tokens=num_visual_tokens)
+    if table["num_rows"][row].as_py() != num_visual_tokens:
+        raise CorruptPartError(f"relation payload has n = {num_visual_tokens}, its column says otherwise")
     return matrix
+
+
+def hidden_columns(states: NDArray[np.float32], section: HiddenSection) -> Columns:
+    """A hidden row but for its sample. ValueError for states that a cache may not hold."""
+    payload = encode_hidden(states, section.encoding)
+    errors = relative_errors(states, decode_hidden(payload))
+    return {"num_rows": len(states), "width": states.shape[1], "relative_error": errors, "payload": payload}
+
+
+def hidden_states(table: pa.Table, row: int) -> NDArray[np.float32]:
+    """(r, d) the states of a hidden row. CorruptPartError unless columns and payload agree."""
+    states = decode_hidden(_payload(table, row))
+    stated = (table["num_rows"][row].as_py(), table["width"][row].as_py())
+    errors = _numbers(table, "relative_error", row)
+    if states.shape != stated or len(errors) != len(states) or not (np.isfinite(errors) & (errors >= 0)).all():
+        raise CorruptPartError(f"hidden payload is {states.shape}, its columns say {stated} and {len(errors)} errors")
+    return states
+
+
+def sequence_columns(sequence: SequenceLogprob) -> Columns:
+    """A sequence row but for its sample."""
+    return {"num_tokens": sequence.num_tokens, "logprob": np.float32(sequence.logprob)}
+
+
+def sequence_logprob(table: pa.Table, row: int) -> SequenceLogprob:
+    """What a sequence row says."""
+    return SequenceLogprob(table["logprob"][row].as_py(), table["num_tokens"][row].as_py())
+
+
+def image_columns(sha256: str, content: bytes) -> Columns:
+    """An images row."""
+    return {"sha256": sha256, "num_bytes": len(content), "payload": content}
+
+
+def image_content(table: pa.Table, row: int) -> bytes:
+    """The file of an images row. CorruptPartError unless hash and size are those of its columns."""
+    content = table["payload"][row].as_py()
+    stated, got = table["sha256"][row].as_py(), hashlib.sha256(content).hexdigest()
+    if got != stated or len(content) != table["num_bytes"][row].as_py():
+        raise CorruptPartError(f"image {stated} has {len(content)} bytes of the sha256 {got}")
+    return content
+
+
+def family_errors(family: str, rows: Iterable[Columns]) -> list[float]:
+    """The errors that some rows' encoding made, in their order; none for a family that has no measure."""
+    if family == "relation":
+        errors = [cosine_error(row["payload"]) for row in rows]
+        return [error for error in errors if error is not None]
+    return [float(error) for row in rows for error in row["relative_error"]] if family == "hidden" else []
 
 
 def _payload(table: pa.Table, row: int) -> memoryview:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from storage import files
-from storage.documents import Commit, CommitEntry, Description, FileEntry, Manifest, parse_document
+from storage.coding_errors import total as total_errors
+from storage.documents import Commit, CommitEntry, Description, FileEntry, HeadEntry, Manifest, parse_document
 from storage.errors import CacheError, CorruptPartError
 from storage.identity import FORMAT_VERSION
 from storage.schema import FAMILIES
@@ -19,6 +20,7 @@ from storage.schema import FAMILIES
 CACHE_FILE = "cache.json"
 MANIFEST_FILE = "manifest.json"
 COMMITS_FOLDER = "commits"
+HEAD_FOLDER = "head"
 
 _COMMIT_NAME = re.compile(r"part-(\d{5,8})\.json")
 _PART_NAME = re.compile(r"part-(\d{5,8})\.[0-9a-f]{12}\.parquet")
@@ -27,6 +29,11 @@ _PART_NAME = re.compile(r"part-(\d{5,8})\.[0-9a-f]{12}\.parquet")
 def part_file(family: str, part: int, sha256: str) -> str:
     """The name of a part's file, relative to the cache: its content decides it."""
     return f"{family}/part-{part:05d}.{sha256[:12]}.parquet"
+
+
+def head_file(sha256: str) -> str:
+    """The name of the output head's file, relative to the cache."""
+    return f"{HEAD_FOLDER}/head.{sha256[:12]}.safetensors"
 
 
 def commit_file(part: int) -> str:
@@ -73,10 +80,14 @@ def read_commit(folder: Path, part: int, description: Description, cache_sha256:
     for family, entry in commit.families.items():
         if entry.file != part_file(family, part, entry.sha256):
             raise CorruptPartError(f"{place}: names {entry.file!r}, expected its own {family} file")
+    if (commit.head is None) == ("hidden" in families):
+        raise CorruptPartError(f"{place}: must name an output head where there are hidden states, and only there")
+    if commit.head is not None and commit.head.file != head_file(commit.head.sha256):
+        raise CorruptPartError(f"{place}: names {commit.head.file!r}, expected a file of {HEAD_FOLDER}/")
     return commit, hashlib.sha256(content).hexdigest()
 
 
-def check_file(folder: Path, entry: FileEntry, *, content: bool) -> None:
+def check_file(folder: Path, entry: FileEntry | HeadEntry, *, content: bool) -> None:
     """CorruptPartError unless a part's file is there and has the committed size (and bytes, if asked)."""
     path = folder / entry.file
     advice = f"delete the part's file in {COMMITS_FOLDER}/ and run the dump again"
@@ -109,6 +120,7 @@ def read_manifest(folder: Path, cache_sha256: str) -> Manifest | None:
 def make_manifest(cache_sha256: str, commits: Sequence[tuple[Commit, str]]) -> Manifest:
     """The manifest of all parts in order: the same commits give the same bytes."""
     families = commits[0][0].families if commits else {}
+    head = commits[0][0].head if commits else None
     entries = [CommitEntry(file=commit_file(commit.part), sha256=sha256) for commit, sha256 in commits]
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -117,9 +129,12 @@ def make_manifest(cache_sha256: str, commits: Sequence[tuple[Commit, str]]) -> M
         num_errors=sum(len(commit.errors) for commit, _ in commits),
         num_rows=total_rows([commit for commit, _ in commits]),
         bytes_by_family={
-            family: sum(commit.families[family].file_bytes for commit, _ in commits) for family in families
+            **{family: sum(commit.families[family].file_bytes for commit, _ in commits) for family in families},
+            **({} if head is None else {HEAD_FOLDER: head.file_bytes}),
         },
         commits=tuple(entries),
+        errors_by_family=total_errors([commit for commit, _ in commits]),
+        head=head,
     )
 
 
@@ -127,6 +142,16 @@ def total_rows(commits: Sequence[Commit]) -> dict[str, int]:
     """Distribution rows by family, over all commits."""
     families = commits[0].num_rows if commits else {}
     return {family: sum(commit.num_rows[family] for commit in commits) for family in families}
+
+
+def check_one_head(commits: Sequence[Commit]) -> None:
+    """CacheError unless all parts were made with one output head."""
+    heads = {commit.head.sha256: commit.part for commit in commits if commit.head is not None}
+    if len(heads) > 1:
+        raise CacheError(
+            f"parts {', '.join(map(str, heads.values()))} name different output heads, {', '.join(heads)}; "
+            f"delete the commits of all parts but those of one head in {COMMITS_FOLDER}/, and run the dump again"
+        )
 
 
 def remove_orphans(folder: Path, commits: Sequence[Commit]) -> list[Path]:
@@ -144,4 +169,9 @@ def remove_orphans(folder: Path, commits: Sequence[Commit]) -> list[Path]:
             if beaten or files.is_temporary(path):
                 path.unlink(missing_ok=True)
                 orphans.append(path)
+    heads = {commit.head.file for commit in commits if commit.head is not None}
+    for path in sorted((folder / HEAD_FOLDER).glob("head.*")):
+        if f"{HEAD_FOLDER}/{path.name}" not in heads:
+            path.unlink(missing_ok=True)
+            orphans.append(path)
     return orphans

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Family = Literal["response", "visual", "relation"]
+Family = Literal["response", "visual", "relation", "hidden", "images"]  # that a dump can make
 
 
 class Section(BaseModel):
@@ -29,9 +29,46 @@ class SelectionSection(Section):
 
 
 class RelationSection(Section):
-    """How relation matrices are kept: float16 upper triangle of G / ||G||, the norm in float32."""
+    """How relation matrices G / ||G|| are kept; the norm in float32 besides.
+
+    `triangle_fp16` and `triangle_int8` keep the upper triangle; `low_rank` the factor F of F F^T with the
+    least rank that keeps 1 - cosine within `max_cosine_error`; `pooled` the matrix of visual rows averaged
+    over blocks of the square grid, which a student must average likewise.
+    """
 
     centered: bool = False  # subtract the mean visual row first; the published loss does not
+    encoding: Literal["triangle_fp16", "triangle_int8", "low_rank", "pooled"] = "triangle_fp16"
+    max_cosine_error: Annotated[float, Field(ge=1e-6, le=0.5)] | None = None  # low_rank only; 1e-3
+    factor_dtype: Literal["float16", "int8"] | None = None  # low_rank only; float16
+    pool: Annotated[int, Field(ge=2, le=64)] | None = None  # side of a block in visual tokens, pooled only; 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        ours = _ENCODING_PARAMETERS.get(str(given.get("encoding")), {})
+        return {**given, **{name: value for name, value in ours.items() if given.get(name) is None}}
+
+    @model_validator(mode="after")
+    def _refuse_useless(self) -> RelationSection:
+        for encoding, parameters in _ENCODING_PARAMETERS.items():
+            for name in parameters:
+                if encoding != self.encoding and getattr(self, name) is not None:
+                    raise ValueError(f"{name} belongs to encoding {encoding!r}, but encoding is {self.encoding!r}")
+        return self
+
+
+_ENCODING_PARAMETERS: dict[str, dict[str, Any]] = {
+    "low_rank": {"max_cosine_error": 1e-3, "factor_dtype": "float16"},
+    "pooled": {"pool": 2},
+}
+
+
+class HiddenSection(Section):
+    """How the final-norm hidden states of response rows are kept."""
+
+    encoding: Literal["float16", "int8"] = "float16"  # int8 with a float32 scale a row
 
 
 class CacheSection(Section):
@@ -42,4 +79,5 @@ class CacheSection(Section):
     response: SelectionSection = SelectionSection()
     visual: SelectionSection = SelectionSection()
     relation: RelationSection = RelationSection()
+    hidden: HiddenSection = HiddenSection()
     zstd_level: Annotated[int, Field(ge=1, le=19)] = 9

@@ -30,7 +30,7 @@ class Document(Entry):
 
     def to_bytes(self) -> bytes:
         """The file's content, its own sha256 included."""
-        body = self.model_dump(mode="json")
+        body = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
         return _spell({**body, "sha256": hashlib.sha256(_spell(body)).hexdigest()})
 
 
@@ -48,6 +48,24 @@ class ErrorEntry(Entry):
 
     sample_id: str
     reason: str
+
+
+class HeadEntry(Entry):
+    """The output head's file: of the whole cache, named by every commit of one that holds hidden states."""
+
+    file: str  # relative to the cache
+    file_bytes: Count
+    sha256: Sha256
+
+
+class ErrorSummary(Entry):
+    """The errors that a family's encoding made, one for each thing encoded."""
+
+    measure: str  # see coding_errors.MEASURES
+    count: Annotated[int, Field(ge=1, le=2**62)]
+    mean: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    p99: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # in the manifest: the largest of the parts' p99
+    max: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Description(Document):
@@ -69,6 +87,8 @@ class Commit(Document):
     num_rows: dict[str, Count]  # distribution rows, of the families response and visual
     families: dict[str, FileEntry]
     errors: tuple[ErrorEntry, ...]
+    errors_by_family: dict[str, ErrorSummary] | None = None  # of lossy encodings; None in older commits
+    head: HeadEntry | None = None  # where there are hidden states
 
 
 class CommitEntry(Entry):
@@ -86,8 +106,10 @@ class Manifest(Document):
     num_samples: Count
     num_errors: Count
     num_rows: dict[str, Count]
-    bytes_by_family: dict[str, Count]
+    bytes_by_family: dict[str, Count]  # and those of the head
     commits: tuple[CommitEntry, ...]  # by part
+    errors_by_family: dict[str, ErrorSummary] | None = None
+    head: HeadEntry | None = None
 
 
 Kind = TypeVar("Kind", bound=Document)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from storage.config import RelationSection
+
 FORMAT_VERSION = 1
 
 
@@ -59,6 +61,11 @@ def _differing_leaves(name: str, cache: Any, run: Any) -> list[str]:
         keys = [*cache, *(key for key in run if key not in cache)]
         return [line for key in keys for line in _differing_leaves(f"{name}.{key}", cache.get(key), run.get(key))]
     return [] if cache == run else [f"{name}: cache has {cache!r}, this run has {run!r}"]
+
+
+def stored_relation(identity: Identity) -> RelationSection:
+    """How a cache's relation matrices are encoded."""
+    return RelationSection.model_validate(identity.selection.get("relation", {}))
 
 
 def stored_tau(identity: Identity, family: str) -> float:

@@ -11,12 +11,23 @@ from numpy.typing import NDArray
 
 from storage import commit as layout
 from storage import files
-from storage.columns import relation_matrix, sparse_rows, tokens_record
-from storage.documents import Commit, Description
+from storage.coding_errors import total as total_errors
+from storage.columns import (
+    hidden_states,
+    image_content,
+    relation_matrix,
+    sequence_logprob,
+    sparse_rows,
+    tokens_record,
+)
+from storage.documents import Commit, Description, FileEntry
 from storage.errors import CacheError, CorruptPartError
-from storage.identity import Identity
+from storage.head import StoredHead, decode_head
+from storage.identity import Identity, stored_relation
 from storage.part_files import PartFiles
-from storage.records import ImageRef, SampleError, SampleRecord, TokensRecord
+from storage.preference import PreferencePair, check_sequence, pairs_of
+from storage.records import ImageRef, SampleError, SampleRecord, SequenceLogprob, TokensRecord
+from storage.relation import check_encoding
 from storage.rows import SparseRows
 
 DEFAULT_MAX_BYTES = 256 << 20
@@ -41,6 +52,7 @@ class Cache:
         self._commits = commits
         self._reads = reads
         self._files = part_files
+        self._relation_section = stored_relation(description.identity)
         self._image_rows: dict[tuple[int, str], dict[str, int]] = {}
         self._read_index()
 
@@ -113,6 +125,40 @@ class Cache:
             place = f"{self.folder}: part {commit.part}, sample {self.sample_ids[index]!r}"
             raise CorruptPartError(f"{place}: {error}") from error
 
+    def head(self) -> StoredHead:
+        """The teacher's output head, read and checked anew: keep it. `head.logits(record.hidden)` are full rows.
+
+        Errors: CacheError where the cache holds no hidden states or no part yet, CorruptPartError.
+        """
+        entry = self._commits[0].head if self._commits else None
+        if entry is None:
+            raise CacheError(f"{self.folder}: holds no output head; dump the family hidden first")
+        layout.check_file(self.folder, entry, content=True)
+        head = decode_head(files.read_bytes(self.folder / entry.file))
+        if head.vocab_size != self.identity.vocab_size:
+            raise CorruptPartError(
+                f"{self.folder / entry.file}: has {head.vocab_size} tokens, the vocabulary {self.identity.vocab_size}"
+            )
+        return head
+
+    def image_bytes(self, index: int, sha256: str) -> bytes:
+        """The file of one of a sample's images, with its hash checked; only its part is opened.
+
+        Errors: CacheError where the cache holds no images, KeyError for no image of the sample, CorruptPartError.
+        """
+        if "images" not in self.families:
+            raise CacheError(f"{self.folder}: holds no images; dump the family images first")
+        position = int(self._part_of[index])
+        table, at = self._files.row("images", *self._image_file(position, sha256))
+        try:
+            return image_content(table, at)
+        except CorruptPartError as error:
+            raise CorruptPartError(f"{self.folder}: part {self._commits[position].part}: {error}") from error
+
+    def pairs(self) -> list[PreferencePair]:
+        """The preference pairs: samples `<id>#chosen` and `<id>#rejected`."""
+        return pairs_of(self.sample_ids)
+
     def statistics(self) -> dict[str, Any]:
         """Counts and bytes, from the commits alone.
 
@@ -122,6 +168,9 @@ class Cache:
         by_family = {
             family: sum(commit.families[family].file_bytes for commit in self._commits) for family in self.families
         }
+        if self._commits and (head := self._commits[0].head) is not None:
+            by_family[layout.HEAD_FOLDER] = head.file_bytes
+        errors = total_errors(self._commits) or {}
         row_bytes = {family: by_family.get(family, 0) for family in num_rows}
         return {
             "num_samples": self.num_samples,
@@ -133,6 +182,7 @@ class Cache:
             "bytes_per_row_by_family": {
                 family: row_bytes[family] / count for family, count in num_rows.items() if count
             },
+            "errors_by_family": {family: each.model_dump() for family, each in errors.items()},
             "num_errors": sum(len(commit.errors) for commit in self._commits),
             "num_parts": len(self._commits),
             "sealed": self.sealed,
@@ -152,14 +202,32 @@ class Cache:
                 _check_count(image, visual[image.key].num_rows)
             if "relation" in self._reads:
                 table, at = self._image_row(position, "relation", image.key)
-                relation[image.key] = relation_matrix(table, at)
-                _check_count(image, len(relation[image.key].values))
-        return SampleRecord(tokens, response, visual, relation)
+                relation[image.key] = relation_matrix(table, at, image.num_visual_tokens)
+                check_encoding(relation[image.key], self._relation_section)
+        hidden = self._hidden(commit, row, tokens) if "hidden" in self._reads else None
+        sequence = self._sequence(commit, row, tokens) if "sequence" in self._reads else None
+        return SampleRecord(tokens, response, visual, relation, hidden, sequence)
+
+    def _hidden(self, commit: Commit, row: int, tokens: TokensRecord) -> NDArray[np.float32]:
+        table, at = self._sample_row("hidden", commit, row, tokens)
+        states = hidden_states(table, at)
+        if len(states) != tokens.num_response_tokens:
+            raise CorruptPartError(f"{len(states)} hidden states for {tokens.num_response_tokens} response tokens")
+        return states
+
+    def _sequence(self, commit: Commit, row: int, tokens: TokensRecord) -> SequenceLogprob:
+        sequence = sequence_logprob(*self._sample_row("sequence", commit, row, tokens))
+        check_sequence(sequence, tokens)
+        return sequence
+
+    def _sample_row(self, family: str, commit: Commit, row: int, tokens: TokensRecord) -> tuple[Any, int]:
+        table, at = self._files.row(family, commit.families[family], row)
+        if table["sample_id"][at].as_py() != tokens.sample_id:
+            raise CorruptPartError(f"its {family} row belongs to another sample")
+        return table, at
 
     def _response(self, commit: Commit, row: int, tokens: TokensRecord) -> SparseRows:
-        table, at = self._files.row("response", commit.families["response"], row)
-        if table["sample_id"][at].as_py() != tokens.sample_id:
-            raise CorruptPartError("its response row belongs to another sample")
+        table, at = self._sample_row("response", commit, row, tokens)
         rows = sparse_rows(table, at, vocab_size=self.identity.vocab_size)
         if rows.num_rows != tokens.num_response_tokens:
             raise CorruptPartError(f"{rows.num_rows} rows for {tokens.num_response_tokens} response tokens")
@@ -174,6 +242,14 @@ class Cache:
         if key not in rows:
             raise CorruptPartError(f"image {key} has no {family} rows in its part")
         return self._files.row(family, entry, rows[key])
+
+    def _image_file(self, position: int, sha256: str) -> tuple[FileEntry, int]:
+        entry = self._commits[position].families["images"]
+        rows = self._image_rows.get((position, "images"))
+        if rows is None:
+            shas = self._files.columns("images", entry, ["sha256"])["sha256"].to_pylist()
+            rows = self._image_rows[position, "images"] = {sha: row for row, sha in enumerate(shas)}
+        return entry, rows[sha256]
 
     def _read_index(self) -> None:
         self.sample_ids: list[str] = []

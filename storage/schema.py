@@ -69,6 +69,21 @@ SCHEMAS: Mapping[str, pa.Schema] = {
             _field("payload", pa.binary()),
         ]
     ),
+    "sequence": pa.schema(
+        [_field("sample_id", pa.string()), _field("num_tokens", pa.int32()), _field("logprob", pa.float32())]
+    ),
+    "hidden": pa.schema(
+        [
+            _field("sample_id", pa.string()),
+            _field("num_rows", pa.int32()),
+            _field("width", pa.int32()),
+            _field("relative_error", _list(pa.float32())),  # of each row's encoding
+            _field("payload", pa.binary()),
+        ]
+    ),
+    "images": pa.schema(
+        [_field("sha256", pa.string()), _field("num_bytes", pa.int32()), _field("payload", pa.binary())]
+    ),
 }
 FAMILIES = tuple(SCHEMAS)
 
@@ -84,6 +99,10 @@ def parquet_bytes(family: str, rows: Sequence[Mapping[str, Any]], *, zstd_level:
         "write_statistics": [name for name in ("sample_id", "split", "num_rows") if name in schema.names],
         "write_page_checksum": True,
     }
+    if family == "images":  # whose files are compressed already
+        zstd = [name for name in schema.names if name != "payload"]
+        settings["compression"] = {"payload": "none"} | dict.fromkeys(zstd, "zstd")
+        settings["compression_level"] = dict.fromkeys(zstd, zstd_level)
     with pq.ParquetWriter(sink, schema, **settings) as writer:
         for group in _row_groups(rows):
             columns = [pa.array([row[field.name] for row in group], field.type) for field in schema]

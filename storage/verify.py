@@ -9,12 +9,24 @@ from pathlib import Path
 from storage import commit as layout
 from storage import files
 from storage.codec import check_sampled_total
-from storage.columns import relation_matrix, sparse_rows, tokens_record
+from storage.coding_errors import summary
+from storage.columns import (
+    family_errors,
+    hidden_states,
+    image_content,
+    relation_matrix,
+    sequence_logprob,
+    sparse_rows,
+    tokens_record,
+)
 from storage.documents import Commit, Description, Manifest
-from storage.errors import CacheError
-from storage.identity import stored_tau
+from storage.errors import CacheError, CorruptPartError
+from storage.head import decode_head
+from storage.identity import stored_relation, stored_tau
 from storage.part_files import PartFiles
+from storage.preference import check_pairs, check_sequence
 from storage.records import TokensRecord
+from storage.relation import check_encoding
 
 Progress = Callable[[int, int], None]  # parts done, parts in all
 
@@ -55,11 +67,12 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     manifest = _manifest(folder, description, cache_sha256, report)
     commits = _commits(folder, description, cache_sha256, manifest, report)
     _compare_totals(folder, manifest, cache_sha256, commits, report)
+    width = _head_width(folder, description, [commit for commit, _ in commits], report)
     holders: dict[str, int] = {}
     for done, (commit, _) in enumerate(commits):
         if progress:
             progress(done, len(commits))
-        _Part(folder, description, commit, report).scan(holders)
+        _Part(folder, description, commit, report, width).scan(holders)
     if progress:
         progress(len(commits), len(commits))
     _note_strangers(folder, [commit for commit, _ in commits], report)
@@ -120,7 +133,7 @@ def _compare_totals(
     report.num_errors = total.num_errors
     report.num_bytes = sum(total.bytes_by_family.values())
     if manifest is not None and len(commits) == len(manifest.commits):
-        for name in ("num_samples", "num_errors", "num_rows", "bytes_by_family"):
+        for name in ("num_samples", "num_errors", "num_rows", "bytes_by_family", "errors_by_family", "head"):
             if getattr(manifest, name) != getattr(total, name):
                 report.problems.append(
                     f"{folder / layout.MANIFEST_FILE}: {name} is {getattr(manifest, name)}, "
@@ -128,10 +141,31 @@ def _compare_totals(
                 )
 
 
+def _head_width(folder: Path, description: Description, commits: list[Commit], report: VerifyReport) -> int | None:
+    """The width of the output head, which must be whole and of all parts; None without a good one."""
+    entry = commits[0].head if commits else None
+    if entry is None:
+        return None
+    try:
+        layout.check_one_head(commits)
+        layout.check_file(folder, entry, content=True)
+        head = decode_head(files.read_bytes(folder / entry.file))
+        if head.vocab_size != description.identity.vocab_size:
+            raise CorruptPartError(
+                f"has {head.vocab_size} tokens, not the vocabulary's {description.identity.vocab_size}"
+            )
+    except (CacheError, OSError) as error:
+        report.problems.append(f"{folder / entry.file}: {error}")
+        return None
+    return head.width
+
+
 class _Part:
     """One part's scan. It keeps the counts that the commit is compared with."""
 
-    def __init__(self, folder: Path, description: Description, commit: Commit, report: VerifyReport) -> None:
+    def __init__(
+        self, folder: Path, description: Description, commit: Commit, report: VerifyReport, head_width: int | None
+    ) -> None:
         self.folder = folder
         self.identity = description.identity
         self.families = description.families
@@ -140,6 +174,8 @@ class _Part:
         self.files = PartFiles(folder, max_bytes=_ROW_GROUPS_BYTES, checksums=False)
         self.records: list[TokensRecord] = []
         self.num_rows = dict.fromkeys(commit.num_rows, 0)
+        self.head_width = head_width
+        self.errors: dict[str, list[float]] = {"relation": [], "hidden": []}
 
     def scan(self, holders: dict[str, int]) -> None:
         """Report what is wrong with the part; `holders` maps each sample id seen so far to its part."""
@@ -155,12 +191,18 @@ class _Part:
             if sample_id in holders:
                 self._problem(f"sample {sample_id!r} is in part {holders[sample_id]} too")
             holders[sample_id] = self.commit.part
-        if "response" in self.families:
-            self._response()
+        for family in ("response", "hidden", "sequence"):
+            if family in self.families:
+                self._samples(family)
+        if "sequence" in self.families:
+            self._try(lambda: check_pairs(self.records))
         images = {image.key: image.num_visual_tokens for record in self.records for image in record.images}
         for family in ("visual", "relation"):
             if family in self.families:
                 self._images(family, images)
+        if "images" in self.families:
+            self._image_files()
+        self._try(self._compare_errors)
         counted = (len(self.records), len(images), self.num_rows)
         stated = (self.commit.num_samples, self.commit.num_images, self.commit.num_rows)
         if counted != stated:
@@ -174,19 +216,51 @@ class _Part:
         record = tokens_record(*self.files.row("tokens", self.commit.families["tokens"], row), self.identity)
         self.records.append(record)
 
-    def _response(self) -> None:
-        entry = self.commit.families["response"]
+    def _samples(self, family: str) -> None:
+        entry = self.commit.families[family]
         if entry.rows != len(self.records):
-            self._problem(f"{entry.rows} responses for {len(self.records)} samples")
+            self._problem(f"{entry.rows} {family} rows for {len(self.records)} samples")
             return
         for row, record in enumerate(self.records):
-            self._try(lambda row=row, record=record: self._response_row(row, record), f"response row {row}")
+            self._try(lambda row=row, record=record: self._sample_row(family, row, record), f"{family} row {row}")
 
-    def _response_row(self, row: int, record: TokensRecord) -> None:
-        table, at = self.files.row("response", self.commit.families["response"], row)
+    def _sample_row(self, family: str, row: int, record: TokensRecord) -> None:
+        table, at = self.files.row(family, self.commit.families[family], row)
         if table["sample_id"][at].as_py() != record.sample_id:
             raise ValueError(f"is not of sample {record.sample_id!r}")
-        self._distribution("response", table, at, record.num_response_tokens)
+        if family == "response":
+            self._distribution("response", table, at, record.num_response_tokens)
+        elif family == "sequence":
+            check_sequence(sequence_logprob(table, at), record)
+        else:
+            states = hidden_states(table, at)
+            if states.shape != (record.num_response_tokens, self.head_width or states.shape[1]):
+                expected = (record.num_response_tokens, self.head_width)
+                raise ValueError(f"is {states.shape}, response tokens and head have {expected}")
+            self.errors["hidden"] += family_errors("hidden", [{"relative_error": table["relative_error"][at].as_py()}])
+
+    def _image_files(self) -> None:
+        unseen = {image.sha256 for record in self.records for image in record.images}
+        for row in range(self.commit.families["images"].rows):
+            self._try(lambda row=row: self._image_file(row, unseen), f"images row {row}")
+        if unseen:
+            self._problem(f"images: {len(unseen)} images have no file, such as {next(iter(unseen))}")
+
+    def _image_file(self, row: int, unseen: set[str]) -> None:
+        table, at = self.files.row("images", self.commit.families["images"], row)
+        sha256 = table["sha256"][at].as_py()
+        if sha256 not in unseen:
+            raise ValueError(f"image {sha256} is of no sample, or appears twice")
+        unseen.remove(sha256)
+        image_content(table, at)
+
+    def _compare_errors(self) -> None:
+        stated = self.commit.errors_by_family
+        if stated is None:
+            return
+        counted = {family: summary(family, errors) for family, errors in self.errors.items() if errors}
+        if counted != stated:
+            self._problem(f"its encodings' errors are {counted}, its commit says {stated}")
 
     def _images(self, family: str, images: dict[str, int]) -> None:
         unseen = dict(images)
@@ -203,8 +277,9 @@ class _Part:
         expected = unseen.pop(key)
         if family == "visual":
             self._distribution("visual", table, at, expected)
-        elif (count := len(relation_matrix(table, at).values)) != expected:
-            raise ValueError(f"has n = {count} for {expected} visual tokens")
+        else:
+            check_encoding(relation_matrix(table, at, expected), stored_relation(self.identity))
+            self.errors["relation"] += family_errors("relation", [{"payload": table["payload"][at].as_buffer()}])
 
     def _distribution(self, family: str, table, at: int, expected: int) -> None:
         rows = sparse_rows(table, at, vocab_size=self.identity.vocab_size)
@@ -230,6 +305,7 @@ def _note_strangers(folder: Path, commits: list[Commit], report: VerifyReport) -
     named = {layout.CACHE_FILE, layout.MANIFEST_FILE}
     for commit in commits:
         named |= {layout.commit_file(commit.part), *(entry.file for entry in commit.families.values())}
+        named |= {commit.head.file} if commit.head is not None else set()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in named:

@@ -12,10 +12,24 @@ import pyarrow.parquet as pq
 
 from storage import commit as layout
 from storage import files
-from storage.columns import Columns, check_token_ids, relation_columns, rows_columns, tokens_columns
-from storage.documents import Commit, Description, ErrorEntry, FileEntry, Manifest
+from storage.coding_errors import summary
+from storage.columns import (
+    Columns,
+    check_token_ids,
+    family_errors,
+    hidden_columns,
+    image_columns,
+    relation_columns,
+    rows_columns,
+    sequence_columns,
+    tokens_columns,
+)
+from storage.config import HiddenSection
+from storage.documents import Commit, Description, ErrorEntry, FileEntry, HeadEntry, Manifest
 from storage.errors import CacheError, IdentityError
-from storage.identity import FORMAT_VERSION, Identity, difference, stored_tau
+from storage.head import StoredHead, encode_head
+from storage.identity import FORMAT_VERSION, Identity, difference, stored_relation, stored_tau
+from storage.preference import check_pairs, check_sequence
 from storage.records import PartRecords, TokensRecord
 from storage.schema import FAMILIES, parquet_bytes
 
@@ -28,6 +42,8 @@ class CacheWriter:
         self.description = description
         self._cache_sha256 = cache_sha256
         self._zstd_level = zstd_level
+        self._head: HeadEntry | None = None
+        self._head_width = 0
 
     @classmethod
     def open(cls, path: str | Path, identity: Identity, families: Sequence[str], *, zstd_level: int = 9) -> CacheWriter:
@@ -77,11 +93,13 @@ class CacheWriter:
         if existing:
             return existing
         check_records(records, self.description)
+        self._check_widths(records)
         entries: dict[str, FileEntry] = {}
         try:
-            for family, rows in part_columns(records, self.description).items():
+            columns = part_columns(records, self.description)
+            for family, rows in columns.items():
                 entries[family] = self._write_family(family, part, rows)
-            commit = self._commit(part, records, entries)
+            commit = self._commit(part, records, entries, columns)
             if files.create_exclusively(self.folder / layout.commit_file(part), commit.to_bytes()):
                 return commit
             winner = self._existing(part)
@@ -97,6 +115,25 @@ class CacheWriter:
                 (self.folder / entry.file).unlink(missing_ok=True)
         return winner
 
+    def put_head(self, head: StoredHead) -> None:
+        """Keep the teacher's output head, before the first part of a cache that holds hidden states.
+
+        Any number of writers may do so; the same head is one file. ValueError for one that does not fit.
+        """
+        if "hidden" not in self.description.families or head.vocab_size != self.identity.vocab_size:
+            raise ValueError(
+                f"a head of {head.vocab_size} tokens for a vocabulary of {self.identity.vocab_size} and the "
+                f"families {self.description.families}; it must fit, and hidden be among them"
+            )
+        content = encode_head(head)
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry = HeadEntry(file=layout.head_file(sha256), file_bytes=len(content), sha256=sha256)
+        place = self.folder / entry.file
+        if not place.exists() or place.stat().st_size != entry.file_bytes:
+            place.parent.mkdir(exist_ok=True)
+            files.write_atomically(place, content)
+        self._head, self._head_width = entry, head.width
+
     def seal(self) -> Manifest:
         """Write the manifest, when every part is committed. A no-op on a sealed, unchanged cache.
 
@@ -111,6 +148,7 @@ class CacheWriter:
                 f"{self.folder}: {len(missing)} of {self.identity.num_parts} parts are not committed: "
                 f"{shown}; run the dump again"
             )
+        layout.check_one_head([commit for commit, _ in commits])
         manifest = layout.make_manifest(self._cache_sha256, commits)
         place, content = self.folder / layout.MANIFEST_FILE, manifest.to_bytes()
         if place.exists() and files.read_bytes(place) == content:
@@ -134,6 +172,8 @@ class CacheWriter:
         for commit, _ in commits:
             for entry in commit.families.values():
                 layout.check_file(self.folder, entry, content=False)
+            if commit.head is not None:
+                layout.check_file(self.folder, commit.head, content=False)
         return commits
 
     def _write_family(self, family: str, part: int, rows: Sequence[Columns]) -> FileEntry:
@@ -143,7 +183,26 @@ class CacheWriter:
         files.write_atomically(self.folder / name, content)
         return FileEntry(file=name, rows=len(rows), file_bytes=len(content), sha256=sha256)
 
-    def _commit(self, part: int, records: PartRecords, entries: Mapping[str, FileEntry]) -> Commit:
+    def _check_widths(self, records: PartRecords) -> None:
+        if records.hidden is None:
+            return
+        if self._head is None:
+            raise ValueError("hidden states need the output head: call put_head first")
+        for record, states in zip(records.tokens, records.hidden, strict=True):
+            if states.shape[1] != self._head_width:
+                raise ValueError(
+                    f"sample {record.sample_id}: hidden states of width {states.shape[1]}, "
+                    f"the head needs {self._head_width}"
+                )
+
+    def _commit(
+        self,
+        part: int,
+        records: PartRecords,
+        entries: Mapping[str, FileEntry],
+        columns: Mapping[str, Sequence[Columns]],
+    ) -> Commit:
+        errors = {family: family_errors(family, rows) for family, rows in columns.items()}
         num_rows = {}
         if records.response is not None:
             num_rows["response"] = sum(rows.num_rows for rows in records.response)
@@ -161,6 +220,8 @@ class CacheWriter:
                 ErrorEntry(sample_id=_encodable(error.sample_id), reason=_encodable(error.reason))
                 for error in records.errors
             ),
+            errors_by_family={family: summary(family, each) for family, each in errors.items() if each},
+            head=self._head if records.hidden is not None else None,
         )
 
     def _refuse_duplicates(self, commits: Sequence[Commit]) -> None:
@@ -192,14 +253,29 @@ def part_columns(records: PartRecords, description: Description) -> Mapping[str,
         visual = records.visual
         families["visual"] = [{"image_key": key, **rows_columns(visual[key], **settings)} for key in keys]
     if records.relation is not None:
-        relation = records.relation
-        families["relation"] = [{"image_key": key, **relation_columns(relation[key])} for key in keys]
+        relation, section = records.relation, stored_relation(identity)
+        families["relation"] = [{"image_key": key, **relation_columns(relation[key], section)} for key in keys]
+    if records.sequence is not None:
+        families["sequence"] = [
+            {"sample_id": record.sample_id, **sequence_columns(sequence)}
+            for record, sequence in zip(records.tokens, records.sequence, strict=True)
+        ]
+    if records.hidden is not None:
+        hidden = HiddenSection.model_validate(identity.selection.get("hidden", {}))
+        families["hidden"] = [
+            {"sample_id": record.sample_id, **hidden_columns(states, hidden)}
+            for record, states in zip(records.tokens, records.hidden, strict=True)
+        ]
+    if records.images is not None:
+        images = records.images
+        shas = dict.fromkeys(image.sha256 for record in records.tokens for image in record.images)
+        families["images"] = [image_columns(sha256, images[sha256]) for sha256 in shas]
     return families
 
 
 def check_records(records: PartRecords, description: Description) -> None:
     """ValueError, naming the sample, unless a part's records agree with each other and with the identity."""
-    for family in ("response", "visual", "relation"):
+    for family in FAMILIES[1:]:
         if (getattr(records, family) is None) == (family in description.families):
             raise ValueError(f"{family}: records and cache must both have it or both lack it")
     ids = Counter(record.sample_id for record in records.tokens)
@@ -219,6 +295,13 @@ def check_records(records: PartRecords, description: Description) -> None:
                     f"sample {record.sample_id}: {rows.num_rows} response rows for "
                     f"{record.num_response_tokens} response tokens, each with a label logprob"
                 )
+    _check_hidden(records)
+    if records.sequence is not None:
+        if len(records.sequence) != len(records.tokens):
+            raise ValueError(f"{len(records.sequence)} sequence logprobs for {len(records.tokens)} samples")
+        for record, sequence in zip(records.tokens, records.sequence, strict=True):
+            check_sequence(sequence, record)
+        check_pairs(records.tokens)
     for rows in (records.visual or {}).values():
         if rows.label_logprob is not None:
             raise ValueError("visual rows have no label")
@@ -246,6 +329,7 @@ def _check_images(records: PartRecords) -> None:
         for image in record.images:
             if num_tokens.setdefault(image.key, image.num_visual_tokens) != image.num_visual_tokens:
                 raise ValueError(f"sample {record.sample_id}: image {image.path} has two visual token counts")
+    _check_image_files(records)
     for family in ("visual", "relation"):
         signals = getattr(records, family)
         if signals is None:
@@ -257,6 +341,31 @@ def _check_images(records: PartRecords) -> None:
             rows = signal.num_rows if family == "visual" else len(signal.values)
             if rows != num_tokens[key]:
                 raise ValueError(f"{family}: image {key} has {rows} rows for {num_tokens[key]} visual tokens")
+
+
+def _check_hidden(records: PartRecords) -> None:
+    if records.hidden is None:
+        return
+    if len(records.hidden) != len(records.tokens):
+        raise ValueError(f"{len(records.hidden)} hidden states for {len(records.tokens)} samples")
+    for record, states in zip(records.tokens, records.hidden, strict=True):
+        if states.ndim != 2 or len(states) != record.num_response_tokens:
+            raise ValueError(
+                f"sample {record.sample_id}: hidden states {states.shape} for "
+                f"{record.num_response_tokens} response tokens"
+            )
+
+
+def _check_image_files(records: PartRecords) -> None:
+    if records.images is None:
+        return
+    wanted = {image.sha256 for record in records.tokens for image in record.images}
+    if records.images.keys() != wanted:
+        missing, extra = wanted - records.images.keys(), records.images.keys() - wanted
+        raise ValueError(f"images: {len(missing)} files are missing, {len(extra)} are unknown")
+    for sha256, content in records.images.items():
+        if hashlib.sha256(content).hexdigest() != sha256 or len(content) >= 1 << 31:
+            raise ValueError(f"images: the {len(content)} bytes of {sha256} have another hash, or are 2 GiB or more")
 
 
 def _encodable(text: str) -> str:
