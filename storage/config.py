@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Family = Literal["response", "visual", "relation", "hidden", "images"]  # that a dump can make
 
@@ -18,14 +18,26 @@ class Section(BaseModel):
 class SelectionSection(Section):
     """Which entries of a teacher distribution are stored.
 
-    `topk` keeps the k most probable tokens. `threshold` keeps every token with p >= tau exactly
-    and any other with probability p / tau and weight tau, so that the expected row is the dense row.
+    `threshold` keeps every token with p >= tau exactly and any other with probability p / tau and weight
+    tau, so that the expected row is the dense row. `topk` keeps the k most probable tokens, `mass` the
+    fewest that reach a mass, `sampled` independent draws of the whole row (RS-KD).
     """
 
-    method: Literal["topk", "threshold"] = "threshold"
-    k: Annotated[int, Field(ge=1, le=65535)] = 64  # entries a row, topk only
+    method: Literal["threshold", "topk", "mass", "sampled"] = "threshold"
     tau: Annotated[float, Field(gt=0, lt=1)] = 0.01  # probability, threshold only
-    seed: Annotated[int, Field(ge=0)] = 0  # of the systematic draws, threshold only
+    k: Annotated[int, Field(ge=1, le=65535)] = 64  # entries a row, topk only
+    mass: Annotated[float, Field(gt=0, lt=1)] = 0.99  # probability, mass only
+    draws: Annotated[int, Field(ge=2, le=65535)] = 50  # a row, sampled only
+    seed: Annotated[int, Field(ge=0)] = 0  # of the draws, threshold and sampled only
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # besides 1, whose log-sum-exp is kept
+    rounding_kl: Annotated[float, Field(ge=0, le=0.1)] = 5e-4  # nats a row for rounding; 0 keeps float32
+
+    @field_validator("temperatures")
+    @classmethod
+    def _not_one(cls, given: tuple[float, ...]) -> tuple[float, ...]:
+        if 1 in given or len(set(given)) < len(given):
+            raise ValueError(f"temperatures {given} must differ from 1 and from each other; 1 is always there")
+        return given
 
 
 class RelationSection(Section):

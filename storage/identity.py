@@ -71,4 +71,16 @@ def stored_relation(identity: Identity) -> RelationSection:
 def stored_tau(identity: Identity, family: str) -> float:
     """The weight of one sampled draw in a family's rows; 0 where its selection stores no sampled entries."""
     selection = identity.selection.get(family, {})
-    return float(selection["tau"]) if selection.get("method") == "threshold" else 0.0
+    if selection.get("method") == "threshold":
+        return float(selection["tau"])
+    return 1 / int(selection["draws"]) if selection.get("method") == "sampled" else 0.0
+
+
+def stored_temperatures(identity: Identity, family: str) -> tuple[float, ...]:
+    """The temperatures, besides 1, whose log-sum-exp a family's rows carry."""
+    return tuple(float(temperature) for temperature in identity.selection.get(family, {}).get("temperatures", ()))
+
+
+def stored_rounding_kl(identity: Identity, family: str) -> float:
+    """What rounding a family's probabilities may cost, in nats a row; 0 where they are float32."""
+    return float(identity.selection.get(family, {}).get("rounding_kl", 0.0))

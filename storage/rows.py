@@ -41,7 +41,7 @@ class SparseRows:
     num_exact: NDArray[np.int32]  # (r,)
     tail_mass: NDArray[np.float32]  # (r,) probability of everything that is not an exact entry
     entropy: NDArray[np.float32]  # (r,) nats, of the full distribution
-    log_sum_exp: NDArray[np.float32]  # (r,) of the raw logits over the real vocabulary
+    log_sum_exp: NDArray[np.float32]  # (r, t) of log p / T at each of the t configured temperatures T
     label_logprob: NDArray[np.float32] | None = None  # (r,) of the label token; None for visual rows
 
     @property
@@ -103,7 +103,7 @@ class SparseRows:
         )
 
     @staticmethod
-    def empty(*, with_labels: bool = False) -> SparseRows:
+    def empty(*, with_labels: bool = False, num_temperatures: int = 0) -> SparseRows:
         """No rows at all."""
         zero = np.zeros(0, np.float32)
         return SparseRows(
@@ -113,7 +113,7 @@ class SparseRows:
             num_exact=np.zeros(0, np.int32),
             tail_mass=zero,
             entropy=zero,
-            log_sum_exp=zero,
+            log_sum_exp=np.zeros((0, num_temperatures), np.float32),
             label_logprob=zero if with_labels else None,
         )
 
@@ -143,9 +143,10 @@ class SparseRows:
             array = getattr(self, name)
             if array is None and name == "label_logprob":
                 continue
-            if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
+            ndim = 2 if name == "log_sum_exp" else 1
+            if not isinstance(array, np.ndarray) or array.ndim != ndim or array.dtype != dtype:
                 got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array)
-                raise ValueError(f"{name} must be a 1-d array of {np.dtype(dtype)}, got {got}")
+                raise ValueError(f"{name} must be a {ndim}-d array of {np.dtype(dtype)}, got {got}")
         if len(self.offsets) == 0 or self.offsets[0] != 0:
             raise ValueError("offsets must start with 0")
         if (np.diff(self.offsets) < 0).any():

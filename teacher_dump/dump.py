@@ -282,18 +282,25 @@ def _signal_request(settings: DumpSettings) -> SignalRequest:
 
 def _row_request(section: SelectionSection) -> RowRequest:
     from teacher_dump.scoring import RowRequest
-    from teacher_dump.selection import Threshold, TopK
+    from teacher_dump.selection import Mass, Sampled, Selection, Threshold, TopK
 
-    return RowRequest(TopK(section.k) if section.method == "topk" else Threshold(section.tau), section.seed)
+    selections: dict[str, Selection] = {
+        "threshold": Threshold(section.tau),
+        "topk": TopK(section.k),
+        "mass": Mass(section.mass),
+        "sampled": Sampled(section.draws),
+    }
+    return RowRequest(selections[section.method], section.seed, section.temperatures)
 
 
 def _selection(cache: CacheSection) -> dict[str, dict[str, Any]]:
     """Of the families that are dumped, the settings that decide what is stored."""
-    unused = {"topk": {"tau", "seed"}, "threshold": {"k"}}
+    fields = {"tau", "k", "mass", "draws", "seed"}
+    used = {"threshold": {"tau", "seed"}, "topk": {"k"}, "mass": {"mass"}, "sampled": {"draws", "seed"}}
     chosen: dict[str, dict[str, Any]] = {}
     for family in cache.families:
         section = getattr(cache, family)
-        skipped = unused[section.method] if isinstance(section, SelectionSection) else set()
+        skipped = fields - used[section.method] if isinstance(section, SelectionSection) else set()
         chosen[family] = section.model_dump(mode="json", exclude=skipped)
     return chosen
 

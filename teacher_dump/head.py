@@ -8,7 +8,7 @@ Legend: r rows, n visual rows of one image, v real vocabulary, d hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +66,7 @@ class OutputHead:
         selection: Selection,
         uniforms: NDArray[np.float64],
         rows_per_chunk: int,
+        temperatures: Sequence[float] = (),
     ) -> SparseRows:
         """The rows' distributions as a cache keeps them; no more than [rows_per_chunk, v] in memory at once.
 
@@ -80,9 +81,12 @@ class OutputHead:
                     labels=None if labels is None else labels[chunk].to(self.weight.device),
                     selection=selection,
                     uniforms=uniforms[chunk],
+                    temperatures=temperatures,
                 )
             )
-        return SparseRows.concatenate(parts) if parts else SparseRows.empty(with_labels=labels is not None)
+        if not parts:
+            return SparseRows.empty(with_labels=labels is not None, num_temperatures=len(temperatures))
+        return SparseRows.concatenate(parts)
 
     def relation(self, hidden: Float[Tensor, "n d"], *, centered: bool) -> RelationMatrix:
         """G / ||G|| with G = Z Z^T, Z the raw logits of an image's visual rows; float32.

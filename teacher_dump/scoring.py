@@ -38,6 +38,7 @@ class RowRequest:
 
     selection: Selection
     seed: int
+    temperatures: tuple[float, ...] = ()  # besides 1
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,7 @@ class PartScorer:
                 ]
             ),
             rows_per_chunk=self._request.rows_per_chunk,
+            temperatures=request.temperatures,
         )
         return _split(rows, counts)
 
@@ -279,6 +281,7 @@ class PartScorer:
                 ]
             ),
             rows_per_chunk=self._request.rows_per_chunk,
+            temperatures=request.temperatures,
         )
         return dict(zip(images, _split(rows, [len(states) for states in images.values()]), strict=True))
 
