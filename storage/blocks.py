@@ -45,15 +45,22 @@ class Header:
     plane_bytes: tuple[int, ...]
 
 
-def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl: float, zstd_level: int) -> bytes:
-    """The block of valid rows; their scalars are not in it. ValueError for rows that it cannot hold.
+@dataclass(frozen=True, eq=False)
+class EncodedBlock:
+    """A block, and what rounding cost."""
+
+    block: bytes
+    errors: NDArray[np.float64]  # (r,) KL(exact entries || decoded ones) in nats; what is not exact cancels
+
+
+def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl: float) -> EncodedBlock:
+    """The block of rows that are valid (see SparseRows.validate); their scalars are not in it.
 
     `tau` is the weight of one draw. `rounding_kl` (nats a row) bounds what rounding probabilities costs
-    on average; with 0 they are kept as float32.
+    on average; with 0 they are kept as float32. ValueError for rows that a block cannot hold.
     """
     if rows.num_rows > MAX_ROWS:
         raise ValueError(f"a block of {rows.num_rows} rows, at most {MAX_ROWS} fit")
-    rows.validate(len(groups.table))
     check_sampled_total(rows, tau)
     exact = rows.is_exact()
     draws = draws_of(rows, exact, tau)
@@ -69,16 +76,8 @@ def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl:
     length_bytes = _width(max(rows.num_exact.max(initial=0), num_sampled.max(initial=0)))
     draw_bytes = _width(max(int(draws.max(initial=1)) - 1, 0))
     step = _step(rows, rounding_kl)
-    logprobs = rows.logprobs[order][exact]
-    lowest = 0.0
-    if step > 0:
-        probs = np.exp(logprobs.astype(np.float64))
-        levels = np.rint(np.sqrt(probs) / step)
-        low = levels == 0
-        lowest = float(probs[low].mean()) if low.any() else 0.0
-        values = np.minimum(levels, MAX_LEVEL).astype(np.uint8)
-    else:
-        values = np.minimum(logprobs, 0).astype("<f4")
+    logprobs = np.minimum(rows.logprobs[order][exact], 0)
+    lowest, values, errors = _rounded_head(logprobs, row[exact], rows, step)
     sampled_draws = np.zeros(len(rows.ids), np.int64)
     sampled_draws[~rows.is_exact()] = draws
     planes = (
@@ -91,13 +90,13 @@ def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl:
         values.tobytes(),
         (sampled_draws[order][~exact] - 1).astype(f"<u{draw_bytes}").tobytes(),
     )  # fmt: skip
-    compressor = zstandard.ZstdCompressor(level=zstd_level, write_checksum=False, write_content_size=True)
+    compressor = zstandard.ZstdCompressor(level=1)  # Huffman codes do the work: longer searches find nothing
     packed = [compressor.compress(plane) if plane else b"" for plane in planes]
     header = _HEADER.pack(
-        BLOCK_VERSION, length_bytes, draw_bytes, 0, rows.num_rows, len(values), int((~exact).sum()),
+        BLOCK_VERSION, length_bytes, draw_bytes, 0, rows.num_rows, len(values), len(draws),
         tau if len(draws) else 0.0, step, lowest, *(len(plane) for plane in packed),
     )  # fmt: skip
-    return b"".join([header, *packed])
+    return EncodedBlock(b"".join([header, *packed]), errors)
 
 
 def decode_block(
@@ -229,7 +228,7 @@ def _values(planes: _Planes, header: Header, row: NDArray[np.int64], num_exact: 
         if not (np.isfinite(logprobs) & (logprobs <= 0)).all():
             raise CorruptPartError("the block has an exact logprob above 0 or not finite")
         present = np.bincount(row, np.exp(logprobs.astype(np.float64)), header.num_rows)
-        falling = np.abs(logprobs).view("<u4").astype(np.uint64)  # floats of one sign sort as their bits
+        falling = np.abs(logprobs).view(np.uint32).astype(np.uint64)  # floats of one sign sort as their bits
         return _Values(logprobs, falling, 31, present, np.full(header.num_rows, HEAD_TOLERANCE * 2))
     levels = planes.take("values", "u1", header.num_exact)
     table = (np.arange(MAX_LEVEL + 1) * header.step) ** 2
@@ -276,6 +275,24 @@ def _sorted_sampled(row: NDArray, ids: NDArray, draws: NDArray, tau: float) -> t
         return np.sort(keys) & int(_ID_MASK), np.full(len(ids), np.log(tau) if len(ids) else 0, np.float32)
     order = np.argsort(keys)
     return ids[order], np.log(draws[order] * tau).astype(np.float32)
+
+
+def _rounded_head(
+    logprobs: NDArray[np.float32], row: NDArray[np.int64], rows: SparseRows, step: float
+) -> tuple[float, NDArray, NDArray[np.float64]]:
+    """The probability of level 0, the values as a block holds them, and the cost of rounding each row."""
+    if step == 0:
+        return 0.0, logprobs.astype("<f4"), np.zeros(rows.num_rows)
+    probs = np.exp(logprobs.astype(np.float64))
+    levels = np.minimum(np.rint(np.sqrt(probs) / step), MAX_LEVEL).astype(np.uint8)
+    low = levels == 0
+    lowest = float(np.float32(probs[low].mean())) if low.any() else 0.0
+    decoded = np.where(low, lowest, (levels * step) ** 2)
+    head = np.bincount(row, probs, rows.num_rows)
+    ratio = np.divide(head, np.bincount(row, decoded, rows.num_rows), out=np.ones(rows.num_rows), where=head > 0)
+    decoded *= ratio[row]
+    divergence = np.bincount(row, probs * np.log(probs / decoded), rows.num_rows)
+    return lowest, levels, np.maximum(divergence, 0.0)
 
 
 def _differences(group: NDArray[np.int64], counts: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.uint8]:

@@ -62,7 +62,6 @@ def decode_rows(
     vocab_size: int,
     tail_mass: NDArray[np.float32],
     entropy: NDArray[np.float32],
-    log_sum_exp: NDArray[np.float32],
     label_logprob: NDArray[np.float32] | None = None,
 ) -> SparseRows:
     """The rows of a payload, beside their scalars. The head of each row sums to 1 - tail_mass.
@@ -71,7 +70,7 @@ def decode_rows(
     """
     view = memoryview(payload).cast("B")
     widths, num_rows, total_exact, total_sampled, tau = _read_rows_header(view)
-    if not num_rows == len(tail_mass) == len(entropy) == len(log_sum_exp):
+    if not num_rows == len(tail_mass) == len(entropy):
         raise CorruptPartError(f"payload has {num_rows} rows, its scalar columns have {len(tail_mass)}")
     if label_logprob is not None and len(label_logprob) != num_rows:
         raise CorruptPartError(f"payload has {num_rows} rows, label_logprob has {len(label_logprob)}")
@@ -116,7 +115,7 @@ def decode_rows(
         num_exact=num_exact.astype(np.int32),
         tail_mass=tail_mass,
         entropy=entropy,
-        log_sum_exp=log_sum_exp,
+        log_sum_exp=np.zeros((num_rows, 0), np.float32),
         label_logprob=label_logprob,
     )
 

@@ -10,6 +10,8 @@ import numpy as np
 from storage.documents import Commit, ErrorSummary
 
 MEASURES: Mapping[str, str] = {
+    "response": "rounding_kl",  # of a row: KL(exact entries || decoded ones) in nats
+    "visual": "rounding_kl",
     "relation": "cosine_error",  # of a matrix: 1 - cosine to the matrix that was encoded
     "hidden": "relative_error",  # of a row: ||decoded - encoded|| / ||encoded||
 }

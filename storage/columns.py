@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.codec import decode_rows, encode_rows
+from storage.codec import decode_rows
 from storage.config import HiddenSection, RelationSection
 from storage.errors import CorruptPartError
 from storage.hidden import decode_hidden, encode_hidden, relative_errors
@@ -73,29 +73,17 @@ def check_token_ids(token_ids: NDArray[np.int32], identity: Identity) -> None:
         raise ValueError(f"token id {token_ids[~known][0]} is outside 0..{identity.vocab_size - 1}")
 
 
-def rows_columns(rows: SparseRows, *, vocab_size: int, tau: float) -> Columns:
-    """The columns that response and visual rows share. ValueError for rows that a cache may not hold."""
-    columns = {
-        "num_rows": rows.num_rows,
-        "entropy": rows.entropy,
-        "tail_mass": rows.tail_mass,
-        "log_sum_exp": rows.log_sum_exp,
-        "num_entries": rows.num_entries,
-        "num_exact": int(rows.num_exact.sum()),
-        "payload": encode_rows(rows, vocab_size=vocab_size, tau=tau),
-    }
-    return columns if rows.label_logprob is None else {**columns, "label_logprob": rows.label_logprob}
-
-
 def sparse_rows(table: pa.Table, row: int, *, vocab_size: int) -> SparseRows:
-    """The rows of a response or visual row. CorruptPartError unless counts and payload agree."""
+    """The rows of a response or visual row of format version 1. CorruptPartError unless counts and payload agree.
+
+    Its column log_sum_exp is of the raw logits at temperature 1, which nothing needs: it is not read.
+    """
     labels = _numbers(table, "label_logprob", row) if "label_logprob" in table.column_names else None
     rows = decode_rows(
         _payload(table, row),
         vocab_size=vocab_size,
         tail_mass=_numbers(table, "tail_mass", row),
         entropy=_numbers(table, "entropy", row),
-        log_sum_exp=_numbers(table, "log_sum_exp", row),
         label_logprob=labels,
     )
     got = (rows.num_rows, rows.num_entries, int(rows.num_exact.sum()))

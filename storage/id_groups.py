@@ -71,10 +71,15 @@ class IdGroups:
         return np.array([max(int(size) - 1, 0).bit_length() for size in self.sizes], np.int64)
 
     @cached_property
-    def ids(self) -> NDArray[np.int64]:
+    def ids(self) -> NDArray[np.int32]:
         """The id at each rank."""
         order = np.argsort(self.table, kind="stable")
-        return order[np.count_nonzero(self.table == 0) :]
+        return order[np.count_nonzero(self.table == 0) :].astype(np.int32)
+
+    @property
+    def num_bytes(self) -> int:
+        """What a reader keeps of it in memory."""
+        return 5 * len(self.table)
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:

@@ -52,6 +52,12 @@ class SparseRows:
     def num_entries(self) -> int:
         return len(self.ids)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = [getattr(self, field.name) for field in fields(self)]
+        return sum(array.nbytes for array in arrays if array is not None)
+
     def row_of_entry(self) -> NDArray[np.int64]:
         """The row that each entry belongs to, (k,)."""
         return np.repeat(np.arange(self.num_rows, dtype=np.int64), np.diff(self.offsets))
@@ -80,6 +86,11 @@ class SparseRows:
             log_sum_exp=self.log_sum_exp[start:stop],
             label_logprob=None if self.label_logprob is None else self.label_logprob[start:stop],
         )
+
+    def copy(self) -> SparseRows:
+        """The same rows in arrays of their own: a slice keeps all that it was cut from in memory."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SparseRows(**{name: None if array is None else array.copy() for name, array in arrays.items()})
 
     @staticmethod
     def concatenate(parts: Sequence[SparseRows]) -> SparseRows:

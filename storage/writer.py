@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +21,19 @@ from storage.columns import (
     hidden_columns,
     image_columns,
     relation_columns,
-    rows_columns,
     sequence_columns,
     tokens_columns,
 )
 from storage.config import HiddenSection
+from storage.distributions import RowFormat, encode_groups
 from storage.documents import Commit, Description, ErrorEntry, FileEntry, HeadEntry, Manifest
 from storage.errors import CacheError, IdentityError
 from storage.head import StoredHead, encode_head
-from storage.identity import FORMAT_VERSION, Identity, difference, stored_relation, stored_tau
+from storage.identity import FORMAT_VERSION, Identity, difference, stored_relation
 from storage.preference import check_pairs, check_sequence
 from storage.records import PartRecords, TokensRecord
-from storage.schema import FAMILIES, parquet_bytes
+from storage.rows import SparseRows
+from storage.schema import FAMILIES, parquet_bytes, row_groups
 
 
 class CacheWriter:
@@ -96,10 +98,10 @@ class CacheWriter:
         self._check_widths(records)
         entries: dict[str, FileEntry] = {}
         try:
-            columns = part_columns(records, self.description)
-            for family, rows in columns.items():
+            families = part_rows(records, self.description)
+            for family, rows in families.items():
                 entries[family] = self._write_family(family, part, rows)
-            commit = self._commit(part, records, entries, columns)
+            commit = self._commit(part, records, entries, families)
             if files.create_exclusively(self.folder / layout.commit_file(part), commit.to_bytes()):
                 return commit
             winner = self._existing(part)
@@ -176,12 +178,12 @@ class CacheWriter:
                 layout.check_file(self.folder, commit.head, content=False)
         return commits
 
-    def _write_family(self, family: str, part: int, rows: Sequence[Columns]) -> FileEntry:
-        content = parquet_bytes(family, rows, zstd_level=self._zstd_level)
+    def _write_family(self, family: str, part: int, rows: FamilyRows) -> FileEntry:
+        content = parquet_bytes(family, rows.groups, zstd_level=self._zstd_level, metadata=rows.metadata)
         sha256 = hashlib.sha256(content).hexdigest()
         name = layout.part_file(family, part, sha256)
         files.write_atomically(self.folder / name, content)
-        return FileEntry(file=name, rows=len(rows), file_bytes=len(content), sha256=sha256)
+        return FileEntry(file=name, rows=rows.num_rows, file_bytes=len(content), sha256=sha256)
 
     def _check_widths(self, records: PartRecords) -> None:
         if records.hidden is None:
@@ -200,9 +202,8 @@ class CacheWriter:
         part: int,
         records: PartRecords,
         entries: Mapping[str, FileEntry],
-        columns: Mapping[str, Sequence[Columns]],
+        families: Mapping[str, FamilyRows],
     ) -> Commit:
-        errors = {family: family_errors(family, rows) for family, rows in columns.items()}
         num_rows = {}
         if records.response is not None:
             num_rows["response"] = sum(rows.num_rows for rows in records.response)
@@ -220,7 +221,7 @@ class CacheWriter:
                 ErrorEntry(sample_id=_encodable(error.sample_id), reason=_encodable(error.reason))
                 for error in records.errors
             ),
-            errors_by_family={family: summary(family, each) for family, each in errors.items() if each},
+            errors_by_family={family: summary(family, rows.errors) for family, rows in families.items() if rows.errors},
             head=self._head if records.hidden is not None else None,
         )
 
@@ -237,40 +238,57 @@ class CacheWriter:
                 holders[sample_id] = commit.part
 
 
-def part_columns(records: PartRecords, description: Description) -> Mapping[str, Sequence[Columns]]:
+@dataclass(frozen=True)
+class FamilyRows:
+    """A part's Parquet rows of one family, in row groups."""
+
+    groups: Sequence[Sequence[Columns]]
+    metadata: Mapping[str, str]  # of the file
+    errors: Sequence[float]  # that encoding made, in the family's own measure
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.groups))
+
+
+def part_rows(records: PartRecords, description: Description) -> Mapping[str, FamilyRows]:
     """The Parquet rows of each family. Images are written in the order of the samples."""
     identity = description.identity
+    samples = [{"sample_id": record.sample_id} for record in records.tokens]
     keys = list(dict.fromkeys(image.key for record in records.tokens for image in record.images))
-    families: dict[str, Sequence[Columns]] = {"tokens": [tokens_columns(record) for record in records.tokens]}
+    families = {"tokens": _plain("tokens", [tokens_columns(record) for record in records.tokens])}
     if records.response is not None:
-        settings = {"vocab_size": identity.vocab_size, "tau": stored_tau(identity, "response")}
-        families["response"] = [
-            {"sample_id": record.sample_id, **rows_columns(rows, **settings)}
-            for record, rows in zip(records.tokens, records.response, strict=True)
-        ]
+        families["response"] = _distributions(samples, records.response, RowFormat.of(identity, "response"))
     if records.visual is not None:
-        settings = {"vocab_size": identity.vocab_size, "tau": stored_tau(identity, "visual")}
-        visual = records.visual
-        families["visual"] = [{"image_key": key, **rows_columns(visual[key], **settings)} for key in keys]
+        images = [{"image_key": key} for key in keys]
+        visual = [records.visual[key] for key in keys]
+        families["visual"] = _distributions(images, visual, RowFormat.of(identity, "visual"))
     if records.relation is not None:
         relation, section = records.relation, stored_relation(identity)
-        families["relation"] = [{"image_key": key, **relation_columns(relation[key], section)} for key in keys]
+        families["relation"] = _plain(
+            "relation", [{"image_key": key, **relation_columns(relation[key], section)} for key in keys]
+        )
     if records.sequence is not None:
-        families["sequence"] = [
-            {"sample_id": record.sample_id, **sequence_columns(sequence)}
-            for record, sequence in zip(records.tokens, records.sequence, strict=True)
-        ]
+        pairs = zip(samples, records.sequence, strict=True)
+        families["sequence"] = _plain("sequence", [{**key, **sequence_columns(sequence)} for key, sequence in pairs])
     if records.hidden is not None:
         hidden = HiddenSection.model_validate(identity.selection.get("hidden", {}))
-        families["hidden"] = [
-            {"sample_id": record.sample_id, **hidden_columns(states, hidden)}
-            for record, states in zip(records.tokens, records.hidden, strict=True)
-        ]
+        states = zip(samples, records.hidden, strict=True)
+        families["hidden"] = _plain("hidden", [{**key, **hidden_columns(each, hidden)} for key, each in states])
     if records.images is not None:
-        images = records.images
+        contents = records.images
         shas = dict.fromkeys(image.sha256 for record in records.tokens for image in record.images)
-        families["images"] = [image_columns(sha256, images[sha256]) for sha256 in shas]
+        families["images"] = _plain("images", [image_columns(sha256, contents[sha256]) for sha256 in shas])
     return families
+
+
+def _plain(family: str, rows: Sequence[Columns]) -> FamilyRows:
+    return FamilyRows(row_groups(rows), {}, family_errors(family, rows))
+
+
+def _distributions(keys: Sequence[Columns], rows: Sequence[SparseRows], kept: RowFormat) -> FamilyRows:
+    encoded = encode_groups(keys, rows, kept)
+    return FamilyRows(encoded.groups, encoded.metadata, encoded.errors)
 
 
 def check_records(records: PartRecords, description: Description) -> None:

@@ -64,8 +64,7 @@ def select(logits: np.ndarray, *, tau: float, rng: np.random.Generator, labels: 
     """The slow reference of threshold selection, row by row: p >= tau exactly, systematic draws below."""
     lists = []
     for row in logits:
-        log_sum_exp = row.max() + np.log(np.exp(row - row.max()).sum())
-        logprobs = row - log_sum_exp
+        logprobs = row - row.max() - np.log(np.exp(row - row.max()).sum())
         p = np.exp(logprobs)
         exact = np.flatnonzero(p >= tau)
         exact = exact[np.argsort(-logprobs[exact], kind="stable")]
@@ -74,7 +73,7 @@ def select(logits: np.ndarray, *, tau: float, rng: np.random.Generator, labels: 
         draws = np.diff(points, prepend=0).astype(int)
         draws[p >= tau] = 0
         sampled = np.flatnonzero(draws)
-        lists.append((exact, logprobs[exact], sampled, draws[sampled], rest.sum(), logprobs, log_sum_exp))
+        lists.append((exact, logprobs[exact], sampled, draws[sampled], rest.sum(), logprobs))
     sizes = [len(exact) + len(sampled) for exact, _, sampled, *_ in lists]
     return SparseRows(
         offsets=np.cumsum([0, *sizes]).astype(np.int64),
@@ -83,7 +82,7 @@ def select(logits: np.ndarray, *, tau: float, rng: np.random.Generator, labels: 
         num_exact=np.array([len(item[0]) for item in lists], np.int32),
         tail_mass=np.array([min(item[4], 1.0) for item in lists], np.float32),
         entropy=np.array([-(np.exp(item[5]) * item[5]).sum() for item in lists], np.float32),
-        log_sum_exp=np.array([item[6] for item in lists], np.float32),
+        log_sum_exp=np.zeros((len(logits), 0), np.float32),
         label_logprob=np.array([item[5][0] for item in lists], np.float32) if labels else None,
     )
 
@@ -101,7 +100,7 @@ def top_k(logits: np.ndarray, k: int, *, labels: bool) -> SparseRows:
         num_exact=np.full(num_rows, k, np.int32),
         tail_mass=np.clip(1 - np.exp(kept).sum(axis=1), 0, 1).astype(np.float32),
         entropy=-(np.exp(logprobs) * logprobs).sum(axis=1).astype(np.float32),
-        log_sum_exp=(logits - logprobs)[:, 0].astype(np.float32),
+        log_sum_exp=np.zeros((num_rows, 0), np.float32),
         label_logprob=logprobs[:, 0].astype(np.float32) if labels else None,
     )
 

@@ -71,7 +71,7 @@ def sparse_rows(
         num_exact=np.array(num_exact, np.int32),
         tail_mass=np.array(tails, np.float32),
         entropy=-(probabilities * logprobs).sum(-1).astype(np.float32),
-        log_sum_exp=np.zeros(len(logits), np.float32),
+        log_sum_exp=np.zeros((len(logits), 0), np.float32),
         label_logprob=None if labels is None else logprobs[np.arange(len(labels)), labels].astype(np.float32),
     )
 
