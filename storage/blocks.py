@@ -15,10 +15,9 @@ import zstandard
 from numpy.typing import NDArray
 
 from storage.bits import pack_bits, packed_size, unpack_bits
-from storage.codec import check_sampled_total, draws_of
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
-from storage.rows import HEAD_TOLERANCE, SparseRows
+from storage.rows import HEAD_TOLERANCE, SparseRows, check_sampled_total
 
 BLOCK_VERSION = 2
 MAX_ROWS = 1 << 16
@@ -63,7 +62,7 @@ def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl:
         raise ValueError(f"a block of {rows.num_rows} rows, at most {MAX_ROWS} fit")
     check_sampled_total(rows, tau)
     exact = rows.is_exact()
-    draws = draws_of(rows, exact, tau)
+    draws = _draws_of(rows, exact, tau)
     ranks = groups.ranks[rows.ids]
     if (ranks < 0).any():
         raise ValueError(f"id {rows.ids[np.argmin(ranks)]} is in no group")
@@ -293,6 +292,19 @@ def _rounded_head(
     decoded *= ratio[row]
     divergence = np.bincount(row, probs * np.log(probs / decoded), rows.num_rows)
     return lowest, levels, np.maximum(divergence, 0.0)
+
+
+def _draws_of(rows: SparseRows, exact: NDArray[np.bool_], tau: float) -> NDArray[np.int64]:
+    """The number of draws of each sampled entry."""
+    if exact.all():
+        return np.zeros(0, np.int64)
+    if not 0 < tau < 1:
+        raise ValueError(f"rows hold sampled entries, but tau is {tau}; expected a probability")
+    draws = np.exp(rows.logprobs[~exact].astype(np.float64)) / tau
+    counts = np.rint(draws)
+    if (counts < 1).any() or (draws > 2 / tau).any() or (np.abs(draws - counts) > 1e-3 * counts).any():
+        raise ValueError(f"a sampled entry's weight is not a whole multiple of tau = {tau}")
+    return counts.astype(np.int64)
 
 
 def _differences(group: NDArray[np.int64], counts: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.codec import decode_rows
+from storage.payload_1 import decode_rows
 from storage.config import HiddenSection, RelationSection
 from storage.errors import CorruptPartError
 from storage.hidden import decode_hidden, encode_hidden, relative_errors

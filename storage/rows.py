@@ -178,10 +178,28 @@ class SparseRows:
         _check((self.tail_mass >= 0) & (self.tail_mass <= 1), "the tail mass is outside 0..1")
         finite_entropy = np.isfinite(self.entropy) & (self.entropy >= -LOGPROB_TOLERANCE)
         _check(finite_entropy, "the entropy is negative or not finite")
-        _check(np.isfinite(self.log_sum_exp), "the log-sum-exp is not finite")
+        _check(np.isfinite(self.log_sum_exp).all(axis=1), "a log-sum-exp is not finite")
         if self.label_logprob is not None:
             labels = np.isfinite(self.label_logprob) & (self.label_logprob <= LOGPROB_TOLERANCE)
             _check(labels, "the label logprob is above 0 or not finite")
+
+
+def check_sampled_total(rows: SparseRows, tau: float) -> None:
+    """ValueError unless each row's sampled weights lie within one draw of its tail, as systematic draws do.
+
+    Nothing to check where tau is 0: such rows hold exact entries only.
+    """
+    if tau <= 0:
+        return
+    sampled = ~rows.is_exact()
+    weight = np.exp(rows.logprobs[sampled].astype(np.float64))
+    gap = np.abs(np.bincount(rows.row_of_entry()[sampled], weight, rows.num_rows) - rows.tail_mass)
+    if (gap > tau + HEAD_TOLERANCE).any():
+        row = int(np.argmax(gap))
+        raise ValueError(
+            f"row {row}: sampled weights differ by {gap[row]:.6g} from the tail mass "
+            f"{rows.tail_mass[row]:.6g}, expected at most tau = {tau}"
+        )
 
 
 def _same(a: NDArray | None, b: NDArray | None) -> bool:

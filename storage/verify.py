@@ -8,7 +8,7 @@ from pathlib import Path
 
 from storage import commit as layout
 from storage import files
-from storage.codec import check_sampled_total
+from storage.rows import check_sampled_total
 from storage.coding_errors import summary
 from storage.columns import (
     family_errors,

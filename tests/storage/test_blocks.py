@@ -126,6 +126,22 @@ def test_an_id_costs_much_less_than_its_bits():
     assert bits < 0.8 * (np.log2(VOCAB_SIZE) + 8)  # as raw ids with byte values
 
 
+def test_sampled_weights_must_be_whole_draws_and_add_up_to_the_tail():
+    rng = np.random.default_rng(1)
+    rows = select(make_logits(rng, 3) * 0.1, tau=TAU, rng=rng, labels=False)
+    with pytest.raises(ValueError, match="whole multiple"):
+        encode(rows, tau=TAU * 1.1)
+    twice = replace(rows, logprobs=rows.logprobs + np.float32(np.log(2)))
+    with pytest.raises(ValueError, match=r"row \d: sampled weights differ"):
+        encode(twice)
+    with pytest.raises(ValueError, match="tau is 0"):
+        encode(rows, tau=0)
+    exact_only = top_k(make_logits(rng, 1) * 0.1, 4, labels=False)
+    with pytest.raises(ValueError, match="row 0: sampled weights differ"):
+        encode(exact_only)
+
+
+
 def respelled(block: bytes, **changes: Any) -> bytes:
     names = ("version", "length_bytes", "draw_bytes", "zero", "num_rows", "exact", "sampled", "tau", "step", "lowest")
     fields = list(blocks._HEADER.unpack_from(block))

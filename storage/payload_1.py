@@ -1,4 +1,4 @@
-"""The binary payload of sparse rows. FORMAT.md has the bytes.
+"""The payload of sparse rows in format version 1, which is read but no longer written. FORMAT.md has the bytes.
 
 Everything read is checked before it is used: a payload's length must be exactly what its header says,
 so no allocation is larger than a small multiple of the payload. Little-endian throughout.
@@ -12,48 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CorruptPartError
-from storage.rows import HEAD_TOLERANCE, SparseRows
+from storage.rows import SparseRows
 
 PAYLOAD_VERSION = 1
 ROUNDED_HEAD_TOLERANCE = 0.02  # probability; float16 logprobs move a head by at most entropy / 2048
 
 _ROWS_HEADER = struct.Struct("<BBBBIIId")  # version, bytes an id, a length, a count; r, exact, sampled, tau
-
-
-def encode_rows(rows: SparseRows, *, vocab_size: int, tau: float) -> bytes:
-    """The payload of valid rows; the scalars of each row are not in it. ValueError for rows it cannot hold.
-
-    `tau` is the weight of one draw: every sampled entry's weight must be a whole multiple of it.
-    """
-    rows.validate(vocab_size)
-    check_sampled_total(rows, tau)
-    exact = rows.is_exact()
-    counts = draws_of(rows, exact, tau)
-    num_sampled = np.diff(rows.offsets) - rows.num_exact
-    id_bytes = _id_bytes(vocab_size)
-    length_bytes = _width(max(rows.num_exact.max(initial=0), num_sampled.max(initial=0)))
-    count_bytes = _width(counts.max(initial=0))
-    header = _ROWS_HEADER.pack(
-        PAYLOAD_VERSION,
-        id_bytes,
-        length_bytes,
-        count_bytes,
-        rows.num_rows,
-        int(exact.sum()),
-        len(counts),
-        tau if len(counts) else 0.0,
-    )
-    return b"".join(
-        [
-            header,
-            rows.num_exact.astype(f"<u{length_bytes}").tobytes(),
-            num_sampled.astype(f"<u{length_bytes}").tobytes(),
-            rows.ids[exact].astype(f"<u{id_bytes}").tobytes(),
-            rows.ids[~exact].astype(f"<u{id_bytes}").tobytes(),
-            np.minimum(rows.logprobs[exact], 0).astype("<f2").tobytes(),
-            counts.astype(f"<u{count_bytes}").tobytes(),
-        ]
-    )
 
 
 def decode_rows(
@@ -120,24 +84,6 @@ def decode_rows(
     )
 
 
-def check_sampled_total(rows: SparseRows, tau: float) -> None:
-    """ValueError unless each row's sampled weights lie within one draw of its tail, as systematic draws do.
-
-    Nothing to check where tau is 0: such rows hold exact entries only.
-    """
-    if tau <= 0:
-        return
-    sampled = ~rows.is_exact()
-    weight = np.exp(rows.logprobs[sampled].astype(np.float64))
-    gap = np.abs(np.bincount(rows.row_of_entry()[sampled], weight, rows.num_rows) - rows.tail_mass)
-    if (gap > tau + HEAD_TOLERANCE).any():
-        row = int(np.argmax(gap))
-        raise ValueError(
-            f"row {row}: sampled weights differ by {gap[row]:.6g} from the tail mass "
-            f"{rows.tail_mass[row]:.6g}, expected at most tau = {tau}"
-        )
-
-
 def _read_rows_header(view: memoryview) -> tuple[tuple[int, int, int], int, int, int, float]:
     if len(view) < _ROWS_HEADER.size:
         raise CorruptPartError(f"payload of {len(view)} bytes is shorter than a header, {_ROWS_HEADER.size}")
@@ -174,24 +120,3 @@ def _rescaled(head: NDArray[np.float64], row: NDArray[np.int64], tail_mass: NDAr
     shift = np.zeros(len(tail_mass))
     shift[has_head] = np.log(wanted[has_head] / present[has_head])
     return head + shift[row]
-
-
-def draws_of(rows: SparseRows, exact: NDArray[np.bool_], tau: float) -> NDArray[np.int64]:
-    """The number of draws of each sampled entry."""
-    if exact.all():
-        return np.zeros(0, np.int64)
-    if not 0 < tau < 1:
-        raise ValueError(f"rows hold sampled entries, but tau is {tau}; expected a probability")
-    draws = np.exp(rows.logprobs[~exact].astype(np.float64)) / tau
-    counts = np.rint(draws)
-    if (counts < 1).any() or (draws > 2 / tau).any() or (np.abs(draws - counts) > 1e-3 * counts).any():
-        raise ValueError(f"a sampled entry's weight is not a whole multiple of tau = {tau}")
-    return counts.astype(np.int64)
-
-
-def _id_bytes(vocab_size: int) -> int:
-    return 2 if vocab_size <= 1 << 16 else 4
-
-
-def _width(largest: int) -> int:
-    return 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4

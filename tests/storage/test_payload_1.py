@@ -8,9 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from storage.codec import check_sampled_total, decode_rows, encode_rows
 from storage.errors import CorruptPartError
-from storage.rows import SparseRows
+from storage.payload_1 import decode_rows
+from storage.rows import SparseRows, check_sampled_total
+from tests.storage.payload_1 import encode_rows
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select, top_k
 
 VOCAB_SIZES = st.sampled_from([2, 3, 255, 256, 1000, 65536, 65537])
@@ -20,7 +21,7 @@ FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"
 def scalars(rows):
     return {
         name: getattr(rows, name)
-        for name in ("tail_mass", "entropy", "log_sum_exp", "label_logprob")
+        for name in ("tail_mass", "entropy", "label_logprob")
         if getattr(rows, name) is not None
     }
 
@@ -30,7 +31,7 @@ def decode(payload, rows, vocab_size=VOCAB_SIZE):
 
 
 def assert_same_but_for_rounding(got: SparseRows, rows: SparseRows):
-    for name in ("offsets", "ids", "num_exact", "tail_mass", "entropy", "log_sum_exp"):
+    for name in ("offsets", "ids", "num_exact", "tail_mass", "entropy"):
         np.testing.assert_array_equal(getattr(got, name), getattr(rows, name))
     exact = rows.is_exact()
     # float16 keeps 11 bits of each logprob; the rescaled head moves by no more than that once again
@@ -99,7 +100,7 @@ def worked_example():
         num_exact=np.array([2, 1], np.int32),
         tail_mass=np.array([0.25, 0.0], np.float32),
         entropy=np.array([1.3, 0.0], np.float32),
-        log_sum_exp=np.array([4.0, 9.0], np.float32),
+        log_sum_exp=np.zeros((2, 0), np.float32),
     )
     blocks = re.findall(r"```hex (\w+)\n(.*?)```", FORMAT.read_text(encoding="utf-8"), re.DOTALL)
     written = {name: bytes.fromhex(re.sub(r"#.*", "", block)) for name, block in blocks}
@@ -151,7 +152,7 @@ def test_scalars_that_do_not_fit_the_payload_are_refused():
     rows, written = worked_example()
     three = np.zeros(3, np.float32)
     with pytest.raises(CorruptPartError, match="2 rows"):
-        decode_rows(written["rows"], vocab_size=1000, tail_mass=three, entropy=three, log_sum_exp=three)
+        decode_rows(written["rows"], vocab_size=1000, tail_mass=three, entropy=three)
     with pytest.raises(CorruptPartError, match="label_logprob has 3"):
         decode_rows(written["rows"], vocab_size=1000, label_logprob=three, **scalars(rows))
     wrong = {**scalars(rows), "tail_mass": np.array([0.25, 0.5], np.float32)}
@@ -164,7 +165,7 @@ def assert_valid_or_refused(payload, num_rows, vocab_size):
     half = np.full(num_rows, 0.5, np.float32)
     for tail_mass in (zero, half, zero + 1):
         try:
-            got = decode_rows(payload, vocab_size=vocab_size, tail_mass=tail_mass, entropy=zero, log_sum_exp=zero)
+            got = decode_rows(payload, vocab_size=vocab_size, tail_mass=tail_mass, entropy=zero)
         except CorruptPartError:
             continue
         assert got.offsets[-1] == len(got.ids) == len(got.logprobs)
@@ -197,22 +198,7 @@ def test_a_header_that_claims_billions_allocates_next_to_nothing():
     empty = np.zeros(0, np.float32)
     tracemalloc.start()
     with pytest.raises(CorruptPartError):
-        decode_rows(payload, vocab_size=300, tail_mass=empty, entropy=empty, log_sum_exp=empty)
+        decode_rows(payload, vocab_size=300, tail_mass=empty, entropy=empty)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 1 << 20
-
-
-def test_sampled_weights_must_be_whole_draws_and_add_up_to_the_tail():
-    rng = np.random.default_rng(1)
-    rows = select(make_logits(rng, 3) * 0.1, tau=TAU, rng=rng, labels=False)
-    with pytest.raises(ValueError, match="whole multiple"):
-        encode_rows(rows, vocab_size=VOCAB_SIZE, tau=TAU * 1.1)
-    twice = dataclasses.replace(rows, logprobs=rows.logprobs + np.float32(np.log(2)))
-    with pytest.raises(ValueError, match=r"row \d: sampled weights differ"):
-        encode_rows(twice, vocab_size=VOCAB_SIZE, tau=TAU)
-    with pytest.raises(ValueError, match="tau is 0"):
-        encode_rows(rows, vocab_size=VOCAB_SIZE, tau=0)
-    exact_only = top_k(make_logits(rng, 1) * 0.1, 4, labels=False)
-    with pytest.raises(ValueError, match="row 0: sampled weights differ"):
-        encode_rows(exact_only, vocab_size=VOCAB_SIZE, tau=TAU)
