@@ -69,7 +69,7 @@ def decode_relation(payload: bytes | memoryview, *, norm: float, num_visual_toke
     if n != num_visual_tokens:
         raise CorruptPartError(f"relation payload has n = {n} for {num_visual_tokens} visual tokens")
     if not np.isfinite(norm) or norm < 0:
-        raise CorruptPartError(f"the norm of a relation matrix is {norm}, expected a number of at least 0")
+        raise CorruptPartError(f"the norm of a relation matrix is {norm}, not a finite number of at least 0")
     content = view[start:]
     if kind in (_FACTOR_FP16, _FACTOR_INT8):
         factor = _read_factor(content, n, k, int8=kind == _FACTOR_INT8)
@@ -125,7 +125,7 @@ def check_relation(matrix: RelationMatrix) -> None:
         raise ValueError(f"a relation matrix must be float32 and square, got {values.dtype}{values.shape}")
     if not np.isfinite(values).all() or not np.allclose(values, values.T, rtol=1e-3, atol=1e-6):
         raise ValueError("a relation matrix must be finite and symmetric")
-    if not np.isfinite(matrix.norm) or matrix.norm < 0 or matrix.norm > np.finfo(np.float32).max:
+    if not np.isfinite(matrix.norm) or matrix.norm < 0 or matrix.norm > float(np.finfo(np.float32).max):
         raise ValueError(f"the norm of a relation matrix is {matrix.norm}, expected a float32 of at least 0")
     frobenius = float(np.linalg.norm(values.astype(np.float64)))
     if abs(frobenius - (1.0 if matrix.norm > 0 else 0.0)) > NORM_TOLERANCE:

@@ -179,7 +179,7 @@ class _Part:
 
     def scan(self, holders: dict[str, int]) -> None:
         """Report what is wrong with the part; `holders` maps each sample id seen so far to its part."""
-        whole = True
+        before, whole = len(self.report.problems), True
         for entry in self.commit.families.values():
             whole &= self._try(lambda entry=entry: layout.check_file(self.folder, entry, content=True))
         if not whole:  # what cannot be trusted is not parsed
@@ -202,7 +202,8 @@ class _Part:
                 self._images(family, images)
         if "images" in self.families:
             self._image_files()
-        self._try(self._compare_errors)
+        if len(self.report.problems) == before:
+            self._try(self._compare_errors)
         counted = (len(self.records), len(images), self.num_rows)
         stated = (self.commit.num_samples, self.commit.num_images, self.commit.num_rows)
         if counted != stated:

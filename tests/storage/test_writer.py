@@ -207,7 +207,7 @@ def test_the_order_of_families_does_not_matter(tmp_path):
 
 def test_unknown_families_and_object_storage_are_refused(tmp_path):
     with pytest.raises(CacheError, match="unknown families"):
-        CacheWriter.open(tmp_path, make_identity(), ("hidden",))
+        CacheWriter.open(tmp_path, make_identity(), ("hiddne",))
     with pytest.raises(CacheError, match="object storage is not supported yet"):
         CacheWriter.open("s3://bucket/cache", make_identity(), ())
 
