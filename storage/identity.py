@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # that is written
+READABLE_VERSIONS = (1, 2)
+NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
 
 
 class Identity(BaseModel):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage import commit as layout
-from storage import files
 from storage.codec import check_sampled_total
 from storage.columns import relation_matrix, sparse_rows, tokens_record
-from storage.documents import Commit, Description, Manifest
+from storage.documents import Commit, Manifest
 from storage.errors import CacheError
+from storage.files import Folder, open_folder
 from storage.identity import stored_tau
 from storage.part_files import PartFiles
+from storage.reader import Part, join_parts
 from storage.records import TokensRecord
+from storage.segments import Segment, merged_identity, read_segments
 
 Progress = Callable[[int, int], None]  # parts done, parts in all
 
@@ -25,7 +27,8 @@ _ROW_GROUPS_BYTES = 64 << 20  # each row group is read once, in order
 class VerifyReport:
     """What a scan found. A cache is good if `problems` is empty."""
 
-    sealed: bool = False
+    sealed: bool = False  # every segment
+    num_segments: int = 0
     num_parts: int = 0
     num_samples: int = 0
     num_images: int = 0
@@ -43,59 +46,68 @@ class VerifyReport:
 def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Scan a whole cache and report everything wrong with it; a broken cache raises nothing.
 
-    An unsealed cache is a problem too: its samples may be good, but not all of them are there.
+    An unsealed segment is a problem too: its samples may be good, but not all of them are there.
     """
     report = VerifyReport()
     try:
-        folder = files.local_folder(path)
-        description, cache_sha256 = layout.read_description(folder)
+        folder = open_folder(path)
+        segments = read_segments(folder)
     except (CacheError, OSError) as error:
         report.problems.append(str(error))
         return report
-    manifest = _manifest(folder, description, cache_sha256, report)
-    commits = _commits(folder, description, cache_sha256, manifest, report)
-    _compare_totals(folder, manifest, cache_sha256, commits, report)
+    report.num_segments = len(segments)
+    report.sealed = True
+    commits = {segment.number: _scan_documents(folder, segment, report) for segment in segments}
+    parts = join_parts(segments, commits)
+    report.num_parts = len(parts)
     holders: dict[str, int] = {}
-    for done, (commit, _) in enumerate(commits):
+    for done, part in enumerate(parts):
         if progress:
-            progress(done, len(commits))
-        _Part(folder, description, commit, report).scan(holders)
+            progress(done, len(parts))
+        _PartScan(folder, segments, part, report).scan(holders)
     if progress:
-        progress(len(commits), len(commits))
-    _note_strangers(folder, [commit for commit, _ in commits], report)
+        progress(len(parts), len(parts))
+    _note_strangers(folder, segments, commits, report)
     return report
 
 
-def _manifest(folder: Path, description: Description, cache_sha256: str, report: VerifyReport) -> Manifest | None:
+def _scan_documents(folder: Folder, segment: Segment, report: VerifyReport) -> dict[int, Commit]:
+    """A segment's good commits, by part, after they and the manifest were compared with each other."""
+    manifest = _manifest(folder, segment, report)
+    report.sealed &= manifest is not None
+    commits = _commits(folder, segment, manifest, report)
+    _compare_totals(folder, segment, manifest, commits, report)
+    return {commit.part: commit for commit, _ in commits}
+
+
+def _manifest(folder: Folder, segment: Segment, report: VerifyReport) -> Manifest | None:
+    place = folder.place(segment.manifest_file)
     try:
-        manifest = layout.read_manifest(folder, cache_sha256)
+        manifest = layout.read_manifest(folder, segment)
     except (CacheError, OSError) as error:
         report.problems.append(str(error))
         return None
-    report.sealed = manifest is not None
-    total = description.identity.num_parts
     if manifest is None:
-        committed = len(layout.commit_numbers(folder))
+        whole = "the cache" if segment.number == 0 else f"segment {segment.number}"
+        committed = len(layout.commit_numbers(folder, segment))
         report.problems.append(
-            f"{folder / layout.MANIFEST_FILE}: is missing: the cache is not sealed, {committed} of {total} "
+            f"{place}: is missing: {whole} is not sealed, {committed} of {segment.num_parts} "
             "parts are committed; run the dump again"
         )
-    elif len(manifest.commits) != total:
-        report.problems.append(
-            f"{folder / layout.MANIFEST_FILE}: lists {len(manifest.commits)} parts, the plan has {total}"
-        )
+    elif len(manifest.commits) != segment.num_parts:
+        report.problems.append(f"{place}: lists {len(manifest.commits)} parts, the plan has {segment.num_parts}")
     return manifest
 
 
 def _commits(
-    folder: Path, description: Description, cache_sha256: str, manifest: Manifest | None, report: VerifyReport
+    folder: Folder, segment: Segment, manifest: Manifest | None, report: VerifyReport
 ) -> list[tuple[Commit, str]]:
-    listed = {} if manifest is None else dict(enumerate(manifest.commits))
+    listed = {} if manifest is None else dict(zip(segment.parts, manifest.commits, strict=False))
     commits = []
-    for part in sorted({*layout.commit_numbers(folder), *listed}):
-        place = folder / layout.commit_file(part)
+    for part in sorted({*layout.commit_numbers(folder, segment), *listed}):
+        place = folder.place(layout.commit_file(segment, part))
         try:
-            commit, sha256 = layout.read_commit(folder, part, description, cache_sha256)
+            commit, sha256 = layout.read_commit(folder, segment, part)
         except FileNotFoundError:
             report.problems.append(f"{place}: is missing, but the manifest names it; run the dump again")
         except (CacheError, OSError) as error:
@@ -109,73 +121,72 @@ def _commits(
 
 
 def _compare_totals(
-    folder: Path,
+    folder: Folder,
+    segment: Segment,
     manifest: Manifest | None,
-    cache_sha256: str,
     commits: list[tuple[Commit, str]],
     report: VerifyReport,
 ) -> None:
-    total = layout.make_manifest(cache_sha256, commits)
-    report.num_parts = len(commits)
-    report.num_errors = total.num_errors
-    report.num_bytes = sum(total.bytes_by_family.values())
+    total = layout.make_manifest(segment, commits)
+    report.num_errors += total.num_errors
+    report.num_bytes += sum(total.bytes_by_family.values())
     if manifest is not None and len(commits) == len(manifest.commits):
         for name in ("num_samples", "num_errors", "num_rows", "bytes_by_family"):
             if getattr(manifest, name) != getattr(total, name):
                 report.problems.append(
-                    f"{folder / layout.MANIFEST_FILE}: {name} is {getattr(manifest, name)}, "
+                    f"{folder.place(segment.manifest_file)}: {name} is {getattr(manifest, name)}, "
                     f"the commits say {getattr(total, name)}"
                 )
 
 
-class _Part:
-    """One part's scan. It keeps the counts that the commit is compared with."""
+class _PartScan:
+    """One part's scan, over the files of all segments. It keeps the counts that the commits are compared with."""
 
-    def __init__(self, folder: Path, description: Description, commit: Commit, report: VerifyReport) -> None:
+    def __init__(self, folder: Folder, segments: Sequence[Segment], part: Part, report: VerifyReport) -> None:
         self.folder = folder
-        self.identity = description.identity
-        self.families = description.families
-        self.commit = commit
+        self.identity = merged_identity(segments)
+        self.part = part
         self.report = report
         self.files = PartFiles(folder, max_bytes=_ROW_GROUPS_BYTES, checksums=False)
         self.records: list[TokensRecord] = []
-        self.num_rows = dict.fromkeys(commit.num_rows, 0)
+        self.num_rows = {family: 0 for commit in part.commits for family in commit.num_rows}
 
     def scan(self, holders: dict[str, int]) -> None:
         """Report what is wrong with the part; `holders` maps each sample id seen so far to its part."""
         whole = True
-        for entry in self.commit.families.values():
+        for entry in self.part.families.values():
             whole &= self._try(lambda entry=entry: layout.check_file(self.folder, entry, content=True))
         if not whole:  # what cannot be trusted is not parsed
             return
-        for row in range(self.commit.families["tokens"].rows):
+        for row in range(self.part.families["tokens"].rows):
             self._try(lambda row=row: self._tokens(row), f"tokens row {row}")
         ids = [record.sample_id for record in self.records]
-        for sample_id in [*ids, *(error.sample_id for error in self.commit.errors)]:
+        for sample_id in [*ids, *(error.sample_id for error in self.part.commits[0].errors)]:
             if sample_id in holders:
                 self._problem(f"sample {sample_id!r} is in part {holders[sample_id]} too")
-            holders[sample_id] = self.commit.part
-        if "response" in self.families:
+            holders[sample_id] = self.part.number
+        if "response" in self.part.families:
             self._response()
         images = {image.key: image.num_visual_tokens for record in self.records for image in record.images}
         for family in ("visual", "relation"):
-            if family in self.families:
+            if family in self.part.families:
                 self._images(family, images)
-        counted = (len(self.records), len(images), self.num_rows)
-        stated = (self.commit.num_samples, self.commit.num_images, self.commit.num_rows)
-        if counted != stated:
-            self._problem(f"holds (samples, images, rows) {counted}, its commit says {stated}")
+        for commit in self.part.commits:
+            counted = (len(self.records), len(images), {family: self.num_rows[family] for family in commit.num_rows})
+            stated = (commit.num_samples, commit.num_images, commit.num_rows)
+            if counted != stated:
+                self._problem(f"holds (samples, images, rows) {counted}, its commit says {stated}")
         self.report.num_samples += len(self.records)
         self.report.num_images += len(images)
         for family, count in self.num_rows.items():
             self.report.num_rows[family] = self.report.num_rows.get(family, 0) + count
 
     def _tokens(self, row: int) -> None:
-        record = tokens_record(*self.files.row("tokens", self.commit.families["tokens"], row), self.identity)
+        record = tokens_record(*self.files.row("tokens", self.part.families["tokens"], row), self.identity)
         self.records.append(record)
 
     def _response(self) -> None:
-        entry = self.commit.families["response"]
+        entry = self.part.families["response"]
         if entry.rows != len(self.records):
             self._problem(f"{entry.rows} responses for {len(self.records)} samples")
             return
@@ -183,20 +194,20 @@ class _Part:
             self._try(lambda row=row, record=record: self._response_row(row, record), f"response row {row}")
 
     def _response_row(self, row: int, record: TokensRecord) -> None:
-        table, at = self.files.row("response", self.commit.families["response"], row)
+        table, at = self.files.row("response", self.part.families["response"], row)
         if table["sample_id"][at].as_py() != record.sample_id:
             raise ValueError(f"is not of sample {record.sample_id!r}")
         self._distribution("response", table, at, record.num_response_tokens)
 
     def _images(self, family: str, images: dict[str, int]) -> None:
         unseen = dict(images)
-        for row in range(self.commit.families[family].rows):
+        for row in range(self.part.families[family].rows):
             self._try(lambda row=row: self._image_row(family, row, unseen), f"{family} row {row}")
         if unseen:
             self._problem(f"{family}: {len(unseen)} images have no rows, such as {next(iter(unseen))}")
 
     def _image_row(self, family: str, row: int, unseen: dict[str, int]) -> None:
-        table, at = self.files.row(family, self.commit.families[family], row)
+        table, at = self.files.row(family, self.part.families[family], row)
         key = table["image_key"][at].as_py()
         if key not in unseen:
             raise ValueError(f"image {key} is of no sample, or appears twice")
@@ -223,14 +234,15 @@ class _Part:
         return True
 
     def _problem(self, text: str) -> None:
-        self.report.problems.append(f"part {self.commit.part}: {text}")
+        self.report.problems.append(f"part {self.part.number}: {text}")
 
 
-def _note_strangers(folder: Path, commits: list[Commit], report: VerifyReport) -> None:
-    named = {layout.CACHE_FILE, layout.MANIFEST_FILE}
-    for commit in commits:
-        named |= {layout.commit_file(commit.part), *(entry.file for entry in commit.families.values())}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in named:
-            report.notes.append(f"{name}: belongs to no part")
+def _note_strangers(
+    folder: Folder, segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]], report: VerifyReport
+) -> None:
+    named = set()
+    for segment in segments:
+        named |= {segment.file, segment.manifest_file}
+        for part, commit in commits[segment.number].items():
+            named |= {layout.commit_file(segment, part), *(entry.file for entry in commit.families.values())}
+    report.notes += [f"{name}: belongs to no part" for name in folder.names(deep=True) if name not in named]
