@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,9 +247,7 @@ def held_families(segments: Sequence[Segment], parts: Sequence[Part]) -> tuple[s
 
 def _read_commits(folder: Folder, segment: Segment, listed: Sequence[str] | None) -> dict[int, Commit]:
     """A segment's commits by part: those whose hashes its manifest lists, or all that are there."""
-    numbers: Collection[int] = (
-        layout.commit_numbers(folder, segment) if listed is None else segment.parts[: len(listed)]
-    )
+    numbers = layout.commit_numbers(folder, segment) if listed is None else segment.parts[: len(listed)]
     try:
         found = layout.read_commits(folder, segment, list(numbers))
     except FileNotFoundError as error:
