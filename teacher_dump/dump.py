@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from storage.commit import MANIFEST_FILE
 from storage.config import CacheSection, SelectionSection
 from storage.errors import StillhouseError
 from storage.hidden import MAX_FLOAT16
@@ -132,7 +131,7 @@ def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
     missing = [part for part in planned.plan.parts if part.number not in committed]
     summary = None
     if missing:
-        (Path(cache.path) / MANIFEST_FILE).unlink(missing_ok=True)  # it would name commits that are gone
+        writer.unseal()
         summary = DumpSummary.of(_write_parts(missing, planned, settings, progress=progress))
         _write_json(Path(cache.path) / SUMMARY_FILE, asdict(summary))
     growing = Cache.open(cache.path, families=())

@@ -15,8 +15,10 @@ import pytest
 from storage import commit as layout
 from storage.documents import Commit, Manifest, parse_document
 from storage.errors import CacheError, CorruptPartError
+from storage.files import LocalFolder
 from storage.reader import Cache
 from storage.records import RelationFactor, SequenceLogprob
+from storage.segments import read_segments
 from storage.verify import verify
 from storage.writer import CacheWriter
 from tests.storage.family_cache import (
@@ -31,6 +33,7 @@ from tests.storage.family_cache import (
 from tests.storage.synthetic_cache import make_identity
 from tests.storage.synthetic_cache import write_cache as write_plain_cache
 
+MANIFEST_FILE = "manifest.json"
 FLIPS_PER_FILE = 25
 
 
@@ -51,7 +54,11 @@ def all_files(folder):
 
 
 def manifest_of(folder):
-    return parse_document((folder / layout.MANIFEST_FILE).read_bytes(), Manifest, "manifest")
+    return parse_document((folder / MANIFEST_FILE).read_bytes(), Manifest, "manifest")
+
+
+def commit_place(folder, part=0):
+    return folder / "commits" / f"part-{part:05d}.json"
 
 
 def test_what_is_read_is_what_was_written(good):
@@ -123,7 +130,7 @@ def test_only_what_is_asked_for_is_opened(folder, family):
 
 
 def test_an_image_opens_only_its_own_part(folder):
-    (folder / Cache.open(folder)._commits[1].families["images"].file).unlink()
+    next((folder / "images").glob("part-00001*")).unlink()
     cache = Cache.open(folder)
     index = cache.index_of("0-shared")
     sha256 = cache.read(index).tokens.images[0].sha256
@@ -281,48 +288,69 @@ def test_a_head_that_does_not_fit_is_refused(writer, tmp_path):
         plain.put_head(make_output_head())
 
 
-def test_a_second_writer_adds_no_second_head(writer):
-    before = all_files(writer.folder)
-    again = CacheWriter.open(writer.folder, make_family_identity(num_parts=1), FAMILIES)
+def test_a_second_writer_adds_no_second_head(writer, tmp_path):
+    before = all_files(tmp_path)
+    again = CacheWriter.join(tmp_path / "cache", 0)
     again.put_head(make_output_head())
-    assert all_files(writer.folder) == before
+    assert all_files(tmp_path) == before
+
+
+def test_a_damaged_head_is_written_again(writer, tmp_path):
+    (place,) = all_files(tmp_path / "cache" / "head")
+    content = place.read_bytes()
+    for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        place.write_bytes(damaged)
+        writer.put_head(make_output_head())
+        assert place.read_bytes() == content
 
 
 def test_parts_of_different_heads_are_not_sealed(tmp_path):
-    writer = CacheWriter.open(tmp_path, make_family_identity(), FAMILIES)
-    for part in range(2):
+    writers = [CacheWriter.open(tmp_path, make_family_identity(), FAMILIES) for _ in range(2)]
+    for part, writer in enumerate(writers):  # both before there is a commit that names one
         writer.put_head(make_output_head(seed=part))
+    for part, writer in enumerate(writers):
         writer.write_part(part, make_family_part(part))
     with pytest.raises(CacheError, match="parts 0, 1 name different output heads"):
-        writer.seal()
+        writers[0].seal()
     assert any("different output heads" in problem for problem in verify(tmp_path).problems)
 
 
-def test_sealing_removes_heads_that_no_part_names(writer):
+def test_another_head_than_that_of_the_parts_is_refused_at_once(writer, tmp_path):
     writer.write_part(0, make_family_part(0))
-    CacheWriter.open(writer.folder, make_family_identity(num_parts=1), FAMILIES).put_head(make_output_head(seed=9))
-    left = writer.folder / "head" / "head.0123.safetensors.tmp-1-ab"
+    before = all_files(tmp_path)
+    with pytest.raises(CacheError, match=r"with the output head head/.*, this teacher's is head/"):
+        CacheWriter.join(tmp_path / "cache", 0).put_head(make_output_head(seed=9))
+    assert all_files(tmp_path) == before
+
+
+def test_sealing_removes_heads_that_no_part_names(writer, tmp_path):
+    folder = tmp_path / "cache"
+    (ours,) = all_files(folder / "head")
+    CacheWriter.join(folder, 0).put_head(make_output_head(seed=9))
+    writer.write_part(0, make_family_part(0))
+    left = folder / "head" / "head.0123.safetensors.tmp-1-ab"
     left.touch()
-    assert len(all_files(writer.folder / "head")) == 3
+    assert len(all_files(folder / "head")) == 3
     writer.seal()
-    assert [path.name for path in all_files(writer.folder / "head")] == [writer._head.file.split("/")[1]]
-    assert verify(writer.folder).ok
+    assert all_files(folder / "head") == [ours]
+    assert verify(folder).ok
 
 
 def reseal(folder, *, parts=(0,), **changes):
     """Change commits and make every hash right again."""
     for part in parts:
-        place = folder / layout.commit_file(part)
+        place = commit_place(folder, part)
         commit = parse_document(place.read_bytes(), Commit, "commit")
         place.write_bytes(commit.model_copy(update=changes).to_bytes())
-    description, cache_sha256 = layout.read_description(folder)
-    commits = [layout.read_commit(folder, number, description, cache_sha256) for number in range(2)]
-    (folder / layout.MANIFEST_FILE).write_bytes(layout.make_manifest(cache_sha256, commits).to_bytes())
+    local = LocalFolder(folder)
+    segment = read_segments(local)[0]
+    commits = layout.read_commits(local, segment, range(2))
+    (folder / MANIFEST_FILE).write_bytes(layout.make_manifest(segment, commits).to_bytes())
 
 
 def forge(folder, family, change):
     """Change columns of the first part's file, and make every hash right again."""
-    commit = parse_document((folder / layout.commit_file(0)).read_bytes(), Commit, "commit")
+    commit = parse_document(commit_place(folder).read_bytes(), Commit, "commit")
     path = folder / commit.families[family].file
     table = pq.read_table(path)
     columns = change({name: table[name].to_pylist() for name in table.column_names})
@@ -397,7 +425,7 @@ def test_relation_payloads_of_another_encoding_are_found(tmp_path):
 
 
 def test_a_commit_without_its_head_or_with_one_elsewhere_is_refused(folder):
-    commit = parse_document((folder / layout.commit_file(0)).read_bytes(), Commit, "commit")
+    commit = parse_document(commit_place(folder).read_bytes(), Commit, "commit")
     assert commit.head is not None
     elsewhere = commit.head.model_copy(update={"file": "../head.safetensors"})
     for head, message in ((None, "must name an output head"), (elsewhere, "expected a file of head/")):
@@ -406,7 +434,7 @@ def test_a_commit_without_its_head_or_with_one_elsewhere_is_refused(folder):
 
 
 def test_a_head_of_other_content_under_a_right_hash_is_found(folder):
-    commit = parse_document((folder / layout.commit_file(0)).read_bytes(), Commit, "commit")
+    commit = parse_document(commit_place(folder).read_bytes(), Commit, "commit")
     assert commit.head is not None
     place = folder / commit.head.file
     for content in (b"no head", b""):
@@ -426,7 +454,7 @@ def test_a_head_of_other_content_under_a_right_hash_is_found(folder):
 
 def test_manifest_errors_are_compared(folder):
     manifest = manifest_of(folder)
-    (folder / layout.MANIFEST_FILE).write_bytes(manifest.model_copy(update={"errors_by_family": {}}).to_bytes())
+    (folder / MANIFEST_FILE).write_bytes(manifest.model_copy(update={"errors_by_family": {}}).to_bytes())
     assert any("errors_by_family is {}" in problem for problem in verify(folder).problems)
 
 
