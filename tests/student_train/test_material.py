@@ -24,7 +24,8 @@ def test_the_samples_of_the_splits_are_counted(checkpoint: Path, cache: Path) ->
     assert [opened.splits[index] for index in material.table.indices] == ["test"] * 24
     counts = [opened.read(int(index)).tokens.num_response_tokens for index in material.table.indices]
     assert material.table.num_response_rows.tolist() == counts
-    assert material.images == opened.identity.image_root
+    assert material.images is None
+    assert (material.centered, material.relation_pool) == (False, None)
 
 
 def test_an_unknown_split_is_the_user_s_mistake(checkpoint: Path, cache: Path) -> None:
@@ -81,6 +82,7 @@ def test_remembered_samples_are_those_of_the_cache(cache: Path, max_bytes: int) 
         for key, rows in theirs.visual.items():
             assert ours.visual[key].equals(rows)
             assert np.array_equal(ours.relation[key].values, theirs.relation[key].values)
+        assert ours.sequence == theirs.sequence
     assert (memory.read(0) is memory.read(0)) == (max_bytes > 0)
 
 
