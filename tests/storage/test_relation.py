@@ -120,6 +120,19 @@ def test_the_rank_is_the_least_that_keeps_the_error(factor_dtype, bound):
     assert best_below > bound * (0.9 if factor_dtype == "int8" else 1)  # int8 may need a rank more
 
 
+def test_an_int8_factor_gives_way_to_a_smaller_float16_one():
+    matrix = low_rank_matrix(np.random.default_rng(3), 100, rank=30, noise=0.1)
+    sections = [
+        RelationSection(encoding="low_rank", max_cosine_error=error, factor_dtype="int8") for error in (1e-2, 1e-6)
+    ]
+    kinds = [encode_relation(matrix, section)[1] for section in sections]
+    assert kinds == [3, 2]
+    loose, tight = (decode(encode_relation(matrix, section), matrix) for section in sections)
+    assert isinstance(tight, RelationFactor)
+    assert isinstance(loose, RelationFactor)
+    assert one_minus_cosine(matrix.values, tight.values) <= 1e-6
+
+
 def test_a_matrix_of_full_rank_is_kept_as_a_triangle():
     matrix = RelationMatrix(np.eye(30, dtype=np.float32) / np.float32(np.sqrt(30)), 2.0)
     section = RelationSection(encoding="low_rank", max_cosine_error=1e-4)
