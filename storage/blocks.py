@@ -164,8 +164,8 @@ def read_header(view: memoryview) -> Header:
     """The header of a block. Errors: CorruptPartError."""
     if len(view) < _HEADER.size:
         raise CorruptPartError(f"a block of {len(view)} bytes is shorter than its header, {_HEADER.size}")
-    version, length_bytes, draw_bytes, zero, num_rows, exact, sampled, tau, step, lowest, *sizes = (
-        _HEADER.unpack_from(view)
+    version, length_bytes, draw_bytes, zero, num_rows, exact, sampled, tau, step, lowest, *sizes = _HEADER.unpack_from(
+        view
     )
     if version != BLOCK_VERSION:
         raise CorruptPartError(f"the block has version {version}, expected {BLOCK_VERSION}")

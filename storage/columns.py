@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.payload_1 import decode_rows
 from storage.config import HiddenSection, RelationSection
 from storage.errors import CorruptPartError
 from storage.hidden import decode_hidden, encode_hidden, relative_errors
 from storage.identity import Identity
+from storage.payload_1 import decode_rows
 from storage.records import ImageRef, Relation, RelationMatrix, SequenceLogprob, TokensRecord
 from storage.relation import cosine_error, decode_relation, encode_relation, stored_norm
 from storage.rows import SparseRows

@@ -84,9 +84,14 @@ class HiddenSection(Section):
 
 
 class CacheSection(Section):
-    """Where the cache lies, and what is stored of each family."""
+    """Where the cache lies, and what is stored of each family.
 
-    path: str = "{run}/cache"
+    A dump over a cache of the same samples adds the families that it lacks. With `append` a dump of other
+    samples adds those as new parts; without it they are refused.
+    """
+
+    path: str = "{run}/cache"  # a local folder, or s3://bucket/prefix
+    append: bool = False
     families: tuple[Family, ...] = ("response", "visual", "relation")  # besides `tokens`, always there
     response: SelectionSection = SelectionSection()
     visual: SelectionSection = SelectionSection()

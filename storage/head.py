@@ -107,7 +107,7 @@ def decode_head(content: bytes | memoryview) -> StoredHead:
     try:
         head = _parsed(json.loads(bytes(view[8 : 8 + length])), view[8 + length :])
         _check(head)
-    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         raise CorruptPartError(f"head: is not as FORMAT.md says: {error}") from error
     return head
 

@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.config import RelationSection
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # that is written
+READABLE_VERSIONS = (1, 2)
+NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
 
 
 class Identity(BaseModel):

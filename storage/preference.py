@@ -6,7 +6,6 @@ a reader of pairs (DPO) joins the two by id.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +51,7 @@ def check_sequence(sequence: SequenceLogprob, record: TokensRecord) -> None:
     if sequence.num_tokens != count:
         raise ValueError(f"{place}: a sequence logprob over {sequence.num_tokens} tokens for {count} response tokens")
     logprob = sequence.logprob
-    if not math.isfinite(logprob) or logprob > LOGPROB_TOLERANCE * count or abs(logprob) > np.finfo(np.float32).max:
+    if not -float(np.finfo(np.float32).max) <= logprob <= LOGPROB_TOLERANCE * count:  # nor may it be NaN
         raise ValueError(f"{place}: its sequence logprob is {logprob}, expected at most 0")
 
 

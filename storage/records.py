@@ -125,7 +125,7 @@ class PooledRelation:
 Relation = RelationMatrix | RelationFactor | PooledRelation  # as a reader gives it; a dump gives RelationMatrix
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class SequenceLogprob:
     """The teacher's log-probability of a sample's whole response."""
 
@@ -161,7 +161,7 @@ class PartRecords:
     response: Sequence[SparseRows] | None = None  # aligned with tokens, a row for each response token
     visual: Mapping[str, SparseRows] | None = None  # by the keys of the samples' images
     relation: Mapping[str, RelationMatrix] | None = None  # likewise
+    errors: Sequence[SampleError] = ()
     hidden: Sequence[NDArray[np.float32]] | None = None  # aligned with tokens, (r, d) for its r response tokens
     sequence: Sequence[SequenceLogprob] | None = None  # aligned with tokens
     images: Mapping[str, bytes] | None = None  # the images' files by their sha256
-    errors: Sequence[SampleError] = ()

@@ -34,16 +34,15 @@ _TRIANGLE_FP16, _TRIANGLE_INT8, _FACTOR_FP16, _FACTOR_INT8, _POOLED_FP16 = range
 def encode_relation(matrix: RelationMatrix, section: RelationSection) -> bytes:
     """The payload of a matrix in the section's encoding. ValueError for a matrix that it cannot hold.
 
-    Its norm is not in it: see stored_norm. A low-rank factor that would be no smaller than the float16
-    triangle, or cannot keep to `max_cosine_error`, is replaced by that triangle.
+    Its norm is not in it: see stored_norm. An int8 factor that would be no smaller than the float16 factor,
+    and a factor that would be no smaller than the float16 triangle, are replaced by those.
     """
     check_relation(matrix)
     if section.encoding == "triangle_int8":
         return _encode_triangle_int8(matrix)
     if section.encoding == "low_rank":
         assert section.max_cosine_error is not None
-        factored = _encode_factor(matrix, section.max_cosine_error, int8=section.factor_dtype == "int8")
-        return _encode_triangle(matrix) if factored is None else factored
+        return _encode_low_rank(matrix, section.max_cosine_error, int8=section.factor_dtype == "int8")
     if section.encoding == "pooled":
         assert section.pool is not None
         return _encode_pooled(matrix, section.pool)
@@ -69,7 +68,7 @@ def decode_relation(payload: bytes | memoryview, *, norm: float, num_visual_toke
     if n != num_visual_tokens:
         raise CorruptPartError(f"relation payload has n = {n} for {num_visual_tokens} visual tokens")
     if not np.isfinite(norm) or norm < 0:
-        raise CorruptPartError(f"the norm of a relation matrix is {norm}, expected a number of at least 0")
+        raise CorruptPartError(f"the norm of a relation matrix is {norm}, not a finite number of at least 0")
     content = view[start:]
     if kind in (_FACTOR_FP16, _FACTOR_INT8):
         factor = _read_factor(content, n, k, int8=kind == _FACTOR_INT8)
@@ -125,7 +124,7 @@ def check_relation(matrix: RelationMatrix) -> None:
         raise ValueError(f"a relation matrix must be float32 and square, got {values.dtype}{values.shape}")
     if not np.isfinite(values).all() or not np.allclose(values, values.T, rtol=1e-3, atol=1e-6):
         raise ValueError("a relation matrix must be finite and symmetric")
-    if not np.isfinite(matrix.norm) or matrix.norm < 0 or matrix.norm > np.finfo(np.float32).max:
+    if not np.isfinite(matrix.norm) or matrix.norm < 0 or matrix.norm > float(np.finfo(np.float32).max):
         raise ValueError(f"the norm of a relation matrix is {matrix.norm}, expected a float32 of at least 0")
     frobenius = float(np.linalg.norm(values.astype(np.float64)))
     if abs(frobenius - (1.0 if matrix.norm > 0 else 0.0)) > NORM_TOLERANCE:
@@ -154,19 +153,32 @@ def _encode_triangle_int8(matrix: RelationMatrix) -> bytes:
     return _with_header(_TRIANGLE_INT8, matrix, content, _error(matrix.values, _read_int8(memoryview(content), n)))
 
 
-def _encode_factor(matrix: RelationMatrix, max_cosine_error: float, *, int8: bool) -> bytes | None:
+def _encode_low_rank(matrix: RelationMatrix, max_cosine_error: float, *, int8: bool) -> bytes:
+    """The smallest of the int8 factor (if wanted), the float16 factor and the float16 triangle."""
+    if matrix.norm == 0:
+        return _with_header(_FACTOR_INT8 if int8 else _FACTOR_FP16, matrix, b"", 0.0)
+    values = matrix.values.astype(np.float64)
+    eigenvalues, vectors = np.linalg.eigh((values + values.T) / 2)
+    eigenvalues, vectors = np.maximum(eigenvalues[::-1], 0), vectors[:, ::-1]
+    largest = np.abs(vectors).argmax(axis=0)
+    vectors = vectors * np.sign(vectors[largest, np.arange(len(values))])  # else a column's sign is LAPACK's choice
+    roots = vectors * np.sqrt(eigenvalues)  # (n, n) the first k columns are the best F of rank k
+    kinds = (True, False) if int8 else (False,)
+    factors = [_encode_factor(matrix, roots, max_cosine_error, int8=kind) for kind in kinds]
+    payloads = [factor for factor in factors if factor is not None]
+    return min(payloads, key=len) if payloads else _encode_triangle(matrix)
+
+
+def _encode_factor(
+    matrix: RelationMatrix, roots: NDArray[np.float64], max_cosine_error: float, *, int8: bool
+) -> bytes | None:
     """F with F F^T within the error, of the least rank that bisection finds; None if the triangle is better.
 
     The best F of a rank has the largest eigenvalues of G: its cosine is the root of the sum of their squares.
     """
     values, n = matrix.values.astype(np.float64), len(matrix.values)
     kind, bytes_per_value = (_FACTOR_INT8, 1) if int8 else (_FACTOR_FP16, 2)
-    if matrix.norm == 0:
-        return _with_header(kind, matrix, b"", 0.0)
-    eigenvalues, vectors = np.linalg.eigh((values + values.T) / 2)
-    eigenvalues, vectors = np.maximum(eigenvalues[::-1], 0), vectors[:, ::-1]
-    largest = np.abs(vectors).argmax(axis=0)
-    vectors = vectors * np.sign(vectors[largest, np.arange(n)])  # else a column's sign is LAPACK's choice
+    eigenvalues = (roots**2).sum(axis=0)
     cosines = np.sqrt(np.cumsum(eigenvalues**2)) / np.linalg.norm(values)
     least = int(np.searchsorted(cosines, 1 - max_cosine_error)) + 1
     most = min(n, (n * (n + 1) - 1) // (bytes_per_value * n + (4 if int8 else 0)))  # smaller than the triangle
@@ -174,7 +186,7 @@ def _encode_factor(matrix: RelationMatrix, max_cosine_error: float, *, int8: boo
         return None
 
     def attempt(rank: int) -> tuple[bytes, float]:
-        factor = vectors[:, :rank] * np.sqrt(eigenvalues[:rank])
+        factor = roots[:, :rank]
         content = _factor_content(factor / math.sqrt(np.linalg.norm(factor.T @ factor)), int8=int8)
         decoded = _read_factor(memoryview(content), n, rank, int8=int8)
         return content, _factor_error(values, decoded)

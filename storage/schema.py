@@ -40,7 +40,11 @@ _ROWS_1 = [
     _field("num_exact", pa.int32()),
     _field("payload", pa.binary()),
 ]
-_RESPONSE = [_field("sample_id", pa.string()), _field("num_rows", pa.int32()), _field("label_logprob", _list(pa.float32()))]
+_RESPONSE = [
+    _field("sample_id", pa.string()),
+    _field("num_rows", pa.int32()),
+    _field("label_logprob", _list(pa.float32())),
+]
 _VISUAL = [_field("image_key", pa.string()), _field("num_rows", pa.int32())]
 
 SCHEMAS: Mapping[str, pa.Schema] = {

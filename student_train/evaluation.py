@@ -21,7 +21,7 @@ from student_train.batch import Batch, collate, collate_prompts, first_answer, p
 from student_train.config import EvaluationSection
 from student_train.documents import write_json
 from student_train.generation import greedy
-from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.losses import bucketed_forward_kl
 from student_train.material import SampleMemory, chosen_samples, open_sealed
 from student_train.models import Checkpoint, check_fit, load_for_inference, read_checkpoint
@@ -66,7 +66,7 @@ def evaluate_model(
     check_fit(checkpoint, cache.identity)
     features = FeatureStore(MEMORY_BYTES)
     student = load_for_inference(checkpoint, vocab_size=cache.identity.vocab_size, features=features)
-    folder = ImageFolder(section.images or images or cache.identity.image_root, checkpoint.image_processor)
+    folder = open_images(cache, section.images or images, checkpoint.image_processor)
     judge = _Judge(
         cache=cache,
         samples=SampleMemory(cache, MEMORY_BYTES),

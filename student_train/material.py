@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from storage.errors import CacheError, ConfigError
+from storage.identity import stored_relation
 from storage.reader import Cache
 from storage.records import SampleRecord
 from student_train.batch import check_grid
@@ -26,12 +27,17 @@ class Material:
     cache: Cache
     table: SampleTable
     checkpoint: Checkpoint
-    images: str  # folder
+    images: str | None  # folder; None: the one that the cache names, or the cache itself
 
     @property
     def centered(self) -> bool:
         """Whether the cache's relation matrices are centered."""
-        return bool(self.cache.identity.selection.get("relation", {}).get("centered", False))
+        return stored_relation(self.cache.identity).centered
+
+    @property
+    def relation_pool(self) -> int | None:
+        """Side of the blocks of the visual grid that the cache's relation matrices are averaged over."""
+        return stored_relation(self.cache.identity).pool
 
 
 def prepare(stage: StageSection, cache_path: str) -> Material:
@@ -50,7 +56,7 @@ def prepare(stage: StageSection, cache_path: str) -> Material:
     if (stage.losses.visual or stage.losses.relation) and table.num_images.any():
         first = int(indices[np.argmax(table.num_images > 0)])
         check_grid(cache.read(first).tokens, checkpoint.grid)
-    return Material(cache, table, checkpoint, stage.images or cache.identity.image_root)
+    return Material(cache, table, checkpoint, stage.images)
 
 
 def open_sealed(path: str, families: tuple[str, ...]) -> Cache:
@@ -109,7 +115,10 @@ class SampleMemory:
         return record
 
     def _kept(self, record: SampleRecord) -> SampleRecord:
-        return SampleRecord(
+        if record.hidden is not None:
+            self._free_bytes -= record.hidden.nbytes
+        return replace(
+            record,
             tokens=self._owned(record.tokens),
             response=None if record.response is None else self._owned(record.response),
             visual={key: self._shared("visual", key, rows) for key, rows in record.visual.items()},

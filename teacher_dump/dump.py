@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from storage.commit import MANIFEST_FILE
 from storage.config import CacheSection, SelectionSection
 from storage.errors import StillhouseError
+from storage.hidden import MAX_FLOAT16
 from storage.identity import Identity
 from storage.reader import Cache
 from storage.records import SampleError
@@ -119,7 +120,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> DumpSettin
 def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
     """Write whatever parts a cache lacks, and seal it. A complete cache is left as it is.
 
-    With no families it writes tokens only, in this process, and starts neither Ray nor a teacher.
+    With no families (but images) it writes tokens, in this process, and starts neither Ray nor a teacher.
     Errors: ConfigError; IdentityError where another cache lies in the place; StillhouseError, among others
     when more samples fail than dump.max_error_fraction allows (the cache then stays unsealed).
     """
@@ -130,7 +131,7 @@ def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
     missing = [part for part in planned.plan.parts if part.number not in committed]
     summary = None
     if missing:
-        (Path(cache.path) / MANIFEST_FILE).unlink(missing_ok=True)  # it would name commits that are gone
+        writer.unseal()
         summary = DumpSummary.of(_write_parts(missing, planned, settings, progress=progress))
         _write_json(Path(cache.path) / SUMMARY_FILE, asdict(summary))
     growing = Cache.open(cache.path, families=())
@@ -149,9 +150,9 @@ def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
 
 def plan_dump(settings: DumpSettings) -> DumpPlan:
     """Samples, parts and identity. Hashes of weights are remembered in the run's folder (fingerprints.json)."""
-    teacher, families = settings.teacher, settings.cache.families
+    teacher, asks_teacher = settings.teacher, _asks_teacher(settings.cache)
     sample_set = read_samples(settings.data.sources)
-    folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=bool(families))
+    folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=asks_teacher)
     memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
     trust = bool(teacher.settings.get("trust_remote_code", False))
     facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust))
@@ -165,9 +166,9 @@ def plan_dump(settings: DumpSettings) -> DumpPlan:
     is_folder = Path(teacher.model).is_dir()
     identity = Identity(
         teacher=str(folder) if is_folder else f"{teacher.model}@{teacher.revision or 'main'}",
-        teacher_fingerprint=fingerprint.weights_fingerprint(folder, memory) if families else fingerprint.NONE,
-        dtype=_dtype(teacher, folder) if families else fingerprint.NONE,
-        engine=fingerprint.engine_version(teacher.backend) if families else fingerprint.NONE,
+        teacher_fingerprint=fingerprint.weights_fingerprint(folder, memory) if asks_teacher else fingerprint.NONE,
+        dtype=_dtype(teacher, folder) if asks_teacher else fingerprint.NONE,
+        engine=fingerprint.engine_version(teacher.backend) if asks_teacher else fingerprint.NONE,
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         vocab_size=facts.vocab_size,
         chat_template_fingerprint=facts.chat_template_fingerprint,
@@ -276,8 +277,20 @@ def _signal_request(settings: DumpSettings) -> SignalRequest:
         response=_row_request(cache.response) if "response" in cache.families else None,
         visual=_row_request(cache.visual) if "visual" in cache.families else None,
         relation_centered=cache.relation.centered if "relation" in cache.families else None,
+        relation_pool=cache.relation.pool if "relation" in cache.families else None,
+        hidden_limit=_hidden_limit(cache) if "hidden" in cache.families else None,
+        images="images" in cache.families,
         rows_per_chunk=settings.dump.rows_per_chunk,
     )
+
+
+def _hidden_limit(cache: CacheSection) -> float:
+    return MAX_FLOAT16 if cache.hidden.encoding == "float16" else math.inf
+
+
+def _asks_teacher(cache: CacheSection) -> bool:
+    """False if tokens and images are all that is wanted."""
+    return any(family != "images" for family in cache.families)
 
 
 def _row_request(section: SelectionSection) -> RowRequest:
@@ -299,9 +312,11 @@ def _selection(cache: CacheSection) -> dict[str, dict[str, Any]]:
     used = {"threshold": {"tau", "seed"}, "topk": {"k"}, "mass": {"mass"}, "sampled": {"draws", "seed"}}
     chosen: dict[str, dict[str, Any]] = {}
     for family in cache.families:
+        if family == "images":  # files are kept as they are
+            continue
         section = getattr(cache, family)
         skipped = fields - used[section.method] if isinstance(section, SelectionSection) else set()
-        chosen[family] = section.model_dump(mode="json", exclude=skipped)
+        chosen[family] = section.model_dump(mode="json", exclude=skipped, exclude_none=True)
     return chosen
 
 

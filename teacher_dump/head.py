@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from storage.errors import StillhouseError
+from storage.head import StoredHead, make_head
 from storage.records import RelationMatrix
 from storage.rows import SparseRows
 from teacher_dump import checkpoint
@@ -111,6 +112,11 @@ class OutputHead:
             raise ValueError("the relation matrix is not finite")
         values = gram / norm if norm > 0 else torch.zeros_like(gram)
         return RelationMatrix(values.cpu().numpy().astype(np.float32), norm)
+
+    def stored(self) -> StoredHead:
+        """The head as a cache keeps it."""
+        bias = None if self.bias is None else self.bias.cpu().numpy()
+        return make_head(self.weight.cpu().numpy(), bias, scale=self.scale, soft_cap=self.soft_cap)
 
     @cached_property
     def _weight_gram(self) -> Tensor:

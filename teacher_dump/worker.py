@@ -65,7 +65,7 @@ class Worker:
     def run(self, part: Part) -> PartOutcome:
         """Score a part and commit it. StillhouseError: the teacher cannot be used."""
         if self._scorer is None:
-            self._scorer = _open_scorer(self._settings)
+            self._scorer = _open_scorer(self._settings, self._writer)
         started = time.time()
         scored = self._scorer.score(part)
         self._writer.write_part(part.number, scored.records)
@@ -94,10 +94,12 @@ def open_preparer(settings: WorkerSettings) -> Preparer:
     )
 
 
-def _open_scorer(settings: WorkerSettings) -> PartScorer:
+def _open_scorer(settings: WorkerSettings, writer: CacheWriter) -> PartScorer:
     preparer = open_preparer(settings)
     teacher = open_teacher(settings) if settings.request.needs_teacher else None
     scorer = PartScorer(preparer, settings.request, teacher)
+    if teacher is not None and settings.request.hidden_limit is not None:
+        writer.put_head(teacher.head.stored())
     if teacher is not None and settings.check_samples:
         check_sight(scorer, teacher.head, settings.check_samples)
     return scorer

@@ -141,7 +141,6 @@ def test_sampled_weights_must_be_whole_draws_and_add_up_to_the_tail():
         encode(exact_only)
 
 
-
 def respelled(block: bytes, **changes: Any) -> bytes:
     names = ("version", "length_bytes", "draw_bytes", "zero", "num_rows", "exact", "sampled", "tau", "step", "lowest")
     fields = list(blocks._HEADER.unpack_from(block))

@@ -12,9 +12,11 @@ import pytest
 
 from storage import commit as layout
 from storage.codec import decode_rows, encode_rows
-from storage.documents import Commit, Manifest, parse_document
+from storage.documents import Commit, Description, Manifest, parse_document
 from storage.errors import CacheError
+from storage.files import LocalFolder
 from storage.reader import Cache
+from storage.segments import read_segments
 from storage.verify import verify
 from storage.writer import CacheWriter
 from tests.storage.synthetic_cache import (
@@ -111,7 +113,7 @@ def test_swapped_files_are_found(folder):
 
 def test_where_there_is_no_cache_that_is_the_problem(tmp_path):
     assert "no cache is here" in verify(tmp_path).problems[0]
-    assert "object storage" in verify("s3://bucket/x").problems[0]
+    assert "cannot be opened" in verify("nowhere://bucket/x").problems[0]
 
 
 def test_an_unsealed_cache_says_how_far_it_is(tmp_path):
@@ -126,16 +128,17 @@ def test_an_unsealed_cache_says_how_far_it_is(tmp_path):
 def reseal(folder, part, family, content):
     """Put other bytes into a part as a forger would, with every hash right."""
     sha256 = hashlib.sha256(content).hexdigest()
-    place = folder / layout.commit_file(part)
+    local = LocalFolder(folder)
+    segment = read_segments(local)[0]
+    place = folder / layout.commit_file(segment, part)
     commit = parse_document(place.read_bytes(), Commit, "commit")
     entry = commit.families[family].model_copy(
         update={"file": layout.part_file(family, part, sha256), "sha256": sha256, "file_bytes": len(content)}
     )
     (folder / entry.file).write_bytes(content)
     place.write_bytes(commit.model_copy(update={"families": {**commit.families, family: entry}}).to_bytes())
-    description, cache_sha256 = layout.read_description(folder)
-    commits = [layout.read_commit(folder, number, description, cache_sha256) for number in range(2)]
-    (folder / layout.MANIFEST_FILE).write_bytes(layout.make_manifest(cache_sha256, commits).to_bytes())
+    commits = layout.read_commits(local, segment, range(2))
+    (folder / segment.manifest_file).write_bytes(layout.make_manifest(segment, commits).to_bytes())
 
 
 def forge(folder, family, change):
@@ -218,7 +221,7 @@ def test_a_commit_that_names_a_file_elsewhere_is_refused(folder, tmp_path):
     outside = tmp_path / "outside.parquet"
     source = next((folder / "tokens").glob("part-00000*"))
     outside.write_bytes(source.read_bytes())
-    place = folder / layout.commit_file(0)
+    place = folder / "commits/part-00000.json"
     commit = parse_document(place.read_bytes(), Commit, "commit")
     for name in ("../outside.parquet", str(outside)):
         entry = commit.families["tokens"].model_copy(update={"file": name})
@@ -229,19 +232,18 @@ def test_a_commit_that_names_a_file_elsewhere_is_refused(folder, tmp_path):
 
 
 def test_manifest_totals_are_compared(folder):
-    place = folder / layout.MANIFEST_FILE
+    place = folder / "manifest.json"
     manifest = parse_document(place.read_bytes(), Manifest, "manifest")
     place.write_bytes(manifest.model_copy(update={"num_samples": 1}).to_bytes())
     assert any("num_samples is 1" in problem for problem in verify(folder).problems)
 
 
 def test_another_format_version_is_named_before_anything_is_parsed(folder):
-    place = folder / layout.CACHE_FILE
-    body = json.loads(place.read_text())
-    assert body["format_version"] == 1
-    description, _ = layout.read_description(folder)
-    place.write_bytes(description.model_copy(update={"format_version": 2}).to_bytes())
-    assert "format version is 2, this Stillhouse reads 1" in verify(folder).problems[0]
+    place = folder / "cache.json"
+    assert json.loads(place.read_text())["format_version"] == 2
+    description = parse_document(place.read_bytes(), Description, "cache.json")
+    place.write_bytes(description.model_copy(update={"format_version": 3}).to_bytes())
+    assert "format version is 3, this Stillhouse reads 1 and 2" in verify(folder).problems[0]
 
 
 def drop_samples(columns):

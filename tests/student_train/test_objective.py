@@ -11,7 +11,7 @@ from torch import Tensor
 from storage.reader import Cache
 from student_train.batch import collate
 from student_train.config import LossesSection, StageSection
-from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import plans
 from student_train.losses import bucketed_forward_kl, cross_entropy, relation_loss
 from student_train.material import Material, prepare
@@ -41,7 +41,7 @@ class Run:
         self.student = Student(
             model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=features
         )
-        folder = ImageFolder(material.images, material.checkpoint.image_processor)
+        folder = open_images(material.cache, None, material.checkpoint.image_processor)
         self.vision = VisionSource(folder, features=features, pixels=FeatureStore(0))
         section = LossesSection.model_validate(losses)
         self.objective = Objective(self.student, section, centered=False, chunk_logits=chunk_logits)
@@ -103,7 +103,7 @@ def test_parts_are_means_over_the_rows_of_the_global_batch(material: Material) -
         for index in table.indices[used]:
             record = material.cache.read(int(index))
             batch = collate([record], grid, run.vision.gather, families=FAMILIES)
-            pixels = ImageFolder(material.images, material.checkpoint.image_processor).pixels(
+            pixels = open_images(material.cache, None, material.checkpoint.image_processor).pixels(
                 record.tokens.images[0], sample_id=""
             )[None]
             states = model.model(input_ids=batch.input_ids, pixel_values=pixels).last_hidden_state[0]
