@@ -161,5 +161,4 @@ def _values(table: pa.Table, name: str, counts: NDArray[np.int64]) -> NDArray[np
     lists = table[name].combine_chunks()
     if not np.array_equal(np.diff(lists.offsets.to_numpy()), counts):
         raise CorruptPartError(f"{name} has other lengths than num_rows says")
-    values = lists.flatten().to_numpy(zero_copy_only=False, writable=True)
-    return values
+    return lists.flatten().to_numpy(zero_copy_only=False, writable=True)

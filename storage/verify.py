@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from storage import commit as layout
@@ -230,8 +231,9 @@ class _PartScan:
         if entry.rows != len(self.records):
             self._problem(f"{entry.rows} {family} rows for {len(self.records)} samples")
             return
+        scan = self._response_row if family == "response" else partial(self._sample_row, family)
         for row, record in enumerate(self.records):
-            self._try(lambda row=row, record=record: self._sample_row(family, row, record), f"{family} row {row}")
+            self._try(partial(scan, row, record), f"{family} row {row}")
 
     def _response_row(self, row: int, record: TokensRecord) -> None:
         sample_id, num_rows = self._distribution("response", row)
@@ -241,8 +243,6 @@ class _PartScan:
             raise ValueError(f"has {num_rows} rows for {record.num_response_tokens} tokens")
 
     def _sample_row(self, family: str, row: int, record: TokensRecord) -> None:
-        if family == "response":
-            return self._response_row(row, record)
         table, at = self.files.row(family, self.part.families[family], row)
         if table["sample_id"][at].as_py() != record.sample_id:
             raise ValueError(f"is not of sample {record.sample_id!r}")

@@ -73,8 +73,8 @@ def select_rows(
 ) -> SparseRows:
     """Each row's stored entries, and its scalars over the full vocabulary, from float32 logits.
 
-    `temperatures` besides 1 get a log-sum-exp. `uniforms` (r,) in [0, 1) decide the draws of `Threshold` and are unused by `TopK`. ValueError: logits
-    that are not finite.
+    `temperatures` besides 1 get a log-sum-exp. `uniforms` (r,) in [0, 1) decide the draws of
+    `Threshold` and `Sampled`. ValueError: logits that are not finite.
     """
     log_sum_exp = torch.logsumexp(logits, dim=-1)  # (r,)
     if not bool(torch.isfinite(log_sum_exp).all()):

@@ -50,7 +50,11 @@ def make_identity(*, num_parts: int = 2, vocab_size: int = VOCAB_SIZE, tau: floa
         "plan_fingerprint": "e" * 8,
         "num_parts": num_parts,
         "image_root": "images",
-        "selection": {"response": selection, "visual": selection, "relation": {"centered": False}},
+        "selection": {
+            "response": {**selection, "rounding_kl": 1e-4},
+            "visual": selection,
+            "relation": {"centered": False},
+        },
     }
     return Identity(**{**fields, **changes})
 
