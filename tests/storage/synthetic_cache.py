@@ -51,7 +51,7 @@ def make_identity(*, num_parts: int = 2, vocab_size: int = VOCAB_SIZE, tau: floa
         "num_parts": num_parts,
         "image_root": "images",
         "selection": {
-            "response": {**selection, "rounding_kl": 1e-4},
+            "response": selection,
             "visual": selection,
             "relation": {"centered": False},
         },

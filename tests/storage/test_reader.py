@@ -160,9 +160,11 @@ def test_memory_for_row_groups_is_bounded(folder):
     for index in order:
         assert response_of(bounded, int(index)).equals(response_of(plain, int(index)))
     assert plain.read(0).tokens.token_ids.flags.writeable  # a copy, which holds no row group
-    assert len(bounded._files._groups) == 1
-    assert len(plain._files._groups) == 3 * 4
-    assert plain._files._held_bytes == sum(table.nbytes for table in plain._files._groups.values())
+    assert len(bounded._files._held) == 1
+    groups = [group for _, group in plain._files._held if group >= 0]
+    assert len(groups) == 3 * 4
+    assert len(plain._files._held) == len(groups) + 3 * 2  # a table of id groups a file of distributions
+    assert plain._files._held_bytes == sum(num_bytes for _, num_bytes in plain._files._held.values())
 
 
 def test_a_removed_commit_of_a_sealed_cache_is_named(tmp_path):

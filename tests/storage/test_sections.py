@@ -120,7 +120,12 @@ def test_overrides_are_yaml_and_reach_everywhere(path):
             ["cache.respnse.k=3"],
             ["cache.respnse: unknown field", "did you mean response", "from the override"],
         ),
-        (["cache.response.xyz=3"], ["cache.response.xyz: unknown field; known are method, tau, k, mass, draws, seed, temperatures, rounding_kl"]),
+        (
+            ["cache.response.xyz=3"],
+            [
+                "cache.response.xyz: unknown field; known are method, tau, k, mass, draws, seed, temperatures, rounding_kl"
+            ],
+        ),
         (["cache.zstd=3"], ["cache.zstd: unknown field; did you mean zstd_level?"]),
         (["cache.response.k=many"], ["cache.response.k: got 'many' (str), expected a valid integer"]),
         (["cache.response.k=0"], ["cache.response.k: got 0 (int), expected greater than or equal to 1"]),

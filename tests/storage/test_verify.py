@@ -254,7 +254,7 @@ def test_another_format_version_is_named_before_anything_is_parsed(folder):
 def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):
     """Rows without their sampled entries: valid by themselves, but not under threshold selection."""
     cache = Cache.open(folder)
-    records = [cache.read(index) for index in range(4)]
+    records = [cache.read(index) for index in range(SAMPLES_PER_PART)]
     bare = []
     for record in records:
         rows = record.response
