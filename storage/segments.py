@@ -10,11 +10,12 @@ import hashlib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from storage.documents import Description, Document, SegmentDescription, parse_document
 from storage.errors import CacheError, CorruptPartError, IdentityError
 from storage.files import Folder
-from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, difference
+from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, difference, stored_relation
 from storage.schema import FAMILIES
 
 CACHE_FILE = "cache.json"
@@ -174,13 +175,20 @@ def disagreement(
         same += _OF_THE_TEACHER
     held = {family for one in segments for family in one.families}
     both = [family for family in families if family in held]
-    theirs = {"selection": {family: cache.selection.get(family) for family in both}}
-    ours = {"selection": {family: identity.selection.get(family) for family in both}}
+    theirs = {"selection": {family: _selection(cache, family) for family in both}}
+    ours = {"selection": {family: _selection(identity, family) for family in both}}
     plan = {name: getattr(identity if plan_of is None else plan_of.identity, name) for name in _OF_A_PLAN}
     return difference(
         cache.model_copy(update={**theirs, **plan}),
         identity.model_copy(update={**ours, **{name: getattr(cache, name) for name in same}}),
     )
+
+
+def _selection(identity: Identity, family: str) -> dict[str, Any] | None:
+    """What an identity says of a family; of relation matrices in full, as version 1 did not name their encoding."""
+    if family == "relation":
+        return stored_relation(identity).model_dump(mode="json", exclude_none=True)
+    return identity.selection.get(family)
 
 
 def _unfinished(
