@@ -23,7 +23,7 @@ from storage.columns import (
 from storage.documents import Commit, Description, FileEntry
 from storage.errors import CacheError, CorruptPartError
 from storage.head import StoredHead, decode_head
-from storage.identity import Identity, stored_relation
+from storage.identity import Identity, stored_hidden, stored_relation
 from storage.part_files import PartFiles
 from storage.preference import PreferencePair, check_sequence, pairs_of
 from storage.records import ImageRef, SampleError, SampleRecord, SequenceLogprob, TokensRecord
@@ -53,6 +53,7 @@ class Cache:
         self._reads = reads
         self._files = part_files
         self._relation_section = stored_relation(description.identity)
+        self._hidden_section = stored_hidden(description.identity)
         self._image_rows: dict[tuple[int, str], dict[str, int]] = {}
         self._read_index()
 
@@ -210,7 +211,7 @@ class Cache:
 
     def _hidden(self, commit: Commit, row: int, tokens: TokensRecord) -> NDArray[np.float32]:
         table, at = self._sample_row("hidden", commit, row, tokens)
-        states = hidden_states(table, at)
+        states = hidden_states(table, at, self._hidden_section)
         if len(states) != tokens.num_response_tokens:
             raise CorruptPartError(f"{len(states)} hidden states for {tokens.num_response_tokens} response tokens")
         return states

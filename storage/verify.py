@@ -22,7 +22,7 @@ from storage.columns import (
 from storage.documents import Commit, Description, Manifest
 from storage.errors import CacheError, CorruptPartError
 from storage.head import decode_head
-from storage.identity import stored_relation, stored_tau
+from storage.identity import stored_hidden, stored_relation, stored_tau
 from storage.part_files import PartFiles
 from storage.preference import check_pairs, check_sequence
 from storage.records import TokensRecord
@@ -234,7 +234,7 @@ class _Part:
         elif family == "sequence":
             check_sequence(sequence_logprob(table, at), record)
         else:
-            states = hidden_states(table, at)
+            states = hidden_states(table, at, stored_hidden(self.identity))
             if states.shape != (record.num_response_tokens, self.head_width or states.shape[1]):
                 expected = (record.num_response_tokens, self.head_width)
                 raise ValueError(f"is {states.shape}, response tokens and head have {expected}")

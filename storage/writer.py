@@ -24,11 +24,10 @@ from storage.columns import (
     sequence_columns,
     tokens_columns,
 )
-from storage.config import HiddenSection
 from storage.documents import Commit, Description, ErrorEntry, FileEntry, HeadEntry, Manifest
 from storage.errors import CacheError, IdentityError
 from storage.head import StoredHead, encode_head
-from storage.identity import FORMAT_VERSION, Identity, difference, stored_relation, stored_tau
+from storage.identity import FORMAT_VERSION, Identity, difference, stored_hidden, stored_relation, stored_tau
 from storage.preference import check_pairs, check_sequence
 from storage.records import PartRecords, TokensRecord
 from storage.schema import FAMILIES, parquet_bytes
@@ -261,7 +260,7 @@ def part_columns(records: PartRecords, description: Description) -> Mapping[str,
             for record, sequence in zip(records.tokens, records.sequence, strict=True)
         ]
     if records.hidden is not None:
-        hidden = HiddenSection.model_validate(identity.selection.get("hidden", {}))
+        hidden = stored_hidden(identity)
         families["hidden"] = [
             {"sample_id": record.sample_id, **hidden_columns(states, hidden)}
             for record, states in zip(records.tokens, records.hidden, strict=True)
