@@ -26,7 +26,7 @@ from storage.documents import Commit, ErrorSummary, FileEntry
 from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder, open_folder
 from storage.head import StoredHead
-from storage.identity import Identity, stored_relation
+from storage.identity import Identity, stored_hidden, stored_relation
 from storage.part_files import PartFiles
 from storage.preference import PreferencePair, check_sequence, pairs_of
 from storage.records import ImageRef, SampleError, SampleRecord, SequenceLogprob, TokensRecord
@@ -68,6 +68,7 @@ class Cache:
         self._reads = reads
         self._files = part_files
         self._relation_section = stored_relation(self.identity)
+        self._hidden_section = stored_hidden(self.identity)
         self._image_rows: dict[tuple[int, str], dict[str, int]] = {}
         self._read_index()
 
@@ -219,7 +220,7 @@ class Cache:
 
     def _hidden(self, part: Part, row: int, tokens: TokensRecord) -> NDArray[np.float32]:
         table, at = self._sample_row("hidden", part, row, tokens)
-        states = hidden_states(table, at)
+        states = hidden_states(table, at, self._hidden_section)
         if len(states) != tokens.num_response_tokens:
             raise CorruptPartError(f"{len(states)} hidden states for {tokens.num_response_tokens} response tokens")
         return states

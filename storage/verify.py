@@ -21,7 +21,7 @@ from storage.columns import (
 from storage.documents import Commit, Manifest
 from storage.errors import CacheError
 from storage.files import Folder, open_folder
-from storage.identity import stored_relation, stored_tau
+from storage.identity import stored_hidden, stored_relation, stored_tau
 from storage.part_files import PartFiles
 from storage.preference import check_pairs, check_sequence
 from storage.reader import Part, join_parts
@@ -242,7 +242,7 @@ class _PartScan:
         elif family == "sequence":
             check_sequence(sequence_logprob(table, at), record)
         else:
-            states = hidden_states(table, at)
+            states = hidden_states(table, at, stored_hidden(self.identity))
             if states.shape != (record.num_response_tokens, self.head_width or states.shape[1]):
                 expected = (record.num_response_tokens, self.head_width)
                 raise ValueError(f"is {states.shape}, response tokens and head have {expected}")

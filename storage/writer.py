@@ -24,12 +24,11 @@ from storage.columns import (
     sequence_columns,
     tokens_columns,
 )
-from storage.config import HiddenSection
 from storage.documents import Commit, ErrorEntry, FileEntry, HeadEntry, Manifest
 from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder, open_folder
 from storage.head import StoredHead, encode_head
-from storage.identity import Identity, stored_relation, stored_tau
+from storage.identity import Identity, stored_hidden, stored_relation, stored_tau
 from storage.part_files import PartFiles
 from storage.preference import check_pairs, check_sequence
 from storage.records import PartRecords, TokensRecord
@@ -414,7 +413,7 @@ def part_columns(records: PartRecords, description: Described) -> Mapping[str, S
             for record, sequence in zip(records.tokens, records.sequence, strict=True)
         ]
     if records.hidden is not None:
-        hidden = HiddenSection.model_validate(identity.selection.get("hidden", {}))
+        hidden = stored_hidden(identity)
         families["hidden"] = [
             {"sample_id": record.sample_id, **hidden_columns(states, hidden)}
             for record, states in zip(records.tokens, records.hidden, strict=True)
