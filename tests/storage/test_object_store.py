@@ -21,6 +21,7 @@ from storage.reader import Cache
 from storage.records import PartRecords, TokensRecord
 from storage.verify import verify
 from storage.writer import CacheWriter
+from tests.storage.family_cache import image_file, make_output_head, write_family_cache
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
 
 pytest.importorskip("s3fs")
@@ -114,6 +115,32 @@ def test_a_dump_is_resumed_sealed_and_extended(url):
     cache = Cache.open(url)
     assert cache.families == ("tokens", *FAMILIES)
     assert cache.num_samples == 3 * SAMPLES_PER_PART
+
+
+def test_hidden_states_head_and_images_in_a_bucket_are_those_in_a_folder(url, trouble, tmp_path):
+    writer = write_family_cache(url)
+    write_family_cache(tmp_path)
+    assert objects(url) == files_of(tmp_path)
+    report = verify(url)
+    assert report.problems == report.notes == []
+    trouble.calm()
+    writer.put_head(make_output_head())
+    assert trouble.requests["PUT"] == 0  # the head is there
+    cache = Cache.open(url)
+    trouble.calm()
+    index = cache.index_of("1-shared")
+    sha256 = cache.read(index).tokens.images[0].sha256
+    assert cache.image_bytes(index, sha256) == image_file(1, 0)
+    read = trouble.requests["GET"]
+    np.testing.assert_array_equal(cache.head().weight, make_output_head().weight)
+    assert trouble.requests["GET"] == read + 1
+    folder = open_folder(url)
+    folder.write(folder.names("head")[0], b"other")
+    with pytest.raises(CorruptPartError, match=rf"{url}/head/head\..*: has 5 bytes"):
+        cache.head()
+    assert any("has 5 bytes" in problem for problem in verify(url).problems)
+    writer.put_head(make_output_head())
+    assert verify(url).problems == []
 
 
 def test_rows_are_read_by_ranges(url, trouble):
