@@ -15,9 +15,8 @@ from storage import files
 from storage.documents import Commit, CommitEntry, FileEntry, Manifest, parse_document
 from storage.errors import CorruptPartError
 from storage.files import Folder
-from storage.segments import SEGMENTS_FOLDER, Segment
+from storage.segments import COMMITS_FOLDER, SEGMENTS_FOLDER, Segment
 
-COMMITS_FOLDER = "commits"
 NUM_CONNECTIONS = 16  # requests at once where each is a round trip
 
 _COMMIT_NAME = re.compile(r"part-(\d{5,8})\.json")
@@ -30,19 +29,14 @@ def part_file(family: str, part: int, sha256: str) -> str:
     return f"{family}/part-{part:05d}.{sha256[:12]}.parquet"
 
 
-def commits_folder(segment: Segment) -> str:
-    """The folder of a segment's commits, relative to the cache."""
-    return COMMITS_FOLDER if segment.number == 0 else f"{COMMITS_FOLDER}/{segment.number:04d}"
-
-
 def commit_file(segment: Segment, part: int) -> str:
     """The name of a part's commit, relative to the cache."""
-    return f"{commits_folder(segment)}/part-{part:05d}.json"
+    return f"{segment.commits_folder}/part-{part:05d}.json"
 
 
 def commit_numbers(folder: Folder, segment: Segment) -> list[int]:
     """The parts that have a commit file, in order. Nothing is read."""
-    matches = [_COMMIT_NAME.fullmatch(_last(name)) for name in folder.names(commits_folder(segment))]
+    matches = [_COMMIT_NAME.fullmatch(_last(name)) for name in folder.names(segment.commits_folder)]
     return sorted(int(match[1]) for match in matches if match)
 
 
@@ -138,7 +132,7 @@ def remove_orphans(folder: Folder, segment: Segment, commits: Sequence[Commit]) 
     named = {entry.file for commit in commits for entry in commit.families.values()}
     parts = {commit.part for commit in commits}
     orphans = []
-    for sub in (commits_folder(segment), *segment.stored_families):
+    for sub in (segment.commits_folder, *segment.stored_families):
         for name in folder.names(sub):
             match = _PART_NAME.fullmatch(_last(name))
             beaten = match is not None and int(match[1]) in parts and name not in named

@@ -97,6 +97,10 @@ class Cache:
         return cls(folder, segments, parts, held, reads, part_files, sealed=needed <= sealed)
 
     @property
+    def num_parts(self) -> int:
+        return len(self._parts)
+
+    @property
     def num_samples(self) -> int:
         return len(self.sample_ids)
 
@@ -146,7 +150,7 @@ class Cache:
                 family: row_bytes[family] / count for family, count in num_rows.items() if count
             },
             "num_errors": sum(len(commit.errors) for commit in commits),
-            "num_parts": len(self._parts),
+            "num_parts": self.num_parts,
             "sealed": self.sealed,
         }
 
