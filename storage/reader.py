@@ -110,6 +110,10 @@ class Cache:
         return cls(folder, segments, parts, held, reads, part_files, sealed=needed <= sealed)
 
     @property
+    def num_parts(self) -> int:
+        return len(self._parts)
+
+    @property
     def num_samples(self) -> int:
         return len(self.sample_ids)
 
@@ -191,7 +195,7 @@ class Cache:
             },
             "errors_by_family": {family: each.model_dump() for family, each in coding_errors(commits).items()},
             "num_errors": sum(len(commit.errors) for commit in commits),
-            "num_parts": len(self._parts),
+            "num_parts": self.num_parts,
             "sealed": self.sealed,
         }
 
