@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage import commit as layout
-from storage.documents import Commit, Manifest, parse_document
+from storage.documents import Commit, ErrorSummary, Manifest, parse_document
 from storage.errors import CacheError, CorruptPartError
 from storage.files import LocalFolder
 from storage.hidden import encode_hidden
@@ -474,6 +474,22 @@ def test_a_head_of_other_content_under_a_right_hash_is_found(folder):
     place.unlink()
     reseal(folder, parts=(0, 1), head=commit.head)
     assert any("cannot be read" in problem for problem in verify(folder).problems)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e6])
+def test_forged_errors_of_a_commit_are_found(folder, value):
+    forged = ErrorSummary(measure="x", count=2**61, mean=value, p99=value, max=value)
+    reseal(folder, errors_by_family={"relation": forged, "nothing": forged})
+    assert any("its encodings' errors are" in problem for problem in verify(folder).problems)
+
+
+def test_commits_that_cannot_be_added_up_are_found(folder):
+    huge = ErrorSummary(measure="x", count=2**62, mean=1.0, p99=1.0, max=1.0)
+    for part in range(2):
+        place = commit_place(folder, part)
+        commit = parse_document(place.read_bytes(), Commit, "commit")
+        place.write_bytes(commit.model_copy(update={"errors_by_family": {"relation": huge}}).to_bytes())
+    assert any("cannot be added up" in problem for problem in verify(folder).problems)
 
 
 def test_manifest_errors_are_compared(folder):
