@@ -55,10 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     verb("check", _check, "validate configuration, data and prompts before anything costs money")
     verb("dump", _dump, "run the teacher once and write the cache")
     sub = verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
-    sub.add_argument("cache", type=Path)
+    sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
     sub.add_argument("--json", action="store_true", help="print the findings as one JSON object")
     sub = verb("inspect", _inspect, "what is in a cache", file=False)
-    sub.add_argument("cache", type=Path)
+    sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
     sub = verb("train", _train, "train one stage under torchrun")
     sub.add_argument("--stage", required=True)
     sub = verb("evaluate", _evaluate, "accuracy of a model, and its fidelity to the cached teacher")
@@ -96,6 +96,13 @@ def _need_folder(path: Path, name: str) -> None:
         raise ConfigError(f"{name} {path} is not a folder")
 
 
+def _need_cache(path: str) -> None:
+    from storage.files import is_url
+
+    if not is_url(path):
+        _need_folder(Path(path), "CACHE")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from pipeline.config import read_experiment
     from pipeline.run import run
@@ -123,7 +130,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from pipeline.run import scan
 
-    _need_folder(arguments.cache, "CACHE")
+    _need_cache(arguments.cache)
     report = scan(arguments.cache)
     if arguments.json:
         print(json.dumps(asdict(report)))
@@ -136,7 +143,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from pipeline.summary import describe_cache
 
-    _need_folder(arguments.cache, "CACHE")
+    _need_cache(arguments.cache)
     print(describe_cache(arguments.cache))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.page import format_bytes, percent
 from storage.reader import Cache
+from storage.segments import Segment
 
 
 def print_summary(folder: Path) -> None:
@@ -29,15 +30,22 @@ def print_summary(folder: Path) -> None:
     print(f"\n{_columns([header, *rows])}\n\n{report['verdict']}\n{folder / 'report.html'}")
 
 
-def describe_cache(path: Path) -> str:
+def describe_cache(path: str) -> str:
     """A cache's identity, families and sizes as text."""
     cache = Cache.open(path, families=())
     statistics = cache.statistics()
     sizes = [(name, format_bytes(size)) for name, size in statistics["bytes_by_family"].items()]
     rows = [(f"{name} rows", f"{number:,}") for name, number in statistics["num_rows"].items()]
     identity = [(name, str(value)) for name, value in cache.identity.model_dump().items()]
+    segments = [(f"segment {segment.number}", _describe_segment(segment)) for segment in cache.segments]
     counts = [("samples", f"{statistics['num_samples']:,}"), ("errors", f"{statistics['num_errors']:,}")]
-    return _columns([*identity, *counts, *rows, *sizes, ("total", format_bytes(statistics["bytes"]))])
+    return _columns([*identity, *segments, *counts, *rows, *sizes, ("total", format_bytes(statistics["bytes"]))])
+
+
+def _describe_segment(segment: Segment) -> str:
+    stored, parts = ", ".join(segment.stored_families), segment.parts
+    added = "" if segment.adds_to is None else f", added to segment {segment.adds_to}"
+    return f"{stored} of parts {parts.start} to {parts.stop - 1}{added}"
 
 
 def describe_evaluation(path: Path) -> str:

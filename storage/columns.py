@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from storage.config import HiddenSection, RelationSection
 from storage.errors import CorruptPartError
-from storage.hidden import decode_hidden, encode_hidden, relative_errors
+from storage.hidden import decode_hidden, encode_hidden, encoding_of, relative_errors
 from storage.identity import Identity
 from storage.payload_1 import decode_rows
 from storage.records import ImageRef, Relation, RelationMatrix, SequenceLogprob, TokensRecord
@@ -115,9 +115,11 @@ def hidden_columns(states: NDArray[np.float32], section: HiddenSection) -> Colum
     return {"num_rows": len(states), "width": states.shape[1], "relative_error": errors, "payload": payload}
 
 
-def hidden_states(table: pa.Table, row: int) -> NDArray[np.float32]:
-    """(r, d) the states of a hidden row. CorruptPartError unless columns and payload agree."""
+def hidden_states(table: pa.Table, row: int, section: HiddenSection) -> NDArray[np.float32]:
+    """(r, d) the states of a hidden row. CorruptPartError unless columns, payload and section agree."""
     states = decode_hidden(_payload(table, row))
+    if encoding_of(_payload(table, row)) != section.encoding:
+        raise CorruptPartError(f"hidden payload is not in the cache's encoding, {section.encoding}")
     stated = (table["num_rows"][row].as_py(), table["width"][row].as_py())
     errors = _numbers(table, "relative_error", row)
     if states.shape != stated or len(errors) != len(states) or not (np.isfinite(errors) & (errors >= 0)).all():

@@ -17,9 +17,8 @@ from storage.documents import Commit, CommitEntry, FileEntry, HeadEntry, Manifes
 from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder
 from storage.head import StoredHead, decode_head
-from storage.segments import SEGMENTS_FOLDER, Segment
+from storage.segments import COMMITS_FOLDER, SEGMENTS_FOLDER, Segment
 
-COMMITS_FOLDER = "commits"
 HEAD_FOLDER = "head"
 NUM_CONNECTIONS = 16  # requests at once where each is a round trip
 
@@ -39,19 +38,14 @@ def head_file(sha256: str) -> str:
     return f"{HEAD_FOLDER}/head.{sha256[:12]}.safetensors"
 
 
-def commits_folder(segment: Segment) -> str:
-    """The folder of a segment's commits, relative to the cache."""
-    return COMMITS_FOLDER if segment.number == 0 else f"{COMMITS_FOLDER}/{segment.number:04d}"
-
-
 def commit_file(segment: Segment, part: int) -> str:
     """The name of a part's commit, relative to the cache."""
-    return f"{commits_folder(segment)}/part-{part:05d}.json"
+    return f"{segment.commits_folder}/part-{part:05d}.json"
 
 
 def commit_numbers(folder: Folder, segment: Segment) -> list[int]:
     """The parts that have a commit file, in order. Nothing is read."""
-    matches = [_COMMIT_NAME.fullmatch(_last(name)) for name in folder.names(commits_folder(segment))]
+    matches = [_COMMIT_NAME.fullmatch(_last(name)) for name in folder.names(segment.commits_folder)]
     return sorted(int(match[1]) for match in matches if match)
 
 
@@ -194,7 +188,7 @@ def remove_orphans(folder: Folder, segment: Segment, commits: Sequence[Commit]) 
     named = {entry.file for commit in commits for entry in commit.families.values()}
     parts = {commit.part for commit in commits}
     orphans = []
-    for sub in (commits_folder(segment), *segment.stored_families):
+    for sub in (segment.commits_folder, *segment.stored_families):
         for name in folder.names(sub):
             match = _PART_NAME.fullmatch(_last(name))
             beaten = match is not None and int(match[1]) in parts and name not in named

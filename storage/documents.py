@@ -18,6 +18,7 @@ from storage.identity import READABLE_VERSIONS, Identity
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**62)]
+ErrorValue = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]  # bounded, so that sums over parts are too
 
 
 class Entry(BaseModel):
@@ -64,9 +65,9 @@ class ErrorSummary(Entry):
 
     measure: str  # see coding_errors.MEASURES
     count: Annotated[int, Field(ge=1, le=2**62)]
-    mean: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    p99: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # in the manifest: the largest of the parts' p99
-    max: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    mean: ErrorValue
+    p99: ErrorValue  # in the manifest: the largest of the parts' p99
+    max: ErrorValue
 
 
 class Description(Document):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.config import RelationSection
+from storage.config import HiddenSection, RelationSection
 
 FORMAT_VERSION = 2  # that is written
 READABLE_VERSIONS = (1, 2)
@@ -68,6 +68,11 @@ def _differing_leaves(name: str, cache: Any, run: Any) -> list[str]:
 def stored_relation(identity: Identity) -> RelationSection:
     """How a cache's relation matrices are encoded."""
     return RelationSection.model_validate(identity.selection.get("relation", {}))
+
+
+def stored_hidden(identity: Identity) -> HiddenSection:
+    """How a cache's hidden states are encoded."""
+    return HiddenSection.model_validate(identity.selection.get("hidden", {}))
 
 
 def stored_tau(identity: Identity, family: str) -> float:

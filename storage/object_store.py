@@ -131,7 +131,7 @@ class ObjectFolder:
             try:
                 store, path = fsspec.url_to_fs(place.rstrip("/"), **_options(self.url))
                 return request(store, path)
-            except (FileNotFoundError, FileExistsError):
+            except (FileNotFoundError, FileExistsError, TypeError, AttributeError):
                 raise
             except Exception as error:  # each driver has its own kinds
                 if _status(error) == 412:  # the object of a conditional PUT exists
@@ -183,7 +183,9 @@ def _options(url: str) -> dict[str, Any]:
 
 def _listed(store: Any, path: str, *, deep: bool) -> list[str]:
     """Names of the objects below a path, relative to it."""
-    found = store.find(path) if deep else [item["name"] for item in store.ls(path) if item["type"] == "file"]
+    found = (
+        store.find(path) if deep else [item["name"] for item in store.ls(path, detail=True) if item["type"] == "file"]
+    )
     return [name[len(path) :].lstrip("/") for name in found if name.startswith(path.rstrip("/") + "/")]
 
 

@@ -14,9 +14,8 @@ from storage.columns import (
     sequence_columns,
     tokens_columns,
 )
-from storage.config import HiddenSection
 from storage.distributions import RowFormat, encode_groups
-from storage.identity import Identity, stored_relation
+from storage.identity import Identity, stored_hidden, stored_relation
 from storage.records import PartRecords
 from storage.rows import SparseRows
 from storage.schema import row_groups
@@ -75,7 +74,7 @@ def _sequence(records: PartRecords, _: Identity) -> FamilyRows:
 
 def _hidden(records: PartRecords, identity: Identity) -> FamilyRows:
     assert records.hidden is not None
-    section = HiddenSection.model_validate(identity.selection.get("hidden", {}))
+    section = stored_hidden(identity)
     pairs = zip(_samples(records), records.hidden, strict=True)
     return _plain("hidden", [{**sample, **hidden_columns(states, section)} for sample, states in pairs])
 

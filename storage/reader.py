@@ -26,7 +26,7 @@ from storage.documents import Commit, ErrorSummary, FileEntry
 from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder, open_folder
 from storage.head import StoredHead
-from storage.identity import Identity, stored_relation
+from storage.identity import Identity, stored_hidden, stored_relation
 from storage.part_files import PartFiles
 from storage.preference import PreferencePair, check_sequence, pairs_of
 from storage.records import ImageRef, SampleError, SampleRecord, SequenceLogprob, TokensRecord
@@ -69,6 +69,7 @@ class Cache:
         self._files = part_files
         self._relation_section = stored_relation(self.identity)
         self._row_formats = {family: RowFormat.of(self.identity, family) for family in ("response", "visual")}
+        self._hidden_section = stored_hidden(self.identity)
         self._image_rows: dict[tuple[int, str], dict[str, int]] = {}
         self._read_index()
 
@@ -108,6 +109,10 @@ class Cache:
         checksums = not folder.is_remote if checksums is None else checksums
         part_files = PartFiles(folder, max_bytes=max_bytes, checksums=checksums)
         return cls(folder, segments, parts, held, reads, part_files, sealed=needed <= sealed)
+
+    @property
+    def num_parts(self) -> int:
+        return len(self._parts)
 
     @property
     def num_samples(self) -> int:
@@ -191,7 +196,7 @@ class Cache:
             },
             "errors_by_family": {family: each.model_dump() for family, each in coding_errors(commits).items()},
             "num_errors": sum(len(commit.errors) for commit in commits),
-            "num_parts": len(self._parts),
+            "num_parts": self.num_parts,
             "sealed": self.sealed,
         }
 
@@ -219,7 +224,7 @@ class Cache:
 
     def _hidden(self, part: Part, row: int, tokens: TokensRecord) -> NDArray[np.float32]:
         table, at = self._sample_row("hidden", part, row, tokens)
-        states = hidden_states(table, at)
+        states = hidden_states(table, at, self._hidden_section)
         if len(states) != tokens.num_response_tokens:
             raise CorruptPartError(f"{len(states)} hidden states for {tokens.num_response_tokens} response tokens")
         return states

@@ -10,18 +10,21 @@ import hashlib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from storage.documents import Description, Document, SegmentDescription, parse_document
 from storage.errors import CacheError, CorruptPartError, IdentityError
 from storage.files import Folder
-from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, difference
+from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, difference, stored_relation
 from storage.schema import FAMILIES
 
 CACHE_FILE = "cache.json"
 SEGMENTS_FOLDER = "segments"
+COMMITS_FOLDER = "commits"
 MAX_SEGMENTS = 9999
 
 _SEGMENT_NAME = re.compile(rf"{SEGMENTS_FOLDER}/(\d{{4}})\.json")
+_COMMIT_NAME = re.compile(r"/part-\d{5,8}\.json$")
 # What a teacher's dump says of its teacher; a segment of tokens only says nothing.
 _OF_THE_TEACHER = ("teacher", "teacher_fingerprint", "dtype")
 # Of each segment by itself. `engine`: months later another version runs, and within a segment there is one.
@@ -62,6 +65,11 @@ class Segment:
     def file(self) -> str:
         """Its document, relative to the cache."""
         return segment_file(self.number)
+
+    @property
+    def commits_folder(self) -> str:
+        """The folder of its commits, relative to the cache."""
+        return COMMITS_FOLDER if self.number == 0 else f"{COMMITS_FOLDER}/{self.number:04d}"
 
     @property
     def manifest_file(self) -> str:
@@ -105,10 +113,13 @@ def has_cache(folder: Folder) -> bool:
     return CACHE_FILE in folder.names()
 
 
-def sealed_numbers(folder: Folder, segments: Sequence[Segment]) -> set[int]:
-    """The segments that have a manifest, which nothing is read of."""
-    names = set(folder.names())
-    return {segment.number for segment in segments if segment.manifest_file in names}
+def is_complete(folder: Folder, segment: Segment) -> bool:
+    """Whether a segment has a manifest and as many commits as parts. Nothing is read of them."""
+    return segment.manifest_file in folder.names() and _num_commits(folder, segment) >= segment.num_parts
+
+
+def _num_commits(folder: Folder, segment: Segment) -> int:
+    return sum(_COMMIT_NAME.search(name) is not None for name in folder.names(segment.commits_folder))
 
 
 def additions(segments: Sequence[Segment], base: Segment) -> list[Segment]:
@@ -133,7 +144,7 @@ def find_segment(
 ) -> tuple[Segment | NewSegment, list[Segment]]:
     """The segment that a dump goes on with or has to begin, and all that are there.
 
-    In this order: one of this plan that is not sealed; the families that this plan's samples lack; with
+    In this order: one of this plan that is not complete; the families that this plan's samples lack; with
     `append`, new parts for a plan that is not there; else the complete segment 0 of this plan, for which
     nothing is left to do. Errors: IdentityError naming each field that differs; CacheError.
     """
@@ -174,8 +185,8 @@ def disagreement(
         same += _OF_THE_TEACHER
     held = {family for one in segments for family in one.families}
     both = [family for family in families if family in held]
-    theirs = {"selection": {family: cache.selection.get(family) for family in both}}
-    ours = {"selection": {family: identity.selection.get(family) for family in both}}
+    theirs = {"selection": {family: _selection(cache, family) for family in both}}
+    ours = {"selection": {family: _selection(identity, family) for family in both}}
     plan = {name: getattr(identity if plan_of is None else plan_of.identity, name) for name in _OF_A_PLAN}
     return difference(
         cache.model_copy(update={**theirs, **plan}),
@@ -183,13 +194,19 @@ def disagreement(
     )
 
 
+def _selection(identity: Identity, family: str) -> dict[str, Any] | None:
+    """What an identity says of a family; of relation matrices in full, as version 1 did not name their encoding."""
+    if family == "relation":
+        return stored_relation(identity).model_dump(mode="json", exclude_none=True)
+    return identity.selection.get(family)
+
+
 def _unfinished(
     folder: Folder, segments: Sequence[Segment], base: Segment, wanted: Sequence[str], identity: Identity
 ) -> Segment | None:
-    """The first segment of this plan that has no manifest and whose families are wanted."""
-    sealed = sealed_numbers(folder, segments)
+    """The first segment of this plan that is not complete and whose families are wanted."""
     for segment in (base, *additions(segments, base)):
-        if segment.number in sealed or not (segment.has_tokens or set(segment.families) & set(wanted)):
+        if not (segment.has_tokens or set(segment.families) & set(wanted)) or is_complete(folder, segment):
             continue
         lines = []
         if not set(segment.families) <= set(wanted):

@@ -22,7 +22,7 @@ from storage.identity import Identity
 from storage.part_files import PartFiles
 from storage.part_rows import FamilyRows, part_rows
 from storage.preference import check_pairs, check_sequence
-from storage.records import PartRecords, TokensRecord
+from storage.records import PartRecords, SampleError, TokensRecord
 from storage.schema import FAMILIES, parquet_bytes
 from storage.segments import NewSegment, Segment, find_segment, read_segments, tokens_segments
 
@@ -92,7 +92,7 @@ class CacheWriter:
     @classmethod
     def _of(cls, folder: Folder, segments: Sequence[Segment], number: int, zstd_level: int) -> CacheWriter:
         segment = segments[number]
-        folder.make([*segment.stored_families, layout.commits_folder(segment)])
+        folder.make([*segment.stored_families, segment.commits_folder])
         return cls(folder, segments, number, zstd_level)
 
     @property
@@ -102,6 +102,12 @@ class CacheWriter:
     def committed_parts(self) -> set[int]:
         """Parts that need no more work. CorruptPartError if a file of one is gone or has another size."""
         return {commit.part - self.segment.first_part for commit, _ in self._commits()}
+
+    def contents(self) -> tuple[int, list[SampleError]]:
+        """How many samples the committed parts hold, and the errors beside them."""
+        commits = [commit for commit, _ in self._commits()]
+        errors = [SampleError(error.sample_id, error.reason) for commit in commits for error in commit.errors]
+        return sum(commit.num_samples for commit in commits), errors
 
     def refuse_known(self, sample_ids: Collection[str]) -> None:
         """CacheError, by name, for samples that another segment holds already, as records or as errors."""

@@ -33,9 +33,10 @@ class WorkerSettings:
     facts: ProcessorFacts
     image_root: Path
     request: SignalRequest
-    cache: Path
+    cache: str  # folder or URL
     identity: Identity
     families: tuple[str, ...]
+    append: bool
     zstd_level: int
     check_samples: tuple[Sample, ...]  # for the blind check; none: no check
 
@@ -58,7 +59,11 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._writer = CacheWriter.open(
-            settings.cache, settings.identity, settings.families, zstd_level=settings.zstd_level
+            settings.cache,
+            settings.identity,
+            settings.families,
+            append=settings.append,
+            zstd_level=settings.zstd_level,
         )
         self._scorer: PartScorer | None = None
 

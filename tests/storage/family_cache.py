@@ -78,7 +78,7 @@ def make_family_part(part: int) -> PartRecords:
     )
 
 
-def write_family_cache(folder: Path, *, num_parts: int = 2, **selection: Any) -> CacheWriter:
+def write_family_cache(folder: str | Path, *, num_parts: int = 2, **selection: Any) -> CacheWriter:
     """A whole, sealed cache."""
     writer = CacheWriter.open(folder, make_family_identity(num_parts=num_parts, **selection), FAMILIES)
     writer.put_head(make_output_head())

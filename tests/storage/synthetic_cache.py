@@ -164,7 +164,7 @@ def make_part(
 
 
 def write_cache(
-    folder: Path,
+    folder: str | Path,
     *,
     num_parts: int = 2,
     noise: int = 0,
@@ -184,14 +184,14 @@ def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0), *arrays]).astype(dtype)
 
 
-def _die_at(event_number: int, folder: Path) -> None:
+def _die_at(event_number: int, folder: str) -> None:
     """Kill this process, as the kernel would, before its n-th file operation inside the folder."""
     counter = itertools.count(1)
 
     def watch(event: str, arguments: tuple) -> None:
         if event not in ("open", "os.rename", "os.link", "os.remove"):
             return
-        if str(folder) in str(arguments[0]) and next(counter) == event_number:
+        if folder in str(arguments[0]) and next(counter) == event_number:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
@@ -199,7 +199,7 @@ def _die_at(event_number: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder")
     parser.add_argument("--parts", type=int, required=True)
     parser.add_argument("--noise", type=int, default=0)
     parser.add_argument("--die-at", type=int, default=0)

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage import commit as layout
-from storage.documents import Commit, Manifest, parse_document
+from storage.documents import Commit, ErrorSummary, Manifest, parse_document
 from storage.errors import CacheError, CorruptPartError
 from storage.files import LocalFolder
+from storage.hidden import encode_hidden
 from storage.reader import Cache
 from storage.records import RelationFactor, SequenceLogprob
 from storage.segments import read_segments
@@ -348,9 +349,9 @@ def reseal(folder, *, parts=(0,), **changes):
     (folder / MANIFEST_FILE).write_bytes(layout.make_manifest(segment, commits).to_bytes())
 
 
-def forge(folder, family, change):
-    """Change columns of the first part's file, and make every hash right again."""
-    commit = parse_document(commit_place(folder).read_bytes(), Commit, "commit")
+def forge(folder, family, change, *, part=0):
+    """Change columns of a part's file, and make every hash right again."""
+    commit = parse_document(commit_place(folder, part).read_bytes(), Commit, "commit")
     path = folder / commit.families[family].file
     table = pq.read_table(path)
     columns = change({name: table[name].to_pylist() for name in table.column_names})
@@ -361,12 +362,12 @@ def forge(folder, family, change):
     sha256 = hashlib.sha256(content).hexdigest()
     entry = commit.families[family].model_copy(
         update={
-            "file": layout.part_file(family, 0, sha256), "sha256": sha256, "file_bytes": len(content),
+            "file": layout.part_file(family, part, sha256), "sha256": sha256, "file_bytes": len(content),
             "rows": len(columns[table.column_names[0]]),
         }
     )  # fmt: skip
     (folder / entry.file).write_bytes(content)
-    reseal(folder, families={**commit.families, family: entry})
+    reseal(folder, parts=(part,), families={**commit.families, family: entry})
 
 
 def set_value(name, row, value):
@@ -397,6 +398,7 @@ def first_rows(count):
         ("hidden", set_value("relative_error", 0, [0.0]), "and 1 errors"),
         ("hidden", set_value("relative_error", 0, [0.0, float("nan")]), "hidden row 0"),
         ("hidden", set_value("relative_error", 0, [0.5, 0.5]), "its encodings' errors are"),
+        ("hidden", set_value("payload", 0, encode_hidden(np.ones((2, 12), np.float32), "int8")), "encoding, float16"),
         ("images", set_value("payload", 0, b"other"), "has 5 bytes of the sha256"),
         ("images", set_value("num_bytes", 0, 5), "has 300 bytes of the sha256"),
         ("images", set_value("sha256", 0, "0" * 64), "is of no sample"),
@@ -422,6 +424,28 @@ def test_relation_payloads_of_another_encoding_are_found(tmp_path):
     cache = Cache.open(tmp_path / "b")
     with pytest.raises(CorruptPartError, match="the cache's encoding is 'triangle_fp16'"):
         cache.read(cache.index_of("0-shared"))
+
+
+def test_caches_from_before_these_families_stay_readable(tmp_path):
+    """Commits and manifest without errors_by_family, relation payloads of version 1."""
+    write_plain_cache(tmp_path)
+    new = Cache.open(tmp_path)
+    before = [new.read(index) for index in range(new.num_samples)]
+
+    def to_version_1(columns):
+        columns["payload"] = [b"\x01\0\0\0" + payload[4:8] + payload[16:] for payload in columns["payload"]]
+        return columns
+
+    for part in range(2):
+        forge(tmp_path, "relation", to_version_1, part=part)
+    reseal(tmp_path, parts=(0, 1), errors_by_family=None)
+    assert b"errors_by_family" not in (tmp_path / MANIFEST_FILE).read_bytes()
+    assert verify(tmp_path).problems == []
+    old = Cache.open(tmp_path)
+    assert old.statistics()["errors_by_family"] == {}
+    for index, record in enumerate(before):
+        for key, matrix in old.read(index).relation.items():
+            np.testing.assert_array_equal(matrix.values, record.relation[key].values)
 
 
 def test_a_commit_without_its_head_or_with_one_elsewhere_is_refused(folder):
@@ -450,6 +474,22 @@ def test_a_head_of_other_content_under_a_right_hash_is_found(folder):
     place.unlink()
     reseal(folder, parts=(0, 1), head=commit.head)
     assert any("cannot be read" in problem for problem in verify(folder).problems)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e6])
+def test_forged_errors_of_a_commit_are_found(folder, value):
+    forged = ErrorSummary(measure="x", count=2**61, mean=value, p99=value, max=value)
+    reseal(folder, errors_by_family={"relation": forged, "nothing": forged})
+    assert any("its encodings' errors are" in problem for problem in verify(folder).problems)
+
+
+def test_commits_that_cannot_be_added_up_are_found(folder):
+    huge = ErrorSummary(measure="x", count=2**62, mean=1.0, p99=1.0, max=1.0)
+    for part in range(2):
+        place = commit_place(folder, part)
+        commit = parse_document(place.read_bytes(), Commit, "commit")
+        place.write_bytes(commit.model_copy(update={"errors_by_family": {"relation": huge}}).to_bytes())
+    assert any("cannot be added up" in problem for problem in verify(folder).problems)
 
 
 def test_manifest_errors_are_compared(folder):

@@ -133,6 +133,14 @@ def test_overrides_are_yaml_and_reach_everywhere(path):
             ["cache.response.method=treshold"],
             ["got 'treshold' (str), expected 'threshold', 'topk', 'mass' or 'sampled'; did you mean"],
         ),
+        (
+            ["cache.relation.pool=2"],
+            ["cache.relation: got {'pool': 2}", "pool belongs to encoding 'pooled', but encoding is 'triangle_fp16'"],
+        ),
+        (
+            ["cache.relation={encoding: low_rank, max_cosine_error: 0}"],
+            ["cache.relation.max_cosine_error: got 0 (int), expected greater than or equal to 0.000001"],
+        ),
         (["cache.families=response"], ["cache.families: got 'response' (str), expected a list"]),
         (["cache.families=[responce]"], ["cache.families.0: got 'responce'", "did you mean 'response'"]),
         (["cache=3"], ["cache: got 3 (int), expected fields of CacheSection"]),
