@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,7 +194,7 @@ def test_other_groups_or_scalars_are_noticed():
         decode(encoded.block, IdGroups.of_counts(np.r_[1, np.zeros(VOCAB_SIZE - 1, int)]), rows)
     with pytest.raises(CorruptPartError, match="do not sum to 1"):
         decode(encoded.block, groups, replace(rows, tail_mass=np.zeros_like(rows.tail_mass)))
-    with pytest.raises(CorruptPartError, match="outside 0..1"):
+    with pytest.raises(CorruptPartError, match=r"outside 0\.\.1"):
         decode(encoded.block, groups, replace(rows, tail_mass=rows.tail_mass - 2))
 
 
@@ -211,7 +213,8 @@ def test_any_damage_to_a_block_is_an_error_or_valid_rows(data):
     except CorruptPartError:
         return
     assert got.num_rows == rows.num_rows
-    assert (got.ids >= 0).all() and (got.ids < VOCAB_SIZE).all()
+    assert (got.ids >= 0).all()
+    assert (got.ids < VOCAB_SIZE).all()
 
 
 @settings(max_examples=300, deadline=None)
@@ -221,3 +224,22 @@ def test_arbitrary_bytes_are_no_block(content):
     groups = IdGroups.of_counts(np.ones(VOCAB_SIZE, int))
     with pytest.raises(CorruptPartError):
         decode(struct.pack("<BBBB", 2, 1, 1, 0) + content, groups, rows)
+
+
+def test_the_worked_example_of_the_specification_is_read():
+    text = (Path(blocks.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"```hex block\n(.*?)```", text, re.DOTALL)
+    block = bytes.fromhex(re.sub(r"#.*", "", written))
+    groups = IdGroups.of_counts(np.bincount([3, 7, 12, 900], minlength=1000))
+    zero = np.zeros(2, np.float32)
+    got = decode_block(
+        block,
+        groups,
+        tail_mass=np.array([0.25, 0], np.float32),
+        entropy=zero,
+        log_sum_exp=np.zeros((2, 0), np.float32),
+    )
+    assert got.offsets.tolist() == [0, 3, 4]
+    assert got.ids.tolist() == [7, 3, 12, 900]
+    head = np.array([23, 16]) ** 2 / (23**2 + 16**2) * 0.75
+    np.testing.assert_allclose(np.exp(got.logprobs), [*head, 0.25, 1], rtol=1e-6)
