@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage import commit as layout
@@ -112,6 +113,14 @@ class Cache:
         except (CorruptPartError, ValueError) as error:
             place = f"{self.folder}: part {commit.part}, sample {self.sample_ids[index]!r}"
             raise CorruptPartError(f"{place}: {error}") from error
+
+    def tables(self, family: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Plain columns of a family, one table a part; `tokens` and `response` in the order of the samples.
+
+        No payload is decoded, so scalars of the whole cache are read this way. Errors: CorruptPartError.
+        """
+        for commit in self._commits:
+            yield self._files.columns(family, commit.families[family], columns)
 
     def statistics(self) -> dict[str, Any]:
         """Counts and bytes, from the commits alone.

@@ -1,0 +1,93 @@
+"""Pictures as data URIs for a self-contained page: the data set's images made small, matrices as heat maps."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from storage.records import ImageRef
+
+MAX_FILE_BYTES = 64 << 20  # a larger file is not opened
+MAX_PIXELS = 50_000_000  # a larger picture is not decoded
+MAX_SIDE = 512  # pixels that are embedded
+MAX_LOSSLESS_SIDE = 256  # up to here as PNG, larger ones as JPEG
+MAX_HEAT_SIDE = 512  # a larger matrix is shown by every n-th row and column
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image to embed. Without a uri, `reason` says why it is not shown."""
+
+    uri: str
+    width: int = 0  # of the original, in pixels
+    height: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A matrix as one pixel a value. Colours run from `low` to `high`."""
+
+    uri: str
+    low: float
+    high: float
+    gradient: str  # CSS, from low to high
+    step: int  # every step-th row and column is shown
+
+
+def embedded_image(root: Path, image: ImageRef) -> Picture:
+    """The image below `root` if it is the one that the teacher saw, decoded and encoded anew; never an error.
+
+    What is embedded is our own encoding of its pixels, so nothing hidden in the file reaches the page.
+    """
+    file = image.file(root)
+    try:
+        if not file.resolve().is_relative_to(root.resolve()):
+            return Picture("", reason="it leads out of the image root")
+        if file.stat().st_size > MAX_FILE_BYTES:
+            return Picture("", reason=f"its file has more than {MAX_FILE_BYTES >> 20} MiB")
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != image.sha256:
+            return Picture("", reason="the file there is not the image that the teacher saw (another sha256)")
+        with Image.open(io.BytesIO(content)) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                return Picture("", reason=f"it has {width} × {height} pixels")
+            picture = opened.convert("RGB")
+    except OSError as error:
+        return Picture("", reason=f"not found below {root}" if isinstance(error, FileNotFoundError) else str(error))
+    except (SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return Picture("", reason=f"cannot be decoded: {error}")
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    kind = "png" if max(picture.size) <= MAX_LOSSLESS_SIDE else "jpeg"
+    return Picture(_uri(picture, kind), width, height)
+
+
+def heat_map(values: NDArray[np.float32]) -> HeatMap:
+    """Colours of a matrix (n, m): from its least to its greatest value, or symmetric around 0 if it has both signs."""
+    step = -(-max(values.shape) // MAX_HEAT_SIDE)
+    shown = values[::step, ::step].astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    name = "magma_r"
+    if low < 0 < high:
+        high = max(-low, high)
+        low, name = -high, "RdBu_r"
+    colours = mpl.colormaps[name]
+    span = high - low
+    pixels = (colours((shown - low) / span if span > 0 else np.zeros_like(shown))[..., :3] * 255).astype(np.uint8)
+    stops = ", ".join(mpl.colors.to_hex(colours(place)) for place in np.linspace(0, 1, 9))
+    return HeatMap(_uri(Image.fromarray(pixels), "png"), low, high, f"linear-gradient(90deg, {stops})", step)
+
+
+def _uri(picture: Image.Image, kind: str) -> str:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **({"quality": 88} if kind == "jpeg" else {"optimize": True}))
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
