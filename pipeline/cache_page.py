@@ -18,11 +18,19 @@ from pipeline.cache_facts import CacheFacts
 from pipeline.cache_style import STYLE
 from pipeline.page import format_bytes
 from pipeline.pictures import HeatMap, embedded_image, heat_map
-from pipeline.sample_text import label_words, sharing_sentence
+from pipeline.sample_text import counted, label_words, sharing_sentence
 from pipeline.sample_view import AnswerToken, ImageView, SampleView, Segment, Signal, relation_summary
+from pipeline.token_texts import printable
 
+KEY = (
+    '<p class="key dim"><span class="fill exact"></span>exact <span class="fill sampled"></span>sampled '
+    '<span class="fill hidden"></span>exact, not listed <span class="fill tail"></span>tail: all that is not exact '
+    '<span class="fill mark"></span>the label; in the conversation, the redder an answer token, '
+    "the less the teacher believes it</p>"
+)
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MAX_CARDS = 48  # of a sample; of a longer answer the tokens on which the teacher was least sure
+MAX_CARDS_BESIDE = 6  # of a sample; more go below its image
 MAX_GRID_TEXTS = 64  # visual tokens whose text is shown in the grid
 NUM_ERRORS_SHOWN = 50
 
@@ -42,9 +50,10 @@ def render_cache_page(facts: CacheFacts, groups: Sequence[Group], *, image_root:
     title = f"{name.parent.name}/{name.name}"
     state = "sealed" if facts.sealed else f"not sealed: {facts.num_parts:,} of {facts.num_planned_parts:,} parts"
     lead = f"{state} · teacher {facts.identity['teacher']} · {note}"
-    body = [f"<header><h1>{escape(title)}</h1><p class=\"dim\">{escape(lead)}</p></header>", _tiles(facts)]
+    body = [f'<header><h1>{escape(title)}</h1><p class="dim">{escape(lead)}</p></header>', _tiles(facts)]
     body += [_families(facts), _errors(facts), _identity(facts)]
     number = 0
+    body.append(KEY if groups else "")
     for group in groups:
         body.append(f'<h2>{escape(group.title)}</h2><p class="dim">{escape(group.note)}</p>')
         first = number + 1
@@ -98,7 +107,7 @@ def _errors(facts: CacheFacts) -> str:
     rows = "".join(f"<dt>{escape(sample_id)}</dt><dd>{escape(reason)}</dd>" for sample_id, reason in shown)
     more = len(facts.errors) - len(shown)
     rest = f'<p class="dim">and {more:,} more</p>' if more else ""
-    return f"<details><summary>{len(facts.errors):,} samples without a record</summary><dl>{rows}</dl>{rest}</details>"
+    return f"<details><summary>{counted(len(facts.errors), 'sample')} without a record</summary><dl>{rows}</dl>{rest}</details>"
 
 
 def _identity(facts: CacheFacts) -> str:
@@ -107,15 +116,16 @@ def _identity(facts: CacheFacts) -> str:
 
 
 def _contents(views: Sequence[SampleView], first: int) -> str:
-    means = [view.mean_entropy or 0.0 for view in views]
-    largest = max([1e-9, *means])
+    means = [view.mean_entropy for view in views]
+    largest = max(1e-9, *(mean or 0.0 for mean in means))
     rows = []
     for number, (view, mean) in enumerate(zip(views, means, strict=True), first):
         answer = " … ".join(segment.text for segment in view.segments if segment.kind == "answer")
         rows.append(
-            f'<tr><td><a href="#s{number}">{escape(view.sample_id)}</a></td><td class="text">{escape(_short(answer))}</td>'
-            f'<td class="text">{_doubt(view)}</td><td>{mean:.2f}</td>'
-            f'<td class="track">{_fill(mean / largest, "entropy")}</td></tr>'
+            f'<tr><td><a href="#s{number}">{escape(view.sample_id)}</a></td>'
+            f'<td class="text">{escape(_short(answer))}</td><td class="text">{_doubt(view)}</td>'
+            f"<td>{'–' if mean is None else f'{mean:.2f}'}</td>"
+            f'<td class="track">{_fill((mean or 0.0) / largest, "entropy")}</td></tr>'
         )
     head = "<tr><th>sample</th><th>answer</th><th>least sure at</th><th>nats</th><th>mean entropy</th></tr>"
     return f'<div class="wide"><table class="contents">{head}{"".join(rows)}</table></div>'
@@ -134,7 +144,7 @@ def _doubt(view: SampleView) -> str:
 
 
 def _sample(view: SampleView, number: int, image_root: Path) -> str:
-    facts = [f"split {view.split}" if view.split else "", view.category, f"{len(view.tokens)} answer tokens"]
+    facts = [f"split {view.split}" if view.split else "", view.category, counted(len(view.tokens), "answer token")]
     if view.mean_entropy is not None:
         facts.append(f"mean entropy {view.mean_entropy:.3f} nats")
     meta = " · ".join(fact for fact in facts if fact)
@@ -142,9 +152,10 @@ def _sample(view: SampleView, number: int, image_root: Path) -> str:
     talk = "".join(_segment(segment) for segment in view.segments)
     left = f'<div class="figures">{figures}</div>' if figures else ""
     signals = "".join(_image_signals(image, place) for place, image in enumerate(view.images, 1))
+    beside, below = ("", _cards(view)) if len(view.tokens) > MAX_CARDS_BESIDE else (_cards(view), "")
     return (
         f'<section class="sample" id="s{number}"><h3>{escape(view.sample_id)}</h3><p class="dim">{escape(meta)}</p>'
-        f'<div class="top">{left}<div class="talk">{talk}</div></div>{_cards(view)}'
+        f'<div class="top">{left}<div class="right"><div class="talk">{talk}</div>{beside}</div></div>{below}'
         + (f'<div class="signals">{signals}</div>' if signals else "")
         + "</section>"
     )
@@ -152,9 +163,9 @@ def _sample(view: SampleView, number: int, image_root: Path) -> str:
 
 def _figure(view: ImageView, number: int, image_root: Path) -> str:
     picture = embedded_image(image_root, view.image)
-    shared = "this sample alone" if view.num_sharing == 1 else f"{view.num_sharing:,} samples"
+    shared = "this sample alone" if view.num_sharing == 1 else counted(view.num_sharing, "sample")
     if picture.uri:
-        small = " class=\"pixels\"" if max(picture.width, picture.height) <= 128 else ""
+        small = ' class="pixels"' if max(picture.width, picture.height) <= 128 else ""
         shown = f'<img{small} src="{picture.uri}" alt="image {number}">'
         size = f"{picture.width} × {picture.height} pixels, "
     else:
@@ -170,7 +181,7 @@ def _segment(segment: Segment) -> str:
     if segment.kind == "image":
         return f'<span class="image">image {escape(segment.text)}</span>'
     if segment.kind == "prompt":
-        return f'<span class="prompt">{escape(segment.text)}</span>'
+        return f'<span class="prompt">{escape(printable(segment.text))}</span>'
     tokens = "".join(
         f'<span class="token" style="background:{_heat(token.signal)}" title="{escape(_hover(token))}">'
         f"{escape(token.text)}</span>"
@@ -229,7 +240,8 @@ def _card(token: AnswerToken, number: int) -> str:
     counts = f"{signal.num_exact} exact" + (f", {signal.num_sampled} sampled" if signal.num_sampled else "")
     return (
         f'<div class="card"><div class="head"><code>{escape(token.text)}</code><span>{number}</span></div>'
-        f'<p>label {escape(label_words(signal))}<br>entropy {signal.entropy:.3f} nats · {counts}</p>{"".join(bars)}</div>'
+        f"<p>label {escape(label_words(signal))}<br>entropy {signal.entropy:.3f} nats · {counts}</p>"
+        f"{''.join(bars)}</div>"
     )
 
 
@@ -285,15 +297,16 @@ def _map(drawn: HeatMap, title: str, words: str) -> str:
     thinned = f", every {drawn.step}th row and column shown" if drawn.step > 1 else ""
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><img class="heat" src="{drawn.uri}" alt="{escape(title)}">'
-        f'<div class="legend"><span>{drawn.low:.3g}</span><span class="ramp" style="background:{drawn.gradient}"></span>'
-        f'<span>{drawn.high:.3g}</span></div><p class="dim">{escape(words + thinned)}</p></figure>'
+        f'<div class="legend"><span>{drawn.low:.3g}</span>'
+        f'<span class="ramp" style="background:{drawn.gradient}"></span><span>{drawn.high:.3g}</span></div>'
+        f'<p class="dim">{escape(words + thinned)}</p></figure>'
     )
 
 
 def _short(text: str, length: int = 60) -> str:
-    flat = " ".join(text.split())
+    flat = printable(" ".join(text.split()))
     return flat if len(flat) <= length else f"{flat[: length - 1]}…"
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %" if fraction >= 0.0005 or fraction == 0 else "< 0.05 %"
+    return f"{100 * fraction:.1f} %" if fraction >= 0.0005 or fraction == 0 else "<0.05 %"

@@ -1,4 +1,4 @@
-"""`stillhouse inspect`: opens a cache, finds the samples to look at, and renders them for a terminal, a page or JSON."""
+"""`stillhouse inspect`: opens a cache, finds the samples to look at, and renders terminal, page or JSON."""
 
 from __future__ import annotations
 

@@ -43,7 +43,9 @@ class HeatMap:
     step: int  # every step-th row and column is shown
 
 
-def embedded_image(root: Path, image: ImageRef) -> Picture:
+def embedded_image(
+    root: Path, image: ImageRef, *, max_file_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_PIXELS
+) -> Picture:
     """The image below `root` if it is the one that the teacher saw, decoded and encoded anew; never an error.
 
     What is embedded is our own encoding of its pixels, so nothing hidden in the file reaches the page.
@@ -52,14 +54,14 @@ def embedded_image(root: Path, image: ImageRef) -> Picture:
     try:
         if not file.resolve().is_relative_to(root.resolve()):
             return Picture("", reason="it leads out of the image root")
-        if file.stat().st_size > MAX_FILE_BYTES:
-            return Picture("", reason=f"its file has more than {MAX_FILE_BYTES >> 20} MiB")
+        if file.stat().st_size > max_file_bytes:
+            return Picture("", reason=f"its file has more than {max_file_bytes:,} bytes")
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != image.sha256:
             return Picture("", reason="the file there is not the image that the teacher saw (another sha256)")
         with Image.open(io.BytesIO(content)) as opened:
             width, height = opened.size
-            if width * height > MAX_PIXELS:
+            if width * height > max_pixels:
                 return Picture("", reason=f"it has {width} × {height} pixels")
             picture = opened.convert("RGB")
     except OSError as error:

@@ -42,7 +42,7 @@ def sharing_sentence(facts: CacheFacts) -> str:
     sharing = facts.image_sharing
     if not sharing.num_named:
         return ""
-    text = f"{sharing.num_named:,} images named by samples, {sharing.num_stored:,} image keys stored"
+    text = f"{counted(sharing.num_named, 'image')} named by samples, {counted(sharing.num_stored, 'image key')} stored"
     if not sharing.saved_bytes_by_family:
         return text
     parts = " and ".join(f"{format_bytes(size)} of {name}" for name, size in sharing.saved_bytes_by_family.items())
@@ -60,6 +60,11 @@ def sample_text(view: SampleView) -> str:
     for token in view.tokens:
         lines += ["", *_token(token)]
     return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 image", "2 images"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def bar(fraction: float, *, mark: str = "█") -> str:
@@ -81,14 +86,16 @@ def _errors(facts: CacheFacts) -> str:
 
 
 def _image(number: int, view: ImageView) -> list[str]:
-    shared = "1 sample" if view.num_sharing == 1 else f"{view.num_sharing:,} samples"
     image = view.image
-    lines = [f"image {number}: {printable(image.path)}, {image.num_visual_tokens} visual tokens, key of {shared}"]
+    lines = [
+        f"image {number}: {printable(image.path)}, {image.num_visual_tokens} visual tokens, key of {counted(view.num_sharing, 'sample')}"
+    ]
     if view.relation is not None:
         found = relation_summary(view.relation)
         lines.append(
             f"  relation {found.num_rows} × {found.num_rows}: norm {found.norm:.4g}; of norm 1, values "
-            f"{found.smallest:.3f} to {found.largest:.3f}, mean {found.mean:.3f}; effective rank {found.effective_rank:.2f}"
+            f"{found.smallest:.3f} to {found.largest:.3f}, mean {found.mean:.3f}; "
+            f"effective rank {found.effective_rank:.2f}"
         )
     if view.visual:
         entropies = [signal.entropy for signal in view.visual]
@@ -127,7 +134,7 @@ def label_words(signal: Signal) -> str:
     """What the teacher gave to the label token itself."""
     if signal.label_logprob is None:
         return "no label"
-    return f"{100 * math.exp(min(0.0, signal.label_logprob)):.1f} % (logprob {signal.label_logprob:.3f})"
+    return f"{100 * math.exp(min(0.0, signal.label_logprob)):.1f} % (logprob {signal.label_logprob:.3g})"
 
 
 def _bars(token: AnswerToken, signal: Signal) -> Sequence[Sequence[str]]:

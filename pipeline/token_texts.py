@@ -90,8 +90,8 @@ def mark_spaces(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer a terminal: control and direction characters become escapes, line ends stay."""
+    """Text that cannot steer a terminal: control and direction characters become escapes, line ends and tabs stay."""
     return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
         for character in text
     )
