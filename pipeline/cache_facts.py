@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.errors import CacheError
@@ -100,15 +99,16 @@ def least_sure(cache: Cache, count: int) -> list[tuple[int, float]]:
     """
     if "response" not in cache.families:
         raise CacheError(f"{cache.folder}: holds no response rows, so nobody knows how sure the teacher was")
-    means = np.concatenate([np.zeros(0), *(_mean_entropies(table) for table in cache.tables("response", ["entropy"]))])
+    lists = [chunk for table in cache.tables("response", ["entropy"]) for chunk in table["entropy"].chunks]
+    means = np.concatenate([np.zeros(0), *map(_means, lists)])
     order = np.argsort(-np.nan_to_num(means, nan=-np.inf), kind="stable")
     return [(int(index), float(means[index])) for index in order[:count] if np.isfinite(means[index])]
 
 
-def _mean_entropies(table: Any) -> NDArray[np.float64]:
-    """One a sample; NaN without rows."""
-    lengths = pc.list_value_length(table["entropy"]).to_numpy()
-    values = pc.list_flatten(table["entropy"]).to_numpy().astype(np.float64)
+def _means(lists: Any) -> NDArray[np.float64]:
+    """The mean of each list of an Arrow list array; NaN of an empty one."""
+    lengths = lists.value_lengths().to_numpy()
+    values = lists.flatten().to_numpy().astype(np.float64)
     sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), values, minlength=len(lengths))
     return np.where(lengths > 0, sums / np.maximum(lengths, 1), np.nan)
 
@@ -132,5 +132,7 @@ def _sharing(cache: Cache, bytes_by_family: dict[str, int]) -> tuple[ImageSharin
 def _named_images(cache: Cache) -> Iterator[tuple[str, int]]:
     """Key and visual tokens of every image that a sample names."""
     for table in cache.tables("tokens", ["image_keys", "image_visual_tokens"]):
-        keys = pc.list_flatten(table["image_keys"]).to_pylist()
-        yield from zip(keys, pc.list_flatten(table["image_visual_tokens"]).to_pylist(), strict=True)
+        for keys, num_tokens in zip(
+            table["image_keys"].to_pylist(), table["image_visual_tokens"].to_pylist(), strict=True
+        ):
+            yield from zip(keys, num_tokens, strict=True)

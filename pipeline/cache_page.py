@@ -107,7 +107,8 @@ def _errors(facts: CacheFacts) -> str:
     rows = "".join(f"<dt>{escape(sample_id)}</dt><dd>{escape(reason)}</dd>" for sample_id, reason in shown)
     more = len(facts.errors) - len(shown)
     rest = f'<p class="dim">and {more:,} more</p>' if more else ""
-    return f"<details><summary>{counted(len(facts.errors), 'sample')} without a record</summary><dl>{rows}</dl>{rest}</details>"
+    title = f"{counted(len(facts.errors), 'sample')} without a record"
+    return f"<details><summary>{title}</summary><dl>{rows}</dl>{rest}</details>"
 
 
 def _identity(facts: CacheFacts) -> str:
@@ -309,4 +310,5 @@ def _short(text: str, length: int = 60) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %" if fraction >= 0.0005 or fraction == 0 else "<0.05 %"
+    shown = f"{100 * fraction:.1f}" if fraction >= 0.0005 or fraction == 0 else "<0.05"
+    return f"{shown}\N{NO-BREAK SPACE}%"

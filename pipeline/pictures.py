@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -85,7 +86,7 @@ def heat_map(values: NDArray[np.float32]) -> HeatMap:
     colours = mpl.colormaps[name]
     span = high - low
     pixels = (colours((shown - low) / span if span > 0 else np.zeros_like(shown))[..., :3] * 255).astype(np.uint8)
-    stops = ", ".join(mpl.colors.to_hex(colours(place)) for place in np.linspace(0, 1, 9))
+    stops = ", ".join(to_hex(colours(place)) for place in np.linspace(0, 1, 9))
     return HeatMap(_uri(Image.fromarray(pixels), "png"), low, high, f"linear-gradient(90deg, {stops})", step)
 
 

@@ -87,9 +87,8 @@ def _errors(facts: CacheFacts) -> str:
 
 def _image(number: int, view: ImageView) -> list[str]:
     image = view.image
-    lines = [
-        f"image {number}: {printable(image.path)}, {image.num_visual_tokens} visual tokens, key of {counted(view.num_sharing, 'sample')}"
-    ]
+    shared = counted(view.num_sharing, "sample")
+    lines = [f"image {number}: {printable(image.path)}, {image.num_visual_tokens} visual tokens, key of {shared}"]
     if view.relation is not None:
         found = relation_summary(view.relation)
         lines.append(
