@@ -19,12 +19,12 @@ IMAGE_FAMILIES = ("visual", "relation")
 class FamilySize:
     """One family on disk. Its rows: samples (tokens), distributions (response, visual), matrices (relation)."""
 
-    num_rows: int
+    num_rows: int | None  # None for a family that counts otherwise
     num_bytes: int
 
     @property
     def bytes_per_row(self) -> float | None:
-        """None without rows."""
+        """None without rows, or without their number."""
         return self.num_bytes / self.num_rows if self.num_rows else None
 
 
@@ -64,10 +64,7 @@ def cache_facts(cache: Cache) -> CacheFacts:
     statistics = cache.statistics()
     sharing, num_keys = _sharing(cache, statistics["bytes_by_family"])
     num_rows = {"tokens": cache.num_samples, "relation": num_keys, **statistics["num_rows"]}
-    families = {
-        name: FamilySize(num_rows.get(name, cache.num_samples), size)
-        for name, size in statistics["bytes_by_family"].items()
-    }
+    families = {name: FamilySize(num_rows.get(name), size) for name, size in statistics["bytes_by_family"].items()}
     return CacheFacts(
         path=str(cache.folder),
         sealed=cache.sealed,

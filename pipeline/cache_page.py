@@ -46,8 +46,7 @@ class Group:
 
 def render_cache_page(facts: CacheFacts, groups: Sequence[Group], *, image_root: Path, note: str) -> str:
     """The page as text. `note` says where the texts of tokens come from."""
-    name = Path(facts.path).resolve()
-    title = f"{name.parent.name}/{name.name}"
+    title = "/".join(facts.path.rstrip("/").split("/")[-2:])
     state = "sealed" if facts.sealed else f"not sealed: {facts.num_parts:,} of {facts.num_planned_parts:,} parts"
     lead = f"{state} · teacher {facts.identity['teacher']} · {note}"
     body = [f'<header><h1>{escape(title)}</h1><p class="dim">{escape(lead)}</p></header>', _tiles(facts)]
@@ -90,8 +89,9 @@ def _families(facts: CacheFacts) -> str:
     rows = []
     for name, family in facts.families.items():
         each = "–" if family.bytes_per_row is None else f"{family.bytes_per_row:.1f}"
+        number = "–" if family.num_rows is None else f"{family.num_rows:,}"
         rows.append(
-            f"<tr><td>{escape(name)}</td><td>{family.num_rows:,}</td><td>{format_bytes(family.num_bytes)}</td>"
+            f"<tr><td>{escape(name)}</td><td>{number}</td><td>{format_bytes(family.num_bytes)}</td>"
             f'<td>{each}</td><td class="track">{_fill(family.num_bytes / largest, "size")}</td></tr>'
         )
     head = "<tr><th>family</th><th>rows</th><th>bytes</th><th>bytes a row</th><th></th></tr>"

@@ -9,6 +9,8 @@ from pipeline.config import Experiment
 from storage.errors import CacheError, StillhouseError
 from storage.identity import difference
 from storage.reader import Cache
+from student_train.material import fitting_checkpoint
+from student_train.trainer import resolved
 from teacher_dump.dump import plan_dump, prompt_errors, read_settings
 
 
@@ -37,3 +39,8 @@ def check(experiment: Experiment) -> Iterator[str]:
     if found:
         raise CacheError(f"{path}: another cache lies there; " + "; ".join(found) + "; remove it or set cache.path")
     yield f"cache: {path} fits, {cache.num_samples:,} samples{'' if cache.sealed else ', not sealed yet'}"
+    for name, section in experiment.stages.items():
+        stage = resolved(section, name)
+        if stage.cache is None and Path(stage.init).is_dir():
+            fitting_checkpoint(stage, str(path))
+            yield f"stages.{name}: {stage.init} fits the cache"

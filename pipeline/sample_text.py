@@ -30,7 +30,8 @@ def facts_text(facts: CacheFacts) -> str:
     sizes = [("family", "rows", "bytes", "bytes a row")]
     for name, family in facts.families.items():
         each = "–" if family.bytes_per_row is None else f"{family.bytes_per_row:.1f}"
-        sizes.append((name, f"{family.num_rows:,}", format_bytes(family.num_bytes), each))
+        number = "–" if family.num_rows is None else f"{family.num_rows:,}"
+        sizes.append((name, number, format_bytes(family.num_bytes), each))
     sizes.append(("total", "", format_bytes(facts.num_bytes), ""))
     identity = [(name, printable(str(value))) for name, value in facts.identity.items()]
     blocks = [columns(head), columns(sizes), sharing_sentence(facts), _errors(facts), "identity", columns(identity)]

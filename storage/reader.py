@@ -207,6 +207,29 @@ class Cache:
             raise CorruptPartError(f"{self.folder}: a sample id has two records; run stillhouse verify")
 
 
+def read_identity(path: str | Path) -> Identity:
+    """What a cache was made from, by its cache.json alone: quick whatever its size. Errors as Cache.open."""
+    return layout.read_description(files.local_folder(path))[0].identity
+
+
+def first_sample_with_images(path: str | Path, splits: Sequence[str]) -> TokensRecord | None:
+    """An example of the teacher's visual grid: the first sample of some splits that has images, if any has.
+
+    Reads part after part until it is found, not the index of all. Errors as Cache.open.
+    """
+    folder = files.local_folder(path)
+    description, cache_sha256 = layout.read_description(folder)
+    part_files = PartFiles(folder, max_bytes=DEFAULT_MAX_BYTES, checksums=True)
+    for part in layout.commit_numbers(folder):
+        entry = layout.read_commit(folder, part, description, cache_sha256)[0].families["tokens"]
+        table = part_files.columns("tokens", entry, ("split", "image_keys"))
+        columns = zip(table["split"].to_pylist(), table["image_keys"].to_pylist(), strict=True)
+        row = next((row for row, (split, keys) in enumerate(columns) if split in splits and keys), None)
+        if row is not None:
+            return tokens_record(*part_files.row("tokens", entry, row), description.identity)
+    return None
+
+
 def _check_count(image: ImageRef, num_rows: int) -> None:
     if num_rows != image.num_visual_tokens:
         raise CorruptPartError(f"image {image.path} has {num_rows} rows, expected {image.num_visual_tokens}")
