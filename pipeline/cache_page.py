@@ -29,7 +29,7 @@ KEY = (
     "the less the teacher believes it</p>"
 )
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-MAX_CARDS = 48  # of a sample; of a longer answer the tokens on which the teacher was least sure
+MAX_CARDS = 48  # of a sample; of a longer answer the most interesting tokens
 MAX_CARDS_BESIDE = 6  # of a sample; more go below its image
 MAX_GRID_TEXTS = 64  # visual tokens whose text is shown in the grid
 NUM_ERRORS_SHOWN = 50
@@ -88,7 +88,7 @@ def _families(facts: CacheFacts) -> str:
     largest = max(1, *(family.num_bytes for family in facts.families.values()))
     rows = []
     for name, family in facts.families.items():
-        each = "–" if family.bytes_per_row is None else f"{family.bytes_per_row:.1f}"
+        each = "–" if family.bytes_per_row is None else f"{family.bytes_per_row:,.1f}"
         number = "–" if family.num_rows is None else f"{family.num_rows:,}"
         rows.append(
             f"<tr><td>{escape(name)}</td><td>{number}</td><td>{format_bytes(family.num_bytes)}</td>"
@@ -210,16 +210,20 @@ def _cards(view: SampleView) -> str:
         return '<p class="dim">No answer tokens.</p>'
     if all(token.signal is None for token in tokens):
         return '<p class="dim">The cache holds no response rows.</p>'
-    chosen = sorted(range(len(tokens)), key=lambda place: -_entropy(tokens[place]))[:MAX_CARDS]
+    chosen = sorted(range(len(tokens)), key=lambda place: -_interest(tokens[place]))[:MAX_CARDS]
     note = ""
     if len(tokens) > MAX_CARDS:
-        note = f'<p class="dim">The {MAX_CARDS} tokens of {len(tokens)} on which the teacher was least sure.</p>'
+        note = (
+            f'<p class="dim note">The {MAX_CARDS} of {len(tokens)} tokens with the most entropy and surprise at the '
+            "label, in their order.</p>"
+        )
     cards = "".join(_card(tokens[place], place + 1) for place in sorted(chosen))
     return f'{note}<div class="cards">{cards}</div>'
 
 
-def _entropy(token: AnswerToken) -> float:
-    return token.signal.entropy if token.signal else 0.0
+def _interest(token: AnswerToken) -> float:
+    """Nats: the teacher's entropy, and its surprise at the label."""
+    return token.signal.entropy - (token.signal.label_logprob or 0.0) if token.signal else 0.0
 
 
 def _card(token: AnswerToken, number: int) -> str:
@@ -295,12 +299,14 @@ def _visual_entropy(view: ImageView) -> str:
 
 
 def _map(drawn: HeatMap, title: str, words: str) -> str:
-    thinned = f", every {drawn.step}th row and column shown" if drawn.step > 1 else ""
+    thinned = f", one of {drawn.step} rows and columns shown" if drawn.step > 1 else ""
+    clipped = ", some beyond the colours' ends" if drawn.clipped else ""
+    size = "heat large" if drawn.is_large else "heat"
     return (
-        f'<figure><figcaption>{escape(title)}</figcaption><img class="heat" src="{drawn.uri}" alt="{escape(title)}">'
+        f'<figure><figcaption>{escape(title)}</figcaption><img class="{size}" src="{drawn.uri}" alt="{escape(title)}">'
         f'<div class="legend"><span>{drawn.low:.3g}</span>'
         f'<span class="ramp" style="background:{drawn.gradient}"></span><span>{drawn.high:.3g}</span></div>'
-        f'<p class="dim">{escape(words + thinned)}</p></figure>'
+        f'<p class="dim">{escape(words + thinned + clipped)}</p></figure>'
     )
 
 

@@ -45,9 +45,11 @@ figure { margin: 0; } figcaption { font-size: .78rem; color: var(--dim); overflo
 .prompt { color: #5b564d; }
 .image { background: #e7ecf3; color: var(--blue); border-radius: 5px; padding: .05rem .45rem; font-size: .8rem; }
 .answer { font-family: var(--mono); font-size: .92em; }
-.token { border-radius: 4px; padding: .1rem .18rem; margin-right: 1px; box-shadow: inset 0 -1px 0 rgba(0, 0, 0, .18); }
+.token { display: inline-block; line-height: 1.3; border-radius: 4px; padding: .05rem .18rem; margin-right: 1px;
+  box-shadow: inset 0 -1px 0 rgba(0, 0, 0, .18); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(16.5rem, 1fr)); gap: .8rem;
   margin-top: 1.1rem; }
+p.note { margin: 1rem 0 0; }
 .card { border: 1px solid var(--line); border-radius: 10px; padding: .65rem .8rem .75rem; }
 .card .head { display: flex; justify-content: space-between; gap: .6rem; align-items: baseline; }
 .card .head code { font-size: 1.1rem; font-weight: 700; overflow-wrap: anywhere; white-space: pre-wrap; }
@@ -69,9 +71,10 @@ figure { margin: 0; } figcaption { font-size: .78rem; color: var(--dim); overflo
 .maps .row { display: flex; flex-wrap: wrap; gap: 1.8rem; } .maps + .maps { margin-top: 1rem; }
 .heat { display: block; width: 13rem; max-height: 13rem; image-rendering: pixelated; border-radius: 6px;
   margin: .35rem 0; }
+.heat.large { width: 22rem; max-height: 22rem; image-rendering: auto; }
 .legend { display: flex; gap: .5rem; align-items: center; font-size: .75rem; color: var(--dim); width: 13rem;
   font-variant-numeric: tabular-nums; }
-.ramp { flex: 1; height: .5rem; border-radius: 3px; } .maps p.dim { font-size: .76rem; margin: .15rem 0 0; }
+.ramp { flex: 1; height: .5rem; border-radius: 3px; } .maps p.dim { font-size: .76rem; margin: .15rem 0 0; max-width: 22rem; }
 .grid { display: grid; gap: 3px; margin-top: .35rem; }
 .grid div { background: #f7f5ef; border-radius: 4px; padding: .3rem .4rem; min-width: 4.4rem; text-align: center;
   line-height: 1.25; font-size: .8rem; }

@@ -20,6 +20,8 @@ MAX_FILE_BYTES = 64 << 20  # a larger file is not opened
 MAX_PIXELS = 50_000_000  # a larger picture is not decoded
 MAX_SIDE = 512  # pixels that are embedded
 MAX_LOSSLESS_SIDE = 256  # up to here as PNG, larger ones as JPEG
+CLIPPED_FRACTION = 0.005  # of a matrix's values at each end, or a bright diagonal would leave the rest pale
+MAX_SMALL_HEAT_SIDE = 100
 MAX_HEAT_SIDE = 512  # a larger matrix is shown by every n-th row and column
 
 
@@ -35,13 +37,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A matrix as one pixel a value. Colours run from `low` to `high`."""
+    """A matrix as one pixel a value. Colours run from `low` to `high`; values beyond have the outermost ones."""
 
     uri: str
     low: float
     high: float
     gradient: str  # CSS, from low to high
+    clipped: bool  # some values lie beyond
     step: int  # every step-th row and column is shown
+    is_large: bool  # more pixels than a small picture has
 
 
 def embedded_image(
@@ -75,19 +79,24 @@ def embedded_image(
 
 
 def heat_map(values: NDArray[np.float32]) -> HeatMap:
-    """Colours of a matrix (n, m): from its least to its greatest value, or symmetric around 0 if it has both signs."""
+    """Colours of a matrix (n, m): from low to high values, or symmetric around 0 if it has both signs."""
     step = -(-max(values.shape) // MAX_HEAT_SIDE)
     shown = values[::step, ::step].astype(np.float64)
-    low, high = float(values.min()), float(values.max())
+    low = float(np.quantile(values, CLIPPED_FRACTION, method="lower"))
+    high = float(np.quantile(values, 1 - CLIPPED_FRACTION, method="higher"))
     name = "magma_r"
     if low < 0 < high:
         high = max(-low, high)
         low, name = -high, "RdBu_r"
     colours = mpl.colormaps[name]
     span = high - low
-    pixels = (colours((shown - low) / span if span > 0 else np.zeros_like(shown))[..., :3] * 255).astype(np.uint8)
+    places = np.clip((shown - low) / span, 0, 1) if span > 0 else np.zeros_like(shown)
+    pixels = (colours(places)[..., :3] * 255).astype(np.uint8)
     stops = ", ".join(to_hex(colours(place)) for place in np.linspace(0, 1, 9))
-    return HeatMap(_uri(Image.fromarray(pixels), "png"), low, high, f"linear-gradient(90deg, {stops})", step)
+    is_large = max(places.shape) > MAX_SMALL_HEAT_SIDE
+    clipped = bool(values.min() < low or values.max() > high)
+    uri = _uri(Image.fromarray(pixels), "png")
+    return HeatMap(uri, low, high, f"linear-gradient(90deg, {stops})", clipped, step, is_large)
 
 
 def _uri(picture: Image.Image, kind: str) -> str:

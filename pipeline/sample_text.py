@@ -29,7 +29,7 @@ def facts_text(facts: CacheFacts) -> str:
     ]
     sizes = [("family", "rows", "bytes", "bytes a row")]
     for name, family in facts.families.items():
-        each = "–" if family.bytes_per_row is None else f"{family.bytes_per_row:.1f}"
+        each = "–" if family.bytes_per_row is None else f"{family.bytes_per_row:,.1f}"
         number = "–" if family.num_rows is None else f"{family.num_rows:,}"
         sizes.append((name, number, format_bytes(family.num_bytes), each))
     sizes.append(("total", "", format_bytes(facts.num_bytes), ""))
@@ -44,7 +44,7 @@ def sharing_sentence(facts: CacheFacts) -> str:
     if not sharing.num_named:
         return ""
     text = f"{counted(sharing.num_named, 'image')} named by samples, {counted(sharing.num_stored, 'image key')} stored"
-    if not sharing.saved_bytes_by_family:
+    if not sharing.saved_bytes:
         return text
     parts = " and ".join(f"{format_bytes(size)} of {name}" for name, size in sharing.saved_bytes_by_family.items())
     return f"{text}: saved about {parts} signals"

@@ -16,7 +16,9 @@ from storage.reader import Cache
 from storage.records import ImageRef, RelationMatrix, SampleRecord, TokensRecord
 from storage.rows import SparseRows
 
-NUM_EXACT_SHOWN = 6  # alternatives of a token
+NUM_EXACT_SHOWN = 6  # alternatives of a token, at most
+NUM_EXACT_ALWAYS = 2  # of them however improbable; others from MIN_SHOWN on
+MIN_SHOWN = 0.001  # probability
 NUM_SAMPLED_SHOWN = 3
 NUM_NEAREST_IDS = 3
 MAX_COMPARED_IDS = 20_000  # about a second
@@ -37,7 +39,7 @@ class Signal:
     """What the teacher believed at one token. exact + hidden + tail is 1: `tail_mass` lies outside of exact entries."""
 
     alternatives: tuple[Alternative, ...]  # exact ones by falling probability, then sampled ones by falling weight
-    num_exact: int  # stored; the first NUM_EXACT_SHOWN are alternatives
+    num_exact: int  # stored; the first few are alternatives
     num_sampled: int
     hidden_mass: float  # of exact entries that are stored, but are no alternatives
     tail_mass: float
@@ -142,6 +144,33 @@ def sample_view(cache: Cache, index: int, texts: TokenTexts) -> SampleView:
     )
 
 
+def signals_of(rows: SparseRows, texts: TokenTexts, *, num_exact: int) -> list[Signal]:
+    """What is shown of each row: at most `num_exact` exact alternatives, and the likeliest sampled ones."""
+    probabilities = np.exp(rows.logprobs.astype(np.float64))
+    signals = []
+    for row in range(rows.num_rows):
+        start, stop = int(rows.offsets[row]), int(rows.offsets[row + 1])
+        middle = start + int(rows.num_exact[row])
+        num_likely = int(np.count_nonzero(probabilities[start:middle] >= MIN_SHOWN))
+        num_shown = min(num_exact, max(NUM_EXACT_ALWAYS, num_likely))
+        exact = range(start, min(middle, start + num_shown))
+        sampled = middle + np.argsort(-probabilities[middle:stop], kind="stable")[:NUM_SAMPLED_SHOWN]
+        alternatives = [_alternative(rows, probabilities, at, texts, sampled=False) for at in exact]
+        alternatives += [_alternative(rows, probabilities, int(at), texts, sampled=True) for at in sampled]
+        signals.append(
+            Signal(
+                alternatives=tuple(alternatives),
+                num_exact=middle - start,
+                num_sampled=stop - middle,
+                hidden_mass=float(probabilities[exact.stop : middle].sum()),
+                tail_mass=float(rows.tail_mass[row]),
+                entropy=float(rows.entropy[row]),
+                label_logprob=None if rows.label_logprob is None else float(rows.label_logprob[row]),
+            )
+        )
+    return signals
+
+
 def relation_summary(matrix: RelationMatrix) -> RelationSummary:
     """Numbers of a matrix; all 0 for a matrix of zeros."""
     values = matrix.values
@@ -177,7 +206,7 @@ def _segments(
     tokens: TokensRecord, response: SparseRows | None, texts: TokenTexts, image_token_id: int
 ) -> tuple[Segment, ...]:
     kinds = np.where(tokens.response_mask, "answer", np.where(tokens.token_ids == image_token_id, "image", "prompt"))
-    signals = None if response is None else iter(_signals(response, texts, num_exact=NUM_EXACT_SHOWN))
+    signals = None if response is None else iter(signals_of(response, texts, num_exact=NUM_EXACT_SHOWN))
     cuts = np.flatnonzero((kinds[1:] != kinds[:-1]) | (kinds[1:] == "image")) + 1
     segments, num_images = [], 0
     for run in np.split(np.arange(len(kinds)), cuts):
@@ -194,30 +223,6 @@ def _segments(
     return tuple(segments)
 
 
-def _signals(rows: SparseRows, texts: TokenTexts, *, num_exact: int) -> list[Signal]:
-    probabilities = np.exp(rows.logprobs.astype(np.float64))
-    signals = []
-    for row in range(rows.num_rows):
-        start, stop = int(rows.offsets[row]), int(rows.offsets[row + 1])
-        middle = start + int(rows.num_exact[row])
-        exact = range(start, min(middle, start + num_exact))
-        sampled = middle + np.argsort(-probabilities[middle:stop], kind="stable")[:NUM_SAMPLED_SHOWN]
-        alternatives = [_alternative(rows, probabilities, at, texts, sampled=False) for at in exact]
-        alternatives += [_alternative(rows, probabilities, int(at), texts, sampled=True) for at in sampled]
-        signals.append(
-            Signal(
-                alternatives=tuple(alternatives),
-                num_exact=middle - start,
-                num_sampled=stop - middle,
-                hidden_mass=float(probabilities[exact.stop : middle].sum()),
-                tail_mass=float(rows.tail_mass[row]),
-                entropy=float(rows.entropy[row]),
-                label_logprob=None if rows.label_logprob is None else float(rows.label_logprob[row]),
-            )
-        )
-    return signals
-
-
 def _alternative(
     rows: SparseRows, probabilities: NDArray[np.float64], at: int, texts: TokenTexts, *, sampled: bool
 ) -> Alternative:
@@ -227,7 +232,7 @@ def _alternative(
 
 def _image_view(cache: Cache, record: SampleRecord, image: ImageRef, texts: TokenTexts) -> ImageView:
     rows = record.visual.get(image.key)
-    visual = None if rows is None else tuple(_top_only(signal) for signal in _signals(rows, texts, num_exact=1))
+    visual = None if rows is None else tuple(_top_only(signal) for signal in signals_of(rows, texts, num_exact=1))
     return ImageView(
         image=image,
         num_sharing=sum(image.key in keys for keys in cache.image_keys),

@@ -37,7 +37,7 @@ def test_the_overview_tells_identity_families_counts_errors_and_sharing(cache: P
     for family in ("response", "visual"):
         each = statistics["bytes_per_row_by_family"][family]
         assert f"{statistics['num_rows'][family]:,}" in lines[family]
-        assert lines[family].endswith(f"{each:.1f}")
+        assert lines[family].endswith(f"{each:,.1f}")
     assert "broken-0: image is truncated" in text
     assert "images named by samples, " in text
     assert "image keys stored: saved about " in text

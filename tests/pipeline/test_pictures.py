@@ -82,3 +82,15 @@ def test_a_constant_matrix_and_a_large_one_are_drawn() -> None:
     found = heat_map(np.random.default_rng(0).random((1100, 1100)).astype(np.float32))
     assert decoded(found.uri).shape == (367, 367, 3)
     assert found.step == 3
+
+
+def test_a_bright_diagonal_leaves_colours_for_the_rest() -> None:
+    values = np.random.default_rng(0).random((300, 300)).astype(np.float32)
+    values[range(300), range(300)] = 100
+    found = heat_map(values)
+    assert found.clipped
+    assert 0.9 < found.high <= 1
+    pixels = decoded(found.uri).astype(int).sum(-1)
+    assert pixels[5, 5] == pixels.min()
+    assert np.corrcoef(pixels[0, 1:], values[0, 1:])[0, 1] < -0.9
+    assert not heat_map(np.arange(6, dtype=np.float32).reshape(2, 3)).clipped
