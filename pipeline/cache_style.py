@@ -74,7 +74,8 @@ p.note { margin: 1rem 0 0; }
 .heat.large { width: 22rem; max-height: 22rem; image-rendering: auto; }
 .legend { display: flex; gap: .5rem; align-items: center; font-size: .75rem; color: var(--dim); width: 13rem;
   font-variant-numeric: tabular-nums; }
-.ramp { flex: 1; height: .5rem; border-radius: 3px; } .maps p.dim { font-size: .76rem; margin: .15rem 0 0; max-width: 22rem; }
+.ramp { flex: 1; height: .5rem; border-radius: 3px; }
+.maps p.dim { font-size: .76rem; margin: .15rem 0 0; max-width: 22rem; }
 .grid { display: grid; gap: 3px; margin-top: .35rem; }
 .grid div { background: #f7f5ef; border-radius: 4px; padding: .3rem .4rem; min-width: 4.4rem; text-align: center;
   line-height: 1.25; font-size: .8rem; }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import Identity, tokenizer_fingerprint
@@ -13,24 +13,31 @@ _MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "·"}
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """What is needed of a tokenizer."""
+
+    decode: Callable[[list[int]], str]  # special tokens included
+    spell: Callable[[int], str]  # one token as it is in the vocabulary
+
+
 class TokenTexts:
     """What ids say. `note` tells a person which tokenizer speaks, or why ids are shown."""
 
-    def __init__(self, tokenizer: Any | None, note: str) -> None:
+    def __init__(self, decoder: Decoder | None, note: str) -> None:
         self.note = note
-        self._tokenizer = tokenizer
+        self._decoder = decoder
 
     @property
     def decodes(self) -> bool:
         """False where only ids can be shown."""
-        return self._tokenizer is not None
+        return self._decoder is not None
 
     def one(self, token_id: int) -> str:
         """A single token with its spaces and line ends visible; a piece of a character as the tokenizer spells it."""
-        if self._tokenizer is None:
+        if self._decoder is None:
             return f"#{token_id}"
-        text = self._decode([token_id])
-        spelling = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        text, spelling = self._decoder.decode([token_id]), self._decoder.spell(token_id)
         if _BROKEN in text:
             text = spelling
         elif spelling.startswith("▁") and not text.startswith(" "):
@@ -39,13 +46,9 @@ class TokenTexts:
 
     def many(self, token_ids: Sequence[int]) -> str:
         """Running text, special tokens included."""
-        if self._tokenizer is None:
+        if self._decoder is None:
             return " ".join(f"#{token_id}" for token_id in token_ids)
-        return self._decode([int(token_id) for token_id in token_ids])
-
-    def _decode(self, token_ids: list[int]) -> str:
-        assert self._tokenizer is not None
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._decoder.decode([int(token_id) for token_id in token_ids])
 
 
 def token_texts(identity: Identity, folder: Path | None) -> TokenTexts:
@@ -60,17 +63,37 @@ def token_texts(identity: Identity, folder: Path | None) -> TokenTexts:
     if not Path(identity.teacher).is_dir():
         return TokenTexts(None, f"token ids, since the teacher's folder {identity.teacher!r} is not here; {advice}")
     try:
-        tokenizer = _matching(Path(identity.teacher), identity)
+        decoder = _matching(Path(identity.teacher), identity)
     except (StillhouseError, ImportError) as error:
         return TokenTexts(None, f"token ids, since {error}; {advice}")
-    return TokenTexts(tokenizer, f"texts by the tokenizer in {identity.teacher}")
+    return TokenTexts(decoder, f"texts by the tokenizer in {identity.teacher}")
 
 
-def _matching(folder: Path, identity: Identity) -> Any:
-    from student_train.huggingface import load_tokenizer
-
+def _matching(folder: Path, identity: Identity) -> Decoder:
     if not folder.is_dir():
         raise ConfigError(f"--tokenizer {folder} is not a folder")
+    return _plain(folder, identity) or _by_transformers(folder, identity)
+
+
+def _plain(folder: Path, identity: Identity) -> Decoder | None:
+    """By tokenizer.json alone, without the seconds that transformers takes; None if that is not the whole tokenizer."""
+    try:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # the library raises nothing narrower; transformers then tells what is wrong
+        return None
+    if tokenizer_fingerprint(tokenizer.get_vocab(with_added_tokens=True)) != identity.tokenizer_fingerprint:
+        return None
+    return Decoder(
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        spell=lambda token_id: str(tokenizer.id_to_token(token_id)),
+    )
+
+
+def _by_transformers(folder: Path, identity: Identity) -> Decoder:
+    from student_train.huggingface import load_tokenizer
+
     try:
         tokenizer = load_tokenizer(folder)
     except StillhouseError as error:
@@ -81,7 +104,10 @@ def _matching(folder: Path, identity: Identity) -> Any:
             f"the tokenizer in {folder} has the fingerprint {got[:12]}…, the cache was made with "
             f"{identity.tokenizer_fingerprint[:12]}…, so it would read the ids wrongly"
         )
-    return tokenizer
+    return Decoder(
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        spell=lambda token_id: str(tokenizer.convert_ids_to_tokens(token_id)),
+    )
 
 
 def mark_spaces(text: str) -> str:

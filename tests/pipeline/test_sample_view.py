@@ -120,6 +120,12 @@ def test_nearest_ids_of_nothing_and_of_little() -> None:
     assert nearest_ids("zebra", ["ox", "zebu"]) == ["zebu", "ox"]
 
 
+def test_a_slip_is_found_among_many_ids() -> None:
+    ids = [f"train-{part:03d}-{number:03d}" for part in range(40) for number in range(100)]
+    for slip in ("trian-031-057", "train-031-057x", "train-31-057", "rain-031-057"):
+        assert nearest_ids(slip, ids)[0] == "train-031-057"
+
+
 def test_the_effective_rank_counts_equal_eigenvalues() -> None:
     for rank in (1, 2, 5):
         values = np.zeros((6, 6), np.float32)

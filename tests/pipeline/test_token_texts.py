@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.token_texts import mark_spaces, printable, token_texts
+from pipeline.token_texts import _by_transformers, _plain, mark_spaces, printable, token_texts
 from storage.errors import ConfigError
 from storage.identity import Identity, tokenizer_fingerprint
 from tests.pipeline.hostile_cache import import_transformers
@@ -35,6 +35,18 @@ def test_the_teachers_own_folder_is_read(folder: Path, identity: Identity) -> No
     assert str(folder) in texts.note
     assert texts.many(ids) == "the left\nhalf"
     assert "".join(texts.one(token_id) for token_id in ids) == "the·left⏎half"
+
+
+def test_tokenizer_json_alone_says_the_same_as_transformers(folder: Path, identity: Identity) -> None:
+    plain, slow = _plain(folder, identity), _by_transformers(folder, identity)
+    assert plain is not None
+    ids = list(range(identity.vocab_size))
+    assert [plain.spell(token_id) for token_id in ids] == [slow.spell(token_id) for token_id in ids]
+    assert [plain.decode([token_id]) for token_id in ids] == [slow.decode([token_id]) for token_id in ids]
+    sentence = make_tiny_tokenizer().encode("<|im_start|>user\nthe left , half .<image>größe<|im_end|>")
+    assert plain.decode(sentence) == slow.decode(sentence)
+    assert _plain(folder, identity.model_copy(update={"tokenizer_fingerprint": "0"})) is None
+    assert _plain(folder.parent, identity) is None
 
 
 def test_a_piece_of_a_character_is_spelt_as_the_tokenizer_does(identity: Identity) -> None:
