@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from pipeline.config import Experiment
 from storage.config import CacheSection
@@ -10,7 +11,9 @@ from storage.errors import StillhouseError
 from storage.files import open_folder
 from storage.identity import Identity
 from storage.reader import Cache
-from storage.segments import NewSegment, find_segment
+from storage.segments import NewSegment, find_segment, has_cache
+from student_train.material import fitting_checkpoint
+from student_train.trainer import resolved
 from teacher_dump.dump import plan_dump, prompt_errors, read_settings
 
 
@@ -31,6 +34,7 @@ def check(experiment: Experiment) -> Iterator[str]:
         )
     yield f"prompts: {len(errors):,} of {total:,} samples cannot be used" + (f":\n  {named}" if errors else "")
     yield _check_cache(experiment.cache, planned.identity)
+    yield from _check_stages(experiment)
 
 
 def _check_cache(section: CacheSection, identity: Identity) -> str:
@@ -45,3 +49,14 @@ def _check_cache(section: CacheSection, identity: Identity) -> str:
         what = "parts of new samples" if found.adds_to is None else ", ".join(found.families)
         line += f"; the dump would add {what} as segment {found.number}"
     return line
+
+
+def _check_stages(experiment: Experiment) -> Iterator[str]:
+    """A line for each stage whose student is there and reads the cache. Errors: IdentityError."""
+    if not has_cache(open_folder(experiment.cache.path)):
+        return
+    for name, section in experiment.stages.items():
+        stage = resolved(section, name)
+        if stage.cache is None and Path(stage.init).is_dir():
+            fitting_checkpoint(stage, experiment.cache.path)
+            yield f"stages.{name}: {stage.init} fits the cache"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +167,14 @@ class Cache:
         """The preference pairs: samples `<id>#chosen` and `<id>#rejected`."""
         return pairs_of(self.sample_ids)
 
+    def tables(self, family: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Plain columns of a family, one table a part; `tokens` and `response` in the order of the samples.
+
+        No payload is decoded, so scalars of the whole cache are read this way. Errors: CorruptPartError.
+        """
+        for part in self._parts:
+            yield self._files.columns(family, part.families[family], columns)
+
     def statistics(self) -> dict[str, Any]:
         """Counts and bytes, from the commits alone.
 
@@ -299,6 +307,30 @@ class Cache:
         self._positions = {sample_id: index for index, sample_id in enumerate(self.sample_ids)}
         if len(self._positions) != len(self.sample_ids):
             raise CorruptPartError(f"{self.folder}: a sample id has two records; run stillhouse verify")
+
+
+def read_identity(path: str | Path) -> Identity:
+    """What a cache was made from, by its segments' documents alone: quick whatever its size. Errors as Cache.open."""
+    return merged_identity(read_segments(open_folder(path)))
+
+
+def first_sample_with_images(path: str | Path, splits: Sequence[str]) -> TokensRecord | None:
+    """An example of the teacher's visual grid: the first sample of some splits that has images, if any has.
+
+    Reads part after part until it is found, not the index of all. Errors as Cache.open.
+    """
+    folder = open_folder(path)
+    segments = read_segments(folder)
+    part_files = PartFiles(folder, max_bytes=DEFAULT_MAX_BYTES, checksums=True)
+    for segment in tokens_segments(segments):
+        for number in layout.commit_numbers(folder, segment):
+            entry = layout.read_commit(folder, segment, number)[0].families["tokens"]
+            table = part_files.columns("tokens", entry, ("split", "image_keys"))
+            columns = zip(table["split"].to_pylist(), table["image_keys"].to_pylist(), strict=True)
+            row = next((row for row, (split, keys) in enumerate(columns) if split in splits and keys), None)
+            if row is not None:
+                return tokens_record(*part_files.row("tokens", entry, row), merged_identity(segments))
+    return None
 
 
 def _check_count(image: ImageRef, num_rows: int) -> None:

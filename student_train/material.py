@@ -10,7 +10,7 @@ import numpy as np
 
 from storage.errors import CacheError, ConfigError
 from storage.identity import stored_relation
-from storage.reader import Cache
+from storage.reader import Cache, first_sample_with_images, read_identity
 from storage.records import SampleRecord
 from student_train.batch import check_grid
 from student_train.config import LossesSection, StageSection
@@ -42,21 +42,33 @@ class Material:
 
 def prepare(stage: StageSection, cache_path: str) -> Material:
     """Open and check everything. Errors: ConfigError, CacheError, IdentityError, StillhouseError."""
+    checkpoint = fitting_checkpoint(stage, cache_path)
     cache = open_sealed(cache_path, loss_families(stage.losses))
     _check_treatments(stage.losses, cache.identity.selection)
     indices = chosen_samples(cache, stage.splits)
-    checkpoint = read_checkpoint(stage.init)
-    check_fit(checkpoint, cache.identity)
     table = SampleTable(
         indices=indices,
         num_response_rows=cache.num_response_rows[indices].astype(np.int64),
         num_images=cache.num_images[indices].astype(np.int64),
         tokens_per_image=checkpoint.grid.tokens_per_image,
     )
-    if (stage.losses.visual or stage.losses.relation) and table.num_images.any():
-        first = int(indices[np.argmax(table.num_images > 0)])
-        check_grid(cache.read(first).tokens, checkpoint.grid)
     return Material(cache, table, checkpoint, stage.images)
+
+
+def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
+    """The student's checkpoint, if it fits the cache. Takes well under a second, whatever the size of the cache.
+
+    Neither weights nor the cache's index are read: cache.json, and one sample for the losses that need its
+    visual grid. Errors: IdentityError naming field, both values and what to do; those of `read_checkpoint`.
+    """
+    identity = read_identity(cache_path)
+    checkpoint = read_checkpoint(stage.init)
+    check_fit(checkpoint, identity)
+    if stage.losses.visual or stage.losses.relation:
+        example = first_sample_with_images(cache_path, stage.splits)
+        if example is not None:
+            check_grid(example, checkpoint.grid)
+    return checkpoint
 
 
 def open_sealed(path: str, families: tuple[str, ...]) -> Cache:
