@@ -123,7 +123,8 @@ def test_overrides_are_yaml_and_reach_everywhere(path):
         (
             ["cache.response.xyz=3"],
             [
-                "cache.response.xyz: unknown field; known are method, tau, k, mass, draws, seed, temperatures, rounding_kl"
+                "cache.response.xyz: unknown field; known are method, tau, k, mass, draws, seed, temperatures, "
+                "rounding_kl"
             ],
         ),
         (["cache.zstd=3"], ["cache.zstd: unknown field; did you mean zstd_level?"]),
