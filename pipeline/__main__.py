@@ -55,10 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
     verb("check", _check, "validate configuration, data and prompts before anything costs money")
     verb("dump", _dump, "run the teacher once and write the cache")
     sub = verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
-    sub.add_argument("cache", type=Path)
+    sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
     sub.add_argument("--json", action="store_true", help="print the findings as one JSON object")
-    sub = verb("inspect", _inspect, "what is in a cache", file=False)
-    sub.add_argument("cache", type=Path)
+    sub = verb("inspect", _inspect, "what is in a cache, and what the teacher said about a sample", file=False)
+    sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
+    sub.add_argument("--sample", action="append", default=[], metavar="ID", help="show this sample; may be repeated")
+    sub.add_argument("--html", type=Path, metavar="OUT", help="write a page; without --sample an overview")
+    sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the teacher's folder, if it is there")
+    sub.add_argument("--images", type=Path, metavar="DIR", help="default: the image root that the cache names")
+    sub.add_argument("--json", action="store_true", help="print everything as one JSON object")
     sub = verb("train", _train, "train one stage under torchrun")
     sub.add_argument("--stage", required=True)
     sub = verb("evaluate", _evaluate, "accuracy of a model, and its fidelity to the cached teacher")
@@ -96,6 +101,13 @@ def _need_folder(path: Path, name: str) -> None:
         raise ConfigError(f"{name} {path} is not a folder")
 
 
+def _need_cache(path: str) -> None:
+    from storage.files import is_url
+
+    if not is_url(path):
+        _need_folder(Path(path), "CACHE")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from pipeline.config import read_experiment
     from pipeline.run import run
@@ -123,7 +135,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from pipeline.run import scan
 
-    _need_folder(arguments.cache, "CACHE")
+    _need_cache(arguments.cache)
     report = scan(arguments.cache)
     if arguments.json:
         print(json.dumps(asdict(report)))
@@ -134,10 +146,19 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from pipeline.summary import describe_cache
+    from pipeline.inspection import inspect
 
-    _need_folder(arguments.cache, "CACHE")
-    print(describe_cache(arguments.cache))
+    _need_cache(arguments.cache)
+    print(
+        inspect(
+            arguments.cache,
+            sample_ids=arguments.sample,
+            tokenizer=arguments.tokenizer,
+            images=arguments.images,
+            html=arguments.html,
+            as_json=arguments.json,
+        )
+    )
 
 
 def _train(arguments: argparse.Namespace) -> None:

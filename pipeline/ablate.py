@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.config import Experiment
-from pipeline.ledger import Ledger, file_fingerprint
+from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
 from pipeline.training import training_command, training_environment
 from storage.errors import StillhouseError
 from storage.files import write_atomically
@@ -119,5 +119,5 @@ def _inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
         "stage": run.section.model_dump(mode="json"),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
         "init": file_fingerprint(init) if init.is_dir() else str(init),
-        "cache": file_fingerprint(Path(run.section.cache or experiment.cache.path) / "manifest.json"),
+        "cache": cache_fingerprint(run.section.cache or experiment.cache.path),
     }

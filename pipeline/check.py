@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config import Experiment
-from storage.errors import CacheError, StillhouseError
-from storage.identity import difference
+from storage.config import CacheSection
+from storage.errors import StillhouseError
+from storage.files import open_folder
+from storage.identity import Identity
 from storage.reader import Cache
+from storage.segments import NewSegment, find_segment, has_cache
+from student_train.material import fitting_checkpoint
+from student_train.trainer import resolved
 from teacher_dump.dump import plan_dump, prompt_errors, read_settings
 
 
@@ -28,12 +33,30 @@ def check(experiment: Experiment) -> Iterator[str]:
             f"{allowed:.1%}:\n  {named}"
         )
     yield f"prompts: {len(errors):,} of {total:,} samples cannot be used" + (f":\n  {named}" if errors else "")
-    path = Path(experiment.cache.path)
-    if not path.exists():
-        yield f"cache: none at {path} yet"
+    yield _check_cache(experiment.cache, planned.identity)
+    yield from _check_stages(experiment)
+
+
+def _check_cache(section: CacheSection, identity: Identity) -> str:
+    """What a dump would find and do. Errors: IdentityError, CacheError."""
+    folder = open_folder(section.path)
+    found, segments = find_segment(folder, identity, section.families, append=section.append)
+    if not segments:
+        return f"cache: none at {folder} yet"
+    cache = Cache.open(section.path, families=())
+    line = f"cache: {folder} fits, {cache.num_samples:,} samples{'' if cache.sealed else ', not sealed yet'}"
+    if isinstance(found, NewSegment):
+        what = "parts of new samples" if found.adds_to is None else ", ".join(found.families)
+        line += f"; the dump would add {what} as segment {found.number}"
+    return line
+
+
+def _check_stages(experiment: Experiment) -> Iterator[str]:
+    """A line for each stage whose student is there and reads the cache. Errors: IdentityError."""
+    if not has_cache(open_folder(experiment.cache.path)):
         return
-    cache = Cache.open(path, families=())
-    found = difference(cache.identity, planned.identity)
-    if found:
-        raise CacheError(f"{path}: another cache lies there; " + "; ".join(found) + "; remove it or set cache.path")
-    yield f"cache: {path} fits, {cache.num_samples:,} samples{'' if cache.sealed else ', not sealed yet'}"
+    for name, section in experiment.stages.items():
+        stage = resolved(section, name)
+        if stage.cache is None and Path(stage.init).is_dir():
+            fitting_checkpoint(stage, experiment.cache.path)
+            yield f"stages.{name}: {stage.init} fits the cache"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.files import write_atomically
+from storage.files import open_folder, write_atomically
+from storage.segments import read_segments
 
 
 @dataclass(frozen=True)
@@ -53,4 +55,14 @@ def file_fingerprint(path: Path) -> str:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_fingerprint(path: str) -> str:
+    """sha256 of what says all that is in a cache: its segments and their manifests. CacheError: there is none."""
+    folder, digest = open_folder(path), hashlib.sha256()
+    for segment in read_segments(folder):
+        digest.update(segment.sha256.encode())
+        with suppress(FileNotFoundError):  # a segment that grows has no manifest
+            digest.update(folder.read(segment.manifest_file))
     return digest.hexdigest()

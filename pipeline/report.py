@@ -18,7 +18,7 @@ from scipy import stats
 
 from pipeline.page import render_page
 from storage.errors import ConfigError
-from storage.files import write_atomically
+from storage.files import open_folder, write_atomically
 from storage.reader import Cache
 
 
@@ -53,8 +53,8 @@ def build_report(folder: Path) -> dict[str, Any]:
         "name": folder.name,
         "machine": describe_machine(),
         "teacher": _read_teacher(listing.get("teacher")),
-        "cache": {} if cache is None else _read_cache(Path(cache)),
-        "dump": {} if cache is None else _read(Path(cache) / "dump.json") or {},
+        "cache": {} if cache is None else _read_cache(cache),
+        "dump": {} if cache is None else _read_dump(cache),
         "runs": runs,
         "verdict": verdict(runs),
     }
@@ -155,7 +155,7 @@ def _read_teacher(folder: str | None) -> dict[str, Any]:
     return {"num_parameters": summary.get("num_parameters"), "training_seconds": summary.get("seconds"), **kept}
 
 
-def _read_cache(path: Path) -> dict[str, Any]:
+def _read_cache(path: str) -> dict[str, Any]:
     cache = Cache.open(path, families=())
     statistics = cache.statistics()
     num_rows = statistics["num_rows"]
@@ -166,6 +166,13 @@ def _read_cache(path: Path) -> dict[str, Any]:
         "teacher": cache.identity.teacher,
         "engine": cache.identity.engine,
     }
+
+
+def _read_dump(path: str) -> dict[str, Any]:
+    try:
+        return json.loads(open_folder(path).read("dump.json"))
+    except FileNotFoundError:
+        return {}
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

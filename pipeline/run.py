@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipeline.ablate import ablate
 from pipeline.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
-from pipeline.ledger import Ledger, file_fingerprint
+from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
 from pipeline.report import write_report
 from pipeline.training import num_ranks, training_command, training_environment
 from storage.errors import ConfigError, StillhouseError
@@ -32,7 +32,7 @@ def run(experiment: Experiment) -> Path:
     if experiment.train_teacher is not None:
         train_teacher(experiment, experiment.train_teacher, ledger)
     dump(experiment)
-    check_cache(Path(experiment.cache.path), ledger)
+    check_cache(experiment.cache.path, ledger)
     if experiment.train_teacher is not None:
         evaluate_model(experiment, Path(experiment.teacher.model), ledger, step="evaluate-teacher-on-cache")
     ablate(experiment)
@@ -66,11 +66,10 @@ def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: 
         "cache.families=[]",
     )
     dump(experiment, overrides)
-    manifest = Path(stage.cache or "") / "manifest.json"
     inputs = {
         "stage": stage.model_dump(mode="json"),
         "init": file_fingerprint(Path(stage.init.replace("{seed}", str(stage.seed)))),
-        "cache": file_fingerprint(manifest),
+        "cache": cache_fingerprint(stage.cache or experiment.cache.path),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
     }
     folder = Path(stage.output)
@@ -109,7 +108,7 @@ def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = 
     target = model / "evaluation.json"
     inputs = {
         "model": file_fingerprint(model / "config.json"),
-        "manifest": file_fingerprint(Path(experiment.cache.path) / "manifest.json"),
+        "manifest": cache_fingerprint(experiment.cache.path),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
     }
     if ledger is not None and ledger.is_done(step, inputs, [target]):
@@ -121,10 +120,10 @@ def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = 
     return target
 
 
-def check_cache(path: Path, ledger: Ledger) -> None:
+def check_cache(path: str, ledger: Ledger) -> None:
     """Verifies the sealed cache once; `StillhouseError` lists what is wrong."""
-    inputs = {"manifest": file_fingerprint(path / "manifest.json")}
-    if ledger.is_done("verify", inputs, [path / "manifest.json"]):
+    inputs = {"manifest": cache_fingerprint(path)}
+    if ledger.is_done("verify", inputs, []):
         return _say(f"cache: verified already, {path}")
     report = scan(path)
     if not report.ok:
@@ -133,7 +132,7 @@ def check_cache(path: Path, ledger: Ledger) -> None:
     return _say(f"cache: verified, {path}")
 
 
-def scan(path: Path) -> VerifyReport:
+def scan(path: str) -> VerifyReport:
     """The findings of a full scan of the cache, with a progress bar over its parts."""
     with tqdm(desc="verify", unit="part") as bar:
 

@@ -1,4 +1,4 @@
-"""What the terminal shows: the table at the end of a run, a cache's contents, an evaluation."""
+"""What the terminal shows: the table at the end of a run, an evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.page import format_bytes, percent
-from storage.reader import Cache
 
 
 def print_summary(folder: Path) -> None:
@@ -26,18 +25,7 @@ def print_summary(folder: Path) -> None:
     ]
     if report["teacher"]:
         rows.append(("teacher", f"{100 * report['teacher']['exact_match']:.1f} %", "", "", ""))
-    print(f"\n{_columns([header, *rows])}\n\n{report['verdict']}\n{folder / 'report.html'}")
-
-
-def describe_cache(path: Path) -> str:
-    """A cache's identity, families and sizes as text."""
-    cache = Cache.open(path, families=())
-    statistics = cache.statistics()
-    sizes = [(name, format_bytes(size)) for name, size in statistics["bytes_by_family"].items()]
-    rows = [(f"{name} rows", f"{number:,}") for name, number in statistics["num_rows"].items()]
-    identity = [(name, str(value)) for name, value in cache.identity.model_dump().items()]
-    counts = [("samples", f"{statistics['num_samples']:,}"), ("errors", f"{statistics['num_errors']:,}")]
-    return _columns([*identity, *counts, *rows, *sizes, ("total", format_bytes(statistics["bytes"]))])
+    print(f"\n{columns([header, *rows])}\n\n{report['verdict']}\n{folder / 'report.html'}")
 
 
 def describe_evaluation(path: Path) -> str:
@@ -48,10 +36,10 @@ def describe_evaluation(path: Path) -> str:
     if evaluation["kl_to_teacher"] is not None:
         rows.append(("KL to the teacher", f"{evaluation['kl_to_teacher']:.4f} nats"))
         rows.append(("top-1 agreement", f"{100 * evaluation['top1_agreement']:.1f} %"))
-    return f"{_columns(rows)}\n{path}"
+    return f"{columns(rows)}\n{path}"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of equal length in columns: the first to the left, and the others to the right if there are several."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.codec import decode_relation, decode_rows, encode_relation, encode_rows
+from storage.config import HiddenSection, RelationSection
 from storage.errors import CorruptPartError
+from storage.hidden import decode_hidden, encode_hidden, encoding_of, relative_errors
 from storage.identity import Identity
-from storage.records import ImageRef, RelationMatrix, TokensRecord
+from storage.payload_1 import decode_rows
+from storage.records import ImageRef, Relation, RelationMatrix, SequenceLogprob, TokensRecord
+from storage.relation import cosine_error, decode_relation, encode_relation, stored_norm
 from storage.rows import SparseRows
 
 Columns = Mapping[str, Any]
@@ -69,29 +73,17 @@ def check_token_ids(token_ids: NDArray[np.int32], identity: Identity) -> None:
         raise ValueError(f"token id {token_ids[~known][0]} is outside 0..{identity.vocab_size - 1}")
 
 
-def rows_columns(rows: SparseRows, *, vocab_size: int, tau: float) -> Columns:
-    """The columns that response and visual rows share. ValueError for rows that a cache may not hold."""
-    columns = {
-        "num_rows": rows.num_rows,
-        "entropy": rows.entropy,
-        "tail_mass": rows.tail_mass,
-        "log_sum_exp": rows.log_sum_exp,
-        "num_entries": rows.num_entries,
-        "num_exact": int(rows.num_exact.sum()),
-        "payload": encode_rows(rows, vocab_size=vocab_size, tau=tau),
-    }
-    return columns if rows.label_logprob is None else {**columns, "label_logprob": rows.label_logprob}
-
-
 def sparse_rows(table: pa.Table, row: int, *, vocab_size: int) -> SparseRows:
-    """The rows of a response or visual row. CorruptPartError unless counts and payload agree."""
+    """The rows of a response or visual row of format version 1. CorruptPartError unless counts and payload agree.
+
+    Its column log_sum_exp is of the raw logits at temperature 1, which nothing needs: it is not read.
+    """
     labels = _numbers(table, "label_logprob", row) if "label_logprob" in table.column_names else None
     rows = decode_rows(
         _payload(table, row),
         vocab_size=vocab_size,
         tail_mass=_numbers(table, "tail_mass", row),
         entropy=_numbers(table, "entropy", row),
-        log_sum_exp=_numbers(table, "log_sum_exp", row),
         label_logprob=labels,
     )
     got = (rows.num_rows, rows.num_entries, int(rows.num_exact.sum()))
@@ -101,18 +93,70 @@ def sparse_rows(table: pa.Table, row: int, *, vocab_size: int) -> SparseRows:
     return rows
 
 
-def relation_columns(matrix: RelationMatrix) -> Columns:
+def relation_columns(matrix: RelationMatrix, section: RelationSection) -> Columns:
     """A relation row but for its key. ValueError for a matrix that a cache may not hold."""
-    payload = encode_relation(matrix)
-    return {"num_rows": len(matrix.values), "norm": np.float32(matrix.norm), "payload": payload}
+    payload = encode_relation(matrix, section)
+    return {"num_rows": len(matrix.values), "norm": np.float32(stored_norm(matrix, section)), "payload": payload}
 
 
-def relation_matrix(table: pa.Table, row: int) -> RelationMatrix:
-    """The matrix of a relation row. CorruptPartError unless count and payload agree."""
-    matrix = decode_relation(_payload(table, row), norm=table["norm"][row].as_py())
-    if len(matrix.values) != table["num_rows"][row].as_py():
-        raise CorruptPartError(f"relation payload has n = {len(matrix.values)}, its column says otherwise")
+def relation_matrix(table: pa.Table, row: int, num_visual_tokens: int) -> Relation:
+    """The matrix of a relation row. CorruptPartError unless count and payload are those of the image."""
+    norm = table["norm"][row].as_py()
+    matrix = decode_relation(_payload(table, row), norm=norm, num_visual_tokens=num_visual_tokens)
+    if table["num_rows"][row].as_py() != num_visual_tokens:
+        raise CorruptPartError(f"relation payload has n = {num_visual_tokens}, its column says otherwise")
     return matrix
+
+
+def hidden_columns(states: NDArray[np.float32], section: HiddenSection) -> Columns:
+    """A hidden row but for its sample. ValueError for states that a cache may not hold."""
+    payload = encode_hidden(states, section.encoding)
+    errors = relative_errors(states, decode_hidden(payload))
+    return {"num_rows": len(states), "width": states.shape[1], "relative_error": errors, "payload": payload}
+
+
+def hidden_states(table: pa.Table, row: int, section: HiddenSection) -> NDArray[np.float32]:
+    """(r, d) the states of a hidden row. CorruptPartError unless columns, payload and section agree."""
+    states = decode_hidden(_payload(table, row))
+    if encoding_of(_payload(table, row)) != section.encoding:
+        raise CorruptPartError(f"hidden payload is not in the cache's encoding, {section.encoding}")
+    stated = (table["num_rows"][row].as_py(), table["width"][row].as_py())
+    errors = _numbers(table, "relative_error", row)
+    if states.shape != stated or len(errors) != len(states) or not (np.isfinite(errors) & (errors >= 0)).all():
+        raise CorruptPartError(f"hidden payload is {states.shape}, its columns say {stated} and {len(errors)} errors")
+    return states
+
+
+def sequence_columns(sequence: SequenceLogprob) -> Columns:
+    """A sequence row but for its sample."""
+    return {"num_tokens": sequence.num_tokens, "logprob": np.float32(sequence.logprob)}
+
+
+def sequence_logprob(table: pa.Table, row: int) -> SequenceLogprob:
+    """What a sequence row says."""
+    return SequenceLogprob(table["logprob"][row].as_py(), table["num_tokens"][row].as_py())
+
+
+def image_columns(sha256: str, content: bytes) -> Columns:
+    """An images row."""
+    return {"sha256": sha256, "num_bytes": len(content), "payload": content}
+
+
+def image_content(table: pa.Table, row: int) -> bytes:
+    """The file of an images row. CorruptPartError unless hash and size are those of its columns."""
+    content = table["payload"][row].as_py()
+    stated, got = table["sha256"][row].as_py(), hashlib.sha256(content).hexdigest()
+    if got != stated or len(content) != table["num_bytes"][row].as_py():
+        raise CorruptPartError(f"image {stated} has {len(content)} bytes of the sha256 {got}")
+    return content
+
+
+def family_errors(family: str, rows: Iterable[Columns]) -> list[float]:
+    """The errors that some rows' encoding made, in their order; none for a family that has no measure."""
+    if family == "relation":
+        errors = [cosine_error(row["payload"]) for row in rows]
+        return [error for error in errors if error is not None]
+    return [float(error) for row in rows for error in row["relative_error"]] if family == "hidden" else []
 
 
 def _payload(table: pa.Table, row: int) -> memoryview:

@@ -1,27 +1,31 @@
 """Where a cache's files lie, and how parts are committed: exclusively, once, after their files are whole.
 
-<cache>/cache.json, <family>/part-00000.<12 hex of its sha256>.parquet, commits/part-00000.json, manifest.json
+<family>/part-00000.<12 hex of its sha256>.parquet, commits/part-00000.json and manifest.json for segment 0,
+commits/0001/part-00000.json and manifest-0001.json for later ones (segments.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from storage import files
-from storage.documents import Commit, CommitEntry, Description, FileEntry, Manifest, parse_document
+from storage.coding_errors import total as total_errors
+from storage.documents import Commit, CommitEntry, FileEntry, HeadEntry, Manifest, parse_document
 from storage.errors import CacheError, CorruptPartError
-from storage.identity import FORMAT_VERSION
-from storage.schema import FAMILIES
+from storage.files import Folder
+from storage.head import StoredHead, decode_head
+from storage.segments import COMMITS_FOLDER, SEGMENTS_FOLDER, Segment
 
-CACHE_FILE = "cache.json"
-MANIFEST_FILE = "manifest.json"
-COMMITS_FOLDER = "commits"
+HEAD_FOLDER = "head"
+NUM_CONNECTIONS = 16  # requests at once where each is a round trip
 
+_ADVICE = f"delete the part's file in {COMMITS_FOLDER}/ and run the dump again"
 _COMMIT_NAME = re.compile(r"part-(\d{5,8})\.json")
 _PART_NAME = re.compile(r"part-(\d{5,8})\.[0-9a-f]{12}\.parquet")
+_PART_OF_TEMPORARY = re.compile(r"part-(\d{5,8})\..+")
 
 
 def part_file(family: str, part: int, sha256: str) -> str:
@@ -29,119 +33,181 @@ def part_file(family: str, part: int, sha256: str) -> str:
     return f"{family}/part-{part:05d}.{sha256[:12]}.parquet"
 
 
-def commit_file(part: int) -> str:
+def head_file(sha256: str) -> str:
+    """The name of the output head's file, relative to the cache."""
+    return f"{HEAD_FOLDER}/head.{sha256[:12]}.safetensors"
+
+
+def commit_file(segment: Segment, part: int) -> str:
     """The name of a part's commit, relative to the cache."""
-    return f"{COMMITS_FOLDER}/part-{part:05d}.json"
+    return f"{segment.commits_folder}/part-{part:05d}.json"
 
 
-def read_description(folder: Path) -> tuple[Description, str]:
-    """cache.json and the sha256 of its bytes. Errors: CacheError where there is no cache."""
-    place = folder / CACHE_FILE
-    try:
-        content = files.read_bytes(place)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheError(f"{folder}: no cache is here ({CACHE_FILE} is missing); run the dump") from error
-    description = parse_document(content, Description, str(place))
-    unknown = [family for family in description.families if family not in FAMILIES]
-    if unknown or len(set(description.families)) != len(description.families):
-        raise CorruptPartError(f"{place}: families are {description.families}, expected some of {FAMILIES}")
-    return description, hashlib.sha256(content).hexdigest()
-
-
-def commit_numbers(folder: Path) -> list[int]:
+def commit_numbers(folder: Folder, segment: Segment) -> list[int]:
     """The parts that have a commit file, in order. Nothing is read."""
-    matches = [_COMMIT_NAME.fullmatch(path.name) for path in (folder / COMMITS_FOLDER).glob("*.json")]
+    matches = [_COMMIT_NAME.fullmatch(_last(name)) for name in folder.names(segment.commits_folder)]
     return sorted(int(match[1]) for match in matches if match)
 
 
-def read_commit(folder: Path, part: int, description: Description, cache_sha256: str) -> tuple[Commit, str]:
+def read_commit(folder: Folder, segment: Segment, part: int) -> tuple[Commit, str]:
     """A part's commit and the sha256 of its bytes.
 
     Errors: FileNotFoundError, CorruptPartError if it is damaged or belongs to another cache.
     """
-    place = folder / commit_file(part)
-    content = files.read_bytes(place)
-    commit = parse_document(content, Commit, str(place))
-    if commit.cache_sha256 != cache_sha256:
-        raise CorruptPartError(f"{place}: belongs to another {CACHE_FILE}; delete it and run the dump again")
-    families = {"tokens", *description.families}
-    if commit.part != part or set(commit.families) != families or part >= description.identity.num_parts:
+    name = commit_file(segment, part)
+    place, content = folder.place(name), folder.read(name)
+    commit = parse_document(content, Commit, place)
+    if commit.cache_sha256 != segment.sha256:
+        raise CorruptPartError(f"{place}: belongs to another {segment.file}; delete it and run the dump again")
+    families = set(segment.stored_families)
+    if commit.part != part or set(commit.families) != families or part not in segment.parts:
         raise CorruptPartError(
             f"{place}: is about part {commit.part} with {sorted(commit.families)}, expected part {part} of "
-            f"{description.identity.num_parts} with {sorted(families)}"
+            f"{segment.parts.start} to {segment.parts.stop - 1} with {sorted(families)}"
         )
     for family, entry in commit.families.items():
         if entry.file != part_file(family, part, entry.sha256):
             raise CorruptPartError(f"{place}: names {entry.file!r}, expected its own {family} file")
+    if (commit.head is None) == ("hidden" in families):
+        raise CorruptPartError(f"{place}: must name an output head where there are hidden states, and only there")
+    if commit.head is not None and commit.head.file != head_file(commit.head.sha256):
+        raise CorruptPartError(f"{place}: names {commit.head.file!r}, expected a file of {HEAD_FOLDER}/")
     return commit, hashlib.sha256(content).hexdigest()
 
 
-def check_file(folder: Path, entry: FileEntry, *, content: bool) -> None:
+def read_commits(folder: Folder, segment: Segment, parts: Sequence[int]) -> list[tuple[Commit, str]]:
+    """The commits of several parts, many at once in an object store. Errors as `read_commit`."""
+    if not folder.is_remote:
+        return [read_commit(folder, segment, part) for part in parts]
+    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+        return list(pool.map(lambda part: read_commit(folder, segment, part), parts))
+
+
+def check_file(folder: Folder, entry: FileEntry | HeadEntry, *, content: bool) -> None:
     """CorruptPartError unless a part's file is there and has the committed size (and bytes, if asked)."""
-    path = folder / entry.file
-    advice = f"delete the part's file in {COMMITS_FOLDER}/ and run the dump again"
     try:
-        size = path.stat().st_size
-        sha256 = files.sha256_of(path) if content and size == entry.file_bytes else entry.sha256
+        size = folder.size(entry.file)
+        sha256 = folder.sha256(entry.file) if content and size == entry.file_bytes else entry.sha256
     except OSError as error:
-        raise CorruptPartError(f"{path}: cannot be read: {error.strerror}; {advice}") from error
-    if size != entry.file_bytes:
-        raise CorruptPartError(f"{path}: has {size} bytes, its commit says {entry.file_bytes}; {advice}")
-    if sha256 != entry.sha256:
-        raise CorruptPartError(f"{path}: sha256 is {sha256}, its commit says {entry.sha256}; {advice}")
+        raise _unreadable(folder, entry, error) from error
+    _compare(folder, entry, size, sha256)
 
 
-def read_manifest(folder: Path, cache_sha256: str) -> Manifest | None:
-    """manifest.json, or None while the cache is growing. Errors: CorruptPartError."""
-    place = folder / MANIFEST_FILE
+def read_head(folder: Folder, entry: HeadEntry, vocab_size: int) -> StoredHead:
+    """The output head of a cache. CorruptPartError unless its file is whole, and of that vocabulary."""
     try:
-        manifest = parse_document(files.read_bytes(place), Manifest, str(place))
+        content = folder.read(entry.file)
+    except OSError as error:
+        raise _unreadable(folder, entry, error) from error
+    _compare(folder, entry, len(content), hashlib.sha256(content).hexdigest())
+    place = folder.place(entry.file)
+    try:
+        head = decode_head(content)
+    except CorruptPartError as error:
+        raise CorruptPartError(f"{place}: {error}") from error
+    if head.vocab_size != vocab_size:
+        raise CorruptPartError(f"{place}: has {head.vocab_size} tokens, the vocabulary {vocab_size}")
+    return head
+
+
+def _unreadable(folder: Folder, entry: FileEntry | HeadEntry, error: OSError) -> CorruptPartError:
+    return CorruptPartError(f"{folder.place(entry.file)}: cannot be read: {error.strerror or error}; {_ADVICE}")
+
+
+def _compare(folder: Folder, entry: FileEntry | HeadEntry, size: int, sha256: str) -> None:
+    place = folder.place(entry.file)
+    if size != entry.file_bytes:
+        raise CorruptPartError(f"{place}: has {size} bytes, its commit says {entry.file_bytes}; {_ADVICE}")
+    if sha256 != entry.sha256:
+        raise CorruptPartError(f"{place}: sha256 is {sha256}, its commit says {entry.sha256}; {_ADVICE}")
+
+
+def read_manifest(folder: Folder, segment: Segment) -> Manifest | None:
+    """A segment's manifest, or None while it is growing. Errors: CorruptPartError."""
+    place = folder.place(segment.manifest_file)
+    try:
+        manifest = parse_document(folder.read(segment.manifest_file), Manifest, place)
     except FileNotFoundError:
         return None
-    if manifest.cache_sha256 != cache_sha256:
-        raise CorruptPartError(f"{place}: belongs to another {CACHE_FILE}; run the dump again")
-    expected = [commit_file(part) for part in range(len(manifest.commits))]
-    if [entry.file for entry in manifest.commits] != expected:
-        raise CorruptPartError(f"{place}: does not list the commits of parts 0 to {len(expected) - 1}")
+    if manifest.cache_sha256 != segment.sha256:
+        raise CorruptPartError(f"{place}: belongs to another {segment.file}; run the dump again")
+    parts = range(segment.first_part, segment.first_part + len(manifest.commits))
+    if [entry.file for entry in manifest.commits] != [commit_file(segment, part) for part in parts]:
+        raise CorruptPartError(f"{place}: does not list the commits of parts {parts.start} to {parts.stop - 1}")
     return manifest
 
 
-def make_manifest(cache_sha256: str, commits: Sequence[tuple[Commit, str]]) -> Manifest:
+def make_manifest(segment: Segment, commits: Sequence[tuple[Commit, str]]) -> Manifest:
     """The manifest of all parts in order: the same commits give the same bytes."""
     families = commits[0][0].families if commits else {}
-    entries = [CommitEntry(file=commit_file(commit.part), sha256=sha256) for commit, sha256 in commits]
+    head = commits[0][0].head if commits else None
+    entries = [CommitEntry(file=commit_file(segment, commit.part), sha256=sha256) for commit, sha256 in commits]
     return Manifest(
-        format_version=FORMAT_VERSION,
-        cache_sha256=cache_sha256,
+        format_version=segment.format_version,
+        cache_sha256=segment.sha256,
         num_samples=sum(commit.num_samples for commit, _ in commits),
         num_errors=sum(len(commit.errors) for commit, _ in commits),
         num_rows=total_rows([commit for commit, _ in commits]),
         bytes_by_family={
-            family: sum(commit.families[family].file_bytes for commit, _ in commits) for family in families
+            **{family: sum(commit.families[family].file_bytes for commit, _ in commits) for family in families},
+            **({} if head is None else {HEAD_FOLDER: head.file_bytes}),
         },
         commits=tuple(entries),
+        errors_by_family=total_errors([commit for commit, _ in commits]),
+        head=head,
     )
 
 
 def total_rows(commits: Sequence[Commit]) -> dict[str, int]:
     """Distribution rows by family, over all commits."""
-    families = commits[0].num_rows if commits else {}
-    return {family: sum(commit.num_rows[family] for commit in commits) for family in families}
+    families = dict.fromkeys(family for commit in commits for family in commit.num_rows)
+    return {family: sum(commit.num_rows.get(family, 0) for commit in commits) for family in families}
 
 
-def remove_orphans(folder: Path, commits: Sequence[Commit]) -> list[Path]:
-    """Delete what killed or beaten writers left of committed parts, and return it.
+def check_one_head(commits: Iterable[Commit]) -> HeadEntry | None:
+    """The output head that parts of a cache, of any of its segments, were made with; None without hidden states.
 
-    Safe beside running writers: a committed part can get no second commit, so nobody needs these files.
+    CacheError if they name different ones.
+    """
+    heads = {commit.head.sha256: commit for commit in commits if commit.head is not None}
+    if len(heads) > 1:
+        raise CacheError(
+            f"parts {', '.join(str(commit.part) for commit in heads.values())} name different output heads, "
+            f"{', '.join(heads)}; delete the commits of all parts but those of one head in {COMMITS_FOLDER}/, "
+            "and run the dump again"
+        )
+    return next((commit.head for commit in heads.values()), None)
+
+
+def remove_orphans(folder: Folder, segment: Segment, commits: Sequence[Commit]) -> list[str]:
+    """Delete what killed or beaten writers left of a complete segment's parts, and return the names.
+
+    Safe beside running writers: a committed part can get no second commit, so nobody needs these files, and
+    a writer whose temporary file is taken away writes it again.
     """
     named = {entry.file for commit in commits for entry in commit.families.values()}
     parts = {commit.part for commit in commits}
     orphans = []
-    for sub in (COMMITS_FOLDER, *FAMILIES):
-        for path in sorted((folder / sub).glob("part-*")):
-            match = _PART_NAME.fullmatch(path.name)
-            beaten = match is not None and int(match[1]) in parts and f"{sub}/{path.name}" not in named
-            if beaten or files.is_temporary(path):
-                path.unlink(missing_ok=True)
-                orphans.append(path)
+    for sub in (segment.commits_folder, *segment.stored_families):
+        for name in folder.names(sub):
+            match = _PART_NAME.fullmatch(_last(name))
+            beaten = match is not None and int(match[1]) in parts and name not in named
+            if beaten or (files.is_temporary(_last(name)) and _part_of(name) in parts):
+                orphans.append(name)
+    for sub in ("", SEGMENTS_FOLDER):
+        orphans += [name for name in folder.names(sub) if files.is_temporary(_last(name))]
+    heads = {commit.head.file for commit in commits if commit.head is not None}
+    if heads:  # no other segment's commits can name another one
+        orphans += [name for name in folder.names(HEAD_FOLDER) if name not in heads]
+    for name in orphans:
+        folder.remove(name)
     return orphans
+
+
+def _part_of(name: str) -> int | None:
+    match = _PART_OF_TEMPORARY.fullmatch(_last(name))
+    return None if match is None else int(match[1])
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]

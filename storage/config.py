@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Family = Literal["response", "visual", "relation"]
+Family = Literal["response", "visual", "relation", "hidden", "images"]  # that a dump can make
 
 
 class Section(BaseModel):
@@ -18,28 +18,83 @@ class Section(BaseModel):
 class SelectionSection(Section):
     """Which entries of a teacher distribution are stored.
 
-    `topk` keeps the k most probable tokens. `threshold` keeps every token with p >= tau exactly
-    and any other with probability p / tau and weight tau, so that the expected row is the dense row.
+    `threshold` keeps every token with p >= tau exactly and any other with probability p / tau and weight
+    tau, so that the expected row is the dense row. `topk` keeps the k most probable tokens, `mass` the
+    fewest that reach a mass, `sampled` independent draws of the whole row (RS-KD).
     """
 
-    method: Literal["topk", "threshold"] = "threshold"
-    k: Annotated[int, Field(ge=1, le=65535)] = 64  # entries a row, topk only
+    method: Literal["threshold", "topk", "mass", "sampled"] = "threshold"
     tau: Annotated[float, Field(gt=0, lt=1)] = 0.01  # probability, threshold only
-    seed: Annotated[int, Field(ge=0)] = 0  # of the systematic draws, threshold only
+    k: Annotated[int, Field(ge=1, le=65535)] = 64  # entries a row, topk only
+    mass: Annotated[float, Field(gt=0, lt=1)] = 0.99  # probability, mass only
+    draws: Annotated[int, Field(ge=2, le=65535)] = 50  # a row, sampled only
+    seed: Annotated[int, Field(ge=0)] = 0  # of the draws, threshold and sampled only
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # besides 1, whose log-sum-exp is kept
+    rounding_kl: Annotated[float, Field(ge=0, le=0.1)] = 5e-4  # nats a row for rounding; 0 keeps float32
+
+    @field_validator("temperatures")
+    @classmethod
+    def _not_one(cls, given: tuple[float, ...]) -> tuple[float, ...]:
+        if 1 in given or len(set(given)) < len(given):
+            raise ValueError(f"temperatures {given} must differ from 1 and from each other; 1 is always there")
+        return given
 
 
 class RelationSection(Section):
-    """How relation matrices are kept: float16 upper triangle of G / ||G||, the norm in float32."""
+    """How relation matrices G / ||G|| are kept; the norm in float32 besides.
+
+    `triangle_fp16` and `triangle_int8` keep the upper triangle; `low_rank` the factor F of F F^T with the
+    least rank that keeps 1 - cosine within `max_cosine_error`; `pooled` the matrix of visual rows averaged
+    over blocks of the square grid, which a student must average likewise.
+    """
 
     centered: bool = False  # subtract the mean visual row first; the published loss does not
+    encoding: Literal["triangle_fp16", "triangle_int8", "low_rank", "pooled"] = "triangle_fp16"
+    max_cosine_error: Annotated[float, Field(ge=1e-6, le=0.5)] | None = None  # low_rank only; 1e-3
+    factor_dtype: Literal["float16", "int8"] | None = None  # low_rank only; float16
+    pool: Annotated[int, Field(ge=2, le=64)] | None = None  # side of a block in visual tokens, pooled only; 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        ours = _ENCODING_PARAMETERS.get(str(given.get("encoding")), {})
+        return {**given, **{name: value for name, value in ours.items() if given.get(name) is None}}
+
+    @model_validator(mode="after")
+    def _refuse_useless(self) -> RelationSection:
+        for encoding, parameters in _ENCODING_PARAMETERS.items():
+            for name in parameters:
+                if encoding != self.encoding and getattr(self, name) is not None:
+                    raise ValueError(f"{name} belongs to encoding {encoding!r}, but encoding is {self.encoding!r}")
+        return self
+
+
+_ENCODING_PARAMETERS: dict[str, dict[str, Any]] = {
+    "low_rank": {"max_cosine_error": 1e-3, "factor_dtype": "float16"},
+    "pooled": {"pool": 2},
+}
+
+
+class HiddenSection(Section):
+    """How the final-norm hidden states of response rows are kept."""
+
+    encoding: Literal["float16", "int8"] = "float16"  # int8 with a float32 scale a row
 
 
 class CacheSection(Section):
-    """Where the cache lies, and what is stored of each family."""
+    """Where the cache lies, and what is stored of each family.
 
-    path: str = "{run}/cache"
+    A dump over a cache of the same samples adds the families that it lacks. With `append` a dump of other
+    samples adds those as new parts; without it they are refused.
+    """
+
+    path: str = "{run}/cache"  # a local folder, or s3://bucket/prefix
+    append: bool = False
     families: tuple[Family, ...] = ("response", "visual", "relation")  # besides `tokens`, always there
     response: SelectionSection = SelectionSection()
     visual: SelectionSection = SelectionSection()
     relation: RelationSection = RelationSection()
+    hidden: HiddenSection = HiddenSection()
     zstd_level: Annotated[int, Field(ge=1, le=19)] = 9

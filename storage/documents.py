@@ -1,22 +1,24 @@
-"""The JSON files of a cache: cache.json, a part's commit, the manifest. Each carries the sha256 of itself.
+"""The JSON files of a cache: cache.json, later segments, a part's commit, a segment's manifest.
 
-A document is written in one spelling only (sorted keys, indent 1, ASCII, a final newline), so that
-a reader can demand it to the byte.
+Each carries the sha256 of itself. A document is written in one spelling only (sorted keys, indent 1,
+ASCII, a final newline), so that a reader can demand it to the byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import CacheError, CorruptPartError
-from storage.identity import FORMAT_VERSION, Identity
+from storage.identity import READABLE_VERSIONS, Identity
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**62)]
+ErrorValue = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]  # bounded, so that sums over parts are too
 
 
 class Entry(BaseModel):
@@ -30,7 +32,7 @@ class Document(Entry):
 
     def to_bytes(self) -> bytes:
         """The file's content, its own sha256 included."""
-        body = self.model_dump(mode="json")
+        body = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
         return _spell({**body, "sha256": hashlib.sha256(_spell(body)).hexdigest()})
 
 
@@ -50,6 +52,24 @@ class ErrorEntry(Entry):
     reason: str
 
 
+class HeadEntry(Entry):
+    """The output head's file: of the whole cache, named by every commit of one that holds hidden states."""
+
+    file: str  # relative to the cache
+    file_bytes: Count
+    sha256: Sha256
+
+
+class ErrorSummary(Entry):
+    """The errors that a family's encoding made, one for each thing encoded."""
+
+    measure: str  # see coding_errors.MEASURES
+    count: Annotated[int, Field(ge=1, le=2**62)]
+    mean: ErrorValue
+    p99: ErrorValue  # in the manifest: the largest of the parts' p99
+    max: ErrorValue
+
+
 class Description(Document):
     """cache.json."""
 
@@ -58,17 +78,31 @@ class Description(Document):
     identity: Identity
 
 
+class SegmentDescription(Document):
+    """segments/0001.json: families that a later dump adds to a segment's parts, or parts of new samples."""
+
+    format_version: int
+    cache_sha256: Sha256  # of the bytes of cache.json
+    segment: Annotated[int, Field(ge=1, le=9999)]
+    adds_to: Count | None = None  # the segment whose parts get these families; None: new parts, with their own tokens
+    first_part: Count
+    families: tuple[str, ...]  # besides tokens
+    identity: Identity
+
+
 class Commit(Document):
     """commits/part-00000.json: it exists only if the part's files are whole."""
 
     format_version: int
-    cache_sha256: Sha256  # of the bytes of cache.json
+    cache_sha256: Sha256  # of the bytes of the segment's document: cache.json, segments/0001.json
     part: Count
     num_samples: Count
     num_images: Count  # image keys, each once
     num_rows: dict[str, Count]  # distribution rows, of the families response and visual
     families: dict[str, FileEntry]
     errors: tuple[ErrorEntry, ...]
+    errors_by_family: dict[str, ErrorSummary] | None = None  # of lossy encodings; None in older commits
+    head: HeadEntry | None = None  # where there are hidden states
 
 
 class CommitEntry(Entry):
@@ -79,15 +113,17 @@ class CommitEntry(Entry):
 
 
 class Manifest(Document):
-    """manifest.json: the sealed list, a function of cache.json and the commits alone."""
+    """manifest.json, manifest-0001.json: a segment's sealed list, a function of its document and commits alone."""
 
     format_version: int
-    cache_sha256: Sha256
+    cache_sha256: Sha256  # as a commit's
     num_samples: Count
     num_errors: Count
     num_rows: dict[str, Count]
-    bytes_by_family: dict[str, Count]
+    bytes_by_family: dict[str, Count]  # and those of the head
     commits: tuple[CommitEntry, ...]  # by part
+    errors_by_family: dict[str, ErrorSummary] | None = None
+    head: HeadEntry | None = None
 
 
 Kind = TypeVar("Kind", bound=Document)
@@ -109,9 +145,9 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
     actual = hashlib.sha256(_spell(body)).hexdigest()
     if claimed != actual:
         raise CorruptPartError(f"{place}: its content has the sha256 {actual}, it says {claimed}")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise CacheError(
-            f"{place}: format version is {version!r}, this Stillhouse reads {FORMAT_VERSION}; "
+            f"{place}: format version is {version!r}, this Stillhouse reads {_spoken(READABLE_VERSIONS)}; "
             "read it with the version that wrote it, or dump again"
         )
     try:
@@ -121,6 +157,10 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
     if document.to_bytes() != content:
         raise CorruptPartError(f"{place}: is not spelt as FORMAT.md says; its bytes were changed")
     return document
+
+
+def _spoken(versions: Sequence[int]) -> str:
+    return " and ".join(map(str, versions))
 
 
 def _spell(body: dict[str, Any]) -> bytes:

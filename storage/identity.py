@@ -9,7 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT_VERSION = 1
+from storage.config import HiddenSection, RelationSection
+
+FORMAT_VERSION = 2  # that is written
+READABLE_VERSIONS = (1, 2)
+NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
 
 
 class Identity(BaseModel):
@@ -61,7 +65,29 @@ def _differing_leaves(name: str, cache: Any, run: Any) -> list[str]:
     return [] if cache == run else [f"{name}: cache has {cache!r}, this run has {run!r}"]
 
 
+def stored_relation(identity: Identity) -> RelationSection:
+    """How a cache's relation matrices are encoded."""
+    return RelationSection.model_validate(identity.selection.get("relation", {}))
+
+
+def stored_hidden(identity: Identity) -> HiddenSection:
+    """How a cache's hidden states are encoded."""
+    return HiddenSection.model_validate(identity.selection.get("hidden", {}))
+
+
 def stored_tau(identity: Identity, family: str) -> float:
     """The weight of one sampled draw in a family's rows; 0 where its selection stores no sampled entries."""
     selection = identity.selection.get(family, {})
-    return float(selection["tau"]) if selection.get("method") == "threshold" else 0.0
+    if selection.get("method") == "threshold":
+        return float(selection["tau"])
+    return 1 / int(selection["draws"]) if selection.get("method") == "sampled" else 0.0
+
+
+def stored_temperatures(identity: Identity, family: str) -> tuple[float, ...]:
+    """The temperatures, besides 1, whose log-sum-exp a family's rows carry."""
+    return tuple(float(temperature) for temperature in identity.selection.get(family, {}).get("temperatures", ()))
+
+
+def stored_rounding_kl(identity: Identity, family: str) -> float:
+    """What rounding a family's probabilities may cost, in nats a row; 0 where they are float32."""
+    return float(identity.selection.get(family, {}).get("rounding_kl", 0.0))

@@ -87,6 +87,51 @@ class RelationMatrix:
     values: NDArray[np.float32]  # (n, n), symmetric, of norm 1 (all zero if G is)
     norm: float  # of G
 
+    @property
+    def num_visual_tokens(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class RelationFactor:
+    """G / ||G|| as F F^T, for a trainer that needs no (n, n): <G, A> = sum(F * (A F)) / norms."""
+
+    factor: NDArray[np.float32]  # (n, k); F F^T has norm 1 (k is 0 if G is zero)
+    norm: float  # of G
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return len(self.factor)
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """(n, n) F F^T, made anew at each call."""
+        return self.factor @ self.factor.T
+
+
+@dataclass(frozen=True, eq=False)
+class PooledRelation:
+    """The Gram matrix of visual rows averaged over pool x pool blocks of the square grid, at norm 1.
+
+    It compares with a student whose visual rows are averaged likewise: see relation.blocks_of_grid.
+    """
+
+    values: NDArray[np.float32]  # (m, m), symmetric, of norm 1 (all zero if the pooled G is)
+    norm: float  # of the pooled G
+    num_visual_tokens: int  # n, before pooling
+    pool: int
+
+
+Relation = RelationMatrix | RelationFactor | PooledRelation  # as a reader gives it; a dump gives RelationMatrix
+
+
+@dataclass(frozen=True)
+class SequenceLogprob:
+    """The teacher's log-probability of a sample's whole response."""
+
+    logprob: float  # float32 sum over response tokens, nats; 0 for an empty response
+    num_tokens: int  # response tokens
+
 
 @dataclass(frozen=True, eq=False)
 class SampleRecord:
@@ -95,7 +140,9 @@ class SampleRecord:
     tokens: TokensRecord
     response: SparseRows | None = None  # row r is the distribution of response token r
     visual: Mapping[str, SparseRows] = field(default_factory=dict)  # by image key
-    relation: Mapping[str, RelationMatrix] = field(default_factory=dict)  # by image key
+    relation: Mapping[str, Relation] = field(default_factory=dict)  # by image key
+    hidden: NDArray[np.float32] | None = None  # (r, d) final-norm states; OutputHead.logits makes row r of them
+    sequence: SequenceLogprob | None = None
 
 
 @dataclass(frozen=True)
@@ -115,3 +162,6 @@ class PartRecords:
     visual: Mapping[str, SparseRows] | None = None  # by the keys of the samples' images
     relation: Mapping[str, RelationMatrix] | None = None  # likewise
     errors: Sequence[SampleError] = ()
+    hidden: Sequence[NDArray[np.float32]] | None = None  # aligned with tokens, (r, d) for its r response tokens
+    sequence: Sequence[SequenceLogprob] | None = None  # aligned with tokens
+    images: Mapping[str, bytes] | None = None  # the images' files by their sha256

@@ -41,7 +41,7 @@ class SparseRows:
     num_exact: NDArray[np.int32]  # (r,)
     tail_mass: NDArray[np.float32]  # (r,) probability of everything that is not an exact entry
     entropy: NDArray[np.float32]  # (r,) nats, of the full distribution
-    log_sum_exp: NDArray[np.float32]  # (r,) of the raw logits over the real vocabulary
+    log_sum_exp: NDArray[np.float32]  # (r, t) of log p / T at each of the t configured temperatures T
     label_logprob: NDArray[np.float32] | None = None  # (r,) of the label token; None for visual rows
 
     @property
@@ -51,6 +51,12 @@ class SparseRows:
     @property
     def num_entries(self) -> int:
         return len(self.ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = [getattr(self, field.name) for field in fields(self)]
+        return sum(array.nbytes for array in arrays if array is not None)
 
     def row_of_entry(self) -> NDArray[np.int64]:
         """The row that each entry belongs to, (k,)."""
@@ -81,6 +87,11 @@ class SparseRows:
             label_logprob=None if self.label_logprob is None else self.label_logprob[start:stop],
         )
 
+    def copy(self) -> SparseRows:
+        """The same rows in arrays of their own: a slice keeps all that it was cut from in memory."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SparseRows(**{name: None if array is None else array.copy() for name, array in arrays.items()})
+
     @staticmethod
     def concatenate(parts: Sequence[SparseRows]) -> SparseRows:
         """All rows one after another; no parts give no rows. Label logprobs: all parts have them, or none."""
@@ -103,7 +114,7 @@ class SparseRows:
         )
 
     @staticmethod
-    def empty(*, with_labels: bool = False) -> SparseRows:
+    def empty(*, with_labels: bool = False, num_temperatures: int = 0) -> SparseRows:
         """No rows at all."""
         zero = np.zeros(0, np.float32)
         return SparseRows(
@@ -113,7 +124,7 @@ class SparseRows:
             num_exact=np.zeros(0, np.int32),
             tail_mass=zero,
             entropy=zero,
-            log_sum_exp=zero,
+            log_sum_exp=np.zeros((0, num_temperatures), np.float32),
             label_logprob=zero if with_labels else None,
         )
 
@@ -143,9 +154,10 @@ class SparseRows:
             array = getattr(self, name)
             if array is None and name == "label_logprob":
                 continue
-            if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
+            ndim = 2 if name == "log_sum_exp" else 1
+            if not isinstance(array, np.ndarray) or array.ndim != ndim or array.dtype != dtype:
                 got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array)
-                raise ValueError(f"{name} must be a 1-d array of {np.dtype(dtype)}, got {got}")
+                raise ValueError(f"{name} must be a {ndim}-d array of {np.dtype(dtype)}, got {got}")
         if len(self.offsets) == 0 or self.offsets[0] != 0:
             raise ValueError("offsets must start with 0")
         if (np.diff(self.offsets) < 0).any():
@@ -166,10 +178,28 @@ class SparseRows:
         _check((self.tail_mass >= 0) & (self.tail_mass <= 1), "the tail mass is outside 0..1")
         finite_entropy = np.isfinite(self.entropy) & (self.entropy >= -LOGPROB_TOLERANCE)
         _check(finite_entropy, "the entropy is negative or not finite")
-        _check(np.isfinite(self.log_sum_exp), "the log-sum-exp is not finite")
+        _check(np.isfinite(self.log_sum_exp).all(axis=1), "a log-sum-exp is not finite")
         if self.label_logprob is not None:
             labels = np.isfinite(self.label_logprob) & (self.label_logprob <= LOGPROB_TOLERANCE)
             _check(labels, "the label logprob is above 0 or not finite")
+
+
+def check_sampled_total(rows: SparseRows, tau: float) -> None:
+    """ValueError unless each row's sampled weights lie within one draw of its tail, as systematic draws do.
+
+    Nothing to check where tau is 0: such rows hold exact entries only.
+    """
+    if tau <= 0:
+        return
+    sampled = ~rows.is_exact()
+    weight = np.exp(rows.logprobs[sampled].astype(np.float64))
+    gap = np.abs(np.bincount(rows.row_of_entry()[sampled], weight, rows.num_rows) - rows.tail_mass)
+    if (gap > tau + HEAD_TOLERANCE).any():
+        row = int(np.argmax(gap))
+        raise ValueError(
+            f"row {row}: sampled weights differ by {gap[row]:.6g} from the tail mass "
+            f"{rows.tail_mass[row]:.6g}, expected at most tau = {tau}"
+        )
 
 
 def _same(a: NDArray | None, b: NDArray | None) -> bool:

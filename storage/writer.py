@@ -1,173 +1,343 @@
-"""Writes a cache: opens or joins it, commits parts, seals it. Any number of writers may do so at once."""
+"""Writes a segment of a cache: begins or joins it, commits parts, seals it. Any number of writers may do so at once."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from storage import commit as layout
-from storage import files
-from storage.columns import Columns, check_token_ids, relation_columns, rows_columns, tokens_columns
-from storage.documents import Commit, Description, ErrorEntry, FileEntry, Manifest
-from storage.errors import CacheError, IdentityError
-from storage.identity import FORMAT_VERSION, Identity, difference, stored_tau
-from storage.records import PartRecords, TokensRecord
+from storage.coding_errors import summary
+from storage.columns import Columns, check_token_ids, tokens_columns
+from storage.documents import Commit, ErrorEntry, FileEntry, HeadEntry, Manifest
+from storage.errors import CacheError, CorruptPartError
+from storage.files import Folder, open_folder
+from storage.head import StoredHead, encode_head
+from storage.identity import Identity
+from storage.part_files import PartFiles
+from storage.part_rows import FamilyRows, part_rows
+from storage.preference import check_pairs, check_sequence
+from storage.records import PartRecords, SampleError, TokensRecord
 from storage.schema import FAMILIES, parquet_bytes
+from storage.segments import NewSegment, Segment, find_segment, read_segments, tokens_segments
+
+# What an added family must have been made from, to the token: the rest of a tokens row follows from it.
+_ALIGNED_COLUMNS = ("sample_id", "token_ids", "response_starts", "response_stops", "image_keys")
+
+
+class Described(Protocol):
+    """What records are checked against: a segment, or cache.json."""
+
+    @property
+    def families(self) -> tuple[str, ...]: ...
+
+    @property
+    def identity(self) -> Identity: ...
 
 
 class CacheWriter:
-    """A cache that parts are added to. Invariant: its cache.json lies on disk and says what this one says."""
+    """A segment that parts are added to. Parts are numbered as in the segment's plan, from 0.
 
-    def __init__(self, folder: Path, description: Description, cache_sha256: str, zstd_level: int) -> None:
+    Invariant: the segment's document lies in the cache and says what this one says.
+    """
+
+    def __init__(self, folder: Folder, segments: Sequence[Segment], number: int, zstd_level: int) -> None:
         self.folder = folder
-        self.description = description
-        self._cache_sha256 = cache_sha256
+        self.segment = segments[number]
+        self._segments = segments
         self._zstd_level = zstd_level
+        self._files = PartFiles(folder, max_bytes=0, checksums=False)
+        self._holders: dict[str, int] | None = None
+        self._head: HeadEntry | None = None
+        self._head_width = 0
 
     @classmethod
-    def open(cls, path: str | Path, identity: Identity, families: Sequence[str], *, zstd_level: int = 9) -> CacheWriter:
-        """Create a cache, or join the one that lies there if it has the same identity and families.
+    def open(
+        cls,
+        path: str | Path,
+        identity: Identity,
+        families: Sequence[str],
+        *,
+        append: bool = False,
+        zstd_level: int = 9,
+    ) -> CacheWriter:
+        """The segment that a dump of `families` has to write, created if need be; see segments.find_segment.
 
-        `families` come besides tokens, which are always there. Errors: IdentityError naming each
-        field that differs; CacheError for object storage or an unknown family.
+        It may have fewer families than were asked for, when an earlier dump was not finished: then there is
+        more to do once this one is sealed. `families` come besides tokens. Errors: IdentityError naming each
+        field that differs; CacheError, among others for an unknown family.
         """
-        folder = files.local_folder(path)
-        unknown = [family for family in families if family not in FAMILIES]
-        if unknown:
-            raise CacheError(f"{folder}: unknown families {unknown}, expected some of {FAMILIES}")
-        wanted = tuple(family for family in FAMILIES if family in families and family != "tokens")
-        ours = Description(format_version=FORMAT_VERSION, families=wanted, identity=identity)
-        for sub in ("tokens", *wanted, layout.COMMITS_FOLDER):
-            (folder / sub).mkdir(parents=True, exist_ok=True)
-        if not (folder / layout.CACHE_FILE).exists():
-            files.create_exclusively(folder / layout.CACHE_FILE, ours.to_bytes())
-        theirs, cache_sha256 = layout.read_description(folder)
-        lines = difference(theirs.identity, identity)
-        if theirs.families != wanted:
-            lines.append(f"families: cache has {theirs.families}, this run has {wanted}")
-        if lines:
-            raise IdentityError(
-                f"{folder}: the cache there was made otherwise; delete it, or give cache.path another folder:"
-                + "".join(f"\n  {line}" for line in lines)
-            )
-        return cls(folder, theirs, cache_sha256, zstd_level)
+        folder = open_folder(path)
+        found, segments = find_segment(folder, identity, families, append=append)
+        while isinstance(found, NewSegment):
+            folder.make([found.file.rpartition("/")[0]])
+            folder.create(found.file, found.document.to_bytes())  # ours, or that of a writer that was faster
+            found, segments = find_segment(folder, identity, families, append=append)
+        return cls._of(folder, segments, found.number, zstd_level)
+
+    @classmethod
+    def join(cls, path: str | Path, segment: int, *, zstd_level: int = 9) -> CacheWriter:
+        """A segment that is there, by its number. Errors: CacheError."""
+        folder = open_folder(path)
+        segments = read_segments(folder)
+        if segment >= len(segments):
+            raise CacheError(f"{folder}: has {len(segments)} segments, number {segment} is not among them")
+        return cls._of(folder, segments, segment, zstd_level)
+
+    @classmethod
+    def _of(cls, folder: Folder, segments: Sequence[Segment], number: int, zstd_level: int) -> CacheWriter:
+        segment = segments[number]
+        folder.make([*segment.stored_families, segment.commits_folder])
+        return cls(folder, segments, number, zstd_level)
 
     @property
     def identity(self) -> Identity:
-        return self.description.identity
+        return self.segment.identity
 
     def committed_parts(self) -> set[int]:
         """Parts that need no more work. CorruptPartError if a file of one is gone or has another size."""
-        return {commit.part for commit, _ in self._commits()}
+        return {commit.part - self.segment.first_part for commit, _ in self._commits()}
+
+    def contents(self) -> tuple[int, list[SampleError]]:
+        """How many samples the committed parts hold, and the errors beside them."""
+        commits = [commit for commit, _ in self._commits()]
+        errors = [SampleError(error.sample_id, error.reason) for commit in commits for error in commit.errors]
+        return sum(commit.num_samples for commit in commits), errors
+
+    def refuse_known(self, sample_ids: Collection[str]) -> None:
+        """CacheError, by name, for samples that another segment holds already, as records or as errors."""
+        known = self._known_ids()
+        twice = [sample_id for sample_id in sample_ids if sample_id in known]
+        if twice:
+            shown = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
+            raise CacheError(
+                f"{self.folder}: {len(twice)} of the samples to append are in the cache already: {shown}; "
+                f"{twice[0]!r} is in part {known[twice[0]]}; give data.sources the new samples alone"
+            )
 
     def write_part(self, part: int, records: PartRecords) -> Commit:
         """Write a part's files, then its commit. A part that has a commit is left as it is.
 
         The commit that counts is returned: of writers that race, one wins and the others adopt its commit.
-        Errors: ValueError for records that contradict each other or the identity; OSError.
+        Errors: ValueError for records that contradict each other or the identity; CacheError for records of
+        other samples than the parts that families are added to, for samples that the cache has, for a disk
+        that is full or an object store that fails.
         """
-        if not 0 <= part < self.identity.num_parts:
-            raise ValueError(f"part {part} is not one of the plan's {self.identity.num_parts}")
-        existing = self._existing(part)
+        if not 0 <= part < self.segment.num_parts:
+            raise ValueError(f"part {part} is not one of the plan's {self.segment.num_parts}")
+        number = self.segment.first_part + part
+        existing = self._existing(number)
         if existing:
             return existing
-        check_records(records, self.description)
-        entries: dict[str, FileEntry] = {}
-        try:
-            for family, rows in part_columns(records, self.description).items():
-                entries[family] = self._write_family(family, part, rows)
-            commit = self._commit(part, records, entries)
-            if files.create_exclusively(self.folder / layout.commit_file(part), commit.to_bytes()):
-                return commit
-            winner = self._existing(part)
-        except FileNotFoundError:  # the cache was sealed meanwhile, and our temporary file removed
-            winner = self._existing(part)
-            if winner is None:
-                raise
+        check_records(records, self.segment)
+        self._check_widths(records)
+        if self.segment.has_tokens:
+            self.refuse_known([record.sample_id for record in (*records.tokens, *records.errors)])
+        else:
+            records = self._aligned(number, records)
+        families = part_rows(records, self.segment.identity, self.segment.stored_families)
+        entries = {family: self._write_family(family, number, rows) for family, rows in families.items()}
+        commit = self._commit(number, records, entries, families)
+        if self.folder.create(layout.commit_file(self.segment, number), commit.to_bytes()):
+            return commit
+        winner = self._existing(number)
         if winner is None:
             raise CacheError(f"{self.folder}: somebody removes commits while the dump is running")
         named = {entry.file for entry in winner.families.values()}
         for entry in entries.values():
             if entry.file not in named:
-                (self.folder / entry.file).unlink(missing_ok=True)
+                self.folder.remove(entry.file)
         return winner
 
+    def put_head(self, head: StoredHead) -> None:
+        """Keep the teacher's output head, before the first part of a segment that holds hidden states.
+
+        Any number of writers may do so; the same head is one file. Errors: ValueError for one that does not fit;
+        CacheError for another than the cache has.
+        """
+        if "hidden" not in self.segment.families or head.vocab_size != self.identity.vocab_size:
+            raise ValueError(
+                f"a head of {head.vocab_size} tokens for a vocabulary of {self.identity.vocab_size} and the "
+                f"families {self.segment.families}; it must fit, and hidden be among them"
+            )
+        content = encode_head(head)
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry = HeadEntry(file=layout.head_file(sha256), file_bytes=len(content), sha256=sha256)
+        self._refuse_other_head(entry)
+        try:
+            layout.check_file(self.folder, entry, content=not self.folder.is_remote)
+        except CorruptPartError:  # not there, or damaged
+            self.folder.make([layout.HEAD_FOLDER])
+            self.folder.write(entry.file, content)
+        self._head, self._head_width = entry, head.width
+
+    def unseal(self) -> None:
+        """Remove the manifest of a segment whose parts are to be written again: it names commits that are gone."""
+        self.folder.remove(self.segment.manifest_file)
+
     def seal(self) -> Manifest:
-        """Write the manifest, when every part is committed. A no-op on a sealed, unchanged cache.
+        """Write the manifest, when every part is committed. A no-op on a sealed, unchanged segment.
 
         Errors: CacheError naming missing parts, or sample ids that two parts hold; CorruptPartError.
         """
         commits = self._commits()
         committed = {commit.part for commit, _ in commits}
-        missing = [part for part in range(self.identity.num_parts) if part not in committed]
+        missing = [part for part in self.segment.parts if part not in committed]
         if missing:
             shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
             raise CacheError(
-                f"{self.folder}: {len(missing)} of {self.identity.num_parts} parts are not committed: "
+                f"{self.folder}: {len(missing)} of {self.segment.num_parts} parts are not committed: "
                 f"{shown}; run the dump again"
             )
-        manifest = layout.make_manifest(self._cache_sha256, commits)
-        place, content = self.folder / layout.MANIFEST_FILE, manifest.to_bytes()
-        if place.exists() and files.read_bytes(place) == content:
+        layout.check_one_head([*(commit for commit, _ in commits), *self._commits_with_head()])
+        manifest = layout.make_manifest(self.segment, commits)
+        content = manifest.to_bytes()
+        if self._manifest_bytes() == content:
             return manifest
-        self._refuse_duplicates([commit for commit, _ in commits])
-        layout.remove_orphans(self.folder, [commit for commit, _ in commits])
-        files.write_atomically(place, content)
+        if self.segment.has_tokens:
+            self._refuse_duplicates([commit for commit, _ in commits])
+        layout.remove_orphans(self.folder, self.segment, [commit for commit, _ in commits])
+        self.folder.write(self.segment.manifest_file, content)
         return manifest
 
-    def _existing(self, part: int) -> Commit | None:
+    def _manifest_bytes(self) -> bytes | None:
         try:
-            return layout.read_commit(self.folder, part, self.description, self._cache_sha256)[0]
+            return self.folder.read(self.segment.manifest_file)
+        except FileNotFoundError:
+            return None
+
+    def _existing(self, number: int) -> Commit | None:
+        try:
+            return layout.read_commit(self.folder, self.segment, number)[0]
         except FileNotFoundError:
             return None
 
     def _commits(self) -> list[tuple[Commit, str]]:
-        commits = [
-            layout.read_commit(self.folder, part, self.description, self._cache_sha256)
-            for part in layout.commit_numbers(self.folder)
-        ]
+        numbers = layout.commit_numbers(self.folder, self.segment)
+        commits = layout.read_commits(self.folder, self.segment, numbers)
         for commit, _ in commits:
             for entry in commit.families.values():
                 layout.check_file(self.folder, entry, content=False)
+        heads = {commit.head.sha256: commit.head for commit, _ in commits if commit.head is not None}
+        for head in heads.values():
+            layout.check_file(self.folder, head, content=False)
         return commits
 
-    def _write_family(self, family: str, part: int, rows: Sequence[Columns]) -> FileEntry:
-        content = parquet_bytes(family, rows, zstd_level=self._zstd_level)
+    def _write_family(self, family: str, number: int, rows: FamilyRows) -> FileEntry:
+        content = parquet_bytes(family, rows.groups, zstd_level=self._zstd_level, metadata=rows.metadata)
         sha256 = hashlib.sha256(content).hexdigest()
-        name = layout.part_file(family, part, sha256)
-        files.write_atomically(self.folder / name, content)
-        return FileEntry(file=name, rows=len(rows), file_bytes=len(content), sha256=sha256)
+        name = layout.part_file(family, number, sha256)
+        self.folder.write(name, content)
+        return FileEntry(file=name, rows=rows.num_rows, file_bytes=len(content), sha256=sha256)
 
-    def _commit(self, part: int, records: PartRecords, entries: Mapping[str, FileEntry]) -> Commit:
+    def _check_widths(self, records: PartRecords) -> None:
+        if records.hidden is None:
+            return
+        if self._head is None:
+            raise ValueError("hidden states need the output head: call put_head first")
+        for record, states in zip(records.tokens, records.hidden, strict=True):
+            if states.shape[1] != self._head_width:
+                raise ValueError(
+                    f"sample {record.sample_id}: hidden states of width {states.shape[1]}, "
+                    f"the head needs {self._head_width}"
+                )
+
+    def _commits_with_head(self) -> list[Commit]:
+        """One commit of every segment that holds hidden states, of those that have some."""
+        commits = []
+        for segment in read_segments(self.folder):  # others may have begun one since
+            if "hidden" in segment.families:
+                numbers = layout.commit_numbers(self.folder, segment)[:1]
+                commits += [commit for commit, _ in layout.read_commits(self.folder, segment, numbers)]
+        return commits
+
+    def _refuse_other_head(self, entry: HeadEntry) -> None:
+        there = layout.check_one_head(self._commits_with_head())
+        if there is not None and there != entry:
+            raise CacheError(
+                f"{self.folder}: its hidden states were made with the output head {there.file}, this teacher's is "
+                f"{entry.file}; dump into another folder, or with the teacher and the Stillhouse of then"
+            )
+
+    def _commit(
+        self,
+        number: int,
+        records: PartRecords,
+        entries: Mapping[str, FileEntry],
+        families: Mapping[str, FamilyRows],
+    ) -> Commit:
         num_rows = {}
         if records.response is not None:
             num_rows["response"] = sum(rows.num_rows for rows in records.response)
         if records.visual is not None:
             num_rows["visual"] = sum(rows.num_rows for rows in records.visual.values())
+        errors = records.errors if self.segment.has_tokens else ()  # of added families: with the tokens
         return Commit(
-            format_version=FORMAT_VERSION,
-            cache_sha256=self._cache_sha256,
-            part=part,
+            format_version=self.segment.format_version,
+            cache_sha256=self.segment.sha256,
+            part=number,
             num_samples=len(records.tokens),
             num_images=len({image.key for record in records.tokens for image in record.images}),
             num_rows=num_rows,
             families=dict(entries),
             errors=tuple(
-                ErrorEntry(sample_id=_encodable(error.sample_id), reason=_encodable(error.reason))
-                for error in records.errors
+                ErrorEntry(sample_id=_encodable(error.sample_id), reason=_encodable(error.reason)) for error in errors
             ),
+            errors_by_family={family: summary(family, rows.errors) for family, rows in families.items() if rows.errors},
+            head=self._head if records.hidden is not None else None,
         )
 
+    def _aligned(self, number: int, records: PartRecords) -> PartRecords:
+        """The records in the order of the tokens that the cache has of this part, without samples that it lacks."""
+        base = self._segments[self.segment.adds_to or 0]
+        commit, _ = layout.read_commit(self.folder, base, number)
+        stored = self._files.columns("tokens", commit.families["tokens"], _ALIGNED_COLUMNS).to_pylist()
+        places = {record.sample_id: place for place, record in enumerate(records.tokens)}
+        for row in stored:
+            name = f"{self.folder}: part {number}, sample {row['sample_id']!r}"
+            if row["sample_id"] not in places:
+                raise CacheError(f"{name}: is in the cache, but this dump has no record of it{_reason(row, records)}")
+            ours = _plain(tokens_columns(records.tokens[places[row["sample_id"]]]))
+            for column in _ALIGNED_COLUMNS:
+                if ours[column] != row[column]:
+                    raise CacheError(
+                        f"{name}: its {column} are not those that segment {base.number} has; families can be added "
+                        "only with the same samples, images and chat template"
+                    )
+        aligned = _reordered(records, [places[row["sample_id"]] for row in stored])
+        if aligned.sequence is not None:
+            _check_pairs_of_cache(f"{self.folder}: part {number}", aligned.tokens)
+        return aligned
+
+    def _known_ids(self) -> dict[str, int]:
+        """The part of each sample of the other segments, as committed when this was first asked."""
+        if self._holders is None:
+            self._holders = {}
+            for segment in tokens_segments(self._segments):
+                if segment.number != self.segment.number:
+                    self._note_ids(segment, self._holders)
+        return self._holders
+
+    def _note_ids(self, segment: Segment, holders: dict[str, int]) -> None:
+        numbers = layout.commit_numbers(self.folder, segment)
+        for commit, _ in layout.read_commits(self.folder, segment, numbers):
+            for sample_id in (*self._sample_ids(commit), *(error.sample_id for error in commit.errors)):
+                holders[sample_id] = commit.part
+
+    def _sample_ids(self, commit: Commit) -> list[str]:
+        table = self._files.columns("tokens", commit.families["tokens"], ["sample_id"])
+        return table["sample_id"].to_pylist()
+
     def _refuse_duplicates(self, commits: Sequence[Commit]) -> None:
-        holders: dict[str, int] = {}
+        self._holders = None  # other dumps may have committed since
+        holders = dict(self._known_ids())
         for commit in commits:
-            path = self.folder / commit.families["tokens"].file
-            for sample_id in pq.read_table(path, columns=["sample_id"])["sample_id"].to_pylist():
+            for sample_id in self._sample_ids(commit):
                 if sample_id in holders:
                     raise CacheError(
                         f"{self.folder}: parts {holders[sample_id]} and {commit.part} both hold sample "
@@ -176,30 +346,44 @@ class CacheWriter:
                 holders[sample_id] = commit.part
 
 
-def part_columns(records: PartRecords, description: Description) -> Mapping[str, Sequence[Columns]]:
-    """The Parquet rows of each family. Images are written in the order of the samples."""
-    identity = description.identity
-    keys = list(dict.fromkeys(image.key for record in records.tokens for image in record.images))
-    families: dict[str, Sequence[Columns]] = {"tokens": [tokens_columns(record) for record in records.tokens]}
-    if records.response is not None:
-        settings = {"vocab_size": identity.vocab_size, "tau": stored_tau(identity, "response")}
-        families["response"] = [
-            {"sample_id": record.sample_id, **rows_columns(rows, **settings)}
-            for record, rows in zip(records.tokens, records.response, strict=True)
-        ]
-    if records.visual is not None:
-        settings = {"vocab_size": identity.vocab_size, "tau": stored_tau(identity, "visual")}
-        visual = records.visual
-        families["visual"] = [{"image_key": key, **rows_columns(visual[key], **settings)} for key in keys]
-    if records.relation is not None:
-        relation = records.relation
-        families["relation"] = [{"image_key": key, **relation_columns(relation[key])} for key in keys]
-    return families
+def _reason(row: Mapping[str, Any], records: PartRecords) -> str:
+    reasons = [error.reason for error in records.errors if error.sample_id == row["sample_id"]]
+    return f": {reasons[0]}" if reasons else ""
 
 
-def check_records(records: PartRecords, description: Description) -> None:
+def _check_pairs_of_cache(place: str, records: Sequence[TokensRecord]) -> None:
+    try:
+        check_pairs(records)
+    except ValueError as error:
+        raise CacheError(
+            f"{place}: {error}: the cache was begun without the family sequence; dump into another folder"
+        ) from error
+
+
+def _plain(columns: Columns) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in columns.items()}
+
+
+def _reordered(records: PartRecords, places: Sequence[int]) -> PartRecords:
+    """Some of the samples, in another order, with the images that they name."""
+    if list(places) == list(range(len(records.tokens))):
+        return records
+    tokens = [records.tokens[place] for place in places]
+    images = [image for record in tokens for image in record.images]
+    keys = {*(image.key for image in images), *(image.sha256 for image in images)}
+    changes: dict[str, Any] = {"tokens": tokens}
+    for field in fields(records):
+        value = getattr(records, field.name)
+        if isinstance(value, Mapping):
+            changes[field.name] = {key: signal for key, signal in value.items() if key in keys}
+        elif field.name not in ("tokens", "errors") and value is not None:
+            changes[field.name] = [value[place] for place in places]
+    return replace(records, **changes)
+
+
+def check_records(records: PartRecords, description: Described) -> None:
     """ValueError, naming the sample, unless a part's records agree with each other and with the identity."""
-    for family in ("response", "visual", "relation"):
+    for family in FAMILIES[1:]:
         if (getattr(records, family) is None) == (family in description.families):
             raise ValueError(f"{family}: records and cache must both have it or both lack it")
     ids = Counter(record.sample_id for record in records.tokens)
@@ -219,6 +403,13 @@ def check_records(records: PartRecords, description: Description) -> None:
                     f"sample {record.sample_id}: {rows.num_rows} response rows for "
                     f"{record.num_response_tokens} response tokens, each with a label logprob"
                 )
+    _check_hidden(records)
+    if records.sequence is not None:
+        if len(records.sequence) != len(records.tokens):
+            raise ValueError(f"{len(records.sequence)} sequence logprobs for {len(records.tokens)} samples")
+        for record, sequence in zip(records.tokens, records.sequence, strict=True):
+            check_sequence(sequence, record)
+        check_pairs(records.tokens)
     for rows in (records.visual or {}).values():
         if rows.label_logprob is not None:
             raise ValueError("visual rows have no label")
@@ -246,6 +437,7 @@ def _check_images(records: PartRecords) -> None:
         for image in record.images:
             if num_tokens.setdefault(image.key, image.num_visual_tokens) != image.num_visual_tokens:
                 raise ValueError(f"sample {record.sample_id}: image {image.path} has two visual token counts")
+    _check_image_files(records)
     for family in ("visual", "relation"):
         signals = getattr(records, family)
         if signals is None:
@@ -257,6 +449,31 @@ def _check_images(records: PartRecords) -> None:
             rows = signal.num_rows if family == "visual" else len(signal.values)
             if rows != num_tokens[key]:
                 raise ValueError(f"{family}: image {key} has {rows} rows for {num_tokens[key]} visual tokens")
+
+
+def _check_hidden(records: PartRecords) -> None:
+    if records.hidden is None:
+        return
+    if len(records.hidden) != len(records.tokens):
+        raise ValueError(f"{len(records.hidden)} hidden states for {len(records.tokens)} samples")
+    for record, states in zip(records.tokens, records.hidden, strict=True):
+        if states.ndim != 2 or len(states) != record.num_response_tokens:
+            raise ValueError(
+                f"sample {record.sample_id}: hidden states {states.shape} for "
+                f"{record.num_response_tokens} response tokens"
+            )
+
+
+def _check_image_files(records: PartRecords) -> None:
+    if records.images is None:
+        return
+    wanted = {image.sha256 for record in records.tokens for image in record.images}
+    if records.images.keys() != wanted:
+        missing, extra = wanted - records.images.keys(), records.images.keys() - wanted
+        raise ValueError(f"images: {len(missing)} files are missing, {len(extra)} are unknown")
+    for sha256, content in records.images.items():
+        if hashlib.sha256(content).hexdigest() != sha256 or len(content) >= 1 << 31:
+            raise ValueError(f"images: the {len(content)} bytes of {sha256} have another hash, or are 2 GiB or more")
 
 
 def _encodable(text: str) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import IdentityError, StillhouseError
-from storage.records import ImageRef, RelationMatrix, SampleRecord, TokensRecord
+from storage.records import ImageRef, PooledRelation, Relation, SampleRecord, TokensRecord
 from storage.rows import SparseRows
 from student_train.images import VisionInput
 from student_train.losses import TeacherRows
@@ -58,7 +58,7 @@ class Batch:
     vision: VisionInput
     response: TeacherRows | None = None  # r rows
     visual: TeacherRows | None = None  # i * n rows
-    relation: Float[Tensor, "i n n"] | None = None
+    relation: Float[Tensor, "i m m"] | None = None  # m is n, or less where the cache pools
     counted: bool = True  # False: a filler, no row of it is in any loss
 
     def to(self, device: torch.device) -> Batch:
@@ -253,8 +253,9 @@ def _by_image(records: Sequence[SampleRecord], family: str) -> list:
     return signals
 
 
-def _relation(matrices: Sequence[RelationMatrix], grid: Grid) -> Float[Tensor, "i n n"]:
-    size = grid.tokens_per_image
+def _relation(matrices: Sequence[Relation], grid: Grid) -> Float[Tensor, "i m m"]:
+    pooled = [len(matrix.values) for matrix in matrices[:1] if isinstance(matrix, PooledRelation)]
+    size = pooled[0] if pooled else grid.tokens_per_image
     values = np.empty((len(matrices), size, size), np.float32)
     for index, matrix in enumerate(matrices):
         values[index] = matrix.values

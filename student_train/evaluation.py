@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from storage.reader import Cache
+from storage.reader import Cache, read_identity
 from student_train.batch import Batch, collate, collate_prompts, first_answer, prompt_of
 from student_train.config import EvaluationSection
 from student_train.documents import write_json
 from student_train.generation import greedy
-from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.losses import bucketed_forward_kl
 from student_train.material import SampleMemory, chosen_samples, open_sealed
 from student_train.models import Checkpoint, check_fit, load_for_inference, read_checkpoint
@@ -59,14 +59,14 @@ def evaluate_model(
     Errors: ConfigError (no sample in the splits), CacheError, IdentityError, StillhouseError.
     """
     started = time.monotonic()
+    checkpoint = read_checkpoint(model)
+    check_fit(checkpoint, read_identity(cache_path))  # before the cache's index is read
     families = ("response",) if "response" in Cache.open(cache_path, ()).families else ()
     cache = open_sealed(cache_path, families)
     indices = chosen_samples(cache, section.splits).tolist()
-    checkpoint = read_checkpoint(model)
-    check_fit(checkpoint, cache.identity)
     features = FeatureStore(MEMORY_BYTES)
     student = load_for_inference(checkpoint, vocab_size=cache.identity.vocab_size, features=features)
-    folder = ImageFolder(section.images or images or cache.identity.image_root, checkpoint.image_processor)
+    folder = open_images(cache, section.images or images, checkpoint.image_processor)
     judge = _Judge(
         cache=cache,
         samples=SampleMemory(cache, MEMORY_BYTES),

@@ -1,4 +1,5 @@
-"""Images of a cache: read below one root, checked against their sha256, made into pixels; features kept.
+"""Images of a cache: read below one root or from the cache itself, checked against their sha256, made into
+pixels; features kept.
 
 Legend: i images, n visual tokens of an image, f channels of the vision tower, k images whose features are
 known, p images whose pixels are needed, c h w channels, height and width.
@@ -19,14 +20,30 @@ from PIL import Image
 from torch import Tensor
 
 from storage.errors import StillhouseError
+from storage.reader import Cache
 from storage.records import ImageRef
+
+
+def open_images(cache: Cache, configured: str | None, processor: Any) -> ImageFolder:
+    """The images that a cache's samples show: of the configured folder, or of the one that the cache names.
+
+    Where none is configured and the one that the cache names is not here, they come out of the cache if it
+    holds them.
+    """
+    root = configured or cache.identity.image_root
+    travels = configured is None and "images" in cache.families and not Path(root).is_dir()
+    return ImageFolder(root, processor, cache=cache if travels else None)
 
 
 class ImageFolder:
     """The images below a root, as the student's own preprocessing shows them to its vision tower."""
 
-    def __init__(self, root: str | Path, processor: Any) -> None:
-        """`processor`: a transformers image processor that makes every image equally large."""
+    def __init__(self, root: str | Path, processor: Any, *, cache: Cache | None = None) -> None:
+        """`processor`: a transformers image processor that makes every image equally large.
+
+        `cache`: holds the files, which are then not looked for below the root.
+        """
+        self._cache = cache
         self.root = Path(root)
         self._resolved_root = self.root.resolve()
         self._processor = processor
@@ -35,10 +52,13 @@ class ImageFolder:
         """One image, ready for the tower.
 
         Errors: StillhouseError naming sample and file, for a file that is missing, lies outside of the root,
-        is not the one that the teacher saw, or is no image.
+        is not the one that the teacher saw, or is no image. CorruptPartError of the cache.
         """
         place = f"sample {sample_id!r}: image {self.root / image.path}"
-        content = self._content(image, place)
+        if self._cache is not None:
+            content = self._cache.image_bytes(self._cache.index_of(sample_id), image.sha256)
+        else:
+            content = self._content(image, place)
         got = hashlib.sha256(content).hexdigest()
         if got != image.sha256:
             raise StillhouseError(

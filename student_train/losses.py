@@ -1,7 +1,7 @@
 """The losses, as sums over rows: tensors in, a scalar out.
 
 Legend: r rows, v vocabulary, e stored entries of all rows together, i images, n visual tokens of an image,
-d hidden.
+m blocks of its pooled grid, d hidden.
 All are computed in float32 whatever the input's dtype. A sum over no rows is 0 and stays attached to the
 graph. Dividing by the number of rows of the whole global batch is left to the caller.
 """
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from storage.relation import blocks_of_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +106,17 @@ def unbiased_forward_kl(logits: Float[Tensor, "r v"], teacher: TeacherRows) -> F
 def relation_loss(
     hidden: Float[Tensor, "i n d"],
     metric: Float[Tensor, "d d"],
-    teacher: Float[Tensor, "i n n"],
+    teacher: Float[Tensor, "i m m"],
     *,
     centered: bool = False,
+    pool: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over images of 1 - cosine between the teacher's and the student's relation matrix.
 
     The student's is G = H (W^T W) H^T = Z Z^T with `metric` W^T W and Z the raw logits of the visual rows,
     which are never formed. The cosine does not feel the scale of either matrix. With `centered` the mean
-    visual row is subtracted first, as the cache says of the teacher's.
+    visual row is subtracted first, and with `pool` rows are then averaged over blocks of the grid (m blocks,
+    else m is n), as the cache says of the teacher's.
 
     Source: LLaVA-KD (arXiv 2410.16236), RDist; its code flattens a whole batch into one cosine.
     """
@@ -121,5 +125,15 @@ def relation_loss(
         return 0 * (hidden.sum() + metric.sum())
     if centered:
         hidden = hidden - hidden.mean(1, keepdim=True)
-    student = hidden @ metric @ hidden.mT  # (i, n, n)
+    if pool is not None:
+        hidden = _block_means(hidden, pool)  # (i, m, d)
+    student = hidden @ metric @ hidden.mT  # (i, m, m)
     return (1 - F.cosine_similarity(student.flatten(1), teacher.flatten(1), dim=1)).sum()
+
+
+def _block_means(hidden: Float[Tensor, "i n d"], pool: int) -> Float[Tensor, "i m d"]:
+    """Rows averaged over pool x pool blocks of each image's square grid; see storage.relation.blocks_of_grid."""
+    block = torch.from_numpy(blocks_of_grid(hidden.shape[1], pool)).to(hidden.device)
+    counts = torch.bincount(block).to(hidden.dtype)
+    sums = hidden.new_zeros(hidden.shape[0], len(counts), hidden.shape[2]).index_add(1, block, hidden)
+    return sums / counts[:, None]

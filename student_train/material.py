@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from storage.errors import CacheError, ConfigError
-from storage.reader import Cache
+from storage.identity import stored_relation
+from storage.reader import Cache, first_sample_with_images, read_identity
 from storage.records import SampleRecord
 from student_train.batch import check_grid
 from student_train.config import LossesSection, StageSection
@@ -26,31 +27,48 @@ class Material:
     cache: Cache
     table: SampleTable
     checkpoint: Checkpoint
-    images: str  # folder
+    images: str | None  # folder; None: the one that the cache names, or the cache itself
 
     @property
     def centered(self) -> bool:
         """Whether the cache's relation matrices are centered."""
-        return bool(self.cache.identity.selection.get("relation", {}).get("centered", False))
+        return stored_relation(self.cache.identity).centered
+
+    @property
+    def relation_pool(self) -> int | None:
+        """Side of the blocks of the visual grid that the cache's relation matrices are averaged over."""
+        return stored_relation(self.cache.identity).pool
 
 
 def prepare(stage: StageSection, cache_path: str) -> Material:
     """Open and check everything. Errors: ConfigError, CacheError, IdentityError, StillhouseError."""
+    checkpoint = fitting_checkpoint(stage, cache_path)
     cache = open_sealed(cache_path, loss_families(stage.losses))
     _check_treatments(stage.losses, cache.identity.selection)
     indices = chosen_samples(cache, stage.splits)
-    checkpoint = read_checkpoint(stage.init)
-    check_fit(checkpoint, cache.identity)
     table = SampleTable(
         indices=indices,
         num_response_rows=cache.num_response_rows[indices].astype(np.int64),
         num_images=cache.num_images[indices].astype(np.int64),
         tokens_per_image=checkpoint.grid.tokens_per_image,
     )
-    if (stage.losses.visual or stage.losses.relation) and table.num_images.any():
-        first = int(indices[np.argmax(table.num_images > 0)])
-        check_grid(cache.read(first).tokens, checkpoint.grid)
-    return Material(cache, table, checkpoint, stage.images or cache.identity.image_root)
+    return Material(cache, table, checkpoint, stage.images)
+
+
+def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
+    """The student's checkpoint, if it fits the cache. Takes well under a second, whatever the size of the cache.
+
+    Neither weights nor the cache's index are read: cache.json, and one sample for the losses that need its
+    visual grid. Errors: IdentityError naming field, both values and what to do; those of `read_checkpoint`.
+    """
+    identity = read_identity(cache_path)
+    checkpoint = read_checkpoint(stage.init)
+    check_fit(checkpoint, identity)
+    if stage.losses.visual or stage.losses.relation:
+        example = first_sample_with_images(cache_path, stage.splits)
+        if example is not None:
+            check_grid(example, checkpoint.grid)
+    return checkpoint
 
 
 def open_sealed(path: str, families: tuple[str, ...]) -> Cache:
@@ -109,7 +127,10 @@ class SampleMemory:
         return record
 
     def _kept(self, record: SampleRecord) -> SampleRecord:
-        return SampleRecord(
+        if record.hidden is not None:
+            self._free_bytes -= record.hidden.nbytes
+        return replace(
+            record,
             tokens=self._owned(record.tokens),
             response=None if record.response is None else self._owned(record.response),
             visual={key: self._shared("visual", key, rows) for key, rows in record.visual.items()},

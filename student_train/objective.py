@@ -28,12 +28,21 @@ from student_train.student import Student
 class Objective(nn.Module):
     """The loss of a micro-batch as its share of the global batch's: sums divided by global row counts."""
 
-    def __init__(self, student: Student, losses: LossesSection, *, centered: bool, chunk_logits: int) -> None:
-        """`centered`: whether the cache's relation matrices are. `chunk_logits`: that are in memory at once."""
+    def __init__(
+        self,
+        student: Student,
+        losses: LossesSection,
+        *,
+        centered: bool,
+        chunk_logits: int,
+        relation_pool: int | None = None,
+    ) -> None:
+        """`centered`, `relation_pool`: as the cache's relation matrices are. `chunk_logits`: in memory at once."""
         super().__init__()
         self.student = student
         self._losses = losses
         self._centered = centered
+        self._relation_pool = relation_pool
         self._rows_per_chunk = max(1, chunk_logits // student.vocab_size)
 
     def forward(self, batch: Batch, totals: RowCounts, largest: RowCounts) -> dict[str, Tensor]:
@@ -78,7 +87,9 @@ class Objective(nn.Module):
         rows = hidden.index_select(0, positions.flatten()).view(*positions.shape, hidden.shape[1])
         size = positions.shape[1]
         teacher = rows.new_empty(0, size, size) if batch.relation is None else batch.relation
-        value = relation_loss(rows, self.student.head_metric(hidden), teacher, centered=self._centered)
+        value = relation_loss(
+            rows, self.student.head_metric(hidden), teacher, centered=self._centered, pool=self._relation_pool
+        )
         return {"relation": value / max(1, total)}
 
     def _head_sums(

@@ -18,7 +18,7 @@ from student_train.checkpoint import save_checkpoint
 from student_train.config import StageSection
 from student_train.documents import MetricsLog, write_json
 from student_train.engine import Engine, Process
-from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import MicroPlan, ReadAhead, num_micro_batches, plans
 from student_train.material import Material, SampleMemory, loss_families
 from student_train.models import freeze, load_student
@@ -86,12 +86,18 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
     identity = material.cache.identity
     student = Student(model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=features)
     vision = VisionSource(
-        ImageFolder(material.images, material.checkpoint.image_processor),
+        open_images(material.cache, material.images, material.checkpoint.image_processor),
         features=features,
         pixels=FeatureStore(0 if keeps_features else half),
     )
     engine = Engine(
-        Objective(student, stage.losses, centered=material.centered, chunk_logits=stage.chunk_logits),
+        Objective(
+            student,
+            stage.losses,
+            centered=material.centered,
+            relation_pool=material.relation_pool,
+            chunk_logits=stage.chunk_logits,
+        ),
         stage,
         process,
         num_micro=num_micro_batches(stage.global_batch, stage.micro_batch, num_ranks=process.num_ranks),

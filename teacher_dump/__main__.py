@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def table(result: DumpResult) -> str:
     """A dump's result for a terminal."""
     rows = [
-        ("cache", str(result.cache)),
+        ("cache", result.cache),
         ("samples", f"{result.num_samples:,}"),
         ("errors", f"{result.num_errors:,}"),
         ("parts", f"{result.num_parts:,}"),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from storage.commit import MANIFEST_FILE
 from storage.config import CacheSection, SelectionSection
 from storage.errors import StillhouseError
+from storage.files import is_url
+from storage.hidden import MAX_FLOAT16
 from storage.identity import Identity
 from storage.reader import Cache
 from storage.records import SampleError
@@ -93,11 +93,12 @@ class DumpSummary:
 class DumpResult:
     """A sealed cache, and what this dump did for it."""
 
-    cache: Path
-    num_parts: int
+    cache: str  # folder or URL
+    num_parts: int  # in the cache
     num_samples: int  # in the cache
     num_errors: int  # in the cache
-    summary: DumpSummary | None  # None: every part was there already
+    segments: tuple[int, ...]  # of the cache, that this dump was about
+    summary: DumpSummary | None  # of the last segment that was written; None: every part was there already
 
 
 @dataclass(frozen=True)
@@ -117,41 +118,76 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> DumpSettin
 
 
 def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
-    """Write whatever parts a cache lacks, and seal it. A complete cache is left as it is.
+    """Write whatever parts and families a cache lacks, and seal it. A complete cache is left as it is.
 
-    With no families it writes tokens only, in this process, and starts neither Ray nor a teacher.
+    Over a cache of the same samples only the families that it lacks are dumped; with `cache.append` other samples
+    are added as new parts. A dump that was not finished is finished first.
+
+    With no families (but images) it writes tokens, in this process, and starts neither Ray nor a teacher.
     Errors: ConfigError; IdentityError where another cache lies in the place; StillhouseError, among others
     when more samples fail than dump.max_error_fraction allows (the cache then stays unsealed).
     """
-    planned = plan_dump(settings)
+    planned, cache = plan_dump(settings), settings.cache
+    summary: DumpSummary | None = None
+    finished: set[int] = set()
+    while (writer := _open_writer(planned, settings)).segment.number not in finished:
+        outcomes = _fill(writer, planned, settings, progress=progress)
+        if outcomes:
+            summary = DumpSummary.of(outcomes)
+            writer.folder.write(SUMMARY_FILE, f"{json.dumps(asdict(summary), indent=1)}\n".encode())
+        _refuse_errors(writer, settings.dump.max_error_fraction)
+        writer.seal()
+        finished.add(writer.segment.number)
+    whole = Cache.open(cache.path, families=())
+    return DumpResult(
+        cache=cache.path,
+        num_parts=whole.num_parts,
+        num_samples=whole.num_samples,
+        num_errors=len(whole.errors),
+        segments=tuple(sorted(finished)),
+        summary=summary,
+    )
+
+
+def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:
+    """The segment to go on with, or a new one; a complete one when nothing is left to do."""
     cache = settings.cache
-    writer = CacheWriter.open(cache.path, planned.identity, cache.families, zstd_level=cache.zstd_level)
+    return CacheWriter.open(
+        cache.path, planned.identity, cache.families, append=cache.append, zstd_level=cache.zstd_level
+    )
+
+
+def _fill(writer: CacheWriter, planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> list[PartOutcome]:
+    """Write the parts that a segment lacks, with its own families. CacheError for samples that others hold."""
     committed = writer.committed_parts()
     missing = [part for part in planned.plan.parts if part.number not in committed]
-    summary = None
-    if missing:
-        (Path(cache.path) / MANIFEST_FILE).unlink(missing_ok=True)  # it would name commits that are gone
-        summary = DumpSummary.of(_write_parts(missing, planned, settings, progress=progress))
-        _write_json(Path(cache.path) / SUMMARY_FILE, asdict(summary))
-    growing = Cache.open(cache.path, families=())
-    num_samples, errors = growing.num_samples, growing.errors
+    if not missing:
+        return []
+    if writer.segment.has_tokens:
+        writer.refuse_known([sample.id for part in missing for sample in part.samples])
+    writer.unseal()
+    own = settings.cache.model_copy(update={"families": writer.segment.families})
+    return _write_parts(missing, planned, replace(settings, cache=own), progress=progress)
+
+
+def _refuse_errors(writer: CacheWriter, max_error_fraction: float) -> None:
+    """StillhouseError if too many of a segment's samples have no record."""
+    num_samples, errors = writer.contents()
     fraction = len(errors) / max(num_samples + len(errors), 1)
-    if fraction > settings.dump.max_error_fraction or num_samples == 0:
+    if fraction > max_error_fraction or num_samples == 0:
         shown = "".join(f"\n  {error.sample_id}: {error.reason}" for error in errors[:_SHOWN_ERRORS])
         more = f"\n  … and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
         raise StillhouseError(
             f"{len(errors)} of {num_samples + len(errors)} samples failed ({fraction:.1%}; "
-            f"dump.max_error_fraction is {settings.dump.max_error_fraction:.1%}):{shown}{more}"
+            f"dump.max_error_fraction is {max_error_fraction:.1%}):{shown}{more}"
         )
-    writer.seal()
-    return DumpResult(Path(cache.path), len(planned.plan.parts), num_samples, len(errors), summary)
 
 
 def plan_dump(settings: DumpSettings) -> DumpPlan:
     """Samples, parts and identity. Hashes of weights are remembered in the run's folder (fingerprints.json)."""
-    teacher, families = settings.teacher, settings.cache.families
+    teacher, asks_teacher = settings.teacher, _asks_teacher(settings.cache)
     sample_set = read_samples(settings.data.sources)
-    folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=bool(families))
+    folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=asks_teacher)
     memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
     trust = bool(teacher.settings.get("trust_remote_code", False))
     facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust))
@@ -165,9 +201,9 @@ def plan_dump(settings: DumpSettings) -> DumpPlan:
     is_folder = Path(teacher.model).is_dir()
     identity = Identity(
         teacher=str(folder) if is_folder else f"{teacher.model}@{teacher.revision or 'main'}",
-        teacher_fingerprint=fingerprint.weights_fingerprint(folder, memory) if families else fingerprint.NONE,
-        dtype=_dtype(teacher, folder) if families else fingerprint.NONE,
-        engine=fingerprint.engine_version(teacher.backend) if families else fingerprint.NONE,
+        teacher_fingerprint=fingerprint.weights_fingerprint(folder, memory) if asks_teacher else fingerprint.NONE,
+        dtype=_dtype(teacher, folder) if asks_teacher else fingerprint.NONE,
+        engine=fingerprint.engine_version(teacher.backend) if asks_teacher else fingerprint.NONE,
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         vocab_size=facts.vocab_size,
         chat_template_fingerprint=facts.chat_template_fingerprint,
@@ -260,12 +296,18 @@ def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings
         facts=planned.facts,
         image_root=Path(planned.identity.image_root),
         request=_signal_request(settings),
-        cache=Path(cache.path).resolve(),
+        cache=_whole_path(cache.path),
         identity=planned.identity,
         families=cache.families,
+        append=cache.append,
         zstd_level=cache.zstd_level,
         check_samples=choose_samples(samples, settings.dump.blind_check_samples),
     )
+
+
+def _whole_path(path: str) -> str:
+    """A cache's path for other processes, which may run in another folder."""
+    return path if is_url(path) else str(Path(path).resolve())
 
 
 def _signal_request(settings: DumpSettings) -> SignalRequest:
@@ -276,25 +318,46 @@ def _signal_request(settings: DumpSettings) -> SignalRequest:
         response=_row_request(cache.response) if "response" in cache.families else None,
         visual=_row_request(cache.visual) if "visual" in cache.families else None,
         relation_centered=cache.relation.centered if "relation" in cache.families else None,
+        relation_pool=cache.relation.pool if "relation" in cache.families else None,
+        hidden_limit=_hidden_limit(cache) if "hidden" in cache.families else None,
+        images="images" in cache.families,
         rows_per_chunk=settings.dump.rows_per_chunk,
     )
 
 
+def _hidden_limit(cache: CacheSection) -> float:
+    return MAX_FLOAT16 if cache.hidden.encoding == "float16" else math.inf
+
+
+def _asks_teacher(cache: CacheSection) -> bool:
+    """False if tokens and images are all that is wanted."""
+    return any(family != "images" for family in cache.families)
+
+
 def _row_request(section: SelectionSection) -> RowRequest:
     from teacher_dump.scoring import RowRequest
-    from teacher_dump.selection import Threshold, TopK
+    from teacher_dump.selection import Mass, Sampled, Selection, Threshold, TopK
 
-    return RowRequest(TopK(section.k) if section.method == "topk" else Threshold(section.tau), section.seed)
+    selections: dict[str, Selection] = {
+        "threshold": Threshold(section.tau),
+        "topk": TopK(section.k),
+        "mass": Mass(section.mass),
+        "sampled": Sampled(section.draws),
+    }
+    return RowRequest(selections[section.method], section.seed, section.temperatures)
 
 
 def _selection(cache: CacheSection) -> dict[str, dict[str, Any]]:
     """Of the families that are dumped, the settings that decide what is stored."""
-    unused = {"topk": {"tau", "seed"}, "threshold": {"k"}}
+    fields = {"tau", "k", "mass", "draws", "seed"}
+    used = {"threshold": {"tau", "seed"}, "topk": {"k"}, "mass": {"mass"}, "sampled": {"draws", "seed"}}
     chosen: dict[str, dict[str, Any]] = {}
     for family in cache.families:
+        if family == "images":  # files are kept as they are
+            continue
         section = getattr(cache, family)
-        skipped = unused[section.method] if isinstance(section, SelectionSection) else set()
-        chosen[family] = section.model_dump(mode="json", exclude=skipped)
+        skipped = fields - used[section.method] if isinstance(section, SelectionSection) else set()
+        chosen[family] = section.model_dump(mode="json", exclude=skipped, exclude_none=True)
     return chosen
 
 
@@ -305,9 +368,3 @@ def _dtype(teacher: TeacherSection, folder: Path) -> str:
 def _context_length(folder: Path) -> int | None:
     path = folder / "config.json"
     return checkpoint.context_length(checkpoint.read_json(path)) if path.is_file() else None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

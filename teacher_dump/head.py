@@ -8,7 +8,7 @@ Legend: r rows, n visual rows of one image, v real vocabulary, d hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from storage.errors import StillhouseError
+from storage.head import StoredHead, make_head
 from storage.records import RelationMatrix
 from storage.rows import SparseRows
 from teacher_dump import checkpoint
@@ -66,6 +67,7 @@ class OutputHead:
         selection: Selection,
         uniforms: NDArray[np.float64],
         rows_per_chunk: int,
+        temperatures: Sequence[float] = (),
     ) -> SparseRows:
         """The rows' distributions as a cache keeps them; no more than [rows_per_chunk, v] in memory at once.
 
@@ -80,9 +82,12 @@ class OutputHead:
                     labels=None if labels is None else labels[chunk].to(self.weight.device),
                     selection=selection,
                     uniforms=uniforms[chunk],
+                    temperatures=temperatures,
                 )
             )
-        return SparseRows.concatenate(parts) if parts else SparseRows.empty(with_labels=labels is not None)
+        if not parts:
+            return SparseRows.empty(with_labels=labels is not None, num_temperatures=len(temperatures))
+        return SparseRows.concatenate(parts)
 
     def relation(self, hidden: Float[Tensor, "n d"], *, centered: bool) -> RelationMatrix:
         """G / ||G|| with G = Z Z^T, Z the raw logits of an image's visual rows; float32.
@@ -107,6 +112,11 @@ class OutputHead:
             raise ValueError("the relation matrix is not finite")
         values = gram / norm if norm > 0 else torch.zeros_like(gram)
         return RelationMatrix(values.cpu().numpy().astype(np.float32), norm)
+
+    def stored(self) -> StoredHead:
+        """The head as a cache keeps it."""
+        bias = None if self.bias is None else self.bias.cpu().numpy()
+        return make_head(self.weight.cpu().numpy(), bias, scale=self.scale, soft_cap=self.soft_cap)
 
     @cached_property
     def _weight_gram(self) -> Tensor:

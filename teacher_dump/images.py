@@ -21,6 +21,7 @@ class LoadedImage:
     path: str  # relative to the image root
     sha256: str  # of the file's bytes
     pixels: Image  # RGB
+    content: bytes  # of the file
 
 
 def load_image(root: Path, path: str) -> LoadedImage:
@@ -44,4 +45,4 @@ def load_image(root: Path, path: str) -> LoadedImage:
         raise SampleRefusedError(f"image {path!r}: cannot be decoded: is of no image format") from error
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
         raise SampleRefusedError(f"image {path!r}: cannot be decoded: {error}") from error
-    return LoadedImage(path, hashlib.sha256(content).hexdigest(), pixels)
+    return LoadedImage(path, hashlib.sha256(content).hexdigest(), pixels, content)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from storage.errors import StillhouseError
 from storage.records import ImageRef, PartRecords, RelationMatrix, SampleError, TokensRecord, image_key
+from storage.relation import num_blocks
 from storage.rows import SparseRows
 from teacher_dump.head import OutputHead
 from teacher_dump.images import LoadedImage, load_image
@@ -38,6 +39,7 @@ class RowRequest:
 
     selection: Selection
     seed: int
+    temperatures: tuple[float, ...] = ()  # besides 1
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class SignalRequest:
     response: RowRequest | None = None
     visual: RowRequest | None = None
     relation_centered: bool | None = None
+    relation_pool: int | None = None  # side of the blocks that relation matrices are averaged over
+    hidden_limit: float | None = None  # the largest hidden state that the cache's encoding holds
+    images: bool = False  # keep the images' files
     rows_per_chunk: int = 1024
 
     @property
     def needs_teacher(self) -> bool:
-        return not (self.response is None and self.visual is None and self.relation_centered is None)
+        signals = (self.response, self.visual, self.relation_centered, self.hidden_limit)
+        return any(signal is not None for signal in signals)
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,7 @@ class PartScorer:
             ready = self.prepare(part.samples[start : start + _SAMPLES_PER_CALL], gathered.errors)
             if self._teacher is None:
                 gathered.tokens += [prepared.record for prepared in ready]
+                self._add_images(ready, gathered)
             elif ready:
                 scored, hidden = self.hidden_states(ready, gathered.errors)
                 self._add_signals(self._teacher.head, scored, hidden, gathered)
@@ -166,6 +173,8 @@ class PartScorer:
             visual=None if request.visual is None else gathered.visual,
             relation=None if request.relation_centered is None else gathered.relation,
             errors=gathered.errors,
+            hidden=None if request.hidden_limit is None else gathered.hidden,
+            images=gathered.images if request.images else None,
         )
         return Scored(records, gathered.num_tokens)
 
@@ -174,10 +183,21 @@ class PartScorer:
         ready = []
         for sample in samples:
             try:
-                ready.append(self._preparer.prepare(sample))
+                prepared = self._preparer.prepare(sample)
+                self._check_grids(prepared)
+                ready.append(prepared)
             except SampleRefusedError as refusal:
                 errors.append(SampleError(sample.id, str(refusal)))
         return ready
+
+    def _check_grids(self, prepared: Prepared) -> None:
+        if self._request.relation_pool is None:
+            return
+        for image in prepared.record.images:
+            try:
+                num_blocks(image.num_visual_tokens, self._request.relation_pool)
+            except ValueError as error:
+                raise SampleRefusedError(f"image {image.path!r}: {error}") from error
 
     def hidden_states(
         self, samples: Sequence[Prepared], errors: list[SampleError]
@@ -224,12 +244,15 @@ class PartScorer:
     ) -> None:
         kept: list[tuple[Prepared, Tensor]] = []
         for sample, states in zip(samples, hidden, strict=True):
-            if bool(torch.isfinite(states).all()):
+            reason = self._refusal(sample, states)
+            if reason is None:
                 kept.append((sample, states))
             else:
-                reason = "the teacher's hidden states are not finite; a wider dtype may help"
                 gathered.errors.append(SampleError(sample.record.sample_id, reason))
         gathered.tokens += [sample.record for sample, _ in kept]
+        self._add_images([sample for sample, _ in kept], gathered)
+        if self._request.hidden_limit is not None:
+            gathered.hidden += [_response_states(sample, states).cpu().numpy() for sample, states in kept]
         gathered.num_tokens += sum(len(states) for _, states in kept)
         if self._request.response is not None:
             gathered.response += self._response(head, self._request.response, kept)
@@ -240,6 +263,19 @@ class PartScorer:
             for key, states in new.items():
                 gathered.relation[key] = head.relation(states, centered=self._request.relation_centered)
 
+    def _refusal(self, sample: Prepared, states: Tensor) -> str | None:
+        """Why a sample's hidden states cannot be used; None if they can."""
+        if not bool(torch.isfinite(states).all()):
+            return "the teacher's hidden states are not finite; a wider dtype may help"
+        limit = self._request.hidden_limit
+        if limit is not None and bool((_response_states(sample, states).abs() > limit).any()):
+            return f"a hidden state is beyond {limit:.6g}; cache.hidden.encoding int8 has no such limit"
+        return None
+
+    def _add_images(self, samples: Sequence[Prepared], gathered: _Gathered) -> None:
+        if self._request.images:
+            gathered.images |= {image.sha256: image.content for sample in samples for image in sample.images}
+
     def _response(
         self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[Prepared, Tensor]]
     ) -> list[SparseRows]:
@@ -247,7 +283,7 @@ class PartScorer:
         if not kept:
             return []
         rows = head.sparse_rows(
-            torch.cat([states[torch.from_numpy(sample.response_positions)] for sample, states in kept]),
+            torch.cat([_response_states(sample, states) for sample, states in kept]),
             labels=torch.cat(
                 [
                     torch.from_numpy(sample.record.token_ids[sample.record.response_mask].astype(np.int64))
@@ -262,6 +298,7 @@ class PartScorer:
                 ]
             ),
             rows_per_chunk=self._request.rows_per_chunk,
+            temperatures=request.temperatures,
         )
         return _split(rows, counts)
 
@@ -279,6 +316,7 @@ class PartScorer:
                 ]
             ),
             rows_per_chunk=self._request.rows_per_chunk,
+            temperatures=request.temperatures,
         )
         return dict(zip(images, _split(rows, [len(states) for states in images.values()]), strict=True))
 
@@ -291,9 +329,16 @@ class _Gathered:
     response: list[SparseRows] = field(default_factory=list)
     visual: dict[str, SparseRows] = field(default_factory=dict)
     relation: dict[str, RelationMatrix] = field(default_factory=dict)
+    hidden: list[np.ndarray] = field(default_factory=list)
+    images: dict[str, bytes] = field(default_factory=dict)
     image_keys: set[str] = field(default_factory=set)
     errors: list[SampleError] = field(default_factory=list)
     num_tokens: int = 0
+
+
+def _response_states(sample: Prepared, states: Tensor) -> Tensor:
+    """(r, d) the states that predict the response tokens, float32."""
+    return states[torch.from_numpy(sample.response_positions)].float()
 
 
 def _new_images(kept: Sequence[tuple[Prepared, Tensor]], known: set[str]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Legend: r rows, v vocabulary, k stored entries of all rows.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,24 @@ class Threshold:
     tau: float
 
 
-Selection = TopK | Threshold
+@dataclass(frozen=True)
+class Mass:
+    """The smallest set of most probable tokens whose mass is at least `mass`, exactly."""
+
+    mass: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """`draws` independent draws from the row, each of weight 1 / draws; nothing exactly.
+
+    Source: random-sampling knowledge distillation (arXiv 2503.16870), at proposal temperature 1.
+    """
+
+    draws: int
+
+
+Selection = TopK | Threshold | Mass | Sampled
 
 
 def row_uniforms(num_rows: int, *, seed: int, family: str, key: str) -> NDArray[np.float64]:
@@ -51,11 +69,12 @@ def select_rows(
     labels: Int[Tensor, " r"] | None,
     selection: Selection,
     uniforms: NDArray[np.float64],
+    temperatures: Sequence[float] = (),
 ) -> SparseRows:
     """Each row's stored entries, and its scalars over the full vocabulary, from float32 logits.
 
-    `uniforms` (r,) in [0, 1) decide the draws of `Threshold` and are unused by `TopK`. ValueError: logits
-    that are not finite.
+    `temperatures` besides 1 get a log-sum-exp. `uniforms` (r,) in [0, 1) decide the draws of
+    `Threshold` and `Sampled`. ValueError: logits that are not finite.
     """
     log_sum_exp = torch.logsumexp(logits, dim=-1)  # (r,)
     if not bool(torch.isfinite(log_sum_exp).all()):
@@ -71,6 +90,8 @@ def select_rows(
     sampled = _Entries.none()
     if isinstance(selection, Threshold):
         sampled = _draw(probs.masked_fill(exact, 0.0), tau=selection.tau, uniforms=uniforms)
+    elif isinstance(selection, Sampled):
+        sampled = _draw_independently(probs, draws=selection.draws, uniforms=uniforms)
     offsets, entries, num_exact = _interleave(head, sampled, logits.shape[0])
     return SparseRows(
         offsets=offsets,
@@ -79,9 +100,16 @@ def select_rows(
         num_exact=num_exact,
         tail_mass=np.minimum(_numpy(tail_mass).astype(np.float32), np.float32(1)),
         entropy=_numpy(entropy).astype(np.float32),
-        log_sum_exp=_numpy(log_sum_exp).astype(np.float32),
+        log_sum_exp=_tempered(logprobs, temperatures),
         label_logprob=None if label_logprob is None else _numpy(label_logprob).astype(np.float32),
     )
+
+
+def _tempered(logprobs: Tensor, temperatures: Sequence[float]) -> NDArray[np.float32]:
+    """(r, t) log-sum-exp of log p / T: what the tail weighs at T follows from it and the exact entries."""
+    columns = [_numpy((logprobs / temperature).logsumexp(dim=-1)) for temperature in temperatures]
+    shape = (logprobs.shape[0], len(columns))
+    return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros(shape, np.float32)
 
 
 @dataclass(frozen=True)
@@ -96,6 +124,17 @@ class _Entries:
     def none() -> _Entries:
         return _Entries(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
+    @staticmethod
+    def joined(parts: Sequence[_Entries]) -> _Entries:
+        """All of them, one after another."""
+        if not parts:
+            return _Entries.none()
+        return _Entries(
+            np.concatenate([entries.rows for entries in parts]),
+            np.concatenate([entries.ids for entries in parts]),
+            np.concatenate([entries.logprobs for entries in parts]),
+        )
+
     def falling(self) -> _Entries:
         """Within each row by falling logprob, equal ones by ascending id."""
         order = np.lexsort((self.ids, -self.logprobs, self.rows))
@@ -105,6 +144,12 @@ class _Entries:
 def _exact_mask(logprobs: Tensor, probs: Tensor, selection: Selection) -> Tensor:
     if isinstance(selection, Threshold):
         return probs >= selection.tau
+    if isinstance(selection, Sampled):
+        return torch.zeros_like(probs, dtype=torch.bool)
+    if isinstance(selection, Mass):
+        falling, order = probs.sort(dim=-1, descending=True, stable=True)
+        before = falling.double().cumsum(dim=-1) - falling
+        return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order, before < selection.mass)
     ids = logprobs.topk(min(selection.k, logprobs.shape[1]), dim=-1).indices
     return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, ids, True)
 
@@ -124,13 +169,22 @@ def _draw(tail: Tensor, *, tau: float, uniforms: NDArray[np.float64]) -> _Entrie
         rows, ids = counts.nonzero(as_tuple=True)
         weights = (counts[rows, ids] * tau).log()
         found.append(_Entries(_numpy(rows) + start, _numpy(ids), _numpy(weights).astype(np.float32)))
-    if not found:
-        return _Entries.none()
-    return _Entries(
-        np.concatenate([entries.rows for entries in found]),
-        np.concatenate([entries.ids for entries in found]),
-        np.concatenate([entries.logprobs for entries in found]),
-    )
+    return _Entries.joined(found)
+
+
+def _draw_independently(probs: Tensor, *, draws: int, uniforms: NDArray[np.float64]) -> _Entries:
+    """Draws with replacement. A row's own uniform seeds its generator, so that a retry draws the same."""
+    found: list[_Entries] = []
+    for start in range(0, probs.shape[0], _ROWS_PER_DRAW):
+        mass = probs[start : start + _ROWS_PER_DRAW].double().cumsum(dim=-1)
+        seeds = (uniforms[start : start + _ROWS_PER_DRAW] * 2.0**53).astype(np.uint64)
+        points = np.stack([np.random.Generator(np.random.PCG64(int(seed))).random(draws) for seed in seeds])
+        drawn = torch.searchsorted(mass, torch.from_numpy(points).to(mass.device) * mass[:, -1:], right=True)
+        drawn = _numpy(drawn.clamp_(max=probs.shape[1] - 1))
+        keys, counts = np.unique(np.arange(len(drawn))[:, None] * probs.shape[1] + drawn, return_counts=True)
+        weights = np.log(counts / draws).astype(np.float32)
+        found.append(_Entries(keys // probs.shape[1] + start, keys % probs.shape[1], weights))
+    return _Entries.joined(found)
 
 
 def _interleave(

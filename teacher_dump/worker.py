@@ -33,9 +33,10 @@ class WorkerSettings:
     facts: ProcessorFacts
     image_root: Path
     request: SignalRequest
-    cache: Path
+    cache: str  # folder or URL
     identity: Identity
     families: tuple[str, ...]
+    append: bool
     zstd_level: int
     check_samples: tuple[Sample, ...]  # for the blind check; none: no check
 
@@ -58,14 +59,18 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._writer = CacheWriter.open(
-            settings.cache, settings.identity, settings.families, zstd_level=settings.zstd_level
+            settings.cache,
+            settings.identity,
+            settings.families,
+            append=settings.append,
+            zstd_level=settings.zstd_level,
         )
         self._scorer: PartScorer | None = None
 
     def run(self, part: Part) -> PartOutcome:
         """Score a part and commit it. StillhouseError: the teacher cannot be used."""
         if self._scorer is None:
-            self._scorer = _open_scorer(self._settings)
+            self._scorer = _open_scorer(self._settings, self._writer)
         started = time.time()
         scored = self._scorer.score(part)
         self._writer.write_part(part.number, scored.records)
@@ -94,10 +99,12 @@ def open_preparer(settings: WorkerSettings) -> Preparer:
     )
 
 
-def _open_scorer(settings: WorkerSettings) -> PartScorer:
+def _open_scorer(settings: WorkerSettings, writer: CacheWriter) -> PartScorer:
     preparer = open_preparer(settings)
     teacher = open_teacher(settings) if settings.request.needs_teacher else None
     scorer = PartScorer(preparer, settings.request, teacher)
+    if teacher is not None and settings.request.hidden_limit is not None:
+        writer.put_head(teacher.head.stored())
     if teacher is not None and settings.check_samples:
         check_sight(scorer, teacher.head, settings.check_samples)
     return scorer

@@ -18,6 +18,7 @@ from pipeline.__main__ import main
         (["ask", "--model", ".", "--image", "x.png", "what?"], "x.png"),
         (["verify", "nowhere"], "nowhere"),
         (["inspect", "nowhere"], "nowhere"),
+        (["inspect", ".", "--samples"], "--samples"),
     ],
 )
 def test_a_users_mistake_exits_2_with_one_message(argv, words, capsys):

@@ -50,7 +50,11 @@ def make_identity(*, num_parts: int = 2, vocab_size: int = VOCAB_SIZE, tau: floa
         "plan_fingerprint": "e" * 8,
         "num_parts": num_parts,
         "image_root": "images",
-        "selection": {"response": selection, "visual": selection, "relation": {"centered": False}},
+        "selection": {
+            "response": selection,
+            "visual": selection,
+            "relation": {"centered": False},
+        },
     }
     return Identity(**{**fields, **changes})
 
@@ -64,8 +68,7 @@ def select(logits: np.ndarray, *, tau: float, rng: np.random.Generator, labels: 
     """The slow reference of threshold selection, row by row: p >= tau exactly, systematic draws below."""
     lists = []
     for row in logits:
-        log_sum_exp = row.max() + np.log(np.exp(row - row.max()).sum())
-        logprobs = row - log_sum_exp
+        logprobs = row - row.max() - np.log(np.exp(row - row.max()).sum())
         p = np.exp(logprobs)
         exact = np.flatnonzero(p >= tau)
         exact = exact[np.argsort(-logprobs[exact], kind="stable")]
@@ -74,7 +77,7 @@ def select(logits: np.ndarray, *, tau: float, rng: np.random.Generator, labels: 
         draws = np.diff(points, prepend=0).astype(int)
         draws[p >= tau] = 0
         sampled = np.flatnonzero(draws)
-        lists.append((exact, logprobs[exact], sampled, draws[sampled], rest.sum(), logprobs, log_sum_exp))
+        lists.append((exact, logprobs[exact], sampled, draws[sampled], rest.sum(), logprobs))
     sizes = [len(exact) + len(sampled) for exact, _, sampled, *_ in lists]
     return SparseRows(
         offsets=np.cumsum([0, *sizes]).astype(np.int64),
@@ -83,7 +86,7 @@ def select(logits: np.ndarray, *, tau: float, rng: np.random.Generator, labels: 
         num_exact=np.array([len(item[0]) for item in lists], np.int32),
         tail_mass=np.array([min(item[4], 1.0) for item in lists], np.float32),
         entropy=np.array([-(np.exp(item[5]) * item[5]).sum() for item in lists], np.float32),
-        log_sum_exp=np.array([item[6] for item in lists], np.float32),
+        log_sum_exp=np.zeros((len(logits), 0), np.float32),
         label_logprob=np.array([item[5][0] for item in lists], np.float32) if labels else None,
     )
 
@@ -101,7 +104,7 @@ def top_k(logits: np.ndarray, k: int, *, labels: bool) -> SparseRows:
         num_exact=np.full(num_rows, k, np.int32),
         tail_mass=np.clip(1 - np.exp(kept).sum(axis=1), 0, 1).astype(np.float32),
         entropy=-(np.exp(logprobs) * logprobs).sum(axis=1).astype(np.float32),
-        log_sum_exp=(logits - logprobs)[:, 0].astype(np.float32),
+        log_sum_exp=np.zeros((num_rows, 0), np.float32),
         label_logprob=logprobs[:, 0].astype(np.float32) if labels else None,
     )
 
@@ -161,7 +164,7 @@ def make_part(
 
 
 def write_cache(
-    folder: Path,
+    folder: str | Path,
     *,
     num_parts: int = 2,
     noise: int = 0,
@@ -181,14 +184,14 @@ def _join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0), *arrays]).astype(dtype)
 
 
-def _die_at(event_number: int, folder: Path) -> None:
+def _die_at(event_number: int, folder: str) -> None:
     """Kill this process, as the kernel would, before its n-th file operation inside the folder."""
     counter = itertools.count(1)
 
     def watch(event: str, arguments: tuple) -> None:
         if event not in ("open", "os.rename", "os.link", "os.remove"):
             return
-        if str(folder) in str(arguments[0]) and next(counter) == event_number:
+        if folder in str(arguments[0]) and next(counter) == event_number:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
@@ -196,7 +199,7 @@ def _die_at(event_number: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder")
     parser.add_argument("--parts", type=int, required=True)
     parser.add_argument("--noise", type=int, default=0)
     parser.add_argument("--die-at", type=int, default=0)

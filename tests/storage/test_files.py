@@ -55,13 +55,65 @@ def test_a_reader_beside_an_atomic_writer_sees_all_or_nothing(tmp_path):
     assert torn == []
 
 
-def test_temporary_names_are_told_from_others(tmp_path):
-    assert files.is_temporary(tmp_path / "part-00000.json.tmp-123-0af3")
+def test_temporary_names_are_told_from_others():
+    assert files.is_temporary("part-00000.json.tmp-123-0af3")
     for name in ("part-00000.json", "a.tmp", "tmp-1-a", "a.tmp-x-1"):
-        assert not files.is_temporary(tmp_path / name)
+        assert not files.is_temporary(name)
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/x", "gs://x", "file:///x"])
-def test_object_storage_is_refused_by_name(path):
-    with pytest.raises(CacheError, match="object storage is not supported yet"):
-        files.local_folder(path)
+def test_a_file_url_is_a_local_folder(tmp_path):
+    folder = files.open_folder(f"file://{tmp_path}")
+    assert folder == files.LocalFolder(tmp_path)
+    assert not folder.is_remote
+
+
+def test_an_unknown_protocol_is_refused_by_name():
+    with pytest.raises(CacheError, match=r"nowhere://x: nowhere:// cannot be opened.*install"):
+        files.open_folder("nowhere://x")
+
+
+def test_what_is_below_a_folder_is_listed_by_name(tmp_path):
+    folder = files.LocalFolder(tmp_path)
+    assert folder.names("commits") == []
+    folder.make(["commits/0001"])
+    for name in ("b", "a", "commits/x", "commits/0001/y"):
+        folder.write(name, b"1")
+    assert folder.names() == ["a", "b"]
+    assert folder.names("commits") == ["commits/x"]
+    assert folder.names(deep=True) == ["a", "b", "commits/0001/y", "commits/x"]
+    folder.remove("a")
+    folder.remove("a")
+    assert folder.names() == ["b"]
+
+
+def test_a_writer_whose_temporary_file_is_swept_away_writes_it_again(tmp_path):
+    """A killed writer's temporary files are deleted when a cache is sealed, and a live one's look the same."""
+    folder, done = files.LocalFolder(tmp_path), threading.Event()
+
+    def sweep():
+        while not done.is_set():
+            for name in folder.names():
+                if files.is_temporary(name):
+                    folder.remove(name)
+                    swept.append(name)
+                    return
+
+    swept: list[str] = []
+    for number in range(30):
+        sweeper = threading.Thread(target=sweep)
+        sweeper.start()
+        content = bytes([number]) * 300_000
+        assert folder.create(f"part-{number}", content)
+        done.set()
+        sweeper.join()
+        done.clear()
+        assert folder.read(f"part-{number}") == content
+    assert swept
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match=r"file: cannot be written: .*cache\.path.*what is committed stays"):
+        files.LocalFolder(tmp_path / "file").make(["tokens"])
+    with pytest.raises(CacheError, match=r"gone/part: cannot be written: No such file"):
+        files.LocalFolder(tmp_path / "gone").write("part", b"")

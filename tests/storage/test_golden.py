@@ -27,8 +27,9 @@ def assert_rows_hold(got: SparseRows, expected, *, tau: float) -> None:
         assert got.ids[split:stop].tolist() == list(row["sampled"])
         draws = np.exp(got.logprobs[split:stop]) / max(tau, 1e-9)
         np.testing.assert_allclose(draws, list(row["sampled"].values()), rtol=1e-6)
-        for name in ("tail_mass", "entropy", "log_sum_exp"):
+        for name in ("tail_mass", "entropy"):
             assert getattr(got, name)[number] == np.float32(row[name])
+        assert got.log_sum_exp.shape == (len(expected), 0)  # its log_sum_exp was of raw logits, which nothing needs
         if "label_logprob" in row:
             assert got.label_logprob is not None
             assert got.label_logprob[number] == np.float32(row["label_logprob"])

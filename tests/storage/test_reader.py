@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from storage.errors import CacheError, CorruptPartError
-from storage.reader import Cache
+from storage.reader import Cache, first_sample_with_images, read_identity
+from storage.records import PartRecords
 from storage.rows import SparseRows
 from storage.writer import CacheWriter
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
@@ -160,9 +161,11 @@ def test_memory_for_row_groups_is_bounded(folder):
     for index in order:
         assert response_of(bounded, int(index)).equals(response_of(plain, int(index)))
     assert plain.read(0).tokens.token_ids.flags.writeable  # a copy, which holds no row group
-    assert len(bounded._files._groups) == 1
-    assert len(plain._files._groups) == 3 * 4
-    assert plain._files._held_bytes == sum(table.nbytes for table in plain._files._groups.values())
+    assert len(bounded._files._held) == 1
+    groups = [group for _, group in plain._files._held if group >= 0]
+    assert len(groups) == 3 * 4
+    assert len(plain._files._held) == len(groups) + 3 * 2  # a table of id groups a file of distributions
+    assert plain._files._held_bytes == sum(num_bytes for _, num_bytes in plain._files._held.values())
 
 
 def test_a_removed_commit_of_a_sealed_cache_is_named(tmp_path):
@@ -196,3 +199,36 @@ def test_other_programs_read_the_plain_columns(folder):
         index = cache.index_of(sample_id)
         assert num_tokens == len(cache.read(index).tokens.token_ids)
         assert entropy == pytest.approx(float(response_of(cache, index).entropy.sum()), rel=1e-5)
+
+
+def test_plain_columns_come_part_by_part_in_the_order_of_the_samples(folder):
+    cache = Cache.open(folder)
+    tables = list(cache.tables("response", ["sample_id", "entropy"]))
+    assert len(tables) == 3
+    assert [name for table in tables for name in table["sample_id"].to_pylist()] == cache.sample_ids
+    entropies = [values for table in tables for values in table["entropy"].to_pylist()]
+    assert entropies == [response_of(cache, index).entropy.tolist() for index in range(cache.num_samples)]
+
+
+def test_the_identity_is_read_from_cache_json_alone(tmp_path):
+    write_cache(tmp_path, num_parts=1)
+    expected = Cache.open(tmp_path).identity
+    for file in tmp_path.rglob("part-*"):
+        file.unlink()
+    assert read_identity(tmp_path) == expected
+    with pytest.raises(CacheError, match="no cache is here"):
+        read_identity(tmp_path / "nowhere")
+
+
+def test_the_first_sample_with_images_is_of_the_splits_asked_for(tmp_path):
+    tokens = make_part(0).tokens
+    text, pair = tokens[2], tokens[3]
+    assert (len(text.images), len(pair.images), text.split) == (0, 2, "train")
+    writer = CacheWriter.open(tmp_path, make_identity(num_parts=2), ())
+    writer.write_part(0, PartRecords(tokens=[text]))
+    assert first_sample_with_images(tmp_path, ("train",)) is None
+    writer.write_part(1, PartRecords(tokens=[tokens[0], pair]))
+    found = first_sample_with_images(tmp_path, ("train", "other"))
+    assert found is not None
+    assert (found.sample_id, found.images) == (pair.sample_id, pair.images)
+    assert first_sample_with_images(tmp_path, ("other",)) is None

@@ -120,13 +120,27 @@ def test_overrides_are_yaml_and_reach_everywhere(path):
             ["cache.respnse.k=3"],
             ["cache.respnse: unknown field", "did you mean response", "from the override"],
         ),
-        (["cache.response.xyz=3"], ["cache.response.xyz: unknown field; known are method, k, tau, seed"]),
+        (
+            ["cache.response.xyz=3"],
+            [
+                "cache.response.xyz: unknown field; known are method, tau, k, mass, draws, seed, temperatures, "
+                "rounding_kl"
+            ],
+        ),
         (["cache.zstd=3"], ["cache.zstd: unknown field; did you mean zstd_level?"]),
         (["cache.response.k=many"], ["cache.response.k: got 'many' (str), expected a valid integer"]),
         (["cache.response.k=0"], ["cache.response.k: got 0 (int), expected greater than or equal to 1"]),
         (
             ["cache.response.method=treshold"],
-            ["got 'treshold' (str), expected 'topk' or 'threshold'; did you mean"],
+            ["got 'treshold' (str), expected 'threshold', 'topk', 'mass' or 'sampled'; did you mean"],
+        ),
+        (
+            ["cache.relation.pool=2"],
+            ["cache.relation: got {'pool': 2}", "pool belongs to encoding 'pooled', but encoding is 'triangle_fp16'"],
+        ),
+        (
+            ["cache.relation={encoding: low_rank, max_cosine_error: 0}"],
+            ["cache.relation.max_cosine_error: got 0 (int), expected greater than or equal to 0.000001"],
         ),
         (["cache.families=response"], ["cache.families: got 'response' (str), expected a list"]),
         (["cache.families=[responce]"], ["cache.families.0: got 'responce'", "did you mean 'response'"]),

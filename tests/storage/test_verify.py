@@ -11,10 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage import commit as layout
-from storage.codec import decode_rows, encode_rows
-from storage.documents import Commit, Manifest, parse_document
+from storage.distributions import ID_GROUPS_KEY, RowFormat, encode_groups
+from storage.documents import Commit, Description, Manifest, parse_document
 from storage.errors import CacheError
+from storage.files import LocalFolder
 from storage.reader import Cache
+from storage.schema import parquet_bytes
+from storage.segments import read_segments
 from storage.verify import verify
 from storage.writer import CacheWriter
 from tests.storage.synthetic_cache import (
@@ -111,7 +114,7 @@ def test_swapped_files_are_found(folder):
 
 def test_where_there_is_no_cache_that_is_the_problem(tmp_path):
     assert "no cache is here" in verify(tmp_path).problems[0]
-    assert "object storage" in verify("s3://bucket/x").problems[0]
+    assert "cannot be opened" in verify("nowhere://bucket/x").problems[0]
 
 
 def test_an_unsealed_cache_says_how_far_it_is(tmp_path):
@@ -126,16 +129,17 @@ def test_an_unsealed_cache_says_how_far_it_is(tmp_path):
 def reseal(folder, part, family, content):
     """Put other bytes into a part as a forger would, with every hash right."""
     sha256 = hashlib.sha256(content).hexdigest()
-    place = folder / layout.commit_file(part)
+    local = LocalFolder(folder)
+    segment = read_segments(local)[0]
+    place = folder / layout.commit_file(segment, part)
     commit = parse_document(place.read_bytes(), Commit, "commit")
     entry = commit.families[family].model_copy(
         update={"file": layout.part_file(family, part, sha256), "sha256": sha256, "file_bytes": len(content)}
     )
     (folder / entry.file).write_bytes(content)
     place.write_bytes(commit.model_copy(update={"families": {**commit.families, family: entry}}).to_bytes())
-    description, cache_sha256 = layout.read_description(folder)
-    commits = [layout.read_commit(folder, number, description, cache_sha256) for number in range(2)]
-    (folder / layout.MANIFEST_FILE).write_bytes(layout.make_manifest(cache_sha256, commits).to_bytes())
+    commits = layout.read_commits(local, segment, range(2))
+    (folder / segment.manifest_file).write_bytes(layout.make_manifest(segment, commits).to_bytes())
 
 
 def forge(folder, family, change):
@@ -144,7 +148,10 @@ def forge(folder, family, change):
     table = pq.read_table(path)
     columns = change({name: table[name].to_pylist() for name in table.column_names})
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=table.schema), sink)
+    with pq.ParquetWriter(sink, table.schema) as writer:
+        writer.write_table(pa.table(columns, schema=table.schema))
+        if groups := pq.read_metadata(path).metadata.get(ID_GROUPS_KEY.encode()):
+            writer.add_key_value_metadata({ID_GROUPS_KEY: groups.decode()})
     path.unlink()
     reseal(folder, 0, family, sink.getvalue().to_pybytes())
 
@@ -157,8 +164,9 @@ def set_value(name, row, value):
     return change
 
 
-def swap_rows(columns):
-    return {name: [values[1], values[0], *values[2:]] for name, values in columns.items()}
+def swap_ids(columns):
+    first, second, *others = columns["sample_id"]
+    return {**columns, "sample_id": [second, first, *others]}
 
 
 @pytest.mark.parametrize(
@@ -182,13 +190,13 @@ def swap_rows(columns):
         ("tokens", set_value("response_starts", 0, [-2, 5]), "not ascending within"),
         ("tokens", set_value("response_stops", 0, [2**31 - 1, 8]), "not ascending within"),
         ("tokens", set_value("response_starts", 0, [2]), "1 response spans start and 2 stop"),
-        ("response", swap_rows, "response row 0: is not of sample"),
-        ("response", set_value("num_entries", 0, 1), "its columns say"),
+        ("response", swap_ids, "response row 0: is not of sample"),
         ("response", set_value("tail_mass", 0, lambda tails: [1.5, *tails[1:]]), "tail mass is outside"),
         ("response", set_value("entropy", 0, lambda values: [float("nan"), *values[1:]]), "entropy"),
-        ("response", set_value("label_logprob", 0, lambda values: values[1:]), "label_logprob has 3"),
-        ("response", set_value("payload", 0, lambda payload: payload[:-1]), "its header needs"),
-        ("response", set_value("payload", 0, b""), "shorter than a header"),
+        ("response", set_value("label_logprob", 0, lambda values: values[1:]), "label_logprob has other lengths"),
+        ("response", set_value("block", 0, lambda block: block[:-1]), "its header needs"),
+        ("response", set_value("block", 0, b""), "shorter than its header"),
+        ("response", set_value("block", 1, b"x"), "more than one block"),
         ("visual", set_value("image_key", 0, "0" * 64), "is of no sample"),
         ("visual", lambda columns: {**columns, "image_key": [columns["image_key"][1]] * 4}, "appears twice"),
         ("relation", set_value("num_rows", 0, 9), "its column says otherwise"),
@@ -218,7 +226,7 @@ def test_a_commit_that_names_a_file_elsewhere_is_refused(folder, tmp_path):
     outside = tmp_path / "outside.parquet"
     source = next((folder / "tokens").glob("part-00000*"))
     outside.write_bytes(source.read_bytes())
-    place = folder / layout.commit_file(0)
+    place = folder / "commits/part-00000.json"
     commit = parse_document(place.read_bytes(), Commit, "commit")
     for name in ("../outside.parquet", str(outside)):
         entry = commit.families["tokens"].model_copy(update={"file": name})
@@ -229,46 +237,35 @@ def test_a_commit_that_names_a_file_elsewhere_is_refused(folder, tmp_path):
 
 
 def test_manifest_totals_are_compared(folder):
-    place = folder / layout.MANIFEST_FILE
+    place = folder / "manifest.json"
     manifest = parse_document(place.read_bytes(), Manifest, "manifest")
     place.write_bytes(manifest.model_copy(update={"num_samples": 1}).to_bytes())
     assert any("num_samples is 1" in problem for problem in verify(folder).problems)
 
 
 def test_another_format_version_is_named_before_anything_is_parsed(folder):
-    place = folder / layout.CACHE_FILE
-    body = json.loads(place.read_text())
-    assert body["format_version"] == 1
-    description, _ = layout.read_description(folder)
-    place.write_bytes(description.model_copy(update={"format_version": 2}).to_bytes())
-    assert "format version is 2, this Stillhouse reads 1" in verify(folder).problems[0]
-
-
-def drop_samples(columns):
-    """Row 0 without its sampled entries: valid by itself, but not under threshold selection."""
-    tail_mass, entropy, log_sum_exp, label_logprob = (
-        np.array(columns[name][0], np.float32) for name in ("tail_mass", "entropy", "log_sum_exp", "label_logprob")
-    )
-    rows = decode_rows(
-        columns["payload"][0],
-        vocab_size=VOCAB_SIZE,
-        tail_mass=tail_mass,
-        entropy=entropy,
-        log_sum_exp=log_sum_exp,
-        label_logprob=label_logprob,
-    )
-    exact = rows.is_exact()
-    rows = dataclasses.replace(
-        rows,
-        offsets=np.cumsum([0, *rows.num_exact]).astype(np.int64),
-        ids=rows.ids[exact],
-        logprobs=rows.logprobs[exact],
-    )
-    columns["payload"][0] = encode_rows(rows, vocab_size=VOCAB_SIZE, tau=0)
-    columns["num_entries"][0] = rows.num_entries
-    return columns
+    place = folder / "cache.json"
+    assert json.loads(place.read_text())["format_version"] == 2
+    description = parse_document(place.read_bytes(), Description, "cache.json")
+    place.write_bytes(description.model_copy(update={"format_version": 3}).to_bytes())
+    assert "format version is 3, this Stillhouse reads 1 and 2" in verify(folder).problems[0]
 
 
 def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):
-    forge(folder, "response", drop_samples)
-    assert any("sampled weights differ by" in problem for problem in verify(folder).problems)
+    """Rows without their sampled entries: valid by themselves, but not under threshold selection."""
+    cache = Cache.open(folder)
+    records = [cache.read(index) for index in range(SAMPLES_PER_PART)]
+    bare = []
+    for record in records:
+        rows = record.response
+        assert rows is not None
+        exact = rows.is_exact()
+        offsets = np.cumsum([0, *rows.num_exact]).astype(np.int64)
+        bare.append(dataclasses.replace(rows, offsets=offsets, ids=rows.ids[exact], logprobs=rows.logprobs[exact]))
+    keys = [{"sample_id": record.tokens.sample_id} for record in records]
+    encoded = encode_groups(keys, bare, RowFormat(VOCAB_SIZE, 0.0, 0.0, 0))
+    content = parquet_bytes("response", encoded.groups, zstd_level=1, metadata=encoded.metadata)
+    next((folder / "response").glob("part-00000*")).unlink()
+    reseal(folder, 0, "response", content)
+    problems = verify(folder).problems
+    assert any("sampled weights differ by" in problem for problem in problems), problems

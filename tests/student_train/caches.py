@@ -71,7 +71,7 @@ def sparse_rows(
         num_exact=np.array(num_exact, np.int32),
         tail_mass=np.array(tails, np.float32),
         entropy=-(probabilities * logprobs).sum(-1).astype(np.float32),
-        log_sum_exp=np.zeros(len(logits), np.float32),
+        log_sum_exp=np.zeros((len(logits), 0), np.float32),
         label_logprob=None if labels is None else logprobs[np.arange(len(labels)), labels].astype(np.float32),
     )
 
@@ -149,6 +149,9 @@ def make_cache(
                 relation={key: _relation(draw, image.num_visual_tokens) for key, image in keys.items()}
                 if "relation" in families
                 else None,
+                images={name: content for record in records for name, content in _files(folder / "images", record)}
+                if "images" in families
+                else None,
             ),
         )
     writer.seal()
@@ -190,6 +193,10 @@ def _sample(
         for n, ((name, sha256, _, _), place) in enumerate(zip(shown, places, strict=True))
     )
     return TokensRecord(sample_id, split, ("left", "right", "caption")[kind], token_ids, mask, images)
+
+
+def _files(root: Path, record: TokensRecord) -> list[tuple[str, bytes]]:
+    return [(image.sha256, image.file(root).read_bytes()) for image in record.images]
 
 
 def _logits(draw: np.random.Generator, rows: int, vocab_size: int, favoured: NDArray | None = None) -> NDArray:

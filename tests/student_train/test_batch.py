@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from storage.errors import IdentityError, StillhouseError
-from storage.records import ImageRef, RelationMatrix, SampleRecord, TokensRecord
+from storage.records import (
+    ImageRef,
+    PooledRelation,
+    Relation,
+    RelationFactor,
+    RelationMatrix,
+    SampleRecord,
+    TokensRecord,
+)
 from student_train.batch import Grid, collate, collate_prompts, first_answer, layout, prompt_of
 from student_train.images import VisionInput
 from tests.student_train.caches import sparse_rows
@@ -82,6 +91,20 @@ def test_positions_of_a_padded_batch_are_flat() -> None:
     assert batch.visual.num_rows == 3
     assert batch.relation is not None
     assert batch.relation.shape == (1, 3, 3)
+
+
+def test_pooled_and_factored_matrices_become_a_batch() -> None:
+    def relations_of(matrix: Relation) -> torch.Tensor:
+        tokens = sample([1, IMAGE, 4], [2], image("a"))
+        whole = replace(record(tokens), relation={tokens.images[0].key: matrix})
+        batch = collate([whole], GRID, gather, families=("relation",))
+        assert batch.relation is not None
+        return batch.relation
+
+    pooled = PooledRelation(np.ones((1, 1), np.float32), 1.0, num_visual_tokens=3, pool=2)
+    assert relations_of(pooled).tolist() == [[[1.0]]]
+    factor = RelationFactor(np.array([[1], [2], [0]], np.float32), 1.0)
+    assert relations_of(factor).tolist() == [[[1, 2, 0], [2, 4, 0], [0, 0, 0]]]
 
 
 def test_visual_rows_follow_the_order_of_placeholders_not_of_keys() -> None:

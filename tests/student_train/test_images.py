@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from storage.errors import StillhouseError
+from storage.reader import Cache
 from storage.records import ImageRef
 from student_train.huggingface import load_image_processor
-from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.images import FeatureStore, ImageFolder, VisionSource, open_images
+from tests.student_train.caches import make_cache
 
 
 def picture(path: Path, shade: int) -> ImageRef:
@@ -114,3 +116,28 @@ def test_a_batch_without_images_gets_a_blank_one(folder: ImageFolder) -> None:
     assert vision.pixel_values is not None
     assert vision.pixel_values.shape == (1, 3, 32, 32)
     assert vision.pixel_slots.tolist() == []
+
+
+def test_images_come_from_the_cache_where_their_folder_is_gone(tmp_path: Path, checkpoint: Path) -> None:
+    path = make_cache(tmp_path, checkpoint, num_samples=4, num_images=3, families=("images",), images_per_sample=2)
+    cache, processor = Cache.open(path, families=()), load_image_processor(checkpoint)
+    shown = [(cache.sample_ids[at], image) for at in range(8) for image in cache.read(at).tokens.images]
+
+    def pixels(configured: str | None = None) -> torch.Tensor | None:
+        source = VisionSource(open_images(cache, configured, processor), features=None, pixels=FeatureStore(0))
+        return source.gather(shown).pixel_values
+
+    expected = pixels()
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    torch.testing.assert_close(pixels(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(pixels(str(moved)), expected, rtol=0, atol=0)
+    with pytest.raises(StillhouseError, match="cannot be read"):
+        pixels(str(tmp_path / "images"))  # a configured folder is meant
+
+
+def test_a_cache_without_images_needs_their_folder(tmp_path: Path, checkpoint: Path) -> None:
+    cache = Cache.open(make_cache(tmp_path, checkpoint, num_samples=2, families=()), families=())
+    (tmp_path / "images").rename(tmp_path / "moved")
+    folder = open_images(cache, None, load_image_processor(checkpoint))
+    with pytest.raises(StillhouseError, match="cannot be read"):
+        folder.pixels(cache.read(0).tokens.images[0], sample_id=cache.sample_ids[0])

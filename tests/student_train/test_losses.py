@@ -223,6 +223,21 @@ def test_relation_loss_agrees_with_the_gram_matrix_of_logits(centered: bool) -> 
     assert_same(loss, ours, relation_reference(reference, head, teacher, centered=centered), reference, 1e-5)
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_pooled_relation_loss_averages_the_rows_of_each_block(centered: bool) -> None:
+    draw = torch.Generator().manual_seed(2)
+    head = torch.randn(50, 8, generator=draw)
+    factor = torch.randn(2, 4, 5, generator=draw)
+    ours = torch.randn(2, 9, 8, generator=draw).requires_grad_()
+    reference = ours.detach().clone().requires_grad_()
+    loss = relation_loss(ours, head.T @ head, factor @ factor.mT, centered=centered, pool=2)
+    shifted = reference - reference.mean(1, keepdim=True) if centered else reference  # before pooling
+    grid = shifted.view(2, 3, 3, 8)
+    blocks = [grid[:, r : r + 2, c : c + 2].flatten(1, 2).mean(1) for r in (0, 2) for c in (0, 2)]
+    expected = relation_reference(torch.stack(blocks, dim=1), head, factor @ factor.mT, centered=False)
+    assert_same(loss, ours, expected, reference, 1e-5)
+
+
 def test_relation_loss_is_zero_for_a_scaled_copy_and_counts_images() -> None:
     hidden = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     metric = torch.eye(4)

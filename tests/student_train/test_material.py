@@ -9,6 +9,7 @@ from storage.errors import CacheError, ConfigError, IdentityError
 from storage.reader import Cache
 from student_train.config import LossesSection, StageSection
 from student_train.material import SampleMemory, prepare
+from tests.storage.family_cache import write_family_cache
 from tests.student_train.caches import make_cache
 
 
@@ -24,7 +25,8 @@ def test_the_samples_of_the_splits_are_counted(checkpoint: Path, cache: Path) ->
     assert [opened.splits[index] for index in material.table.indices] == ["test"] * 24
     counts = [opened.read(int(index)).tokens.num_response_tokens for index in material.table.indices]
     assert material.table.num_response_rows.tolist() == counts
-    assert material.images == opened.identity.image_root
+    assert material.images is None
+    assert (material.centered, material.relation_pool) == (False, None)
 
 
 def test_an_unknown_split_is_the_user_s_mistake(checkpoint: Path, cache: Path) -> None:
@@ -82,6 +84,21 @@ def test_remembered_samples_are_those_of_the_cache(cache: Path, max_bytes: int) 
             assert ours.visual[key].equals(rows)
             assert np.array_equal(ours.relation[key].values, theirs.relation[key].values)
     assert (memory.read(0) is memory.read(0)) == (max_bytes > 0)
+
+
+def test_remembered_samples_keep_their_other_families(tmp_path: Path) -> None:
+    write_family_cache(tmp_path)
+    opened = Cache.open(tmp_path)
+    memory = SampleMemory(opened, 1 << 30)
+    for index in (2, 3, 2, 3):
+        ours, theirs = memory.read(index), opened.read(index)
+        assert theirs.sequence is not None
+        assert ours.sequence == theirs.sequence
+        assert theirs.hidden is not None
+        np.testing.assert_array_equal(ours.hidden, theirs.hidden)
+        for key, matrix in theirs.relation.items():
+            np.testing.assert_array_equal(ours.relation[key].values, matrix.values)
+    assert memory.read(2) is memory.read(2)
 
 
 def test_images_that_conversations_share_are_remembered_once(cache: Path) -> None:

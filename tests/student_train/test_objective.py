@@ -11,13 +11,14 @@ from torch import Tensor
 from storage.reader import Cache
 from student_train.batch import collate
 from student_train.config import LossesSection, StageSection
-from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import plans
 from student_train.losses import bucketed_forward_kl, cross_entropy, relation_loss
 from student_train.material import Material, prepare
 from student_train.models import freeze, load_student
 from student_train.objective import Objective, part_names
 from student_train.student import Student
+from tests.student_train.caches import make_cache
 
 ALL = {"cross_entropy": 0.7, "response": {"weight": 0.5}, "visual": {"weight": 0.3}, "relation": {"weight": 2.0}}
 FAMILIES = ("response", "visual", "relation")
@@ -41,10 +42,12 @@ class Run:
         self.student = Student(
             model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=features
         )
-        folder = ImageFolder(material.images, material.checkpoint.image_processor)
+        folder = open_images(material.cache, None, material.checkpoint.image_processor)
         self.vision = VisionSource(folder, features=features, pixels=FeatureStore(0))
         section = LossesSection.model_validate(losses)
-        self.objective = Objective(self.student, section, centered=False, chunk_logits=chunk_logits)
+        self.objective = Objective(
+            self.student, section, centered=False, relation_pool=material.relation_pool, chunk_logits=chunk_logits
+        )
         self.families = tuple(name for name in part_names(section) if name != "cross_entropy")
 
     def __call__(self, *, ranks: int, micro: int, size: int = 10) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -103,7 +106,7 @@ def test_parts_are_means_over_the_rows_of_the_global_batch(material: Material) -
         for index in table.indices[used]:
             record = material.cache.read(int(index))
             batch = collate([record], grid, run.vision.gather, families=FAMILIES)
-            pixels = ImageFolder(material.images, material.checkpoint.image_processor).pixels(
+            pixels = open_images(material.cache, None, material.checkpoint.image_processor).pixels(
                 record.tokens.images[0], sample_id=""
             )[None]
             states = model.model(input_ids=batch.input_ids, pixel_values=pixels).last_hidden_state[0]
@@ -158,6 +161,41 @@ def test_a_batch_without_images_reaches_every_trained_parameter(material: Materi
     assert parts["relation"].item() == 0
     missing = [name for name, p in run.student.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    "relation",
+    [{"encoding": "low_rank", "max_cosine_error": 1e-6}, {"encoding": "triangle_int8"}, {"encoding": "pooled"}],
+)
+def test_every_encoding_of_relation_matrices_trains(checkpoint: Path, tmp_path: Path, relation: dict) -> None:
+    """The same matrices from a cache of plain triangles, pooled by hand where the encoding pools."""
+    losses = {"cross_entropy": 0, "relation": {}}
+    stage = StageSection(init=str(checkpoint), steps=1, losses=LossesSection.model_validate(losses))
+    folders = {}
+    for name, section in (("plain", {}), ("encoded", relation)):
+        folders[name] = make_cache(
+            tmp_path / name, checkpoint, num_samples=4, num_images=4, families=("relation",),
+            selection={"relation": section},
+        )  # fmt: skip
+    plain, encoded = (prepare(stage, str(folder)) for folder in folders.values())
+    run = Run(encoded, losses)
+    totals, _ = run(ranks=1, micro=2, size=4)
+    with torch.no_grad():
+        expected = 0.0
+        for index in plain.table.indices:
+            batch = collate(
+                [plain.cache.read(int(index))], plain.checkpoint.grid, run.vision.gather, families=run.families
+            )
+            states = run.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+            rows = states[batch.visual_positions.flatten()]
+            assert batch.relation is not None
+            teacher = batch.relation[0]
+            if relation["encoding"] == "pooled":
+                rows = rows.reshape(2, 2, 2, 2, -1).mean((1, 3)).flatten(0, 1)
+                teacher = teacher.reshape(2, 2, 2, 2, 2, 2, 2, 2).mean((1, 3, 5, 7)).reshape(4, 4)
+            gram = rows @ run.student.head_metric(rows) @ rows.T
+            expected += float(1 - (gram * teacher).sum() / gram.norm() / teacher.norm())
+    assert totals["relation"] == pytest.approx(expected / 4, rel=1e-3)
 
 
 def test_no_loss_at_all_is_refused() -> None:

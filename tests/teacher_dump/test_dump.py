@@ -131,7 +131,7 @@ def test_identity_follows_what_is_dumped(write_config: WriteConfig) -> None:
     assert base.selection == {
         "response": {"method": "threshold", "tau": 0.01, "seed": 0},
         "visual": {"method": "threshold", "tau": 0.01, "seed": 0},
-        "relation": {"centered": False},
+        "relation": {"centered": False, "encoding": "triangle_fp16"},
     }
     assert identity("cache.families=[response]", "cache.response.method=topk").selection == {
         "response": {"method": "topk", "k": 64}

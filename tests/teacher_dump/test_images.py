@@ -15,7 +15,8 @@ def test_pixels_are_rgb_and_the_hash_is_of_the_file(tmp_path: Path) -> None:
     Image.new("LA", (3, 2), (128, 0)).save(tmp_path / "grey.png")
     image = load_image(tmp_path, "grey.png")
     assert (image.pixels.mode, image.pixels.size) == ("RGB", (3, 2))
-    assert image.sha256 == hashlib.sha256((tmp_path / "grey.png").read_bytes()).hexdigest()
+    assert image.content == (tmp_path / "grey.png").read_bytes()
+    assert image.sha256 == hashlib.sha256(image.content).hexdigest()
 
 
 def test_files_that_are_no_images_are_refused(tmp_path: Path) -> None:

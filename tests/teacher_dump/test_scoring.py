@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 
 from storage.errors import StillhouseError
+from teacher_dump.head import read_head
 from teacher_dump.plan import Part
 from teacher_dump.processor import load_processor
+from teacher_dump.samples import SampleRefusedError
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 from teacher_dump.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, NOTHING, make_scorer, part_of, reference_teacher
@@ -196,3 +199,65 @@ def test_an_images_rows_are_kept_once_for_each_prefix(
     assert len({red, blue, keys[3][1], keys[4][1], keys[5][0]}) == 5
     assert records.visual is not None
     assert len(records.visual) == 5
+
+
+def test_hidden_rows_are_the_states_that_predict_the_response(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    request = dataclasses.replace(EVERYTHING, hidden_limit=65504.0, images=True)
+    records = make_scorer(tiny_teacher, tiny_data.parent, request, reference).score(part_of(tiny_data, limit=6)).records
+    assert records.response is not None
+    assert records.hidden is not None
+    assert records.images is not None
+    head = read_head(tiny_teacher, vocab_size=300).stored()
+    for rows, states in zip(records.response, records.hidden, strict=True):
+        assert states.dtype == np.float32
+        logits = head.logits(states)
+        np.testing.assert_allclose(np.log(np.exp(logits.astype(np.float64)).sum(axis=1)), rows.log_sum_exp, atol=1e-4)
+        best = rows.ids.reshape(-1, 300)[:, 0]
+        assert logits.argmax(axis=1).tolist() == best.tolist()
+    shown = {image.sha256: image.path for tokens in records.tokens for image in tokens.images}
+    files = {sha256: (tiny_data.parent / path).read_bytes() for sha256, path in shown.items()}
+    assert records.images == files
+
+
+def test_a_hidden_state_that_float16_cannot_hold_costs_its_sample_only(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    part = part_of(tiny_data, limit=4)
+
+    def grow(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
+        states[1].hidden[-3, 0] = 70000.0  # of a response row
+        states[2].hidden[0, 0] = 70000.0  # of no response row
+        return states
+
+    teacher = Twisted(reference, grow)
+    request = dataclasses.replace(NOTHING, hidden_limit=65504.0, images=True)
+    records = make_scorer(tiny_teacher, tiny_data.parent, request, teacher).score(part).records
+    assert [error.sample_id for error in records.errors] == [part.samples[1].id]
+    assert "beyond 65504; cache.hidden.encoding int8" in records.errors[0].reason
+    assert records.hidden is not None
+    assert len(records.hidden) == len(records.tokens) == 3
+    assert records.images is not None
+    assert set(records.images) == {image.sha256 for tokens in records.tokens for image in tokens.images}
+    endless = dataclasses.replace(request, hidden_limit=float("inf"))
+    assert not make_scorer(tiny_teacher, tiny_data.parent, endless, teacher).score(part).records.errors
+
+
+def test_images_alone_need_no_teacher(tiny_teacher: Path, tiny_data: Path) -> None:
+    request = dataclasses.replace(NOTHING, images=True)
+    records = make_scorer(tiny_teacher, tiny_data.parent, request, None).score(part_of(tiny_data)).records
+    assert records.images is not None
+    assert len(records.images) == 8
+    assert records.hidden is None
+
+
+def test_a_grid_that_cannot_be_pooled_is_a_sample_error(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, dataclasses.replace(EVERYTHING, relation_pool=2), reference)
+    prepared = scorer.prepare(part_of(tiny_data, limit=1).samples, [])[0]
+    images = tuple(dataclasses.replace(image, num_visual_tokens=15) for image in prepared.record.images)
+    oblong = dataclasses.replace(prepared, record=dataclasses.replace(prepared.record, images=images))
+    with pytest.raises(SampleRefusedError, match="15 visual tokens are no square grid"):
+        scorer._check_grids(oblong)

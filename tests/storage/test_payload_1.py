@@ -1,5 +1,3 @@
-import contextlib
-import dataclasses
 import re
 import tracemalloc
 from pathlib import Path
@@ -9,11 +7,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from storage.codec import check_sampled_total, decode_relation, decode_rows, encode_relation, encode_rows
 from storage.errors import CorruptPartError
-from storage.records import RelationMatrix
-from storage.rows import SparseRows
-from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, make_relation, select, top_k
+from storage.payload_1 import decode_rows
+from storage.rows import SparseRows, check_sampled_total
+from tests.storage.payload_1 import encode_rows
+from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select, top_k
 
 VOCAB_SIZES = st.sampled_from([2, 3, 255, 256, 1000, 65536, 65537])
 FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"
@@ -22,7 +20,7 @@ FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"
 def scalars(rows):
     return {
         name: getattr(rows, name)
-        for name in ("tail_mass", "entropy", "log_sum_exp", "label_logprob")
+        for name in ("tail_mass", "entropy", "label_logprob")
         if getattr(rows, name) is not None
     }
 
@@ -32,7 +30,7 @@ def decode(payload, rows, vocab_size=VOCAB_SIZE):
 
 
 def assert_same_but_for_rounding(got: SparseRows, rows: SparseRows):
-    for name in ("offsets", "ids", "num_exact", "tail_mass", "entropy", "log_sum_exp"):
+    for name in ("offsets", "ids", "num_exact", "tail_mass", "entropy"):
         np.testing.assert_array_equal(getattr(got, name), getattr(rows, name))
     exact = rows.is_exact()
     # float16 keeps 11 bits of each logprob; the rescaled head moves by no more than that once again
@@ -101,7 +99,7 @@ def worked_example():
         num_exact=np.array([2, 1], np.int32),
         tail_mass=np.array([0.25, 0.0], np.float32),
         entropy=np.array([1.3, 0.0], np.float32),
-        log_sum_exp=np.array([4.0, 9.0], np.float32),
+        log_sum_exp=np.zeros((2, 0), np.float32),
     )
     blocks = re.findall(r"```hex (\w+)\n(.*?)```", FORMAT.read_text(encoding="utf-8"), re.DOTALL)
     written = {name: bytes.fromhex(re.sub(r"#.*", "", block)) for name, block in blocks}
@@ -113,9 +111,6 @@ def test_worked_example_of_the_specification_is_what_is_written_and_read():
     assert encode_rows(rows, vocab_size=1000, tau=0.25) == written["rows"]
     got = decode(written["rows"], rows, 1000)
     assert_same_but_for_rounding(got, rows)
-    matrix = RelationMatrix(np.array([[0.75, 0.25], [0.25, 0.5]], np.float32) / np.float32(0.96824584), 8.0)
-    assert encode_relation(matrix) == written["relation"]
-    np.testing.assert_allclose(decode_relation(written["relation"], norm=8.0).values, matrix.values, atol=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +151,7 @@ def test_scalars_that_do_not_fit_the_payload_are_refused():
     rows, written = worked_example()
     three = np.zeros(3, np.float32)
     with pytest.raises(CorruptPartError, match="2 rows"):
-        decode_rows(written["rows"], vocab_size=1000, tail_mass=three, entropy=three, log_sum_exp=three)
+        decode_rows(written["rows"], vocab_size=1000, tail_mass=three, entropy=three)
     with pytest.raises(CorruptPartError, match="label_logprob has 3"):
         decode_rows(written["rows"], vocab_size=1000, label_logprob=three, **scalars(rows))
     wrong = {**scalars(rows), "tail_mass": np.array([0.25, 0.5], np.float32)}
@@ -169,7 +164,7 @@ def assert_valid_or_refused(payload, num_rows, vocab_size):
     half = np.full(num_rows, 0.5, np.float32)
     for tail_mass in (zero, half, zero + 1):
         try:
-            got = decode_rows(payload, vocab_size=vocab_size, tail_mass=tail_mass, entropy=zero, log_sum_exp=zero)
+            got = decode_rows(payload, vocab_size=vocab_size, tail_mass=tail_mass, entropy=zero)
         except CorruptPartError:
             continue
         assert got.offsets[-1] == len(got.ids) == len(got.logprobs)
@@ -184,91 +179,25 @@ def assert_valid_or_refused(payload, num_rows, vocab_size):
 @settings(max_examples=300, deadline=None)
 def test_arbitrary_bytes_never_do_worse_than_being_refused(payload, num_rows):
     assert_valid_or_refused(payload, num_rows, 300)
-    with contextlib.suppress(CorruptPartError):
-        decode_relation(payload, norm=1.0)
 
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_damaged_payloads_never_do_worse_than_being_refused(data):
     rows, written = worked_example()
-    for name in ("rows", "relation"):
-        payload = bytearray(written[name])
-        for _ in range(data.draw(st.integers(1, 4))):
-            payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
-        payload = bytes(payload[: data.draw(st.integers(0, len(payload)))] + data.draw(st.binary(max_size=4)))
-        if name == "rows":
-            assert_valid_or_refused(payload, rows.num_rows, 1000)
-            continue
-        try:
-            values = decode_relation(payload, norm=8.0).values
-        except CorruptPartError:
-            continue
-        assert np.linalg.norm(values) == pytest.approx(1, abs=1e-5)
-        np.testing.assert_array_equal(values, values.T)
+    payload = bytearray(written["rows"])
+    for _ in range(data.draw(st.integers(1, 4))):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+    payload = bytes(payload[: data.draw(st.integers(0, len(payload)))] + data.draw(st.binary(max_size=4)))
+    assert_valid_or_refused(payload, rows.num_rows, 1000)
 
 
 def test_a_header_that_claims_billions_allocates_next_to_nothing():
     payload = b"\x01\x04\x04\x04" + b"\xff" * 12 + b"\0" * 8 + b"\0" * 100
     empty = np.zeros(0, np.float32)
-    relation = b"\x01\0\0\0\xff\xff\xff\xff" + b"\0" * 100
     tracemalloc.start()
     with pytest.raises(CorruptPartError):
-        decode_rows(payload, vocab_size=300, tail_mass=empty, entropy=empty, log_sum_exp=empty)
-    with pytest.raises(CorruptPartError):
-        decode_relation(relation, norm=1.0)
+        decode_rows(payload, vocab_size=300, tail_mass=empty, entropy=empty)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 1 << 20
-
-
-def test_sampled_weights_must_be_whole_draws_and_add_up_to_the_tail():
-    rng = np.random.default_rng(1)
-    rows = select(make_logits(rng, 3) * 0.1, tau=TAU, rng=rng, labels=False)
-    with pytest.raises(ValueError, match="whole multiple"):
-        encode_rows(rows, vocab_size=VOCAB_SIZE, tau=TAU * 1.1)
-    twice = dataclasses.replace(rows, logprobs=rows.logprobs + np.float32(np.log(2)))
-    with pytest.raises(ValueError, match=r"row \d: sampled weights differ"):
-        encode_rows(twice, vocab_size=VOCAB_SIZE, tau=TAU)
-    with pytest.raises(ValueError, match="tau is 0"):
-        encode_rows(rows, vocab_size=VOCAB_SIZE, tau=0)
-    exact_only = top_k(make_logits(rng, 1) * 0.1, 4, labels=False)
-    with pytest.raises(ValueError, match="row 0: sampled weights differ"):
-        encode_rows(exact_only, vocab_size=VOCAB_SIZE, tau=TAU)
-
-
-@given(st.integers(1, 40), st.integers(0, 10**6))
-@settings(deadline=None)
-def test_relation_matrices_come_back(n, seed):
-    matrix = make_relation(np.random.default_rng(seed), n)
-    payload = encode_relation(matrix)
-    assert len(payload) == 8 + n * (n + 1)
-    got = decode_relation(payload, norm=matrix.norm)
-    np.testing.assert_array_equal(got.values, got.values.T)
-    np.testing.assert_allclose(got.values, matrix.values, rtol=2e-3, atol=1e-7)
-    assert np.linalg.norm(got.values) == pytest.approx(1, abs=1e-6)
-    cosine = (got.values * matrix.values).sum()
-    assert cosine == pytest.approx(1, abs=1e-6)
-
-
-def test_an_all_zero_relation_matrix_comes_back():
-    zero = RelationMatrix(np.zeros((3, 3), np.float32), 0.0)
-    np.testing.assert_array_equal(decode_relation(encode_relation(zero), norm=0.0).values, zero.values)
-
-
-@pytest.mark.parametrize(
-    ("values", "norm", "message"),
-    [
-        (np.ones((2, 3), np.float32), 1.0, "square"),
-        (np.ones((0, 0), np.float32), 1.0, "square"),
-        (np.eye(2), 1.0, "float32"),
-        (np.array([[1, np.nan], [np.nan, 0]], np.float32), 1.0, "finite and symmetric"),
-        (np.array([[0.8, 0.6], [0.0, 0.0]], np.float32), 1.0, "finite and symmetric"),
-        (np.eye(2, dtype=np.float32), 1.0, "expected 1"),
-        (np.eye(1, dtype=np.float32), -1.0, "norm of a relation matrix"),
-        (np.eye(1, dtype=np.float32), np.inf, "norm of a relation matrix"),
-    ],
-)
-def test_invalid_relation_matrices_are_refused(values, norm, message):
-    with pytest.raises(ValueError, match=message):
-        encode_relation(RelationMatrix(values, norm))

@@ -1,0 +1,105 @@
+"""Pictures as data URIs for a self-contained page: the data set's images made small, matrices as heat maps."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import to_hex
+from numpy.typing import NDArray
+from PIL import Image
+
+from storage.records import ImageRef
+
+MAX_FILE_BYTES = 64 << 20  # a larger file is not opened
+MAX_PIXELS = 50_000_000  # a larger picture is not decoded
+MAX_SIDE = 512  # pixels that are embedded
+MAX_LOSSLESS_SIDE = 256  # up to here as PNG, larger ones as JPEG
+CLIPPED_FRACTION = 0.005  # of a matrix's values at each end, or a bright diagonal would leave the rest pale
+MAX_SMALL_HEAT_SIDE = 100
+MAX_HEAT_SIDE = 512  # a larger matrix is shown by every n-th row and column
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image to embed. Without a uri, `reason` says why it is not shown."""
+
+    uri: str
+    width: int = 0  # of the original, in pixels
+    height: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A matrix as one pixel a value. Colours run from `low` to `high`; values beyond have the outermost ones."""
+
+    uri: str
+    low: float
+    high: float
+    gradient: str  # CSS, from low to high
+    clipped: bool  # some values lie beyond
+    step: int  # every step-th row and column is shown
+    is_large: bool  # more pixels than a small picture has
+
+
+def embedded_image(
+    root: Path, image: ImageRef, *, max_file_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_PIXELS
+) -> Picture:
+    """The image below `root` if it is the one that the teacher saw, decoded and encoded anew; never an error.
+
+    What is embedded is our own encoding of its pixels, so nothing hidden in the file reaches the page.
+    """
+    file = image.file(root)
+    try:
+        if not file.resolve().is_relative_to(root.resolve()):
+            return Picture("", reason="it leads out of the image root")
+        if file.stat().st_size > max_file_bytes:
+            return Picture("", reason=f"its file has more than {max_file_bytes:,} bytes")
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != image.sha256:
+            return Picture("", reason="the file there is not the image that the teacher saw (another sha256)")
+        with Image.open(io.BytesIO(content)) as opened:
+            width, height = opened.size
+            if width * height > max_pixels:
+                return Picture("", reason=f"it has {width} × {height} pixels")
+            picture = opened.convert("RGB")
+    except OSError as error:
+        return Picture("", reason=f"not found below {root}" if isinstance(error, FileNotFoundError) else str(error))
+    except (SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return Picture("", reason=f"cannot be decoded: {error}")
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    kind = "png" if max(picture.size) <= MAX_LOSSLESS_SIDE else "jpeg"
+    return Picture(_uri(picture, kind), width, height)
+
+
+def heat_map(values: NDArray[np.float32]) -> HeatMap:
+    """Colours of a matrix (n, m): from low to high values, or symmetric around 0 if it has both signs."""
+    step = -(-max(values.shape) // MAX_HEAT_SIDE)
+    shown = values[::step, ::step].astype(np.float64)
+    low = float(np.quantile(values, CLIPPED_FRACTION, method="lower"))
+    high = float(np.quantile(values, 1 - CLIPPED_FRACTION, method="higher"))
+    name = "magma_r"
+    if low < 0 < high:
+        high = max(-low, high)
+        low, name = -high, "RdBu_r"
+    colours = mpl.colormaps[name]
+    span = high - low
+    places = np.clip((shown - low) / span, 0, 1) if span > 0 else np.zeros_like(shown)
+    pixels = (colours(places)[..., :3] * 255).astype(np.uint8)
+    stops = ", ".join(to_hex(colours(place)) for place in np.linspace(0, 1, 9))
+    is_large = max(places.shape) > MAX_SMALL_HEAT_SIDE
+    clipped = bool(values.min() < low or values.max() > high)
+    uri = _uri(Image.fromarray(pixels), "png")
+    return HeatMap(uri, low, high, f"linear-gradient(90deg, {stops})", clipped, step, is_large)
+
+
+def _uri(picture: Image.Image, kind: str) -> str:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **({"quality": 88} if kind == "jpeg" else {"optimize": True}))
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,339 @@
+"""Blocks: the entries of many sparse rows as one small byte string. FORMAT.md has the bytes.
+
+Each row's entries are written as two sets, exact and sampled, in the order of `IdGroups`; so an id costs
+what its set leaves open, and no more. A probability is a step of its square root: rounding then costs
+about step^2 / 6 nats an entry, large or small. Each plane of bytes is compressed by itself.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from storage.bits import pack_bits, packed_size, unpack_bits
+from storage.errors import CorruptPartError
+from storage.id_groups import IdGroups
+from storage.rows import HEAD_TOLERANCE, SparseRows, check_sampled_total
+
+BLOCK_VERSION = 2
+MAX_ROWS = 1 << 16
+MAX_LEVEL = 255
+_HEADER = struct.Struct("<BBBBIIIdff7I")
+_PLANES = ("num_exact", "num_sampled", "exact_groups", "sampled_groups", "places", "values", "draws")
+_MAX_ENTRIES = 1 << 27  # of a block; what a reader will allocate for
+_LEAST_STEP, _LARGEST_STEP = 1 / MAX_LEVEL, 1 / 16
+_ID_MASK = np.uint64((1 << 31) - 1)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a block says of itself, checked against its length."""
+
+    length_bytes: int  # of a count of entries: 1, 2 or 4
+    draw_bytes: int  # of a count of draws: 1, 2 or 4
+    num_rows: int
+    num_exact: int
+    num_sampled: int
+    tau: float  # the weight of one draw; 0 without sampled entries
+    step: float  # of sqrt(p); 0 where values are float32 logprobs
+    lowest: float  # the probability at level 0
+    plane_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBlock:
+    """A block, and what rounding cost."""
+
+    block: bytes
+    errors: NDArray[np.float64]  # (r,) KL(exact entries || decoded ones) in nats; what is not exact cancels
+
+
+def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl: float) -> EncodedBlock:
+    """The block of rows that are valid (see SparseRows.validate); their scalars are not in it.
+
+    `tau` is the weight of one draw. `rounding_kl` (nats a row) bounds what rounding probabilities costs
+    on average; with 0 they are kept as float32. ValueError for rows that a block cannot hold.
+    """
+    if rows.num_rows > MAX_ROWS:
+        raise ValueError(f"a block of {rows.num_rows} rows, at most {MAX_ROWS} fit")
+    check_sampled_total(rows, tau)
+    exact = rows.is_exact()
+    draws = _draws_of(rows, exact, tau)
+    ranks = groups.ranks[rows.ids]
+    if (ranks < 0).any():
+        raise ValueError(f"id {rows.ids[np.argmin(ranks)]} is in no group")
+    row = rows.row_of_entry()
+    order = np.argsort((((row << 1) | ~exact) << 32) | ranks)  # by row, exact ones first, by rank
+    row, exact, ranks = row[order], exact[order], ranks[order]
+    group = np.searchsorted(groups.starts, ranks, side="right") - 1
+    places = ranks - groups.starts[group]
+    num_sampled = np.diff(rows.offsets) - rows.num_exact
+    length_bytes = _width(max(rows.num_exact.max(initial=0), num_sampled.max(initial=0)))
+    draw_bytes = _width(max(int(draws.max(initial=1)) - 1, 0))
+    step = _step(rows, rounding_kl)
+    logprobs = np.minimum(rows.logprobs[order][exact], 0)
+    lowest, values, errors = _rounded_head(logprobs, row[exact], rows, step)
+    sampled_draws = np.zeros(len(rows.ids), np.int64)
+    sampled_draws[~rows.is_exact()] = draws
+    planes = (
+        rows.num_exact.astype(f"<u{length_bytes}").tobytes(),
+        num_sampled.astype(f"<u{length_bytes}").tobytes(),
+        _differences(group[exact], rows.num_exact).tobytes(),
+        _differences(group[~exact], num_sampled).tobytes(),
+        pack_bits(np.concatenate([places[exact], places[~exact]]),
+                  groups.widths[np.concatenate([group[exact], group[~exact]])]),
+        values.tobytes(),
+        (sampled_draws[order][~exact] - 1).astype(f"<u{draw_bytes}").tobytes(),
+    )  # fmt: skip
+    compressor = zstandard.ZstdCompressor(level=1)  # Huffman codes do the work: longer searches find nothing
+    packed = [compressor.compress(plane) if plane else b"" for plane in planes]
+    header = _HEADER.pack(
+        BLOCK_VERSION, length_bytes, draw_bytes, 0, rows.num_rows, len(values), len(draws),
+        tau if len(draws) else 0.0, step, lowest, *(len(plane) for plane in packed),
+    )  # fmt: skip
+    return EncodedBlock(b"".join([header, *packed]), errors)
+
+
+def decode_block(
+    block: bytes | memoryview,
+    groups: IdGroups,
+    *,
+    tail_mass: NDArray[np.float32],
+    entropy: NDArray[np.float32],
+    log_sum_exp: NDArray[np.float32],
+    label_logprob: NDArray[np.float32] | None = None,
+) -> SparseRows:
+    """The rows of a block, beside their scalars. The exact entries of each row sum to 1 - tail_mass.
+
+    Errors: CorruptPartError for any bytes that are not the block of as many valid rows.
+    """
+    view = memoryview(block).cast("B")
+    header = read_header(view)
+    if not header.num_rows == len(tail_mass) == len(entropy):
+        raise CorruptPartError(f"the block has {header.num_rows} rows, its scalar columns have {len(tail_mass)}")
+    planes = _Planes(view, header)
+    num_exact = planes.take("num_exact", f"<u{header.length_bytes}", header.num_rows).astype(np.int64)
+    num_sampled = planes.take("num_sampled", f"<u{header.length_bytes}", header.num_rows).astype(np.int64)
+    if num_exact.sum() != header.num_exact or num_sampled.sum() != header.num_sampled:
+        raise CorruptPartError("the block's row lengths do not sum to its header's totals")
+    exact_groups = _sums(planes.take("exact_groups", "u1", header.num_exact), num_exact)
+    sampled_groups = _sums(planes.take("sampled_groups", "u1", header.num_sampled), num_sampled)
+    group = np.concatenate([exact_groups, sampled_groups])
+    if group.max(initial=-1) >= len(groups.sizes):
+        raise CorruptPartError(f"the block has the id group {group.max()} of {len(groups.sizes)}")
+    widths = groups.widths[group]
+    places = unpack_bits(planes.take("places", "u1", packed_size(widths)), widths)
+    ranks = groups.starts[group] + places
+    split = header.num_exact
+    rows = np.arange(header.num_rows)
+    exact_row, sampled_row = np.repeat(rows, num_exact), np.repeat(rows, num_sampled)
+    in_order = _ascends(ranks[:split], exact_row) and _ascends(ranks[split:], sampled_row)
+    if not in_order or (places >= groups.sizes[group]).any():
+        raise CorruptPartError("the block's ids are not ascending places in their groups")
+    ids = groups.ids[ranks]
+    draws = planes.take("draws", f"<u{header.draw_bytes}", header.num_sampled).astype(np.int64) + 1
+    if header.num_sampled and draws.max() > 2 / header.tau:
+        raise CorruptPartError(f"the block has {draws.max()} draws of weight {header.tau} for one entry")
+    values = _values(planes, header, exact_row, num_exact)
+    shift = _shift(values, tail_mass, num_exact)
+    exact_ids, exact_logprobs = _sorted_exact(exact_row, values, ids[:split])
+    sampled_ids, weights = _sorted_sampled(sampled_row, ids[split:], draws, header.tau)
+    # Row by row: its exact entries, then its sampled ones.
+    exact_at = np.arange(split) + np.repeat(np.cumsum(num_sampled) - num_sampled, num_exact)
+    sampled_at = np.arange(header.num_sampled) + np.repeat(np.cumsum(num_exact), num_sampled)
+    all_ids, logprobs = np.empty(len(ids), np.int32), np.empty(len(ids), np.float32)
+    all_ids[exact_at], all_ids[sampled_at] = exact_ids, sampled_ids
+    logprobs[exact_at], logprobs[sampled_at] = exact_logprobs + shift[exact_row], weights
+    return SparseRows(
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(num_exact + num_sampled)]),
+        ids=all_ids,
+        logprobs=logprobs,
+        num_exact=num_exact.astype(np.int32),
+        tail_mass=tail_mass,
+        entropy=entropy,
+        log_sum_exp=log_sum_exp,
+        label_logprob=label_logprob,
+    )
+
+
+def read_header(view: memoryview) -> Header:
+    """The header of a block. Errors: CorruptPartError."""
+    if len(view) < _HEADER.size:
+        raise CorruptPartError(f"a block of {len(view)} bytes is shorter than its header, {_HEADER.size}")
+    version, length_bytes, draw_bytes, zero, num_rows, exact, sampled, tau, step, lowest, *sizes = _HEADER.unpack_from(
+        view
+    )
+    if version != BLOCK_VERSION:
+        raise CorruptPartError(f"the block has version {version}, expected {BLOCK_VERSION}")
+    if length_bytes not in (1, 2, 4) or draw_bytes not in (1, 2, 4) or zero:
+        raise CorruptPartError(f"the block has widths {length_bytes} and {draw_bytes}; not 1, 2 or 4")
+    if len(view) != _HEADER.size + sum(sizes):
+        raise CorruptPartError(f"the block has {len(view)} bytes, its header needs {_HEADER.size + sum(sizes)}")
+    if num_rows > MAX_ROWS or exact + sampled > _MAX_ENTRIES:
+        raise CorruptPartError(f"the block claims {num_rows} rows and {exact + sampled} entries")
+    if not (0 < tau < 1 if sampled else tau == 0):
+        raise CorruptPartError(f"the block has {sampled} sampled entries and tau {tau}")
+    if not (step == 0 or 1 / MAX_LEVEL <= step <= 1) or not 0 <= lowest <= 1:
+        raise CorruptPartError(f"the block has the step {step} and the lowest probability {lowest}")
+    return Header(length_bytes, draw_bytes, num_rows, exact, sampled, tau, step, lowest, tuple(sizes))
+
+
+class _Planes:
+    """A block's compressed planes, each decompressed once, to the size that is expected of it."""
+
+    def __init__(self, view: memoryview, header: Header) -> None:
+        stops = _HEADER.size + np.cumsum(header.plane_bytes)
+        starts = stops - header.plane_bytes
+        self._planes = {
+            name: view[start:stop] for name, start, stop in zip(_PLANES, starts.tolist(), stops.tolist(), strict=True)
+        }
+
+    def take(self, name: str, kind: str, count: int) -> NDArray:
+        """A plane as `count` numbers. Errors: CorruptPartError."""
+        plane, expected = self._planes[name], np.dtype(kind).itemsize * count
+        if expected == 0:
+            if len(plane):
+                raise CorruptPartError(f"the block's plane {name} should be empty")
+            return np.zeros(0, kind)
+        try:
+            if zstandard.frame_content_size(plane) != expected:
+                raise CorruptPartError(f"the block's plane {name} does not hold {expected} bytes")
+            content = zstandard.ZstdDecompressor().decompress(plane, read_across_frames=False)
+        except zstandard.ZstdError as error:
+            raise CorruptPartError(f"the block's plane {name}: {error}") from error
+        if len(content) != expected:
+            raise CorruptPartError(f"the block's plane {name} has {len(content)} bytes, expected {expected}")
+        return np.frombuffer(content, kind)
+
+
+@dataclass(frozen=True, eq=False)
+class _Values:
+    """The exact entries' probabilities of a block, before each row's are rescaled."""
+
+    logprobs: NDArray[np.float32]
+    falling: NDArray[np.uint64]  # sorts by falling probability
+    falling_bits: int
+    present: NDArray[np.float64]  # (r,) what a row's entries sum to
+    tolerance: NDArray[np.float64]  # (r,) how far rounding may have moved that
+
+
+def _values(planes: _Planes, header: Header, row: NDArray[np.int64], num_exact: NDArray[np.int64]) -> _Values:
+    if header.step == 0:
+        logprobs = planes.take("values", "<f4", header.num_exact)
+        if not (np.isfinite(logprobs) & (logprobs <= 0)).all():
+            raise CorruptPartError("the block has an exact logprob above 0 or not finite")
+        present = np.bincount(row, np.exp(logprobs.astype(np.float64)), header.num_rows)
+        falling = np.abs(logprobs).view(np.uint32).astype(np.uint64)  # floats of one sign sort as their bits
+        return _Values(logprobs, falling, 31, present, np.full(header.num_rows, HEAD_TOLERANCE * 2))
+    levels = planes.take("values", "u1", header.num_exact)
+    table = (np.arange(MAX_LEVEL + 1) * header.step) ** 2
+    table[0] = header.lowest
+    if header.lowest == 0 and levels.min(initial=1) == 0:
+        raise CorruptPartError("the block has an exact entry of probability 0")
+    with np.errstate(divide="ignore"):
+        logs = np.log(table).astype(np.float32)
+    tolerance = header.step * np.sqrt(num_exact) + header.step**2 * num_exact + HEAD_TOLERANCE
+    present = np.bincount(row, table[levels], header.num_rows)
+    return _Values(logs[levels], (MAX_LEVEL - levels).astype(np.uint64), 8, present, tolerance)
+
+
+def _shift(values: _Values, tail_mass: NDArray[np.float32], num_exact: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What to add to each row's exact logprobs so that they sum to 1 - tail_mass."""
+    if not ((tail_mass >= 0) & (tail_mass <= 1)).all():
+        raise CorruptPartError("a tail mass is outside 0..1")
+    wanted = 1.0 - tail_mass.astype(np.float64)
+    if (np.abs(values.present - wanted) > values.tolerance).any():
+        raise CorruptPartError("the block's exact entries and the tail masses do not sum to 1")
+    has_head = num_exact > 0
+    if (wanted[has_head] <= 0).any():
+        raise CorruptPartError("a tail mass is 1 beside exact entries")
+    shift = np.zeros(len(wanted))
+    shift[has_head] = np.log(wanted[has_head] / values.present[has_head])
+    return shift.astype(np.float32)
+
+
+def _sorted_exact(row: NDArray, values: _Values, ids: NDArray) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Ids and logprobs by row, by falling probability, by id."""
+    if values.falling_bits == 8:  # all of the key fits into 64 bits: sorting it is the whole work
+        keys = np.sort((row.astype(np.uint64) << 39) | (values.falling << 31) | ids.astype(np.uint64))
+        by_falling = np.zeros(MAX_LEVEL + 1, np.float32)
+        by_falling[values.falling] = values.logprobs
+        return (keys & _ID_MASK).astype(np.int64), by_falling[(keys >> 31) & 0xFF]
+    order = np.lexsort((ids, values.falling, row))
+    return ids[order], values.logprobs[order]
+
+
+def _sorted_sampled(row: NDArray, ids: NDArray, draws: NDArray, tau: float) -> tuple[NDArray, NDArray[np.float32]]:
+    """Ids and logarithms of weights by row, by id."""
+    keys = (row << 31) | ids
+    if draws.max(initial=1) == 1:
+        return np.sort(keys) & int(_ID_MASK), np.full(len(ids), np.log(tau) if len(ids) else 0, np.float32)
+    order = np.argsort(keys)
+    return ids[order], np.log(draws[order] * tau).astype(np.float32)
+
+
+def _rounded_head(
+    logprobs: NDArray[np.float32], row: NDArray[np.int64], rows: SparseRows, step: float
+) -> tuple[float, NDArray, NDArray[np.float64]]:
+    """The probability of level 0, the values as a block holds them, and the cost of rounding each row."""
+    if step == 0:
+        return 0.0, logprobs.astype("<f4"), np.zeros(rows.num_rows)
+    probs = np.exp(logprobs.astype(np.float64))
+    levels = np.minimum(np.rint(np.sqrt(probs) / step), MAX_LEVEL).astype(np.uint8)
+    low = levels == 0
+    lowest = float(np.float32(probs[low].mean())) if low.any() else 0.0
+    decoded = np.where(low, lowest, (levels * step) ** 2)
+    head = np.bincount(row, probs, rows.num_rows)
+    ratio = np.divide(head, np.bincount(row, decoded, rows.num_rows), out=np.ones(rows.num_rows), where=head > 0)
+    decoded *= ratio[row]
+    divergence = np.bincount(row, probs * np.log(probs / decoded), rows.num_rows)
+    return lowest, levels, np.maximum(divergence, 0.0)
+
+
+def _draws_of(rows: SparseRows, exact: NDArray[np.bool_], tau: float) -> NDArray[np.int64]:
+    """The number of draws of each sampled entry."""
+    if exact.all():
+        return np.zeros(0, np.int64)
+    if not 0 < tau < 1:
+        raise ValueError(f"rows hold sampled entries, but tau is {tau}; expected a probability")
+    draws = np.exp(rows.logprobs[~exact].astype(np.float64)) / tau
+    counts = np.rint(draws)
+    if (counts < 1).any() or (draws > 2 / tau).any() or (np.abs(draws - counts) > 1e-3 * counts).any():
+        raise ValueError(f"a sampled entry's weight is not a whole multiple of tau = {tau}")
+    return counts.astype(np.int64)
+
+
+def _differences(group: NDArray[np.int64], counts: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Each entry's group less that of the entry before it in its row."""
+    differences = np.diff(group, prepend=0)
+    starts = (np.cumsum(counts) - counts)[counts > 0]
+    differences[starts] = group[starts]
+    return differences.astype(np.uint8)
+
+
+def _sums(differences: NDArray[np.uint8], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The groups of `_differences`."""
+    sums = np.cumsum(differences, dtype=np.int64)
+    before = np.concatenate([np.zeros(1, np.int64), sums])[np.cumsum(counts) - counts]
+    return sums - np.repeat(before, counts)
+
+
+def _ascends(ranks: NDArray[np.int64], row: NDArray[np.int64]) -> bool:
+    return bool(((ranks[1:] > ranks[:-1]) | (row[1:] != row[:-1])).all())
+
+
+def _step(rows: SparseRows, rounding_kl: float) -> float:
+    """The step of sqrt(p) whose rounding costs `rounding_kl` a row: e entries cost e * step^2 / 6."""
+    if rounding_kl == 0 or rows.num_rows == 0:
+        return 0.0
+    entries = max(1.0, float(rows.num_exact.mean()))
+    step = np.sqrt(6 * rounding_kl / entries)
+    return float(np.float32(np.clip(step, _LEAST_STEP, _LARGEST_STEP)))
+
+
+def _width(largest: int) -> int:
+    return 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4

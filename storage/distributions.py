@@ -1,0 +1,164 @@
+"""The files of the families response and visual: scalars as plain columns, entries as a block a row group.
+
+A part's file has one table of id groups, made of all its rows, in the Parquet key-value metadata.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import zstandard
+from numpy.typing import NDArray
+
+from storage.blocks import decode_block, encode_block
+from storage.errors import CorruptPartError
+from storage.id_groups import IdGroups
+from storage.identity import Identity, stored_rounding_kl, stored_tau, stored_temperatures
+from storage.rows import SparseRows
+
+ROWS_PER_GROUP = 4096  # distribution rows: some milliseconds to decode
+ID_GROUPS_KEY = "stillhouse.id_groups"
+SCALAR_BITS = 10  # of a rounded scalar's mantissa, as float16 has: it is within a factor 1 +- 2^-11
+
+Columns = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a family's rows are kept."""
+
+    vocab_size: int
+    tau: float  # the weight of one draw; 0 where nothing is sampled
+    rounding_kl: float  # nats a row; 0 where probabilities and scalars are float32
+    num_temperatures: int  # besides 1
+
+    @staticmethod
+    def of(identity: Identity, family: str) -> RowFormat:
+        """What a cache's identity says of a family."""
+        return RowFormat(
+            vocab_size=identity.vocab_size,
+            tau=stored_tau(identity, family),
+            rounding_kl=stored_rounding_kl(identity, family),
+            num_temperatures=len(stored_temperatures(identity, family)),
+        )
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """A part's rows of one family, ready for Parquet."""
+
+    groups: list[list[Columns]]  # row groups of samples, or of images
+    metadata: dict[str, str]
+    errors: list[float]  # nats that rounding the exact entries costs, row by row
+
+
+def encode_groups(keys: Sequence[Columns], rows: Sequence[SparseRows], kept: RowFormat) -> RowGroups:
+    """Row groups of some samples or images, each with its `keys`. ValueError for rows that a cache may not hold."""
+    counts = np.zeros(kept.vocab_size, np.int64)
+    for each in rows:
+        each.validate(kept.vocab_size)
+        if each.log_sum_exp.shape[1] != kept.num_temperatures:
+            raise ValueError(f"rows have {each.log_sum_exp.shape[1]} temperatures, the cache {kept.num_temperatures}")
+        np.add.at(counts, each.ids, 1)
+    id_groups = IdGroups.of_counts(counts)
+    groups, errors = [], []
+    for start, stop in _cuts([each.num_rows for each in rows]):
+        together = SparseRows.concatenate(rows[start:stop])
+        encoded = encode_block(together, id_groups, tau=kept.tau, rounding_kl=kept.rounding_kl)
+        errors += encoded.errors.tolist()
+        blocks = [encoded.block] + [b""] * (stop - start - 1)
+        groups.append(
+            [
+                {**key, **_scalars(each, kept), "block": block}
+                for key, each, block in zip(keys[start:stop], rows[start:stop], blocks, strict=True)
+            ]
+        )
+    table = zstandard.ZstdCompressor(level=19).compress(id_groups.table.tobytes())
+    return RowGroups(groups, {ID_GROUPS_KEY: base64.b85encode(table).decode("ascii")}, errors)
+
+
+def decode_id_groups(metadata: Mapping[bytes, bytes] | None, vocab_size: int) -> IdGroups:
+    """The id groups of a file, from its key-value metadata. Errors: CorruptPartError."""
+    text = (metadata or {}).get(ID_GROUPS_KEY.encode())
+    if text is None:
+        raise CorruptPartError(f"the file has no table of id groups in its metadata ({ID_GROUPS_KEY})")
+    try:
+        packed = base64.b85decode(text)
+        if zstandard.frame_content_size(packed) != vocab_size:
+            raise CorruptPartError(f"the table of id groups is not of {vocab_size} ids")
+        return IdGroups.parse(zstandard.ZstdDecompressor().decompress(packed), vocab_size)
+    except (zstandard.ZstdError, ValueError, binascii.Error) as error:
+        raise CorruptPartError(f"the table of id groups: {error}") from error
+
+
+def decode_group(table: pa.Table, id_groups: IdGroups, num_temperatures: int) -> tuple[SparseRows, NDArray[np.int64]]:
+    """All rows of a row group, and where each sample's or image's start (the total last).
+
+    Errors: CorruptPartError where columns, counts and block disagree.
+    """
+    counts = table["num_rows"].to_numpy().astype(np.int64)
+    if (counts < 0).any():
+        raise CorruptPartError("num_rows is negative")
+    blocks = table["block"].to_pylist()
+    if any(blocks[1:]):
+        raise CorruptPartError("a row group has more than one block")
+    rows = decode_block(
+        blocks[0],
+        id_groups,
+        tail_mass=_values(table, "tail_mass", counts),
+        entropy=_values(table, "entropy", counts),
+        log_sum_exp=_values(table, "log_sum_exp", counts * num_temperatures).reshape(-1, num_temperatures)
+        if num_temperatures
+        else np.zeros((int(counts.sum()), 0), np.float32),
+        label_logprob=_values(table, "label_logprob", counts) if "label_logprob" in table.column_names else None,
+    )
+    return rows, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The nearest float32 with SCALAR_BITS bits of mantissa: the other bits are zero, and compress to nothing."""
+    spare = np.uint32(23 - SCALAR_BITS)
+    bits = values.view(np.uint32)
+    half = np.uint32((1 << int(spare) - 1) - 1) + ((bits >> spare) & np.uint32(1))
+    return ((bits + half) >> spare << spare).view(np.float32)
+
+
+def _scalars(rows: SparseRows, kept: RowFormat) -> Columns:
+    scalars = {
+        "num_rows": rows.num_rows,
+        "entropy": rows.entropy,
+        "tail_mass": rows.tail_mass,
+        "log_sum_exp": rows.log_sum_exp.ravel(),
+    }
+    if rows.label_logprob is not None:
+        scalars["label_logprob"] = rows.label_logprob
+    if kept.rounding_kl == 0:
+        return scalars
+    scalars = {name: value if name == "num_rows" else rounded(value) for name, value in scalars.items()}
+    below_one = np.float32(1 - 2.0 ** -(SCALAR_BITS + 1))
+    below = (rows.num_exact > 0) & (scalars["tail_mass"] >= 1)
+    return {**scalars, "tail_mass": np.where(below, below_one, scalars["tail_mass"])}
+
+
+def _cuts(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges of samples whose rows together are at most ROWS_PER_GROUP, or one sample."""
+    cuts, start, size = [], 0, 0
+    for position, count in enumerate(counts):
+        if position > start and size + count > ROWS_PER_GROUP:
+            cuts.append((start, position))
+            start, size = position, 0
+        size += count
+    return [*cuts, (start, len(counts))] if start < len(counts) else cuts
+
+
+def _values(table: pa.Table, name: str, counts: NDArray[np.int64]) -> NDArray[np.float32]:
+    lists = table[name].combine_chunks()
+    if not np.array_equal(np.diff(lists.offsets.to_numpy()), counts):
+        raise CorruptPartError(f"{name} has other lengths than num_rows says")
+    return lists.flatten().to_numpy(zero_copy_only=False, writable=True)

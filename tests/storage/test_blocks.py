@@ -1,0 +1,245 @@
+"""Blocks of sparse rows: what comes back, what it costs, and what damage does."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage import blocks
+from storage.blocks import EncodedBlock, decode_block, encode_block, read_header
+from storage.errors import CorruptPartError
+from storage.id_groups import IdGroups
+from storage.rows import SparseRows
+from tests.storage.synthetic_cache import VOCAB_SIZE, make_logits, select, top_k
+
+TAU = 0.02
+
+
+def encode(rows: SparseRows, *, tau: float = TAU, rounding_kl: float = 5e-4) -> tuple[EncodedBlock, IdGroups]:
+    groups = IdGroups.of_counts(np.bincount(rows.ids, minlength=VOCAB_SIZE))
+    return encode_block(rows, groups, tau=tau, rounding_kl=rounding_kl), groups
+
+
+def decode(block: bytes, groups: IdGroups, rows: SparseRows) -> SparseRows:
+    scalars = {name: getattr(rows, name) for name in ("tail_mass", "entropy", "log_sum_exp", "label_logprob")}
+    return decode_block(block, groups, **scalars)
+
+
+def make_rows(seed: int, count: int = 40, *, tau: float = TAU) -> SparseRows:
+    rng = np.random.default_rng(seed)
+    return select(make_logits(rng, count), tau=tau, rng=rng, labels=True)
+
+
+def divergences(rows: SparseRows, got: SparseRows) -> np.ndarray:
+    """KL(exact entries || decoded ones) by row, the slow way: matched by id."""
+    costs = []
+    for row in range(rows.num_rows):
+        cut, end = rows.offsets[row], rows.offsets[row] + rows.num_exact[row]
+        decoded = dict(zip(got.ids[cut:end].tolist(), got.logprobs[cut:end].tolist(), strict=True))
+        p = np.exp(rows.logprobs[cut:end].astype(np.float64))
+        q = np.exp([decoded[token] for token in rows.ids[cut:end].tolist()])
+        costs.append((p * np.log(p / q)).sum())
+    return np.array(costs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ids_draws_and_scalars_come_back_exactly_and_heads_sum_to_one_minus_tail(seed):
+    rows = make_rows(seed)
+    encoded, groups = encode(rows)
+    got = decode(encoded.block, groups, rows)
+    got.validate(VOCAB_SIZE)
+    assert got.offsets.tolist() == rows.offsets.tolist()
+    assert got.num_exact.tolist() == rows.num_exact.tolist()
+    sampled = ~rows.is_exact()
+    assert got.ids[sampled].tolist() == rows.ids[sampled].tolist()
+    np.testing.assert_allclose(got.logprobs[sampled], rows.logprobs[sampled], rtol=1e-6)
+    for row in range(rows.num_rows):
+        cut, end = rows.offsets[row], rows.offsets[row] + rows.num_exact[row]
+        assert sorted(got.ids[cut:end]) == sorted(rows.ids[cut:end])
+        head = np.exp(got.logprobs[cut:end].astype(np.float64)).sum()
+        assert end == cut or head == pytest.approx(1 - float(rows.tail_mass[row]), abs=1e-6)
+
+
+@pytest.mark.parametrize("bound", [2e-5, 5e-4, 5e-3])
+def test_rounding_costs_what_was_allowed_and_says_so(bound):
+    rows = make_rows(0, 400)
+    encoded, groups = encode(rows, rounding_kl=bound)
+    got = divergences(rows, decode(encoded.block, groups, rows))
+    np.testing.assert_allclose(encoded.errors, np.maximum(got, 0), atol=2e-6)
+    assert got.mean() <= 1.2 * bound
+    assert got.mean() >= 0.2 * min(bound, 1e-3)  # a bound that is not used would waste bytes
+
+
+def test_without_rounding_the_rows_come_back_to_float32():
+    rows = make_rows(1)
+    encoded, groups = encode(rows, rounding_kl=0)
+    got = decode(encoded.block, groups, rows)
+    assert got.ids.tolist() == rows.ids.tolist()
+    np.testing.assert_allclose(got.logprobs, rows.logprobs, atol=2e-6)
+    assert encoded.errors.max() == 0
+
+
+def test_top_k_rows_with_the_whole_vocabulary_come_back():
+    rows = top_k(make_logits(np.random.default_rng(2), 20), VOCAB_SIZE, labels=True)
+    rows = replace(rows, tail_mass=np.zeros(20, np.float32))
+    encoded, groups = encode(rows, tau=0, rounding_kl=0)
+    np.testing.assert_allclose(decode(encoded.block, groups, rows).logprobs, rows.logprobs, atol=1e-5)
+
+
+def test_no_rows_and_rows_without_entries_are_blocks_too():
+    empty = SparseRows.empty(with_labels=True)
+    encoded, groups = encode(empty)
+    assert decode(encoded.block, groups, empty).num_rows == 0
+    bare = SparseRows(
+        offsets=np.zeros(3, np.int64), ids=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32),
+        num_exact=np.zeros(2, np.int32), tail_mass=np.ones(2, np.float32), entropy=np.ones(2, np.float32),
+        log_sum_exp=np.zeros((2, 0), np.float32),
+    )  # fmt: skip
+    encoded, groups = encode(bare, tau=0)
+    assert decode(encoded.block, groups, bare).num_entries == 0
+
+
+def test_an_entry_drawn_many_times_keeps_its_count():
+    rows = SparseRows(
+        offsets=np.array([0, 2], np.int64), ids=np.array([3, 9], np.int32),
+        logprobs=np.log(np.array([300, 700], np.float32) * 1e-3).astype(np.float32),
+        num_exact=np.zeros(1, np.int32), tail_mass=np.ones(1, np.float32), entropy=np.ones(1, np.float32),
+        log_sum_exp=np.zeros((1, 0), np.float32),
+    )  # fmt: skip
+    encoded, groups = encode(rows, tau=1e-3)
+    np.testing.assert_allclose(np.exp(decode(encoded.block, groups, rows).logprobs), [0.3, 0.7], rtol=1e-6)
+
+
+def test_an_id_costs_much_less_than_its_bits():
+    rng = np.random.default_rng(3)
+    popularity = rng.normal(size=VOCAB_SIZE) * 3
+    rows = select(make_logits(rng, 3000) * 0.2 + popularity, tau=TAU, rng=rng, labels=False)
+    encoded, _ = encode(rows)
+    bits = 8 * len(encoded.block) / rows.num_entries
+    assert bits < 0.8 * (np.log2(VOCAB_SIZE) + 8)  # as raw ids with byte values
+
+
+def test_sampled_weights_must_be_whole_draws_and_add_up_to_the_tail():
+    rng = np.random.default_rng(1)
+    rows = select(make_logits(rng, 3) * 0.1, tau=TAU, rng=rng, labels=False)
+    with pytest.raises(ValueError, match="whole multiple"):
+        encode(rows, tau=TAU * 1.1)
+    twice = replace(rows, logprobs=rows.logprobs + np.float32(np.log(2)))
+    with pytest.raises(ValueError, match=r"row \d: sampled weights differ"):
+        encode(twice)
+    with pytest.raises(ValueError, match="tau is 0"):
+        encode(rows, tau=0)
+    exact_only = top_k(make_logits(rng, 1) * 0.1, 4, labels=False)
+    with pytest.raises(ValueError, match="row 0: sampled weights differ"):
+        encode(exact_only)
+
+
+def respelled(block: bytes, **changes: Any) -> bytes:
+    names = ("version", "length_bytes", "draw_bytes", "zero", "num_rows", "exact", "sampled", "tau", "step", "lowest")
+    fields = list(blocks._HEADER.unpack_from(block))
+    for name, value in changes.items():
+        fields[names.index(name)] = value
+    return blocks._HEADER.pack(*fields) + block[blocks._HEADER.size :]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"version": 3}, "version 3"),
+        ({"length_bytes": 3}, "widths"),
+        ({"zero": 1}, "widths"),
+        ({"num_rows": 41}, "scalar columns"),
+        ({"num_rows": 2**20}, "claims"),
+        ({"exact": 2**31}, "claims"),
+        ({"tau": 0.0}, "sampled entries and tau"),
+        ({"tau": float("nan")}, "sampled entries and tau"),
+        ({"step": 2.0}, "the step"),
+        ({"step": float("nan")}, "the step"),
+        ({"lowest": -1.0}, "the step"),
+    ],
+)
+def test_a_wrong_header_is_refused(changes, problem):
+    rows = make_rows(4)
+    encoded, groups = encode(rows)
+    with pytest.raises(CorruptPartError, match=problem):
+        decode(respelled(encoded.block, **changes), groups, rows)
+
+
+def test_a_plane_that_would_grow_in_memory_is_refused_before_it_does():
+    rows = make_rows(5)
+    encoded, groups = encode(rows)
+    header = read_header(memoryview(encoded.block))
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
+    sizes = (len(bomb), *header.plane_bytes[1:])
+    at = blocks._HEADER.size + header.plane_bytes[0]
+    fields = blocks._HEADER.unpack_from(encoded.block)[:-7]
+    block = blocks._HEADER.pack(*fields, *sizes) + bomb + encoded.block[at:]
+    with pytest.raises(CorruptPartError, match="plane num_exact does not hold"):
+        decode(block, groups, rows)
+
+
+def test_other_groups_or_scalars_are_noticed():
+    rows = make_rows(6)
+    encoded, groups = encode(rows)
+    with pytest.raises(CorruptPartError):
+        decode(encoded.block, IdGroups.of_counts(np.r_[1, np.zeros(VOCAB_SIZE - 1, int)]), rows)
+    with pytest.raises(CorruptPartError, match="do not sum to 1"):
+        decode(encoded.block, groups, replace(rows, tail_mass=np.zeros_like(rows.tail_mass)))
+    with pytest.raises(CorruptPartError, match=r"outside 0\.\.1"):
+        decode(encoded.block, groups, replace(rows, tail_mass=rows.tail_mass - 2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_damage_to_a_block_is_an_error_or_valid_rows(data):
+    rows = make_rows(7, 12)
+    encoded, groups = encode(rows)
+    block = bytearray(encoded.block)
+    for _ in range(data.draw(st.integers(1, 4))):
+        block[data.draw(st.integers(0, len(block) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del block[data.draw(st.integers(0, len(block))) :]
+    try:
+        got = decode(bytes(block), groups, rows)
+    except CorruptPartError:
+        return
+    assert got.num_rows == rows.num_rows
+    assert (got.ids >= 0).all()
+    assert (got.ids < VOCAB_SIZE).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=400))
+def test_arbitrary_bytes_are_no_block(content):
+    rows = SparseRows.empty(with_labels=True)
+    groups = IdGroups.of_counts(np.ones(VOCAB_SIZE, int))
+    with pytest.raises(CorruptPartError):
+        decode(struct.pack("<BBBB", 2, 1, 1, 0) + content, groups, rows)
+
+
+def test_the_worked_example_of_the_specification_is_read():
+    text = (Path(blocks.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"```hex block\n(.*?)```", text, re.DOTALL)
+    block = bytes.fromhex(re.sub(r"#.*", "", written))
+    groups = IdGroups.of_counts(np.bincount([3, 7, 12, 900], minlength=1000))
+    zero = np.zeros(2, np.float32)
+    got = decode_block(
+        block,
+        groups,
+        tail_mass=np.array([0.25, 0], np.float32),
+        entropy=zero,
+        log_sum_exp=np.zeros((2, 0), np.float32),
+    )
+    assert got.offsets.tolist() == [0, 3, 4]
+    assert got.ids.tolist() == [7, 3, 12, 900]
+    head = np.array([23, 16]) ** 2 / (23**2 + 16**2) * 0.75
+    np.testing.assert_allclose(np.exp(got.logprobs), [*head, 0.25, 1], rtol=1e-6)

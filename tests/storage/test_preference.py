@@ -1,0 +1,52 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from storage.preference import PreferencePair, check_pairs, check_sequence, pairs_of
+from storage.records import SequenceLogprob
+from tests.storage.family_cache import make_family_part
+
+TEXT, _, SHARED, CHOSEN, REJECTED = make_family_part(0).tokens
+
+
+def test_pairs_are_found_by_their_ids():
+    ids = ["b#rejected", "a#chosen", "c", "b#chosen", "lone#chosen", "a#rejected", "#rejected"]
+    assert pairs_of(ids) == [PreferencePair("a", 1, 5), PreferencePair("b", 3, 0)]
+
+
+def test_good_pairs_pass_beside_ordinary_samples():
+    check_pairs([TEXT, CHOSEN, SHARED, REJECTED])
+    check_pairs([])
+
+
+def test_half_a_pair_is_refused():
+    with pytest.raises(ValueError, match="sample 0-pair#chosen: its part holds no 0-pair#rejected"):
+        check_pairs([CHOSEN, TEXT])
+    with pytest.raises(ValueError, match="sample 0-pair#rejected: its part holds no 0-pair#chosen"):
+        check_pairs([REJECTED])
+
+
+def test_halves_with_other_prompts_or_images_are_refused():
+    ids = CHOSEN.token_ids.copy()
+    ids[2] += 1
+    for changed in ({"token_ids": ids}, {"images": SHARED.images}, {"response_mask": np.zeros(6, bool)}):
+        with pytest.raises(ValueError, match="its prompt or images differ"):
+            check_pairs([dataclasses.replace(CHOSEN, **changed), REJECTED])
+
+
+@pytest.mark.parametrize(
+    ("logprob", "num_tokens", "message"),
+    [
+        (-1.0, 3, "over 3 tokens for 2"),
+        (0.1, 2, "expected at most 0"),
+        (float("nan"), 2, "logprob is nan"),
+        (float("-inf"), 2, "logprob is -inf"),
+        (-1e39, 2, "logprob is -1e"),
+    ],
+)
+def test_impossible_sequence_logprobs_are_refused(logprob, num_tokens, message):
+    check_sequence(SequenceLogprob(-1.0, 2), CHOSEN)
+    check_sequence(SequenceLogprob(0.0, 2), CHOSEN)
+    with pytest.raises(ValueError, match=message):
+        check_sequence(SequenceLogprob(logprob, num_tokens), CHOSEN)

@@ -1,0 +1,90 @@
+"""A cache that does not fit is refused in under a second, by field, both values and what to do, before it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from storage.errors import CacheError, CorruptPartError, IdentityError
+from storage.reader import Cache, read_identity
+from student_train.config import LossesSection, StageSection
+from student_train.material import fitting_checkpoint, prepare
+from tests.student_train.caches import make_cache
+
+LIMIT_S = 1.0
+
+
+def stage(checkpoint: Path, *losses: str, **fields: object) -> StageSection:
+    sections = LossesSection.model_validate({name: {} for name in losses})
+    return StageSection.model_validate({"init": str(checkpoint), "steps": 1, "losses": sections, **fields})
+
+
+def rewrite_version(cache: Path, version: int) -> None:
+    """As a later Stillhouse would write it, its own hash included."""
+    document = json.loads((cache / "cache.json").read_text())
+    del document["sha256"]
+    document["format_version"] = version
+    spelt = json.dumps(document, sort_keys=True, indent=1) + "\n"
+    document["sha256"] = hashlib.sha256(spelt.encode()).hexdigest()
+    (cache / "cache.json").write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")
+
+
+@pytest.fixture(scope="module")
+def warm(checkpoint: Path, cache: Path) -> Path:
+    """The checkpoint, after everything that a first use imports was imported."""
+    prepare(stage(checkpoint, "response", "visual"), str(cache))
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("identity_fields", "words"),
+    [
+        ({"tokenizer_fingerprint": "f" * 64}, ("tokenizer_fingerprint: the cache has " + "f" * 64, "{fingerprint}")),
+        ({"vocab_size": 350}, ("vocab_size: the cache has 350", " has 300", "the head of", "320 rows")),
+        ({"tokens_per_image": 9}, ("visual grid: the cache has 9 visual tokens", "this student has 16")),
+    ],
+)
+def test_a_misfit_is_named_with_both_values_in_under_a_second(
+    warm: Path, cache: Path, tmp_path: Path, identity_fields: dict, words: tuple[str, ...]
+) -> None:
+    path = make_cache(tmp_path, warm, num_samples=4, **identity_fields)
+    started = time.perf_counter()
+    with pytest.raises(IdentityError) as caught:
+        prepare(stage(warm, "response", "visual"), str(path))
+    seconds = time.perf_counter() - started
+    fingerprint = read_identity(cache).tokenizer_fingerprint
+    for word in words:
+        assert word.format(fingerprint=fingerprint) in str(caught.value)
+    assert "give it the teacher's tokenizer" in str(caught.value) or "take a student" in str(caught.value)
+    assert seconds < LIMIT_S
+
+
+def test_an_unknown_format_version_is_named_in_under_a_second(warm: Path, tmp_path: Path) -> None:
+    path = make_cache(tmp_path, warm, num_samples=4)
+    known = read_identity(path).format_version
+    rewrite_version(path, 99)
+    for opens in (lambda: prepare(stage(warm), str(path)), lambda: Cache.open(path)):
+        started = time.perf_counter()
+        with pytest.raises(CacheError, match=rf"format version is 99, this Stillhouse reads {known}.*; read it with"):
+            opens()
+        assert time.perf_counter() - started < LIMIT_S
+
+
+def test_a_misfit_is_found_without_the_index(warm: Path, tmp_path: Path) -> None:
+    """Files of tokens are gone that the index would need: so a cache of any size is refused as quickly."""
+    path = make_cache(tmp_path / "grid", warm, num_samples=4, tokens_per_image=9)
+    for file in (path / "tokens").glob("part-00001.*"):
+        file.unlink()
+    with pytest.raises(IdentityError, match="visual grid"):
+        fitting_checkpoint(stage(warm, "relation"), str(path))
+    path = make_cache(tmp_path / "tokenizer", warm, num_samples=4, tokenizer_fingerprint="0" * 64)
+    for file in (path / "tokens").iterdir():
+        file.unlink()
+    with pytest.raises(IdentityError, match="tokenizer_fingerprint"):
+        fitting_checkpoint(stage(warm, "relation"), str(path))
+    with pytest.raises(CorruptPartError):
+        Cache.open(path)
