@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.token_texts import TokenTexts
 from storage.errors import ConfigError
 from storage.reader import Cache
-from storage.records import ImageRef, RelationMatrix, SampleRecord, TokensRecord
+from storage.records import ImageRef, Relation, SampleRecord, TokensRecord
 from storage.rows import SparseRows
 
 NUM_EXACT_SHOWN = 6  # alternatives of a token, at most
@@ -84,7 +84,7 @@ class ImageView:
 
     image: ImageRef
     num_sharing: int  # samples of the cache that name its key
-    relation: RelationMatrix | None
+    relation: Relation | None
     visual: tuple[Signal, ...] | None  # one a visual token, with the single most probable alternative
 
 
@@ -179,7 +179,7 @@ def signals_of(rows: SparseRows, texts: TokenTexts, *, num_exact: int) -> list[S
     return signals
 
 
-def relation_summary(matrix: RelationMatrix) -> RelationSummary:
+def relation_summary(matrix: Relation) -> RelationSummary:
     """Numbers of a matrix; all 0 for a matrix of zeros."""
     values = matrix.values
     return RelationSummary(

@@ -13,19 +13,19 @@ def pack_bits(values: NDArray[np.int64], widths: NDArray[np.int64]) -> bytes:
     stops = np.cumsum(widths, dtype=np.int64)
     num_bits = int(stops[-1]) if len(stops) else 0
     used = widths > 0
-    values, starts = values[used].astype(np.uint64), (stops - widths)[used]
+    fields, starts = values[used].astype(np.uint64), (stops - widths)[used]
     words = np.zeros(num_bits // 64 + 2, np.uint64)
     word, shift = starts >> 6, (starts & 63).astype(np.uint64)
     if len(word):
         first = np.flatnonzero(np.diff(word, prepend=-1))  # fields are in order, so words are runs
-        words[word[first]] = np.bitwise_or.reduceat(values << shift, first)
+        words[word[first]] = np.bitwise_or.reduceat(fields << shift, first)
         spills = shift > 32  # of one word at most one field reaches into the next
-        spilled = values[spills] >> (np.uint64(64) - shift[spills])
+        spilled = fields[spills] >> (np.uint64(64) - shift[spills])
         np.bitwise_or.at(words, word[spills] + 1, spilled)
     return words.astype("<u8").tobytes()[: -(-num_bits // 8)]
 
 
-def unpack_bits(packed: bytes | memoryview, widths: NDArray[np.int64]) -> NDArray[np.int64]:
+def unpack_bits(packed: bytes | NDArray[np.uint8], widths: NDArray[np.int64]) -> NDArray[np.int64]:
     """The fields of `pack_bits`. The caller has checked that `packed` is `packed_size(widths)` long."""
     padded = np.zeros(len(packed) + 8, np.uint8)
     padded[: len(packed)] = np.frombuffer(packed, np.uint8)

@@ -226,7 +226,7 @@ def _values(planes: _Planes, header: Header, row: NDArray[np.int64], num_exact: 
         logprobs = planes.take("values", "<f4", header.num_exact)
         if not (np.isfinite(logprobs) & (logprobs <= 0)).all():
             raise CorruptPartError("the block has an exact logprob above 0 or not finite")
-        present = np.bincount(row, np.exp(logprobs.astype(np.float64)), header.num_rows)
+        present = _row_sums(row, np.exp(logprobs.astype(np.float64)), header.num_rows)
         falling = np.abs(logprobs).view(np.uint32).astype(np.uint64)  # floats of one sign sort as their bits
         return _Values(logprobs, falling, 31, present, np.full(header.num_rows, HEAD_TOLERANCE * 2))
     levels = planes.take("values", "u1", header.num_exact)
@@ -237,8 +237,12 @@ def _values(planes: _Planes, header: Header, row: NDArray[np.int64], num_exact: 
     with np.errstate(divide="ignore"):
         logs = np.log(table).astype(np.float32)
     tolerance = header.step * np.sqrt(num_exact) + header.step**2 * num_exact + HEAD_TOLERANCE
-    present = np.bincount(row, table[levels], header.num_rows)
+    present = _row_sums(row, table[levels], header.num_rows)
     return _Values(logs[levels], (MAX_LEVEL - levels).astype(np.uint64), 8, present, tolerance)
+
+
+def _row_sums(row: NDArray[np.int64], values: NDArray[np.float64], num_rows: int) -> NDArray[np.float64]:
+    return np.bincount(row, values, num_rows).astype(np.float64)
 
 
 def _shift(values: _Values, tail_mass: NDArray[np.float32], num_exact: NDArray[np.int64]) -> NDArray[np.float32]:

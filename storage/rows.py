@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +90,7 @@ class SparseRows:
 
     def copy(self) -> SparseRows:
         """The same rows in arrays of their own: a slice keeps all that it was cut from in memory."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         return SparseRows(**{name: None if array is None else array.copy() for name, array in arrays.items()})
 
     @staticmethod
@@ -178,7 +179,7 @@ class SparseRows:
         _check((self.tail_mass >= 0) & (self.tail_mass <= 1), "the tail mass is outside 0..1")
         finite_entropy = np.isfinite(self.entropy) & (self.entropy >= -LOGPROB_TOLERANCE)
         _check(finite_entropy, "the entropy is negative or not finite")
-        _check(np.isfinite(self.log_sum_exp).all(axis=1), "a log-sum-exp is not finite")
+        _check(np.asarray(np.isfinite(self.log_sum_exp).all(axis=1)), "a log-sum-exp is not finite")
         if self.label_logprob is not None:
             labels = np.isfinite(self.label_logprob) & (self.label_logprob <= LOGPROB_TOLERANCE)
             _check(labels, "the label logprob is above 0 or not finite")

@@ -51,6 +51,8 @@ def test_samples_come_back_each_with_its_own_rows(monkeypatch):
         assert got.offsets.tolist() == sample.offsets.tolist()
         np.testing.assert_allclose(got.tail_mass, sample.tail_mass, rtol=2**-11)
         np.testing.assert_allclose(got.entropy, sample.entropy, rtol=2**-11)
+        assert got.label_logprob is not None
+        assert sample.label_logprob is not None
         np.testing.assert_allclose(got.label_logprob, sample.label_logprob, rtol=2**-11)
 
 

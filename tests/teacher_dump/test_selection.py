@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.rows import SparseRows
-from teacher_dump.selection import Selection, Threshold, TopK, row_uniforms, select_rows
+from teacher_dump.selection import Mass, Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
 
 
 def random_logits(rows: int, vocab: int, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -39,12 +39,10 @@ def weights(rows: SparseRows, vocab: int) -> np.ndarray:
     return dense
 
 
-@pytest.mark.parametrize("selection", [TopK(5), TopK(1000), Threshold(0.02), Threshold(0.3)])
+@pytest.mark.parametrize("selection", [TopK(5), TopK(1000), Threshold(0.02), Threshold(0.3), Mass(0.7)])
 def test_scalars_and_exact_entries_equal_the_float64_reference(selection: Selection) -> None:
     logits = random_logits(40, 100)
     rows, expected = select(logits, selection), log_softmax(logits)
-    wide = logits.double().numpy()
-    np.testing.assert_allclose(rows.log_sum_exp, wide[:, 0] - expected[:, 0], atol=1e-5)
     np.testing.assert_allclose(rows.entropy, -(np.exp(expected) * expected).sum(axis=1), atol=1e-5)
     assert rows.label_logprob is not None
     np.testing.assert_allclose(rows.label_logprob, expected[np.arange(40), np.arange(40)], atol=1e-5)
@@ -56,9 +54,13 @@ def test_scalars_and_exact_entries_equal_the_float64_reference(selection: Select
         assert rows.ids[start : start + count].tolist() == falling.tolist()
         tail = 1 - np.exp(expected[row, falling]).sum()
         np.testing.assert_allclose(rows.tail_mass[row], tail, atol=1e-6)
+        p = np.sort(np.exp(expected[row]))[::-1]
         if isinstance(selection, Threshold):
-            assert count == (np.exp(expected[row]) >= selection.tau).sum()
+            assert count == (p >= selection.tau).sum()
+        elif isinstance(selection, Mass):
+            assert p[:count].sum() >= selection.mass - 1e-6 > p[: count - 1].sum() - 1e-6
         else:
+            assert isinstance(selection, TopK)
             assert count == min(selection.k, 100)
 
 
@@ -137,3 +139,31 @@ def test_no_rows_and_bad_rows() -> None:
     assert select(torch.zeros(0, 10), TopK(3)).num_rows == 0
     with pytest.raises(ValueError, match="not finite"):
         select(torch.tensor([[0.0, float("nan")]]), TopK(1))
+
+
+def test_log_sum_exps_at_other_temperatures_are_of_the_logprobs() -> None:
+    logits = random_logits(6, 50)
+    uniforms = np.zeros(6)
+    rows = select_rows(logits, labels=None, selection=TopK(4), uniforms=uniforms, temperatures=(2.0, 0.5))
+    logprobs = log_softmax(logits)
+    for column, temperature in enumerate((2.0, 0.5)):
+        expected = np.log(np.exp(logprobs / temperature).sum(axis=1))
+        np.testing.assert_allclose(rows.log_sum_exp[:, column], expected, atol=1e-5)
+    head = np.exp(rows.logprobs.astype(np.float64) / 2 - np.repeat(rows.log_sum_exp[:, 0], 4)).reshape(6, 4).sum(axis=1)
+    tempered = np.exp(logprobs / 2) / np.exp(logprobs / 2).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(head, np.sort(tempered, axis=1)[:, -4:].sum(axis=1), atol=1e-5)
+
+
+def test_independent_draws_are_unbiased_and_make_up_the_whole_row() -> None:
+    logits = random_logits(1, 30)
+    total = np.zeros(30)
+    for seed in range(400):
+        uniforms = row_uniforms(1, seed=seed, family="response", key="a")
+        rows = select_rows(logits, labels=None, selection=Sampled(25), uniforms=uniforms)
+        rows.validate(30)
+        assert rows.num_exact.tolist() == [0]
+        assert rows.tail_mass.tolist() == [1.0]
+        np.testing.assert_allclose(np.exp(rows.logprobs).sum(), 1, atol=1e-5)
+        total += weights(rows, 30)[0]
+    p = np.exp(log_softmax(logits))[0]
+    np.testing.assert_allclose(total / 400, p, atol=4 * np.sqrt(p * (1 - p) / (400 * 25)).max())
