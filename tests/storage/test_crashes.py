@@ -52,6 +52,7 @@ def count_whole_commits(folder: Path) -> int:
     return num_commits
 
 
+@pytest.mark.slow
 def test_200_kills_at_random_moments_lose_and_double_nothing(tmp_path, undisturbed):
     rng, rounds, kills, kills_of_round, seen = random.Random(0), 0, 0, [0], set()
     nursery = subprocess.Popen(
