@@ -81,69 +81,6 @@ class CacheWriter:
         return cls(folder, segments, found.number, zstd_level)
 
     @property
-    def identity(self) -> Identity: ...
-
-
-class CacheWriter:
-    """A segment that parts are added to. Parts are numbered as in the segment's plan, from 0.
-
-    Invariant: the segment's document lies in the cache and says what this one says.
-    """
-
-    def __init__(self, folder: Folder, segments: Sequence[Segment], number: int, zstd_level: int) -> None:
-        self.folder = folder
-        self.segment = segments[number]
-        self._segments = segments
-        self._zstd_level = zstd_level
-        self._files = PartFiles(folder, max_bytes=0, checksums=False)
-        self._holders: dict[str, int] | None = None
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        identity: Identity,
-        families: Sequence[str],
-        *,
-        append: bool = False,
-        sample_ids: Collection[str] = (),
-        zstd_level: int = 9,
-    ) -> CacheWriter:
-        """The segment that a dump of `families` has to write, created if need be; see segments.find_segment.
-
-        It may have fewer families than were asked for, when an earlier dump was not finished: then there is
-        more to do once this one is sealed. `families` come besides tokens. `sample_ids` of the plan, where they
-        are given, are compared with those of the cache before anything is appended. Errors: IdentityError naming
-        each field that differs; CacheError, among others for an unknown family or a sample that is there.
-        """
-        folder = open_folder(path)
-        found, segments = find_segment(folder, identity, families, append=append)
-        while isinstance(found, NewSegment):
-            if segments and found.adds_to is None and sample_ids:
-                files = PartFiles(folder, max_bytes=0, checksums=False)
-                _refuse_known(folder, _holders(folder, segments, files), sample_ids)
-            folder.make([found.file.rpartition("/")[0]])
-            folder.create(found.file, found.document.to_bytes())  # ours, or that of a writer that was faster
-            found, segments = find_segment(folder, identity, families, append=append)
-        folder.make([*found.stored_families, found.commits_folder])
-        return cls(folder, segments, found.number, zstd_level)
-
-    @classmethod
-    def join(cls, path: str | Path, segment: int, *, zstd_level: int = 9) -> CacheWriter:
-        """A segment that is there, by its number. Errors: CacheError."""
-        folder = open_folder(path)
-        segments = read_segments(folder)
-        if segment >= len(segments):
-            raise CacheError(f"{folder}: has {len(segments)} segments, number {segment} is not among them")
-        return cls._of(folder, segments, segment, zstd_level)
-
-    @classmethod
-    def _of(cls, folder: Folder, segments: Sequence[Segment], number: int, zstd_level: int) -> CacheWriter:
-        segment = segments[number]
-        folder.make([*segment.stored_families, segment.commits_folder])
-        return cls(folder, segments, number, zstd_level)
-
-    @property
     def identity(self) -> Identity:
         return self.segment.identity
 
