@@ -17,6 +17,8 @@ import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+from storage.object_store import shared_store
+
 BUCKET = "test-bucket"
 _BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 _BROKEN = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
@@ -91,8 +93,10 @@ def s3_environment() -> Iterator[Trouble]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         urlopen(Request(f"{url}/moto-api/reset", method="POST")).close()  # of an earlier server of this process
         driver = fsspec.get_filesystem_class("s3")
-        driver.clear_instance_cache()  # whose endpoint is the earlier one
+        for forget in (driver.clear_instance_cache, shared_store.cache_clear):  # whose endpoint is the earlier one
+            forget()
         fsspec.filesystem("s3").mkdir(BUCKET)
         trouble.calm()
         yield trouble
-        driver.clear_instance_cache()
+        for forget in (driver.clear_instance_cache, shared_store.cache_clear):
+            forget()

@@ -190,9 +190,7 @@ def test_a_store_that_stays_broken_is_one_clear_message(url, trouble):
     folder = ObjectFolder(url, pauses_s=(0.01, 0.01))
     trouble.busy_fraction = 1.0
     for step in (lambda: folder.write("x", b"1"), lambda: folder.read("x"), lambda: folder.create("y", b"2")):
-        with pytest.raises(
-            CacheError, match=rf"{url}/[xy]: the store fails, 3 attempts long: .*(reduce|Unavail)"
-        ):
+        with pytest.raises(CacheError, match=rf"{url}/[xy]: the store fails, 3 attempts long: .*(reduce|Unavail)"):
             step()
     trouble.calm()
     trouble.lost_fraction = 1.0
