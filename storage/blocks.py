@@ -230,7 +230,7 @@ def _values(planes: _Planes, header: Header, row: NDArray[np.int64], num_exact: 
         falling = np.abs(logprobs).view(np.uint32).astype(np.uint64)  # floats of one sign sort as their bits
         return _Values(logprobs, falling, 31, present, np.full(header.num_rows, HEAD_TOLERANCE * 2))
     levels = planes.take("values", "u1", header.num_exact)
-    table = (np.arange(MAX_LEVEL + 1) * header.step) ** 2
+    table: NDArray[np.float64] = (np.arange(MAX_LEVEL + 1, dtype=np.float64) * header.step) ** 2
     table[0] = header.lowest
     if header.lowest == 0 and levels.min(initial=1) == 0:
         raise CorruptPartError("the block has an exact entry of probability 0")

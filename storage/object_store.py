@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
+from fsspec.core import strip_protocol
 
 from storage.errors import CacheError
 
@@ -129,8 +132,8 @@ class ObjectFolder:
         place, attempts = self.place(name), 0
         while True:
             try:
-                store, path = fsspec.url_to_fs(place.rstrip("/"), **_options(self.url))
-                return request(store, path)
+                store = shared_store(self.url, os.getpid())
+                return request(store, strip_protocol(place.rstrip("/")))
             except (FileNotFoundError, FileExistsError, TypeError, AttributeError):
                 raise
             except Exception as error:  # each driver has its own kinds
@@ -173,12 +176,14 @@ class _RangeFile(io.RawIOBase):
         return content
 
 
-def _options(url: str) -> dict[str, Any]:
+@lru_cache(maxsize=16)
+def shared_store(url: str, process: int) -> Any:
+    """fsspec's driver for a URL, one for all threads of a process: each would open connections of its own."""
     # Never a remembered listing: other writers commit meanwhile. On S3 the attempts are counted here alone.
     options: dict[str, Any] = {"use_listings_cache": False}
     if url.startswith(("s3://", "s3a://")):
         options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 1}}
-    return options
+    return fsspec.url_to_fs(url, **options)[0]
 
 
 def _listed(store: Any, path: str, *, deep: bool) -> list[str]:

@@ -91,7 +91,8 @@ class SparseRows:
     def copy(self) -> SparseRows:
         """The same rows in arrays of their own: a slice keeps all that it was cut from in memory."""
         arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SparseRows(**{name: None if array is None else array.copy() for name, array in arrays.items()})
+        copies: dict[str, Any] = {name: None if array is None else array.copy() for name, array in arrays.items()}
+        return SparseRows(**copies)
 
     @staticmethod
     def concatenate(parts: Sequence[SparseRows]) -> SparseRows:

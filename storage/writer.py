@@ -64,36 +64,27 @@ class CacheWriter:
         families: Sequence[str],
         *,
         append: bool = False,
+        sample_ids: Collection[str] = (),
         zstd_level: int = 9,
     ) -> CacheWriter:
         """The segment that a dump of `families` has to write, created if need be; see segments.find_segment.
 
         It may have fewer families than were asked for, when an earlier dump was not finished: then there is
-        more to do once this one is sealed. `families` come besides tokens. Errors: IdentityError naming each
-        field that differs; CacheError, among others for an unknown family.
+        more to do once this one is sealed. `families` come besides tokens. `sample_ids` of the plan, where they
+        are given, are compared with those of the cache before anything is appended. Errors: IdentityError naming
+        each field that differs; CacheError, among others for an unknown family or a sample that is there.
         """
         folder = open_folder(path)
         found, segments = find_segment(folder, identity, families, append=append)
         while isinstance(found, NewSegment):
+            if segments and found.adds_to is None and sample_ids:
+                files = PartFiles(folder, max_bytes=0, checksums=False)
+                _refuse_known(folder, _holders(folder, segments, files), sample_ids)
             folder.make([found.file.rpartition("/")[0]])
             folder.create(found.file, found.document.to_bytes())  # ours, or that of a writer that was faster
             found, segments = find_segment(folder, identity, families, append=append)
-        return cls._of(folder, segments, found.number, zstd_level)
-
-    @classmethod
-    def join(cls, path: str | Path, segment: int, *, zstd_level: int = 9) -> CacheWriter:
-        """A segment that is there, by its number. Errors: CacheError."""
-        folder = open_folder(path)
-        segments = read_segments(folder)
-        if segment >= len(segments):
-            raise CacheError(f"{folder}: has {len(segments)} segments, number {segment} is not among them")
-        return cls._of(folder, segments, segment, zstd_level)
-
-    @classmethod
-    def _of(cls, folder: Folder, segments: Sequence[Segment], number: int, zstd_level: int) -> CacheWriter:
-        segment = segments[number]
-        folder.make([*segment.stored_families, segment.commits_folder])
-        return cls(folder, segments, number, zstd_level)
+        folder.make([*found.stored_families, found.commits_folder])
+        return cls(folder, segments, found.number, zstd_level)
 
     @property
     def identity(self) -> Identity:
@@ -108,17 +99,6 @@ class CacheWriter:
         commits = [commit for commit, _ in self._commits()]
         errors = [SampleError(error.sample_id, error.reason) for commit in commits for error in commit.errors]
         return sum(commit.num_samples for commit in commits), errors
-
-    def refuse_known(self, sample_ids: Collection[str]) -> None:
-        """CacheError, by name, for samples that another segment holds already, as records or as errors."""
-        known = self._known_ids()
-        twice = [sample_id for sample_id in sample_ids if sample_id in known]
-        if twice:
-            shown = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
-            raise CacheError(
-                f"{self.folder}: {len(twice)} of the samples to append are in the cache already: {shown}; "
-                f"{twice[0]!r} is in part {known[twice[0]]}; give data.sources the new samples alone"
-            )
 
     def write_part(self, part: int, records: PartRecords) -> Commit:
         """Write a part's files, then its commit. A part that has a commit is left as it is.
@@ -137,7 +117,8 @@ class CacheWriter:
         check_records(records, self.segment)
         self._check_widths(records)
         if self.segment.has_tokens:
-            self.refuse_known([record.sample_id for record in (*records.tokens, *records.errors)])
+            ids = [record.sample_id for record in (*records.tokens, *records.errors)]
+            _refuse_known(self.folder, self._known_ids(), ids)
         else:
             records = self._aligned(number, records)
         families = part_rows(records, self.segment.identity, self.segment.stored_families)
@@ -317,33 +298,45 @@ class CacheWriter:
     def _known_ids(self) -> dict[str, int]:
         """The part of each sample of the other segments, as committed when this was first asked."""
         if self._holders is None:
-            self._holders = {}
-            for segment in tokens_segments(self._segments):
-                if segment.number != self.segment.number:
-                    self._note_ids(segment, self._holders)
+            others = [segment for segment in self._segments if segment.number != self.segment.number]
+            self._holders = _holders(self.folder, others, self._files)
         return self._holders
-
-    def _note_ids(self, segment: Segment, holders: dict[str, int]) -> None:
-        numbers = layout.commit_numbers(self.folder, segment)
-        for commit, _ in layout.read_commits(self.folder, segment, numbers):
-            for sample_id in (*self._sample_ids(commit), *(error.sample_id for error in commit.errors)):
-                holders[sample_id] = commit.part
-
-    def _sample_ids(self, commit: Commit) -> list[str]:
-        table = self._files.columns("tokens", commit.families["tokens"], ["sample_id"])
-        return table["sample_id"].to_pylist()
 
     def _refuse_duplicates(self, commits: Sequence[Commit]) -> None:
         self._holders = None  # other dumps may have committed since
         holders = dict(self._known_ids())
         for commit in commits:
-            for sample_id in self._sample_ids(commit):
+            for sample_id in _sample_ids(commit, self._files):
                 if sample_id in holders:
                     raise CacheError(
                         f"{self.folder}: parts {holders[sample_id]} and {commit.part} both hold sample "
                         f"{sample_id!r}; sample ids must be unique in the plan"
                     )
                 holders[sample_id] = commit.part
+
+
+def _holders(folder: Folder, segments: Sequence[Segment], part_files: PartFiles) -> dict[str, int]:
+    """The part of each committed sample of some segments, whether it has a record or is an error."""
+    holders: dict[str, int] = {}
+    for segment in tokens_segments(segments):
+        for commit, _ in layout.read_commits(folder, segment, layout.commit_numbers(folder, segment)):
+            ids = [*_sample_ids(commit, part_files), *(error.sample_id for error in commit.errors)]
+            holders |= dict.fromkeys(ids, commit.part)
+    return holders
+
+
+def _sample_ids(commit: Commit, part_files: PartFiles) -> list[str]:
+    return part_files.columns("tokens", commit.families["tokens"], ["sample_id"])["sample_id"].to_pylist()
+
+
+def _refuse_known(folder: Folder, known: Mapping[str, int], sample_ids: Collection[str]) -> None:
+    twice = [sample_id for sample_id in sample_ids if sample_id in known]
+    if twice:
+        shown = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
+        raise CacheError(
+            f"{folder}: {len(twice)} of the samples to append are in the cache already: {shown}; "
+            f"{twice[0]!r} is in part {known[twice[0]]}; give data.sources the new samples alone"
+        )
 
 
 def _reason(row: Mapping[str, Any], records: PartRecords) -> str:

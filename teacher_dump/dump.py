@@ -153,18 +153,21 @@ def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:
     """The segment to go on with, or a new one; a complete one when nothing is left to do."""
     cache = settings.cache
     return CacheWriter.open(
-        cache.path, planned.identity, cache.families, append=cache.append, zstd_level=cache.zstd_level
+        cache.path,
+        planned.identity,
+        cache.families,
+        append=cache.append,
+        sample_ids=[sample.id for part in planned.plan.parts for sample in part.samples],
+        zstd_level=cache.zstd_level,
     )
 
 
 def _fill(writer: CacheWriter, planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> list[PartOutcome]:
-    """Write the parts that a segment lacks, with its own families. CacheError for samples that others hold."""
+    """Write the parts that a segment lacks, with its own families."""
     committed = writer.committed_parts()
     missing = [part for part in planned.plan.parts if part.number not in committed]
     if not missing:
         return []
-    if writer.segment.has_tokens:
-        writer.refuse_known([sample.id for part in missing for sample in part.samples])
     writer.unseal()
     own = settings.cache.model_copy(update={"families": writer.segment.families})
     return _write_parts(missing, planned, replace(settings, cache=own), progress=progress)

@@ -24,9 +24,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def test_sizes_are_those_on_disk(cache: Cache) -> None:
     facts = cache_facts(cache)
     for name, family in facts.families.items():
-        assert family.num_bytes == sum(
-            file.stat().st_size for file in (Path(str(cache.folder)) / name).glob("*.parquet")
-        )
+        files = (Path(str(cache.folder)) / name).glob("*.parquet")
+        assert family.num_bytes == sum(file.stat().st_size for file in files)
     assert facts.num_bytes == sum(family.num_bytes for family in facts.families.values())
     records = [cache.read(index) for index in range(cache.num_samples)]
     visual = {key: rows.num_rows for record in records for key, rows in record.visual.items()}

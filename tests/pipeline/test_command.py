@@ -3,6 +3,8 @@
 import pytest
 
 from pipeline.__main__ import main
+from storage.writer import CacheWriter
+from tests.storage.synthetic_cache import make_identity, make_part, write_cache
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,30 @@ def test_a_users_mistake_exits_2_with_one_message(argv, words, capsys):
 def test_a_folder_that_is_no_cache_is_a_failure_with_its_path(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 1
     assert "cache.json" in capsys.readouterr().err
+
+
+def test_verify_and_inspect_take_the_url_of_a_cache(capsys):
+    pytest.importorskip("moto.server")
+    from tests.storage.s3_server import BUCKET, s3_environment
+
+    with s3_environment():
+        url = f"s3://{BUCKET}/some/cache"
+        write_cache(url, families=("response",))
+        assert main(["verify", url]) == 0
+        assert f"{url}: whole; 12 samples in 2 parts" in capsys.readouterr().out
+        assert main(["inspect", url]) == 0
+        assert "segment 0" in capsys.readouterr().out
+        assert main(["verify", f"s3://{BUCKET}/no/cache"]) == 1
+        assert "no cache is here" in capsys.readouterr().err
+
+
+def test_inspect_shows_segments(tmp_path, capsys):
+    write_cache(tmp_path, families=("response",))
+    writer = CacheWriter.open(tmp_path, make_identity(), ("visual",))
+    for part in range(2):
+        writer.write_part(part, make_part(part, families=("visual",)))
+    writer.seal()
+    assert main(["inspect", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "tokens, response of parts 0 to 1" in said
+    assert "visual of parts 0 to 1, added to segment 0" in said

@@ -1,6 +1,11 @@
 """A step counts as done only if its inputs are the same and its outputs exist."""
 
-from pipeline.ledger import Ledger, file_fingerprint
+import pytest
+
+from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
+from storage.errors import CacheError
+from storage.writer import CacheWriter
+from tests.storage.synthetic_cache import make_identity, make_part, write_cache
 
 
 def test_a_step_is_done_only_with_the_same_inputs_and_existing_outputs(tmp_path):
@@ -31,3 +36,19 @@ def test_folder_fingerprint_sees_names_and_bytes(tmp_path):
     second = file_fingerprint(folder)
     (folder / "a").rename(folder / "b")
     assert len({first, second, file_fingerprint(folder)}) == 3
+
+
+def test_a_cache_s_fingerprint_changes_with_any_segment_and_nothing_else(tmp_path):
+    write_cache(tmp_path, families=("response",))
+    first = cache_fingerprint(str(tmp_path))
+    (tmp_path / "dump.json").write_text("{}")
+    assert cache_fingerprint(str(tmp_path)) == first
+    writer = CacheWriter.open(tmp_path, make_identity(), ("visual",))
+    second = cache_fingerprint(str(tmp_path))
+    for part in range(2):
+        writer.write_part(part, make_part(part, families=("visual",)))
+    assert cache_fingerprint(str(tmp_path)) == second
+    writer.seal()
+    assert len({first, second, cache_fingerprint(str(tmp_path))}) == 3
+    with pytest.raises(CacheError, match="no cache is here"):
+        cache_fingerprint(str(tmp_path / "nowhere"))

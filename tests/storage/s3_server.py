@@ -10,9 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.request import Request, urlopen
 
+import fsspec
+import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
+
+from storage.object_store import shared_store
 
 BUCKET = "test-bucket"
 _BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -63,7 +68,7 @@ def _answer(start_response: Callable[..., Any], status: str, content: bytes) -> 
 
 @contextmanager
 def running_s3() -> Iterator[tuple[str, Trouble]]:
-    """The endpoint's URL, with an empty bucket, and its trouble."""
+    """The endpoint's URL, and its trouble."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     trouble = Trouble(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, trouble, threaded=True)
@@ -75,3 +80,23 @@ def running_s3() -> Iterator[tuple[str, Trouble]]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def s3_environment() -> Iterator[Trouble]:
+    """A running endpoint that this process and its children find in the environment, with an empty bucket."""
+    with running_s3() as (url, trouble), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        urlopen(Request(f"{url}/moto-api/reset", method="POST")).close()  # of an earlier server of this process
+        driver = fsspec.get_filesystem_class("s3")
+        for forget in (driver.clear_instance_cache, shared_store.cache_clear):  # whose endpoint is the earlier one
+            forget()
+        fsspec.filesystem("s3").mkdir(BUCKET)
+        trouble.calm()
+        yield trouble
+        for forget in (driver.clear_instance_cache, shared_store.cache_clear):
+            forget()

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -27,20 +26,14 @@ from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_ident
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
-from tests.storage.s3_server import BUCKET, Trouble, running_s3
+from tests.storage.s3_server import BUCKET, Trouble, s3_environment
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def endpoint():
-    with running_s3() as (url, trouble), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", url)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        fsspec.filesystem("s3").mkdir(BUCKET)
+    with s3_environment() as trouble:
         yield trouble
 
 
@@ -224,7 +217,7 @@ def test_a_store_that_stays_broken_is_one_clear_message(url, trouble):
     folder = ObjectFolder(url, pauses_s=(0.01, 0.01))
     trouble.busy_fraction = 1.0
     for step in (lambda: folder.write("x", b"1"), lambda: folder.read("x"), lambda: folder.create("y", b"2")):
-        with pytest.raises(CacheError, match=rf"{url}/[xy]: the store fails, 3 attempts long: .*reduce your request"):
+        with pytest.raises(CacheError, match=rf"{url}/[xy]: the store fails, 3 attempts long: .*(reduce|Unavail)"):
             step()
     trouble.calm()
     trouble.lost_fraction = 1.0

@@ -154,12 +154,16 @@ def test_another_plan_is_refused_unless_append_is_said(tmp_path):
 
 def test_a_sample_that_is_there_is_not_appended_again(tmp_path):
     write_cache(tmp_path)
-    writer = CacheWriter.open(tmp_path, make_identity(**NEW_PLAN), FAMILIES, append=True)
+    before = files_of(tmp_path)
+    for ids in (["new", "sample-1-0"], ["broken-1"]):
+        with pytest.raises(CacheError, match=r"1 of the samples to append are in the cache already: '.*-1"):
+            CacheWriter.open(tmp_path, make_identity(**NEW_PLAN), FAMILIES, append=True, sample_ids=ids)
+    assert files_of(tmp_path) == before
+    writer = CacheWriter.open(tmp_path, make_identity(**NEW_PLAN), FAMILIES, append=True, sample_ids=["new"])
     before = files_of(tmp_path)
     for part in (make_part(1), PartRecords([], [], {}, {}, [SampleError("broken-1", "?")])):
         with pytest.raises(CacheError, match=r"in the cache already: '(sample-1-0|broken-1)'.* is in part 1"):
             writer.write_part(0, part)
-    writer.refuse_known(["quite new"])
     assert files_of(tmp_path) == before
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from storage.errors import CacheError, ConfigError, IdentityError
+from storage.files import open_folder
 from storage.reader import Cache
 from student_train.config import LossesSection, StageSection
 from student_train.material import SampleMemory, prepare
@@ -107,3 +108,27 @@ def test_images_that_conversations_share_are_remembered_once(cache: Path) -> Non
     first, later = memory.read(0), memory.read(8)  # of the same image, image i % 8, and the same prefix
     (key,) = first.visual
     assert later.visual[key] is first.visual[key]
+
+
+def test_a_cache_in_an_object_store_is_material(checkpoint: Path, cache: Path) -> None:
+    """What training reads is what a local cache holds; images stay local."""
+    pytest.importorskip("moto.server")
+    from tests.storage.s3_server import BUCKET, s3_environment
+
+    with s3_environment():
+        url = f"s3://{BUCKET}/cache"
+        remote = open_folder(url)
+        for path in cache.rglob("*"):
+            if path.is_file():
+                remote.write(path.relative_to(cache).as_posix(), path.read_bytes())
+        losses = {"response": {"treatment": "bucket"}}
+        here, there = (prepare(stage(checkpoint, losses), place) for place in (str(cache), url))
+        assert there.cache.sealed
+        assert there.images == here.images
+        assert there.table.indices.tolist() == here.table.indices.tolist()
+        memory = SampleMemory(there.cache, 1 << 20)
+        for index in there.table.indices[:5].tolist():
+            got, expected = memory.read(index).response, here.cache.read(index).response
+            assert got is not None
+            assert expected is not None
+            assert got.equals(expected)

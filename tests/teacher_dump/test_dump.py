@@ -5,16 +5,28 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from storage.errors import IdentityError
+from storage.files import open_folder
 from storage.reader import Cache
 from storage.verify import verify
+from storage.writer import CacheWriter
 from teacher_dump.__main__ import main
-from teacher_dump.dump import DumpSummary, plan_dump, prompt_errors, read_settings, run_dump
-from teacher_dump.worker import PartOutcome
+from teacher_dump.dump import (
+    DumpResult,
+    DumpSummary,
+    plan_dump,
+    prompt_errors,
+    read_settings,
+    run_dump,
+    worker_settings,
+)
+from teacher_dump.worker import PartOutcome, Worker
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny import make_tiny_dataset
 
@@ -152,3 +164,86 @@ def test_the_cache_knows_the_image_root(write_config: WriteConfig, tiny_data: Pa
 def test_tokens_a_second_are_over_the_scoring_phase() -> None:
     outcomes = [PartOutcome(0, 2, 0, 600, 10.0, 12.0), PartOutcome(1, 2, 1, 400, 11.0, 15.0)]
     assert DumpSummary.of(outcomes) == DumpSummary(4, 2, 1000, 5.0, 200.0, 1)
+
+
+def dump_without_ray(config: Path, *overrides: str) -> DumpResult:
+    """What Ray's actors would do, in this process; then the dump, which finds every part written."""
+    settings = read_settings(config, overrides)
+    planned, cache = plan_dump(settings), settings.cache
+    writer = CacheWriter.open(cache.path, planned.identity, cache.families, append=cache.append)
+    own = cache.model_copy(update={"families": writer.segment.families})
+    worker = Worker(worker_settings(planned, replace(settings, cache=own)))
+    for part in planned.plan.parts:
+        worker.run(part)
+    return run_dump(settings, progress=False)
+
+
+def test_a_later_dump_adds_only_the_families_that_the_cache_lacks(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config()
+    path, at_once = tmp_path / "cache", tmp_path / "at once"
+    run_dump(read_settings(config, ["cache.families=[]"]), progress=False)
+    assert dump_without_ray(config, "cache.families=[response]").segments == (0, 1)
+    before = {file: file.read_bytes() for file in path.rglob("*.*") if file.name != "dump.json"}
+    assert dump_without_ray(config).segments == (0, 2)
+    assert {file: file.read_bytes() for file in before} == before
+    cache = Cache.open(path)
+    assert cache.families == ("tokens", "response", "visual", "relation")
+    assert [segment.families for segment in cache.segments] == [(), ("response",), ("visual", "relation")]
+    assert cache.identity.teacher_fingerprint != "none"
+    assert verify(path).problems == []
+    dump_without_ray(config, f"cache.path={json.dumps(str(at_once))}")
+    other = Cache.open(at_once)
+    assert cache.sample_ids == other.sample_ids
+    for index in range(cache.num_samples):
+        one, two = cache.read(index), other.read(index)
+        assert one.response is not None
+        assert two.response is not None
+        assert one.response.equals(two.response)
+        assert all(rows.equals(two.visual[key]) for key, rows in one.visual.items())
+    assert run_dump(read_settings(config), progress=False).summary is None
+    with pytest.raises(IdentityError, match=r"selection\.response\.tau: cache has 0\.01, this run has 0\.2"):
+        run_dump(read_settings(config, ["cache.response.tau=0.2"]), progress=False)
+
+
+def test_new_samples_are_appended_when_that_is_said(
+    write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = make_tiny_dataset(tmp_path / "data", num_samples=8, num_images=4, splits=("train", "test"))
+
+    def source(*names: str) -> str:
+        return "data.sources=" + json.dumps([{"path": str(files[name])} for name in names])
+
+    config = write_config(cache=TOKENS_ONLY)
+    assert main([str(config), source("train")]) == 0
+    capsys.readouterr()
+    assert main([str(config), source("test")]) == 1
+    said = capsys.readouterr().err
+    assert "cache.append: true adds the samples of another plan" in said
+    assert "plan_fingerprint" in said
+    before = sorted((tmp_path / "cache").rglob("*"))
+    assert main([str(config), source("train", "test"), "cache.append=true"]) == 1
+    assert "8 of the samples to append are in the cache already: 'train-" in capsys.readouterr().err
+    assert not [path for path in sorted((tmp_path / "cache").rglob("*")) if path not in before and path.is_file()]
+    assert main([str(config), source("test"), "cache.append=true"]) == 0
+    assert main([str(config), source("test"), "cache.append=true"]) == 0
+    assert "nothing; the cache was complete" in capsys.readouterr().out
+    cache = Cache.open(tmp_path / "cache")
+    assert cache.sealed
+    assert [name.partition("-")[0] for name in cache.sample_ids] == ["train"] * 8 + ["test"] * 8
+    assert verify(tmp_path / "cache").problems == []
+    assert main([str(config), source("train")]) == 0  # still its own
+
+
+def test_a_dump_into_an_object_store(write_config: WriteConfig) -> None:
+    pytest.importorskip("moto.server")
+    from tests.storage.s3_server import BUCKET, s3_environment
+
+    with s3_environment():
+        url = f"s3://{BUCKET}/runs/cache"
+        config = write_config(cache={**TOKENS_ONLY, "path": url})
+        first = run_dump(read_settings(config), progress=False)
+        assert (first.cache, first.num_samples) == (url, 24)
+        assert run_dump(read_settings(config), progress=False).summary is None
+        assert verify(url).problems == []
+        assert Cache.open(url).sealed
+        assert b"num_parts_written" in open_folder(url).read("dump.json")
