@@ -291,7 +291,7 @@ def test_a_head_that_does_not_fit_is_refused(writer, tmp_path):
 
 def test_a_second_writer_adds_no_second_head(writer, tmp_path):
     before = all_files(tmp_path)
-    again = CacheWriter.join(tmp_path / "cache", 0)
+    again = CacheWriter.open(tmp_path / "cache", make_family_identity(num_parts=1), FAMILIES)
     again.put_head(make_output_head())
     assert all_files(tmp_path) == before
 
@@ -320,14 +320,16 @@ def test_another_head_than_that_of_the_parts_is_refused_at_once(writer, tmp_path
     writer.write_part(0, make_family_part(0))
     before = all_files(tmp_path)
     with pytest.raises(CacheError, match=r"with the output head head/.*, this teacher's is head/"):
-        CacheWriter.join(tmp_path / "cache", 0).put_head(make_output_head(seed=9))
+        CacheWriter.open(tmp_path / "cache", make_family_identity(num_parts=1), FAMILIES).put_head(
+            make_output_head(seed=9)
+        )
     assert all_files(tmp_path) == before
 
 
 def test_sealing_removes_heads_that_no_part_names(writer, tmp_path):
     folder = tmp_path / "cache"
     (ours,) = all_files(folder / "head")
-    CacheWriter.join(folder, 0).put_head(make_output_head(seed=9))
+    CacheWriter.open(folder, make_family_identity(num_parts=1), FAMILIES).put_head(make_output_head(seed=9))
     writer.write_part(0, make_family_part(0))
     left = folder / "head" / "head.0123.safetensors.tmp-1-ab"
     left.touch()

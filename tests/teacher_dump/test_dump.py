@@ -140,13 +140,14 @@ def test_identity_follows_what_is_dumped(write_config: WriteConfig) -> None:
     assert base.engine.startswith("transformers ")
     assert identity("teacher.backend=vllm").engine.startswith("vllm ")
     assert identity("teacher.dtype=bfloat16").dtype == "bfloat16"
+    kept = {"temperatures": [], "rounding_kl": 5e-4}
     assert base.selection == {
-        "response": {"method": "threshold", "tau": 0.01, "seed": 0},
-        "visual": {"method": "threshold", "tau": 0.01, "seed": 0},
+        "response": {"method": "threshold", "tau": 0.01, "seed": 0, **kept},
+        "visual": {"method": "threshold", "tau": 0.01, "seed": 0, **kept},
         "relation": {"centered": False, "encoding": "triangle_fp16"},
     }
     assert identity("cache.families=[response]", "cache.response.method=topk").selection == {
-        "response": {"method": "topk", "k": 64}
+        "response": {"method": "topk", "k": 64, **kept}
     }
     assert len(base.teacher_fingerprint) == 64
     assert identity("cache.families=[]").teacher_fingerprint == "none"

@@ -68,7 +68,7 @@ def test_both_teachers_write_the_same_signals(write_config: WriteConfig, tiny_da
     settings = {"max_num_batched_tokens": BATCHED_TOKENS, "enable_chunked_prefill": True}
     config = write_config(
         teacher={"model": str(teacher), "backend": "vllm", "settings": settings},
-        cache={"response": {"method": "topk", "k": 20}, "visual": {"tau": 0.02}},
+        cache={"response": {"method": "topk", "k": 20, "rounding_kl": 0}, "visual": {"tau": 0.02, "rounding_kl": 0}},
     )
     done = run_python("-m", "teacher_dump", str(config))
     assert done.returncode == 0, done.stderr

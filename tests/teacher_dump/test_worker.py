@@ -28,7 +28,11 @@ def dump(config: Path) -> Path:
 
 
 def test_full_rows_come_from_hidden_states_and_the_head(write_config: WriteConfig) -> None:
-    folder = dump(write_config(cache={"families": ["response", "hidden"], "response": {"method": "topk", "k": 300}}))
+    folder = dump(
+        write_config(
+            cache={"families": ["response", "hidden"], "response": {"method": "topk", "k": 300, "rounding_kl": 0}}
+        )
+    )
     assert verify(folder).problems == []
     cache = Cache.open(folder)
     head = cache.head()
