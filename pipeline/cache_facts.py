@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from storage.errors import CacheError
 from storage.reader import Cache
+from storage.segments import Segment, tokens_segments
 
 IMAGE_FAMILIES = ("visual", "relation")
 
@@ -50,6 +51,7 @@ class CacheFacts:
     sealed: bool
     num_parts: int  # committed
     num_planned_parts: int
+    segments: dict[str, str]  # what each dump wrote
     num_samples: int
     num_samples_by_split: dict[str, int]
     num_bytes: int
@@ -69,7 +71,8 @@ def cache_facts(cache: Cache) -> CacheFacts:
         path=str(cache.folder),
         sealed=cache.sealed,
         num_parts=statistics["num_parts"],
-        num_planned_parts=cache.identity.num_parts,
+        num_planned_parts=sum(segment.num_parts for segment in tokens_segments(cache.segments)),
+        segments={f"segment {segment.number}": _describe(segment) for segment in cache.segments},
         num_samples=cache.num_samples,
         num_samples_by_split={split: cache.splits.count(split) for split in sorted(set(cache.splits))},
         num_bytes=statistics["bytes"],
@@ -78,6 +81,12 @@ def cache_facts(cache: Cache) -> CacheFacts:
         errors={error.sample_id: error.reason for error in cache.errors},
         identity=cache.identity.model_dump(mode="json"),
     )
+
+
+def _describe(segment: Segment) -> str:
+    stored, parts = ", ".join(segment.stored_families), segment.parts
+    added = "" if segment.adds_to is None else f", added to segment {segment.adds_to}"
+    return f"{stored} of parts {parts.start} to {parts.stop - 1}{added}"
 
 
 def as_json(facts: CacheFacts) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def facts_text(facts: CacheFacts) -> str:
     head = [
         ("cache", f"{facts.path}, {state}"),
         ("parts", f"{facts.num_parts:,} of {facts.num_planned_parts:,}"),
+        *facts.segments.items(),
         ("samples", f"{facts.num_samples:,}" + (f" ({splits})" if splits else "")),
         ("errors", f"{len(facts.errors):,}"),
     ]
