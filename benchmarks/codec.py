@@ -48,13 +48,15 @@ class Setting:
         return self.selection.tau if isinstance(self.selection, Threshold) else 0.0
 
     def __str__(self) -> str:
-        kept = self.selection
-        name = {
-            Threshold: lambda: f"threshold {kept.tau:g}",
-            TopK: lambda: f"top-{kept.k}",
-            Mass: lambda: f"mass {kept.mass:g}",
-            Sampled: lambda: f"sampled {kept.draws} (RS-KD)",
-        }[type(kept)]()
+        match self.selection:
+            case Threshold(tau):
+                name = f"threshold {tau:g}"
+            case TopK(k):
+                name = f"top-{k}"
+            case Mass(mass):
+                name = f"mass {mass:g}"
+            case Sampled(draws):
+                name = f"sampled {draws} (RS-KD)"
         return name if self.rounding_kl == DEFAULT.rounding_kl else f"{name}, rounding {self.rounding_kl:g}"
 
 

@@ -49,7 +49,7 @@ def read(demo: Path, report: Callable[[str], None]) -> TeacherRows:
     def divergence(noise: float) -> float:
         return make_student("probe", *changed(noise), (hidden, weight), 1.0).mean_kl
 
-    noise = noise_for_kl(divergence)
+    noise = noise_for_kl(divergence, start=0.1)
     noisy_student = make_student("noisy", *changed(noise), (hidden, weight), 1.0)
     report(f"digits ({run}): student of {100 * noise:.1f} % weight noise, mean KL {noisy_student.mean_kl:.3f} nats")
     return TeacherRows("digits", hidden, weight, 1.0, labels, (noisy_student,))

