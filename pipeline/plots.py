@@ -32,8 +32,11 @@ def accuracy_plot(runs: list[dict[str, Any]], teacher: float | None) -> str:
         axes.scatter(values, [row] * len(values), color=colours[run["name"]], zorder=3, s=22)
     axes.set_yticks(range(len(runs)), [run["name"] for run in reversed(runs)])
     if teacher is not None:
-        axes.axvline(100 * teacher, color="#222222", linestyle="--", linewidth=1, label="teacher")
-        axes.legend(frameon=False, loc="lower right")
+        axes.axvline(100 * teacher, color="#222222", linestyle="--", linewidth=1)
+        axes.annotate(
+            "teacher", (100 * teacher, 1), xycoords=("data", "axes fraction"),
+            xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9,
+        )  # fmt: skip
     axes.set_xlim(0, 100)
     axes.set_xlabel("exact match on held-out questions, % (a dot is a seed)")
     return _svg(figure, axes)
