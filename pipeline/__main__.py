@@ -6,6 +6,7 @@ Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,9 @@ Action = Callable[[argparse.Namespace], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     try:
@@ -183,6 +187,10 @@ def _ask(arguments: argparse.Namespace) -> None:
     _need_folder(arguments.model, "--model")
     if not arguments.image.is_file():
         raise ConfigError(f"--image {arguments.image} is not a file")
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}, expected at least 1")
+    if not arguments.question.strip() or "\ufffd" in arguments.question.encode(errors="replace").decode():
+        raise ConfigError("the question is empty, or is not UTF-8")
     print(answer(arguments.model, arguments.image, arguments.question, max_new_tokens=arguments.max_new_tokens))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from storage.config import CacheSection, Section
 from storage.errors import ConfigError
@@ -49,10 +49,17 @@ class AblationsSection(Section):
     """Student runs over one and the same cache."""
 
     runs: dict[str, AblationRunSection] = {}
-    seeds: tuple[int, ...] = (0,)  # every run once a seed
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)  # every run once a seed
     controls: tuple[str, ...] = ()  # runs that distillation must beat; paired differences are taken to them
     cpus_per_run: Annotated[float, Field(gt=0)] = 1  # as many runs at once as the machine (or cluster) holds
     gpus_per_run: Annotated[float, Field(ge=0)] | None = None  # None: 1 where Ray has GPUs, or 0
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds {list(seeds)} must differ: a seed twice is one run, counted as two")
+        return seeds
 
     def controls_of(self, name: str) -> tuple[str, ...]:
         """The runs that `name` is compared to; a control is not compared to itself."""

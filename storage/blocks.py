@@ -25,6 +25,7 @@ MAX_LEVEL = 255
 _HEADER = struct.Struct("<BBBBIIIdff7I")
 _PLANES = ("num_exact", "num_sampled", "exact_groups", "sampled_groups", "places", "values", "draws")
 _MAX_ENTRIES = 1 << 27  # of a block; what a reader will allocate for
+_LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)  # an entry is never decoded to 0
 _LEAST_STEP, _LARGEST_STEP = 1 / MAX_LEVEL, 1 / 16
 _ID_MASK = np.uint64((1 << 31) - 1)
 
@@ -142,6 +143,9 @@ def decode_block(
     shift = _shift(values, tail_mass, num_exact)
     exact_ids, exact_logprobs = _sorted_exact(exact_row, values, ids[:split])
     sampled_ids, weights = _sorted_sampled(sampled_row, ids[split:], draws, header.tau)
+    twice = np.sort(np.concatenate([(exact_row << 31) | ids[:split], (sampled_row << 31) | ids[split:]]))
+    if (twice[1:] == twice[:-1]).any():
+        raise CorruptPartError("the block has an id twice in one row")
     # Row by row: its exact entries, then its sampled ones.
     exact_at = np.arange(split) + np.repeat(np.cumsum(num_sampled) - num_sampled, num_exact)
     sampled_at = np.arange(header.num_sampled) + np.repeat(np.cumsum(num_exact), num_sampled)
@@ -286,10 +290,10 @@ def _rounded_head(
     """The probability of level 0, the values as a block holds them, and the cost of rounding each row."""
     if step == 0:
         return 0.0, logprobs.astype("<f4"), np.zeros(rows.num_rows)
-    probs = np.exp(logprobs.astype(np.float64))
+    probs = np.maximum(np.exp(logprobs.astype(np.float64)), _LEAST_PROBABILITY)
     levels = np.minimum(np.rint(np.sqrt(probs) / step), MAX_LEVEL).astype(np.uint8)
     low = levels == 0
-    lowest = float(np.float32(probs[low].mean())) if low.any() else 0.0
+    lowest = float(np.float32(max(probs[low].mean(), _LEAST_PROBABILITY))) if low.any() else 0.0
     decoded = np.where(low, lowest, (levels * step) ** 2)
     head = np.bincount(row, probs, rows.num_rows)
     ratio = np.divide(head, np.bincount(row, decoded, rows.num_rows), out=np.ones(rows.num_rows), where=head > 0)

@@ -29,7 +29,7 @@ class SelectionSection(Section):
     mass: Annotated[float, Field(gt=0, lt=1)] = 0.99  # probability, mass only
     draws: Annotated[int, Field(ge=2, le=65535)] = 50  # a row, sampled only
     seed: Annotated[int, Field(ge=0)] = 0  # of the draws, threshold and sampled only
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()  # besides 1, whose log-sum-exp is kept
+    temperatures: tuple[Annotated[float, Field(ge=0.01, le=100)], ...] = ()  # besides 1, whose log-sum-exp is kept
     rounding_kl: Annotated[float, Field(ge=0, le=0.1)] = 5e-4  # nats a row for rounding; 0 keeps float32
 
     @field_validator("temperatures")

@@ -298,7 +298,7 @@ class CacheWriter:
     def _known_ids(self) -> dict[str, int]:
         """The part of each sample of the other segments, as committed when this was first asked."""
         if self._holders is None:
-            others = [segment for segment in self._segments if segment.number != self.segment.number]
+            others = [segment for segment in read_segments(self.folder) if segment.number != self.segment.number]
             self._holders = _holders(self.folder, others, self._files)
         return self._holders
 

@@ -100,8 +100,10 @@ def load_weights(folder: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def _load(what: str, loader: Any, folder: str | Path, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
     try:
         return loader(str(folder), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise StillhouseError(f"{folder}: no {what} can be read from it: {first_line}") from error

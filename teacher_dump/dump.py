@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 
 from storage.config import CacheSection, SelectionSection
-from storage.errors import StillhouseError
+from storage.errors import ConfigError, StillhouseError
 from storage.files import is_url
 from storage.hidden import MAX_FLOAT16
 from storage.identity import Identity
@@ -190,6 +190,9 @@ def plan_dump(settings: DumpSettings) -> DumpPlan:
     """Samples, parts and identity. Hashes of weights are remembered in the run's folder (fingerprints.json)."""
     teacher, asks_teacher = settings.teacher, _asks_teacher(settings.cache)
     sample_set = read_samples(settings.data.sources)
+    if not sample_set.samples and not sample_set.errors:
+        files = ", ".join(str(source.path) for source in settings.data.sources)
+        raise ConfigError(f"data.sources: there is no sample in {files}; give files of conversations")
     folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=asks_teacher)
     memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
     trust = bool(teacher.settings.get("trust_remote_code", False))

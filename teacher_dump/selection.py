@@ -149,9 +149,9 @@ def _exact_mask(logprobs: Tensor, probs: Tensor, selection: Selection) -> Tensor
     if isinstance(selection, Mass):
         falling, order = probs.sort(dim=-1, descending=True, stable=True)
         before = falling.double().cumsum(dim=-1) - falling
-        return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order, before < selection.mass)
+        return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order, before < selection.mass) & (probs > 0)
     ids = logprobs.topk(min(selection.k, logprobs.shape[1]), dim=-1).indices
-    return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, ids, True)
+    return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, ids, True) & torch.isfinite(logprobs)
 
 
 def _draw(tail: Tensor, *, tau: float, uniforms: NDArray[np.float64]) -> _Entries:

@@ -95,6 +95,31 @@ def test_top_k_rows_with_the_whole_vocabulary_come_back():
     np.testing.assert_allclose(decode(encoded.block, groups, rows).logprobs, rows.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("gap", [30.0, 90.0, 120.0, 1000.0])
+def test_entries_too_improbable_for_float32_are_kept(gap):
+    logits = np.full((2, VOCAB_SIZE), -gap)
+    logits[0, 5], logits[1, 9] = 0, 0
+    rows = top_k(logits, 4, labels=True)
+    rows = replace(rows, tail_mass=np.zeros(2, np.float32))
+    encoded, groups = encode(rows, tau=0)
+    assert np.isfinite(encoded.errors).all()
+    got = decode(encoded.block, groups, rows)
+    got.validate(VOCAB_SIZE)
+    assert got.ids[[0, 4]].tolist() == [5, 9]
+
+
+def test_an_id_that_is_both_exact_and_sampled_is_refused():
+    rows = SparseRows(
+        offsets=np.array([0, 2], np.int64), ids=np.array([3, 3], np.int32),
+        logprobs=np.log(np.array([0.5, 0.5], np.float32)), num_exact=np.ones(1, np.int32),
+        tail_mass=np.full(1, 0.5, np.float32), entropy=np.ones(1, np.float32),
+        log_sum_exp=np.zeros((1, 0), np.float32),
+    )  # fmt: skip
+    encoded, groups = encode(rows, tau=0.5)  # which does not look: its caller has validated the rows
+    with pytest.raises(CorruptPartError, match="an id twice in one row"):
+        decode(encoded.block, groups, rows)
+
+
 def test_no_rows_and_rows_without_entries_are_blocks_too():
     empty = SparseRows.empty(with_labels=True)
     encoded, groups = encode(empty)

@@ -368,3 +368,15 @@ def test_flipped_bytes_of_added_segments_are_found(tmp_path):
             assert verify(tmp_path).problems, (name, position)
         (tmp_path / name).write_bytes(content)
     assert verify(tmp_path).ok
+
+
+def test_of_two_appends_of_the_same_samples_the_later_is_refused(tmp_path):
+    folder = tmp_path / "cache"
+    write_cache(folder)
+    identities = [make_identity(num_parts=1, plan_fingerprint=digit * 8) for digit in "12"]
+    one, other = (CacheWriter.open(folder, identity, FAMILIES, append=True) for identity in identities)
+    one.write_part(0, make_part(7))
+    one.seal()
+    with pytest.raises(CacheError, match="sample-7-0"):
+        other.write_part(0, make_part(7))
+    assert Cache.open(folder).index_of("sample-7-0") >= 0

@@ -167,3 +167,12 @@ def test_independent_draws_are_unbiased_and_make_up_the_whole_row() -> None:
         total += weights(rows, 30)[0]
     p = np.exp(log_softmax(logits))[0]
     np.testing.assert_allclose(total / 400, p, atol=4 * np.sqrt(p * (1 - p) / (400 * 25)).max())
+
+
+@pytest.mark.parametrize("selection", [TopK(50), TopK(3), Mass(0.999), Threshold(0.01), Sampled(20)])
+def test_a_token_that_the_teacher_suppresses_is_never_stored(selection: Selection) -> None:
+    logits = random_logits(5, 50)
+    logits[:, 7] = -torch.inf
+    rows = select(logits, selection)
+    rows.validate(50)
+    assert 7 not in rows.ids
