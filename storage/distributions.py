@@ -79,8 +79,8 @@ def encode_groups(keys: Sequence[Columns], rows: Sequence[SparseRows], kept: Row
                 for key, each, block in zip(keys[start:stop], rows[start:stop], blocks, strict=True)
             ]
         )
-    table = zstandard.ZstdCompressor(level=19).compress(id_groups.table.tobytes())
-    return RowGroups(groups, {ID_GROUPS_KEY: base64.b85encode(table).decode("ascii")}, errors)
+    table = zstandard.ZstdCompressor(level=12).compress(id_groups.table.tobytes())
+    return RowGroups(groups, {ID_GROUPS_KEY: base64.b64encode(table).decode("ascii")}, errors)
 
 
 def decode_id_groups(metadata: Mapping[bytes, bytes] | None, vocab_size: int) -> IdGroups:
@@ -89,7 +89,7 @@ def decode_id_groups(metadata: Mapping[bytes, bytes] | None, vocab_size: int) ->
     if text is None:
         raise CorruptPartError(f"the file has no table of id groups in its metadata ({ID_GROUPS_KEY})")
     try:
-        packed = base64.b85decode(text)
+        packed = base64.b64decode(text, validate=True)
         if zstandard.frame_content_size(packed) != vocab_size:
             raise CorruptPartError(f"the table of id groups is not of {vocab_size} ids")
         return IdGroups.parse(zstandard.ZstdDecompressor().decompress(packed), vocab_size)
