@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from storage import commit as layout
 from storage.coding_errors import summary
-from storage.columns import Columns, check_token_ids, tokens_columns
+from storage.columns import Columns, tokens_columns
 from storage.documents import Commit, ErrorEntry, FileEntry, HeadEntry, Manifest
 from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder, open_folder
@@ -21,23 +20,14 @@ from storage.head import StoredHead, encode_head
 from storage.identity import Identity
 from storage.part_files import PartFiles
 from storage.part_rows import FamilyRows, part_rows
-from storage.preference import check_pairs, check_sequence
+from storage.preference import check_pairs
+from storage.record_checks import check_records
 from storage.records import PartRecords, SampleError, TokensRecord
-from storage.schema import FAMILIES, parquet_bytes
+from storage.schema import parquet_bytes
 from storage.segments import NewSegment, Segment, find_segment, read_segments, tokens_segments
 
 # What an added family must have been made from, to the token: the rest of a tokens row follows from it.
 _ALIGNED_COLUMNS = ("sample_id", "token_ids", "response_starts", "response_stops", "image_keys")
-
-
-class Described(Protocol):
-    """What records are checked against: a segment, or cache.json."""
-
-    @property
-    def families(self) -> tuple[str, ...]: ...
-
-    @property
-    def identity(self) -> Identity: ...
 
 
 class CacheWriter:
@@ -372,101 +362,6 @@ def _reordered(records: PartRecords, places: Sequence[int]) -> PartRecords:
         elif field.name not in ("tokens", "errors") and value is not None:
             changes[field.name] = [value[place] for place in places]
     return replace(records, **changes)
-
-
-def check_records(records: PartRecords, description: Described) -> None:
-    """ValueError, naming the sample, unless a part's records agree with each other and with the identity."""
-    for family in FAMILIES[1:]:
-        if (getattr(records, family) is None) == (family in description.families):
-            raise ValueError(f"{family}: records and cache must both have it or both lack it")
-    ids = Counter(record.sample_id for record in records.tokens)
-    ids.update(error.sample_id for error in records.errors)
-    twice = [sample_id for sample_id, count in ids.items() if count > 1]
-    if twice:
-        raise ValueError(f"sample ids appear more than once in one part: {twice[:5]}")
-    for record in records.tokens:
-        _check_tokens(record, description.identity)
-    _check_images(records)
-    if records.response is not None:
-        if len(records.response) != len(records.tokens):
-            raise ValueError(f"{len(records.response)} responses for {len(records.tokens)} samples")
-        for record, rows in zip(records.tokens, records.response, strict=True):
-            if rows.num_rows != record.num_response_tokens or rows.label_logprob is None:
-                raise ValueError(
-                    f"sample {record.sample_id}: {rows.num_rows} response rows for "
-                    f"{record.num_response_tokens} response tokens, each with a label logprob"
-                )
-    _check_hidden(records)
-    if records.sequence is not None:
-        if len(records.sequence) != len(records.tokens):
-            raise ValueError(f"{len(records.sequence)} sequence logprobs for {len(records.tokens)} samples")
-        for record, sequence in zip(records.tokens, records.sequence, strict=True):
-            check_sequence(sequence, record)
-        check_pairs(records.tokens)
-    for rows in (records.visual or {}).values():
-        if rows.label_logprob is not None:
-            raise ValueError("visual rows have no label")
-
-
-def _check_tokens(record: TokensRecord, identity: Identity) -> None:
-    ids, mask, place = record.token_ids, record.response_mask, f"sample {record.sample_id}"
-    if ids.dtype != np.int32 or mask.dtype != np.bool_ or ids.ndim != 1 or ids.shape != mask.shape:
-        raise ValueError(
-            f"{place}: token_ids {ids.dtype}{ids.shape} and response_mask {mask.dtype}{mask.shape} "
-            "must be int32[t] and bool[t]"
-        )
-    try:
-        check_token_ids(ids, identity)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-    placeholders = int(np.count_nonzero(ids == identity.image_token_id))
-    if placeholders != len(record.images):
-        raise ValueError(f"{place}: {placeholders} image placeholders for {len(record.images)} images")
-
-
-def _check_images(records: PartRecords) -> None:
-    num_tokens: dict[str, int] = {}
-    for record in records.tokens:
-        for image in record.images:
-            if num_tokens.setdefault(image.key, image.num_visual_tokens) != image.num_visual_tokens:
-                raise ValueError(f"sample {record.sample_id}: image {image.path} has two visual token counts")
-    _check_image_files(records)
-    for family in ("visual", "relation"):
-        signals = getattr(records, family)
-        if signals is None:
-            continue
-        if signals.keys() != num_tokens.keys():
-            missing, extra = num_tokens.keys() - signals.keys(), signals.keys() - num_tokens.keys()
-            raise ValueError(f"{family}: {len(missing)} image keys are missing, {len(extra)} are unknown")
-        for key, signal in signals.items():
-            rows = signal.num_rows if family == "visual" else len(signal.values)
-            if rows != num_tokens[key]:
-                raise ValueError(f"{family}: image {key} has {rows} rows for {num_tokens[key]} visual tokens")
-
-
-def _check_hidden(records: PartRecords) -> None:
-    if records.hidden is None:
-        return
-    if len(records.hidden) != len(records.tokens):
-        raise ValueError(f"{len(records.hidden)} hidden states for {len(records.tokens)} samples")
-    for record, states in zip(records.tokens, records.hidden, strict=True):
-        if states.ndim != 2 or len(states) != record.num_response_tokens:
-            raise ValueError(
-                f"sample {record.sample_id}: hidden states {states.shape} for "
-                f"{record.num_response_tokens} response tokens"
-            )
-
-
-def _check_image_files(records: PartRecords) -> None:
-    if records.images is None:
-        return
-    wanted = {image.sha256 for record in records.tokens for image in record.images}
-    if records.images.keys() != wanted:
-        missing, extra = wanted - records.images.keys(), records.images.keys() - wanted
-        raise ValueError(f"images: {len(missing)} files are missing, {len(extra)} are unknown")
-    for sha256, content in records.images.items():
-        if hashlib.sha256(content).hexdigest() != sha256 or len(content) >= 1 << 31:
-            raise ValueError(f"images: the {len(content)} bytes of {sha256} have another hash, or are 2 GiB or more")
 
 
 def _encodable(text: str) -> str:

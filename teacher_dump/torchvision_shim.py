@@ -19,7 +19,7 @@ _OPERATORS = {  # as declared in torchvision/csrc/ops/nms.cpp and ops/quantized/
 def ensure() -> None:
     """Import torchvision and torchaudio where they are installed, repairing exactly the failures named above.
 
-    torchvision's missing operators get a schema and no kernel: calling one raises NotImplementedError.
+    torchvision's missing operators get a schema and no kernel: calling one fails.
     A torchaudio whose extension cannot load is hidden, as if it were not installed; nothing here hears sound.
     Any other failure is raised as it came.
     """

@@ -16,7 +16,7 @@ from storage.errors import CacheError
 from storage.files import LocalFolder, is_temporary
 from storage.segments import read_segments
 from storage.verify import verify
-from tests.storage.nursery import grow
+from tests.storage.nursery import NUM_APPENDED, NUM_PARTS, grow
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_KILLS = 200
@@ -63,7 +63,8 @@ def test_200_kills_at_random_moments_lose_and_double_nothing(tmp_path, undisturb
     assert nursery.stdout is not None
     before, started, whole_s = 0, 0.0, 0.0
     while kills < NUM_KILLS or before:
-        limit_s = rng.uniform(0, 0.5 * whole_s)
+        patience = 1 + kills_of_round[-1] / 10  # a machine that has become slower gets on all the same
+        limit_s = rng.uniform(0, 0.5 * whole_s * patience)
         if (kills == 1 and rounds == 0) or kills >= NUM_KILLS:  # the second is left alone, and its time taken
             started, limit_s = time.monotonic(), 60.0
         nursery.stdin.write(f"{limit_s}\n")
@@ -86,9 +87,9 @@ def test_200_kills_at_random_moments_lose_and_double_nothing(tmp_path, undisturb
     nursery.stdin.close()
     assert nursery.wait(60) == 0
     nursery.stdout.close()
-    assert rounds >= 1
-    assert max(kills_of_round) >= 2
-    assert len(seen) >= 3  # they fell into several parts
+    assert rounds >= 3
+    assert max(kills_of_round) >= 5
+    assert len(seen) >= 2 * NUM_PARTS + NUM_APPENDED - 2  # they fell into nearly every part of every segment
 
 
 def problem_of_growing(folder: Path) -> str:

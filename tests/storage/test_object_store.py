@@ -274,7 +274,7 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(url, tmp_pa
         seen = len(folder.names("commits"))
         problems = verify(url).problems
         assert all("manifest.json: is missing" in problem for problem in problems), problems
-    assert kills >= 1  # a writer may be done before its turn
+    assert kills >= 3
     _, stderr = (process := start_writer(url, "--parts", num_parts)).communicate(timeout=120)
     assert process.returncode == 0, stderr.decode()
     write_cache(tmp_path, num_parts=num_parts)
