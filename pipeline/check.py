@@ -7,12 +7,13 @@ from pathlib import Path
 
 from pipeline.config import Experiment
 from storage.config import CacheSection
-from storage.errors import StillhouseError
+from storage.errors import ConfigError, StillhouseError
 from storage.files import open_folder
 from storage.identity import Identity
 from storage.reader import Cache
 from storage.segments import NewSegment, find_segment, has_cache
 from student_train.material import fitting_checkpoint
+from student_train.models import is_hub_id
 from student_train.trainer import resolved
 from teacher_dump.dump import plan_dump, prompt_errors, read_settings
 
@@ -33,8 +34,38 @@ def check(experiment: Experiment) -> Iterator[str]:
             f"{allowed:.1%}:\n  {named}"
         )
     yield f"prompts: {len(errors):,} of {total:,} samples cannot be used" + (f":\n  {named}" if errors else "")
+    _check_splits(experiment)
+    _check_inits(experiment)
     yield _check_cache(experiment.cache, planned.identity)
     yield from _check_stages(experiment)
+
+
+def _check_splits(experiment: Experiment) -> None:
+    """ConfigError for a split of stages or evaluation that no source of the data gives."""
+    given = {source.split for source in experiment.data.sources}
+    asked = {f"stages.{name}.splits": stage.splits for name, stage in experiment.stages.items() if stage.cache is None}
+    if experiment.ablations.runs:  # which are evaluated
+        asked["evaluation.splits"] = experiment.evaluation.splits
+    for field, splits in asked.items():
+        unknown = [split for split in splits if split not in given]
+        if unknown:
+            raise ConfigError(
+                f"{experiment.path}: {field} names {', '.join(unknown)}; data.sources has {', '.join(sorted(given))}"
+            )
+
+
+def _check_inits(experiment: Experiment) -> None:
+    """ConfigError for a checkpoint that is not there, and that neither `prepare` nor a stage will make."""
+    stages = {name: resolved(section, name) for name, section in experiment.stages.items()}
+    outputs = {Path(stage.output) for stage in stages.values()}
+    for name, stage in stages.items():
+        place = Path(stage.init)
+        prepared = experiment.prepare is not None and place.is_relative_to(experiment.run)
+        if not (place.is_dir() or prepared or place in outputs or is_hub_id(stage.init)):
+            raise ConfigError(
+                f"{experiment.path}: stages.{name}.init is {stage.init}: there is no such folder, no stage writes it, "
+                "and a hub id is owner/name"
+            )
 
 
 def _check_cache(section: CacheSection, identity: Identity) -> str:

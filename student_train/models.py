@@ -39,9 +39,14 @@ class Checkpoint:
     grid: Grid
 
 
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name that is no folder may be one on the hub: owner/name."""
+    return not Path(name).is_absolute() and len(Path(name).parts) == 2
+
+
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Everything but the weights. Errors: StillhouseError; ConfigError for another architecture."""
-    if not Path(folder).is_dir() and (Path(folder).is_absolute() or len(Path(folder).parts) != 2):
+    if not Path(folder).is_dir() and not is_hub_id(folder):
         raise StillhouseError(f"{folder}: there is no such folder, and a hub id is owner/name")
     config = load_config(folder)
     if config.model_type not in MODEL_TYPES:

@@ -249,13 +249,14 @@ class PartScorer:
                 kept.append((sample, states))
             else:
                 gathered.errors.append(SampleError(sample.record.sample_id, reason))
+        if self._request.response is not None:
+            kept, responses = _possible(kept, self._response(head, self._request.response, kept), gathered.errors)
+            gathered.response += responses
         gathered.tokens += [sample.record for sample, _ in kept]
         self._add_images([sample for sample, _ in kept], gathered)
         if self._request.hidden_limit is not None:
             gathered.hidden += [_response_states(sample, states).cpu().numpy() for sample, states in kept]
         gathered.num_tokens += sum(len(states) for _, states in kept)
-        if self._request.response is not None:
-            gathered.response += self._response(head, self._request.response, kept)
         new = _new_images(kept, gathered.image_keys)
         if self._request.visual is not None:
             gathered.visual |= self._visual(head, self._request.visual, new)
@@ -350,6 +351,22 @@ def _new_images(kept: Sequence[tuple[Prepared, Tensor]], known: set[str]) -> dic
                 known.add(ref.key)
                 new[ref.key] = states[start:stop]
     return new
+
+
+def _possible(
+    kept: list[tuple[Prepared, Tensor]], responses: list[SparseRows], errors: list[SampleError]
+) -> tuple[list[tuple[Prepared, Tensor]], list[SparseRows]]:
+    """Those samples whose answers the teacher holds possible; a token of probability 0 makes one an error."""
+    possible = []
+    for (sample, states), rows in zip(kept, responses, strict=True):
+        assert rows.label_logprob is not None
+        if np.isfinite(rows.label_logprob).all():
+            possible.append(((sample, states), rows))
+        else:
+            token = int(np.argmin(np.isfinite(rows.label_logprob)))
+            reason = f"the teacher gives token {token} of its answer the probability 0"
+            errors.append(SampleError(sample.record.sample_id, reason))
+    return [one for one, _ in possible], [rows for _, rows in possible]
 
 
 def _split(rows: SparseRows, counts: Sequence[int]) -> list[SparseRows]:

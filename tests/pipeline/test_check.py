@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.check import check
 from pipeline.config import read_experiment
-from storage.errors import IdentityError
+from storage.errors import ConfigError, IdentityError
 from storage.writer import CacheWriter
 from teacher_dump.dump import plan_dump, read_settings
 from tests.tiny import make_tiny_dataset, make_tiny_llava
@@ -50,3 +50,22 @@ def test_a_student_that_does_not_fit_the_cache_is_found(file: Path) -> None:
     (student / "config.json").write_text(json.dumps(config))
     with pytest.raises(IdentityError, match=r"vocab_size: the cache has 300, the head of .*student 299 rows"):
         list(check(experiment))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.kd.splits=[trian]", r"stages\.kd\.splits names trian; data\.sources has train"),
+        ("ablations.runs={kd: {stage: kd}}", r"evaluation\.splits names test; data\.sources has train"),
+        ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere: there is no such folder"),
+        ("stages.later.init=nowhere", r"stages\.later\.init is nowhere: there is no such folder"),
+    ],
+)
+def test_what_will_never_be_there_is_found(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        list(check(read_experiment(file, [override])))
+
+
+def test_a_checkpoint_that_a_stage_writes_or_the_hub_may_have_is_no_mistake(file: Path) -> None:
+    for override in ("stages.later.init={run}/models/kd", "stages.kd.init=owner/name"):
+        list(check(read_experiment(file, [override])))

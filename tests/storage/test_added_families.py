@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import secrets
 import shutil
 from pathlib import Path
@@ -22,6 +21,7 @@ from storage.records import PartRecords, SampleError, SequenceLogprob
 from storage.segments import find_segment, read_segments
 from storage.verify import verify
 from storage.writer import CacheWriter
+from tests.storage.damage import all_files, flips
 from tests.storage.family_cache import (
     FAMILIES,
     image_file,
@@ -246,18 +246,10 @@ def test_sequence_is_not_added_to_half_a_pair(tmp_path):
 def test_any_flipped_byte_of_any_segment_is_found(tmp_path):
     for families in STEPS:
         dump(tmp_path, families)
-    rng = random.Random(0)
-    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    files = all_files(tmp_path)
     assert len(files) == 3 * (1 + 2 + 1) + 1 + 2 * (1 + len(FAMILIES))
-    for path in files:
-        content = path.read_bytes()
-        for _ in range(FLIPS_PER_FILE):
-            damaged = bytearray(content)
-            position = rng.randrange(len(content))
-            damaged[position] ^= rng.randrange(1, 256)
-            path.write_bytes(damaged)
-            assert verify(tmp_path).problems, f"byte {position} of {path}"
-        path.write_bytes(content)
+    for damage in flips(files, FLIPS_PER_FILE):
+        assert verify(tmp_path).problems, damage
     assert verify(tmp_path).problems == []
 
 

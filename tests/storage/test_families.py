@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import pickle
-import random
 import shutil
 
 import numpy as np
@@ -22,6 +21,7 @@ from storage.records import RelationFactor, SequenceLogprob
 from storage.segments import read_segments
 from storage.verify import verify
 from storage.writer import CacheWriter
+from tests.storage.damage import all_files, flips, read_everything, set_value
 from tests.storage.family_cache import (
     FAMILIES,
     WIDTH,
@@ -48,10 +48,6 @@ def good(tmp_path_factory):
 @pytest.fixture
 def folder(good, tmp_path):
     return shutil.copytree(good, tmp_path / "cache")
-
-
-def all_files(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def manifest_of(folder):
@@ -212,23 +208,12 @@ def test_every_encoding_makes_a_cache_that_verifies(tmp_path, selection):
 
 def test_any_flipped_byte_is_found_and_no_reader_dies_of_it(tmp_path):
     write_family_cache(tmp_path, num_parts=1)
-    rng = random.Random(0)
     files = all_files(tmp_path)
     assert len(files) == 3 + 1 + 1 + len(FAMILIES)  # cache, commit, manifest; head; tokens; families
-    for path in files:
-        content = path.read_bytes()
-        for _ in range(FLIPS_PER_FILE):
-            damaged = bytearray(content)
-            position = rng.randrange(len(content))
-            damaged[position] ^= rng.randrange(1, 256)
-            path.write_bytes(damaged)
-            assert verify(tmp_path).problems, f"byte {position} of {path}"
-            with contextlib.suppress(CacheError):
-                cache = Cache.open(tmp_path, checksums=False)
-                for index in range(cache.num_samples):
-                    for image in cache.read(index).tokens.images:
-                        cache.image_bytes(index, image.sha256)
-        path.write_bytes(content)
+    for damage in flips(files, FLIPS_PER_FILE):
+        assert verify(tmp_path).problems, damage
+        with contextlib.suppress(CacheError):
+            read_everything(tmp_path)
     assert verify(tmp_path).ok
 
 
@@ -370,14 +355,6 @@ def forge(folder, family, change, *, part=0):
     )  # fmt: skip
     (folder / entry.file).write_bytes(content)
     reseal(folder, parts=(part,), families={**commit.families, family: entry})
-
-
-def set_value(name, row, value):
-    def change(columns):
-        columns[name][row] = value(columns[name][row]) if callable(value) else value
-        return columns
-
-    return change
 
 
 def first_rows(count):

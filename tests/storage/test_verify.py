@@ -2,7 +2,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import random
 import shutil
 
 import numpy as np
@@ -20,6 +19,7 @@ from storage.schema import parquet_bytes
 from storage.segments import read_segments
 from storage.verify import verify
 from storage.writer import CacheWriter
+from tests.storage.damage import all_files, flips, read_everything, set_value
 from tests.storage.synthetic_cache import (
     FAMILIES,
     SAMPLES_PER_PART,
@@ -44,16 +44,6 @@ def folder(good, tmp_path):
     return shutil.copytree(good, tmp_path / "cache")
 
 
-def all_files(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def read_everything(folder):
-    cache = Cache.open(folder, checksums=False)
-    for index in range(cache.num_samples):
-        cache.read(index)
-
-
 def test_a_good_cache_has_no_problems(good):
     seen = []
     report = verify(good, lambda done, total: seen.append((done, total)))
@@ -71,21 +61,13 @@ def test_a_good_cache_has_no_problems(good):
 def test_any_flipped_byte_is_found_and_no_reader_dies_of_it(tmp_path):
     folder = tmp_path / "small"
     write_cache(folder, num_samples=2)
-    rng = random.Random(0)
-    flips = 0
-    for path in all_files(folder):
-        content = path.read_bytes()
-        for _ in range(FLIPS_PER_FILE):
-            damaged = bytearray(content)
-            position = rng.randrange(len(content))
-            damaged[position] ^= rng.randrange(1, 256)
-            path.write_bytes(damaged)
-            assert verify(folder).problems, f"byte {position} of {path}"
-            with contextlib.suppress(CacheError):  # whole-file checksums are off: decoders see the damage
-                read_everything(folder)
-            flips += 1
-        path.write_bytes(content)
-    assert flips == 12 * FLIPS_PER_FILE
+    num_flips = 0
+    for damage in flips(all_files(folder), FLIPS_PER_FILE):
+        assert verify(folder).problems, damage
+        with contextlib.suppress(CacheError):
+            read_everything(folder)
+        num_flips += 1
+    assert num_flips == 12 * FLIPS_PER_FILE
     assert verify(folder).ok
 
 
@@ -154,14 +136,6 @@ def forge(folder, family, change):
             writer.add_key_value_metadata({ID_GROUPS_KEY: groups.decode()})
     path.unlink()
     reseal(folder, 0, family, sink.getvalue().to_pybytes())
-
-
-def set_value(name, row, value):
-    def change(columns):
-        columns[name][row] = value(columns[name][row]) if callable(value) else value
-        return columns
-
-    return change
 
 
 def swap_ids(columns):

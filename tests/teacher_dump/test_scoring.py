@@ -261,3 +261,25 @@ def test_a_grid_that_cannot_be_pooled_is_a_sample_error(
     oblong = dataclasses.replace(prepared, record=dataclasses.replace(prepared.record, images=images))
     with pytest.raises(SampleRefusedError, match="15 visual tokens are no square grid"):
         scorer._check_grids(oblong)
+
+
+def test_an_answer_that_the_teacher_holds_impossible_is_an_error_of_its_sample(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    request = dataclasses.replace(EVERYTHING, visual=None, relation_centered=None)
+    plain = make_scorer(tiny_teacher, tiny_data.parent, request, reference)
+    part = part_of(tiny_data, limit=6)
+    records = plain.score(part).records
+    answers = [record.token_ids[record.response_mask].tolist() for record in records.tokens]
+    (token,) = set(answers[0]) - set(answers[1]) - {299} or {answers[0][0]}
+    with_it = {record.sample_id for record, answer in zip(records.tokens, answers, strict=True) if token in answer}
+    head = read_head(tiny_teacher, vocab_size=300)
+    bias = torch.zeros(300)
+    bias[token] = -torch.inf
+    suppressing = PartScorer(plain._preparer, request, OpenTeacher(reference, dataclasses.replace(head, bias=bias)))
+    got = suppressing.score(part).records
+    assert {error.sample_id for error in got.errors} == with_it
+    assert "of its answer the probability 0" in got.errors[0].reason
+    assert {record.sample_id for record in got.tokens} == {record.sample_id for record in records.tokens} - with_it
+    assert got.response is not None
+    assert len(got.response) == len(got.tokens)

@@ -1,0 +1,47 @@
+"""Damage to a cache's files, and what a test does with it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from storage.reader import Cache
+
+
+def all_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flips(files: Sequence[Path], count: int) -> Iterator[str]:
+    """Each file with a byte changed, `count` times at random places; whole again after its last."""
+    rng = random.Random(0)
+    for path in files:
+        content = path.read_bytes()
+        for _ in range(count):
+            damaged = bytearray(content)
+            position = rng.randrange(len(content))
+            damaged[position] ^= rng.randrange(1, 256)
+            path.write_bytes(damaged)
+            yield f"byte {position} of {path}"
+        path.write_bytes(content)
+
+
+def read_everything(folder: Path) -> None:
+    """With whole-file checksums off, so that decoders see the damage."""
+    cache = Cache.open(folder, checksums=False)
+    for index in range(cache.num_samples):
+        tokens = cache.read(index).tokens
+        for image in tokens.images if "images" in cache.families else ():
+            cache.image_bytes(index, image.sha256)
+
+
+def set_value(name: str, row: int, value: Any) -> Callable[[dict[str, list]], dict[str, list]]:
+    """A change of columns: another value, or what `value` makes of the one that is there."""
+
+    def change(columns: dict[str, list]) -> dict[str, list]:
+        columns[name][row] = value(columns[name][row]) if callable(value) else value
+        return columns
+
+    return change
