@@ -1,4 +1,4 @@
-"""No container engine runs here: what can be checked without one is that the files agree with the tree and with schemas."""
+"""No container engine runs here: what can be checked is that the files agree with the tree and with schemas."""
 
 from __future__ import annotations
 
