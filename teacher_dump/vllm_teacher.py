@@ -54,7 +54,7 @@ class VllmTeacher:
         check_settings(settings)
         config = checkpoint.read_json(folder / "config.json")
         if current_platform.is_cpu():
-            _register_in_process(config.get("architectures", []))
+            register_in_process(config.get("architectures", []))
             defaults = {
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": max(_CPU_KV_CACHE_BYTES, 2 * max_length * _kv_bytes_per_token(config)),
@@ -78,7 +78,7 @@ class VllmTeacher:
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
         """See Teacher. Hidden states are float32, on the CPU."""
         outputs = self._engine.encode(
-            [_engine_prompt(prompt) for prompt in prompts],
+            [engine_prompt(prompt) for prompt in prompts],
             pooling_params=self._vllm.PoolingParams(use_activation=False),
             pooling_task=_TASK,
             use_tqdm=False,
@@ -104,14 +104,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"teacher.settings.{name}: vLLM has no such setting; {hint}")
 
 
-def _engine_prompt(prompt: TeacherPrompt) -> Any:
-    engine_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids.tolist()}
+def engine_prompt(prompt: TeacherPrompt) -> Any:
+    """A prompt as vllm.LLM takes it."""
+    asked: dict[str, Any] = {"prompt_token_ids": prompt.token_ids.tolist()}
     if prompt.images:
-        engine_prompt["multi_modal_data"] = {"image": list(prompt.images)}
-    return engine_prompt
+        asked["multi_modal_data"] = {"image": list(prompt.images)}
+    return asked
 
 
-def _register_in_process(architectures: Sequence[str]) -> None:
+def register_in_process(architectures: Sequence[str]) -> None:
     """Let vLLM inspect the model here instead of in a process of its own.
 
     It does that to keep CUDA out of this process; on a CPU there is no such need, and the other process
