@@ -7,16 +7,12 @@ its last commit. A second teacher is so small that its prefill hardly counts. Me
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks import dump_roads, smol_llava
 from benchmarks.dump_roads import REPETITIONS, Road
@@ -97,8 +93,6 @@ def _dump(teacher: Path, source: Path, cpus: int) -> list[float]:
 def _host_rows_per_s() -> list[float]:
     """From selected rows, as tensors' own memory, to a committed part: SmolLM2's natural rows, one core."""
     import torch
-
-    from benchmarks.text_rows import natural_rows
 
     torch.set_num_threads(1)
     raise NotImplementedError

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.rows import SparseRows
+from teacher_dump.draws import Draws, independent_draws, systematic_draws
 
-_ROWS_PER_DRAW = 64  # float64 [rows, v] at once: 78 MB for a vocabulary of 152k
+# Dense entries that are looked at together: on a CPU what its caches hold, on a GPU what keeps it busy.
+_BLOCK_ENTRIES = {"cpu": 2**21, "gpu": 2**26}
 
 
 @dataclass(frozen=True)
@@ -76,23 +78,71 @@ def select_rows(
     `temperatures` besides 1 get a log-sum-exp. `uniforms` (r,) in [0, 1) decide the draws of
     `Threshold` and `Sampled`. ValueError: logits that are not finite.
     """
-    log_sum_exp = torch.logsumexp(logits, dim=-1)  # (r,)
-    if not bool(torch.isfinite(log_sum_exp).all()):
-        raise ValueError("logits are not finite")
-    logprobs = logits - log_sum_exp[:, None]
-    probs = logprobs.exp()
-    entropy = torch.special.entr(probs).sum(dim=-1)
-    label_logprob = None if labels is None else logprobs.gather(1, labels[:, None])[:, 0]
-    exact = _exact_mask(logprobs, probs, selection)
-    tail_mass = probs.masked_fill(exact, 0.0).sum(dim=-1)  # summed itself: 1 - head would lose small tails
-    rows, ids = exact.nonzero(as_tuple=True)
-    head = _Entries(_numpy(rows), _numpy(ids), _numpy(logprobs[rows, ids])).falling()
+    num_rows, vocab_size = logits.shape
+    per_block = max(1, _BLOCK_ENTRIES["cpu" if logits.device.type == "cpu" else "gpu"] // vocab_size)
+    blocks = []
+    for start in range(0, num_rows, per_block):
+        block = slice(start, start + per_block)
+        dense = _Dense.of(logits[block])
+        own = None if labels is None else labels[block]
+        blocks.append(_select(dense, own, selection, uniforms[block], temperatures))
+    if not blocks:
+        return SparseRows.empty(with_labels=labels is not None, num_temperatures=len(temperatures))
+    return SparseRows.concatenate(blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """Rows of logits with their largest taken off, and what every scalar is made of. p = weights / total."""
+
+    shifted: Float[Tensor, "r v"]
+    weights: Float[Tensor, "r v"]  # exp(shifted)
+    total: Float[Tensor, " r"]
+    log_total: Float[Tensor, " r"]  # log p = shifted - log_total
+
+    @staticmethod
+    def of(logits: Tensor) -> _Dense:
+        shifted = logits - logits.amax(dim=1, keepdim=True)
+        weights = shifted.exp()
+        total = weights.sum(dim=1)
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError("logits are not finite")
+        return _Dense(shifted, weights, total, total.log())
+
+    def entropy(self) -> Tensor:
+        """(r,) nats: the logarithm of the total less the mean of `shifted`. Overwrites `shifted`."""
+        products = self.shifted.mul_(self.weights)
+        sums = products.sum(dim=1)
+        if not bool(torch.isfinite(sums).all()):  # a suppressed token: 0 times minus infinity
+            sums = products.nansum(dim=1)
+        return (self.log_total - sums / self.total).clamp_(min=0)
+
+
+def _select(
+    dense: _Dense,
+    labels: Tensor | None,
+    selection: Selection,
+    uniforms: NDArray[np.float64],
+    temperatures: Sequence[float],
+) -> SparseRows:
+    num_rows, vocab_size = dense.weights.shape
+    label_logprob = None if labels is None else dense.shifted.gather(1, labels[:, None])[:, 0] - dense.log_total
+    log_sum_exp = _tempered(dense, temperatures)
+    places = _exact_places(dense, selection)  # (k,) in the flat rows
+    logprobs = dense.shifted.view(-1)[places] - dense.log_total[places // vocab_size]
+    head = _Entries(_numpy(places // vocab_size), _numpy(places % vocab_size), _numpy(logprobs)).falling()
+    entropy = dense.entropy()
+    tail = dense.weights
+    tail.view(-1)[places] = 0.0
+    tail_mass = tail.sum(dim=1) / dense.total  # summed itself: 1 - head would lose small tails
     sampled = _Entries.none()
     if isinstance(selection, Threshold):
-        sampled = _draw(probs.masked_fill(exact, 0.0), tau=selection.tau, uniforms=uniforms)
+        drawn = systematic_draws(tail, unit=selection.tau * dense.total, uniforms=uniforms)
+        sampled = _Entries.drawn(drawn, weight=selection.tau)
     elif isinstance(selection, Sampled):
-        sampled = _draw_independently(probs, draws=selection.draws, uniforms=uniforms)
-    offsets, entries, num_exact = _interleave(head, sampled, logits.shape[0])
+        drawn = independent_draws(tail, num_draws=selection.draws, uniforms=uniforms)
+        sampled = _Entries.drawn(drawn, weight=1 / selection.draws)
+    offsets, entries, num_exact = _interleave(head, sampled, num_rows)
     return SparseRows(
         offsets=offsets,
         ids=entries.ids.astype(np.int32),
@@ -100,16 +150,35 @@ def select_rows(
         num_exact=num_exact,
         tail_mass=np.minimum(_numpy(tail_mass).astype(np.float32), np.float32(1)),
         entropy=_numpy(entropy).astype(np.float32),
-        log_sum_exp=_tempered(logprobs, temperatures),
+        log_sum_exp=log_sum_exp,
         label_logprob=None if label_logprob is None else _numpy(label_logprob).astype(np.float32),
     )
 
 
-def _tempered(logprobs: Tensor, temperatures: Sequence[float]) -> NDArray[np.float32]:
+def _exact_places(dense: _Dense, selection: Selection) -> Tensor:
+    """Where in the flat rows the exactly stored entries are."""
+    num_rows, vocab_size = dense.weights.shape
+    first = torch.arange(num_rows, device=dense.weights.device)[:, None] * vocab_size
+    if isinstance(selection, Threshold):
+        return (dense.weights >= selection.tau * dense.total[:, None]).view(-1).nonzero()[:, 0]
+    if isinstance(selection, Sampled):
+        return first.new_zeros(0)
+    if isinstance(selection, Mass):
+        falling, order = dense.weights.sort(dim=1, descending=True, stable=True)
+        before = falling.double().cumsum(dim=1) - falling
+        wanted = (before < selection.mass * dense.total[:, None]) & (falling > 0)
+        return (first + order)[wanted]
+    ids = dense.shifted.topk(min(selection.k, vocab_size), dim=1).indices
+    return (first + ids)[torch.isfinite(dense.shifted.gather(1, ids))]
+
+
+def _tempered(dense: _Dense, temperatures: Sequence[float]) -> NDArray[np.float32]:
     """(r, t) log-sum-exp of log p / T: what the tail weighs at T follows from it and the exact entries."""
-    columns = [_numpy((logprobs / temperature).logsumexp(dim=-1)) for temperature in temperatures]
-    shape = (logprobs.shape[0], len(columns))
-    return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros(shape, np.float32)
+    columns = [
+        _numpy((dense.shifted / temperature).logsumexp(dim=1) - dense.log_total / temperature)
+        for temperature in temperatures
+    ]
+    return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(dense.total), 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -125,66 +194,14 @@ class _Entries:
         return _Entries(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
     @staticmethod
-    def joined(parts: Sequence[_Entries]) -> _Entries:
-        """All of them, one after another."""
-        if not parts:
-            return _Entries.none()
-        return _Entries(
-            np.concatenate([entries.rows for entries in parts]),
-            np.concatenate([entries.ids for entries in parts]),
-            np.concatenate([entries.logprobs for entries in parts]),
-        )
+    def drawn(draws: Draws, *, weight: float) -> _Entries:
+        """Entries whose weight is that of one draw times their number."""
+        return _Entries(draws.rows, draws.ids, np.log(draws.counts * weight).astype(np.float32))
 
     def falling(self) -> _Entries:
         """Within each row by falling logprob, equal ones by ascending id."""
         order = np.lexsort((self.ids, -self.logprobs, self.rows))
         return _Entries(self.rows[order], self.ids[order], self.logprobs[order])
-
-
-def _exact_mask(logprobs: Tensor, probs: Tensor, selection: Selection) -> Tensor:
-    if isinstance(selection, Threshold):
-        return probs >= selection.tau
-    if isinstance(selection, Sampled):
-        return torch.zeros_like(probs, dtype=torch.bool)
-    if isinstance(selection, Mass):
-        falling, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = falling.double().cumsum(dim=-1) - falling
-        return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order, before < selection.mass) & (probs > 0)
-    ids = logprobs.topk(min(selection.k, logprobs.shape[1]), dim=-1).indices
-    return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, ids, True) & torch.isfinite(logprobs)
-
-
-def _draw(tail: Tensor, *, tau: float, uniforms: NDArray[np.float64]) -> _Entries:
-    """Systematic draws: token i gets one for each whole number m with c[i-1] <= u + m < c[i], c = cumsum(p) / tau.
-
-    So the number of draws of a row is its tail / tau, rounded up or down, and the draws' weight is
-    within tau of the tail. In float64: summed in float32, the small steps of a large vocabulary round to none.
-    """
-    found: list[_Entries] = []
-    for start in range(0, tail.shape[0], _ROWS_PER_DRAW):
-        steps = tail[start : start + _ROWS_PER_DRAW].double().cumsum(dim=-1) / tau
-        shift = torch.from_numpy(uniforms[start : start + _ROWS_PER_DRAW]).to(steps.device)
-        below = (steps - shift[:, None]).ceil_().clamp_(min=0)  # whole numbers m with u + m < c[i]
-        counts = below.diff(dim=-1, prepend=below.new_zeros(below.shape[0], 1))
-        rows, ids = counts.nonzero(as_tuple=True)
-        weights = (counts[rows, ids] * tau).log()
-        found.append(_Entries(_numpy(rows) + start, _numpy(ids), _numpy(weights).astype(np.float32)))
-    return _Entries.joined(found)
-
-
-def _draw_independently(probs: Tensor, *, draws: int, uniforms: NDArray[np.float64]) -> _Entries:
-    """Draws with replacement. A row's own uniform seeds its generator, so that a retry draws the same."""
-    found: list[_Entries] = []
-    for start in range(0, probs.shape[0], _ROWS_PER_DRAW):
-        mass = probs[start : start + _ROWS_PER_DRAW].double().cumsum(dim=-1)
-        seeds = (uniforms[start : start + _ROWS_PER_DRAW] * 2.0**53).astype(np.uint64)
-        points = np.stack([np.random.Generator(np.random.PCG64(int(seed))).random(draws) for seed in seeds])
-        drawn = torch.searchsorted(mass, torch.from_numpy(points).to(mass.device) * mass[:, -1:], right=True)
-        drawn = _numpy(drawn.clamp_(max=probs.shape[1] - 1))
-        keys, counts = np.unique(np.arange(len(drawn))[:, None] * probs.shape[1] + drawn, return_counts=True)
-        weights = np.log(counts / draws).astype(np.float32)
-        found.append(_Entries(keys // probs.shape[1] + start, keys % probs.shape[1], weights))
-    return _Entries.joined(found)
 
 
 def _interleave(

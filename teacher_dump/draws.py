@@ -1,0 +1,85 @@
+"""Random draws from the tails of distributions, in one pass over dense rows.
+
+Legend: r rows, v vocabulary, k drawn entries of all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+_RUN = 64  # tokens whose weights are summed first, so that only runs with a draw are looked at one by one
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Which tokens were drawn, by row and by id, and how often."""
+
+    rows: NDArray[np.int64]  # (k,)
+    ids: NDArray[np.int64]  # (k,)
+    counts: NDArray[np.int64]  # (k,) 1 or more
+
+    @staticmethod
+    def of(rows: Tensor, ids: Tensor, *, vocab_size: int) -> Draws:
+        """Single draws, in any order, put together."""
+        keys, counts = np.unique((rows * vocab_size + ids).cpu().numpy(), return_counts=True)
+        return Draws(keys // vocab_size, keys % vocab_size, counts)
+
+
+def systematic_draws(
+    weights: Float[Tensor, "r v"], *, unit: Float[Tensor, " r"], uniforms: NDArray[np.float64]
+) -> Draws:
+    """Draws at every multiple of a row's `unit` of weight, shifted by its uniform number in [0, 1).
+
+    Token i is drawn once for each whole number m with c[i-1] <= (u + m) unit < c[i], c the cumulative weights:
+    on average weights[i] / unit times, and in all as often as the unit goes into the row's weight, rounded up
+    or down. A token of weight 0 is never drawn. Sums are in float64: in float32 the small steps of a large
+    vocabulary round to none.
+    """
+    num_rows, vocab_size = weights.shape
+    sums = _run_sums(weights).double().cumsum(dim=1)  # (r, runs)
+    step = unit.double()[:, None]
+    shift = torch.from_numpy(uniforms).to(weights.device)[:, None]
+    counts = (sums[:, -1:] / step - shift).ceil().clamp(min=0)  # whole numbers m with (u + m) unit < the row's weight
+    number = torch.arange(int(counts.max()) if num_rows else 0, device=weights.device)
+    points = (shift + number) * step  # (r, m) of which a row's first `counts` are draws
+    run = torch.searchsorted(sums, points, right=True).clamp_(max=sums.shape[1] - 1)
+    row, place = (number < counts).nonzero(as_tuple=True)
+    run, point = run[row, place], points[row, place]
+    before = torch.where(run > 0, sums[row, (run - 1).clamp(min=0)], 0.0)
+    tokens = run[:, None] * _RUN + torch.arange(_RUN, device=weights.device)  # (draws, _RUN)
+    within = weights.reshape(-1)[row[:, None] * vocab_size + tokens.clamp(max=vocab_size - 1)]
+    within = torch.where(tokens < vocab_size, within, 0.0).double().cumsum(dim=1)
+    # Two ways of summing may differ in the last digit; a draw stays inside its run, on a token with weight.
+    inside = torch.minimum((point - before).clamp(min=0), torch.nextafter(within[:, -1], within.new_zeros(())))
+    ids = run * _RUN + torch.searchsorted(within, inside[:, None], right=True)[:, 0]
+    return Draws.of(row, ids, vocab_size=vocab_size)
+
+
+def independent_draws(weights: Float[Tensor, "r v"], *, num_draws: int, uniforms: NDArray[np.float64]) -> Draws:
+    """So many draws with replacement from each row. A row's uniform number seeds its generator: a retry draws the same.
+
+    Source: random-sampling knowledge distillation (arXiv 2503.16870), at proposal temperature 1.
+    """
+    num_rows, vocab_size = weights.shape
+    seeds = (uniforms * 2.0**53).astype(np.uint64)
+    points = [np.random.Generator(np.random.PCG64(int(seed))).random(num_draws) for seed in seeds]
+    sums = weights.double().cumsum(dim=1)
+    wanted = torch.from_numpy(np.array(points).reshape(num_rows, num_draws)).to(weights.device) * sums[:, -1:]
+    ids = torch.searchsorted(sums, wanted, right=True).clamp_(max=vocab_size - 1)
+    rows = torch.arange(num_rows, device=weights.device)[:, None].expand_as(ids)
+    return Draws.of(rows.reshape(-1), ids.reshape(-1), vocab_size=vocab_size)
+
+
+def _run_sums(weights: Tensor) -> Tensor:
+    """(r, runs) sums over runs of `_RUN` tokens; the last may be shorter."""
+    num_rows, vocab_size = weights.shape
+    whole = vocab_size // _RUN * _RUN
+    sums = weights[:, :whole].reshape(num_rows, whole // _RUN, _RUN).sum(dim=2)
+    rest = weights[:, whole:].sum(dim=1, keepdim=True)
+    return torch.cat([sums, rest], dim=1) if whole < vocab_size else sums
