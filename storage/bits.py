@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_WIDTH = 32
+MAX_WIDTH = 31
 
 
-def pack_bits(values: NDArray[np.int64], widths: NDArray[np.int64]) -> bytes:
-    """The low `widths[i]` (0 to 32) bits of each value, one field after another, padded to a whole byte."""
+def pack_bits(values: NDArray[np.int32], widths: NDArray[np.uint8]) -> bytes:
+    """The low `widths[i]` (0 to 31) bits of each value, one field after another, padded to a whole byte."""
     stops = np.cumsum(widths, dtype=np.int64)
     num_bits = int(stops[-1]) if len(stops) else 0
     used = widths > 0
@@ -25,17 +25,22 @@ def pack_bits(values: NDArray[np.int64], widths: NDArray[np.int64]) -> bytes:
     return words.astype("<u8").tobytes()[: -(-num_bits // 8)]
 
 
-def unpack_bits(packed: bytes | NDArray[np.uint8], widths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The fields of `pack_bits`. The caller has checked that `packed` is `packed_size(widths)` long."""
+def unpack_bits(packed: bytes | NDArray[np.uint8], widths: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """The fields of `pack_bits`, of at most 31 bits. The caller has checked that `packed` is `packed_size(widths)` long."""
+    word = np.uint32 if widths.max(initial=0) <= 25 else np.uint64  # holds a field and the 7 bits before it
     padded = np.zeros(len(packed) + 8, np.uint8)
     padded[: len(packed)] = np.frombuffer(packed, np.uint8)
-    starts = np.cumsum(widths, dtype=np.int64) - widths
-    # Eight bytes from each field's first byte on: an overlapping view, so that one gather reads them.
-    windows = np.ndarray((len(packed) + 1,), dtype="<u8", buffer=padded.data, strides=(1,))
-    fields = windows[starts >> 3] >> (starts & 7).astype(np.uint64)
-    return (fields & ((np.uint64(1) << widths.astype(np.uint64)) - np.uint64(1))).astype(np.int64)
+    wide = np.int32 if len(packed) < 1 << 28 else np.int64  # holds a number of bits
+    starts = np.cumsum(widths.astype(wide), dtype=wide)  # twice as fast as letting cumsum convert
+    starts -= widths
+    # A word from each field's first byte on: an overlapping view, so that one gather reads them.
+    windows = np.ndarray((len(packed) + 1,), dtype=np.dtype(word).newbyteorder("<"), buffer=padded.data, strides=(1,))
+    fields = windows.take(starts >> 3)
+    fields >>= (starts & 7).astype(word)
+    fields &= ((np.uint64(1) << np.arange(64, dtype=np.uint64)) - np.uint64(1)).astype(word).take(widths)
+    return fields.astype(np.int32)
 
 
-def packed_size(widths: NDArray[np.int64]) -> int:
+def packed_size(widths: NDArray[np.uint8]) -> int:
     """Bytes that `pack_bits` makes of fields of these widths."""
-    return -(-int(widths.sum()) // 8)
+    return -(-int(widths.sum(dtype=np.int64)) // 8)

@@ -27,7 +27,7 @@ _PLANES = ("num_exact", "num_sampled", "exact_groups", "sampled_groups", "places
 _MAX_ENTRIES = 1 << 27  # of a block; what a reader will allocate for
 _LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)  # an entry is never decoded to 0
 _LEAST_STEP, _LARGEST_STEP = 1 / MAX_LEVEL, 1 / 16
-_ID_MASK = np.uint64((1 << 31) - 1)
+_ID_MASK = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl:
     check_sampled_total(rows, tau)
     exact = rows.is_exact()
     draws = _draws_of(rows, exact, tau)
-    ranks = groups.ranks[rows.ids]
+    ranks = groups.ranks.take(rows.ids)
     if (ranks < 0).any():
         raise ValueError(f"id {rows.ids[np.argmin(ranks)]} is in no group")
     row = rows.row_of_entry()
     order = np.argsort((((row << 1) | ~exact) << 32) | ranks)  # by row, exact ones first, by rank
-    row, exact, ranks = row[order], exact[order], ranks[order]
-    group = np.searchsorted(groups.starts, ranks, side="right") - 1
-    places = ranks - groups.starts[group]
+    row, exact, ranks = row.take(order), exact.take(order), ranks.take(order)
+    group = groups.table.take(rows.ids.take(order)) - np.uint8(1)
+    places = ranks - groups.starts.take(group)
     num_sampled = np.diff(rows.offsets) - rows.num_exact
     length_bytes = _width(max(rows.num_exact.max(initial=0), num_sampled.max(initial=0)))
     draw_bytes = _width(max(int(draws.max(initial=1)) - 1, 0))
@@ -86,7 +86,7 @@ def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl:
         _differences(group[exact], rows.num_exact).tobytes(),
         _differences(group[~exact], num_sampled).tobytes(),
         pack_bits(np.concatenate([places[exact], places[~exact]]),
-                  groups.widths[np.concatenate([group[exact], group[~exact]])]),
+                  groups.widths.take(np.concatenate([group[exact], group[~exact]]))),
         values.tobytes(),
         (sampled_draws[order][~exact] - 1).astype(f"<u{draw_bytes}").tobytes(),
     )  # fmt: skip
@@ -117,46 +117,49 @@ def decode_block(
     if not header.num_rows == len(tail_mass) == len(entropy):
         raise CorruptPartError(f"the block has {header.num_rows} rows, its scalar columns have {len(tail_mass)}")
     planes = _Planes(view, header)
-    num_exact = planes.take("num_exact", f"<u{header.length_bytes}", header.num_rows).astype(np.int64)
-    num_sampled = planes.take("num_sampled", f"<u{header.length_bytes}", header.num_rows).astype(np.int64)
-    if num_exact.sum() != header.num_exact or num_sampled.sum() != header.num_sampled:
+    num_exact = planes.take("num_exact", f"<u{header.length_bytes}", header.num_rows).astype(np.int32)
+    num_sampled = planes.take("num_sampled", f"<u{header.length_bytes}", header.num_rows).astype(np.int32)
+    if num_exact.sum(dtype=np.int64) != header.num_exact or num_sampled.sum(dtype=np.int64) != header.num_sampled:
         raise CorruptPartError("the block's row lengths do not sum to its header's totals")
-    exact_groups = _sums(planes.take("exact_groups", "u1", header.num_exact), num_exact)
-    sampled_groups = _sums(planes.take("sampled_groups", "u1", header.num_sampled), num_sampled)
-    group = np.concatenate([exact_groups, sampled_groups])
-    if group.max(initial=-1) >= len(groups.sizes):
+    split, counts = header.num_exact, np.concatenate([num_exact, num_sampled])  # of each row's two sets
+    group = _sums(
+        np.concatenate(
+            [planes.take("exact_groups", "u1", split), planes.take("sampled_groups", "u1", header.num_sampled)]
+        ),
+        counts,
+    )
+    if len(group) and group.max() >= len(groups.sizes):
         raise CorruptPartError(f"the block has the id group {group.max()} of {len(groups.sizes)}")
-    widths = groups.widths[group]
+    widths = groups.widths.take(group)
     places = unpack_bits(planes.take("places", "u1", packed_size(widths)), widths)
-    ranks = groups.starts[group] + places
-    split = header.num_exact
-    rows = np.arange(header.num_rows)
-    exact_row, sampled_row = np.repeat(rows, num_exact), np.repeat(rows, num_sampled)
-    in_order = _ascends(ranks[:split], exact_row) and _ascends(ranks[split:], sampled_row)
-    if not in_order or (places >= groups.sizes[group]).any():
+    ranks = groups.starts.take(group) + places
+    if not _ascends(ranks, counts) or (places >= groups.sizes.take(group)).any():
         raise CorruptPartError("the block's ids are not ascending places in their groups")
-    ids = groups.ids[ranks]
-    draws = planes.take("draws", f"<u{header.draw_bytes}", header.num_sampled).astype(np.int64) + 1
-    if header.num_sampled and draws.max() > 2 / header.tau:
-        raise CorruptPartError(f"the block has {draws.max()} draws of weight {header.tau} for one entry")
-    values = _values(planes, header, exact_row, num_exact)
+    rows = np.arange(header.num_rows, dtype=np.int64) << 31
+    exact_row, sampled_row = np.repeat(rows, num_exact), np.repeat(rows, num_sampled)
+    twice = np.concatenate([exact_row | ranks[:split], sampled_row | ranks[split:]])
+    twice.sort(kind="stable")  # two ascending runs: one merge
+    if (twice[1:] == twice[:-1]).any():
+        raise CorruptPartError("the block has an id twice in one row")
+    ids = groups.ids.take(ranks)
+    draws = planes.take("draws", f"<u{header.draw_bytes}", header.num_sampled)
+    if header.num_sampled and int(draws.max()) + 1 > 2 / header.tau:
+        raise CorruptPartError(f"the block has {int(draws.max()) + 1} draws of weight {header.tau} for one entry")
+    values = _values(planes, header, num_exact)
     shift = _shift(values, tail_mass, num_exact)
     exact_ids, exact_logprobs = _sorted_exact(exact_row, values, ids[:split])
     sampled_ids, weights = _sorted_sampled(sampled_row, ids[split:], draws, header.tau)
-    twice = np.sort(np.concatenate([(exact_row << 31) | ids[:split], (sampled_row << 31) | ids[split:]]))
-    if (twice[1:] == twice[:-1]).any():
-        raise CorruptPartError("the block has an id twice in one row")
+    exact_logprobs += np.repeat(shift, num_exact)
     # Row by row: its exact entries, then its sampled ones.
-    exact_at = np.arange(split) + np.repeat(np.cumsum(num_sampled) - num_sampled, num_exact)
-    sampled_at = np.arange(header.num_sampled) + np.repeat(np.cumsum(num_exact), num_sampled)
+    is_exact = np.repeat(np.tile(np.array([True, False]), header.num_rows), counts.reshape(2, -1).T.reshape(-1))
     all_ids, logprobs = np.empty(len(ids), np.int32), np.empty(len(ids), np.float32)
-    all_ids[exact_at], all_ids[sampled_at] = exact_ids, sampled_ids
-    logprobs[exact_at], logprobs[sampled_at] = exact_logprobs + shift[exact_row], weights
+    all_ids[is_exact], all_ids[~is_exact] = exact_ids, sampled_ids
+    logprobs[is_exact], logprobs[~is_exact] = exact_logprobs, weights
     return SparseRows(
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(num_exact + num_sampled)]),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(num_exact + num_sampled, dtype=np.int64)]),
         ids=all_ids,
         logprobs=logprobs,
-        num_exact=num_exact.astype(np.int32),
+        num_exact=num_exact,
         tail_mass=tail_mass,
         entropy=entropy,
         log_sum_exp=log_sum_exp,
@@ -219,19 +222,19 @@ class _Values:
     """The exact entries' probabilities of a block, before each row's are rescaled."""
 
     logprobs: NDArray[np.float32]
-    falling: NDArray[np.uint64]  # sorts by falling probability
+    falling: NDArray  # unsigned, sorts by falling probability
     falling_bits: int
     present: NDArray[np.float64]  # (r,) what a row's entries sum to
     tolerance: NDArray[np.float64]  # (r,) how far rounding may have moved that
 
 
-def _values(planes: _Planes, header: Header, row: NDArray[np.int64], num_exact: NDArray[np.int64]) -> _Values:
+def _values(planes: _Planes, header: Header, num_exact: NDArray[np.int32]) -> _Values:
     if header.step == 0:
         logprobs = planes.take("values", "<f4", header.num_exact)
         if not (np.isfinite(logprobs) & (logprobs <= 0)).all():
             raise CorruptPartError("the block has an exact logprob above 0 or not finite")
-        present = _row_sums(row, np.exp(logprobs.astype(np.float64)), header.num_rows)
-        falling = np.abs(logprobs).view(np.uint32).astype(np.uint64)  # floats of one sign sort as their bits
+        present = _row_sums(np.exp(logprobs.astype(np.float64)), num_exact)
+        falling = np.abs(logprobs).view(np.uint32)  # floats of one sign sort as their bits
         return _Values(logprobs, falling, 31, present, np.full(header.num_rows, HEAD_TOLERANCE * 2))
     levels = planes.take("values", "u1", header.num_exact)
     table: NDArray[np.float64] = (np.arange(MAX_LEVEL + 1, dtype=np.float64) * header.step) ** 2
@@ -241,15 +244,18 @@ def _values(planes: _Planes, header: Header, row: NDArray[np.int64], num_exact: 
     with np.errstate(divide="ignore"):
         logs = np.log(table).astype(np.float32)
     tolerance = header.step * np.sqrt(num_exact) + header.step**2 * num_exact + HEAD_TOLERANCE
-    present = _row_sums(row, table[levels], header.num_rows)
-    return _Values(logs[levels], (MAX_LEVEL - levels).astype(np.uint64), 8, present, tolerance)
+    present = _row_sums(table.take(levels), num_exact)
+    return _Values(logs.take(levels), MAX_LEVEL - levels, 8, present, tolerance)
 
 
-def _row_sums(row: NDArray[np.int64], values: NDArray[np.float64], num_rows: int) -> NDArray[np.float64]:
-    return np.bincount(row, values, num_rows).astype(np.float64)
+def _row_sums(values: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np.float64]:
+    sums = np.zeros(len(values) + 1)
+    np.cumsum(values, out=sums[1:])
+    stops = np.cumsum(counts, dtype=np.int64)
+    return sums[stops] - sums[stops - counts]
 
 
-def _shift(values: _Values, tail_mass: NDArray[np.float32], num_exact: NDArray[np.int64]) -> NDArray[np.float32]:
+def _shift(values: _Values, tail_mass: NDArray[np.float32], num_exact: NDArray[np.int32]) -> NDArray[np.float32]:
     """What to add to each row's exact logprobs so that they sum to 1 - tail_mass."""
     if not ((tail_mass >= 0) & (tail_mass <= 1)).all():
         raise CorruptPartError("a tail mass is outside 0..1")
@@ -264,24 +270,26 @@ def _shift(values: _Values, tail_mass: NDArray[np.float32], num_exact: NDArray[n
     return shift.astype(np.float32)
 
 
-def _sorted_exact(row: NDArray, values: _Values, ids: NDArray) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Ids and logprobs by row, by falling probability, by id."""
+def _sorted_exact(row: NDArray, values: _Values, ids: NDArray) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Ids and logprobs by row, by falling probability, by id. `row` is shifted by 31 bits."""
     if values.falling_bits == 8:  # all of the key fits into 64 bits: sorting it is the whole work
-        keys = np.sort((row.astype(np.uint64) << 39) | (values.falling << 31) | ids.astype(np.uint64))
+        keys = (row << 8) | (values.falling.astype(np.int64) << 31) | ids
+        keys.sort()
         by_falling = np.zeros(MAX_LEVEL + 1, np.float32)
         by_falling[values.falling] = values.logprobs
-        return (keys & _ID_MASK).astype(np.int64), by_falling[(keys >> 31) & 0xFF]
+        return (keys & _ID_MASK).astype(np.int32), by_falling.take((keys >> 31) & 0xFF)
     order = np.lexsort((ids, values.falling, row))
     return ids[order], values.logprobs[order]
 
 
-def _sorted_sampled(row: NDArray, ids: NDArray, draws: NDArray, tau: float) -> tuple[NDArray, NDArray[np.float32]]:
-    """Ids and logarithms of weights by row, by id."""
-    keys = (row << 31) | ids
-    if draws.max(initial=1) == 1:
-        return np.sort(keys) & int(_ID_MASK), np.full(len(ids), np.log(tau) if len(ids) else 0, np.float32)
+def _sorted_sampled(row: NDArray, ids: NDArray, draws: NDArray, tau: float) -> tuple[NDArray[np.int32], NDArray]:
+    """Ids and logarithms of weights by row, by id. `row` is shifted by 31 bits, `draws` are one less than they are."""
+    keys = row | ids
+    if draws.max(initial=0) == 0:
+        keys.sort()
+        return (keys & _ID_MASK).astype(np.int32), np.full(len(ids), np.log(tau) if len(ids) else 0, np.float32)
     order = np.argsort(keys)
-    return ids[order], np.log(draws[order] * tau).astype(np.float32)
+    return ids[order], np.log((draws[order] + 1.0) * tau).astype(np.float32)
 
 
 def _rounded_head(
@@ -323,15 +331,20 @@ def _differences(group: NDArray[np.int64], counts: NDArray[np.int64] | NDArray[n
     return differences.astype(np.uint8)
 
 
-def _sums(differences: NDArray[np.uint8], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The groups of `_differences`."""
-    sums = np.cumsum(differences, dtype=np.int64)
-    before = np.concatenate([np.zeros(1, np.int64), sums])[np.cumsum(counts) - counts]
-    return sums - np.repeat(before, counts)
+def _sums(differences: NDArray[np.uint8], counts: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """The groups of `_differences`; a sum beyond a byte wraps, which the order of ranks then shows."""
+    sums = np.zeros(len(differences) + 1, np.uint8)
+    np.cumsum(differences, dtype=np.uint8, out=sums[1:])
+    before = sums[np.cumsum(counts, dtype=np.int64) - counts]
+    return sums[1:] - np.repeat(before, counts)
 
 
-def _ascends(ranks: NDArray[np.int64], row: NDArray[np.int64]) -> bool:
-    return bool(((ranks[1:] > ranks[:-1]) | (row[1:] != row[:-1])).all())
+def _ascends(ranks: NDArray[np.int32], counts: NDArray[np.int32]) -> bool:
+    """Whether each of the sets, of so many ranks one after another, ascends."""
+    rises = np.ones(len(ranks) + 1, np.bool_)
+    rises[1:-1] = ranks[1:] > ranks[:-1]
+    rises[np.cumsum(counts, dtype=np.int64) - counts] = True  # the first of a set
+    return bool(rises.all())
 
 
 def _step(rows: SparseRows, rounding_kl: float) -> float:

