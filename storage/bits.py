@@ -26,7 +26,7 @@ def pack_bits(values: NDArray[np.int32], widths: NDArray[np.uint8]) -> bytes:
 
 
 def unpack_bits(packed: bytes | NDArray[np.uint8], widths: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """The fields of `pack_bits`, of at most 31 bits. The caller has checked that `packed` is `packed_size(widths)` long."""
+    """The fields of `pack_bits`. The caller has checked that `packed` is `packed_size(widths)` long."""
     word = np.uint32 if widths.max(initial=0) <= 25 else np.uint64  # holds a field and the 7 bits before it
     padded = np.zeros(len(packed) + 8, np.uint8)
     padded[: len(packed)] = np.frombuffer(packed, np.uint8)
