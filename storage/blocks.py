@@ -323,7 +323,7 @@ def _draws_of(rows: SparseRows, exact: NDArray[np.bool_], tau: float) -> NDArray
     return counts.astype(np.int64)
 
 
-def _differences(group: NDArray[np.int64], counts: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.uint8]:
+def _differences(group: NDArray[np.uint8], counts: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.uint8]:
     """Each entry's group less that of the entry before it in its row."""
     differences = np.diff(group, prepend=0)
     starts = (np.cumsum(counts) - counts)[counts > 0]

@@ -11,29 +11,30 @@ from storage.bits import MAX_WIDTH, pack_bits, packed_size, unpack_bits
 
 def test_fields_lie_least_significant_bit_first():
     # 101 | 1 | 0011 -> bits from the lowest: 101, 1, 1100 0000 0001 -> bytes 0b00111101
-    packed = pack_bits(np.array([0b101, 1, 0b0011]), np.array([3, 1, 4]))
+    packed = pack_bits(np.array([0b101, 1, 0b0011], np.int32), np.array([3, 1, 4], np.uint8))
     assert packed == bytes([0b0011_1_101])
 
 
 def test_a_field_may_cross_words_and_be_empty():
-    values, widths = np.array([2**31 - 1, 0, 2**30 + 5, 7]), np.array([31, 0, 31, 3])
+    values = np.array([2**31 - 1, 0, 2**30 + 5, 7], np.int32)
+    widths = np.array([31, 0, 31, 3], np.uint8)
     packed = pack_bits(values, widths)
     assert len(packed) == packed_size(widths) == 9
     assert unpack_bits(packed, widths).tolist() == values.tolist()
 
 
 def test_nothing_packs_to_nothing():
-    nothing = np.zeros(0, np.int64)
-    assert pack_bits(nothing, nothing) == b""
-    assert unpack_bits(b"", nothing).tolist() == []
-    assert pack_bits(np.zeros(5, np.int64), np.zeros(5, np.int64)) == b""
+    values, widths = np.zeros(0, np.int32), np.zeros(0, np.uint8)
+    assert pack_bits(values, widths) == b""
+    assert unpack_bits(b"", widths).tolist() == []
+    assert pack_bits(np.zeros(5, np.int32), np.zeros(5, np.uint8)) == b""
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, MAX_WIDTH), st.integers(0, 2**MAX_WIDTH - 1)), max_size=200))
 def test_fields_come_back(fields):
-    widths = np.array([width for width, _ in fields], np.int64)
-    values = np.array([value & ((1 << width) - 1) for width, value in fields], np.int64)
+    widths = np.array([width for width, _ in fields], np.uint8)
+    values = np.array([value & ((1 << width) - 1) for width, value in fields], np.int32)
     packed = pack_bits(values, widths)
     assert len(packed) == packed_size(widths)
     assert unpack_bits(packed, widths).tolist() == values.tolist()
