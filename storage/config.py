@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Family = Literal["response", "visual", "relation", "hidden", "images"]  # that a dump can make
+Family = Literal["response", "visual", "relation", "sequence", "hidden", "images"]  # that a dump can make
 
 
 class Section(BaseModel):

@@ -37,7 +37,7 @@ def check_pairs(records: Iterable[TokensRecord]) -> None:
     """ValueError unless each half of a pair lies beside the other, with the same prompt and images."""
     halves = {record.sample_id: record for record in records if record.sample_id.endswith((CHOSEN, REJECTED))}
     for sample_id, record in halves.items():
-        other_id = _other(sample_id)
+        other_id = other_half(sample_id)
         other = halves.get(other_id)
         if other is None:
             raise ValueError(f"sample {sample_id}: its part holds no {other_id}; leave both out, or keep both")
@@ -55,7 +55,8 @@ def check_sequence(sequence: SequenceLogprob, record: TokensRecord) -> None:
         raise ValueError(f"{place}: its sequence logprob is {logprob}, expected at most 0")
 
 
-def _other(sample_id: str) -> str:
+def other_half(sample_id: str) -> str:
+    """The id of the other half of the pair that a sample's id ends as one of."""
     if sample_id.endswith(CHOSEN):
         return sample_id.removesuffix(CHOSEN) + REJECTED
     return sample_id.removesuffix(REJECTED) + CHOSEN

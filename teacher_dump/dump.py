@@ -326,6 +326,7 @@ def _signal_request(settings: DumpSettings) -> SignalRequest:
         relation_centered=cache.relation.centered if "relation" in cache.families else None,
         relation_pool=cache.relation.pool if "relation" in cache.families else None,
         hidden_limit=_hidden_limit(cache) if "hidden" in cache.families else None,
+        sequence="sequence" in cache.families,
         images="images" in cache.families,
         rows_per_chunk=settings.dump.rows_per_chunk,
     )
@@ -359,7 +360,7 @@ def _selection(cache: CacheSection) -> dict[str, dict[str, Any]]:
     used = {"threshold": {"tau", "seed"}, "topk": {"k"}, "mass": {"mass"}, "sampled": {"draws", "seed"}}
     chosen: dict[str, dict[str, Any]] = {}
     for family in cache.families:
-        if family == "images":  # files are kept as they are
+        if family in ("images", "sequence"):  # nothing about them is chosen
             continue
         section = getattr(cache, family)
         skipped = fields - used[section.method] if isinstance(section, SelectionSection) else set()

@@ -89,6 +89,18 @@ class OutputHead:
             return SparseRows.empty(with_labels=labels is not None, num_temperatures=len(temperatures))
         return SparseRows.concatenate(parts)
 
+    def label_logprobs(
+        self, hidden: Float[Tensor, "r d"], labels: Int[Tensor, " r"], *, rows_per_chunk: int
+    ) -> Float[Tensor, " r"]:
+        """Each row's logprob of its label at temperature 1, float32; [rows_per_chunk, v] in memory at once."""
+        labels = labels.to(self.weight.device)
+        found = [hidden.new_zeros(0, dtype=torch.float32, device=self.weight.device)]
+        for start in range(0, hidden.shape[0], rows_per_chunk):
+            chunk = slice(start, start + rows_per_chunk)
+            logits = self.logits(hidden[chunk])
+            found.append(logits.gather(1, labels[chunk, None])[:, 0] - logits.logsumexp(dim=1))
+        return torch.cat(found)
+
     def relation(self, hidden: Float[Tensor, "n d"], *, centered: bool) -> RelationMatrix:
         """G / ||G|| with G = Z Z^T, Z the raw logits of an image's visual rows; float32.
 

@@ -16,11 +16,20 @@ import torch
 from torch import Tensor
 
 from storage.errors import StillhouseError
-from storage.records import ImageRef, PartRecords, RelationMatrix, SampleError, TokensRecord, image_key
+from storage.records import (
+    ImageRef,
+    PartRecords,
+    RelationMatrix,
+    SampleError,
+    SequenceLogprob,
+    TokensRecord,
+    image_key,
+)
 from storage.relation import num_blocks
 from storage.rows import SparseRows
 from teacher_dump.head import OutputHead
 from teacher_dump.images import LoadedImage, load_image
+from teacher_dump.pairs import without_lone_halves
 from teacher_dump.plan import Part
 from teacher_dump.prompt import PromptBuilder
 from teacher_dump.samples import Sample, SampleRefusedError
@@ -51,13 +60,14 @@ class SignalRequest:
     relation_centered: bool | None = None
     relation_pool: int | None = None  # side of the blocks that relation matrices are averaged over
     hidden_limit: float | None = None  # the largest hidden state that the cache's encoding holds
+    sequence: bool = False  # logprobs of whole answers
     images: bool = False  # keep the images' files
     rows_per_chunk: int = 1024
 
     @property
     def needs_teacher(self) -> bool:
         signals = (self.response, self.visual, self.relation_centered, self.hidden_limit)
-        return any(signal is not None for signal in signals)
+        return self.sequence or any(signal is not None for signal in signals)
 
 
 @dataclass(frozen=True)
@@ -174,9 +184,10 @@ class PartScorer:
             relation=None if request.relation_centered is None else gathered.relation,
             errors=gathered.errors,
             hidden=None if request.hidden_limit is None else gathered.hidden,
+            sequence=gathered.sequence if request.sequence else None,
             images=gathered.images if request.images else None,
         )
-        return Scored(records, gathered.num_tokens)
+        return Scored(without_lone_halves(records), gathered.num_tokens)
 
     def prepare(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Prepared]:
         """The samples that can be scored; the others are added to `errors`."""
@@ -250,8 +261,16 @@ class PartScorer:
             else:
                 gathered.errors.append(SampleError(sample.record.sample_id, reason))
         if self._request.response is not None:
-            kept, responses = _possible(kept, self._response(head, self._request.response, kept), gathered.errors)
-            gathered.response += responses
+            rows = self._response(head, self._request.response, kept)
+            possible = _possible(kept, [_label_logprobs(one) for one in rows], gathered.errors)
+            gathered.response += [rows[at] for at in possible]
+            gathered.sequence += [_sequence(_label_logprobs(rows[at])) for at in possible]
+            kept = [kept[at] for at in possible]
+        elif self._request.sequence:
+            logprobs = [self._logprobs(head, *one) for one in kept]
+            possible = _possible(kept, logprobs, gathered.errors)
+            gathered.sequence += [_sequence(logprobs[at]) for at in possible]
+            kept = [kept[at] for at in possible]
         gathered.tokens += [sample.record for sample, _ in kept]
         self._add_images([sample for sample, _ in kept], gathered)
         if self._request.hidden_limit is not None:
@@ -285,12 +304,7 @@ class PartScorer:
             return []
         rows = head.sparse_rows(
             torch.cat([_response_states(sample, states) for sample, states in kept]),
-            labels=torch.cat(
-                [
-                    torch.from_numpy(sample.record.token_ids[sample.record.response_mask].astype(np.int64))
-                    for sample, _ in kept
-                ]
-            ),
+            labels=torch.cat([_labels(sample) for sample, _ in kept]),
             selection=request.selection,
             uniforms=np.concatenate(
                 [
@@ -302,6 +316,12 @@ class PartScorer:
             temperatures=request.temperatures,
         )
         return _split(rows, counts)
+
+    def _logprobs(self, head: OutputHead, sample: Prepared, states: Tensor) -> np.ndarray:
+        """(r,) each response token's logprob."""
+        labels = _labels(sample)
+        rows = _response_states(sample, states)
+        return head.label_logprobs(rows, labels, rows_per_chunk=self._request.rows_per_chunk).cpu().numpy()
 
     def _visual(self, head: OutputHead, request: RowRequest, images: dict[str, Tensor]) -> dict[str, SparseRows]:
         if not images:
@@ -331,10 +351,16 @@ class _Gathered:
     visual: dict[str, SparseRows] = field(default_factory=dict)
     relation: dict[str, RelationMatrix] = field(default_factory=dict)
     hidden: list[np.ndarray] = field(default_factory=list)
+    sequence: list[SequenceLogprob] = field(default_factory=list)
     images: dict[str, bytes] = field(default_factory=dict)
     image_keys: set[str] = field(default_factory=set)
     errors: list[SampleError] = field(default_factory=list)
     num_tokens: int = 0
+
+
+def _labels(sample: Prepared) -> Tensor:
+    """(r,) the response tokens, int64."""
+    return torch.from_numpy(sample.record.token_ids[sample.record.response_mask].astype(np.int64))
 
 
 def _response_states(sample: Prepared, states: Tensor) -> Tensor:
@@ -354,19 +380,28 @@ def _new_images(kept: Sequence[tuple[Prepared, Tensor]], known: set[str]) -> dic
 
 
 def _possible(
-    kept: list[tuple[Prepared, Tensor]], responses: list[SparseRows], errors: list[SampleError]
-) -> tuple[list[tuple[Prepared, Tensor]], list[SparseRows]]:
-    """Those samples whose answers the teacher holds possible; a token of probability 0 makes one an error."""
+    kept: Sequence[tuple[Prepared, Tensor]], logprobs: Sequence[np.ndarray], errors: list[SampleError]
+) -> list[int]:
+    """Which samples' answers the teacher holds possible; a token of probability 0 makes one an error."""
     possible = []
-    for (sample, states), rows in zip(kept, responses, strict=True):
-        assert rows.label_logprob is not None
-        if np.isfinite(rows.label_logprob).all():
-            possible.append(((sample, states), rows))
+    for at, ((sample, _), of_labels) in enumerate(zip(kept, logprobs, strict=True)):
+        is_possible = np.isfinite(of_labels)
+        if is_possible.all():
+            possible.append(at)
         else:
-            token = int(np.argmin(np.isfinite(rows.label_logprob)))
-            reason = f"the teacher gives token {token} of its answer the probability 0"
+            reason = f"the teacher gives token {int(np.argmin(is_possible))} of its answer the probability 0"
             errors.append(SampleError(sample.record.sample_id, reason))
-    return [one for one, _ in possible], [rows for _, rows in possible]
+    return possible
+
+
+def _label_logprobs(rows: SparseRows) -> np.ndarray:
+    assert rows.label_logprob is not None
+    return rows.label_logprob
+
+
+def _sequence(logprobs: np.ndarray) -> SequenceLogprob:
+    """The sum over an answer's tokens, in float32 at the end only."""
+    return SequenceLogprob(float(np.float32(logprobs.sum(dtype=np.float64))), len(logprobs))
 
 
 def _split(rows: SparseRows, counts: Sequence[int]) -> list[SparseRows]:

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from storage.preference import check_pairs, pairs_of
+from storage.records import PartRecords, SampleError
+from teacher_dump.processor import load_processor
+from teacher_dump.scoring import SignalRequest
+from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher
+
+SEQUENCE = SignalRequest(sequence=True)
+
+
+def write_pairs(folder: Path, answers: dict[str, str], images: dict[str, str] | None = None) -> Path:
+    """One question about one red image, answered in several ways; the keys are sample ids."""
+    Image.new("RGB", (32, 32), "red").save(folder / "red.png")
+    Image.new("RGB", (32, 32), "blue").save(folder / "blue.png")
+    rows = []
+    for name, answer in answers.items():
+        turns = [{"from": "human", "value": "<image>\nwhat colour?"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": name, "image": (images or {}).get(name, "red.png"), "conversations": turns})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_sequence_logprobs_are_the_sums_of_the_models_own(tmp_path: Path, tiny_teacher: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_teacher).eval()
+    processor = load_processor(tiny_teacher)
+    file = write_pairs(tmp_path, {"a#chosen": "red", "a#rejected": "the left half is blue", "b": "red red"})
+    scored = make_scorer(tiny_teacher, tmp_path, SEQUENCE, reference_teacher(tiny_teacher)).score(part_of(file))
+    records = scored.records
+    assert records.response is None
+    assert records.sequence is not None
+    for record, sequence in zip(records.tokens, records.sequence, strict=True):
+        text = processor.tokenizer.decode(record.token_ids)
+        inputs = processor(images=[Image.open(tmp_path / "red.png")], text=[text], return_tensors="pt")
+        with torch.inference_mode():
+            logprobs = model(**inputs).logits[0, :, :300].double().log_softmax(dim=-1)
+        total = 0.0
+        ids = inputs["input_ids"][0]
+        for position in range(len(ids) - record.num_response_tokens, len(ids)):
+            total += float(logprobs[position - 1, ids[position]])
+        assert sequence.num_tokens == record.num_response_tokens
+        assert sequence.logprob == pytest.approx(total, abs=1e-4)
+        assert float(np.float32(sequence.logprob)) == sequence.logprob
+
+
+def test_sequence_logprobs_beside_response_rows_are_the_same(tmp_path: Path, tiny_teacher: Path) -> None:
+    file = write_pairs(tmp_path, {"a#chosen": "red", "a#rejected": "blue and white"})
+    teacher = reference_teacher(tiny_teacher)
+    alone = make_scorer(tiny_teacher, tmp_path, SEQUENCE, teacher).score(part_of(file)).records
+    both = dataclasses.replace(EVERYTHING, sequence=True)
+    beside = make_scorer(tiny_teacher, tmp_path, both, teacher).score(part_of(file)).records
+    assert alone.sequence is not None
+    assert beside.sequence is not None
+    assert [one.num_tokens for one in alone.sequence] == [one.num_tokens for one in beside.sequence]
+    for one, other in zip(alone.sequence, beside.sequence, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_an_error_on_one_half_reports_both_and_leaves_nothing_behind(tmp_path: Path, tiny_teacher: Path) -> None:
+    answers = {
+        "a#chosen": "red",
+        "a#rejected": "",
+        "b#chosen": "red",
+        "b#rejected": "blue",
+        "c": "red",
+        "d#chosen": "x",
+    }
+    file = write_pairs(tmp_path, answers, {"a#chosen": "blue.png", "a#rejected": "blue.png"})
+    everything = dataclasses.replace(EVERYTHING, sequence=True, images=True)
+    scorer = make_scorer(tiny_teacher, tmp_path, everything, reference_teacher(tiny_teacher))
+    records = scorer.score(part_of(file)).records
+    assert [record.sample_id for record in records.tokens] == ["b#chosen", "b#rejected", "c"]
+    assert [pair.pair_id for pair in pairs_of([record.sample_id for record in records.tokens])] == ["b"]
+    check_pairs(records.tokens)
+    reasons = {error.sample_id: error.reason for error in records.errors}
+    assert set(reasons) == {"a#chosen", "a#rejected", "d#chosen"}
+    assert "a#rejected has no record: turn 1 is an empty answer" in reasons["a#chosen"]
+    assert "no such sample" in reasons["d#chosen"]
+    for family in (records.response, records.sequence):
+        assert family is not None
+        assert len(family) == 3
+    keys = {image.key for record in records.tokens for image in record.images}
+    assert records.images is not None
+    assert len(records.images) == 1
+    for by_key in (records.visual, records.relation):
+        assert by_key is not None
+        assert set(by_key) == keys
+
+
+def test_halves_with_different_prompts_are_both_errors(tmp_path: Path, tiny_teacher: Path) -> None:
+    file = write_pairs(tmp_path, {"a#chosen": "red", "a#rejected": "blue"}, {"a#rejected": "blue.png"})
+    scorer = make_scorer(tiny_teacher, tmp_path, SignalRequest(), None)
+    records: PartRecords = scorer.score(part_of(file)).records
+    assert records.tokens == []
+    assert [type(error) for error in records.errors] == [SampleError, SampleError]
+    assert all("prompt or images differ" in error.reason for error in records.errors)
