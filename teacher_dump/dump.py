@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -28,8 +28,11 @@ from teacher_dump.processor import load_processor
 from teacher_dump.samples import SampleRefusedError, read_samples
 
 if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does without
-    from teacher_dump.scoring import RowRequest, SignalRequest
+    from teacher_dump.scoring import PartScorer, RowRequest, SignalRequest
     from teacher_dump.worker import PartOutcome, WorkerSettings
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 SCHEMAS = {"data": DataSection, "teacher": TeacherSection, "dump": DumpSection, "cache": CacheSection}
 SUMMARY_FILE = "dump.json"
@@ -283,6 +286,33 @@ def _outcomes(
         logs=settings.logs,
         notify=lambda message: print(f"dump: {message}", file=screen),
     )
+
+
+def with_teacher(
+    planned: DumpPlan,
+    settings: DumpSettings,
+    function: Callable[[PartScorer, A], B],
+    argument: A,
+    *,
+    request: SignalRequest | None = None,
+) -> B:
+    """`function(scorer, argument)` in one actor of a dump, its teacher open. See ray_jobs.with_teacher.
+
+    `request`: the scorer's, where it is to make other signals than the dump's.
+    """
+    from teacher_dump import ray_jobs
+
+    worker, dump = worker_settings(planned, settings), settings.dump
+    with quiet(settings.logs / LOG_FILE):
+        return ray_jobs.with_teacher(
+            worker if request is None else replace(worker, request=request),
+            function,
+            argument,
+            num_cpus=dump.cpus_per_actor,
+            num_gpus=dump.gpus_per_actor,
+            address=dump.ray_address,
+            logs=settings.logs,
+        )
 
 
 def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:

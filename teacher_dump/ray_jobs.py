@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -28,13 +28,17 @@ from ray.exceptions import RayError
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.log_file import send_output_to
 from teacher_dump.plan import Part
-from teacher_dump.worker import PartOutcome, Worker, WorkerSettings
+from teacher_dump.scoring import PartScorer
+from teacher_dump.worker import PartOutcome, Worker, WorkerSettings, open_scorer
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray; parts travel as text and results as a few numbers
 _NUM_RESTARTS = 5  # of an actor: an accident may repeat, a part that always kills its worker must not loop
 _NOT_STARTED = 127  # as shells have it
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 _log = logging.getLogger(__name__)
 
@@ -119,6 +123,35 @@ def score_parts(
             raise StillhouseError(f"a dump worker failed; see {logs}: {_last_line(error)}") from error
 
 
+def with_teacher(
+    settings: WorkerSettings,
+    function: Callable[[PartScorer, A], B],
+    argument: A,
+    *,
+    num_cpus: float,
+    num_gpus: float | None,
+    address: str | None,
+    logs: Path,
+) -> B:
+    """`function(scorer, argument)`, called in one actor that has opened a teacher and ends with the call.
+
+    `function` is one of a module, and what it takes and returns can be pickled; what is printed goes to the logs.
+    Resources as in `score_parts`. StillhouseError (or ConfigError): what the function or the teacher raised,
+    or an actor that died.
+    """
+    with _cluster(address, local_cpus=math.ceil(num_cpus)):
+        gpus = gpus_or_default(num_gpus, settings.engine_settings.get("tensor_parallel_size", 1))
+        actor = ray.remote(num_cpus=num_cpus, num_gpus=gpus)(_TeacherActor).remote(settings, logs.resolve())
+        try:
+            said: _Said = ray.get(actor.call.remote(function, argument))
+        except RayError as error:
+            raise StillhouseError(f"the teacher's process failed; see {logs}: {_last_line(error)}") from error
+        finally:
+            ray.kill(actor)
+    said.raise_failure()
+    return said.result
+
+
 def run_commands(
     commands: Sequence[Command],
     num_cpus: float,
@@ -148,13 +181,54 @@ def run_commands(
                 raise StillhouseError(f"a command's worker failed; see {logs}: {_last_line(error)}") from error
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What an actor answers. Failures are answers too, so that Ray's own text does not hide them."""
+
+    result: Any = None
+    failure: str = ""
+    is_config: bool = False
+
+    @staticmethod
+    def of(error: Exception, log: Path) -> _Said:
+        """A failure, told in one line; the traceback of one that nobody foresaw goes to the log."""
+        if isinstance(error, StillhouseError):
+            return _Said(failure=str(error), is_config=isinstance(error, ConfigError))
+        _log.error("the worker failed in a way that nobody foresaw", exc_info=error)
+        return _Said(failure=f"a dump worker failed: {type(error).__name__}: {error}; the traceback is in {log}")
+
+    def raise_failure(self) -> None:
+        if self.failure:
+            raise (ConfigError if self.is_config else StillhouseError)(self.failure)
+
+
+class _TeacherActor:
+    """A teacher that is opened for one call."""
+
+    def __init__(self, settings: WorkerSettings, logs: Path) -> None:
+        self._settings = settings
+        self._log_path = _log_to_file(logs)
+
+    def call(self, function: Callable[[PartScorer, Any], Any], argument: Any) -> _Said:
+        try:
+            return _Said(function(open_scorer(self._settings), argument))
+        except Exception as error:
+            return _Said.of(error, self._log_path)
+
+
+def _log_to_file(logs: Path) -> Path:
+    """Send what this process prints and logs to a file of its own; its path."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    path = logs / f"teacher-{socket.gethostname()}-{os.getpid()}.log"
+    send_output_to(path)
+    return path
+
+
 class _PartActor:
-    """A Worker as Ray Data calls it. Failures travel as rows, so that Ray's own text does not hide them."""
+    """A Worker as Ray Data calls it."""
 
     def __init__(self, *, settings: WorkerSettings, logs: Path) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-        self._log_path = logs / f"teacher-{socket.gethostname()}-{os.getpid()}.log"
-        send_output_to(self._log_path)
+        self._log_path = _log_to_file(logs)
         self._settings = settings
         self._worker: Worker | None = None
 
@@ -166,20 +240,14 @@ class _PartActor:
                 self._worker = Worker(self._settings)
             row |= asdict(self._worker.run(Part.from_text(str(text))))
         except Exception as error:
-            if not isinstance(error, StillhouseError):
-                _log.exception("the worker failed in a way that nobody foresaw")
-            said = str(error) if isinstance(error, StillhouseError) else self._unforeseen(error)
-            row = {"failure": said, "is_config": isinstance(error, ConfigError)}
+            said = _Said.of(error, self._log_path)
+            row = {"failure": said.failure, "is_config": said.is_config}
             row |= asdict(PartOutcome(-1, 0, 0, 0, 0.0, 0.0))
         return {name: np.array([value]) for name, value in row.items()}
 
-    def _unforeseen(self, error: Exception) -> str:
-        return f"a dump worker failed: {type(error).__name__}: {error}; the traceback is in {self._log_path}"
-
 
 def _outcome(row: Mapping[str, Any]) -> PartOutcome:
-    if row["failure"]:
-        raise (ConfigError if row["is_config"] else StillhouseError)(row["failure"])
+    _Said(failure=row["failure"], is_config=row["is_config"]).raise_failure()
     names = PartOutcome.__dataclass_fields__
     return PartOutcome(**{name: row[name] for name in names})
 

@@ -165,6 +165,10 @@ class PartScorer:
         self._request = request
         self._teacher = teacher if request.needs_teacher else None
 
+    @property
+    def teacher(self) -> OpenTeacher | None:
+        return self._teacher
+
     def score(self, part: Part) -> Scored:
         """The part's records in the order of its samples. Rows are a function of the part and the seeds."""
         gathered = _Gathered(errors=list(part.errors))

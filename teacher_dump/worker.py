@@ -70,7 +70,7 @@ class Worker:
     def run(self, part: Part) -> PartOutcome:
         """Score a part and commit it. StillhouseError: the teacher cannot be used."""
         if self._scorer is None:
-            self._scorer = _open_scorer(self._settings, self._writer)
+            self._scorer = self._open_scorer()
         started = time.time()
         scored = self._scorer.score(part)
         self._writer.write_part(part.number, scored.records)
@@ -82,6 +82,12 @@ class Worker:
             started=started,
             finished=time.time(),
         )
+
+    def _open_scorer(self) -> PartScorer:
+        scorer = open_scorer(self._settings)
+        if scorer.teacher is not None and self._settings.request.hidden_limit is not None:
+            self._writer.put_head(scorer.teacher.head.stored())
+        return scorer
 
 
 def open_preparer(settings: WorkerSettings) -> Preparer:
@@ -99,12 +105,11 @@ def open_preparer(settings: WorkerSettings) -> Preparer:
     )
 
 
-def _open_scorer(settings: WorkerSettings, writer: CacheWriter) -> PartScorer:
+def open_scorer(settings: WorkerSettings) -> PartScorer:
+    """A scorer with its teacher loaded, and seen to see. StillhouseError: the teacher cannot be used."""
     preparer = open_preparer(settings)
     teacher = open_teacher(settings) if settings.request.needs_teacher else None
     scorer = PartScorer(preparer, settings.request, teacher)
-    if teacher is not None and settings.request.hidden_limit is not None:
-        writer.put_head(teacher.head.stored())
     if teacher is not None and settings.check_samples:
         check_sight(scorer, teacher.head, settings.check_samples)
     return scorer

@@ -215,3 +215,34 @@ def test_commands_run_as_tasks_and_leave_their_output(ray_head: RayHead, tmp_pat
     for number in range(3):
         said = (tmp_path / f"{number}.log").read_text(encoding="utf-8")
         assert said == f"hello {number} {REPOSITORY}\n"
+
+
+def test_a_function_is_called_with_an_open_teacher(
+    ray_head: RayHead, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """Its result comes back, its failure is a StillhouseError, and what it prints is in the logs."""
+    code = (
+        "import json, sys\n"
+        "from storage.errors import StillhouseError\n"
+        "from teacher_dump.dump import plan_dump, read_settings, with_teacher\n"
+        "from tests.teacher_dump.teacher_calls import count_tokens, fail\n"
+        "settings = read_settings(sys.argv[1])\n"
+        "planned = plan_dump(settings)\n"
+        "print(json.dumps(with_teacher(planned, settings, count_tokens, list(planned.plan.parts))))\n"
+        "try:\n"
+        "    with_teacher(planned, settings, fail, 'by a division')\n"
+        "except StillhouseError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(write_config())],
+        cwd=REPOSITORY, env=ray_head.environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    counted, failed = done.stdout.splitlines()
+    assert len(json.loads(counted)) == 8
+    assert all(num_tokens > 4 * 16 for num_tokens in json.loads(counted))  # an image is 16 positions
+    assert failed.startswith("a dump worker failed: ZeroDivisionError: by a division; the traceback is in ")
+    said = "".join(log.read_text(encoding="utf-8") for log in (tmp_path / "runs/tiny/logs").glob("teacher-*"))
+    assert "counted 8 parts" in said
+    assert "Traceback" in said
