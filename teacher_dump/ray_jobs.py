@@ -141,7 +141,8 @@ def with_teacher(
     """
     with _cluster(address, local_cpus=math.ceil(num_cpus)):
         gpus = gpus_or_default(num_gpus, settings.engine_settings.get("tensor_parallel_size", 1))
-        actor = ray.remote(num_cpus=num_cpus, num_gpus=gpus)(_TeacherActor).remote(settings, logs.resolve())
+        kind: Any = ray.remote(num_cpus=num_cpus, num_gpus=gpus)(_TeacherActor)  # Ray's types know no methods
+        actor = kind.remote(settings, logs.resolve())
         try:
             said: _Said = ray.get(actor.call.remote(function, argument))
         except RayError as error:
