@@ -13,8 +13,9 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
-from benchmarks import dump_roads, smol_llava
+from benchmarks import dump_host, dump_roads, smol_llava
 from benchmarks.dump_roads import REPETITIONS, Road
 from benchmarks.results import Results, table, wants_json
 from student_train.huggingface import transformers_module
@@ -23,13 +24,14 @@ NUM_SAMPLES = 256
 NUM_IMAGES = 64
 ANSWER_TOKENS = 24
 RUN = Path("runs/bench_dump")
-HOST_ROWS = 8192
-HOST_RUNS = 7
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def main() -> None:
     """Run all and print."""
-    as_json = wants_json(__doc__.splitlines()[0])
+    as_json = wants_json(__doc__ or "")
     results = Results("benchmarks.dump")
     cpus = os.cpu_count() or 1
     source = apart(_prepare, RUN)
@@ -51,7 +53,7 @@ def main() -> None:
             results.metrics["speedup_over_prompt_logprobs"] = ratio
         else:
             results.metrics["speedup_over_prompt_logprobs_small_teacher"] = ratio
-    host = apart(_host_rows_per_s)
+    host = apart(dump_host.rows_per_s, RUN / "host")
     results.metrics["host_rows_per_s"] = statistics.median(host)
     results.details["host_rows_per_s"] = host
     print(table(["teacher", "road", "tokens", "rows", "median s", "least", "most"], rows))
@@ -59,12 +61,11 @@ def main() -> None:
     results.print(as_json=as_json)
 
 
-def apart(function: Callable, *arguments: object) -> object:
+def apart(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     """A function's result, computed in a fresh process with all cores."""
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments, named)
 
 
 def _prepare(run: Path) -> Path:
@@ -88,14 +89,6 @@ def _dump(teacher: Path, source: Path, cpus: int) -> list[float]:
         assert result.num_errors == 0
         seconds.append(result.summary.seconds)
     return seconds
-
-
-def _host_rows_per_s() -> list[float]:
-    """From selected rows, as tensors' own memory, to a committed part: SmolLM2's natural rows, one core."""
-    import torch
-
-    torch.set_num_threads(1)
-    raise NotImplementedError
 
 
 def _spread(seconds: list[float]) -> list[str]:

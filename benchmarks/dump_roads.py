@@ -75,6 +75,7 @@ def prompt_logprobs(teacher: Path, source: Path) -> Road:
     torchvision_shim.ensure()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import vllm
+    from vllm.logprobs import FlatLogprobs
 
     prepared, _ = _prepared(teacher, source)
     vllm_teacher.register_in_process(checkpoint.read_json(teacher / "config.json")["architectures"])
@@ -96,8 +97,9 @@ def prompt_logprobs(teacher: Path, source: Path) -> Road:
             before = time.perf_counter()
             ids, logprobs = [], []
             for sample, output in zip(batch, outputs, strict=True):
-                num_tokens += len(output.prompt_token_ids)
+                num_tokens += len(output.prompt_token_ids or ())
                 flat = output.prompt_logprobs
+                assert isinstance(flat, FlatLogprobs)
                 for position in sample.response_positions + 1:
                     places = slice(flat.start_indices[position], flat.end_indices[position])
                     ids.append(np.array(flat.token_ids[places], np.int32))

@@ -108,7 +108,7 @@ def read(report: Callable[[str], None]) -> tuple[list[TeacherRows], Tensor]:
     model, tokens = _model_and_tokens()
     report(f"SmolLM2-135M: {tokens.numel()} tokens of Python's documentation")
     hidden, weight = _hidden(model, tokens), model.lm_head.weight.detach()
-    labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).flatten()
+    labels = _labels(tokens)
     shallow = copy.deepcopy(model)
     shallow.model.layers = shallow.model.layers[:-4]
     shallow_hidden = _hidden(shallow, tokens)
@@ -130,6 +130,13 @@ def read(report: Callable[[str], None]) -> tuple[list[TeacherRows], Tensor]:
         report(f"{name}: student of {100 * noise:.1f} % weight noise, mean KL {student.mean_kl:.3f} nats")
         found.append(TeacherRows(name, hidden, weight, scale, labels, (student, skipping)))
     return found, tokens
+
+
+@torch.no_grad()
+def natural(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, the head, and the labels of so many rows as they are."""
+    model, tokens = _model_and_tokens(num_rows)
+    return _hidden(model, tokens), model.lm_head.weight.detach(), _labels(tokens)
 
 
 @torch.no_grad()
@@ -165,12 +172,16 @@ def topics() -> list[tuple[str, str]]:
     return [(name, topics[name]) for name in sorted(topics)]
 
 
-def _model_and_tokens() -> tuple[Any, Tensor]:
+def _labels(tokens: Tensor) -> Tensor:
+    return torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).flatten()
+
+
+def _model_and_tokens(num_rows: int = NUM_ROWS) -> tuple[Any, Tensor]:
     model, tokenizer = model_and_tokenizer()
     ids = torch.tensor(tokenizer("\n\n".join(text for _, text in topics()))["input_ids"])
     sequences = ids[: LENGTH * (len(ids) // LENGTH)].view(-1, LENGTH)
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
-    return model, sequences[order[: NUM_ROWS // LENGTH]]
+    return model, sequences[order[: num_rows // LENGTH]]
 
 
 def _wheel_folder() -> Path:

@@ -1,0 +1,84 @@
+"""How many rows a second one core takes from selected rows to a committed part: the bound where a GPU selects.
+
+Natural rows of SmolLM2 (see `text_rows`), as a part of 256 samples of 64 answer tokens in the default selection.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import text_rows
+from storage.config import SelectionSection
+from storage.identity import Identity
+from storage.records import PartRecords, TokensRecord
+from storage.rows import SparseRows
+from storage.writer import CacheWriter
+from teacher_dump.selection import Threshold, row_uniforms, select_rows
+
+NUM_SAMPLES = 256
+SAMPLE_ROWS = 64
+RUNS = 7
+_PROMPT = np.arange(8, dtype=np.int32)
+
+
+def rows_per_s(folder: Path) -> list[float]:
+    """By repetition, from the rows of a selection to a part's commit on disk."""
+    torch.set_num_threads(1)
+    section = SelectionSection()
+    rows, labels, vocab_size = _selected(NUM_SAMPLES * SAMPLE_ROWS, section.tau)
+    identity = _identity(vocab_size, {"response": section.model_dump(mode="json")})
+    found = []
+    for _ in range(RUNS + 1):
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = CacheWriter.open(folder, identity, ["response"])
+        started = time.perf_counter()
+        writer.write_part(0, _records(rows, labels))
+        found.append(rows.num_rows / (time.perf_counter() - started))
+    return found[1:]
+
+
+def _selected(num_rows: int, tau: float) -> tuple[SparseRows, np.ndarray, int]:
+    """Sparse rows, their labels, and the size of the vocabulary."""
+    hidden, weight, labels = text_rows.natural(num_rows)
+    uniforms = row_uniforms(num_rows, seed=0, family="response", key="host")
+    parts = [
+        select_rows(logits, labels=labels[span], selection=Threshold(tau), uniforms=uniforms[span])
+        for span, logits in text_rows.logit_chunks(hidden, weight)
+    ]
+    return SparseRows.concatenate(parts), labels.numpy().astype(np.int32), len(weight)
+
+
+def _records(rows: SparseRows, labels: np.ndarray) -> PartRecords:
+    """The rows as samples of equal length."""
+    starts = range(0, rows.num_rows, SAMPLE_ROWS)
+    mask = np.concatenate([np.zeros(len(_PROMPT), bool), np.ones(SAMPLE_ROWS, bool)])
+    tokens = [
+        TokensRecord(f"{start:06d}", "train", "", np.concatenate([_PROMPT, labels[start : start + SAMPLE_ROWS]]), mask)
+        for start in starts
+    ]
+    return PartRecords(tokens, response=[rows.slice(start, start + SAMPLE_ROWS) for start in starts])
+
+
+def _identity(vocab_size: int, selection: dict[str, dict[str, Any]]) -> Identity:
+    return Identity(
+        teacher="SmolLM2-135M",
+        teacher_fingerprint="bench",
+        dtype="float32",
+        engine="bench",
+        tokenizer_fingerprint="bench",
+        vocab_size=vocab_size,
+        chat_template_fingerprint="bench",
+        image_preprocessing_fingerprint="bench",
+        image_token_id=-1,
+        eos_token_ids=(),
+        plan_fingerprint="bench",
+        num_parts=1,
+        image_root=".",
+        selection=selection,
+    )
