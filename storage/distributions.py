@@ -60,23 +60,22 @@ class RowGroups:
 
 def encode_groups(keys: Sequence[Columns], rows: Sequence[SparseRows], kept: RowFormat) -> RowGroups:
     """Row groups of some samples or images, each with its `keys`. ValueError for rows that a cache may not hold."""
+    parts = [(start, stop, SparseRows.concatenate(rows[start:stop])) for start, stop in _cuts(rows)]
     counts = np.zeros(kept.vocab_size, np.int64)
-    for each in rows:
-        each.validate(kept.vocab_size)
-        if each.log_sum_exp.shape[1] != kept.num_temperatures:
-            raise ValueError(f"rows have {each.log_sum_exp.shape[1]} temperatures, the cache {kept.num_temperatures}")
-        counts += np.bincount(each.ids, minlength=kept.vocab_size)
+    for start, stop, together in parts:
+        _validate(together, rows[start:stop], kept)
+        counts += np.bincount(together.ids, minlength=kept.vocab_size)
     id_groups = IdGroups.of_counts(counts)
     groups, errors = [], []
-    for start, stop in _cuts([each.num_rows for each in rows]):
-        together = SparseRows.concatenate(rows[start:stop])
+    for start, stop, together in parts:
         encoded = encode_block(together, id_groups, tau=kept.tau, rounding_kl=kept.rounding_kl)
         errors += encoded.errors.tolist()
         blocks = [encoded.block] + [b""] * (stop - start - 1)
+        scalars = _scalars(together, [each.num_rows for each in rows[start:stop]], kept)
         groups.append(
             [
-                {**key, **_scalars(each, kept), "block": block}
-                for key, each, block in zip(keys[start:stop], rows[start:stop], blocks, strict=True)
+                {**key, **values, "block": block}
+                for key, values, block in zip(keys[start:stop], scalars, blocks, strict=True)
             ]
         )
     table = zstandard.ZstdCompressor(level=9).compress(id_groups.table.tobytes())
@@ -129,32 +128,50 @@ def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return ((bits + half) >> spare << spare).view(np.float32)
 
 
-def _scalars(rows: SparseRows, kept: RowFormat) -> Columns:
-    scalars = {
-        "num_rows": rows.num_rows,
-        "entropy": rows.entropy,
-        "tail_mass": rows.tail_mass,
-        "log_sum_exp": rows.log_sum_exp.ravel(),
-    }
-    if rows.label_logprob is not None:
-        scalars["label_logprob"] = rows.label_logprob
-    if kept.rounding_kl == 0:
-        return scalars
-    scalars = {name: value if name == "num_rows" else rounded(value) for name, value in scalars.items()}
-    below_one = np.float32(1 - 2.0 ** -(SCALAR_BITS + 1))
-    below = (rows.num_exact > 0) & (scalars["tail_mass"] >= 1)
-    return {**scalars, "tail_mass": np.where(below, below_one, scalars["tail_mass"])}
+def _validate(together: SparseRows, rows: Sequence[SparseRows], kept: RowFormat) -> None:
+    """ValueError for rows that a cache may not hold, of the first sample that has any.
+
+    They are looked at all at once; what joining them would hide is looked at first.
+    """
+    for each in rows:
+        if each.offsets[0] != 0 or each.offsets[-1] != len(each.ids) or len(each.num_exact) != each.num_rows:
+            each.validate(kept.vocab_size)
+    if together.log_sum_exp.shape[1] != kept.num_temperatures:
+        raise ValueError(f"rows have {together.log_sum_exp.shape[1]} temperatures, the cache {kept.num_temperatures}")
+    try:
+        together.validate(kept.vocab_size)
+    except ValueError:
+        for each in rows:  # whose own row numbers say more
+            each.validate(kept.vocab_size)
+        raise
 
 
-def _cuts(counts: Sequence[int]) -> list[tuple[int, int]]:
+def _scalars(together: SparseRows, counts: Sequence[int], kept: RowFormat) -> list[Columns]:
+    """The scalar columns of samples of so many rows each."""
+    scalars = {"entropy": together.entropy, "tail_mass": together.tail_mass, "log_sum_exp": together.log_sum_exp}
+    if together.label_logprob is not None:
+        scalars["label_logprob"] = together.label_logprob
+    if kept.rounding_kl > 0:
+        scalars = {name: rounded(values) for name, values in scalars.items()}
+        below_one = np.float32(1 - 2.0 ** -(SCALAR_BITS + 1))
+        below = (together.num_exact > 0) & (scalars["tail_mass"] >= 1)
+        scalars["tail_mass"] = np.where(below, below_one, scalars["tail_mass"])
+    stops = np.cumsum(counts).tolist()
+    return [
+        {"num_rows": count, **{name: values[stop - count : stop].ravel() for name, values in scalars.items()}}
+        for count, stop in zip(counts, stops, strict=True)
+    ]
+
+
+def _cuts(rows: Sequence[SparseRows]) -> list[tuple[int, int]]:
     """Ranges of samples whose rows together are at most ROWS_PER_GROUP, or one sample."""
     cuts, start, size = [], 0, 0
-    for position, count in enumerate(counts):
-        if position > start and size + count > ROWS_PER_GROUP:
+    for position, each in enumerate(rows):
+        if position > start and size + each.num_rows > ROWS_PER_GROUP:
             cuts.append((start, position))
             start, size = position, 0
-        size += count
-    return [*cuts, (start, len(counts))] if start < len(counts) else cuts
+        size += each.num_rows
+    return [*cuts, (start, len(rows))] if start < len(rows) else cuts
 
 
 def _values(table: pa.Table, name: str, counts: NDArray[np.int64]) -> NDArray[np.float32]:

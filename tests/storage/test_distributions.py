@@ -136,3 +136,10 @@ def test_columns_that_contradict_each_other_are_refused(change, problem):
 def test_a_missing_or_damaged_table_of_ids_is_refused(metadata, problem):
     with pytest.raises(CorruptPartError, match=problem):
         decode_id_groups(metadata, VOCAB_SIZE)
+
+
+def test_a_sample_whose_offsets_do_not_fit_its_entries_is_refused_beside_whole_ones():
+    whole, shifted = make_samples([3, 3])
+    shifted = SparseRows(**{**vars(shifted), "offsets": shifted.offsets + 1})
+    with pytest.raises(ValueError, match="offsets must start with 0"):
+        write([whole, shifted])
