@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from storage.bits import pack_bits, packed_size, unpack_bits
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
-from storage.rows import HEAD_TOLERANCE, SparseRows, check_sampled_total
+from storage.rows import HEAD_TOLERANCE, SparseRows, check_sampled_total, check_sampled_weights
 
 BLOCK_VERSION = 2
 MAX_ROWS = 1 << 16
@@ -112,9 +112,64 @@ def decode_block(
 
     Errors: CorruptPartError for any bytes that are not the block of as many valid rows.
     """
+    sets = _read_sets(block, groups, tail_mass)
+    num_exact, num_sampled, split = sets.num_exact, sets.num_sampled, len(sets.exact_row)
+    if len(entropy) != len(tail_mass):
+        raise CorruptPartError(f"there are {len(tail_mass)} tail masses and {len(entropy)} entropies")
+    ids = groups.ids.take(sets.ranks)
+    exact_ids, exact_logprobs = _sorted_exact(sets.exact_row, sets.values, ids[:split])
+    sampled_ids, weights = _sorted_sampled(sets.sampled_row, ids[split:], sets.draws, sets.tau)
+    exact_logprobs += np.repeat(sets.shift, num_exact)
+    # Row by row: its exact entries, then its sampled ones.
+    counts = np.stack([num_exact, num_sampled], axis=1).ravel()
+    is_exact = np.repeat(np.tile(np.array([True, False]), len(num_exact)), counts)
+    all_ids, logprobs = np.empty(len(ids), np.int32), np.empty(len(ids), np.float32)
+    all_ids[is_exact], all_ids[~is_exact] = exact_ids, sampled_ids
+    logprobs[is_exact], logprobs[~is_exact] = exact_logprobs, weights
+    return SparseRows(
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(num_exact + num_sampled, dtype=np.int64)]),
+        ids=all_ids,
+        logprobs=logprobs,
+        num_exact=num_exact,
+        tail_mass=tail_mass,
+        entropy=entropy,
+        log_sum_exp=log_sum_exp,
+        label_logprob=label_logprob,
+    )
+
+
+def check_block(block: bytes | memoryview, groups: IdGroups, *, tail_mass: NDArray[np.float32], tau: float) -> None:
+    """All that `decode_block`, `SparseRows.validate` and `check_sampled_total` find in a block, in half the time.
+
+    Rows are not put in order, and not made; their scalars besides `tail_mass` are rows.check_scalars' affair.
+    Errors: CorruptPartError, ValueError.
+    """
+    sets = _read_sets(block, groups, tail_mass)
+    if tau > 0:
+        weights = (sets.draws + 1.0) * sets.tau
+        check_sampled_weights(_row_sums(weights, sets.num_sampled), tail_mass, tau)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sets:
+    """A block's entries, each row's exact ones and then each row's sampled ones, in the order of ranks."""
+
+    num_exact: NDArray[np.int32]  # (r,)
+    num_sampled: NDArray[np.int32]  # (r,)
+    exact_row: NDArray[np.int64]  # the row of each exact entry, shifted by 31 bits
+    sampled_row: NDArray[np.int64]  # likewise
+    ranks: NDArray[np.int32]
+    draws: NDArray  # one less than they are
+    tau: float
+    values: _Values
+    shift: NDArray[np.float32]  # (r,) what to add to exact logprobs
+
+
+def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[np.float32]) -> _Sets:
+    """What a block holds, after every check. Errors: CorruptPartError."""
     view = memoryview(block).cast("B")
     header = read_header(view)
-    if not header.num_rows == len(tail_mass) == len(entropy):
+    if header.num_rows != len(tail_mass):
         raise CorruptPartError(f"the block has {header.num_rows} rows, its scalar columns have {len(tail_mass)}")
     planes = _Planes(view, header)
     num_exact = planes.take("num_exact", f"<u{header.length_bytes}", header.num_rows).astype(np.int32)
@@ -141,30 +196,12 @@ def decode_block(
     twice.sort(kind="stable")  # two ascending runs: one merge
     if (twice[1:] == twice[:-1]).any():
         raise CorruptPartError("the block has an id twice in one row")
-    ids = groups.ids.take(ranks)
     draws = planes.take("draws", f"<u{header.draw_bytes}", header.num_sampled)
     if header.num_sampled and int(draws.max()) + 1 > 2 / header.tau:
         raise CorruptPartError(f"the block has {int(draws.max()) + 1} draws of weight {header.tau} for one entry")
     values = _values(planes, header, num_exact)
     shift = _shift(values, tail_mass, num_exact)
-    exact_ids, exact_logprobs = _sorted_exact(exact_row, values, ids[:split])
-    sampled_ids, weights = _sorted_sampled(sampled_row, ids[split:], draws, header.tau)
-    exact_logprobs += np.repeat(shift, num_exact)
-    # Row by row: its exact entries, then its sampled ones.
-    is_exact = np.repeat(np.tile(np.array([True, False]), header.num_rows), counts.reshape(2, -1).T.reshape(-1))
-    all_ids, logprobs = np.empty(len(ids), np.int32), np.empty(len(ids), np.float32)
-    all_ids[is_exact], all_ids[~is_exact] = exact_ids, sampled_ids
-    logprobs[is_exact], logprobs[~is_exact] = exact_logprobs, weights
-    return SparseRows(
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(num_exact + num_sampled, dtype=np.int64)]),
-        ids=all_ids,
-        logprobs=logprobs,
-        num_exact=num_exact,
-        tail_mass=tail_mass,
-        entropy=entropy,
-        log_sum_exp=log_sum_exp,
-        label_logprob=label_logprob,
-    )
+    return _Sets(num_exact, num_sampled, exact_row, sampled_row, ranks, draws, header.tau, values, shift)
 
 
 def read_header(view: memoryview) -> Header:

@@ -22,7 +22,7 @@ from storage.segments import COMMITS_FOLDER, SEGMENTS_FOLDER, Segment
 HEAD_FOLDER = "head"
 NUM_CONNECTIONS = 16  # requests at once where each is a round trip
 
-_ADVICE = f"delete the part's file in {COMMITS_FOLDER}/ and run the dump again"
+ADVICE = f"delete the part's file in {COMMITS_FOLDER}/ and run the dump again"
 _COMMIT_NAME = re.compile(r"part-(\d{5,8})\.json")
 _PART_NAME = re.compile(r"part-(\d{5,8})\.[0-9a-f]{12}\.parquet")
 _PART_OF_TEMPORARY = re.compile(r"part-(\d{5,8})\..+")
@@ -90,7 +90,7 @@ def check_file(folder: Folder, entry: FileEntry | HeadEntry, *, content: bool) -
         sha256 = folder.sha256(entry.file) if content and size == entry.file_bytes else entry.sha256
     except OSError as error:
         raise _unreadable(folder, entry, error) from error
-    _compare(folder, entry, size, sha256)
+    compare(folder, entry, size, sha256)
 
 
 def read_head(folder: Folder, entry: HeadEntry, vocab_size: int) -> StoredHead:
@@ -99,7 +99,7 @@ def read_head(folder: Folder, entry: HeadEntry, vocab_size: int) -> StoredHead:
         content = folder.read(entry.file)
     except OSError as error:
         raise _unreadable(folder, entry, error) from error
-    _compare(folder, entry, len(content), hashlib.sha256(content).hexdigest())
+    compare(folder, entry, len(content), hashlib.sha256(content).hexdigest())
     place = folder.place(entry.file)
     try:
         head = decode_head(content)
@@ -111,15 +111,16 @@ def read_head(folder: Folder, entry: HeadEntry, vocab_size: int) -> StoredHead:
 
 
 def _unreadable(folder: Folder, entry: FileEntry | HeadEntry, error: OSError) -> CorruptPartError:
-    return CorruptPartError(f"{folder.place(entry.file)}: cannot be read: {error.strerror or error}; {_ADVICE}")
+    return CorruptPartError(f"{folder.place(entry.file)}: cannot be read: {error.strerror or error}; {ADVICE}")
 
 
-def _compare(folder: Folder, entry: FileEntry | HeadEntry, size: int, sha256: str) -> None:
+def compare(folder: Folder, entry: FileEntry | HeadEntry, size: int, sha256: str) -> None:
+    """CorruptPartError unless a file's size and hash are the committed ones."""
     place = folder.place(entry.file)
     if size != entry.file_bytes:
-        raise CorruptPartError(f"{place}: has {size} bytes, its commit says {entry.file_bytes}; {_ADVICE}")
+        raise CorruptPartError(f"{place}: has {size} bytes, its commit says {entry.file_bytes}; {ADVICE}")
     if sha256 != entry.sha256:
-        raise CorruptPartError(f"{place}: sha256 is {sha256}, its commit says {entry.sha256}; {_ADVICE}")
+        raise CorruptPartError(f"{place}: sha256 is {sha256}, its commit says {entry.sha256}; {ADVICE}")
 
 
 def read_manifest(folder: Folder, segment: Segment) -> Manifest | None:

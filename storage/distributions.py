@@ -16,11 +16,11 @@ import pyarrow as pa
 import zstandard
 from numpy.typing import NDArray
 
-from storage.blocks import decode_block, encode_block
+from storage.blocks import check_block, decode_block, encode_block
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
 from storage.identity import Identity, stored_rounding_kl, stored_tau, stored_temperatures
-from storage.rows import SparseRows
+from storage.rows import SparseRows, check_scalars
 
 ROWS_PER_GROUP = 4096  # distribution rows: some milliseconds to decode
 ID_GROUPS_KEY = "stillhouse.id_groups"
@@ -101,23 +101,42 @@ def decode_group(table: pa.Table, id_groups: IdGroups, num_temperatures: int) ->
 
     Errors: CorruptPartError where columns, counts and block disagree.
     """
+    counts, block, scalars = _columns_of(table, num_temperatures)
+    rows = decode_block(block, id_groups, **scalars)
+    return rows, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def check_group(table: pa.Table, id_groups: IdGroups, kept: RowFormat) -> NDArray[np.int64]:
+    """How many rows each sample or image of a row group has, all of which are found to be good; none is made.
+
+    Errors: CorruptPartError, ValueError.
+    """
+    counts, block, scalars = _columns_of(table, kept.num_temperatures)
+    check_scalars(**scalars)
+    check_block(block, id_groups, tail_mass=scalars["tail_mass"], tau=kept.tau)
+    return counts
+
+
+def _columns_of(table: pa.Table, num_temperatures: int) -> tuple[NDArray[np.int64], bytes, dict[str, Any]]:
+    """Of a row group: rows by sample or image, the block, and the scalars of all rows."""
     counts = table["num_rows"].to_numpy().astype(np.int64)
     if (counts < 0).any():
         raise CorruptPartError("num_rows is negative")
     blocks = table["block"].to_pylist()
     if any(blocks[1:]):
         raise CorruptPartError("a row group has more than one block")
-    rows = decode_block(
+    log_sum_exp = _values(table, "log_sum_exp", counts * num_temperatures)
+    has_labels = "label_logprob" in table.column_names
+    return (
+        counts,
         blocks[0],
-        id_groups,
-        tail_mass=_values(table, "tail_mass", counts),
-        entropy=_values(table, "entropy", counts),
-        log_sum_exp=_values(table, "log_sum_exp", counts * num_temperatures).reshape(-1, num_temperatures)
-        if num_temperatures
-        else np.zeros((int(counts.sum()), 0), np.float32),
-        label_logprob=_values(table, "label_logprob", counts) if "label_logprob" in table.column_names else None,
+        {
+            "tail_mass": _values(table, "tail_mass", counts),
+            "entropy": _values(table, "entropy", counts),
+            "log_sum_exp": log_sum_exp.reshape(int(counts.sum()), num_temperatures),
+            "label_logprob": _values(table, "label_logprob", counts) if has_labels else None,
+        },
     )
-    return rows, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
 
 def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -64,7 +64,7 @@ class PartFiles:
             with self._folder.open_for_arrow(entry.file, entry.file_bytes) as source:
                 parquet = self._parquet(family, entry, source)
                 table = parquet.read(columns=list(names), use_threads=False)
-                return _validated(table, entry.rows)
+                return validated(table, entry.rows)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptPartError(f"{self._folder.place(entry.file)}: {error}") from error
 
@@ -108,7 +108,7 @@ class PartFiles:
             with self._folder.open_for_arrow(entry.file, entry.file_bytes) as source:
                 parquet = self._parquet(family, entry, source)
                 num_rows = parquet.metadata.row_group(group).num_rows
-                return _validated(parquet.read_row_group(group, use_threads=False), num_rows)
+                return validated(parquet.read_row_group(group, use_threads=False), num_rows)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptPartError(f"{self._folder.place(entry.file)}: {error}") from error
 
@@ -166,7 +166,7 @@ def _sized(table: pa.Table) -> tuple[pa.Table, int]:
     return table, table.nbytes
 
 
-def _validated(table: pa.Table, num_rows: int) -> pa.Table:
+def validated(table: pa.Table, num_rows: int) -> pa.Table:
     """The table in one chunk a column, if Arrow finds its buffers whole and nothing in it null."""
     table.validate(full=True)
     if table.num_rows != num_rows:

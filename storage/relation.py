@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ NOTHING_LEFT = 1e-6  # norm of a pooled G / ||G|| that is float32 rounding: cent
 _HEADER_1 = struct.Struct("<B3xI")  # version 1: a float16 triangle without an error; version, n
 _HEADER = struct.Struct("<BBBxIIf")  # version, kind, pool, n, k, cosine error
 _TRIANGLE_FP16, _TRIANGLE_INT8, _FACTOR_FP16, _FACTOR_INT8, _POOLED_FP16 = range(5)
+_KINDS = (RelationMatrix, RelationMatrix, RelationFactor, RelationFactor, PooledRelation)
 
 
 def encode_relation(matrix: RelationMatrix, section: RelationSection) -> bytes:
@@ -63,6 +65,28 @@ def decode_relation(payload: bytes | memoryview, *, norm: float, num_visual_toke
 
     Errors: CorruptPartError for any bytes that are not the payload of an image with so many visual tokens.
     """
+    kind, pool, n, values, frobenius = _checked_values(payload, norm, num_visual_tokens)
+    if kind in (_FACTOR_FP16, _FACTOR_INT8):
+        return RelationFactor((values / math.sqrt(frobenius)).astype(np.float32), float(norm))
+    values /= np.float32(frobenius)
+    matrix = _mirrored(values, num_blocks(n, pool) if pool else n)
+    if kind == _POOLED_FP16:
+        return PooledRelation(matrix, float(norm), num_visual_tokens=n, pool=pool)
+    return RelationMatrix(matrix, float(norm))
+
+
+def check_payload(
+    payload: bytes | memoryview, *, norm: float, num_visual_tokens: int, section: RelationSection
+) -> None:
+    """All that `decode_relation` and `check_encoding` find, without making the matrix. Errors: CorruptPartError."""
+    kind, pool, *_ = _checked_values(payload, norm, num_visual_tokens)
+    _check_kind(_KINDS[kind], pool or None, section)
+
+
+def _checked_values(
+    payload: bytes | memoryview, norm: float, num_visual_tokens: int
+) -> tuple[int, int, int, NDArray[Any], float]:
+    """Kind, pool, n, the factor or the packed triangle, and the Frobenius norm that it is to be divided by."""
     view = memoryview(payload).cast("B")
     kind, pool, n, k, _, start = _read_header(view)
     if n != num_visual_tokens:
@@ -71,15 +95,16 @@ def decode_relation(payload: bytes | memoryview, *, norm: float, num_visual_toke
         raise CorruptPartError(f"the norm of a relation matrix is {norm}, not a finite number of at least 0")
     content = view[start:]
     if kind in (_FACTOR_FP16, _FACTOR_INT8):
-        factor = _read_factor(content, n, k, int8=kind == _FACTOR_INT8)
-        squared = _checked_norm(float(np.linalg.norm(factor.T @ factor)), norm)
-        return RelationFactor((factor / math.sqrt(squared)).astype(np.float32), float(norm))
-    size = num_blocks(n, pool) if kind == _POOLED_FP16 else n
-    values = _read_int8(content, n) if kind == _TRIANGLE_INT8 else _read_fp16(content, size)
-    values /= np.float32(_checked_norm(float(np.linalg.norm(values.astype(np.float64))), norm))
-    if kind == _POOLED_FP16:
-        return PooledRelation(values, float(norm), num_visual_tokens=n, pool=pool)
-    return RelationMatrix(values, float(norm))
+        values = _read_factor(content, n, k, int8=kind == _FACTOR_INT8)
+        frobenius = float(np.linalg.norm(values.T @ values))
+    else:
+        size = num_blocks(n, pool) if kind == _POOLED_FP16 else n
+        values = _read_int8(content, n) if kind == _TRIANGLE_INT8 else _read_fp16(content)
+        size = num_blocks(n, pool) if kind == _POOLED_FP16 else n
+        wide = values.astype(np.float64)
+        diagonal = wide[_diagonal(size)]  # all else is there twice in the matrix
+        frobenius = math.sqrt(2 * float(wide @ wide) - float(diagonal @ diagonal))
+    return kind, pool, n, values, _checked_norm(frobenius, norm)
 
 
 def cosine_error(payload: bytes | memoryview) -> float | None:
@@ -89,10 +114,13 @@ def cosine_error(payload: bytes | memoryview) -> float | None:
 
 def check_encoding(relation: Relation, section: RelationSection) -> None:
     """CorruptPartError unless a cache of this encoding may hold such a matrix."""
+    _check_kind(type(relation), relation.pool if isinstance(relation, PooledRelation) else None, section)
+
+
+def _check_kind(kind: type[Relation], pool: int | None, section: RelationSection) -> None:
     expected = {"low_rank": (RelationFactor, RelationMatrix), "pooled": (PooledRelation,)}
-    pool = relation.pool if isinstance(relation, PooledRelation) else None
-    if not isinstance(relation, expected.get(section.encoding, (RelationMatrix,))) or pool != section.pool:
-        got = f"{type(relation).__name__}{'' if pool is None else f' of pool {pool}'}"
+    if kind not in expected.get(section.encoding, (RelationMatrix,)) or pool != section.pool:
+        got = f"{kind.__name__}{'' if pool is None else f' of pool {pool}'}"
         raise CorruptPartError(f"relation payload is a {got}, the cache's encoding is {section.encoding!r}")
 
 
@@ -133,7 +161,7 @@ def check_relation(matrix: RelationMatrix) -> None:
 
 def _encode_triangle(matrix: RelationMatrix) -> bytes:
     content = matrix.values[_triangle(len(matrix.values))].astype("<f2").tobytes()
-    decoded = _read_fp16(memoryview(content), len(matrix.values))
+    decoded = _mirrored(_read_fp16(memoryview(content)), len(matrix.values))
     return _with_header(_TRIANGLE_FP16, matrix, content, _error(matrix.values, decoded))
 
 
@@ -150,7 +178,8 @@ def _encode_triangle_int8(matrix: RelationMatrix) -> bytes:
         raise ValueError("the relation matrix has no positive diagonal: it is no Gram matrix")
     scales = (scales / math.sqrt(frobenius or 1.0)).astype("<f4")  # so that the decoded norm is 1
     content = scales.tobytes() + codes.tobytes()
-    return _with_header(_TRIANGLE_INT8, matrix, content, _error(matrix.values, _read_int8(memoryview(content), n)))
+    decoded = _mirrored(_read_int8(memoryview(content), n), n)
+    return _with_header(_TRIANGLE_INT8, matrix, content, _error(matrix.values, decoded))
 
 
 def _encode_low_rank(matrix: RelationMatrix, max_cosine_error: float, *, int8: bool) -> bytes:
@@ -225,7 +254,7 @@ def _encode_pooled(matrix: RelationMatrix, pool: int) -> bytes:
     pooled = pooled / frobenius if frobenius > NOTHING_LEFT else np.zeros_like(pooled)
     content = pooled[_triangle(len(pooled))].astype("<f2").tobytes()
     block = blocks_of_grid(n, pool)
-    spread = _read_fp16(memoryview(content), len(pooled))[block][:, block]
+    spread = _mirrored(_read_fp16(memoryview(content)), len(pooled))[block][:, block]
     return _with_header(_POOLED_FP16, matrix, content, _error(matrix.values, spread), pool=pool)
 
 
@@ -279,14 +308,16 @@ def _content_bytes(kind: int, pool: int, n: int, k: int) -> int:
     return (triangle, 4 * n + triangle // 2, 2 * n * k, 4 * k + n * k)[kind]
 
 
-def _read_fp16(content: memoryview, size: int) -> NDArray[np.float32]:
-    return _mirrored(_finite(np.frombuffer(content, "<f2")).astype(np.float32), size)
+def _read_fp16(content: memoryview) -> NDArray[np.float32]:
+    """The packed triangle."""
+    return _finite(np.frombuffer(content, "<f2").astype(np.float32))
 
 
 def _read_int8(content: memoryview, n: int) -> NDArray[np.float32]:
+    """The packed triangle."""
     scales = _scales(content[: 4 * n])
     row, column = _triangle(n)
-    return _mirrored(np.frombuffer(content[4 * n :], np.int8) * scales[row] * scales[column], n)
+    return np.frombuffer(content[4 * n :], np.int8) * scales.take(row) * scales.take(column)
 
 
 def _read_factor(content: memoryview, n: int, k: int, *, int8: bool) -> NDArray[np.float64]:
@@ -344,3 +375,9 @@ def _factor_error(values: NDArray[np.float64], factor: NDArray[np.float64]) -> f
 def _triangle(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row and column of each value of an upper triangle: one size serves most images of a cache."""
     return np.triu_indices(n)
+
+
+@lru_cache(maxsize=4)
+def _diagonal(n: int) -> NDArray[np.int64]:
+    """Where the diagonal lies in an upper triangle."""
+    return np.arange(n) * n - np.arange(n) * (np.arange(n) - 1) // 2

@@ -176,14 +176,29 @@ class SparseRows:
         _check((self.num_exact >= 0) & (self.num_exact <= np.diff(self.offsets)), "num_exact is wrong")
 
     def _check_scalars(self) -> None:
-        # A comparison with NaN is False, so each check also refuses NaN.
-        _check((self.tail_mass >= 0) & (self.tail_mass <= 1), "the tail mass is outside 0..1")
-        finite_entropy = np.isfinite(self.entropy) & (self.entropy >= -LOGPROB_TOLERANCE)
-        _check(finite_entropy, "the entropy is negative or not finite")
-        _check(np.asarray(np.isfinite(self.log_sum_exp).all(axis=1)), "a log-sum-exp is not finite")
-        if self.label_logprob is not None:
-            labels = np.isfinite(self.label_logprob) & (self.label_logprob <= LOGPROB_TOLERANCE)
-            _check(labels, "the label logprob is above 0 or not finite")
+        check_scalars(
+            tail_mass=self.tail_mass,
+            entropy=self.entropy,
+            log_sum_exp=self.log_sum_exp,
+            label_logprob=self.label_logprob,
+        )
+
+
+def check_scalars(
+    *,
+    tail_mass: NDArray[np.float32],
+    entropy: NDArray[np.float32],
+    log_sum_exp: NDArray[np.float32],
+    label_logprob: NDArray[np.float32] | None,
+) -> None:
+    """ValueError, naming the first row at fault, unless these are scalars that rows may have."""
+    # A comparison with NaN is False, so each check also refuses NaN.
+    _check((tail_mass >= 0) & (tail_mass <= 1), "the tail mass is outside 0..1")
+    _check(np.isfinite(entropy) & (entropy >= -LOGPROB_TOLERANCE), "the entropy is negative or not finite")
+    _check(np.asarray(np.isfinite(log_sum_exp).all(axis=1)), "a log-sum-exp is not finite")
+    if label_logprob is not None:
+        labels = np.isfinite(label_logprob) & (label_logprob <= LOGPROB_TOLERANCE)
+        _check(labels, "the label logprob is above 0 or not finite")
 
 
 def check_sampled_total(rows: SparseRows, tau: float) -> None:
@@ -195,12 +210,17 @@ def check_sampled_total(rows: SparseRows, tau: float) -> None:
         return
     sampled = ~rows.is_exact()
     weight = np.exp(rows.logprobs[sampled].astype(np.float64))
-    gap = np.abs(np.bincount(rows.row_of_entry()[sampled], weight, rows.num_rows) - rows.tail_mass)
+    check_sampled_weights(np.bincount(rows.row_of_entry()[sampled], weight, rows.num_rows), rows.tail_mass, tau)
+
+
+def check_sampled_weights(weights: NDArray[np.float64], tail_mass: NDArray[np.float32], tau: float) -> None:
+    """ValueError unless the sum of each row's sampled weights, (r,), lies within one draw of its tail."""
+    gap = np.abs(weights - tail_mass)
     if (gap > tau + HEAD_TOLERANCE).any():
         row = int(np.argmax(gap))
         raise ValueError(
             f"row {row}: sampled weights differ by {gap[row]:.6g} from the tail mass "
-            f"{rows.tail_mass[row]:.6g}, expected at most tau = {tau}"
+            f"{tail_mass[row]:.6g}, expected at most tau = {tau}"
         )
 
 

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from storage import commit as layout
-from storage.coding_errors import summary
-from storage.columns import (
-    family_errors,
-    hidden_states,
-    image_content,
-    relation_matrix,
-    sequence_logprob,
-    tokens_record,
-)
-from storage.distributions import RowFormat
 from storage.documents import Commit, Manifest
 from storage.errors import CacheError
 from storage.files import Folder, open_folder
-from storage.identity import stored_hidden, stored_relation
-from storage.part_files import PartFiles
-from storage.preference import check_pairs, check_sequence
+from storage.identity import Identity
+from storage.part_scan import Advance, PartFindings, scan_part
 from storage.reader import Part, join_parts
-from storage.records import TokensRecord
-from storage.relation import check_encoding
-from storage.rows import check_sampled_total
 from storage.segments import Segment, merged_identity, read_segments
 
-Progress = Callable[[int, int], None]  # parts done, parts in all
+Progress = Callable[[int, int], None]  # bytes of part files done, bytes in all
 
-_ROW_GROUPS_BYTES = 64 << 20  # each row group is read once, in order
+_MAX_SCANS = 8  # parts at once, each with one file in memory (part_scan.WHOLE_BYTES)
 
 
 @dataclass
@@ -73,15 +61,58 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     parts = join_parts(segments, commits)
     report.num_parts = len(parts)
     width = _head_width(folder, segments, commits, report)
+    bar = _Bytes(progress, sum(entry.file_bytes for part in parts for entry in part.families.values()))
     holders: dict[str, int] = {}
-    for done, part in enumerate(parts):
-        if progress:
-            progress(done, len(parts))
-        _PartScan(folder, segments, part, report, width).scan(holders)
-    if progress:
-        progress(len(parts), len(parts))
+    for findings in _scans(folder, merged_identity(segments), parts, width, bar.advance):
+        _add(report, findings, holders)
     _note_strangers(folder, segments, commits, report)
     return report
+
+
+def _scans(
+    folder: Folder, identity: Identity, parts: Sequence[Part], head_width: int | None, advance: Advance
+) -> Iterator[PartFindings]:
+    """What is found in each part, in order; a few are scanned at once."""
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_SCANS))
+    try:
+        yield from pool.map(
+            lambda part: scan_part(folder, identity, part, head_width=head_width, advance=advance), parts
+        )
+    finally:  # of an interrupt too
+        pool.shutdown(cancel_futures=True)
+
+
+def _add(report: VerifyReport, findings: PartFindings, holders: dict[str, int]) -> None:
+    """Add a part's findings to the report; `holders` maps each sample id seen so far to its part."""
+    report.problems += findings.problems
+    for sample_id in findings.sample_ids:
+        if sample_id in holders:
+            report.problems.append(
+                f"part {findings.number}: sample {sample_id!r} is in part {holders[sample_id]} too; {layout.ADVICE}"
+            )
+        holders[sample_id] = findings.number
+    report.num_samples += findings.num_samples
+    report.num_images += findings.num_images
+    for family, count in findings.num_rows.items():
+        report.num_rows[family] = report.num_rows.get(family, 0) + count
+
+
+class _Bytes:
+    """How many bytes are read, over all threads."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._lock = threading.Lock()
+        if progress:
+            progress(0, total)
+
+    def advance(self, num_bytes: int) -> None:
+        with self._lock:
+            self._done += num_bytes
+            if self._progress:
+                self._progress(self._done, self._total)
 
 
 def _scan_documents(folder: Folder, segment: Segment, report: VerifyReport) -> dict[int, Commit]:
@@ -170,166 +201,6 @@ def _head_width(
     except (CacheError, OSError) as error:
         report.problems.append(str(error))
         return None
-
-
-class _PartScan:
-    """One part's scan, over the files of all segments. It keeps the counts that the commits are compared with."""
-
-    def __init__(
-        self, folder: Folder, segments: Sequence[Segment], part: Part, report: VerifyReport, head_width: int | None
-    ) -> None:
-        self.folder = folder
-        self.identity = merged_identity(segments)
-        self.part = part
-        self.report = report
-        self.files = PartFiles(folder, max_bytes=_ROW_GROUPS_BYTES, checksums=False)
-        self.records: list[TokensRecord] = []
-        self.num_rows = {family: 0 for commit in part.commits for family in commit.num_rows}
-        self.head_width = head_width
-        self.errors: dict[str, list[float]] = {"relation": [], "hidden": []}
-
-    def scan(self, holders: dict[str, int]) -> None:
-        """Report what is wrong with the part; `holders` maps each sample id seen so far to its part."""
-        before, whole = len(self.report.problems), True
-        for entry in self.part.families.values():
-            whole &= self._try(lambda entry=entry: layout.check_file(self.folder, entry, content=True))
-        if not whole:  # what cannot be trusted is not parsed
-            return
-        for row in range(self.part.families["tokens"].rows):
-            self._try(lambda row=row: self._tokens(row), f"tokens row {row}")
-        ids = [record.sample_id for record in self.records]
-        for sample_id in [*ids, *(error.sample_id for error in self.part.commits[0].errors)]:
-            if sample_id in holders:
-                self._problem(f"sample {sample_id!r} is in part {holders[sample_id]} too")
-            holders[sample_id] = self.part.number
-        for family in ("response", "hidden", "sequence"):
-            if family in self.part.families:
-                self._samples(family)
-        if "sequence" in self.part.families:
-            self._try(lambda: check_pairs(self.records))
-        images = {image.key: image.num_visual_tokens for record in self.records for image in record.images}
-        for family in ("visual", "relation"):
-            if family in self.part.families:
-                self._images(family, images)
-        if "images" in self.part.families:
-            self._image_files()
-        sound = len(self.report.problems) == before
-        for commit in self.part.commits:
-            if sound:
-                self._try(lambda commit=commit: self._compare_errors(commit))
-            counted = (len(self.records), len(images), {family: self.num_rows[family] for family in commit.num_rows})
-            stated = (commit.num_samples, commit.num_images, commit.num_rows)
-            if counted != stated:
-                self._problem(f"holds (samples, images, rows) {counted}, its commit says {stated}")
-        self.report.num_samples += len(self.records)
-        self.report.num_images += len(images)
-        for family, count in self.num_rows.items():
-            self.report.num_rows[family] = self.report.num_rows.get(family, 0) + count
-
-    def _tokens(self, row: int) -> None:
-        record = tokens_record(*self.files.row("tokens", self.part.families["tokens"], row), self.identity)
-        self.records.append(record)
-
-    def _samples(self, family: str) -> None:
-        entry = self.part.families[family]
-        if entry.rows != len(self.records):
-            self._problem(f"{entry.rows} {family} rows for {len(self.records)} samples")
-            return
-        scan = self._response_row if family == "response" else partial(self._sample_row, family)
-        for row, record in enumerate(self.records):
-            self._try(partial(scan, row, record), f"{family} row {row}")
-
-    def _response_row(self, row: int, record: TokensRecord) -> None:
-        sample_id, num_rows = self._distribution("response", row)
-        if sample_id != record.sample_id:
-            raise ValueError(f"is not of sample {record.sample_id!r}")
-        if num_rows != record.num_response_tokens:
-            raise ValueError(f"has {num_rows} rows for {record.num_response_tokens} tokens")
-
-    def _sample_row(self, family: str, row: int, record: TokensRecord) -> None:
-        table, at = self.files.row(family, self.part.families[family], row)
-        if table["sample_id"][at].as_py() != record.sample_id:
-            raise ValueError(f"is not of sample {record.sample_id!r}")
-        if family == "sequence":
-            check_sequence(sequence_logprob(table, at), record)
-        else:
-            states = hidden_states(table, at, stored_hidden(self.identity))
-            if states.shape != (record.num_response_tokens, self.head_width or states.shape[1]):
-                expected = (record.num_response_tokens, self.head_width)
-                raise ValueError(f"is {states.shape}, response tokens and head have {expected}")
-            self.errors["hidden"] += family_errors("hidden", [{"relative_error": table["relative_error"][at].as_py()}])
-
-    def _image_files(self) -> None:
-        unseen = {image.sha256 for record in self.records for image in record.images}
-        for row in range(self.part.families["images"].rows):
-            self._try(lambda row=row: self._image_file(row, unseen), f"images row {row}")
-        if unseen:
-            self._problem(f"images: {len(unseen)} images have no file, such as {next(iter(unseen))}")
-
-    def _image_file(self, row: int, unseen: set[str]) -> None:
-        table, at = self.files.row("images", self.part.families["images"], row)
-        sha256 = table["sha256"][at].as_py()
-        if sha256 not in unseen:
-            raise ValueError(f"image {sha256} is of no sample, or appears twice")
-        unseen.remove(sha256)
-        image_content(table, at)
-
-    def _compare_errors(self, commit: Commit) -> None:
-        if commit.errors_by_family is None:
-            return
-        # What rounding probabilities cost was measured against numbers that are nowhere any more.
-        stated = {family: each for family, each in commit.errors_by_family.items() if family in self.errors}
-        counted = {
-            family: summary(family, errors)
-            for family, errors in self.errors.items()
-            if errors and family in commit.families
-        }
-        if counted != stated:
-            self._problem(f"its encodings' errors are {counted}, its commit says {stated}")
-
-    def _images(self, family: str, images: dict[str, int]) -> None:
-        unseen = dict(images)
-        for row in range(self.part.families[family].rows):
-            self._try(lambda row=row: self._image_row(family, row, unseen), f"{family} row {row}")
-        if unseen:
-            self._problem(f"{family}: {len(unseen)} images have no rows, such as {next(iter(unseen))}")
-
-    def _image_row(self, family: str, row: int, unseen: dict[str, int]) -> None:
-        if family == "visual":
-            key, num_rows = self._distribution("visual", row)
-            if num_rows != self._expected(key, unseen):
-                raise ValueError(f"has {num_rows} rows, not as many as image {key} has visual tokens")
-        else:
-            table, at = self.files.row(family, self.part.families[family], row)
-            expected = self._expected(table["image_key"][at].as_py(), unseen)
-            check_encoding(relation_matrix(table, at, expected), stored_relation(self.identity))
-            self.errors["relation"] += family_errors("relation", [{"payload": table["payload"][at].as_buffer()}])
-
-    @staticmethod
-    def _expected(key: str, unseen: dict[str, int]) -> int:
-        if key not in unseen:
-            raise ValueError(f"image {key} is of no sample, or appears twice")
-        return unseen.pop(key)
-
-    def _distribution(self, family: str, row: int) -> tuple[str, int]:
-        """The key and the number of rows of a Parquet row, whose rows are found to be good."""
-        kept = RowFormat.of(self.identity, family)
-        key, rows = self.files.sparse_rows(family, self.part.families[family], row, kept)
-        rows.validate(kept.vocab_size)
-        check_sampled_total(rows, kept.tau)
-        self.num_rows[family] += rows.num_rows
-        return key, rows.num_rows
-
-    def _try(self, step: Callable[[], None], place: str = "") -> bool:
-        try:
-            step()
-        except (CacheError, ValueError) as error:
-            self._problem(f"{place}: {error}" if place else str(error))
-            return False
-        return True
-
-    def _problem(self, text: str) -> None:
-        self.report.problems.append(f"part {self.part.number}: {text}")
 
 
 def _note_strangers(
