@@ -133,8 +133,8 @@ def check_cache(path: str, ledger: Ledger) -> None:
 
 
 def scan(path: str) -> VerifyReport:
-    """The findings of a full scan of the cache, with a progress bar over its parts."""
-    with tqdm(desc="verify", unit="part") as bar:
+    """The findings of a full scan of the cache, with a progress bar over its bytes."""
+    with tqdm(desc="verify", unit="B", unit_scale=True) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

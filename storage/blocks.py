@@ -113,12 +113,14 @@ def decode_block(
     Errors: CorruptPartError for any bytes that are not the block of as many valid rows.
     """
     sets = _read_sets(block, groups, tail_mass)
-    num_exact, num_sampled, split = sets.num_exact, sets.num_sampled, len(sets.exact_row)
+    num_exact, num_sampled = sets.num_exact, sets.num_sampled
+    split = int(num_exact.sum(dtype=np.int64))
     if len(entropy) != len(tail_mass):
         raise CorruptPartError(f"there are {len(tail_mass)} tail masses and {len(entropy)} entropies")
     ids = groups.ids.take(sets.ranks)
-    exact_ids, exact_logprobs = _sorted_exact(sets.exact_row, sets.values, ids[:split])
-    sampled_ids, weights = _sorted_sampled(sets.sampled_row, ids[split:], sets.draws, sets.tau)
+    rows = np.arange(len(num_exact), dtype=np.int64) << 31
+    exact_ids, exact_logprobs = _sorted_exact(np.repeat(rows, num_exact), sets.values, ids[:split])
+    sampled_ids, weights = _sorted_sampled(np.repeat(rows, num_sampled), ids[split:], sets.draws, sets.tau)
     exact_logprobs += np.repeat(sets.shift, num_exact)
     # Row by row: its exact entries, then its sampled ones.
     counts = np.stack([num_exact, num_sampled], axis=1).ravel()
@@ -146,8 +148,10 @@ def check_block(block: bytes | memoryview, groups: IdGroups, *, tail_mass: NDArr
     """
     sets = _read_sets(block, groups, tail_mass)
     if tau > 0:
-        weights = (sets.draws + 1.0) * sets.tau
-        check_sampled_weights(_row_sums(weights, sets.num_sampled), tail_mass, tau)
+        draws = sets.num_sampled  # of which each is of one entry, most often
+        if sets.draws.max(initial=0) > 0:
+            draws = draws + _row_sums(sets.draws.astype(np.float64), sets.num_sampled)
+        check_sampled_weights(draws * sets.tau, tail_mass, tau)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +160,6 @@ class _Sets:
 
     num_exact: NDArray[np.int32]  # (r,)
     num_sampled: NDArray[np.int32]  # (r,)
-    exact_row: NDArray[np.int64]  # the row of each exact entry, shifted by 31 bits
-    sampled_row: NDArray[np.int64]  # likewise
     ranks: NDArray[np.int32]
     draws: NDArray  # one less than they are
     tau: float
@@ -190,18 +192,14 @@ def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[n
     ranks = groups.starts.take(group) + places
     if not _ascends(ranks, counts) or (places >= groups.sizes.take(group)).any():
         raise CorruptPartError("the block's ids are not ascending places in their groups")
-    rows = np.arange(header.num_rows, dtype=np.int64) << 31
-    exact_row, sampled_row = np.repeat(rows, num_exact), np.repeat(rows, num_sampled)
-    twice = np.concatenate([exact_row | ranks[:split], sampled_row | ranks[split:]])
-    twice.sort(kind="stable")  # two ascending runs: one merge
-    if (twice[1:] == twice[:-1]).any():
+    if _has_twice(ranks, num_exact, num_sampled, len(groups.ids)):
         raise CorruptPartError("the block has an id twice in one row")
     draws = planes.take("draws", f"<u{header.draw_bytes}", header.num_sampled)
     if header.num_sampled and int(draws.max()) + 1 > 2 / header.tau:
         raise CorruptPartError(f"the block has {int(draws.max()) + 1} draws of weight {header.tau} for one entry")
     values = _values(planes, header, num_exact)
     shift = _shift(values, tail_mass, num_exact)
-    return _Sets(num_exact, num_sampled, exact_row, sampled_row, ranks, draws, header.tau, values, shift)
+    return _Sets(num_exact, num_sampled, ranks, draws, header.tau, values, shift)
 
 
 def read_header(view: memoryview) -> Header:
@@ -370,10 +368,11 @@ def _differences(group: NDArray[np.uint8], counts: NDArray[np.int64] | NDArray[n
 
 def _sums(differences: NDArray[np.uint8], counts: NDArray[np.int32]) -> NDArray[np.uint8]:
     """The groups of `_differences`; a sum beyond a byte wraps, which the order of ranks then shows."""
-    sums = np.zeros(len(differences) + 1, np.uint8)
-    np.cumsum(differences, dtype=np.uint8, out=sums[1:])
+    sums = np.zeros(len(differences) + 1, np.int32)  # six times as fast as adding bytes up
+    np.cumsum(differences, dtype=np.int32, out=sums[1:])
     before = sums[np.cumsum(counts, dtype=np.int64) - counts]
-    return sums[1:] - np.repeat(before, counts)
+    sums[1:] -= np.repeat(before, counts)
+    return sums[1:].astype(np.uint8)
 
 
 def _ascends(ranks: NDArray[np.int32], counts: NDArray[np.int32]) -> bool:
@@ -382,6 +381,18 @@ def _ascends(ranks: NDArray[np.int32], counts: NDArray[np.int32]) -> bool:
     rises[1:-1] = ranks[1:] > ranks[:-1]
     rises[np.cumsum(counts, dtype=np.int64) - counts] = True  # the first of a set
     return bool(rises.all())
+
+
+def _has_twice(
+    ranks: NDArray[np.int32], num_exact: NDArray[np.int32], num_sampled: NDArray[np.int32], num_ranks: int
+) -> bool:
+    """Whether a row's exact and sampled ranks, each of which ascend, have one in common."""
+    wide = np.int32 if len(num_exact) * num_ranks < 1 << 31 else np.int64
+    rows = np.arange(len(num_exact), dtype=wide) * wide(num_ranks)
+    keys = np.concatenate([np.repeat(rows, num_exact), np.repeat(rows, num_sampled)])
+    keys += ranks
+    keys.sort(kind="stable")  # two ascending runs: one merge
+    return bool((keys[1:] == keys[:-1]).any())
 
 
 def _step(rows: SparseRows, rounding_kl: float) -> float:

@@ -282,9 +282,7 @@ class _Scan:
         # What rounding probabilities cost was measured against numbers that are nowhere any more.
         said = {family: each for family, each in commit.errors_by_family.items() if family in self.errors}
         errors = {
-            family: summary(family, each)
-            for family, each in self.errors.items()
-            if each and family in commit.families
+            family: summary(family, each) for family, each in self.errors.items() if each and family in commit.families
         }
         if errors != said:
             self._problem(place, f"its encodings' errors are {errors}, its commit says {said}")

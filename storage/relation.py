@@ -287,7 +287,8 @@ def _read_header(view: memoryview) -> tuple[int, int, int, int, float | None, in
         start, spare = _HEADER.size, view[3] != 0
     if kind > _POOLED_FP16 or spare or not 1 <= n <= MAX_RELATION_ROWS:
         raise CorruptPartError(f"relation payload has no valid header: kind {kind}, n = {n}")
-    if (pool >= 2) != (kind == _POOLED_FP16) or (k > 0 and kind not in (_FACTOR_FP16, _FACTOR_INT8)) or k > n:
+    pooled, ranked = kind == _POOLED_FP16, kind in (_FACTOR_FP16, _FACTOR_INT8)
+    if not (pool >= 2 if pooled else pool == 0) or not (k <= n if ranked else k == 0):
         raise CorruptPartError(f"relation payload of kind {kind} has pool {pool} and rank {k}")
     if error is not None and not 0 <= error <= 2:
         raise CorruptPartError(f"relation payload states a cosine error of {error}")

@@ -213,7 +213,7 @@ def check_sampled_total(rows: SparseRows, tau: float) -> None:
     check_sampled_weights(np.bincount(rows.row_of_entry()[sampled], weight, rows.num_rows), rows.tail_mass, tau)
 
 
-def check_sampled_weights(weights: NDArray[np.float64], tail_mass: NDArray[np.float32], tau: float) -> None:
+def check_sampled_weights(weights: NDArray[Any], tail_mass: NDArray[np.float32], tau: float) -> None:
     """ValueError unless the sum of each row's sampled weights, (r,), lies within one draw of its tail."""
     gap = np.abs(weights - tail_mass)
     if (gap > tau + HEAD_TOLERANCE).any():

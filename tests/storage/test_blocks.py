@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import blocks
-from storage.blocks import EncodedBlock, decode_block, encode_block, read_header
+from storage.blocks import EncodedBlock, check_block, decode_block, encode_block, read_header
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
-from storage.rows import SparseRows
+from storage.rows import SparseRows, check_sampled_total, check_scalars
 from tests.storage.synthetic_cache import VOCAB_SIZE, make_logits, select, top_k
 
 TAU = 0.02
@@ -240,6 +240,71 @@ def test_any_damage_to_a_block_is_an_error_or_valid_rows(data):
     assert got.num_rows == rows.num_rows
     assert (got.ids >= 0).all()
     assert (got.ids < VOCAB_SIZE).all()
+
+
+def damaged_planes(block: bytes, data: st.DataObject) -> bytes:
+    """A block of which some bytes of a plane are changed below the compression, so that every frame is good."""
+    header, start, planes = read_header(memoryview(block)), blocks._HEADER.size, []
+    for size in header.plane_bytes:
+        planes.append(bytearray(zstandard.ZstdDecompressor().decompress(block[start : start + size]) if size else b""))
+        start += size
+    for _ in range(data.draw(st.integers(1, 3))):
+        plane = data.draw(st.sampled_from([plane for plane in planes if plane]))
+        plane[data.draw(st.integers(0, len(plane) - 1))] = data.draw(st.integers(0, 255))
+    packed = [zstandard.ZstdCompressor().compress(bytes(plane)) if plane else b"" for plane in planes]
+    fields = blocks._HEADER.unpack_from(block)[:-7]
+    return b"".join([blocks._HEADER.pack(*fields, *map(len, packed)), *packed])
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.data(), st.sampled_from([0, 5e-4]), st.booleans(), st.booleans())
+def test_a_block_is_found_good_without_its_rows_just_if_its_rows_are_good(data, rounding_kl, repeated, changes_tail):
+    tau = 0.05 if repeated else TAU
+    rows = sampled_rows(12, tau) if repeated else make_rows(8, 12)
+    encoded, groups = encode(rows, tau=tau, rounding_kl=rounding_kl)
+    if changes_tail:
+        tails = rows.tail_mass.copy()
+        tails[data.draw(st.integers(0, 11))] = data.draw(st.floats(-0.125, 1.125, width=32))
+        rows = replace(rows, tail_mass=tails)
+    block = damaged_planes(encoded.block, data)
+    refusals = []
+    for look in (look_at_rows, look_at_block):
+        try:
+            look(block, groups, rows, tau)
+            refusals.append(None)
+        except (CorruptPartError, ValueError) as error:
+            refusals.append(error)
+    assert (refusals[0] is None) == (refusals[1] is None), refusals
+
+
+def look_at_rows(block: bytes, groups: IdGroups, rows: SparseRows, tau: float) -> None:
+    got = decode(block, groups, rows)
+    got.validate(VOCAB_SIZE)
+    check_sampled_total(got, tau)
+
+
+def look_at_block(block: bytes, groups: IdGroups, rows: SparseRows, tau: float) -> None:
+    check_scalars(
+        tail_mass=rows.tail_mass, entropy=rows.entropy, log_sum_exp=rows.log_sum_exp, label_logprob=rows.label_logprob
+    )
+    check_block(block, groups, tail_mass=rows.tail_mass, tau=tau)
+
+
+def sampled_rows(count: int, tau: float) -> SparseRows:
+    """Rows of draws alone, some entries drawn more than once."""
+    ids, logprobs, sizes = [], [], []
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        tokens, draws = np.unique(rng.integers(0, 30, round(1 / tau)), return_counts=True)
+        ids.append(tokens)
+        logprobs.append(np.log(draws * tau))
+        sizes.append(len(tokens))
+    return SparseRows(
+        offsets=np.cumsum([0, *sizes]).astype(np.int64), ids=np.concatenate(ids).astype(np.int32),
+        logprobs=np.concatenate(logprobs).astype(np.float32), num_exact=np.zeros(count, np.int32),
+        tail_mass=np.ones(count, np.float32), entropy=np.ones(count, np.float32),
+        log_sum_exp=np.zeros((count, 0), np.float32), label_logprob=-np.ones(count, np.float32),
+    )  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)

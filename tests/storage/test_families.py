@@ -369,7 +369,7 @@ def first_rows(count):
         ("sequence", set_value("sample_id", 1, "other"), "sequence row 1: is not of sample"),
         ("sequence", set_value("num_tokens", 0, 5), "over 5 tokens for 2"),
         ("sequence", set_value("logprob", 0, float("nan")), "logprob is nan"),
-        ("sequence", first_rows(3), "3 sequence rows for 5 samples"),
+        ("sequence", first_rows(3), "sequence: 3 rows for 5 samples"),
         ("hidden", set_value("sample_id", 2, "other"), "hidden row 2: is not of sample"),
         ("hidden", set_value("num_rows", 0, 3), "its columns say (3, 12)"),
         ("hidden", set_value("width", 0, 13), "its columns say (2, 13)"),

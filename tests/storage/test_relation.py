@@ -1,3 +1,4 @@
+import contextlib
 import re
 import struct
 import tracemalloc
@@ -15,6 +16,7 @@ from storage.records import PooledRelation, RelationFactor, RelationMatrix
 from storage.relation import (
     blocks_of_grid,
     check_encoding,
+    check_payload,
     cosine_error,
     decode_relation,
     encode_relation,
@@ -268,7 +270,14 @@ def test_damaged_payloads_never_do_worse_than_being_refused(section, data):
     for _ in range(data.draw(st.integers(1, 4))):
         payload[data.draw(st.integers(0, len(payload) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     payload = bytes(payload[: data.draw(st.integers(len(payload) - 2, len(payload)))])
-    assert_valid_or_refused(payload, 9, matrix.norm)
+    is_good = assert_valid_or_refused(payload, 9, matrix.norm)
+    try:
+        if is_good:
+            check_encoding(decode_relation(payload, norm=matrix.norm, num_visual_tokens=9), section)
+    except CorruptPartError:
+        is_good = False
+    with contextlib.nullcontext() if is_good else pytest.raises(CorruptPartError):
+        check_payload(payload, norm=matrix.norm, num_visual_tokens=9, section=section)
 
 
 @pytest.mark.parametrize(
