@@ -4,25 +4,53 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from storage.config import Section
 
 
 class SourceSection(Section):
-    """One LLaVA-format JSON or JSONL file."""
+    """One file of conversations or preference pairs, several that a pattern like part-*.parquet names, or a data set.
 
-    path: str
-    images: str | None = None  # folder that image paths are relative to; default: the file's own folder
+    Every format may hold every shape of conversation that teacher_dump/conversation.py lists.
+    """
+
+    path: str  # a file, a pattern, a folder of save_to_disk, or a hub id where `format: datasets` says so
+    format: Literal["json", "parquet", "webdataset", "datasets"] | None = None  # None: by suffix; json: lines too
+    images: str | None = None  # folder, zip or tar that image names are relative to; None: the file's own folder
     split: str = "train"  # a name that stages and evaluation select by
-    limit: Annotated[int, Field(ge=1)] | None = None  # samples, from the file's start
-    ids: Literal["given", "position"] = "given"  # position: file name and row number, where ids repeat
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0  # 0.25: a random quarter of the rows; 2: every row twice
+    seed: Annotated[int, Field(ge=0)] = 0  # of the rows that `weight` leaves out
+    limit: Annotated[int, Field(ge=1)] | None = None  # rows, from the start, of those that `weight` takes
+    ids: Literal["given", "position"] = "given"  # position: file name and row number, where ids repeat or are missing
+    columns: dict[str, str] = {}  # our field: the source's own name for it, such as {id: idx}
+    subset: str | None = None  # of a hub data set that has several; datasets only
+    hub_split: str = "train"  # the data set's own name for what is read; datasets only
+    revision: str | None = None  # of a hub data set; datasets only
+
+    @model_validator(mode="after")
+    def _refuse_useless(self) -> SourceSection:
+        given = [name for name in ("subset", "hub_split", "revision") if name in self.model_fields_set]
+        if given and self.format not in ("datasets", None):
+            raise ValueError(f"{given[0]} belongs to format 'datasets', but format is {self.format!r}")
+        return self
 
 
 class DataSection(Section):
-    """What the teacher is asked about. Sample ids must be unique over all sources."""
+    """What the teacher is asked about: sources one after another. Sample ids must be unique over all of them.
+
+    A list in place of the section is its sources.
+    """
 
     sources: tuple[SourceSection, ...] = ()
+    extracted: str | None = None  # folder for images that are no files of their own; None: images/ in the run's folder
+    too_long: Literal["refuse", "cut_turns", "cut_answer"] = "refuse"  # what becomes of a sample beyond max_length:
+    # cut_turns leaves out whole questions with their answers from the end; cut_answer ends the answer at max_length
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_list(cls, given: Any) -> Any:
+        return {"sources": given} if isinstance(given, list) else given
 
 
 class TeacherSection(Section):

@@ -25,7 +25,8 @@ from teacher_dump.config import DataSection, DumpSection, TeacherSection
 from teacher_dump.log_file import quiet
 from teacher_dump.plan import Part, Plan, make_plan
 from teacher_dump.processor import load_processor
-from teacher_dump.samples import SampleRefusedError, read_samples
+from teacher_dump.reading import read_samples
+from teacher_dump.samples import SampleRefusedError
 
 if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does without
     from teacher_dump.scoring import PartScorer, RowRequest, SignalRequest
@@ -192,7 +193,8 @@ def _refuse_errors(writer: CacheWriter, max_error_fraction: float) -> None:
 def plan_dump(settings: DumpSettings) -> DumpPlan:
     """Samples, parts and identity. Hashes of weights are remembered in the run's folder (fingerprints.json)."""
     teacher, asks_teacher = settings.teacher, _asks_teacher(settings.cache)
-    sample_set = read_samples(settings.data.sources)
+    extracted = Path(settings.data.extracted or settings.run / "images")
+    sample_set = read_samples(settings.data.sources, extracted=extracted)
     if not sample_set.samples and not sample_set.errors:
         files = ", ".join(str(source.path) for source in settings.data.sources)
         raise ConfigError(f"data.sources: there is no sample in {files}; give files of conversations")

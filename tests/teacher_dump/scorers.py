@@ -11,7 +11,7 @@ from teacher_dump.head import read_head
 from teacher_dump.plan import Part
 from teacher_dump.processor import load_processor
 from teacher_dump.prompt import PromptBuilder
-from teacher_dump.samples import read_samples
+from teacher_dump.reading import read_samples
 from teacher_dump.scoring import OpenTeacher, PartScorer, Preparer, RowRequest, SignalRequest
 from teacher_dump.selection import Threshold, TopK
 from teacher_dump.teacher import Teacher
@@ -26,7 +26,7 @@ NOTHING = SignalRequest()
 
 def part_of(file: Path, **fields: Any) -> Part:
     """All samples of a file as one part."""
-    found = read_samples([SourceSection(path=str(file), **fields)])
+    found = read_samples([SourceSection(path=str(file), **fields)], extracted=file.parent / "extracted")
     return Part(0, found.samples, found.errors)
 
 

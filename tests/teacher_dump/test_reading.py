@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from storage.errors import ConfigError
-from teacher_dump.config import SourceSection
-from teacher_dump.samples import Sample, SampleSet, read_samples
+from teacher_dump.config import DataSection, SourceSection
+from teacher_dump.reading import SampleSet, read_samples
+from teacher_dump.samples import Sample
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
 
@@ -26,7 +27,8 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 
 def read(*paths: Path, **fields: Any) -> SampleSet:
-    return read_samples([SourceSection(path=str(path), **fields) for path in paths])
+    extracted = paths[0].parent / "extracted"
+    return read_samples([SourceSection(path=str(path), **fields) for path in paths], extracted=extracted)
 
 
 def test_reads_one_image_many_images_and_none(tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
 
 def test_sources_that_cannot_be_read_are_a_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is empty"):
-        read_samples([])
+        read_samples([], extracted=tmp_path)
     with pytest.raises(ConfigError, match=r"gone\.jsonl"):
         read(tmp_path / "gone.jsonl")
     (tmp_path / "broken.json").write_text("[{", encoding="utf-8")
@@ -137,3 +139,72 @@ def test_a_sample_survives_the_way_to_another_process(tmp_path: Path) -> None:
     rows = [{"id": "x", "category": "c", "conversations": TURNS}]
     (sample,) = read(write_rows(tmp_path / "r.jsonl", rows)).samples
     assert Sample.from_json(json.loads(json.dumps(sample.as_json()))) == sample
+
+
+def test_weight_takes_a_stable_share_of_the_rows_or_repeats_them(tmp_path: Path) -> None:
+    rows = [{"id": str(number), "conversations": TURNS} for number in range(2000)]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    quarter = [sample.id for sample in read(path, weight=0.25).samples]
+    assert abs(len(quarter) - 500) < 4 * (2000 * 0.25 * 0.75) ** 0.5
+    assert quarter == [sample.id for sample in read(path, weight=0.25).samples]
+    assert quarter != [sample.id for sample in read(path, weight=0.25, seed=1).samples]
+    assert set(quarter) < {sample.id for sample in read(path, weight=0.5).samples}
+    assert quarter[:10] == [sample.id for sample in read(path, weight=0.25, limit=10).samples]
+    write_rows(path, [*rows, {"id": "more", "conversations": TURNS}])
+    assert quarter == [sample.id for sample in read(path, weight=0.25).samples if sample.id != "more"]
+    got = read(write_rows(tmp_path / "few.jsonl", rows[:40]), weight=2.5)
+    assert got.errors == ()
+    assert [sample.id for sample in got.samples][:2] == ["0", "0~2"]
+    thirds = [sample.id for sample in got.samples if sample.id.endswith("~3")]
+    assert 8 < len(thirds) < 32
+    assert len(got.samples) == 80 + len(thirds)
+
+
+def test_a_broken_row_that_is_taken_twice_is_two_errors_with_two_ids(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "r.jsonl", ["{broken", {"id": "x", "conversations": []}])
+    got = read(path, path, weight=2)
+    ids = [error.sample_id for error in got.errors]
+    assert len(ids) == len(set(ids)) == 8
+    assert got.samples == ()
+
+
+def test_a_pair_is_two_samples_and_a_broken_one_two_errors(tmp_path: Path) -> None:
+    write_image(tmp_path, "a.png")
+    good = {"image": "a.png", "question": "what?", "chosen": "red", "rejected": "blue"}
+    rows = [{"id": 1, **good}, {"id": 2, **good, "image": "gone.png"}, {"id": 3, **good, "rejected": None}, good]
+    got = read(write_rows(tmp_path / "r.jsonl", [*rows, rows[0]]))
+    assert [sample.id for sample in got.samples] == ["1#chosen", "1#rejected"]
+    assert [sample.turns[-1].text for sample in got.samples] == ["red", "blue"]
+    assert [sample.images for sample in got.samples] == [("a.png",)] * 2
+    ids = [error.sample_id.rpartition("/")[2] for error in got.errors]
+    assert ids == ["2#chosen", "2#rejected", "3#chosen", "3#rejected", "r.jsonl:4", "r.jsonl:5"]
+    numbered = read(write_rows(tmp_path / "n.jsonl", [good, good]), ids="position", weight=2)
+    assert len({sample.id for sample in numbered.samples}) == len(numbered.samples) == 8
+
+
+def test_folders_that_no_image_is_in_do_not_matter(tmp_path: Path) -> None:
+    write_image(tmp_path / "one", "a.png")
+    text = write_rows(tmp_path / "text.jsonl", [{"id": "t", "conversations": TURNS}])
+    rows = write_rows(tmp_path / "one/rows.jsonl", [{"id": "i", "image": "a.png", "conversations": TURNS}])
+    got = read(text, rows)
+    assert got.image_root == tmp_path / "one"
+    assert [sample.images for sample in got.samples] == [(), ("a.png",)]
+
+
+def test_links_inside_of_the_folder_are_followed_to_one_file(tmp_path: Path) -> None:
+    write_image(tmp_path, "deep/a.png")
+    (tmp_path / "link.png").symlink_to("deep/a.png")
+    (tmp_path / "other").symlink_to("deep")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    names = ["deep/a.png", "link.png", "other/a.png", "./deep/../deep/a.png", str(tmp_path / "deep/a.png"), "loop.png"]
+    rows = [{"id": str(number), "image": name, "conversations": TURNS} for number, name in enumerate(names)]
+    got = read(write_rows(tmp_path / "r.jsonl", rows))
+    assert [sample.images for sample in got.samples] == [("deep/a.png",)] * 5
+    assert [error.sample_id for error in got.errors] == ["5"]
+
+
+def test_a_list_of_sources_is_a_section_too() -> None:
+    sources = [{"path": "a.json", "weight": 0.5}, {"path": "b.parquet"}]
+    assert DataSection.model_validate(sources) == DataSection.model_validate({"sources": sources})
+    with pytest.raises(ValueError, match="subset belongs to format"):
+        SourceSection(path="a.json", format="json", subset="x")

@@ -1,0 +1,173 @@
+"""Reading: the sources' rows as samples, mixed, checked and counted; nothing is lost in silence."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from storage.errors import ConfigError
+from storage.preference import CHOSEN, REJECTED
+from storage.records import SampleError, check_image_path
+from teacher_dump.archives import Archive, open_archive
+from teacher_dump.config import SourceSection
+from teacher_dump.conversation import encodable, is_pair, parse_conversation
+from teacher_dump.image_files import ImageFiles
+from teacher_dump.samples import Sample, SampleRefusedError
+from teacher_dump.sources.formats import read_rows
+from teacher_dump.sources.row import Broken
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """What the sources hold: usable samples in their order, and every row that is not one."""
+
+    samples: tuple[Sample, ...]
+    errors: tuple[SampleError, ...]
+    image_root: Path  # absolute; the folder that all images lie in
+
+
+def read_samples(sources: Sequence[SourceSection], *, extracted: Path) -> SampleSet:
+    """All samples of all sources.
+
+    A broken row, a duplicate id, a missing image or a path out of its image folder costs that sample only
+    and becomes a SampleError, under its id or, where that is unknown or taken, under its place in the file;
+    a preference pair becomes two, under both of its ids. `extracted` is the folder for images that are bytes
+    or lie in archives. ConfigError: no sources, one that is missing or cannot be read at all.
+    """
+    if not sources:
+        raise ConfigError("data.sources: is empty; name at least one file of conversations, such as a LLaVA JSON")
+    reading = _Reading(ImageFiles(extracted.resolve()))
+    for source in sources:
+        place_of_images = _image_place(source)
+        for number, copy, (place, row) in islice(_taken(source), source.limit):
+            reading.take(row, place=place, number=number, copy=copy, source=source, images=place_of_images)
+    root = _common_folder(list(reading.files.folders) or [_image_folder(sources[0])])
+    cut = len(str(root).rstrip("/")) + 1
+    samples = tuple(
+        replace(sample, images=tuple(path[cut:] for path in sample.images)) if sample.images else sample
+        for sample in reading.samples
+    )
+    return SampleSet(samples, _named_once(reading.errors, reading.first_place), root)
+
+
+def _taken(source: SourceSection) -> Iterator[tuple[int, int, tuple[str, Any]]]:
+    """(row number, copy, row) of what `weight` takes: every row as often as its whole part says, and some once more.
+
+    Which those are follows from seed and row number alone, so a source that grows keeps them.
+    """
+    copies, fraction = divmod(source.weight, 1)
+    for number, row in enumerate(read_rows(source)):
+        draw = hashlib.blake2b(f"{source.seed}\0{number}".encode(), digest_size=8).digest() if fraction else b""
+        extra = bool(fraction) and int.from_bytes(draw, "big") < fraction * 2**64
+        for copy in range(int(copies) + extra):
+            yield number, copy, row
+
+
+class _Reading:
+    """Rows become samples or errors; ids are looked at once."""
+
+    def __init__(self, files: ImageFiles) -> None:
+        self.files = files
+        self.samples: list[Sample] = []
+        self.errors: list[SampleError] = []
+        self.first_place: dict[str, str] = {}  # by sample id
+
+    def take(
+        self, row: Any, *, place: str, number: int, copy: int, source: SourceSection, images: Path | Archive
+    ) -> None:
+        names = [place]
+        try:
+            if isinstance(row, Broken):
+                raise SampleRefusedError(row.reason)
+            if not isinstance(row, dict):
+                raise SampleRefusedError(f"row is {type(row).__name__}, expected an object")
+            fields = {**row, **{ours: row.get(theirs) for ours, theirs in source.columns.items()}}
+            given = f"{Path(source.path).stem}:{number}" if source.ids == "position" else _id(fields)
+            given += f"~{copy + 1}" if copy else ""
+            of_row = [given + CHOSEN, given + REJECTED] if is_pair(fields) else [given]
+            for name in of_row:
+                self._refuse_known(name)
+            names = of_row
+            self.first_place.update(dict.fromkeys(names, place))
+            self._add(names, fields, source.split, images)
+        except SampleRefusedError as refusal:
+            self.errors += [SampleError(name, f"{place}: {refusal}") for name in names]
+
+    def _add(self, names: Sequence[str], fields: dict[str, Any], split: str, images: Path | Archive) -> None:
+        conversation = parse_conversation(fields)
+        category = _category(fields)
+        paths = tuple(self.files.file(value, images) for value in conversation.images)
+        turns = conversation.turns
+        self.samples.append(Sample(names[0], split, category, paths, turns))
+        if conversation.rejected is not None:
+            self.samples.append(Sample(names[1], split, category, paths, (*turns[:-1], conversation.rejected)))
+
+    def _refuse_known(self, name: str) -> None:
+        if name in self.first_place:
+            raise SampleRefusedError(
+                f"duplicate id {name!r}, first seen at {self.first_place[name]}; that one is kept "
+                "(`ids: position` numbers the rows of a source instead)"
+            )
+
+
+def _named_once(errors: Sequence[SampleError], taken: Container[str]) -> tuple[SampleError, ...]:
+    """The errors, a place marked where it is a sample's id or another error's, so that no two are the same."""
+    named: list[SampleError] = []
+    seen: dict[str, int] = {}
+    for error in errors:
+        name = error.sample_id
+        if name in taken and error.reason.startswith(f"{name}: "):
+            name = f"row {name}"
+        seen[name] = seen.get(name, 0) + 1
+        named.append(error if name == error.sample_id else replace(error, sample_id=name))
+        if seen[name] > 1:
+            named[-1] = replace(named[-1], sample_id=f"{name} (error {seen[name]})")
+    return tuple(named)
+
+
+def _id(fields: dict[str, Any]) -> str:
+    value = fields.get("id")
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise SampleRefusedError(f"id is {value!r}, expected text or a number (`ids: position` numbers the rows)")
+    return encodable(str(value), "id")
+
+
+def _category(fields: dict[str, Any]) -> str:
+    value = fields.get("category")
+    if not isinstance(value, str | None):
+        raise SampleRefusedError(f"category is {value!r}, expected text")
+    return encodable(value or "", "category")
+
+
+def _image_place(source: SourceSection) -> Path | Archive:
+    folder = _image_folder(source)
+    return open_archive(folder) if source.images is not None and folder.is_file() else folder
+
+
+def _image_folder(source: SourceSection) -> Path:
+    return Path(source.images if source.images is not None else Path(source.path).parent).resolve()
+
+
+def _common_folder(folders: Sequence[Path]) -> Path:
+    try:
+        common = Path(os.path.commonpath(folders))
+    except ValueError as error:  # two drives
+        raise ConfigError(f"data.sources: image folders share no folder: {error}") from error
+    if len(folders) > 1 and common == Path(common.anchor):
+        shown = ", ".join(sorted(map(str, folders)))
+        raise ConfigError(
+            f"data.sources: image folders share no folder below {common}: {shown}; "
+            "data.extracted is where images from bytes and archives go"
+        )
+    for folder in folders:
+        if folder != common:
+            try:
+                check_image_path(folder.relative_to(common).as_posix())
+            except ValueError as error:
+                raise ConfigError(f"data.sources: {error}") from error
+    return common

@@ -1,0 +1,1 @@
+"""Sources: files and data sets of every kind that rows are read from."""

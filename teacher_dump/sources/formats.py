@@ -1,0 +1,75 @@
+"""Which reader a source needs, by its `format` or by what its path looks like."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+from storage.errors import ConfigError
+from teacher_dump.config import SourceSection
+from teacher_dump.sources.hub_rows import hub_rows
+from teacher_dump.sources.json_rows import json_rows
+from teacher_dump.sources.parquet_rows import parquet_rows
+from teacher_dump.sources.row import Rows
+from teacher_dump.sources.tar_rows import tar_rows
+
+Format = Literal["json", "parquet", "webdataset", "datasets"]
+
+_BY_SUFFIX: Mapping[str, Format] = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".tgz": "webdataset",
+    ".tar.gz": "webdataset",
+}
+_READERS: Mapping[Format, Callable[[Path], Rows]] = {
+    "json": json_rows,
+    "parquet": parquet_rows,
+    "webdataset": tar_rows,
+}
+_SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into its folder
+
+
+def read_rows(source: SourceSection) -> Rows:
+    """(place, row) of everything in a source, in order. ConfigError: no such source, or of no known format."""
+    kind = format_of(source)
+    if kind == "datasets":
+        yield from hub_rows(source.path, subset=source.subset, hub_split=source.hub_split, revision=source.revision)
+        return
+    for path in _files(source.path):
+        yield from _READERS[kind](path)
+
+
+def format_of(source: SourceSection) -> Format:
+    """The source's format. ConfigError if nothing tells it."""
+    if source.format is not None:
+        return source.format
+    path = Path(source.path)
+    if path.is_dir():
+        if any((path / name).is_file() for name in _SAVED):
+            return "datasets"
+        raise ConfigError(
+            f"data.sources: {path}: is a folder that save_to_disk did not write; name its files, as in {path}/*.parquet"
+        )
+    for suffix, kind in _BY_SUFFIX.items():
+        if path.name.lower().endswith(suffix):
+            return kind
+    raise ConfigError(
+        f"data.sources: {path}: its suffix tells no format; expected {', '.join(_BY_SUFFIX)}, or set `format:` to "
+        f"json, parquet, webdataset or datasets (a hub id needs the last)"
+    )
+
+
+def _files(path: str) -> Iterator[Path]:
+    """The file of that name, or those that a pattern names, by name."""
+    if Path(path).exists() or not glob.has_magic(path):
+        yield Path(path)
+        return
+    found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207, for a pattern with folders
+    if not found:
+        raise ConfigError(f"data.sources: {path}: no file has such a name")
+    yield from map(Path, found)

@@ -1,0 +1,359 @@
+"""One data set in every format that a source may have, and what each format must refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from storage.errors import ConfigError
+from teacher_dump.config import SourceSection
+from teacher_dump.reading import SampleSet, read_samples
+from teacher_dump.sources.formats import format_of
+
+TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
+
+
+def picture(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+IMAGES = {"a.png": picture(1), "deep/b.png": picture(2)}
+ROWS: list[dict[str, Any]] = [
+    {"id": "one", "images": ["a.png"], "conversations": TURNS, "category": "colour"},
+    {"id": "two", "images": ["a.png", "deep/b.png"], "conversations": TURNS, "category": "colour"},
+    {"id": "none", "images": [], "conversations": TURNS, "category": None},
+]
+
+
+def read(path: Path | str, tmp_path: Path, **fields: Any) -> SampleSet:
+    return read_samples([SourceSection(path=str(path), **fields)], extracted=tmp_path / "extracted")
+
+
+def with_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "images": [{"bytes": IMAGES[name], "path": name} for name in row["images"]]}
+
+
+def write_jsonl(folder: Path) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+def write_folder(folder: Path) -> Path:
+    for name, content in IMAGES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def write_tar(path: Path, rows: list[dict[str, Any]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for row in rows:
+            add(tar, f"./{row['id']}.json", json.dumps({**row, "images": None}).encode())
+            for number, name in enumerate(row["images"]):
+                add(tar, f"./{row['id']}.{number}.png", IMAGES[name])
+    return path
+
+
+def make_source(kind: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The data set in one format: its path, and further fields of its source."""
+    folder.mkdir(exist_ok=True)
+    if kind == "jsonl with a folder":
+        write_folder(folder)
+        return write_jsonl(folder), {}
+    if kind == "jsonl with a zip":
+        with zipfile.ZipFile(folder / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in IMAGES.items():
+                archive.writestr(name, content)
+        return write_jsonl(folder), {"images": str(folder / "images.zip")}
+    if kind == "jsonl with a tar":
+        with tarfile.open(folder / "images.tar.gz", "w:gz") as tar:
+            for name, content in IMAGES.items():
+                add(tar, f"./{name}", content)
+        return write_jsonl(folder), {"images": str(folder / "images.tar.gz")}
+    if kind == "parquet with bytes":
+        pq.write_table(pa.Table.from_pylist([with_bytes(row) for row in ROWS]), folder / "rows.parquet")
+        return folder / "rows.parquet", {}
+    if kind == "parquet parts with paths":
+        write_folder(folder)
+        pq.write_table(pa.Table.from_pylist(ROWS[:1]), folder / "part-0.parquet")
+        pq.write_table(pa.Table.from_pylist(ROWS[1:]), folder / "part-1.parquet")
+        return folder / "part-*.parquet", {}
+    if kind == "saved data set":
+        import datasets
+
+        datasets.disable_progress_bars()
+        features = datasets.Features(
+            {
+                "id": datasets.Value("string"),
+                "images": datasets.List(datasets.Image()),
+                "conversations": datasets.List({"from": datasets.Value("string"), "value": datasets.Value("string")}),
+                "category": datasets.Value("string"),
+            }
+        )
+        made = datasets.Dataset.from_list([with_bytes(row) for row in ROWS], features=features)
+        datasets.DatasetDict({"train": made.select([0]), "other": made}).save_to_disk(folder / "saved")
+        return folder / "saved", {"hub_split": "other"}
+    return write_tar(folder / "rows.tar", ROWS), {}
+
+
+KINDS = (
+    "jsonl with a folder",
+    "jsonl with a zip",
+    "jsonl with a tar",
+    "parquet with bytes",
+    "parquet parts with paths",
+    "saved data set",
+    "webdataset",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_gives_the_same_samples_and_images(kind: str, tmp_path: Path) -> None:
+    path, fields = make_source(kind, tmp_path / "data")
+    got = read(path, tmp_path, **fields)
+    assert got.errors == ()
+    assert [(sample.id, sample.category) for sample in got.samples] == [
+        ("one", "colour"),
+        ("two", "colour"),
+        ("none", ""),
+    ]
+    assert [[turn.text for turn in sample.turns] for sample in got.samples] == [["what?", "red"]] * 3
+    names = [list(sample.images) for sample in got.samples]
+    shown = [[(got.image_root / image).read_bytes() for image in images] for images in names]
+    assert shown == [[IMAGES[name] for name in row["images"]] for row in ROWS]
+    assert names[0][0] == names[1][0]  # equal images are one file
+    assert read(path, tmp_path, **fields) == got
+
+
+def test_the_format_follows_the_suffix_and_unknown_ones_are_refused_by_name(tmp_path: Path) -> None:
+    expected = {
+        "a.json": "json",
+        "a.JSONL": "json",
+        "a.parquet": "parquet",
+        "a.tar": "webdataset",
+        "a.tar.gz": "webdataset",
+    }
+    assert {name: format_of(SourceSection(path=name)) for name in expected} == expected
+    assert format_of(SourceSection(path="some/where", format="datasets")) == "datasets"
+    with pytest.raises(ConfigError, match=r"rows\.csv.*json, parquet, webdataset or datasets"):
+        read("rows.csv", tmp_path)
+    with pytest.raises(ConfigError, match="save_to_disk did not write"):
+        read(tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match=r"part-\*\.parquet: no file"):
+        read(tmp_path / "part-*.parquet", tmp_path)
+    path, _ = make_source("saved data set", tmp_path / "data")
+    with pytest.raises(ConfigError, match="has no split 'gone', only train, other"):
+        read(path, tmp_path, hub_split="gone")
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.tar"])
+def test_a_file_that_is_not_what_it_is_called_is_a_users_mistake(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"not at all")
+    with pytest.raises(ConfigError, match=name):
+        read(tmp_path / name, tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="neither a folder nor a zip or tar"):
+        read(tmp_path / "rows.jsonl", tmp_path, images=str(tmp_path / name))
+
+
+def test_columns_name_a_sources_own_fields(tmp_path: Path) -> None:
+    rows = [{"idx": 7, "picture": {"bytes": IMAGES["a.png"], "path": None}, "q": "what?", "a": "red"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "vqa.parquet")
+    columns = {"id": "idx", "image": "picture", "question": "q", "answer": "a"}
+    (sample,) = read(tmp_path / "vqa.parquet", tmp_path, columns=columns).samples
+    assert (sample.id, [turn.text for turn in sample.turns], len(sample.images)) == ("7", ["what?", "red"], 1)
+
+
+def test_rows_of_parquet_that_cannot_be_decoded_are_counted(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(
+        [{"id": f"{n}", "question": "q" * 50, "answer": f"{n * 7919}" * 9} for n in range(400)]
+    )
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path, row_group_size=100, compression="zstd", use_dictionary=False)
+    start = pq.ParquetFile(path).metadata.row_group(2).column(2).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start + 200 : start + 500] = b"\xff" * 300
+    path.write_bytes(bytes(content))
+    got = read(path, tmp_path)
+    assert 128 <= len(got.samples) <= 200
+    (error,) = got.errors
+    assert f"{400 - len(got.samples)} of 400 rows cannot be read" in error.reason
+
+
+def test_invalid_utf8_in_parquet_costs_its_row(tmp_path: Path) -> None:
+    answers = pa.array([b"red", b"\xff\xfe", b"blue"], pa.binary()).cast(pa.string(), safe=False)
+    fields = {"id": pa.array(["0", "1", "2"]), "question": pa.array(["q"] * 3), "answer": answers}
+    pq.write_table(pa.table(fields), tmp_path / "rows.parquet")
+    got = read(tmp_path / "rows.parquet", tmp_path)
+    assert [sample.id for sample in got.samples] == ["0", "2"]
+    assert len(got.errors) == 1
+
+
+def test_hostile_members_of_a_tar_cost_their_row_and_write_nowhere_else(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tar"
+    with tarfile.open(path, "w") as tar:
+        for key in ("good", "../../escape", "/etc/absolute", "link", "device", "huge", "naked", "broken", "\udcff"):
+            if key != "naked":
+                row = b"{" if key == "broken" else json.dumps({"conversations": TURNS}).encode()
+                add(tar, f"{key}.json", row)
+            info = tarfile.TarInfo(f"{key}.png")
+            if key in ("link", "device"):
+                info.type = tarfile.SYMTYPE if key == "link" else tarfile.CHRTYPE
+                info.linkname = "/etc/hostname"
+                tar.addfile(info)
+            else:
+                add(tar, f"{key}.png", bytes(300 * 2**20) if key == "huge" else IMAGES["a.png"])
+    got = read(path, tmp_path)
+    assert [sample.id for sample in got.samples] == ["good", "../../escape", "/etc/absolute", "?"]
+    reasons = "\n".join(error.reason for error in got.errors)
+    for said in (
+        "link.png is no plain file",
+        "device.png is no plain file",
+        "314,572,800 bytes",
+        "no .json member",
+        "not valid JSON",
+    ):
+        assert said in reasons
+    files = {found.relative_to(tmp_path).parts[0] for found in tmp_path.rglob("*") if found.is_file()}
+    assert files == {"rows.tar", "extracted"}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_what_a_cut_tar_lost_is_said(mode: str, tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", [{**ROWS[0], "id": f"{number:02d}"} for number in range(20)], mode)
+    content = whole.read_bytes()
+    end = len(content.rstrip(b"\0")) if mode == "w" else len(content) - 1
+    for size in range(len(content) // 3, end, 1111):
+        (tmp_path / "cut.tar").write_bytes(content[:size])
+        got = read(tmp_path / "cut.tar", tmp_path)
+        assert len(got.samples) < 20 or mode == "w:gz"
+        assert len(got.errors) >= 1
+        assert [sample.id for sample in got.samples] == [f"{number:02d}" for number in range(len(got.samples))]
+
+
+def test_a_damaged_header_in_the_middle_of_a_tar_is_no_silent_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "rows.tar", [{**ROWS[0], "id": f"{number:02d}"} for number in range(4)])
+    content = bytearray(path.read_bytes())
+    at = content.index(b"./02.json")
+    content[at : at + 9] = b"\x00garbage!"
+    path.write_bytes(bytes(content))
+    got = read(path, tmp_path)
+    assert [sample.id for sample in got.samples] == ["00"]
+    assert [error.sample_id.rpartition("/")[2] for error in got.errors] == ["01", "(end)"]
+    assert "damaged" in got.errors[-1].reason
+
+
+def test_hostile_members_of_a_zip_cost_their_samples(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../../up.png", IMAGES["a.png"])
+        archive.writestr("bomb.png", bytes(300 * 2**20))
+        archive.writestr("empty.png", b"")
+        archive.writestr("bad.png", IMAGES["a.png"] * 20)
+    content = bytearray((tmp_path / "images.zip").read_bytes())
+    at = content.index(b"bad.png") + len(b"bad.png") + 4
+    content[at : at + 8] = b"\xff" * 8
+    (tmp_path / "images.zip").write_bytes(bytes(content))
+    names = ("../../up.png", "bomb.png", "empty.png", "bad.png", "gone.png", "a\0b")
+    rows = [{"id": name.replace("\0", "0"), "image": name, "conversations": TURNS} for name in names]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    got = read(tmp_path / "rows.json", tmp_path, images=str(tmp_path / "images.zip"))
+    assert [sample.id for sample in got.samples] == ["../../up.png"]
+    assert len(got.errors) == 5
+    assert got.image_root == tmp_path / "extracted"
+    assert len([found for found in (tmp_path / "extracted").rglob("*") if found.is_file()]) == 1
+
+
+def test_json_bombs_and_endless_lines_cost_their_row(tmp_path: Path) -> None:
+    good = json.dumps({"id": "good", "conversations": TURNS}).encode()
+    path = tmp_path / "rows.jsonl"
+    numbers = b'{"id": ' + b"9" * 5000 + b"}"
+    lines = [b"[" * 100_000, b'{"id": "' + b"x" * (65 * 2**20) + b'"}', b"\xff\xfe{}", b'{"id": "\xff"}', numbers, good]
+    path.write_bytes(b'{"a": 1}\n' + b"\n".join(lines) + b"\n")
+    got = read(path, tmp_path)
+    assert [sample.id for sample in got.samples] == ["good"]
+    assert len(got.errors) == 6
+    assert any("longer than" in error.reason for error in got.errors)
+    assert max(len(error.reason) for error in got.errors) < 1000
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(values, max_size=6), st.sampled_from([None, 1, 4]), st.booleans())
+def test_json_arrays_are_parsed_as_the_standard_library_does(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], indent: int | None, ascii_only: bool
+) -> None:
+    from teacher_dump.sources.json_rows import json_rows
+
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    path.write_bytes(json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
+    try:
+        expected = json.loads(path.read_bytes())
+    except UnicodeDecodeError:
+        with pytest.raises(ConfigError, match="UTF-8"):
+            list(json_rows(path))
+        return
+    assert [row for _, row in json_rows(path)] == expected
+
+
+def test_json_arrays_longer_than_a_chunk_are_read_whole(tmp_path: Path) -> None:
+    rows = [{"id": f"{number}", "conversations": TURNS, "pad": "ü" * (number % 7) * 40_000} for number in range(60)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert path.stat().st_size > 8 * 2**20
+    assert [sample.id for sample in read(path, tmp_path).samples] == [row["id"] for row in rows]
+    for damage in ("]", "", ",", "] 1"):
+        path.write_text(json.dumps(rows)[:-1] + ("]" + damage if damage != "" else ""), encoding="utf-8")
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            read(path, tmp_path)
+
+
+rows_of_anything = st.fixed_dictionaries(
+    {},
+    optional={
+        name: values | st.just(TURNS) | st.lists(st.just({"role": "user", "content": [{"type": "image"}]}), max_size=2)
+        for name in ("id", "image", "images", "conversations", "messages", "texts", "question", "answer", "prompt",
+                     "chosen", "rejected", "category")
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(rows_of_anything | values, max_size=6))
+def test_every_row_becomes_samples_or_named_errors(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    lines = [json.dumps(row) for row in rows]
+    (folder / "rows.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    got = read(folder / "rows.jsonl", folder)
+    ids = [sample.id for sample in got.samples] + [error.sample_id for error in got.errors]
+    assert len(set(ids)) == len(ids)
+    assert len(rows) <= len(ids) <= 2 * len(rows)
+    for error in got.errors:
+        assert os.fsencode(error.reason).decode()
+        assert error.reason.count("rows.jsonl:") >= 1
