@@ -128,8 +128,10 @@ class Preparer:
         """SampleRefusedError: a bad image, a prompt that cannot be made, more than `max_length` tokens."""
         images = tuple(load_image(self._image_root, path) for path in sample.images)
         prompt = self._prompts.build(sample)
-        counts = [self._grid.num_visual_tokens(image.pixels) for image in images]
-        expansion = expand(prompt.token_ids, counts, self._image_token_id)
+        expansion = expand(
+            prompt.token_ids, [self._grid.ids(image.pixels) for image in images], self._image_token_id
+        )
+        counts = [len(positions) for positions in expansion.visual]
         if len(expansion.token_ids) > self._max_length:
             raise SampleRefusedError(
                 f"has {len(expansion.token_ids)} tokens, {sum(counts)} of them visual; "
@@ -376,10 +378,10 @@ def _new_images(kept: Sequence[tuple[Prepared, Tensor]], known: set[str]) -> dic
     """Hidden states of the images whose key is not yet known, (n, d) each, unshifted; their keys become known."""
     new: dict[str, Tensor] = {}
     for sample, states in kept:
-        for ref, (start, stop) in zip(sample.record.images, sample.expansion.spans, strict=True):
+        for ref, positions in zip(sample.record.images, sample.expansion.visual, strict=True):
             if ref.key not in known:
                 known.add(ref.key)
-                new[ref.key] = states[start:stop]
+                new[ref.key] = states[torch.from_numpy(positions)]
     return new
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL.Image import Image
+from torch import Tensor
 
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump import torchvision_shim
 from teacher_dump.processor import load_processor
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 from teacher_dump.visual_grid import VisualGrid, expand
+
+_OF_TEXT = ("input_ids", "attention_mask")
+_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is
 
 
 class TransformersTeacher:
@@ -45,19 +49,24 @@ class TransformersTeacher:
         return [self._states(prompt) for prompt in prompts]
 
     def _states(self, prompt: TeacherPrompt) -> TeacherStates:
-        counts = [self._grid.num_visual_tokens(image) for image in prompt.images]
-        ids = expand(prompt.token_ids, counts, self._image_token_id).token_ids
-        inputs = {
-            "input_ids": torch.from_numpy(ids)[None],
-            "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-        }
+        images = [self._grid.ids(image) for image in prompt.images]
+        ids = torch.from_numpy(expand(prompt.token_ids, images, self._image_token_id).token_ids)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if prompt.images:
-            inputs |= self._processor.image_processor(images=list(prompt.images), return_tensors="pt")
+            inputs |= self._image_inputs(prompt.images, ids == self._image_token_id)
         inputs = {
             name: value.to(self._device, self._dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
         }
         hidden = self._trunk(**inputs, use_cache=False).last_hidden_state[0]
-        if hidden.shape[0] != len(ids):
-            raise StillhouseError(f"transformers gave {hidden.shape[0]} positions for {len(ids)} tokens")
-        return TeacherStates(ids.astype(np.int64), hidden.float().cpu())
+        if hidden.shape[0] != ids.shape[1]:
+            raise StillhouseError(f"transformers gave {hidden.shape[0]} positions for {ids.shape[1]} tokens")
+        return TeacherStates(ids[0].numpy(), hidden.float().cpu())
+
+    def _image_inputs(self, images: Sequence[Image], is_visual: Tensor) -> dict[str, Tensor]:
+        """What the processor makes of a sample's images, and which positions are theirs where the model asks that."""
+        token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
+        inputs = dict(self._processor(images=list(images), text=[token * len(images)], return_tensors="pt"))
+        for name in _OF_TEXT:
+            inputs.pop(name, None)
+        return {name: is_visual.long() if name in _TOKEN_TYPES else value for name, value in inputs.items()}

@@ -1,6 +1,12 @@
-"""The visual grid: how many positions an image takes in a teacher, and where every token lies once it does.
+"""The visual grid: what an image becomes in a teacher's sequence, and where every token lies once it does.
 
-Legend: t unexpanded tokens, one a placeholder; T expanded positions.
+A visual token is a position that holds the teacher's image token, which the model replaces by a feature of its vision
+side: 576 a picture in LLaVA-1.5, as many as its resolution asks for in Qwen2-VL, those of every tile and of the whole
+picture in Idefics3. Where a model packs a learnt newline among its features (LLaVA-NeXT, LLaVA-OneVision), that is one
+too, as it is for the model and for vLLM. Separators with an id of their own (`<row_1_col_2>`, `<|vision_start|>`, the
+newlines between tiles) are not: they lie between the visual tokens and have no rows.
+
+Legend: t unexpanded tokens, one a placeholder; T expanded positions; n visual tokens of one image.
 """
 
 from __future__ import annotations
@@ -11,9 +17,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
+from PIL import Image
 
 from storage.errors import StillhouseError
+from teacher_dump.samples import SampleRefusedError
+
+_REMEMBERED_SIZES = 4096  # of images; a size costs a pass of the image processor and a few kB
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +30,8 @@ class Expansion:
     """Expanded ids, and where each unexpanded token lies in them."""
 
     token_ids: NDArray[np.int64]  # (T,)
-    positions: NDArray[np.int64]  # (t,) a placeholder's is its first visual token
-    spans: tuple[tuple[int, int], ...]  # start : stop of each image's visual tokens
+    positions: NDArray[np.int64]  # (t,) a placeholder's is the first that stands for it
+    visual: tuple[NDArray[np.int64], ...]  # (n,) each image's visual tokens, which separators may part
 
     def check(self, engine_ids: NDArray[np.int64]) -> None:
         """StillhouseError naming the first token in which an engine's expansion differs."""
@@ -41,38 +50,51 @@ class Expansion:
             )
 
 
-def expand(token_ids: NDArray[np.int32], counts: Sequence[int], image_token_id: int) -> Expansion:
-    """Each placeholder repeated as often as its image has visual tokens; ValueError if their numbers differ."""
+def expand(token_ids: NDArray[np.int32], images: Sequence[NDArray[np.int64]], image_token_id: int) -> Expansion:
+    """Each placeholder replaced by its image's ids (see VisualGrid.ids); ValueError if their numbers differ."""
     is_image = token_ids == image_token_id
-    if int(np.count_nonzero(is_image)) != len(counts):
-        raise ValueError(f"{np.count_nonzero(is_image)} placeholders for {len(counts)} images")
-    repeats = np.ones(len(token_ids), np.int64)
-    repeats[is_image] = counts
-    positions = np.cumsum(repeats) - repeats
-    starts = positions[is_image].tolist()
-    return Expansion(
-        token_ids=np.repeat(token_ids.astype(np.int64), repeats),
-        positions=positions,
-        spans=tuple((start, start + count) for start, count in zip(starts, counts, strict=True)),
-    )
+    if int(np.count_nonzero(is_image)) != len(images):
+        raise ValueError(f"{np.count_nonzero(is_image)} placeholders for {len(images)} images")
+    lengths = np.ones(len(token_ids), np.int64)
+    lengths[is_image] = [len(ids) for ids in images]
+    positions = np.cumsum(lengths) - lengths
+    expanded = np.repeat(token_ids.astype(np.int64), lengths)
+    visual = []
+    for start, ids in zip(positions[is_image].tolist(), images, strict=True):
+        expanded[start : start + len(ids)] = ids
+        visual.append(start + np.flatnonzero(ids == image_token_id))
+    return Expansion(token_ids=expanded, positions=positions, visual=tuple(visual))
 
 
 class VisualGrid:
-    """Asks a teacher's processor how many visual tokens an image becomes; remembered by size."""
+    """Asks a teacher's processor what an image becomes; remembered by size, which is all that it depends on."""
 
     def __init__(self, processor: Any, image_token_id: int) -> None:
         """`image_token_id` is -1 for a teacher without images."""
         self._processor = processor
         self._image_token_id = image_token_id
-        self._by_size: dict[tuple[int, int], int] = {}
+        self._by_size: dict[tuple[int, int], NDArray[np.int64]] = {}
 
-    def num_visual_tokens(self, image: Image) -> int:
-        """Positions that this image takes. StillhouseError: the processor gives none."""
+    def ids(self, image: Image.Image) -> NDArray[np.int64]:
+        """The tokens that stand for this image, separators included.
+
+        SampleRefusedError: a size that the processor refuses. StillhouseError: it gives no visual tokens.
+        """
         if image.size not in self._by_size:
-            text = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
-            ids = self._processor(images=[image], text=[text], return_tensors="np")["input_ids"][0]
-            count = int(np.count_nonzero(np.asarray(ids) == self._image_token_id))
-            if count == 0:
-                raise StillhouseError(f"the processor gives an image of {image.size} no visual tokens")
-            self._by_size[image.size] = count
+            if len(self._by_size) == _REMEMBERED_SIZES:
+                del self._by_size[next(iter(self._by_size))]
+            self._by_size[image.size] = self._ask(image.size)
         return self._by_size[image.size]
+
+    def _ask(self, size: tuple[int, int]) -> NDArray[np.int64]:
+        text = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
+        try:
+            asked = self._processor(
+                images=[Image.new("RGB", size)], text=[text], add_special_tokens=False, return_tensors="np"
+            )
+        except ValueError as error:
+            raise SampleRefusedError(f"the processor refuses an image of {size[0]} x {size[1]}: {error}") from error
+        ids = np.asarray(asked["input_ids"][0], np.int64)
+        if not np.any(ids == self._image_token_id):
+            raise StillhouseError(f"the processor gives an image of {size[0]} x {size[1]} no visual tokens")
+        return ids

@@ -33,8 +33,10 @@ QUESTIONS = ("what colour is the left half?", "what colour is the right half?", 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 
 
-def make_tiny_tokenizer() -> Any:
-    """A byte-level BPE of 300 tokens, special tokens last, with `CHAT_TEMPLATE` set."""
+def make_tiny_tokenizer(
+    special_tokens: Sequence[str] = SPECIAL_TOKENS, *, image_token: str | None = IMAGE_TOKEN, template: str = CHAT_TEMPLATE
+) -> Any:
+    """A byte-level BPE of 300 tokens, special tokens last and their image token the very last."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -43,19 +45,19 @@ def make_tiny_tokenizer() -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300 - len(SPECIAL_TOKENS),
+        vocab_size=300 - len(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(text * 4, trainer)
-    bpe.add_special_tokens(list(SPECIAL_TOKENS))
+    bpe.add_special_tokens(list(special_tokens))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=END_OF_TURN,
         pad_token="<|endoftext|>",
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        extra_special_tokens={} if image_token is None else {"image_token": image_token},
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template
     return tokenizer
 
 
