@@ -30,6 +30,14 @@ from teacher_dump.selection import Selection, select_rows
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
+# Settings that change logits elsewhere than in `_after_the_head`, and models whose code does. Source: transformers' and
+# vLLM's `lm_head(` and `compute_logits` of these models.
+_UNKNOWN_SETTINGS = ("dim_model_base", "output_multiplier", "logits_mup_width_multiplier", "norm_head")
+_UNKNOWN_KINDS = {
+    "chameleon": "it forbids image tokens",
+    "mimo": "vLLM gives its hidden states before the last norm",
+    "step3p5": "vLLM gives its hidden states before the last norm",
+}
 _VOCABULARY_CHUNK = 8192  # columns of [n, v] at once, where logits are not linear in the hidden states
 
 
@@ -136,41 +144,83 @@ class OutputHead:
         return self.weight.T @ self.weight
 
 
+@dataclass(frozen=True)
+class HeadPlace:
+    """Where a checkpoint keeps its output head, and what happens to the logits after it."""
+
+    weight: str  # names of tensors
+    bias: str | None
+    scale: float
+    soft_cap: float | None
+
+
+def find_head(folder: Path, *, vocab_size: int) -> HeadPlace:
+    """The output head of a checkpoint; no weights are read unless the config calls it tied and it is there.
+
+    A tied head is the input embedding. StillhouseError: no head, fewer rows than the vocabulary has, a head that
+    is called tied and differs from the embedding, or logits that are made in a way that is not known here.
+    """
+    config = checkpoint.read_json(folder / "config.json")
+    settings = checkpoint.text_settings(config)
+    files = checkpoint.tensor_files(folder)
+    heads, embeddings = _ending(files, _HEAD), _ending(files, _EMBEDDING)
+    flags = [part.get("tie_word_embeddings") for part in (config, settings)]
+    found = heads or ([] if False in flags and True not in flags else embeddings)
+    if len(found) != 1:
+        raise StillhouseError(
+            f"{folder}: expected one output head ({_HEAD}, or {_EMBEDDING} where they are tied), "
+            f"found {', '.join(found) or 'none'}"
+        )
+    name = found[0]
+    num_rows = checkpoint.read_header(files[name])[name]["shape"][0]
+    if num_rows < vocab_size:
+        raise StillhouseError(
+            f"{folder}: the output head has {num_rows} rows, the tokenizer {vocab_size} tokens; "
+            "some of its tokens can never be predicted: give it the tokenizer that it was trained with"
+        )
+    is_tied = bool(settings.get("tie_word_embeddings")) and len(embeddings) == 1
+    if heads and is_tied and not _are_equal(files, name, embeddings[0]):
+        raise StillhouseError(
+            f"{folder}: config.json says tie_word_embeddings, but {name} and {embeddings[0]} differ; "
+            "engines disagree about such a checkpoint: set the one that is meant"
+        )
+    bias = f"{name.removesuffix('weight')}bias" if heads else ""
+    return HeadPlace(name, bias if bias in files else None, *_after_the_head(folder, settings))
+
+
 def read_head(folder: Path, *, vocab_size: int, device: str = "cpu") -> OutputHead:
     """The output head of a checkpoint, its rows beyond `vocab_size` (the tokenizer's real one) cut off.
 
-    A tied head is the input embedding. Logit scale and soft-cap are those of the config. StillhouseError:
-    no head in the checkpoint, or fewer rows than the vocabulary has.
+    StillhouseError: see find_head.
     """
-    settings = checkpoint.text_settings(checkpoint.read_json(folder / "config.json"))
+    place = find_head(folder, vocab_size=vocab_size)
     files = checkpoint.tensor_files(folder)
-    heads, embeddings = _ending(files, _HEAD), _ending(files, _EMBEDDING)
-    wanted = embeddings if settings.get("tie_word_embeddings") or not heads else heads
-    if not heads and settings.get("tie_word_embeddings") is False:
-        wanted = []
-    if len(wanted) != 1:
-        raise StillhouseError(
-            f"{folder}: expected one output head ({_HEAD}, or {_EMBEDDING} where they are tied), "
-            f"found {', '.join(wanted) or 'none'}"
-        )
-    weight = _read(files, wanted[0], vocab_size)
-    if weight.shape[0] < vocab_size:
-        raise StillhouseError(
-            f"{folder}: the output head has {weight.shape[0]} rows, the tokenizer {vocab_size} tokens"
-        )
-    bias = wanted[0].removesuffix("weight") + "bias"
     return OutputHead(
-        weight=weight.to(device),
-        bias=_read(files, bias, vocab_size).to(device) if wanted is heads and bias in files else None,
-        scale=_logit_scale(settings),
-        soft_cap=settings.get("final_logit_softcapping"),
+        weight=_read(files, place.weight, vocab_size).to(device),
+        bias=None if place.bias is None else _read(files, place.bias, vocab_size).to(device),
+        scale=place.scale,
+        soft_cap=place.soft_cap,
     )
 
 
-def _logit_scale(settings: Mapping[str, Any]) -> float:
-    if settings.get("logit_scale") is not None:  # Cohere
-        return float(settings["logit_scale"])
-    return 1.0 / float(settings.get("logits_scaling") or 1.0)  # Granite divides
+def _after_the_head(folder: Path, settings: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Scale and soft-cap of the logits. StillhouseError where a model does something else to them."""
+    kind = settings.get("model_type")
+    strange = [name for name in _UNKNOWN_SETTINGS if settings.get(name)]
+    reason = _UNKNOWN_KINDS.get(str(kind)) or (f"its config.json has {', '.join(strange)}" if strange else None)
+    if reason is not None:
+        raise StillhouseError(f"{folder}: {kind} makes its logits in a way that the dump does not know: {reason}")
+    scale = settings.get("logit_scale")  # Cohere; MPT may have a word there
+    if scale is None:
+        scale = settings.get("lm_head_multiplier")  # Falcon-H1
+    if scale is None:
+        divisor = settings.get("logits_scaling") or 1.0  # Granite
+        scale = divisor if kind == "hyperclovax" else 1.0 / divisor  # which multiplies by what has the same name
+    soft_cap = settings.get("final_logit_softcapping", settings.get("logits_soft_cap"))  # Gemma; RecurrentGemma
+    for value in (scale, 1.0 if soft_cap is None else soft_cap):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
+            raise StillhouseError(f"{folder}: config.json: a logit scale or soft-cap is {value!r}, expected a number")
+    return float(scale), None if soft_cap is None else float(soft_cap)
 
 
 def _ending(files: Mapping[str, Path], suffix: str) -> list[str]:
@@ -180,3 +230,13 @@ def _ending(files: Mapping[str, Path], suffix: str) -> list[str]:
 def _read(files: Mapping[str, Path], name: str, num_rows: int) -> Tensor:
     with safe_open(files[name], framework="pt") as tensors:
         return tensors.get_slice(name)[:num_rows].to(torch.float32).contiguous()
+
+
+def _are_equal(files: Mapping[str, Path], one: str, other: str) -> bool:
+    """Whether two matrices of a checkpoint are the same; a stretch of rows at a time."""
+    with safe_open(files[one], framework="pt") as ours, safe_open(files[other], framework="pt") as theirs:
+        left, right = ours.get_slice(one), theirs.get_slice(other)
+        if left.get_shape() != right.get_shape():
+            return False
+        starts = range(0, left.get_shape()[0], _VOCABULARY_CHUNK)
+        return all(torch.equal(*(part[at : at + _VOCABULARY_CHUNK] for part in (left, right))) for at in starts)

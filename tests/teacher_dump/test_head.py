@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from storage.errors import StillhouseError
 from storage.rows import SparseRows
-from teacher_dump.head import OutputHead, read_head
+from teacher_dump import torchvision_shim
+from teacher_dump.head import OutputHead, find_head, read_head
 from teacher_dump.selection import Threshold, TopK, row_uniforms
 
 
@@ -113,6 +117,129 @@ def test_a_tied_head_is_the_input_embedding(tmp_path: Path) -> None:
     config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}
     head = read_head(write_checkpoint(tmp_path / "both", both, **config), vocab_size=20)
     assert torch.equal(head.weight, random(20, 4, seed=5))
+
+
+def test_a_head_that_is_called_tied_must_be_the_embedding(tmp_path: Path) -> None:
+    weight = random(9000, 2)
+    for folder, head in (("same", weight.clone()), ("other", weight + torch.eye(9000, 2) * 0.01)):
+        (tmp_path / folder).mkdir()
+        tensors = {"model.embed_tokens.weight": weight, "lm_head.weight": head}
+        write_checkpoint(tmp_path / folder, tensors, tie_word_embeddings=True)
+    assert find_head(tmp_path / "same", vocab_size=9000).weight == "lm_head.weight"
+    with pytest.raises(StillhouseError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
+        find_head(tmp_path / "other", vocab_size=9000)
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 90, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("qwen2", {"tie_word_embeddings": True}, (1.0, None)),
+        ("gemma2", {}, (1.0, 30.0)),
+        ("cohere", {"logit_scale": 0.25}, (0.25, None)),
+        ("granite", {"logits_scaling": 8.0}, (0.125, None)),
+        ("hyperclovax", {"logits_scaling": 0.5}, (0.5, None)),
+        ("phi", {}, (1.0, None)),  # its head has a bias
+    ],
+)
+def test_our_head_is_the_models_own(
+    kind: str, settings: dict[str, Any], expected: tuple[float, float | None], tmp_path: Path
+) -> None:
+    """Hidden states of a model of transformers through our head, against the logits that it gives itself."""
+    torchvision_shim.ensure()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY, **settings)).eval()
+    with torch.no_grad():
+        for parameter in (*model.get_output_embeddings().parameters(), *model.base_model.parameters()):
+            parameter.normal_(0, 0.5)  # far enough for a soft-cap to be felt
+    model.save_pretrained(tmp_path)
+    head = read_head(tmp_path, vocab_size=80)
+    assert (head.scale, head.soft_cap, head.bias is not None) == (*expected, kind == "phi")
+    ids = torch.arange(12)[None] * 7
+    with torch.no_grad():
+        hidden = model.base_model(ids).last_hidden_state[0]
+        logits = model(ids).logits[0, :, :80]
+    np.testing.assert_allclose(head.logits(hidden), logits, atol=1e-4)
+
+
+def test_logits_that_are_made_in_another_way_are_refused_by_name(tmp_path: Path) -> None:
+    for config, message in (
+        ({"model_type": "chameleon"}, "chameleon makes its logits.*forbids image tokens"),
+        ({"text_config": {"model_type": "step3p5"}}, "before the last norm"),
+        ({"model_type": "minicpm", "dim_model_base": 256}, "minicpm makes its logits.*dim_model_base"),
+        ({"logit_scale": "inv_sqrt_d_model"}, "inv_sqrt_d_model.*expected a number"),
+        ({"final_logit_softcapping": 0}, "is 0, expected a number"),
+    ):
+        folder = write_checkpoint(tmp_path, {"lm_head.weight": random(10, 4)}, **config)
+        with pytest.raises(StillhouseError, match=message):
+            find_head(folder, vocab_size=10)
+
+
+def test_no_more_than_a_chunk_of_logits_is_in_memory() -> None:
+    """Every tensor that scoring makes is counted while it lives: a handful of [rows_per_chunk, v], whatever r is."""
+    vocab_size, rows_per_chunk = 4000, 32
+    head = OutputHead(random(vocab_size, 8), soft_cap=30.0)
+
+    def peak(num_rows: int) -> int:
+        hidden, labels = random(num_rows, 8, seed=1), torch.arange(num_rows)
+        uniforms = row_uniforms(num_rows, seed=0, family="response", key="x")
+        with LiveBytes() as live:
+            head.sparse_rows(
+                hidden, labels=labels, selection=Threshold(0.05), uniforms=uniforms, rows_per_chunk=rows_per_chunk,
+                temperatures=(0.5, 2.0),
+            )  # fmt: skip
+        return live.peak
+
+    chunk = rows_per_chunk * vocab_size * 4
+    few, many = peak(2 * rows_per_chunk), peak(20 * rows_per_chunk)
+    assert chunk < few < 8 * chunk
+    assert many - few < chunk / 4
+
+
+def test_the_count_of_live_tensors_counts() -> None:
+    with LiveBytes() as live:
+        whole = torch.zeros(1000)
+        del whole
+        parts = [torch.zeros(100), torch.zeros(100)]
+        parts[0] += 1
+    assert live.peak == 4000
+    assert live.now == 800
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that torch made in this mode and nobody has let go of, now and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place = storage.data_ptr()
+        if place in self._known or not storage.nbytes():
+            return
+        self._known.add(place)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, place, storage.nbytes())
+
+    def _forget(self, place: int, num_bytes: int) -> None:
+        self._known.discard(place)
+        self.now -= num_bytes
 
 
 def test_scale_soft_cap_and_bias_come_from_the_checkpoint(tmp_path: Path) -> None:
