@@ -213,7 +213,7 @@ def plan_dump(settings: DumpSettings) -> DumpPlan:
     identity = Identity(
         teacher=str(folder) if is_folder else f"{teacher.model}@{teacher.revision or 'main'}",
         teacher_fingerprint=fingerprint.weights_fingerprint(folder, memory) if asks_teacher else fingerprint.NONE,
-        dtype=_dtype(teacher, folder) if asks_teacher else fingerprint.NONE,
+        dtype=fingerprint.served_dtype(_dtype(teacher, folder), teacher.settings) if asks_teacher else fingerprint.NONE,
         engine=fingerprint.engine_version(teacher.backend) if asks_teacher else fingerprint.NONE,
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         vocab_size=facts.vocab_size,
@@ -327,7 +327,7 @@ def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings
     return WorkerSettings(
         checkpoint=planned.checkpoint,
         backend=teacher.backend,
-        dtype=planned.identity.dtype,
+        dtype=planned.identity.dtype.split()[0],
         max_length=planned.max_length,
         engine_settings=dict(teacher.settings),
         served=(settings.run / "served").resolve(),

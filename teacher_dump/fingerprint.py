@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -23,6 +23,8 @@ from teacher_dump import checkpoint
 
 NONE = "none"  # where a cache has no teacher at all
 _SETTINGS = ("config.json", "generation_config.json")
+_ROUNDING_SETTINGS = ("quantization", "kv_cache_dtype")
+_GRID_SETTINGS = ("num_image_tokens", "vision_aspect_ratio", "image_seq_len")  # of newer processors
 _VOLATILE = ("transformers_version", "_name_or_path", "processor_class", "image_processor_type")
 
 
@@ -47,6 +49,7 @@ def processor_facts(folder: Path, processor: Any) -> ProcessorFacts:
         name: getattr(processor, name, None)
         for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
     }
+    grid |= {name: getattr(processor, name) for name in _GRID_SETTINGS if hasattr(processor, name)}
     settings = {key: value for key, value in preprocessing.items() if key not in _VOLATILE}
     vocabulary = tokenizer.get_vocab()
     return ProcessorFacts(
@@ -68,6 +71,12 @@ def weights_fingerprint(folder: Path, memory: FingerprintMemory) -> str:
     for path in checkpoint.weight_files(folder):
         digest.update(path.name.encode() + b"\0" + memory.recall("sha256", [path], partial(_sha256, path)).encode())
     return digest.hexdigest()
+
+
+def served_dtype(dtype: str, settings: Mapping[str, Any]) -> str:
+    """The dtype as an identity has it: with the engine settings that round weights or keys and values further."""
+    rounding = [f"{name}={settings[name]}" for name in _ROUNDING_SETTINGS if settings.get(name) not in (None, "auto")]
+    return " ".join([dtype, *rounding])
 
 
 def engine_version(backend: str) -> str:

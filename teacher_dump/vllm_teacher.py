@@ -20,15 +20,22 @@ from teacher_dump import checkpoint, torchvision_shim
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 
 _TASK = "token_embed"
-_OURS = {  # what the dump decides; each has its own field, or no other value works
-    "model": "teacher.model",
-    "revision": "teacher.revision",
-    "dtype": "teacher.dtype",
-    "max_model_len": "teacher.max_length",
-    "runner": None,
-    "convert": None,
-    "pooler_config": None,
-    "enable_prefix_caching": None,  # a cached prefix has no hidden states
+_NEEDED = "the dump sets it and needs its value"
+_IN_THE_CHECKPOINT = "change a copy of the checkpoint instead, where the processor and the fingerprint see it"
+_OURS = {  # what the dump decides: each has its own field, or no other value works
+    "model": "set teacher.model",
+    "revision": "set teacher.revision",
+    "dtype": "set teacher.dtype",
+    "max_model_len": "set teacher.max_length",
+    "runner": _NEEDED,
+    "convert": _NEEDED,
+    "pooler_config": _NEEDED,
+    "enable_prefix_caching": _NEEDED,  # a cached prefix has no hidden states
+    "tokenizer": _IN_THE_CHECKPOINT,
+    "tokenizer_revision": _IN_THE_CHECKPOINT,
+    "hf_config_path": _IN_THE_CHECKPOINT,
+    "hf_overrides": _IN_THE_CHECKPOINT,
+    "mm_processor_kwargs": _IN_THE_CHECKPOINT,
 }
 _CPU_KV_CACHE_BYTES = 256 * 2**20  # the default takes 92 % of the memory, which the head and others need
 _GPU_MEMORY_FRACTION = 0.8  # leaves room for the output head and a chunk of logits beside the engine
@@ -96,8 +103,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(EngineArgs)}
     for name in settings:
         if name in _OURS:
-            instead = f"set {_OURS[name]}" if _OURS[name] else "the dump sets it and needs its value"
-            raise ConfigError(f"teacher.settings.{name}: is not yours to set; {instead}")
+            raise ConfigError(f"teacher.settings.{name}: is not yours to set; {_OURS[name]}")
         if name not in known:
             close = difflib.get_close_matches(name, sorted(known), n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "see vllm's EngineArgs"

@@ -48,3 +48,9 @@ def test_a_broken_memory_is_an_empty_one(tiny_teacher: Path, tmp_path: Path) -> 
 
 def test_context_length_is_the_language_models(tiny_teacher: Path) -> None:
     assert checkpoint.context_length(checkpoint.read_json(tiny_teacher / "config.json")) == 512
+
+
+def test_an_engine_that_rounds_further_is_another_teacher() -> None:
+    assert fingerprint.served_dtype("bfloat16", {"tensor_parallel_size": 2, "kv_cache_dtype": "auto"}) == "bfloat16"
+    rounded = fingerprint.served_dtype("bfloat16", {"quantization": "fp8", "kv_cache_dtype": "fp8"})
+    assert rounded == "bfloat16 quantization=fp8 kv_cache_dtype=fp8"

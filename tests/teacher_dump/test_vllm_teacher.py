@@ -112,15 +112,16 @@ def test_settings_that_vllm_does_not_have_are_refused_by_name() -> None:
         "from teacher_dump import torchvision_shim; torchvision_shim.ensure()\n"
         "from teacher_dump.vllm_teacher import check_settings\n"
         "check_settings({'tensor_parallel_size': 2, 'max_num_seqs': 8})\n"
-        "for name in ('tensor_paralel_size', 'max_model_len', 'runner'):\n"
+        "for name in ('tensor_paralel_size', 'max_model_len', 'runner', 'hf_overrides'):\n"
         "    try: check_settings({name: 1})\n"
         "    except ConfigError as error: print(error)\n"
     )
     done = run_python("-c", code)
-    unknown, ours, fixed = done.stdout.splitlines()[-3:]
+    unknown, ours, fixed, outside = done.stdout.splitlines()[-4:]
     assert unknown.startswith("teacher.settings.tensor_paralel_size: vLLM has no such setting; did you mean tensor_par")
     assert "set teacher.max_length" in ours
     assert "runner: is not yours to set" in fixed
+    assert "hf_overrides: is not yours to set; change a copy of the checkpoint" in outside
 
 
 def test_the_plain_names_of_transformers_5_are_what_the_view_is_for(tiny_teacher: Path, tmp_path: Path) -> None:
