@@ -128,9 +128,7 @@ class Preparer:
         """SampleRefusedError: a bad image, a prompt that cannot be made, more than `max_length` tokens."""
         images = tuple(load_image(self._image_root, path) for path in sample.images)
         prompt = self._prompts.build(sample)
-        expansion = expand(
-            prompt.token_ids, [self._grid.ids(image.pixels) for image in images], self._image_token_id
-        )
+        expansion = expand(prompt.token_ids, [self._grid.ids(image.pixels) for image in images], self._image_token_id)
         counts = [len(positions) for positions in expansion.visual]
         if len(expansion.token_ids) > self._max_length:
             raise SampleRefusedError(

@@ -34,7 +34,10 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), 
 
 
 def make_tiny_tokenizer(
-    special_tokens: Sequence[str] = SPECIAL_TOKENS, *, image_token: str | None = IMAGE_TOKEN, template: str = CHAT_TEMPLATE
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    *,
+    image_token: str | None = IMAGE_TOKEN,
+    template: str = CHAT_TEMPLATE,
 ) -> Any:
     """A byte-level BPE of 300 tokens, special tokens last and their image token the very last."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

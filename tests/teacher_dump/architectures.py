@@ -1,0 +1,146 @@
+"""What every architecture's teacher is asked in the tests, and vLLM's answers, from one process for all of them.
+
+`python -m tests.teacher_dump.architectures FOLDER` starts an engine on each FOLDER/<architecture>/teacher, one after
+another, asks it in several ways and leaves its hidden states in FOLDER/<architecture>/<way>.npz.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from teacher_dump.head import read_head
+from teacher_dump.plan import Part
+from teacher_dump.scoring import PartScorer, Prepared, RowRequest, SignalRequest
+from teacher_dump.selection import Threshold, TopK
+from teacher_dump.sight import Sight, check_sight, choose_samples
+from teacher_dump.teacher import Teacher, TeacherPrompt, TeacherStates
+from tests.teacher_dump.scorers import make_scorer, part_of
+from tests.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_teacher
+
+IMAGES = {"square": (32, 32), "other": (32, 32), "wide": (64, 32), "tall": (20, 90), "photo": (50, 40)}
+WAYS = ("together", "reversed", "alone")
+BATCHED_TOKENS = 160  # of the engine: the longest prompts are prefilled in two chunks
+SIGNALS = SignalRequest(
+    response=RowRequest(TopK(VOCAB_SIZE), 0, (0.5, 2.0)),
+    visual=RowRequest(Threshold(0.02), 0),
+    relation_centered=True,
+    sequence=True,
+    hidden_limit=float("inf"),
+)
+ASKED: dict[str, tuple[list[str], list[str]]] = {  # images; questions and answers in turn
+    "text": ([], ["what?", "red"]),
+    "text-again": ([], ["what?", "the left half is red and the right blue"]),
+    "long": ([], ["describe the image." * 20, "blue" * 20, "and now?", "red"]),
+    "square": (["square"], ["<image>\nwhat?", "red"]),
+    "square-again": (["square"], ["<image>\nwhat?", "the left half is blue"]),
+    "other": (["other"], ["<image>\nwhat?", "red"]),  # the same ids as `square`, another picture of its size
+    "wide": (["wide"], ["<image>\nwhat?", "red", "and the right?", "blue", "sure?", "white"]),
+    "tall": (["tall"], ["look: <image> what?", "red"]),
+    "three": (["photo", "tall", "square"], ["<image> and <image>?", "green", "or <image>?", "white"]),
+    "twice": (["square", "square"], ["<image><image> same?", "red"]),
+    "not-twice": (["square", "other"], ["<image><image> same?", "red"]),
+}
+
+
+def write_samples(folder: Path, *, with_images: bool) -> Path:
+    """ASKED as a LLaVA JSONL file over pictures of noise; without those that show any, if the teacher sees none."""
+    draw = np.random.default_rng(0)
+    for name, (width, height) in IMAGES.items():
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    file = folder / "samples.jsonl"
+    with file.open("w", encoding="utf-8") as lines:
+        for name, (images, texts) in ASKED.items():
+            if with_images or not images:
+                turns = [{"from": ("human", "gpt")[at % 2], "value": text} for at, text in enumerate(texts)]
+                row = {"id": name, "image": [f"{image}.png" for image in images], "conversations": turns}
+                lines.write(json.dumps(row) + "\n")
+    return file
+
+
+def make_all(root: Path) -> None:
+    """Teachers and samples of all architectures."""
+    for name in ARCHITECTURES:
+        make_teacher(root / name / "teacher", name)
+        write_samples(root / name, with_images=name not in ("llama", "qwen2"))
+
+
+def scorer_of(folder: Path, engine: Teacher | None) -> PartScorer:
+    """A scorer of an architecture's samples with an engine of the caller's choice."""
+    return make_scorer(folder / "teacher", folder, SIGNALS, engine, max_length=512)
+
+
+def samples_of(folder: Path) -> Part:
+    return part_of(folder / "samples.jsonl")
+
+
+def prompt_key(prompt: TeacherPrompt) -> str:
+    """What a prompt asks: ids and pixels."""
+    digest = hashlib.sha256(prompt.token_ids.tobytes())
+    for image in prompt.images:
+        digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+class Recorded:
+    """A teacher that says again what an engine said."""
+
+    def __init__(self, file: Path) -> None:
+        with np.load(file) as arrays:
+            self._states = {name: arrays[name] for name in arrays.files}
+
+    def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+        return [
+            TeacherStates(self._states[f"{key}.ids"], torch.from_numpy(self._states[f"{key}.hidden"]))
+            for key in map(prompt_key, prompts)
+        ]
+
+
+def recorded_sight(folder: Path) -> Sight | None:
+    """What the blind check saw in the engine."""
+    found = json.loads((folder / "sight.json").read_text(encoding="utf-8"))
+    return None if found is None else Sight(**found)
+
+
+def _ask(engine: Teacher, ready: Sequence[Prepared], way: str) -> dict[str, np.ndarray]:
+    prompts = [sample.prompt for sample in ready]
+    if way == "reversed":
+        prompts.reverse()
+    calls = [[prompt] for prompt in prompts] if way == "alone" else [prompts]
+    answers = {}
+    for call in calls:
+        for prompt, states in zip(call, engine.hidden_states(call), strict=True):
+            key = prompt_key(prompt)
+            answers |= {f"{key}.ids": states.token_ids, f"{key}.hidden": states.hidden.numpy()}
+    return answers
+
+
+def _run_engine(folder: Path) -> None:
+    from teacher_dump.vllm_teacher import VllmTeacher
+
+    settings = {"max_num_batched_tokens": BATCHED_TOKENS, "enable_chunked_prefill": True}
+    engine = VllmTeacher(
+        folder / "teacher", dtype="float32", max_length=512, settings=settings, served=folder / "served"
+    )
+    scorer = scorer_of(folder, engine)
+    part = samples_of(folder)
+    ready = scorer.prepare(part.samples, [])
+    for way in WAYS:
+        np.savez(folder / f"{way}.npz", allow_pickle=False, **_ask(engine, ready, way))
+    head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
+    sight = check_sight(scorer, head, choose_samples(part.samples, 4))
+    (folder / "sight.json").write_text(json.dumps(None if sight is None else asdict(sight)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in ARCHITECTURES:
+        _run_engine(Path(sys.argv[1]) / name)
