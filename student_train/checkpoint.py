@@ -3,7 +3,7 @@
 Tensor names: transformers 5 saves a LLaVA's tower as `vision_tower.encoder…`, vLLM reads
 `vision_tower.vision_model.encoder…`. The names from before transformers 4.52 are read by both:
 `language_model.model.*`, `language_model.lm_head.*`, `multi_modal_projector.*` and
-`vision_tower.vision_model.*`.
+`vision_tower.vision_model.*`. Experts lie one by one, as public mixtures of experts have them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from storage.errors import StillhouseError
 from storage.files import sync
+from student_train.huggingface import holds_nothing
+from student_train.sparse_upcycling import experts_apart
 
 _WEIGHTS = "model{suffix}.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -107,8 +109,8 @@ def _write_weights(model: Any, state_dict: Mapping[str, Tensor], folder: Path, m
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     tensors = {
         legacy_name(name): tensor.detach().to("cpu").contiguous()
-        for name, tensor in state_dict.items()
-        if name not in tied
+        for name, tensor in experts_apart(state_dict).items()
+        if name not in tied and not holds_nothing(name, model.config)
     }
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=_WEIGHTS, max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():

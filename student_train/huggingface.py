@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,12 @@ def transformers_module() -> Any:
     return module
 
 
+def holds_nothing(name: str, config: Any) -> bool:
+    """Whether a parameter belongs to a shared expert of no width, so that it neither is saved nor may be missed."""
+    text = getattr(config, "text_config", config)
+    return ".shared_expert" in name and getattr(text, "shared_expert_intermediate_size", None) == 0
+
+
 def load_config(folder: str | Path) -> Any:
     """A checkpoint's configuration. StillhouseError if there is no readable one."""
     return _load("configuration", transformers_module().AutoConfig.from_pretrained, folder)
@@ -89,8 +96,10 @@ def load_weights(folder: str | Path, **options: Any) -> PreTrainedModel:
     """The model with its weights. StillhouseError if they are missing or do not fill the model."""
     auto = transformers_module().AutoModelForImageTextToText
     options |= {"use_safetensors": True, "output_loading_info": True}  # never a pickle
-    model, info = _load("model", auto.from_pretrained, folder, **options)
-    missing = sorted(info["missing_keys"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # see `holds_nothing`
+        model, info = _load("model", auto.from_pretrained, folder, **options)
+    missing = sorted(name for name in info["missing_keys"] if not holds_nothing(name, model.config))
     if missing:
         raise StillhouseError(
             f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}, and random ones would "

@@ -1,0 +1,48 @@
+"""What routers are trained by and watched for: load balance, z-loss, entropy, the share of tokens of each expert.
+
+Legend: l sparse layers, t tokens, e experts, k experts that see a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RouterLosses:
+    """Of one micro-batch, its padding left out. Layers are summed in the losses and averaged in what is watched."""
+
+    balance: Float[Tensor, ""]  # sum over layers of e * sum_i f_i * P_i; 1 a layer where all is even
+    z: Float[Tensor, ""]  # sum over layers of the mean squared log-sum-exp of the router's logits
+    load: Float[Tensor, "l e"]  # f: the share of the token-expert assignments that each expert gets; detached
+    entropy: Float[Tensor, ""]  # nats, of a token's routing distribution; detached
+
+
+def router_losses(logits: Sequence[Float[Tensor, "t e"]], is_token: Bool[Tensor, " t"], *, top_k: int) -> RouterLosses:
+    """Load balance and z-loss of the routers' logits, in float32. `is_token`: False for padding.
+
+    f_i is the share of assignments that expert i gets, over all k choices, and carries no gradient; P_i is its mean
+    routing probability. Without any token the losses are 0 and stay attached to the graph.
+
+    Sources: Switch Transformer (arXiv 2101.03961, eq. 4-6), which LLaVA-MoD takes over; ST-MoE (arXiv 2202.08906,
+    eq. 5).
+    """
+    weight = is_token.to(logits[0].device, torch.float32)[:, None]  # (t, 1)
+    num_tokens = weight.sum().clamp(min=1)
+    balance = z = entropy = logits[0].new_zeros((), dtype=torch.float32)
+    loads = []
+    for layer in logits:
+        logprobs = layer.float().log_softmax(1)
+        probs = logprobs.exp()
+        chosen = torch.zeros_like(probs).scatter_(1, layer.topk(top_k, dim=1).indices, 1.0)
+        load = (chosen * weight).sum(0) / (num_tokens * top_k)
+        balance = balance + probs.shape[1] * (load * ((probs * weight).sum(0) / num_tokens)).sum()
+        z = z + (layer.float().logsumexp(1).square() * weight[:, 0]).sum() / num_tokens
+        entropy = entropy - (probs * logprobs * weight).sum().detach() / num_tokens
+        loads.append(load)
+    return RouterLosses(balance, z, torch.stack(loads), entropy / len(logits))

@@ -1,0 +1,69 @@
+"""Load balance, z-loss, entropy and load of routers, by hand and against transformers' own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from student_train.router_loss import router_losses
+
+
+def test_an_even_router_costs_one_a_layer():
+    # Two experts, top 1: each gets half of the tokens, with probability 1/2 on average.
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    losses = router_losses([logits, logits, logits], torch.ones(2, dtype=torch.bool), top_k=1)
+    assert losses.balance.item() == pytest.approx(3.0)
+    assert losses.load.tolist() == [[0.5, 0.5]] * 3
+
+
+def test_a_router_with_one_favourite_costs_up_to_the_number_of_experts():
+    logits = torch.tensor([[50.0, 0.0, 0.0, 0.0]]).repeat(3, 1)
+    losses = router_losses([logits], torch.ones(3, dtype=torch.bool), top_k=1)
+    assert losses.balance.item() == pytest.approx(4.0)
+    assert losses.entropy.item() == pytest.approx(0.0, abs=1e-6)
+    assert losses.z.item() == pytest.approx(2500.0, rel=1e-4)
+
+
+def test_worked_by_hand_with_two_choices_of_three():
+    # p = (1/2, 1/4, 1/4) for both tokens; choices are {0, 1}: f = (1/2, 1/2, 0), so 3 * (1/4 + 1/8) = 9/8.
+    logits = torch.tensor([[math.log(2.0), 0.0, -1e-6]]).repeat(2, 1)
+    losses = router_losses([logits], torch.ones(2, dtype=torch.bool), top_k=2)
+    assert losses.balance.item() == pytest.approx(9 / 8, abs=1e-5)
+    assert losses.entropy.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4), abs=1e-5)
+    assert losses.z.item() == pytest.approx(math.log(4) ** 2, abs=1e-5)
+
+
+def test_padding_counts_nothing():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=generator)
+    is_token = torch.tensor([True, True, False, True, False, True])
+    padded = router_losses([logits], is_token, top_k=2)
+    plain = router_losses([logits[is_token]], torch.ones(4, dtype=torch.bool), top_k=2)
+    for name in ("balance", "z", "load", "entropy"):
+        torch.testing.assert_close(getattr(padded, name), getattr(plain, name))
+
+
+def test_no_token_gives_zero_that_stays_attached():
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    losses = router_losses([logits], torch.zeros(3, dtype=torch.bool), top_k=2)
+    (losses.balance + losses.z).backward()
+    assert losses.balance.item() == 0
+    assert losses.z.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_one_layer_is_what_transformers_computes():
+    # Theirs counts each of the k choices as a whole, so it is k times ours.
+    from student_train.huggingface import transformers_module
+
+    theirs = transformers_module().models.qwen2_moe.modeling_qwen2_moe.load_balancing_loss_func
+    logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    ours = router_losses([logits], torch.ones(50, dtype=torch.bool), top_k=2).balance
+    expected = theirs((logits,), num_experts=4, top_k=2) / 2
+    torch.testing.assert_close(ours, expected)
+    (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    (got,) = torch.autograd.grad(ours, logits)
+    torch.testing.assert_close(got, wanted)

@@ -1,0 +1,140 @@
+"""A dense student with its MLPs copied into experts: the same network, a standard checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from storage.errors import ConfigError
+from student_train.checkpoint import save_checkpoint
+from student_train.huggingface import load_weights, transformers_module
+from student_train.sparse_upcycling import Experts, is_sparse, sparse_config, upcycled
+from tests.tiny import make_tiny_llava
+
+TWO_OF_FOUR = Experts(num_experts=4, top_k=2, every=2)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return make_tiny_llava(tmp_path_factory.mktemp("dense"), num_layers=4)
+
+
+def logits_of(model) -> torch.Tensor:
+    ids = torch.randint(0, 290, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("experts", [TWO_OF_FOUR, Experts(3, 1, 1), Experts(4, 4, 3)])
+def test_before_training_the_sparse_model_is_the_dense_one(dense, experts):
+    model = load_weights(dense).eval()
+    expected = logits_of(model)
+    sparse = upcycled(model, experts, seed=0)
+    assert (logits_of(sparse) - expected).abs().max() < 1e-5 * expected.abs().max()
+    blocks = [hasattr(layer.mlp, "experts") for layer in sparse.model.language_model.layers]
+    assert blocks == [number % experts.every == 0 for number in range(4)]
+
+
+def test_once_experts_differ_the_router_matters(dense):
+    sparse = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+    before = logits_of(sparse)
+    with torch.no_grad():
+        experts = sparse.model.language_model.layers[0].mlp.experts
+        experts.down_proj += torch.randn(experts.down_proj.shape, generator=torch.Generator().manual_seed(1))
+    assert (logits_of(sparse) - before).abs().max() > 1e-2
+
+
+def test_routers_follow_the_seed_and_nothing_else_does(dense):
+    one, same, other = (upcycled(load_weights(dense), TWO_OF_FOUR, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    differing = {name for name in one if not torch.equal(one[name], other[name])}
+    assert differing == {f"model.language_model.layers.{layer}.mlp.gate.weight" for layer in (0, 2)}
+
+
+def test_a_saved_one_is_read_back_to_the_bit_and_has_public_names(dense, tmp_path):
+    sparse = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+    folder = save_checkpoint(sparse, tmp_path / "sparse", dense)
+    names = load_file(folder / "model.safetensors").keys()
+    assert "language_model.model.layers.2.mlp.experts.3.up_proj.weight" in names
+    assert not [name for name in names if "shared_expert" in name or "gate_up_proj" in name]
+    config = json.loads((folder / "config.json").read_text())["text_config"]
+    assert config["model_type"] == "qwen2_moe"
+    assert config["mlp_only_layers"] == [1, 3]
+    again = load_weights(folder).eval()
+    assert is_sparse(again.config)
+    assert torch.equal(logits_of(again), logits_of(sparse))
+
+
+def test_plain_transformers_reads_it(dense, tmp_path):
+    sparse = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+    folder = save_checkpoint(sparse, tmp_path / "sparse", dense)
+    transformers = transformers_module()
+    with pytest.warns(UserWarning, match="zero-element"):  # the shared expert of no width
+        plain = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(logits_of(plain.eval()), logits_of(sparse))
+
+
+@pytest.mark.filterwarnings("ignore")  # vLLM's own, at its import
+def test_vllm_serves_it_with_the_same_logits(dense, tmp_path):
+    from teacher_dump.head import read_head
+    from teacher_dump.teacher import TeacherPrompt
+    from teacher_dump.vllm_teacher import VllmTeacher
+
+    sparse = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # experts that differ, and routers that decide
+        for name, parameter in sparse.named_parameters():
+            if ".experts." in name or ".mlp.gate." in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    folder = save_checkpoint(sparse, tmp_path / "sparse", dense)
+    ids = np.random.default_rng(0).integers(0, 290, 24).astype(np.int32)
+    engine = VllmTeacher(folder, dtype="float32", max_length=256, settings={}, served=tmp_path / "served")
+    (states,) = engine.hidden_states([TeacherPrompt(ids, ())])
+    head = read_head(folder, vocab_size=300)
+    with torch.no_grad():
+        expected = sparse(input_ids=torch.from_numpy(ids[None].astype(np.int64))).logits[0, :, :300]
+    got = torch.from_numpy(head.stored().logits(states.hidden.numpy()))
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_a_llama_decoder_becomes_experts_without_biases(dense):
+    transformers = transformers_module()
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = load_weights(dense)
+    model.config.text_config = config
+    torch.manual_seed(0)
+    llama = transformers.LlavaForConditionalGeneration(model.config).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = llama(input_ids=ids).logits
+        sparse = upcycled(llama, TWO_OF_FOUR, seed=0)
+        assert (sparse(input_ids=ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "gemma2"}, "'gemma2'"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+        ({"head_dim": 48}, "head_dim is 48"),
+        ({"model_type": "qwen2_moe"}, "experts already"),
+    ],
+)
+def test_decoders_that_no_standard_architecture_continues_are_refused(dense, changes, said):
+    config = load_weights(dense).config.text_config
+    described = SimpleNamespace(**{**config.to_dict(), **changes})
+    with pytest.raises(ConfigError, match=said):
+        sparse_config(described, TWO_OF_FOUR)
+
+
+def test_more_active_experts_than_there_are_is_refused(dense):
+    with pytest.raises(ConfigError, match="top_k is 5 of 4"):
+        sparse_config(load_weights(dense).config.text_config, Experts(4, 5, 2))
