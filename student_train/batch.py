@@ -52,13 +52,16 @@ class Batch:
 
     sample_ids: tuple[str, ...]
     input_ids: Int[Tensor, "b t"]
+    lengths: Int[Tensor, " b"]  # positions of each sequence before its padding
     response_positions: Int[Tensor, " r"]
+    response_counts: Int[Tensor, " b"]  # rows of each sequence
     labels: Int[Tensor, " r"]
     visual_positions: Int[Tensor, "i n"]
     vision: VisionInput
     response: TeacherRows | None = None  # r rows
     visual: TeacherRows | None = None  # i * n rows
     relation: Float[Tensor, "i m m"] | None = None  # m is n, or less where the cache pools
+    sequence: Float[Tensor, " b"] | None = None  # the teacher's log-probability of each whole response
     counted: bool = True  # False: a filler, no row of it is in any loss
 
     def to(self, device: torch.device) -> Batch:
@@ -140,20 +143,23 @@ def collate(
     response = [item.response_positions + start for item, start in zip(layouts, starts, strict=True)]
     labels = [item.labels for item in layouts]
     if not counted:
-        response, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        response, labels = ([np.zeros(0, np.int64)] * len(records) for _ in range(2))
     if "visual" in families or "relation" in families:
         for record in records:
             check_grid(record.tokens, grid)
     return Batch(
         sample_ids=tuple(record.tokens.sample_id for record in records),
         input_ids=torch.from_numpy(input_ids),
+        lengths=torch.tensor([len(item.input_ids) for item in layouts]),
         response_positions=torch.from_numpy(np.concatenate(response)),
+        response_counts=torch.tensor([len(each) for each in response]),
         labels=torch.from_numpy(np.concatenate(labels)),
         visual_positions=torch.from_numpy(np.concatenate(visual)).view(-1, grid.tokens_per_image),
         vision=gather(images),
         response=teacher_rows([_response(record) for record in records]) if "response" in families else None,
         visual=teacher_rows(_by_image(records, "visual")) if "visual" in families else None,
         relation=_relation(_by_image(records, "relation"), grid) if "relation" in families else None,
+        sequence=torch.tensor([_sequence(record) for record in records]) if "sequence" in families else None,
         counted=counted,
     )
 
@@ -237,6 +243,12 @@ def _response(record: SampleRecord) -> SparseRows:
             f"sample {record.tokens.sample_id!r}: {got} for {expected} response tokens; run stillhouse verify"
         )
     return rows
+
+
+def _sequence(record: SampleRecord) -> float:
+    if record.sequence is None:
+        raise StillhouseError(f"sample {record.tokens.sample_id!r}: no sequence logprob; run stillhouse verify")
+    return record.sequence.logprob
 
 
 def _by_image(records: Sequence[SampleRecord], family: str) -> list:

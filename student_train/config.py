@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from storage.config import Section
 
-Module = Literal["vision", "projector", "llm"]
+Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too
 Treatment = Literal["bucket", "unbiased"]
 
 
@@ -29,6 +29,31 @@ class RelationLossSection(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
+class BalanceLossSection(Section):
+    """Load balance of a sparse student's routers, summed over layers, and their z-loss.
+
+    `literal` counts the balance twice, as LLaVA-MoD's published code does.
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 0.01  # a layer; the paper's
+    z_weight: Annotated[float, Field(ge=0)] = 0.0  # ST-MoE takes 1e-3
+    literal: bool = False
+
+
+class PreferenceLossSection(Section):
+    """Preference distillation on pairs of a chosen and a rejected answer, the cached teacher as the reference.
+
+    `kl_reference` is whose mean log-ratio kto_pair subtracts: each pair's own (the published scripts run
+    batch 1), that of the pairs of a forward pass, or of all ranks' forward passes at once.
+    """
+
+    kind: Literal["kto_pair", "dpo", "ipo"] = "kto_pair"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    kl_reference: Literal["pair", "batch", "global"] = "pair"  # kto_pair only
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # dpo only: the share of pairs the wrong way round
+
+
 class LossesSection(Section):
     """Weights of the losses; one that is absent is not computed, and its family is not read."""
 
@@ -36,12 +61,30 @@ class LossesSection(Section):
     response: DistributionLossSection | None = None  # L_res
     visual: DistributionLossSection | None = None  # L_vis
     relation: RelationLossSection | None = None  # L_rel
+    balance: BalanceLossSection | None = None  # L_balance, of a sparse student
+    preference: PreferenceLossSection | None = None  # on pairs alone: other losses on answers are then left out
 
     @model_validator(mode="after")
     def _at_least_one(self) -> LossesSection:
-        if self.cross_entropy == 0 and not (self.response or self.visual or self.relation):
-            raise ValueError("no loss is left; give cross_entropy, response, visual or relation")
+        if self.cross_entropy == 0 and not (self.response or self.visual or self.relation or self.preference):
+            raise ValueError("no loss is left; give cross_entropy, response, visual, relation or preference")
         return self
+
+    @model_validator(mode="after")
+    def _pairs_alone(self) -> LossesSection:
+        if self.preference and (self.cross_entropy or self.response or self.visual or self.relation):
+            raise ValueError(
+                "preference trains on pairs, half of them answers to avoid: set cross_entropy: 0 and no other"
+            )
+        return self
+
+
+class MoeSection(Section):
+    """Sparse upcycling when the stage begins: every `every`-th layer's MLP becomes experts, copies of it."""
+
+    experts: Annotated[int, Field(ge=2)] = 4
+    top_k: Annotated[int, Field(ge=1)] = 2  # experts that see a token
+    every: Annotated[int, Field(ge=1)] = 2  # layers 0, every, 2 * every, …
 
 
 class StageSection(Section):
@@ -53,6 +96,7 @@ class StageSection(Section):
     splits: tuple[str, ...] = ("train",)
     images: str | None = None  # folder of images; default: the one that the cache names
     train: tuple[Module, ...] = ("projector", "llm")  # everything else is frozen
+    moe: MoeSection | None = None  # makes the dense student of `init` sparse
     losses: LossesSection = LossesSection()
     steps: Annotated[int, Field(ge=1)] | None = None  # optimizer steps; or
     epochs: Annotated[float, Field(gt=0)] | None = None  # passes over the splits

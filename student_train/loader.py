@@ -30,13 +30,14 @@ class RowCounts:
     response: int
     visual: int
     relation: int
+    samples: int = 0  # or pairs
 
 
 @dataclass(frozen=True, eq=False)
 class SampleTable:
     """The samples that a stage trains on, with the counts that their losses are divided by."""
 
-    indices: NDArray[np.int64]  # (s,) into the cache
+    indices: NDArray[np.int64]  # (s,) into the cache; of pairs (s, 2): chosen, rejected
     num_response_rows: NDArray[np.int64]  # (s,)
     num_images: NDArray[np.int64]  # (s,)
     tokens_per_image: int  # of the student
@@ -48,6 +49,7 @@ class SampleTable:
             response=int(self.num_response_rows[rows].sum()),
             visual=images * self.tokens_per_image,
             relation=images,
+            samples=len(rows),
         )
 
     def __len__(self) -> int:
@@ -119,7 +121,7 @@ def plans(
                 rows=rows if len(rows) else batch[:1],
                 counted=len(rows) > 0,
                 totals=totals,
-                largest=RowCounts(*(max(getattr(c, f) for c in each) for f in ("response", "visual", "relation"))),
+                largest=RowCounts(*(max(getattr(c, f) for c in each) for f in RowCounts.__dataclass_fields__)),
             )
 
 

@@ -16,6 +16,7 @@ from student_train.batch import check_grid
 from student_train.config import LossesSection, StageSection
 from student_train.loader import SampleTable, select
 from student_train.models import Checkpoint, check_fit, read_checkpoint
+from student_train.sparse_upcycling import is_sparse
 
 T = TypeVar("T")
 
@@ -45,11 +46,18 @@ def prepare(stage: StageSection, cache_path: str) -> Material:
     checkpoint = fitting_checkpoint(stage, cache_path)
     cache = open_sealed(cache_path, loss_families(stage.losses))
     _check_treatments(stage.losses, cache.identity.selection)
+    if stage.losses.balance and stage.moe is None and not is_sparse(checkpoint.config):
+        raise ConfigError(
+            f"losses.balance is for routers, and {checkpoint.folder} has none; give the stage `moe`, or leave it out"
+        )
     indices = chosen_samples(cache, stage.splits)
+    if stage.losses.preference:
+        indices = chosen_pairs(cache, indices)
+    rows, images = cache.num_response_rows[indices].astype(np.int64), cache.num_images[indices].astype(np.int64)
     table = SampleTable(
         indices=indices,
-        num_response_rows=cache.num_response_rows[indices].astype(np.int64),
-        num_images=cache.num_images[indices].astype(np.int64),
+        num_response_rows=rows if rows.ndim == 1 else rows.sum(1),
+        num_images=images if images.ndim == 1 else images.sum(1),
         tokens_per_image=checkpoint.grid.tokens_per_image,
     )
     return Material(cache, table, checkpoint, stage.images)
@@ -90,9 +98,23 @@ def chosen_samples(cache: Cache, splits: tuple[str, ...]) -> np.ndarray:
     return indices
 
 
+def chosen_pairs(cache: Cache, indices: np.ndarray) -> np.ndarray:
+    """(p, 2) chosen and rejected of every preference pair among some samples, one or more. ConfigError if none is."""
+    wanted = set(indices.tolist())
+    pairs = [(pair.chosen, pair.rejected) for pair in cache.pairs()]
+    found = [pair for pair in pairs if wanted.issuperset(pair)]
+    if not found:
+        raise ConfigError(
+            f"{cache.folder}: losses.preference trains on pairs, and none of the {len(indices)} samples is half of "
+            "one; dump preference pairs with the family sequence, or give stages.NAME.splits theirs"
+        )
+    return np.array(found, np.int64)
+
+
 def loss_families(losses: LossesSection) -> tuple[str, ...]:
     """The families of the cache that these losses read, besides the tokens."""
-    return tuple(family for family in ("response", "visual", "relation") if getattr(losses, family))
+    families = tuple(family for family in ("response", "visual", "relation") if getattr(losses, family))
+    return (*families, "sequence") if losses.preference else families
 
 
 def _check_treatments(losses: LossesSection, selection: Mapping[str, Any]) -> None:

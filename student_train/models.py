@@ -26,6 +26,7 @@ PARTS = {  # submodules of LlavaForConditionalGeneration
     "projector": ("model.multi_modal_projector",),
     "llm": ("model.language_model", "lm_head"),
 }
+_LAYERS = "model.language_model.layers"
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,5 +130,6 @@ def freeze(model: nn.Module, trained: Sequence[Module]) -> None:
     """Let gradients and train mode reach only the trained parts."""
     model.requires_grad_(False).eval()
     for part in trained:
-        for name in PARTS[part]:
+        layers = [f"{_LAYERS}.{name}.mlp" for name, _ in model.get_submodule(_LAYERS).named_children()]
+        for name in layers if part == "mlp" else PARTS[part]:
             model.get_submodule(name).requires_grad_(True).train()

@@ -7,11 +7,13 @@ over response tokens in nats, no length normalisation, the teacher as the refere
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from student_train.config import PreferenceLossSection
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,25 +57,34 @@ def kto_pair(
     """Sum over pairs of the mean of 1 - sigmoid(beta (r_w - KL_l)) and 1 - sigmoid(beta (KL_w - r_l)).
 
     KL_x is the mean of r_x over a reference set, here given pair by pair and clamped at 0 from below: see
-    `kl_estimates`. Source: LLaVA-MoD (arXiv 2408.15881), after KTO (arXiv 2402.01306).
+    `mean_of`. Source: LLaVA-MoD (arXiv 2408.15881), after KTO (arXiv 2402.01306).
     """
     chosen = 1 - (beta * (rewards.chosen - kl_rejected.clamp(min=0))).sigmoid()
     rejected = 1 - (beta * (kl_chosen.clamp(min=0) - rewards.rejected)).sigmoid()
     return (chosen + rejected).sum() / 2
 
 
-KlReference = Literal["pair", "batch", "global"]
+def preference(rewards: Rewards, section: PreferenceLossSection) -> Float[Tensor, ""]:
+    """The configured loss, summed over pairs. With `kl_reference: global` a collective of all ranks."""
+    if section.kind == "dpo":
+        return dpo(rewards, beta=section.beta, label_smoothing=section.label_smoothing)
+    if section.kind == "ipo":
+        return ipo(rewards, beta=section.beta)
+    kl_chosen, kl_rejected = rewards.chosen, rewards.rejected
+    if section.kl_reference != "pair":
+        everywhere = section.kl_reference == "global"
+        kl_chosen, kl_rejected = (mean_of(values, over_ranks=everywhere) for values in (kl_chosen, kl_rejected))
+    return kto_pair(rewards, beta=section.beta, kl_chosen=kl_chosen, kl_rejected=kl_rejected)
 
 
-def kl_estimates(
-    values: Float[Tensor, " p"], *, total: Float[Tensor, ""] | None = None, num_pairs: int | None = None
-) -> Float[Tensor, " p"]:
-    """The mean of some pairs' log-ratios, for each of them. The gradient flows through these pairs alone.
+def mean_of(values: Float[Tensor, " p"], *, over_ranks: bool = False) -> Float[Tensor, " p"]:
+    """The mean of some pairs' log-ratios, for each of them; of no pairs, none.
 
-    `total` and `num_pairs`: sum (detached) and number over a larger set that these pairs are part of; without
-    them the set is these pairs. The reference `pair` of the published scripts, which run batch 1, needs no
-    mean: there each log-ratio is its own estimate.
+    With `over_ranks` the mean is that of all ranks' pairs, and a collective; the gradient still flows through
+    these pairs alone.
     """
-    if total is None or num_pairs is None:
-        return values.mean().expand_as(values)
-    return ((total + values.sum() - values.sum().detach()) / num_pairs).expand_as(values)
+    sums = torch.stack([values.sum().detach(), values.new_tensor(float(len(values)))])
+    if over_ranks and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    mean = (sums[0] + values.sum() - values.sum().detach()) / sums[1].clamp(min=1)
+    return mean.expand_as(values)

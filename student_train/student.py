@@ -27,6 +27,11 @@ class Student(nn.Module):
         self._features = features
         self._vision_trains = any(p.requires_grad for p in model.model.vision_tower.parameters())
 
+    @property
+    def top_k(self) -> int:
+        """Experts that see a token, of a sparse student."""
+        return self.model.config.text_config.num_experts_per_tok
+
     def embedded(
         self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, "i n"], vision: VisionInput
     ) -> Float[Tensor, "b t d"]:
@@ -48,6 +53,14 @@ class Student(nn.Module):
         embedded = self.embedded(input_ids, visual_positions, vision)
         output = self.model.model.language_model(inputs_embeds=embedded, use_cache=False)
         return output.last_hidden_state.flatten(0, 1)
+
+    def hidden_and_routers(
+        self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, "i n"], vision: VisionInput
+    ) -> tuple[Float[Tensor, "bt d"], tuple[Float[Tensor, "bt e"], ...]]:
+        """`hidden`, and the logits of each sparse layer's router."""
+        embedded = self.embedded(input_ids, visual_positions, vision)
+        output = self.model.model.language_model(inputs_embeds=embedded, use_cache=False, output_router_logits=True)
+        return output.last_hidden_state.flatten(0, 1), tuple(output.router_logits)
 
     def tower_features(self, vision: VisionInput) -> Float[Tensor, "i n f"]:
         """What the projector reads: selected layers of the tower. New ones of a frozen tower are kept."""

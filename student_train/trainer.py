@@ -23,6 +23,7 @@ from student_train.loader import MicroPlan, ReadAhead, num_micro_batches, plans
 from student_train.material import Material, SampleMemory, loss_families
 from student_train.models import freeze, load_student
 from student_train.objective import Objective, part_names
+from student_train.sparse_upcycling import Experts, upcycled
 from student_train.student import Student
 
 LOG_FILE = "deepspeed.log"
@@ -76,6 +77,9 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
             (output / stale).unlink(missing_ok=True)
     torch.manual_seed(stage.seed)
     model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
+    if stage.moe is not None:
+        experts = Experts(stage.moe.experts, stage.moe.top_k, stage.moe.every)
+        model = upcycled(model, experts, seed=stage.seed)
     freeze(model, stage.train)
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -225,7 +229,9 @@ def _batch(
     vision: VisionSource,
     families: tuple[str, ...],
 ) -> Batch:
-    records = [samples.read(int(material.table.indices[row])) for row in plan.rows]
+    records = [
+        samples.read(int(index)) for index in material.table.indices[plan.rows].flat
+    ]  # halves of a pair together
     return collate(records, material.checkpoint.grid, vision.gather, families=families, counted=plan.counted)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from storage.identity import Identity, tokenizer_fingerprint
-from storage.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, image_key
+from storage.records import ImageRef, PartRecords, RelationMatrix, SequenceLogprob, TokensRecord, image_key
 from storage.rows import SparseRows
 from storage.writer import CacheWriter
 
@@ -94,7 +94,8 @@ def make_cache(
 ) -> Path:
     """A cache whose samples a student with `checkpoint`'s tokenizer can learn; images lie in <folder>/images.
 
-    `num_samples` for each split. Sample i shows image i % num_images and asks for one of its colours.
+    `num_samples` for each split. Sample i shows image i % num_images and asks for one of its colours. With the
+    family sequence, samples 2 i and 2 i + 1 are the right and a wrong answer to one question.
     """
     from student_train.huggingface import load_config, load_tokenizer
 
@@ -127,8 +128,11 @@ def make_cache(
         pictures = [_picture(folder / "images", f"{split}-{n}.png", image_size, draw) for n in range(num_images)]
         records = []
         for index in range(num_samples):
-            shown = [pictures[(index + n) % num_images] for n in range(images_per_sample)]
-            records.append(_sample(tokenizer, identity, f"{split}-{index:03d}", split, index, shown, tokens_per_image))
+            number, half = divmod(index, 2) if "sequence" in families else (index, 0)
+            suffix = ("#chosen", "#rejected")[half] if "sequence" in families else ""
+            shown = [pictures[(number + n) % num_images] for n in range(images_per_sample)]
+            name = f"{split}-{number:03d}{suffix}"
+            records.append(_sample(tokenizer, identity, name, split, number, shown, tokens_per_image, wrong=bool(half)))
         keys = {image.key: image for record in records for image in record.images}
         responses = [record.token_ids[record.response_mask] for record in records]
         writer.write_part(
@@ -151,6 +155,12 @@ def make_cache(
                 else None,
                 images={name: content for record in records for name, content in _files(folder / "images", record)}
                 if "images" in families
+                else None,
+                sequence=[
+                    SequenceLogprob(float(np.float32(draw.uniform(-30, -10))), record.num_response_tokens)
+                    for record in records
+                ]
+                if "sequence" in families
                 else None,
             ),
         )
@@ -176,8 +186,12 @@ def _sample(
     index: int,
     shown: list,
     tokens_per_image: int,
+    *,
+    wrong: bool = False,
 ) -> TokensRecord:
     _, _, left, right = shown[0]
+    if wrong:
+        left, right = (next(colour for colour in COLOURS if colour != right_one) for right_one in (left, right))
     kind = index % len(QUESTIONS)
     answer = (left, right, f"the left half is {left} and the right half is {right}")[kind]
     prompt = "<|im_start|>user\n" + "<image>\n" * len(shown) + QUESTIONS[kind] + "<|im_end|>\n<|im_start|>assistant\n"

@@ -67,8 +67,9 @@ def test_totals_are_those_of_the_global_batch_on_every_rank(size: int, batch: in
     for step in range(2):
         rows = global_batch(size, batch, step=step, seed=3)
         expected = RowCounts(
-            response=int((rows + 1).sum()), visual=4 * int((rows % 3).sum()), relation=int((rows % 3).sum())
-        )
+            response=int((rows + 1).sum()), visual=4 * int((rows % 3).sum()), relation=int((rows % 3).sum()),
+            samples=batch,
+        )  # fmt: skip
         mine = [plan for of_rank in by_rank for plan in of_rank if plan.step == step]
         assert {plan.totals for plan in mine} == {expected}
         counted = np.concatenate([plan.rows for plan in mine if plan.counted])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.preference_losses import Rewards, dpo, ipo, kl_estimates, kto_pair
+from student_train.preference_losses import Rewards, dpo, ipo, kto_pair, mean_of
 
 RATIOS = st.lists(st.tuples(st.floats(-40, 40), st.floats(-40, 40)), min_size=1, max_size=6)
 
@@ -46,21 +46,18 @@ def test_kto_pair_with_each_pair_its_own_reference_by_hand():
 
 def test_kto_pair_with_the_batch_as_reference_by_hand():
     both = rewards([(4.0, -2.0), (2.0, 6.0)])  # means: 3 and 2
-    value = kto_pair(both, beta=0.5, kl_chosen=kl_estimates(both.chosen), kl_rejected=kl_estimates(both.rejected))
+    value = kto_pair(both, beta=0.5, kl_chosen=mean_of(both.chosen), kl_rejected=mean_of(both.rejected))
     first = (1 - sigmoid(0.5 * (4 - 2))) + (1 - sigmoid(0.5 * (3 + 2)))
     second = (1 - sigmoid(0.5 * (2 - 2))) + (1 - sigmoid(0.5 * (3 - 6)))
     assert value.item() == pytest.approx((first + second) / 2)
 
 
-def test_a_global_reference_is_the_batch_of_all_and_each_part_pulls_its_own_weight():
-    everything = rewards([(4.0, -2.0), (2.0, 6.0), (-1.0, 3.0)])
-    kl = kl_estimates(everything.chosen)
-    total = everything.chosen.sum().detach()
-    part = everything.chosen[:2]
-    of_part = kl_estimates(part, total=total, num_pairs=3)
-    assert of_part.tolist() == pytest.approx(kl[:2].tolist())
-    (gradient,) = torch.autograd.grad(of_part[0], everything.chosen)
-    assert gradient.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
+def test_a_mean_pulls_every_pair_with_its_share():
+    values = torch.tensor([4.0, 2.0, -3.0], requires_grad=True)
+    means = mean_of(values)
+    assert means.tolist() == [1.0, 1.0, 1.0]
+    (gradient,) = torch.autograd.grad(means[0], values)
+    assert gradient.tolist() == pytest.approx([1 / 3] * 3)
 
 
 @settings(deadline=None, max_examples=50)
@@ -93,7 +90,7 @@ def test_gradients_are_those_of_finite_differences(loss):
     def value(chosen, rejected):
         each = Rewards(chosen, rejected)
         if loss == "kto":
-            return kto_pair(each, beta=0.3, kl_chosen=kl_estimates(chosen), kl_rejected=kl_estimates(rejected))
+            return kto_pair(each, beta=0.3, kl_chosen=mean_of(chosen), kl_rejected=mean_of(rejected))
         return dpo(each, beta=0.3, label_smoothing=0.2) if loss == "dpo" else ipo(each, beta=0.3)
 
     assert torch.autograd.gradcheck(value, (both.chosen, both.rejected))

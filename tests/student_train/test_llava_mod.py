@@ -1,0 +1,195 @@
+"""LLaVA-MoD's stages: a sparse student's losses, pairs, and the whole road from dense to preference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from storage.errors import ConfigError
+from student_train.batch import collate
+from student_train.config import LossesSection, StageSection
+from student_train.images import FeatureStore, VisionSource, open_images
+from student_train.loader import plans
+from student_train.material import Material, prepare
+from student_train.models import freeze, load_student
+from student_train.objective import Objective, part_names
+from student_train.preference_losses import Rewards, preference
+from student_train.router_loss import router_losses
+from student_train.sparse_upcycling import Experts, upcycled
+from student_train.student import Student
+from tests.student_train.caches import make_cache
+from tests.student_train.conftest import Runner
+from tests.tiny import make_tiny_llava
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llava(tmp_path_factory.mktemp("dense") / "llava", num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
+    return make_cache(tmp_path_factory.mktemp("pairs"), dense, num_samples=16, families=("response", "sequence"))
+
+
+def objective_of(material: Material, losses: dict, *, sparse: bool = False) -> tuple[Objective, VisionSource]:
+    model = load_student(material.checkpoint, precision="fp32", device=CPU)
+    if sparse:
+        model = upcycled(model, Experts(4, 2, 1), seed=0)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in model.model.language_model.layers:
+                layer.mlp.gate.weight += torch.randn(layer.mlp.gate.weight.shape, generator=generator)
+    freeze(model, ("projector", "llm"))
+    identity = material.cache.identity
+    student = Student(model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=None)
+    folder = open_images(material.cache, None, material.checkpoint.image_processor)
+    section = LossesSection.model_validate(losses)
+    objective = Objective(student, section, centered=False, chunk_logits=300 * 7)
+    return objective, VisionSource(folder, features=None, pixels=FeatureStore(0))
+
+
+def summed(material: Material, losses: dict, *, ranks: int, micro: int, sparse: bool = False) -> tuple[dict, dict]:
+    """Parts over ranks and micro-batches of one global batch of 6, and the gradients."""
+    objective, vision = objective_of(material, losses, sparse=sparse)
+    families = ("sequence",) if "preference" in losses else ()
+    totals: dict[str, float] = {}
+    for rank in range(ranks):
+        for plan in plans(material.table, 6, micro, steps=range(1), seed=1, rank=rank, num_ranks=ranks):
+            records = [material.cache.read(int(index)) for index in material.table.indices[plan.rows].flat]
+            batch = collate(records, material.checkpoint.grid, vision.gather, families=families, counted=plan.counted)
+            parts = objective(batch, plan.totals, plan.largest)
+            parts["loss"].backward()
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0) + value.item()
+    named = objective.named_parameters()
+    return totals, {name: p.grad for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "section", [{}, {"kind": "dpo", "label_smoothing": 0.1}, {"kind": "ipo"}], ids=["kto_pair", "dpo", "ipo"]
+)
+def test_preference_is_that_of_a_slow_reference_however_a_batch_is_split(dense: Path, pairs: Path, section) -> None:
+    losses = {"cross_entropy": 0, "preference": section}
+    stage = StageSection(init=str(dense), steps=1, losses=LossesSection.model_validate(losses))
+    material = prepare(stage, str(pairs))
+    assert material.table.indices.shape == (8, 2)  # of `train`
+    totals, gradients = summed(material, losses, ranks=1, micro=6)
+    for ranks, micro in ((1, 2), (2, 3), (7, 1)):  # 7 ranks: one has no pair
+        others, other_gradients = summed(material, losses, ranks=ranks, micro=micro)
+        assert others == pytest.approx(totals, rel=1e-5, abs=1e-5)
+        for name, gradient in gradients.items():
+            largest = float(gradient.abs().max())  # rounding is relative to what is summed, not to the sum
+            torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-4, atol=1e-5 * largest)
+    ratios = []
+    objective, vision = objective_of(material, losses)
+    (plan,) = plans(material.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
+    for index in material.table.indices[plan.rows].flat:
+        record = material.cache.read(int(index))
+        batch = collate([record], material.checkpoint.grid, vision.gather)
+        with torch.no_grad():
+            hidden = objective.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+            logits = objective.student.logits(hidden)[:, :300].double()
+        ids, mask = batch.input_ids[0], np.flatnonzero(record.tokens.response_mask) + 15  # the image took 16 places
+        logprob = sum(logits[place - 1].log_softmax(0)[ids[place]] for place in mask.tolist())
+        ratios.append(logprob - record.sequence.logprob)
+    chosen, rejected = torch.stack(ratios).view(-1, 2).T
+    rewards = Rewards(chosen, rejected)
+    expected = preference(rewards, LossesSection.model_validate(losses).preference).item() / 6
+    assert totals["preference"] == pytest.approx(expected, rel=1e-5)
+    assert totals["loss"] == pytest.approx(expected, rel=1e-5)
+    assert totals["preference_margin"] == pytest.approx(rewards.margin.item() / 6, rel=1e-4)
+    assert totals["preference_won"] == pytest.approx(rewards.num_won.item() / 6)
+
+
+def test_balance_counts_once_and_literally_twice(dense: Path, pairs: Path) -> None:
+    stage = StageSection(init=str(dense), steps=1)
+    material = prepare(stage, str(pairs))
+    totals, _ = summed(material, {"balance": {}}, ranks=1, micro=6, sparse=True)
+    assert tuple(totals) == ("loss", *part_names(LossesSection.model_validate({"balance": {}})))
+    assert totals["loss"] == pytest.approx(totals["cross_entropy"] + 0.01 * totals["balance"], rel=1e-6)
+    literal, _ = summed(material, {"balance": {"literal": True}}, ranks=1, micro=6, sparse=True)
+    assert literal["loss"] == pytest.approx(totals["cross_entropy"] + 0.02 * totals["balance"], rel=1e-6)
+    assert 0 <= totals["expert_load_min"] <= 0.25 <= totals["expert_load_max"] <= 0.5
+    assert totals["balance"] >= 2 * 1 - 0.1  # two layers
+
+
+def test_balance_leaves_padding_out_and_is_the_mean_over_samples(dense: Path, pairs: Path) -> None:
+    """A slow reference: one sample at a time, no padding, as micro-batches of one see it."""
+    material = prepare(StageSection(init=str(dense), steps=1), str(pairs))
+    totals, _ = summed(material, {"balance": {}}, ranks=2, micro=1, sparse=True)
+    objective, vision = objective_of(material, {"balance": {}}, sparse=True)
+    (plan,) = plans(material.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
+    values = []
+    for index in material.table.indices[plan.rows]:
+        batch = collate([material.cache.read(int(index))], material.checkpoint.grid, vision.gather)
+        with torch.no_grad():
+            _, routers = objective.student.hidden_and_routers(batch.input_ids, batch.visual_positions, batch.vision)
+        values.append(router_losses(routers, torch.ones(len(routers[0]), dtype=torch.bool), top_k=2).balance.item())
+    assert totals["balance"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_pairs_that_are_not_there_are_refused(dense: Path, cache: Path) -> None:
+    losses = LossesSection.model_validate({"cross_entropy": 0, "preference": {}})
+    stage = StageSection(init=str(dense), steps=1, losses=losses)
+    with pytest.raises(Exception, match="sequence"):
+        prepare(stage, str(cache))
+
+
+def test_preference_beside_other_losses_is_refused() -> None:
+    with pytest.raises(ValueError, match="cross_entropy: 0"):
+        LossesSection.model_validate({"preference": {}})
+
+
+def test_balance_of_a_dense_student_is_refused(dense: Path, pairs: Path) -> None:
+    stage = StageSection(init=str(dense), steps=1, losses=LossesSection.model_validate({"balance": {}}))
+    with pytest.raises(ConfigError, match="balance"):
+        prepare(stage, str(pairs))
+
+
+def test_from_dense_to_sparse_to_preference(make_runner: Callable[..., Runner], dense: Path, pairs: Path) -> None:
+    """Three stages, each from the last one's checkpoint; the last on two ranks gives what one gives."""
+    runner = make_runner(
+        d2d={"init": str(dense), "cache": str(pairs), "losses": {"cross_entropy": 0, "response": {}}},
+        d2s={
+            "init": "{run}/d2d-0", "cache": str(pairs), "moe": {"experts": 4, "top_k": 2, "every": 2},
+            "train": ["projector", "mlp"], "losses": {"response": {}, "balance": {}},
+        },
+        preference={
+            "init": "{run}/d2s-0", "cache": str(pairs), "train": ["projector", "mlp"], "global_batch": 6,
+            "micro_batch": 2, "zero_stage": 2,
+            "losses": {"cross_entropy": 0, "preference": {"kl_reference": "global"}, "balance": {}},
+        },
+    )  # fmt: skip
+    for outcome in runner.run_in_turn(("d2d",), ("d2s",), ("preference",)):
+        assert outcome.code == 0, outcome.stderr
+    dense_weights, sparse, preferred = (
+        load_file(runner.output(stage) / "model.safetensors") for stage in ("d2d", "d2s", "preference")
+    )
+    attention = [name for name in dense_weights if "language_model" in name and ".mlp." not in name]
+    assert attention
+    for name in attention:  # attention, embeddings, norms and head stay as they were
+        assert torch.equal(dense_weights[name], sparse[name]), name
+        assert torch.equal(dense_weights[name], preferred[name]), name
+    moved = {name for name in sparse if not torch.equal(sparse[name], preferred[name])}
+    trained = {name for name in sparse if ("language_model" in name and ".mlp." in name) or "projector" in name}
+    assert moved <= trained
+    assert all(".experts." in name for name in trained - moved)  # an expert that saw no token stays as it was
+    assert any(".mlp.gate.weight" in name for name in moved)
+    lines = [json.loads(line) for line in (runner.output("preference") / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["preference"] < lines[0]["preference"]
+    (alone,) = runner.run_in_turn(("preference", "stages.preference.output={run}/again-0"))
+    (two,) = runner.run_in_turn(("preference", "stages.preference.output={run}/two-0"), ranks=2)
+    assert (alone.code, two.code) == (0, 0), two.stderr
+    for name, weight in load_file(runner.output("two") / "model.safetensors").items():
+        torch.testing.assert_close(
+            weight, load_file(runner.output("again") / "model.safetensors")[name], rtol=2e-3, atol=2e-4
+        )
