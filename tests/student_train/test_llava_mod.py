@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from storage.errors import ConfigError
 from student_train.batch import collate
-from student_train.config import LossesSection, StageSection
+from student_train.config import LossesSection, PreferenceLossSection, StageSection
 from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import plans
 from student_train.material import Material, prepare
@@ -100,10 +100,11 @@ def test_preference_is_that_of_a_slow_reference_however_a_batch_is_split(dense: 
             logits = objective.student.logits(hidden)[:, :300].double()
         ids, mask = batch.input_ids[0], np.flatnonzero(record.tokens.response_mask) + 15  # the image took 16 places
         logprob = sum(logits[place - 1].log_softmax(0)[ids[place]] for place in mask.tolist())
+        assert record.sequence is not None
         ratios.append(logprob - record.sequence.logprob)
     chosen, rejected = torch.stack(ratios).view(-1, 2).T
     rewards = Rewards(chosen, rejected)
-    expected = preference(rewards, LossesSection.model_validate(losses).preference).item() / 6
+    expected = preference(rewards, PreferenceLossSection.model_validate(section)).item() / 6
     assert totals["preference"] == pytest.approx(expected, rel=1e-5)
     assert totals["loss"] == pytest.approx(expected, rel=1e-5)
     assert totals["preference_margin"] == pytest.approx(rewards.margin.item() / 6, rel=1e-4)
