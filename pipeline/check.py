@@ -13,9 +13,10 @@ from storage.identity import Identity
 from storage.reader import Cache
 from storage.segments import NewSegment, find_segment, has_cache
 from student_train.material import fitting_checkpoint
-from student_train.models import is_hub_id
+from student_train.models import check_fit, is_hub_id, read_checkpoint
 from student_train.trainer import resolved
 from teacher_dump.dump import plan_dump, prompt_errors, read_settings
+from teacher_dump.teacher_check import check_teacher
 
 
 def check(experiment: Experiment) -> Iterator[str]:
@@ -36,8 +37,9 @@ def check(experiment: Experiment) -> Iterator[str]:
     yield f"prompts: {len(errors):,} of {total:,} samples cannot be used" + (f":\n  {named}" if errors else "")
     _check_splits(experiment)
     _check_inits(experiment)
+    yield check_teacher(planned, settings.teacher)
     yield _check_cache(experiment.cache, planned.identity)
-    yield from _check_stages(experiment)
+    yield from _check_stages(experiment, planned.identity)
 
 
 def _check_splits(experiment: Experiment) -> None:
@@ -82,12 +84,18 @@ def _check_cache(section: CacheSection, identity: Identity) -> str:
     return line
 
 
-def _check_stages(experiment: Experiment) -> Iterator[str]:
-    """A line for each stage whose student is there and reads the cache. Errors: IdentityError."""
-    if not has_cache(open_folder(experiment.cache.path)):
-        return
+def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
+    """A line for each stage whose student is there: it fits the cache, or the teacher of the one to come.
+
+    Errors: IdentityError.
+    """
+    has_one = has_cache(open_folder(experiment.cache.path))
     for name, section in experiment.stages.items():
         stage = resolved(section, name)
-        if stage.cache is None and Path(stage.init).is_dir():
+        if stage.cache is not None or not Path(stage.init).is_dir():
+            continue
+        if has_one:
             fitting_checkpoint(stage, experiment.cache.path)
-            yield f"stages.{name}: {stage.init} fits the cache"
+        else:
+            check_fit(read_checkpoint(stage.init), identity)
+        yield f"stages.{name}: {stage.init} fits the {'cache' if has_one else 'teacher'}"

@@ -79,7 +79,7 @@ class PromptBuilder:
         messages = conversation_messages(
             sample.turns, len(sample.images), special_texts=self._special, as_items=self._takes_items
         )
-        prompt = tokenise(cut_pieces(messages, self._render, stops=self._stops), self._encode)
+        prompt = tokenise(cut_pieces(messages, self._render, stops=self._stops), self._encode, stop_ids=self._stops.ids)
         found = int(np.count_nonzero(prompt.token_ids == self._image_token_id)) if self._image_token else 0
         if found != len(sample.images):
             raise SampleRefusedError(f"the template gave {found} image tokens for {len(sample.images)} images")
@@ -185,12 +185,17 @@ def cut_pieces(messages: Sequence[Message], render: Render, *, stops: StopTokens
     return pieces
 
 
-def tokenise(pieces: Sequence[Piece], encode: Callable[[str], list[int]]) -> Prompt:
-    """The pieces' ids one after another, each piece encoded by itself."""
+def tokenise(pieces: Sequence[Piece], encode: Callable[[str], list[int]], *, stop_ids: Sequence[int]) -> Prompt:
+    """The pieces' ids one after another, each piece encoded by itself.
+
+    SampleRefusedError: an answer that is nothing but stop tokens, since its text has no token in the vocabulary.
+    """
     ids: list[int] = []
     mask: list[bool] = []
     for piece in pieces:
         piece_ids = encode(piece.text) + ([] if piece.stop_id is None else [piece.stop_id])
+        if piece.is_response and set(piece_ids) <= set(stop_ids):
+            raise SampleRefusedError(f"the tokenizer makes no tokens of the answer {piece.text!r:.80}")
         ids += piece_ids
         mask += [piece.is_response] * len(piece_ids)
     return Prompt(np.array(ids, np.int32), np.array(mask, np.bool_))

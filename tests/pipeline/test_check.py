@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 
 from pipeline.check import check
 from pipeline.config import read_experiment
-from storage.errors import ConfigError, IdentityError
+from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.writer import CacheWriter
 from teacher_dump.dump import plan_dump, read_settings
 from tests.tiny import make_tiny_dataset, make_tiny_llava
@@ -39,10 +41,10 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_student_that_does_not_fit_the_cache_is_found(file: Path) -> None:
     experiment = read_experiment(file)
-    assert not any("stages" in line for line in check(experiment))  # there is no cache yet
+    student = Path(experiment.stages["kd"].init)
+    assert list(check(experiment))[-1] == f"stages.kd: {student} fits the teacher"  # there is no cache yet
     settings = read_settings(file)
     CacheWriter.open(experiment.cache.path, plan_dump(settings).identity, ("response", "visual"))
-    student = Path(experiment.stages["kd"].init)
     lines = list(check(experiment))
     assert lines[-1] == f"stages.kd: {student} fits the cache"  # the stage `later` starts from what is not there yet
     config = json.loads((student / "config.json").read_text())
@@ -50,6 +52,36 @@ def test_a_student_that_does_not_fit_the_cache_is_found(file: Path) -> None:
     (student / "config.json").write_text(json.dumps(config))
     with pytest.raises(IdentityError, match=r"vocab_size: the cache has 300, the head of .*student 299 rows"):
         list(check(experiment))
+
+
+def test_a_student_with_another_tokenizer_is_found_before_there_is_a_cache(file: Path) -> None:
+    student = Path(read_experiment(file).stages["kd"].init)
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(IdentityError, match=r"(?s)does not fit.*tokenizer_fingerprint: the cache has"):
+        list(check(read_experiment(file)))
+
+
+def test_a_teacher_that_cannot_be_dumped_is_found(file: Path) -> None:
+    teacher = Path(read_experiment(file).teacher.model)
+    lines = list(check(read_experiment(file)))
+    assert "teacher: 300 tokens, head language_model.lm_head.weight, images as 299" in lines
+    config = json.loads((teacher / "config.json").read_text())
+    config["text_config"]["dim_model_base"] = 256
+    (teacher / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StillhouseError, match="makes its logits in a way"):
+        list(check(read_experiment(file)))
+
+
+def test_a_setting_that_vllm_does_not_have_is_found(file: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "check", str(file), "teacher.settings.tensor_paralel_size=2"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "teacher.settings.tensor_paralel_size: vLLM has no such setting; did you mean tensor_par" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,18 @@ def test_pieces_by_hand_for_two_turns() -> None:
 
 def test_ids_and_mask_by_hand() -> None:
     pieces = [Piece("ab", False), Piece("c$", True), Piece("d", False), Piece("ef", True, stop_id=9)]
-    prompt = tokenise(pieces, lambda text: ["abcdef###$".index(letter) for letter in text])
+    prompt = tokenise(pieces, lambda text: ["abcdef###$".index(letter) for letter in text], stop_ids=(9,))
     assert prompt.token_ids.tolist() == [0, 1, 2, 9, 3, 4, 5, 9]
     assert prompt.response_mask.tolist() == [False, False, True, True, False, True, True, True]
+
+
+def test_an_answer_without_tokens_is_refused() -> None:
+    def encode(text: str) -> list[int]:
+        return [9 if letter == "$" else 1 for letter in text if letter != "?"]
+
+    for answer in (Piece("??$", True), Piece("?", True, stop_id=9)):
+        with pytest.raises(SampleRefusedError, match=r"makes no tokens of the answer '\?"):
+            tokenise([Piece("ab", False), answer], encode, stop_ids=(9,))
 
 
 def test_a_template_without_stop_token_gets_one() -> None:
