@@ -30,11 +30,12 @@ from teacher_dump.selection import Selection, select_rows
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
-# Settings that change logits elsewhere than in `_after_the_head`, and models whose code does. Source: transformers' and
-# vLLM's `lm_head(` and `compute_logits` of these models.
+# Settings that change logits elsewhere than in `_after_the_head`, and models whose code does so.
+# Source: `lm_head(` in transformers and `compute_logits` in vLLM, of these models.
 _UNKNOWN_SETTINGS = ("dim_model_base", "output_multiplier", "logits_mup_width_multiplier", "norm_head")
 _UNKNOWN_KINDS = {
     "chameleon": "it forbids image tokens",
+    "paligemma": "its images see the question that follows them",
     "mimo": "vLLM gives its hidden states before the last norm",
     "step3p5": "vLLM gives its hidden states before the last norm",
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from storage.errors import StillhouseError
 from teacher_dump.samples import SampleRefusedError
 
+_PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # a grid that knows sizes differs between them
 _REMEMBERED_SIZES = 4096  # of images; a size costs a pass of the image processor and a few kB
 
 
@@ -85,6 +87,12 @@ class VisualGrid:
                 del self._by_size[next(iter(self._by_size))]
             self._by_size[image.size] = self._ask(image.size)
         return self._by_size[image.size]
+
+    @cached_property
+    def is_fixed(self) -> bool:
+        """Whether every image becomes the same tokens, whatever its size."""
+        first, *others = (self._ask(size).tolist() for size in _PROBED_SIZES)
+        return all(other == first for other in others)
 
     def _ask(self, size: tuple[int, int]) -> NDArray[np.int64]:
         text = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.writer import CacheWriter
 from teacher_dump.fingerprint import ProcessorFacts
@@ -91,13 +92,19 @@ class Worker:
 
 
 def open_preparer(settings: WorkerSettings) -> Preparer:
-    """Load the teacher's processor; no weights."""
+    """Load the teacher's processor; no weights. ConfigError: relation matrices of a grid that cannot be pooled."""
     facts = settings.facts
     trust = bool(settings.engine_settings.get("trust_remote_code", False))
     processor = load_processor(settings.checkpoint, trust_remote_code=trust)
+    grid = VisualGrid(processor, facts.image_token_id)
+    if settings.request.relation_pool is not None and facts.image_token_id >= 0 and not grid.is_fixed:
+        raise ConfigError(
+            "cache.relation.pool: averages over blocks of a square grid, but this teacher lays out visual tokens by an "
+            "image's size; leave it out"
+        )
     return Preparer(
         prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
-        grid=VisualGrid(processor, facts.image_token_id),
+        grid=grid,
         image_token_id=facts.image_token_id,
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
         image_root=settings.image_root,

@@ -130,6 +130,8 @@ def test_a_prefix_that_was_seen_before_changes_nothing(architecture: str, asked:
         assert differ_everywhere(square.hidden[seen], other.hidden[seen])
         assert float((square.hidden[answer] - other.hidden[answer]).abs().max()) > 0.05
         first, second = samples["twice"].expansion.visual
+        assert samples["twice"].record.images[0].key == samples["square"].record.images[0].key
+        np.testing.assert_allclose(twice.hidden[first], square.hidden[seen], atol=TOLERANCE)  # kept once for both
         np.testing.assert_allclose(twice.hidden[first], not_twice.hidden[first], atol=TOLERANCE)
         assert differ_everywhere(twice.hidden[second], not_twice.hidden[second])
 
@@ -200,6 +202,7 @@ def test_visual_tokens_by_hand(architecture: str, root: Path) -> None:
     sizes = ((32, 32), (64, 32), (20, 90), (50, 40))
     counts = [int(np.count_nonzero(grid.ids(Image.new("RGB", size)) == IMAGE_TOKEN_ID)) for size in sizes]
     assert counts == BY_HAND[architecture]
+    assert grid.is_fixed == (architecture == "llava")
 
 
 def test_separators_are_no_visual_tokens(root: Path) -> None:

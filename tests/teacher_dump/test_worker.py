@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from storage.errors import ConfigError
 from storage.reader import Cache
 from storage.records import PooledRelation, RelationFactor
 from storage.verify import verify
 from storage.writer import CacheWriter
 from teacher_dump.dump import plan_dump, read_settings, run_dump, worker_settings
-from teacher_dump.worker import Worker
+from teacher_dump.worker import Worker, open_preparer
 from tests.teacher_dump.conftest import WriteConfig
+from tests.tiny_architectures import make_teacher
 
 
 def dump(config: Path) -> Path:
@@ -79,3 +81,14 @@ def test_images_travel_with_a_cache_that_has_no_teacher(write_config: WriteConfi
     for index in range(cache.num_samples):
         for image in cache.read(index).tokens.images:
             assert cache.image_bytes(index, image.sha256) == (tiny_data.parent / image.path).read_bytes()
+
+
+def test_a_grid_that_knows_sizes_is_not_pooled(write_config: WriteConfig, tmp_path: Path) -> None:
+    settings = read_settings(
+        write_config(
+            teacher={"model": str(make_teacher(tmp_path / "qwen", "qwen2_vl"))},
+            cache={"families": ["relation"], "relation": {"encoding": "pooled", "pool": 2}},
+        )
+    )
+    with pytest.raises(ConfigError, match=r"cache\.relation\.pool: .* lays out visual tokens by an image's size"):
+        open_preparer(worker_settings(plan_dump(settings), settings))
