@@ -12,6 +12,7 @@ from storage.errors import ConfigError, StillhouseError
 from storage.sections import Named, Sections, read_sections
 from student_train.config import EvaluationSection, StageSection
 
+STOPPED = 143  # 128 + SIGTERM, as a shell would say it: a scheduler may start the same command again
 SCHEMAS = {"cache": CacheSection, "stages": Named(StageSection), "evaluation": EvaluationSection}
 
 
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str], *, started: float) -> int:
         is_first = os.environ.get("RANK", "0") == "0"
         if is_first or getattr(error, "of_this_rank", False):
             sys.stderr.write(f"error: {error}\n")
+        if getattr(error, "stopped", False):
+            return STOPPED
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

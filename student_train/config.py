@@ -113,6 +113,8 @@ class StageSection(Section):
     chunk_logits: Annotated[int, Field(ge=1)] = 2**25  # of the head in memory at once, 4 bytes each
     memory_mb: Annotated[int, Field(ge=0)] = 512  # MiB a rank: decoded samples, image features (or pixels)
     log_every: Annotated[int, Field(ge=1)] = 10  # steps
+    save_every: Annotated[int, Field(ge=1)] | None = None  # steps; the state to resume from. SIGTERM saves in any case
+    keep_states: Annotated[int, Field(ge=1)] = 1  # the newest ones, while the stage runs
     num_processes: Annotated[int, Field(ge=1)] = 1  # ranks that `stillhouse train` asks torchrun for
 
     @model_validator(mode="after")

@@ -10,11 +10,18 @@ from typing import Any, Self
 
 
 class MetricsLog:
-    """metrics.jsonl, begun anew. Each line is written at once. Use as a context manager."""
+    """metrics.jsonl. Each line is written at once. Use as a context manager."""
 
-    def __init__(self, path: Path | None) -> None:
-        """`path` None: nothing is written, as ranks but the first want it."""
-        self._file = None if path is None else path.open("w", encoding="utf-8")
+    def __init__(self, path: Path | None, *, resumed_at: int = 0) -> None:
+        """`path` None: nothing is written, as ranks but the first want it.
+
+        `resumed_at`: the steps that are done; lines up to there are kept, and others are dropped.
+        """
+        self._file = None
+        if path is not None:
+            kept = _lines_until(path, resumed_at)
+            self._file = path.open("w", encoding="utf-8")
+            self._file.writelines(kept)
 
     def __enter__(self) -> Self:
         return self
@@ -28,6 +35,12 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # the last one of a killed run may be torn
+    return [line for line in whole if json.loads(line)["step"] <= step]
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from storage.errors import StillhouseError
 from student_train.config import StageSection
 
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
@@ -58,6 +59,7 @@ class Engine:
         `num_micro`: forward passes an optimizer step. DeepSpeed's and gloo's messages go to `log_path`.
         """
         self.process = process
+        self._log_path = log_path
         self._zero_stage = stage.zero_stage
         self._unwrapped = stage.zero_stage == 0 and stage.precision == "fp32"  # DeepSpeed keeps no norm then
         with quiet(log_path):
@@ -125,6 +127,25 @@ class Engine:
             buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in gathered}
             gathered.update(buffers)
         return gathered
+
+    def save_state(self, folder: Path) -> None:
+        """What training needs to go on: trained weights and optimizer, in DeepSpeed's files. A collective."""
+        with quiet(self._log_path):
+            self._engine.save_checkpoint(
+                str(folder.parent), folder.name, save_latest=False, exclude_frozen_parameters=True
+            )
+
+    def load_state(self, folder: Path) -> None:
+        """Go on where `save_state` was called, on as many ranks. StillhouseError if the files are not whole."""
+        with quiet(self._log_path):
+            try:
+                found, _ = self._engine.load_checkpoint(
+                    str(folder.parent), folder.name, load_module_strict=False, load_lr_scheduler_states=False
+                )
+            except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+                raise StillhouseError(f"{folder}: cannot be read back: {error}; delete it to begin anew") from error
+        if found is None:
+            raise StillhouseError(f"{folder}: holds no state of DeepSpeed; delete it to begin anew")
 
     def barrier(self) -> None:
         """Wait for the other ranks."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from storage.errors import StillhouseError
+from storage.errors import ConfigError, StillhouseError
 from student_train.batch import Batch, collate
 from student_train.checkpoint import save_checkpoint
 from student_train.config import StageSection
@@ -24,6 +24,7 @@ from student_train.material import Material, SampleMemory, loss_families
 from student_train.models import freeze, load_student
 from student_train.objective import Objective, part_names
 from student_train.sparse_upcycling import Experts, upcycled
+from student_train.stage_state import StageState, StoppedError, StopRequest
 from student_train.student import Student
 
 LOG_FILE = "deepspeed.log"
@@ -107,8 +108,10 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
         num_micro=num_micro_batches(stage.global_batch, stage.micro_batch, num_ranks=process.num_ranks),
         log_path=output / LOG_FILE,
     )
+    state = StageState.of(stage, material.cache.identity, num_ranks=process.num_ranks)
     try:
-        final = _loop(engine, stage, name, material, SampleMemory(material.cache, half), vision)
+        done = state.resume(engine)
+        final = _loop(engine, stage, name, material, SampleMemory(material.cache, half), vision, state, done)
         weights = engine.state_dict(model)
         peak = engine.max_over_ranks({"bytes": peak_memory_bytes(process.device)})
         if process.is_first:
@@ -119,8 +122,11 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
                 "peak_memory_bytes": int(peak["bytes"]),
                 "num_processes": process.num_ranks,
             }
-            write_json(output / "summary.json", {**run, **_sizes(model), **cost, "final": final})
+            write_json(output / "summary.json", {**run, **_sizes(model), **cost, "resumed_at": done, "final": final})
+            state.clear()
         engine.barrier()
+    except (StoppedError, ConfigError):
+        raise
     except StillhouseError as error:
         raise RankError(str(error)) from error
     except RuntimeError as error:
@@ -148,27 +154,30 @@ def _loop(
     material: Material,
     samples: SampleMemory,
     vision: VisionSource,
+    state: StageState,
+    done: int,
 ) -> dict[str, float]:
-    """All steps; returns the last logged loss parts."""
+    """The steps that are not done; returns the last logged loss parts. StoppedError: SIGTERM came, all is saved."""
     process, total_steps = engine.process, num_steps(stage, len(material.table))
     micro_plans = plans(
-        material.table, stage.global_batch, stage.micro_batch, steps=range(total_steps), seed=stage.seed,
+        material.table, stage.global_batch, stage.micro_batch, steps=range(done, total_steps), seed=stage.seed,
         rank=process.rank, num_ranks=process.num_ranks,
     )  # fmt: skip
     names = part_names(stage.losses)
-    log = MetricsLog(Path(stage.output) / "metrics.jsonl" if process.is_first else None)
+    log = MetricsLog(Path(stage.output) / "metrics.jsonl" if process.is_first else None, resumed_at=done)
     bar = tqdm(
-        total=total_steps, desc=name, unit="step", disable=not process.is_first,
+        total=total_steps, initial=done, desc=name, unit="step", disable=not process.is_first,
         mininterval=1.0 if sys.stderr.isatty() else 10.0,
     )  # fmt: skip
     final: dict[str, float] = {}
     families = loss_families(stage.losses)
     batches = ((plan, _batch(plan, material, samples, vision, families)) for plan in micro_plans)
     reader = ReadAhead(batches, depth=4)
-    with bar, log, reader:
+    with bar, log, reader, StopRequest(engine) as stop:
         items = iter(reader)
-        last_logged, logged_at = -1, time.monotonic()
-        for step in range(total_steps):
+        last_logged, logged_at = done - 1, time.monotonic()
+        for step in range(done, total_steps):
+            torch.manual_seed((stage.seed << 40) + (step << 16) + process.rank)  # of dropout: the same when resumed
             lr = learning_rate(step, num_steps=total_steps, peak=stage.lr, warmup_fraction=stage.warmup_fraction)
             parts, norm = _step(engine, items, lr, step)
             if step % stage.log_every == 0 or step == total_steps - 1:
@@ -179,6 +188,14 @@ def _loop(
                 log.write({"step": step + 1, **means, "lr": lr, "grad_norm": norm, "samples_per_s": rate})
                 bar.set_postfix({part: f"{value:.3f}" for part, value in means.items()}, refresh=False)
             bar.update()
+            asked, last = stop.heard(), step == total_steps - 1
+            if not last and (asked or (stage.save_every is not None and (step + 1) % stage.save_every == 0)):
+                state.save(engine, step + 1, keep=stage.keep_states)
+                if asked:
+                    raise StoppedError(
+                        f"stage {name} was asked to stop after step {step + 1} of {total_steps}; all is saved, "
+                        "and the same command goes on from there"
+                    )
     return final
 
 

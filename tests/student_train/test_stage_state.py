@@ -1,0 +1,111 @@
+"""A stage that is stopped anywhere goes on, and ends with the very weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from student_train.documents import MetricsLog
+from tests.student_train.conftest import MAIN, Runner
+
+LOSSES = {"response": {}, "visual": {"weight": 0.5}, "relation": {"weight": 0.5}}
+STEPS = 7
+# What SIGTERM would do at a given step: a training step is too short to aim at from outside.
+STOP_AT = """
+import os, signal
+from student_train import trainer
+step = trainer._step
+def stopping(engine, items, lr, number):
+    if number == {step}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(engine, items, lr, number)
+trainer._step = stopping
+"""
+
+
+def weights(runner: Runner, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(runner.output(stage) / "model.safetensors")
+
+
+def log_of(runner: Runner, stage: str) -> list[dict]:
+    lines = [json.loads(line) for line in (runner.output(stage) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in lines]
+
+
+@pytest.mark.parametrize(("zero_stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
+def test_a_stopped_stage_resumes_to_the_bit(make_runner: Callable[..., Runner], zero_stage: int, ranks: int) -> None:
+    stage = {"losses": LOSSES, "steps": STEPS, "zero_stage": zero_stage, "micro_batch": 3, "memory_mb": 1}
+    runner = make_runner(whole=stage, stopped=stage)
+    (whole,) = runner.run_in_turn(("whole",), ranks=ranks)
+    assert whole.code == 0, whole.stderr
+    (stopped,) = runner.run_in_turn(("stopped",), prologue=STOP_AT.format(step=3), ranks=ranks)
+    assert stopped.code == 143, stopped.stderr
+    assert "after step 4 of 7" in stopped.stderr
+    assert not (runner.output("stopped") / "model.safetensors").exists()
+    (resumed,) = runner.run_in_turn(("stopped",), ranks=ranks)
+    assert resumed.code == 0, resumed.stderr
+    assert json.loads((runner.output("stopped") / "summary.json").read_text())["resumed_at"] == 4
+    assert not (runner.output("stopped") / "state").exists()
+    expected = weights(runner, "whole")
+    for name, weight in weights(runner, "stopped").items():
+        assert torch.equal(weight, expected[name]), name
+    assert log_of(runner, "stopped") == log_of(runner, "whole")
+
+
+def test_a_killed_stage_goes_on_from_its_last_saved_state(make_runner: Callable[..., Runner]) -> None:
+    stage = {"losses": LOSSES, "steps": 400, "save_every": 5, "zero_stage": 0}
+    runner = make_runner(whole={**stage, "steps": 400}, killed=stage)
+    runner.config.write_text(yaml.safe_dump(runner.document))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, str(MAIN), str(runner.config), "--stage", "killed"]
+    process = subprocess.Popen(command, env=environment, cwd=runner.folder, stderr=subprocess.DEVNULL)
+    state = runner.output("killed") / "state"
+    deadline = time.monotonic() + 240
+    while not any(state.glob("step-*")):
+        assert time.monotonic() < deadline, "no state was saved"
+        assert process.poll() is None, "the stage ended by itself"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    outcomes = runner.run_in_turn(("killed",), ("whole",))
+    assert [outcome.code for outcome in outcomes] == [0, 0], [outcome.stderr for outcome in outcomes]
+    assert json.loads((runner.output("killed") / "summary.json").read_text())["resumed_at"] >= 5
+    expected = weights(runner, "whole")
+    for name, weight in weights(runner, "killed").items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_state_is_for_its_own_configuration_and_number_of_ranks(make_runner: Callable[..., Runner]) -> None:
+    stage = {"steps": STEPS, "zero_stage": 2}
+    runner = make_runner(first=stage)
+    (stopped,) = runner.run_in_turn(("first",), prologue=STOP_AT.format(step=1))
+    assert stopped.code == 143, stopped.stderr
+    (two,) = runner.run_in_turn(("first",), ranks=2)
+    assert two.code == 2
+    assert "is the state of 1 ranks, this run has 2" in two.stderr
+    (other,) = runner.run_in_turn(("first", "stages.first.lr=0.001"))
+    assert other.code == 0, other.stderr
+    assert json.loads((runner.output("first") / "summary.json").read_text())["resumed_at"] == 0
+
+
+def test_a_log_keeps_the_lines_of_steps_that_are_done(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    with MetricsLog(path, resumed_at=2) as log:
+        log.write({"step": 3, "again": True})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
+    with MetricsLog(path):
+        pass
+    assert path.read_text() == ""
