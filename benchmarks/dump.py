@@ -1,98 +1,171 @@
 """What a dump costs beside its teacher's bare prefill, and beside vLLM's prompt_logprobs: `python -m benchmarks.dump`.
 
 The teacher is a LLaVA with SmolLM2-135M as its decoder (V = 49,153); the samples are illustrated questions about
-Python's documentation. The dump is the default one (response, visual, relation) through Ray, from its first part to
-its last commit. A second teacher is so small that its prefill hardly counts. Medians of three.
+Python's documentation, four to an image. The dump is the default one (response, visual, relation) through Ray, from
+the first part that is begun to the last commit. The roads are taken in turn, three times, and ratios are medians of
+the three. A second teacher is so small that its prefill hardly counts.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import statistics
-from collections.abc import Callable
+import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from benchmarks import dump_host, dump_roads, smol_llava
-from benchmarks.dump_roads import REPETITIONS, Road
+from benchmarks.aside import Aside
+from benchmarks.dump_roads import Floor, PromptLogprobs, Road, dump_settings
 from benchmarks.results import Results, table, wants_json
 from student_train.huggingface import transformers_module
+from teacher_dump.dump import run_dump
 
-NUM_SAMPLES = 256
-NUM_IMAGES = 64
-ANSWER_TOKENS = 24
 RUN = Path("runs/bench_dump")
 
-P = ParamSpec("P")
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    samples: int = 256
+    samples_per_image: int = 4
+    answer_tokens: int = 24
+    repetitions: int = 3
+    memory_samples: tuple[int, int] = (500, 5000)
+
+
+def measure(sizes: Sizes, run: Path, results: Results) -> list[list[object]]:
+    """Fills the metrics; returns the table of seconds."""
+    smol, small, data = run / "smol", run / "small", run / "data"
+    with Aside(Path, run) as there:
+        there.ask(_save_teachers)
+    source = questions(smol, data, sizes.samples, sizes)
+    lines = []
+    for teacher in (smol, small):
+        roads = compare(teacher, source, sizes)
+        lines += _lines(teacher.name, roads)
+        dumped = roads["dump"]
+        speedup = _ratio(roads["prompt_logprobs"], dumped)
+        if teacher == smol:
+            results.metrics["time_over_floor"] = _ratio(dumped, roads["floor"])
+            results.metrics["speedup_over_prompt_logprobs"] = speedup
+        else:
+            results.metrics["speedup_over_prompt_logprobs_small_teacher"] = speedup
+    with Aside(Path, run / "host") as there:
+        host = there.ask(dump_host.rows_per_s)
+    results.metrics["host_rows_per_s"] = statistics.median(host)
+    results.details["host_rows_per_s"] = host
+    peaks = []
+    for count in sizes.memory_samples:
+        _, peak = dump(small, questions(smol, run / f"data-{count}", count, sizes))
+        peaks.append(peak)
+    results.metrics["memory_growth"] = peaks[1] / peaks[0]
+    results.details["peak_memory_bytes"] = dict(zip(map(str, sizes.memory_samples), peaks, strict=True))
+    return lines
+
+
+def compare(teacher: Path, source: Path, sizes: Sizes) -> dict[str, list[Road]]:
+    """The roads of one teacher, each taken several times, in turn."""
+    roads: dict[str, list[Road]] = {"floor": [], "dump": [], "steps": [], "prompt_logprobs": []}
+    with Aside(Floor, teacher, source) as ours, Aside(PromptLogprobs, teacher, source) as theirs:
+        for _ in range(sizes.repetitions):
+            roads["floor"].append(ours.ask(dump_roads.floor))
+            roads["dump"].append(dump(teacher, source)[0])
+            roads["steps"].append(ours.ask(dump_roads.steps))
+            roads["prompt_logprobs"].append(theirs.ask(dump_roads.prompt_logprobs))
+    return roads
+
+
+def dump(teacher: Path, source: Path) -> tuple[Road, int]:
+    """A whole dump through Ray, and the peak of its actor's memory in bytes."""
+    cache = teacher.parent / f"cache-{teacher.name}"
+    shutil.rmtree(cache, ignore_errors=True)
+    settings = dump_settings(teacher, source, cache=cache, cpus=os.cpu_count() or 1)
+    shutil.rmtree(settings.logs, ignore_errors=True)  # which name the actor
+    with _Watch(settings.logs) as watch:
+        result = run_dump(settings, progress=False)
+    if result.summary is None or result.num_errors:
+        raise RuntimeError(f"{cache}: {result.num_errors} samples failed; see {settings.logs}")
+    return Road({"dump": result.summary.seconds}, result.summary.num_tokens, 0), watch.peak_bytes
+
+
+class _Watch:
+    """Reads the peak memory of a dump's actor, which its log file names, until the dump ends."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self.peak_bytes = 0
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.2):
+            for log in self._logs.glob("teacher-*.log"):
+                self.peak_bytes = max(self.peak_bytes, _peak_bytes(int(log.stem.rpartition("-")[2])))
+
+
+def _peak_bytes(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+
+
+def _save_teachers(run: Path) -> None:
+    smol_llava.save_smol_llava(run / "smol")
+    smol_llava.save_small_llava(run / "small")
+
+
+def questions(teacher: Path, folder: Path, num_samples: int, sizes: Sizes) -> Path:
+    """A file of questions, written anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return smol_llava.write_questions(
+        folder,
+        num_samples=num_samples,
+        num_images=-(-num_samples // sizes.samples_per_image),
+        answer_tokens=sizes.answer_tokens,
+        tokenizer=transformers_module().AutoTokenizer.from_pretrained(teacher),
+    )
+
+
+def _ratio(above: list[Road], below: list[Road]) -> float:
+    """The median of the ratios of what was measured one after another."""
+    return statistics.median(one.total / other.total for one, other in zip(above, below, strict=True))
+
+
+def _lines(teacher: str, roads: dict[str, list[Road]]) -> list[list[object]]:
+    lines: list[list[object]] = []
+    for name, found in roads.items():
+        totals = [road.total for road in found]
+        lines.append([teacher, name, found[0].num_tokens, found[0].num_rows or "", *_spread(totals)])
+        parts = found[0].seconds if len(found[0].seconds) > 1 else ()
+        lines += [["", f"  {part}", "", "", *_spread([road.seconds[part] for road in found])] for part in parts]
+    return lines
+
+
+def _spread(seconds: list[float]) -> list[object]:
+    return [f"{value:.2f}" for value in (statistics.median(seconds), min(seconds), max(seconds))]
 
 
 def main() -> None:
-    """Run all and print."""
+    """Measure, print, and exit."""
     as_json = wants_json(__doc__ or "")
     results = Results("benchmarks.dump")
-    cpus = os.cpu_count() or 1
-    source = apart(_prepare, RUN)
-    rows = []
-    for name in ("smol", "small"):
-        teacher = RUN / name
-        seconds = _dump(teacher, source, cpus)
-        roads: dict[str, Road] = {"prompt_logprobs": apart(dump_roads.prompt_logprobs, teacher, source)}
-        if name == "smol":
-            roads["floor"] = apart(dump_roads.floor, teacher, source)
-        dumped = statistics.median(seconds)
-        for road, found in roads.items():
-            rows.append([name, road, found.num_tokens, found.num_rows, *_spread(found.seconds)])
-            rows += [["", f"  {part}", "", "", *_spread(each)] for part, each in found.parts.items()]
-        rows.append([name, "dump", "", "", *_spread(seconds)])
-        ratio = statistics.median(roads["prompt_logprobs"].seconds) / dumped
-        if name == "smol":
-            results.metrics["time_over_floor"] = dumped / statistics.median(roads["floor"].seconds)
-            results.metrics["speedup_over_prompt_logprobs"] = ratio
-        else:
-            results.metrics["speedup_over_prompt_logprobs_small_teacher"] = ratio
-    host = apart(dump_host.rows_per_s, RUN / "host")
-    results.metrics["host_rows_per_s"] = statistics.median(host)
-    results.details["host_rows_per_s"] = host
-    print(table(["teacher", "road", "tokens", "rows", "median s", "least", "most"], rows))
-    results.details["roads"] = rows
+    lines = measure(Sizes(), RUN, results)
+    results.details["seconds"] = lines
+    print(table(["teacher", "road", "tokens", "rows", "median s", "least", "most"], lines))
     results.print(as_json=as_json)
-
-
-def apart(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """A function's result, computed in a fresh process with all cores."""
-    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments, named)
-
-
-def _prepare(run: Path) -> Path:
-    smol_llava.save_smol_llava(run / "smol")
-    smol_llava.save_small_llava(run / "small")
-    return smol_llava.write_questions(
-        run / "data", num_samples=NUM_SAMPLES, num_images=NUM_IMAGES, answer_tokens=ANSWER_TOKENS,
-        tokenizer=transformers_module().AutoTokenizer.from_pretrained(run / "smol"),
-    )  # fmt: skip
-
-
-def _dump(teacher: Path, source: Path, cpus: int) -> list[float]:
-    from teacher_dump.dump import run_dump
-
-    seconds = []
-    for repetition in range(REPETITIONS):
-        cache = teacher.parent / f"cache-{repetition}"
-        shutil.rmtree(cache, ignore_errors=True)
-        result = run_dump(dump_roads.dump_settings(teacher, source, cache=cache, cpus=cpus), progress=False)
-        assert result.summary is not None
-        assert result.num_errors == 0
-        seconds.append(result.summary.seconds)
-    return seconds
-
-
-def _spread(seconds: list[float]) -> list[str]:
-    return [f"{value:.2f}" for value in (statistics.median(seconds), min(seconds), max(seconds))]
 
 
 if __name__ == "__main__":

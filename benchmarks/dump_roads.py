@@ -1,144 +1,225 @@
-"""The roads that `benchmarks.dump` compares, each in a process of its own with one engine for all its repetitions.
+"""The roads that `benchmarks.dump` compares, each an engine in a process of its own, asked in turn.
 
-`floor`: vLLM's bare prefill and one plain product with the head over the dump's rows. `prompt_logprobs`: vLLM's
-own way to a prompt's top 64, its flat results written to Parquet as straightforwardly as can be.
+`Floor`: vLLM's bare prefill and one plain product with the head over the rows of a dump; and the steps of a dump
+one after another. `PromptLogprobs`: vLLM's own way to a prompt's top 64, its flat results written to Parquet as
+straightforwardly as can be.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
-REPETITIONS = 3
+from storage.config import CacheSection
+from storage.part_rows import part_rows
+from storage.schema import parquet_bytes
+from storage.writer import CacheWriter
+from teacher_dump import checkpoint, torchvision_shim, vllm_teacher
+from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
+from teacher_dump.dump import DumpPlan, DumpSettings, plan_dump, worker_settings
+from teacher_dump.head import OutputHead
+from teacher_dump.scoring import OpenTeacher, PartScorer, Prepared
+from teacher_dump.teacher import Teacher, TeacherPrompt, TeacherStates
+from teacher_dump.worker import open_preparer, open_teacher
+
 TOP = 64
+SAMPLES_PER_PART = 64
+MAX_LENGTH = 512
 _CALL = 32  # prompts a call, as many as a dump gives its teacher
 
 
 @dataclass(frozen=True)
 class Road:
-    """What one road took, by repetition."""
+    """What one road took, once."""
 
-    seconds: list[float]
+    seconds: dict[str, float]  # of what it consists of
     num_tokens: int  # positions prefilled, visual ones included
-    num_rows: int  # of the head
-    parts: dict[str, list[float]]  # seconds of what it consists of
+    num_rows: int  # that were kept
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
 
-def floor(teacher: Path, source: Path) -> Road:
+class Floor:
+    """The dump's own engine and head, without the dump."""
+
+    def __init__(self, teacher: Path, source: Path) -> None:
+        self.settings = dump_settings(teacher, source, cache=teacher.parent / "steps")
+        self.planned = plan_dump(self.settings)
+        self.worker = worker_settings(self.planned, self.settings)
+        self.prepared = _prepared(self.planned, self.settings)
+        opened = open_teacher(self.worker)
+        self.engine: Teacher = opened.engine
+        self.head: OutputHead = opened.head
+        _ask(self.engine, self.prepared)  # the first calls of an engine are slow
+
+
+def floor(state: Floor) -> Road:
     """Prefill by the teacher's engine, and `hidden @ head^T` of the rows that a dump scores; nothing else."""
-    import torch
+    started = time.perf_counter()
+    states = _ask(state.engine, state.prepared)
+    prefilled = time.perf_counter()
+    rows, seen = [], set[str]()
+    for sample, each in zip(state.prepared, states, strict=True):
+        rows.append(each.hidden[torch.from_numpy(sample.response_positions)])
+        for image, (first, last) in zip(sample.record.images, sample.expansion.spans, strict=True):
+            if image.key not in seen:
+                seen.add(image.key)
+                rows.append(each.hidden[first:last])
+    hidden = torch.cat(rows)
+    gathered = time.perf_counter()
+    for chunk in hidden.split(1024):
+        torch.matmul(chunk, state.head.weight.T)
+    seconds = {"prefill": prefilled - started, "head": time.perf_counter() - gathered}
+    return Road(seconds, sum(len(each.hidden) for each in states), len(hidden))
 
-    from teacher_dump.head import read_head
-    from teacher_dump.vllm_teacher import VllmTeacher
 
-    prepared, vocab_size = _prepared(teacher, source)
-    engine = VllmTeacher(teacher, dtype="float32", max_length=512, settings={}, served=teacher.parent / "served")
-    head = read_head(teacher, vocab_size=vocab_size)
-    prefills, products = [], []
+def steps(state: Floor) -> Road:
+    """A dump in one process, step by step. Encoding and Parquet are measured before the writer does them again."""
+    shutil.rmtree(state.settings.cache.path, ignore_errors=True)
+    writer = CacheWriter.open(state.settings.cache.path, state.planned.identity, state.settings.cache.families)
+    clocked = _Clocked(state.engine)
+    preparer = open_preparer(state.worker)
+    scorer = PartScorer(preparer, state.worker.request, OpenTeacher(clocked, state.head))
+    clock = _Clock()
     num_tokens = num_rows = 0
-    for _ in range(REPETITIONS + 1):
-        rows: list[Any] = []
-        num_tokens, seen = 0, set()
-        started = time.perf_counter()
-        for start in range(0, len(prepared), _CALL):
-            batch = prepared[start : start + _CALL]
-            for sample, states in zip(batch, engine.hidden_states([one.prompt for one in batch]), strict=True):
-                num_tokens += len(states.hidden)
-                rows.append(states.hidden[torch.from_numpy(sample.response_positions)])
-                for image, (first, last) in zip(sample.record.images, sample.expansion.spans, strict=True):
-                    if image.key not in seen:
-                        seen.add(image.key)
-                        rows.append(states.hidden[first:last])
-        between = time.perf_counter()
-        hidden = torch.cat(rows)
-        num_rows = len(hidden)
-        for chunk in hidden.split(1024):
-            torch.matmul(chunk, head.weight.T)
-        prefills.append(between - started)
-        products.append(time.perf_counter() - between)
-    return _road({"prefill": prefills[1:], "head": products[1:]}, num_tokens, num_rows)
+    for part in state.planned.plan.parts:
+        for sample in part.samples:
+            preparer.prepare(sample)
+        clock.lap("prompts and images")
+        scored = scorer.score(part)
+        clock.lap("score")
+        families = part_rows(scored.records, state.planned.identity, writer.segment.stored_families)
+        clock.lap("encoding")
+        for family, rows in families.items():
+            parquet_bytes(family, rows.groups, zstd_level=state.worker.zstd_level, metadata=rows.metadata)
+        clock.lap("Parquet and compression")
+        num_rows += sum(writer.write_part(part.number, scored.records).num_rows.values())
+        clock.lap("write")
+        num_tokens += scored.num_tokens
+    took = clock.seconds
+    twice = took["encoding"] + took["Parquet and compression"]
+    seconds = {
+        "prompts and images": took["prompts and images"],
+        "prefill": clocked.seconds,
+        "head, selection, relations": took["score"] - took["prompts and images"] - clocked.seconds,
+        "encoding": took["encoding"],
+        "Parquet and compression": took["Parquet and compression"],
+        "hashes, disk, commit": took["write"] - twice,
+    }
+    return Road(seconds, num_tokens, num_rows)
 
 
-def prompt_logprobs(teacher: Path, source: Path) -> Road:
-    """Top 64 of every prompt position through vLLM's generate, and a Parquet file of lists."""
+class PromptLogprobs:
+    """An engine of vLLM's that generates, with the same settings."""
+
+    def __init__(self, teacher: Path, source: Path) -> None:
+        torchvision_shim.ensure()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        import vllm
+
+        settings = dump_settings(teacher, source, cache=teacher.parent / "unused")
+        self.prepared = _prepared(plan_dump(settings), settings)
+        self.folder = teacher.parent / "plain"
+        self.folder.mkdir(exist_ok=True)
+        vllm_teacher.register_in_process(checkpoint.read_json(teacher / "config.json")["architectures"])
+        self.engine = vllm.LLM(
+            str(checkpoint.servable_view(teacher, into=teacher.parent / "served")),
+            dtype="float32",
+            max_model_len=MAX_LENGTH,
+            enforce_eager=True,
+            max_logprobs=TOP,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=512 * 2**20,
+        )
+        self.sampling = vllm.SamplingParams(
+            max_tokens=1, prompt_logprobs=TOP, flat_logprobs=True, detokenize=False, temperature=0
+        )
+        prompts = [vllm_teacher.engine_prompt(sample.prompt) for sample in self.prepared[:_CALL]]
+        self.engine.generate(prompts, self.sampling, use_tqdm=False)
+
+
+def prompt_logprobs(state: PromptLogprobs) -> Road:
+    """Top 64 of every prompt position through vLLM's generate, and of the answers a Parquet file of lists."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from teacher_dump import checkpoint, torchvision_shim, vllm_teacher
-
-    torchvision_shim.ensure()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import vllm
     from vllm.logprobs import FlatLogprobs
 
-    prepared, _ = _prepared(teacher, source)
-    vllm_teacher.register_in_process(checkpoint.read_json(teacher / "config.json")["architectures"])
-    engine = vllm.LLM(
-        str(checkpoint.servable_view(teacher, into=teacher.parent / "served")),
-        dtype="float32", max_model_len=512, enforce_eager=True, max_logprobs=TOP, enable_prefix_caching=False,
-        kv_cache_memory_bytes=512 * 2**20,
-    )  # fmt: skip
-    sampling = vllm.SamplingParams(max_tokens=1, prompt_logprobs=TOP, flat_logprobs=True, detokenize=False)
-    asking, writing = [], []
+    clock = _Clock()
     num_tokens = num_rows = 0
-    for _ in range(REPETITIONS + 1):
-        started = time.perf_counter()
-        spent, num_tokens, num_rows = 0.0, 0, 0
-        for start in range(0, len(prepared), _CALL):
-            batch = prepared[start : start + _CALL]
-            prompts = [vllm_teacher.engine_prompt(sample.prompt) for sample in batch]
-            outputs = engine.generate(prompts, sampling, use_tqdm=False)
-            before = time.perf_counter()
-            ids, logprobs = [], []
-            for sample, output in zip(batch, outputs, strict=True):
-                num_tokens += len(output.prompt_token_ids or ())
-                flat = output.prompt_logprobs
-                assert isinstance(flat, FlatLogprobs)
-                for position in sample.response_positions + 1:
-                    places = slice(flat.start_indices[position], flat.end_indices[position])
-                    ids.append(np.array(flat.token_ids[places], np.int32))
-                    logprobs.append(np.array(flat.logprobs[places], np.float32))
-            table = pa.table({"ids": pa.array(ids), "logprobs": pa.array(logprobs)})
-            pq.write_table(table, teacher.parent / f"plain-{start}.parquet", compression="zstd")
-            num_rows += len(ids)
-            spent += time.perf_counter() - before
-        asking.append(time.perf_counter() - started - spent)
-        writing.append(spent)
-    return _road({"generate": asking[1:], "write": writing[1:]}, num_tokens, num_rows)
+    for start in range(0, len(state.prepared), _CALL):
+        batch = state.prepared[start : start + _CALL]
+        prompts = [vllm_teacher.engine_prompt(sample.prompt) for sample in batch]
+        outputs = state.engine.generate(prompts, state.sampling, use_tqdm=False)
+        clock.lap("generate")
+        ids, logprobs = [], []
+        for sample, output in zip(batch, outputs, strict=True):
+            num_tokens += len(output.prompt_token_ids or ())
+            flat = output.prompt_logprobs
+            assert isinstance(flat, FlatLogprobs)
+            for position in sample.response_positions + 1:
+                places = slice(flat.start_indices[position], flat.end_indices[position])
+                ids.append(np.array(flat.token_ids[places], np.int32))
+                logprobs.append(np.array(flat.logprobs[places], np.float32))
+        table = pa.table({"ids": pa.array(ids), "logprobs": pa.array(logprobs)})
+        pq.write_table(table, state.folder / f"{start:06d}.parquet", compression="zstd")
+        num_rows += len(ids)
+        clock.lap("decode and write")
+    return Road(clock.seconds, num_tokens, num_rows)
 
 
-def _prepared(teacher: Path, source: Path) -> tuple[Sequence[Any], int]:
-    """All samples as a dump prepares them, and the size of the vocabulary."""
-    from teacher_dump.dump import plan_dump, worker_settings
-    from teacher_dump.worker import open_preparer
-
-    settings = dump_settings(teacher, source, cache=teacher.parent / "unused")
-    planned = plan_dump(settings)
-    preparer = open_preparer(worker_settings(planned, settings))
-    samples = [preparer.prepare(sample) for part in planned.plan.parts for sample in part.samples]
-    return samples, planned.facts.vocab_size
-
-
-def dump_settings(teacher: Path, source: Path, *, cache: Path, cpus: int = 2) -> Any:
+def dump_settings(teacher: Path, source: Path, *, cache: Path, cpus: int = 2) -> DumpSettings:
     """The default dump of that teacher over that file."""
-    from storage.config import CacheSection
-    from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
-    from teacher_dump.dump import DumpSettings
-
     return DumpSettings(
         run=teacher.parent,
         data=DataSection(sources=(SourceSection(path=str(source)),)),
-        teacher=TeacherSection(model=str(teacher), dtype="float32", max_length=512),
-        dump=DumpSection(samples_per_part=64, cpus_per_actor=cpus),
+        teacher=TeacherSection(model=str(teacher), dtype="float32", max_length=MAX_LENGTH),
+        dump=DumpSection(samples_per_part=SAMPLES_PER_PART, cpus_per_actor=cpus),
         cache=CacheSection(path=str(cache)),
     )
 
 
-def _road(parts: dict[str, list[float]], num_tokens: int, num_rows: int) -> Road:
-    return Road([sum(each) for each in zip(*parts.values(), strict=True)], num_tokens, num_rows, parts)
+def _prepared(planned: DumpPlan, settings: DumpSettings) -> list[Prepared]:
+    """All samples as a dump prepares them."""
+    preparer = open_preparer(worker_settings(planned, settings))
+    return [preparer.prepare(sample) for part in planned.plan.parts for sample in part.samples]
+
+
+def _ask(engine: Teacher, samples: Sequence[Prepared]) -> list[TeacherStates]:
+    batches = [samples[start : start + _CALL] for start in range(0, len(samples), _CALL)]
+    return [states for batch in batches for states in engine.hidden_states([sample.prompt for sample in batch])]
+
+
+class _Clocked:
+    """A teacher that knows how long it was asked."""
+
+    def __init__(self, engine: Teacher) -> None:
+        self._engine = engine
+        self.seconds = 0.0
+
+    def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+        started = time.perf_counter()
+        states = self._engine.hidden_states(prompts)
+        self.seconds += time.perf_counter() - started
+        return states
+
+
+@dataclass
+class _Clock:
+    """Seconds by name, each lap from the one before."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
