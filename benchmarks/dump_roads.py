@@ -70,10 +70,10 @@ def floor(state: Floor) -> Road:
     rows, seen = [], set[str]()
     for sample, each in zip(state.prepared, states, strict=True):
         rows.append(each.hidden[torch.from_numpy(sample.response_positions)])
-        for image, (first, last) in zip(sample.record.images, sample.expansion.spans, strict=True):
+        for image, positions in zip(sample.record.images, sample.expansion.visual, strict=True):
             if image.key not in seen:
                 seen.add(image.key)
-                rows.append(each.hidden[first:last])
+                rows.append(each.hidden[torch.from_numpy(positions)])
     hidden = torch.cat(rows)
     gathered = time.perf_counter()
     for chunk in hidden.split(1024):
