@@ -57,6 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb("run", _run, "everything: data, teacher, dump, verify, train, evaluate, report")
     verb("check", _check, "validate configuration, data and prompts before anything costs money")
+    sub = verb("plan", _plan, "parts, bytes and hours of the dump, from a few hundred samples that are tried")
+    sub.add_argument("--samples", type=int, default=256, metavar="N", help="how many to try (256)")
+    sub.add_argument("--json", action="store_true", help="print the forecast as one JSON object")
     verb("dump", _dump, "run the teacher once and write the cache")
     sub = verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
     sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
@@ -134,6 +137,19 @@ def _dump(arguments: argparse.Namespace) -> None:
     from teacher_dump.dump import read_settings, run_dump
 
     print(table(run_dump(read_settings(arguments.file, arguments.overrides))))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from pipeline.plan_report import as_table
+    from teacher_dump.calibration import forecast_dump
+    from teacher_dump.dump import read_settings
+
+    if arguments.samples < 2:
+        raise ConfigError(f"--samples is {arguments.samples}, expected at least 2")
+    expected = forecast_dump(read_settings(arguments.file, arguments.overrides), num_samples=arguments.samples)
+    print(as_table(expected))
+    if arguments.json:
+        print(json.dumps({**asdict(expected), "total_bytes": expected.total_bytes}))
 
 
 def _verify(arguments: argparse.Namespace) -> None:

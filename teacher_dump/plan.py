@@ -61,7 +61,7 @@ def make_plan(
     fingerprint. Rows that are no samples travel as errors of part 0; with no samples there is one part.
     """
     parts: list[list[Sample]] = []
-    for group in _groups(samples):
+    for group in image_groups(samples):
         if not parts or len(parts[-1]) + len(group) > samples_per_part:
             parts.append([])
         parts[-1].extend(group)
@@ -71,7 +71,7 @@ def make_plan(
     return Plan(numbered, _fingerprint(numbered, max_length))
 
 
-def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
+def image_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Samples connected by images, groups and members in the order of first appearance."""
     parent = list(range(len(samples)))
 

@@ -1,0 +1,28 @@
+"""The forecast of a dump, for a terminal."""
+
+from __future__ import annotations
+
+from teacher_dump.forecast import Forecast
+
+
+def as_table(expected: Forecast) -> str:
+    """Parts, bytes and time, and what they were reckoned from."""
+    rows = [
+        ("parts", f"{expected.parts:,}"),
+        ("samples", f"{expected.samples:,}"),
+        ("tokens", f"{expected.tokens:,}"),
+        *((f"{family} rows", f"{count:,}") for family, count in expected.rows.items()),
+        *((f"{family} bytes", f"{count:,}") for family, count in expected.family_bytes.items()),
+        ("bytes in all", f"{expected.total_bytes:,}"),
+        *((f"{stage}", f"{seconds:,.1f} s") for stage, seconds in expected.stage_s.items()),
+        ("scoring", _duration(expected.scoring_s)),
+        ("start of a teacher", _duration(expected.start_s)),
+    ]
+    tried = (
+        f"{expected.calibration_samples:,} samples were tried, {expected.calibration_errors:,} of them cannot be used"
+    )
+    return "\n".join([*(f"{name:<20} {value}" for name, value in rows), tried])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds:,.1f} s"
