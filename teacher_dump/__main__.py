@@ -49,6 +49,8 @@ def table(result: DumpResult) -> str:
         rows.append(("written now", "nothing; the cache was complete"))
     else:
         rows.append(("written now", f"{summary.num_parts_written:,} parts in {summary.seconds:.1f} s"))
+    if summary is not None and summary.num_cut:
+        rows.append(("cut", f"{summary.num_cut:,} samples were too long (data.too_long)"))
     if summary is not None and summary.num_tokens:
         rows.append(("teacher", f"{summary.num_tokens:,} tokens, {summary.tokens_per_s:,.0f} tokens/s"))
     return "\n".join(f"{name:<12} {value}" for name, value in rows)

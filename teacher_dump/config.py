@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from storage.config import Section
+from teacher_dump.lengths import TooLong
 
 
 class SourceSection(Section):
@@ -44,7 +45,7 @@ class DataSection(Section):
 
     sources: tuple[SourceSection, ...] = ()
     extracted: str | None = None  # folder for images that are no files of their own; None: images/ in the run's folder
-    too_long: Literal["refuse", "cut_turns", "cut_answer"] = "refuse"  # what becomes of a sample beyond max_length:
+    too_long: TooLong = "refuse"  # what becomes of a sample beyond max_length:
     # cut_turns leaves out whole questions with their answers from the end; cut_answer ends the answer at max_length
 
     @model_validator(mode="before")

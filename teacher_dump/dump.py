@@ -77,6 +77,7 @@ class DumpSummary:
     seconds: float
     tokens_per_s: float
     num_errors: int
+    num_cut: int  # samples with a record that data.too_long left something out of
 
     @staticmethod
     def of(outcomes: Sequence[PartOutcome]) -> DumpSummary:
@@ -90,6 +91,7 @@ class DumpSummary:
             seconds=round(seconds, 3),
             tokens_per_s=round(num_tokens / seconds, 1) if seconds > 0 else 0.0,
             num_errors=sum(one.num_errors for one in outcomes),
+            num_cut=sum(one.num_cut for one in outcomes),
         )
 
 
@@ -208,6 +210,7 @@ def plan_dump(settings: DumpSettings) -> DumpPlan:
         errors=sample_set.errors,
         samples_per_part=settings.dump.samples_per_part,
         max_length=max_length,
+        too_long=settings.data.too_long,
     )
     is_folder = Path(teacher.model).is_dir()
     identity = Identity(
@@ -340,6 +343,7 @@ def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings
         append=cache.append,
         zstd_level=cache.zstd_level,
         check_samples=choose_samples(samples, settings.dump.blind_check_samples),
+        too_long=settings.data.too_long,
     )
 
 

@@ -7,7 +7,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from storage.preference import CHOSEN, REJECTED
 from storage.records import SampleError
+from teacher_dump.lengths import TooLong
 from teacher_dump.samples import Sample
 
 
@@ -53,12 +55,14 @@ def make_plan(
     errors: Sequence[SampleError] = (),
     samples_per_part: int,
     max_length: int,
+    too_long: TooLong = "refuse",
 ) -> Plan:
     """Parts of about `samples_per_part` samples, in the samples' order.
 
     Samples that share an image, directly or through others, form a group that is never cut, so a part is
-    larger where one group is. `max_length` (tokens) decides which samples are refused and is part of the
-    fingerprint. Rows that are no samples travel as errors of part 0; with no samples there is one part.
+    larger where one group is; so do the halves of a preference pair. `max_length` (tokens) and `too_long`
+    decide which samples are refused or cut and are part of the fingerprint. Rows that are no samples travel
+    as errors of part 0; with no samples there is one part.
     """
     parts: list[list[Sample]] = []
     for group in image_groups(samples):
@@ -68,7 +72,7 @@ def make_plan(
     numbered = tuple(
         Part(number, tuple(part), tuple(errors) if number == 0 else ()) for number, part in enumerate(parts or [[]])
     )
-    return Plan(numbered, _fingerprint(numbered, max_length))
+    return Plan(numbered, _fingerprint(numbered, max_length, too_long))
 
 
 def image_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
@@ -83,8 +87,8 @@ def image_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
 
     first_with: dict[str, int] = {}
     for index, sample in enumerate(samples):
-        for image in sample.images:
-            one, other = root(first_with.setdefault(image, index)), root(index)
+        for shared in (*sample.images, *_pair(sample.id)):
+            one, other = root(first_with.setdefault(shared, index)), root(index)
             parent[max(one, other)] = min(one, other)
     groups: dict[int, list[Sample]] = {}
     for index, sample in enumerate(samples):
@@ -92,8 +96,14 @@ def image_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
     return list(groups.values())
 
 
-def _fingerprint(parts: Sequence[Part], max_length: int) -> str:
-    digest = hashlib.sha256(f"stillhouse plan 1\0{max_length}\0".encode())
+def _pair(sample_id: str) -> tuple[str, ...]:
+    """A name that both halves of a preference pair share, and no image has; none of another sample."""
+    return (f"{sample_id.rpartition('#')[0]}\0",) if sample_id.endswith((CHOSEN, REJECTED)) else ()
+
+
+def _fingerprint(parts: Sequence[Part], max_length: int, too_long: TooLong) -> str:
+    rule = "" if too_long == "refuse" else f"{too_long}\0"
+    digest = hashlib.sha256(f"stillhouse plan 1\0{max_length}\0{rule}".encode())
     for part in parts:
         errors = [error.sample_id for error in part.errors]  # a reason may name folders of this machine
         row = [part.number, [sample.as_json() for sample in part.samples], errors]

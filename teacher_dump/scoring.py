@@ -29,9 +29,10 @@ from storage.relation import num_blocks
 from storage.rows import SparseRows
 from teacher_dump.head import OutputHead
 from teacher_dump.images import LoadedImage, load_image
+from teacher_dump.lengths import TooLong, kept_length
 from teacher_dump.pairs import without_lone_halves
 from teacher_dump.plan import Part
-from teacher_dump.prompt import PromptBuilder
+from teacher_dump.prompt import Prompt, PromptBuilder
 from teacher_dump.samples import Sample, SampleRefusedError
 from teacher_dump.selection import Selection, row_uniforms
 from teacher_dump.teacher import Teacher, TeacherPrompt
@@ -76,6 +77,7 @@ class Scored:
 
     records: PartRecords
     num_tokens: int  # expanded, of the samples that have a record; 0 without a teacher
+    num_cut: int  # samples that have a record and were too long to keep whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,7 @@ class Prepared:
     record: TokensRecord
     images: tuple[LoadedImage, ...]
     expansion: Expansion
+    is_cut: bool = False  # it was too long, and some of it was left out
 
     @property
     def prompt(self) -> TeacherPrompt:
@@ -116,6 +119,7 @@ class Preparer:
         preprocessing_fingerprint: str,
         image_root: Path,
         max_length: int,  # tokens, visual tokens included
+        too_long: TooLong = "refuse",
     ) -> None:
         self._prompts = prompts
         self._grid = grid
@@ -123,12 +127,22 @@ class Preparer:
         self._preprocessing = preprocessing_fingerprint
         self._image_root = image_root
         self._max_length = max_length
+        self._too_long: TooLong = too_long
 
     def prepare(self, sample: Sample) -> Prepared:
         """SampleRefusedError: a bad image, a prompt that cannot be made, more than `max_length` tokens."""
         images = tuple(load_image(self._image_root, path) for path in sample.images)
         prompt = self._prompts.build(sample)
-        expansion = expand(prompt.token_ids, [self._grid.ids(image.pixels) for image in images], self._image_token_id)
+        grids = [self._grid.ids(image.pixels) for image in images]
+        expansion = expand(prompt.token_ids, grids, self._image_token_id)
+        is_cut = len(expansion.token_ids) > self._max_length
+        if is_cut:
+            mask, positions = prompt.response_mask, expansion.positions
+            kept = kept_length(mask, positions, max_length=self._max_length, rule=self._too_long)
+            if kept is not None:
+                prompt = Prompt(prompt.token_ids[:kept], mask[:kept])
+                images = images[: np.count_nonzero(prompt.token_ids == self._image_token_id)]
+                expansion = expand(prompt.token_ids, grids[: len(images)], self._image_token_id)
         counts = [len(positions) for positions in expansion.visual]
         if len(expansion.token_ids) > self._max_length:
             raise SampleRefusedError(
@@ -152,7 +166,7 @@ class Preparer:
             for number, (image, count, place) in enumerate(zip(images, counts, places, strict=True))
         )
         record = TokensRecord(sample.id, sample.split, sample.category, prompt.token_ids, prompt.response_mask, refs)
-        return Prepared(record, images, expansion)
+        return Prepared(record, images, expansion, is_cut)
 
 
 class PartScorer:
@@ -174,6 +188,7 @@ class PartScorer:
         gathered = _Gathered(errors=list(part.errors))
         for start in range(0, len(part.samples), _SAMPLES_PER_CALL):
             ready = self.prepare(part.samples[start : start + _SAMPLES_PER_CALL], gathered.errors)
+            gathered.cut |= {prepared.record.sample_id for prepared in ready if prepared.is_cut}
             if self._teacher is None:
                 gathered.tokens += [prepared.record for prepared in ready]
                 self._add_images(ready, gathered)
@@ -191,7 +206,9 @@ class PartScorer:
             sequence=gathered.sequence if request.sequence else None,
             images=gathered.images if request.images else None,
         )
-        return Scored(without_lone_halves(records), gathered.num_tokens)
+        records = without_lone_halves(records)
+        num_cut = sum(record.sample_id in gathered.cut for record in records.tokens)
+        return Scored(records, gathered.num_tokens, num_cut)
 
     def prepare(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Prepared]:
         """The samples that can be scored; the others are added to `errors`."""
@@ -359,6 +376,7 @@ class _Gathered:
     images: dict[str, bytes] = field(default_factory=dict)
     image_keys: set[str] = field(default_factory=set)
     errors: list[SampleError] = field(default_factory=list)
+    cut: set[str] = field(default_factory=set)  # ids of samples that are not whole
     num_tokens: int = 0
 
 

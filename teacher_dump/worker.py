@@ -11,6 +11,7 @@ from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.writer import CacheWriter
 from teacher_dump.fingerprint import ProcessorFacts
+from teacher_dump.lengths import TooLong
 from teacher_dump.plan import Part
 from teacher_dump.processor import load_processor
 from teacher_dump.prompt import PromptBuilder
@@ -40,6 +41,7 @@ class WorkerSettings:
     append: bool
     zstd_level: int
     check_samples: tuple[Sample, ...]  # for the blind check; none: no check
+    too_long: TooLong = "refuse"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class PartOutcome:
     num_tokens: int  # positions that the teacher was asked about
     started: float  # seconds since the epoch: scoring began
     finished: float  # the part was committed
+    num_cut: int = 0  # samples with a record that were too long to keep whole
 
 
 class Worker:
@@ -82,6 +85,7 @@ class Worker:
             num_tokens=scored.num_tokens,
             started=started,
             finished=time.time(),
+            num_cut=scored.num_cut,
         )
 
     def _open_scorer(self) -> PartScorer:
@@ -109,6 +113,7 @@ def open_preparer(settings: WorkerSettings) -> Preparer:
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
         image_root=settings.image_root,
         max_length=settings.max_length,
+        too_long=settings.too_long,
     )
 
 

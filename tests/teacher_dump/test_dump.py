@@ -164,7 +164,7 @@ def test_the_cache_knows_the_image_root(write_config: WriteConfig, tiny_data: Pa
 
 def test_tokens_a_second_are_over_the_scoring_phase() -> None:
     outcomes = [PartOutcome(0, 2, 0, 600, 10.0, 12.0), PartOutcome(1, 2, 1, 400, 11.0, 15.0)]
-    assert DumpSummary.of(outcomes) == DumpSummary(4, 2, 1000, 5.0, 200.0, 1)
+    assert DumpSummary.of(outcomes) == DumpSummary(4, 2, 1000, 5.0, 200.0, 1, 0)
 
 
 def dump_without_ray(config: Path, *overrides: str) -> DumpResult:
@@ -248,3 +248,46 @@ def test_a_dump_into_an_object_store(write_config: WriteConfig) -> None:
         assert verify(url).problems == []
         assert Cache.open(url).sealed
         assert b"num_parts_written" in open_folder(url).read("dump.json")
+
+
+def test_cut_samples_are_those_of_the_shorter_conversation_and_counted(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """Every sample has two turns and an image in the first; some are too long for the teacher."""
+    file = make_tiny_dataset(tmp_path / "data", num_samples=12, num_images=4, turns=2)["train"]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    short = [{**row, "conversations": row["conversations"][:2]} for row in rows]
+    (tmp_path / "data/short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short), encoding="utf-8")
+
+    def records(name: str, rule: str, max_length: int) -> tuple[dict[str, list[Any]], DumpResult]:
+        config = write_config(
+            cache={"families": [], "path": str(tmp_path / f"{name}-{rule}-{max_length}")},
+            data={"sources": [{"path": str(tmp_path / f"data/{name}.jsonl")}], "too_long": rule},
+            teacher={"max_length": max_length},
+            dump={"max_error_fraction": 0.999},
+        )
+        result = run_dump(read_settings(config), progress=False)
+        cache = Cache.open(result.cache)
+        tokens = [cache.read(number).tokens for number in range(cache.num_samples)]
+        return {
+            one.sample_id: [one.token_ids.tolist(), one.response_mask.tolist(), one.images] for one in tokens
+        }, result
+
+    whole, _ = records("train", "refuse", 512)
+    lengths = sorted(len(ids) + 15 for ids, _, _ in whole.values())
+    limit = lengths[len(lengths) // 2]
+    refused, result = records("train", "refuse", limit)
+    assert 0 < len(refused) < 12
+    assert result.num_errors == 12 - len(refused)
+    cut, result = records("train", "cut_turns", limit)
+    shorter, _ = records("short", "refuse", 512)
+    assert cut == {**shorter, **refused}
+    assert result.summary is not None
+    assert (result.summary.num_cut, result.summary.num_errors) == (12 - len(refused), 0)
+    answers, _ = records("train", "cut_answer", limit)
+    for name, (ids, mask, images) in answers.items():
+        assert ids == whole[name][0][: len(ids)]
+        assert mask[-1]
+        assert len(ids) >= len(cut[name][0])
+        assert images == whole[name][2]
+    assert any(len(ids) + 15 == limit for name, (ids, _, _) in answers.items() if name not in refused)

@@ -51,8 +51,23 @@ def test_fingerprint_follows_everything_that_decides_the_records() -> None:
         make_plan(samples[::-1], samples_per_part=2, max_length=8),
         make_plan(samples[:1], samples_per_part=2, max_length=8),
         make_plan(samples, errors=[SampleError("x", "bad")], samples_per_part=2, max_length=8),
+        make_plan(samples, samples_per_part=2, max_length=8, too_long="cut_turns"),
+        make_plan(samples, samples_per_part=2, max_length=8, too_long="cut_answer"),
     ]
-    assert len({base.fingerprint, *(plan.fingerprint for plan in others)}) == 6
+    assert len({base.fingerprint, *(plan.fingerprint for plan in others)}) == 8
+
+
+def test_halves_of_a_pair_are_in_one_part_even_without_an_image() -> None:
+    ids = ["a#chosen", "b", "c#chosen", "a", "b#chosen", "c#rejected", "a#rejected", "b#rejected"]
+    samples = [Sample(name, "train", "", (), TURNS) for name in ids]
+    plan = make_plan(samples, samples_per_part=2, max_length=8)
+    assert [[sample.id for sample in part.samples] for part in plan.parts] == [
+        ["a#chosen", "a#rejected"],
+        ["b"],
+        ["c#chosen", "c#rejected"],
+        ["a"],
+        ["b#chosen", "b#rejected"],
+    ]
 
 
 def test_errors_travel_in_part_0_even_without_samples() -> None:
