@@ -7,7 +7,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,8 @@ def check_image_path(path: str) -> str:
     """The path itself, if it is relative, posix, and stays below its root; ValueError otherwise."""
     if not path or "\0" in path or "\\" in path or path.startswith("/") or _DRIVE.match(path):
         raise ValueError(f"image path {path!r} must be relative, with forward slashes")
-    if ".." in PurePosixPath(path).parts or PurePosixPath(path) == PurePosixPath("."):
+    parts = path.split("/")
+    if ".." in parts or all(part in ("", ".") for part in parts):
         raise ValueError(f"image path {path!r} must stay inside its image root")
     return path
 

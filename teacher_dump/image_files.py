@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 import stat
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from storage.errors import StillhouseError
@@ -29,7 +29,7 @@ class ImageFiles:
         self._extracted = extracted
         self._known: dict[tuple[int, str], str] = {}  # by the place's identity and the name in it
         self._written: dict[str, str] = {}  # by sha256
-        self._parents: dict[tuple[Path, str], Path] = {}
+        self._directories: dict[tuple[Path, str], str] = {}
         self.folders: dict[Path, None] = {}  # that images are in
 
     def file(self, value: Any, place: Path | Archive) -> str:
@@ -61,47 +61,41 @@ class ImageFiles:
             known = self._written[sha256] = _written(self._extracted / sha256[:_DIGITS] / sha256, content)
         return known
 
-    def parent(self, folder: Path, name: str) -> Path:
-        """A folder below `folder`, its links followed."""
-        known = self._parents.get((folder, name))
+    def directory(self, folder: Path, name: str) -> str:
+        """A folder below `folder`, its links followed, with a slash: they are followed once for all of its files."""
+        known = self._directories.get((folder, name))
         if known is None:
-            known = self._parents[folder, name] = (folder / name).resolve()
+            known = self._directories[folder, name] = f"{os.path.realpath(folder / name)}/"
         return known
 
 
 def _in_folder(files: ImageFiles, name: str, folder: Path) -> str:
     """The absolute path of a file below a folder, whatever links lead to it."""
     try:
-        name.encode()
-        parent_name, _, base = name.rpartition("/")
-        if name.startswith("/") or base in ("", ".", "..") or "\0" in name or ".." in PurePosixPath(name).parts:
-            found = (folder / name).resolve()
-        else:  # a folder's links are followed once for all of its files
-            found = files.parent(folder, parent_name) / base
+        parent, _, base = name.rpartition("/")
+        if name.startswith("/") or ".." in name:  # which may lead anywhere, and back
+            found = os.path.realpath(folder / name)
+        else:
+            found = files.directory(folder, parent) + base
         mode = os.lstat(found).st_mode
-        if stat.S_ISLNK(mode):
-            found = found.resolve()
-            mode = found.stat().st_mode
+        if not stat.S_ISREG(mode):
+            found = os.path.realpath(found)
+            mode = os.lstat(found).st_mode  # no link is left
     except FileNotFoundError as error:
-        raise SampleRefusedError(_outside(name, folder) or f"image {name!r} is missing in {folder}") from error
-    except (OSError, ValueError, RuntimeError) as error:
+        raise SampleRefusedError(f"image {name!r} is missing in {folder}") from error
+    except (OSError, ValueError) as error:
         raise SampleRefusedError(f"image {name!r}: {error}") from error
-    if not found.is_relative_to(folder):
+    inside = f"{folder}/".replace("//", "/")
+    if not found.startswith(inside):
         raise SampleRefusedError(f"image {name!r} lies outside of its folder {folder}")
     if not stat.S_ISREG(mode):
         raise SampleRefusedError(f"image {name!r} is missing in {folder}: what has its name is no file")
     try:
-        check_image_path(found.relative_to(folder).as_posix())
+        check_image_path(found[len(inside) :])
     except ValueError as error:
         raise SampleRefusedError(str(error)) from error
     files.folders[folder] = None
-    return str(found)
-
-
-def _outside(name: str, folder: Path) -> str | None:
-    if (folder / name).resolve().is_relative_to(folder):
-        return None
-    return f"image {name!r} lies outside of its folder {folder}"
+    return found
 
 
 def _written(path: Path, content: bytes) -> str:

@@ -13,6 +13,8 @@ from PIL.Image import Image
 
 from teacher_dump.samples import SampleRefusedError
 
+MAX_IMAGE_BYTES = 256 * 2**20  # of a file; an image of as many pixels as Pillow trusts is smaller
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedImage:
@@ -33,6 +35,12 @@ def load_image(root: Path, path: str) -> LoadedImage:
         file = (root / path).resolve()
         if not file.is_relative_to(root.resolve()):
             raise SampleRefusedError(f"image {path!r} lies outside of {root}")
+        if not file.is_file():  # a pipe would be waited for
+            raise SampleRefusedError(f"image {path!r}: cannot be read: there is no such file")
+        if file.stat().st_size > MAX_IMAGE_BYTES:
+            raise SampleRefusedError(
+                f"image {path!r}: has {file.stat().st_size:,} bytes, more than {MAX_IMAGE_BYTES:,}"
+            )
         content = file.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:
         raise SampleRefusedError(f"image {path!r}: cannot be read: {error}") from error

@@ -78,21 +78,20 @@ def make_plan(
 def image_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Samples connected by images, groups and members in the order of first appearance."""
     parent = list(range(len(samples)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
     first_with: dict[str, int] = {}
     for index, sample in enumerate(samples):
         for shared in (*sample.images, *_pair(sample.id)):
-            one, other = root(first_with.setdefault(shared, index)), root(index)
-            parent[max(one, other)] = min(one, other)
+            one, other = first_with.setdefault(shared, index), index
+            while parent[one] != one:
+                parent[one] = one = parent[parent[one]]
+            while parent[other] != other:
+                parent[other] = other = parent[parent[other]]
+            if one != other:
+                parent[max(one, other)] = min(one, other)
     groups: dict[int, list[Sample]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault(root(index), []).append(sample)
+    for index, sample in enumerate(samples):  # a parent comes before its children
+        parent[index] = parent[parent[index]]
+        groups.setdefault(parent[index], []).append(sample)
     return list(groups.values())
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import ConfigError
+from teacher_dump.images import MAX_IMAGE_BYTES
 from teacher_dump.sources.json_rows import parse_json
 from teacher_dump.sources.row import Broken, Rows, printable, short_place
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-MAX_MEMBER_BYTES = 256 * 2**20  # a larger one is no image and no conversation
+MAX_MEMBER_BYTES = MAX_IMAGE_BYTES
 _BLOCK = 512
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import PIL.Image
@@ -46,3 +47,12 @@ def test_an_image_outside_of_the_root_is_refused(tmp_path: Path, path: str) -> N
     (tmp_path / "root/link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(SampleRefusedError, match="outside"):
         load_image(tmp_path / "root", path)
+
+
+def test_what_is_no_plain_file_or_far_too_large_is_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for a writer
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(10 * 2**30)  # takes no room
+    for name, said in (("pipe.png", "no such file"), ("huge.png", "10,737,418,240 bytes")):
+        with pytest.raises(SampleRefusedError, match=said):
+            load_image(tmp_path, name)
