@@ -63,7 +63,8 @@ def _check_inits(experiment: Experiment) -> None:
     for name, stage in stages.items():
         place = Path(stage.init)
         prepared = experiment.prepare is not None and place.is_relative_to(experiment.run)
-        if not (place.is_dir() or prepared or place in outputs or is_hub_id(stage.init)):
+        made = prepared or place in outputs or stage.compose is not None
+        if not (place.is_dir() or made or is_hub_id(stage.init)):
             raise ConfigError(
                 f"{experiment.path}: stages.{name}.init is {stage.init}: there is no such folder, no stage writes it, "
                 "and a hub id is owner/name"

@@ -48,12 +48,15 @@ def train(sections: Sections, name: str, *, evaluate: bool, started: float) -> N
     from student_train import (
         trainer,
     )  # torch and transformers: seconds, which a misspelt name should not cost
+    from student_train.composition import ensure_composed
     from student_train.engine import this_process
     from student_train.material import prepare
 
     stage = trainer.resolved(stages[name], name)
     cache_path = stage.cache or sections["cache"].path
     process = this_process()
+    if stage.compose is not None:
+        ensure_composed(stage.compose, stage.init, seed=stage.seed, is_first=process.is_first)
     output = trainer.train(stage, name, prepare(stage, cache_path), process, started=started)
     if evaluate and process.is_first:
         from student_train.evaluation import evaluate_model

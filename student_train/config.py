@@ -87,10 +87,22 @@ class MoeSection(Section):
     every: Annotated[int, Field(ge=1)] = 2  # layers 0, every, 2 * every, …
 
 
+class CompositionSection(Section):
+    """Parts of a student: folders or hub ids. The projector between them, two layers with GELU, is new."""
+
+    vision: str  # SigLIP or CLIP; a whole model or its tower
+    llm: str  # a causal decoder
+    processor: str  # tokenizer, chat template and image preprocessing: the teacher's, most often
+    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    feature_layer: int = -2  # of the tower, whose output the projector reads
+    select: Literal["full", "default"] = "full"  # default drops the first position, which is CLIP's class token
+
+
 class StageSection(Section):
     """One training stage: start, data, trained modules, losses, schedule."""
 
     init: str  # checkpoint folder or hub id; `{seed}` becomes the stage's seed
+    compose: CompositionSection | None = None  # makes the checkpoint at `init`, where it is not there yet
     output: str = "{run}/models/{stage}"  # checkpoint, metrics.jsonl, summary.json
     cache: str | None = None  # default: cache.path
     splits: tuple[str, ...] = ("train",)

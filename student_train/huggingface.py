@@ -108,6 +108,16 @@ def load_weights(folder: str | Path, **options: Any) -> PreTrainedModel:
     return model
 
 
+def load_part(kind: Any, name: str | Path, **options: Any) -> PreTrainedModel:
+    """A tower or a decoder of a checkpoint, in the checkpoint's own dtype. StillhouseError as `load_weights`."""
+    options |= {"use_safetensors": True, "output_loading_info": True, "dtype": "auto"}
+    model, info = _load("model", kind.from_pretrained, name, **options)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise StillhouseError(f"{name}: the weights lack {len(missing)} tensors, such as {missing[0]}")
+    return model
+
+
 def _load(what: str, loader: Any, folder: str | Path, **options: Any) -> Any:
     from safetensors import SafetensorError
 
