@@ -42,7 +42,7 @@ def compose(section: CompositionSection, *, seed: int) -> Any:
     processor = load_processor(section.processor)
     image_token_id = _image_token_id(processor, section.processor)
     tower = _tower(section.vision)
-    decoder = load_part(transformers.AutoModelForCausalLM, section.llm)
+    decoder: Any = load_part(transformers.AutoModelForCausalLM, section.llm)
     real_size = max(processor.tokenizer.get_vocab().values()) + 1
     if decoder.config.vocab_size < real_size:  # new rows, drawn close to the mean of the others
         torch.manual_seed(0)
