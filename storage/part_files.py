@@ -1,18 +1,22 @@
 """Row groups of a cache's part files, read on demand, each file checked when first touched.
 
-The memory for them is bounded: the least recently used row groups are let go.
+The memory for them is bounded: the least recently used row groups are let go. Any number of threads may read at
+once; what two of them want is read by one.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from storage.columns import sparse_rows
 from storage.commit import check_file
@@ -21,10 +25,14 @@ from storage.documents import FileEntry
 from storage.errors import CorruptPartError
 from storage.files import Folder
 from storage.id_groups import IdGroups
+from storage.identity import Identity
 from storage.rows import SparseRows
 from storage.schema import check_schema
+from storage.token_rows import TokenRows, decode_tokens
 
 MAX_OPEN_FOOTERS = 1024  # parsed Parquet footers that are kept, some tens of KB each
+
+_Key = tuple[str, str | int]  # a file, and one of its row groups or what else is kept of it
 
 
 class _Footer:
@@ -36,13 +44,18 @@ class _Footer:
         self.starts = np.cumsum([0, *sizes])
 
 
-class _Rows:
+class DistributionRows:
     """A row group of distributions: the key of each Parquet row, all their rows, and where each's start."""
 
-    def __init__(self, keys: list[str], rows: SparseRows, starts: NDArray[np.int64]) -> None:
+    def __init__(self, keys: list[str], rows: SparseRows, starts: list[int]) -> None:
         self.keys = keys
         self.rows = rows
         self.starts = starts
+
+    @property
+    def num_bytes(self) -> int:
+        """What a reader keeps of it in memory."""
+        return self.rows.num_bytes + 250 * len(self.keys)
 
 
 class PartFiles:
@@ -54,34 +67,66 @@ class PartFiles:
         self._checksums = checksums
         self._checked: set[str] = set()
         self._footers: OrderedDict[str, _Footer] = OrderedDict()
-        self._held: OrderedDict[tuple[str, int], tuple[pa.Table | _Rows | IdGroups, int]] = OrderedDict()
+        self._held: OrderedDict[_Key, tuple[Any, int]] = OrderedDict()
         self._held_bytes = 0
+        self.num_groups_read = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._reading: dict[_Key, Future] = {}
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_reading", "_process")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     def columns(self, family: str, entry: FileEntry, names: Sequence[str]) -> pa.Table:
         """Some columns of a whole file; they are not kept. Errors: CorruptPartError."""
         self._check(entry)
-        try:
-            with self._folder.open_for_arrow(entry.file, entry.file_bytes) as source:
-                parquet = self._parquet(family, entry, source)
-                table = parquet.read(columns=list(names), use_threads=False)
-                return validated(table, entry.rows)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise CorruptPartError(f"{self._folder.place(entry.file)}: {error}") from error
+        with self._open(family, entry) as (parquet, _):
+            return validated(parquet.read(columns=list(names), use_threads=False), entry.rows)
+
+    def rows_of(self, family: str, entry: FileEntry, column: str) -> dict[str, int]:
+        """The Parquet row of each value of a text column. Errors: CorruptPartError."""
+
+        def read() -> tuple[dict[str, int], int]:
+            keys = self.columns(family, entry, [column])[column].to_pylist()
+            return {key: row for row, key in enumerate(keys)}, 250 * len(keys)
+
+        return self._hold((entry.file, column), read)
 
     def row(self, family: str, entry: FileEntry, row: int) -> tuple[pa.Table, int]:
         """The row group that holds a Parquet row, and the row's place in it. Errors: CorruptPartError."""
         group, at = self._place(family, entry, row)
-        table = self._hold((entry.file, group), lambda: _sized(self._read_group(family, entry, group)))
-        return table, at
+        return self._hold((entry.file, group), lambda: _sized(self._read_group(family, entry, group))), at
+
+    def token_rows(self, entry: FileEntry, row: int, identity: Identity) -> tuple[TokenRows, int]:
+        """The conversations of a row group of tokens, and a row's place in them. Errors: CorruptPartError."""
+        group, at = self._place("tokens", entry, row)
+
+        def read() -> tuple[TokenRows, int]:
+            table = self._read_group("tokens", entry, group)
+            with self._naming(entry):
+                rows = decode_tokens(table, identity)
+            return rows, rows.num_bytes
+
+        return self._hold((entry.file, group), read), at
+
+    def distribution_rows(
+        self, family: str, entry: FileEntry, row: int, kept: RowFormat
+    ) -> tuple[DistributionRows, int]:
+        """The row group of distributions that holds a Parquet row, and its place in it. Errors: CorruptPartError."""
+        group, at = self._place(family, entry, row)
+        return self._hold((entry.file, group), lambda: self._read_rows(family, entry, group, kept)), at
 
     def sparse_rows(self, family: str, entry: FileEntry, row: int, kept: RowFormat) -> tuple[str, SparseRows]:
         """The key of a Parquet row (sample id or image key) and its distribution rows. Errors: CorruptPartError."""
-        group, at = self._place(family, entry, row)
-        try:
-            rows = self._hold((entry.file, group), lambda: self._read_rows(family, entry, group, kept))
-        except CorruptPartError as error:
-            raise CorruptPartError(f"{self._folder.place(entry.file)}: {error}") from error
-        return rows.keys[at], rows.rows.slice(int(rows.starts[at]), int(rows.starts[at + 1])).copy()
+        group, at = self.distribution_rows(family, entry, row, kept)
+        return group.keys[at], group.rows.slice(group.starts[at], group.starts[at + 1]).copy()
 
     def _place(self, family: str, entry: FileEntry, row: int) -> tuple[int, int]:
         starts = self._footer(family, entry).starts
@@ -90,55 +135,80 @@ class PartFiles:
             raise CorruptPartError(f"{self._folder.place(entry.file)}: has no row {row}")
         return group, row - int(starts[group])
 
-    def _hold(self, key: tuple[str, int], read: Callable[[], tuple[Any, int]]) -> Any:
+    def _hold(self, key: _Key, read: Callable[[], tuple[Any, int]]) -> Any:
         """What was read before, or is read now; the least recently used is let go when memory is short."""
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key][0]
-        value, num_bytes = read()
-        self._held[key] = value, num_bytes
-        self._held_bytes += num_bytes
-        while self._held_bytes > self._max_bytes and len(self._held) > 1:
-            _, (_, dropped) = self._held.popitem(last=False)
-            self._held_bytes -= dropped
+        if self._process != os.getpid():  # a fork: its parent's threads are not here, their locks may be held
+            self._begin()
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key][0]
+            others = self._reading.get(key)
+            if others is None:
+                self._reading[key] = ours = Future()
+        if others is not None:
+            return others.result()
+        try:
+            value, num_bytes = read()
+        except BaseException as error:
+            with self._lock:
+                del self._reading[key]
+            ours.set_exception(error)
+            raise
+        with self._lock:
+            del self._reading[key]
+            self._held[key] = value, num_bytes
+            self._held_bytes += num_bytes
+            while self._held_bytes > self._max_bytes and len(self._held) > 1:
+                _, (_, dropped) = self._held.popitem(last=False)
+                self._held_bytes -= dropped
+        ours.set_result(value)
         return value
 
     def _read_group(self, family: str, entry: FileEntry, group: int) -> pa.Table:
-        try:
-            with self._folder.open_for_arrow(entry.file, entry.file_bytes) as source:
-                parquet = self._parquet(family, entry, source)
-                num_rows = parquet.metadata.row_group(group).num_rows
-                return validated(parquet.read_row_group(group, use_threads=False), num_rows)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise CorruptPartError(f"{self._folder.place(entry.file)}: {error}") from error
+        with self._open(family, entry) as (parquet, footer):
+            num_rows = int(footer.starts[group + 1] - footer.starts[group])
+            table = validated(parquet.read_row_group(group, use_threads=False), num_rows)
+        with self._lock:
+            self.num_groups_read += 1
+        return table
 
-    def _read_rows(self, family: str, entry: FileEntry, group: int, kept: RowFormat) -> tuple[_Rows, int]:
+    def _read_rows(self, family: str, entry: FileEntry, group: int, kept: RowFormat) -> tuple[DistributionRows, int]:
         table = self._read_group(family, entry, group)
-        keys = table[0].to_pylist()
-        if "payload" in table.column_names:  # format version 1
-            each = [sparse_rows(table, row, vocab_size=kept.vocab_size) for row in range(table.num_rows)]
-            starts = np.cumsum([0, *(rows.num_rows for rows in each)])
-            rows = SparseRows.concatenate(each)
-        else:
-            id_groups = self._hold((entry.file, -1), lambda: self._read_id_groups(entry, kept.vocab_size))
-            rows, starts = decode_group(table, id_groups, kept.num_temperatures)
-        return _Rows(keys, rows, starts), rows.num_bytes + starts.nbytes + 200 * len(keys)
-
-    def _read_id_groups(self, entry: FileEntry, vocab_size: int) -> tuple[IdGroups, int]:
-        id_groups = decode_id_groups(self._footers[entry.file].metadata.metadata, vocab_size)
-        return id_groups, id_groups.num_bytes
+        with self._naming(entry):
+            if "payload" in table.column_names:  # format version 1
+                each = [sparse_rows(table, row, vocab_size=kept.vocab_size) for row in range(table.num_rows)]
+                starts = np.cumsum([0, *(rows.num_rows for rows in each)])
+                rows = SparseRows.concatenate(each)
+            else:
+                metadata = self._footer(family, entry).metadata.metadata
+                id_groups = self._hold((entry.file, "id groups"), lambda: _id_groups(metadata, kept.vocab_size))
+                rows, starts = decode_group(table, id_groups, kept.num_temperatures)
+        decoded = DistributionRows(table[0].to_pylist(), rows, starts.tolist())
+        return decoded, decoded.num_bytes
 
     def _footer(self, family: str, entry: FileEntry) -> _Footer:
+        known = self._footers.get(entry.file)
+        if known is not None:
+            return known
         self._check(entry)
-        if entry.file not in self._footers:
-            try:
-                with self._folder.open_for_arrow(entry.file, entry.file_bytes) as source:
-                    self._parquet(family, entry, source)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise CorruptPartError(f"{self._folder.place(entry.file)}: {error}") from error
-        return self._footers[entry.file]
+        with self._open(family, entry) as (_, footer):
+            return footer
 
-    def _parquet(self, family: str, entry: FileEntry, source: pa.NativeFile) -> pq.ParquetFile:
+    @contextmanager
+    def _naming(self, entry: FileEntry) -> Iterator[None]:
+        """Within it, what is wrong with a file is a CorruptPartError that names the file."""
+        try:
+            yield
+        except (CorruptPartError, pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptPartError(f"{self._folder.place(entry.file)}: {error}") from error
+
+    @contextmanager
+    def _open(self, family: str, entry: FileEntry) -> Iterator[tuple[pq.ParquetFile, _Footer]]:
+        with self._naming(entry), self._folder.open_for_arrow(entry.file, entry.file_bytes) as source:
+            yield self._parquet(family, entry, source)
+
+    def _parquet(self, family: str, entry: FileEntry, source: pa.NativeFile) -> tuple[pq.ParquetFile, _Footer]:
         known = self._footers.get(entry.file)
         parquet = pq.ParquetFile(
             source,
@@ -147,19 +217,25 @@ class PartFiles:
             pre_buffer=self._folder.is_remote,  # the columns of a row group in one request
         )
         if known is None:
-            check_schema(family, parquet.schema_arrow, self._folder.place(entry.file))
+            check_schema(family, parquet.schema_arrow)
             if parquet.metadata.num_rows != entry.rows:
-                got, place = parquet.metadata.num_rows, self._folder.place(entry.file)
-                raise CorruptPartError(f"{place}: has {got} rows, its commit says {entry.rows}")
-            self._footers[entry.file] = _Footer(parquet.metadata)
-            if len(self._footers) > MAX_OPEN_FOOTERS:
-                self._footers.popitem(last=False)
-        return parquet
+                raise CorruptPartError(f"has {parquet.metadata.num_rows} rows, its commit says {entry.rows}")
+            known = _Footer(parquet.metadata)
+            with self._lock:
+                self._footers[entry.file] = known
+                if len(self._footers) > MAX_OPEN_FOOTERS:
+                    self._footers.popitem(last=False)
+        return parquet, known
 
     def _check(self, entry: FileEntry) -> None:
         if entry.file not in self._checked:
             check_file(self._folder, entry, content=self._checksums)
             self._checked.add(entry.file)
+
+
+def _id_groups(metadata: Mapping[bytes, bytes] | None, vocab_size: int) -> tuple[IdGroups, int]:
+    id_groups = decode_id_groups(metadata, vocab_size)
+    return id_groups, id_groups.num_bytes
 
 
 def _sized(table: pa.Table) -> tuple[pa.Table, int]:

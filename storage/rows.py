@@ -95,6 +95,34 @@ class SparseRows:
         return SparseRows(**copies)
 
     @staticmethod
+    def gather(pieces: Sequence[tuple[SparseRows, int, int]]) -> SparseRows:
+        """Rows start : stop of one after another, in arrays of their own; one piece or more.
+
+        The same as concatenating slices, in half the time. Label logprobs: all pieces have them, or none.
+        """
+        sizes = [stop - start for _, start, stop in pieces]
+        firsts = [int(rows.offsets[start]) for rows, start, _ in pieces]
+        lasts = [int(rows.offsets[stop]) for rows, _, stop in pieces]
+        moved = np.cumsum([0, *map(int.__sub__, lasts, firsts)])[:-1] - firsts
+        ends = np.concatenate([rows.offsets[start + 1 : stop + 1] for rows, start, stop in pieces])
+        entries = list(zip((rows for rows, _, _ in pieces), firsts, lasts, strict=True))
+        labelled = [(rows.label_logprob, start, stop) for rows, start, stop in pieces if rows.label_logprob is not None]
+        if 0 < len(labelled) < len(pieces):
+            raise ValueError(f"{len(labelled)} of {len(pieces)} pieces have label logprobs; all or none must")
+        return SparseRows(
+            offsets=np.concatenate([np.zeros(1, np.int64), ends + np.repeat(moved, sizes)]),
+            ids=np.concatenate([rows.ids[first:last] for rows, first, last in entries]),
+            logprobs=np.concatenate([rows.logprobs[first:last] for rows, first, last in entries]),
+            num_exact=np.concatenate([rows.num_exact[start:stop] for rows, start, stop in pieces]),
+            tail_mass=np.concatenate([rows.tail_mass[start:stop] for rows, start, stop in pieces]),
+            entropy=np.concatenate([rows.entropy[start:stop] for rows, start, stop in pieces]),
+            log_sum_exp=np.concatenate([rows.log_sum_exp[start:stop] for rows, start, stop in pieces]),
+            label_logprob=np.concatenate([labels[start:stop] for labels, start, stop in labelled])
+            if labelled
+            else None,
+        )
+
+    @staticmethod
     def concatenate(parts: Sequence[SparseRows]) -> SparseRows:
         """All rows one after another; no parts give no rows. Label logprobs: all parts have them, or none."""
         if not parts:

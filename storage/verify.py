@@ -15,7 +15,7 @@ from storage.errors import CacheError
 from storage.files import Folder, open_folder
 from storage.identity import Identity
 from storage.part_scan import Advance, PartFindings, scan_part
-from storage.reader import Part, join_parts
+from storage.parts import Part, join_parts
 from storage.segments import Segment, merged_identity, read_segments
 
 Progress = Callable[[int, int], None]  # bytes of part files done, bytes in all

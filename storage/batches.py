@@ -1,0 +1,72 @@
+"""Batches of samples for training, read and decoded by threads ahead of who consumes them.
+
+A consumer that knows what it will ask for never waits for a decoder: Arrow, zstd and NumPy let go of Python's lock
+while they work, so some threads keep up beside one that computes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.reader import Cache
+from storage.sample_batch import SampleBatch
+from storage.shuffle import WINDOW_ROWS
+
+NUM_THREADS = 2
+DEPTH = 4  # batches
+
+
+def read_ahead(
+    cache: Cache,
+    batches: Iterable[Sequence[int] | NDArray[np.int64]],
+    *,
+    num_threads: int = NUM_THREADS,
+    depth: int = DEPTH,
+) -> Iterator[SampleBatch]:
+    """`cache.read_many` of each of these, in their order, with up to `depth` read before they are asked for.
+
+    An error is raised where the batch that it happened to is asked for. Threads end with the iterator.
+    """
+    waiting: deque[Future[SampleBatch]] = deque()
+    pool = ThreadPoolExecutor(num_threads, "read-ahead")
+    try:
+        for indices in batches:
+            waiting.append(pool.submit(cache.read_many, indices))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def shuffled_batches(
+    cache: Cache,
+    indices: Sequence[int] | NDArray[np.int64] | None = None,
+    *,
+    batch_size: int,
+    steps: range,
+    seed: int = 0,
+    window_rows: int = WINDOW_ROWS,
+    rank: int = 0,
+    num_ranks: int = 1,
+    num_threads: int = NUM_THREADS,
+    depth: int = DEPTH,
+) -> Iterator[SampleBatch]:
+    """Batches of some samples (None: of all) in shuffled order, epoch after epoch.
+
+    `steps` are the numbers of the batches wanted: `range(s, n)` goes on exactly where `range(s)` ended. A batch is of
+    `batch_size` samples over all ranks, of which this one gets every `num_ranks`-th: the same samples in the same
+    batches, however many ranks there are. Order: see storage/shuffle.py. ValueError for fewer samples than ranks.
+    """
+    if not 0 <= rank < num_ranks <= batch_size:
+        raise ValueError(f"rank {rank} of {num_ranks} for batches of {batch_size} samples: each rank must get one")
+    chosen = np.arange(cache.num_samples) if indices is None else np.asarray(indices, np.int64)
+    order = cache.shuffle(chosen, window_rows=window_rows)
+    mine = (chosen[order.batch(step, batch_size, seed=seed)][rank::num_ranks] for step in steps)
+    return read_ahead(cache, mine, num_threads=num_threads, depth=depth)
