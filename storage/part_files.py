@@ -110,7 +110,7 @@ class PartFiles:
 
         def read() -> tuple[TokenRows, int]:
             table = self._read_group("tokens", entry, group)
-            with self._naming(entry):
+            with self._decoding(entry):
                 rows = decode_tokens(table, identity)
             return rows, rows.num_bytes
 
@@ -122,11 +122,6 @@ class PartFiles:
         """The row group of distributions that holds a Parquet row, and its place in it. Errors: CorruptPartError."""
         group, at = self._place(family, entry, row)
         return self._hold((entry.file, group), lambda: self._read_rows(family, entry, group, kept)), at
-
-    def sparse_rows(self, family: str, entry: FileEntry, row: int, kept: RowFormat) -> tuple[str, SparseRows]:
-        """The key of a Parquet row (sample id or image key) and its distribution rows. Errors: CorruptPartError."""
-        group, at = self.distribution_rows(family, entry, row, kept)
-        return group.keys[at], group.rows.slice(group.starts[at], group.starts[at + 1]).copy()
 
     def _place(self, family: str, entry: FileEntry, row: int) -> tuple[int, int]:
         starts = self._footer(family, entry).starts
@@ -143,17 +138,19 @@ class PartFiles:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key][0]
-            others = self._reading.get(key)
-            if others is None:
-                self._reading[key] = ours = Future()
-        if others is not None:
-            return others.result()
+            reading = self._reading.get(key)
+            if reading is None:
+                self._reading[key] = Future()
+        return self._read_now(key, read) if reading is None else reading.result()
+
+    def _read_now(self, key: _Key, read: Callable[[], tuple[Any, int]]) -> Any:
+        reading = self._reading[key]
         try:
             value, num_bytes = read()
         except BaseException as error:
             with self._lock:
                 del self._reading[key]
-            ours.set_exception(error)
+            reading.set_exception(error)
             raise
         with self._lock:
             del self._reading[key]
@@ -162,7 +159,7 @@ class PartFiles:
             while self._held_bytes > self._max_bytes and len(self._held) > 1:
                 _, (_, dropped) = self._held.popitem(last=False)
                 self._held_bytes -= dropped
-        ours.set_result(value)
+        reading.set_result(value)
         return value
 
     def _read_group(self, family: str, entry: FileEntry, group: int) -> pa.Table:
@@ -175,7 +172,7 @@ class PartFiles:
 
     def _read_rows(self, family: str, entry: FileEntry, group: int, kept: RowFormat) -> tuple[DistributionRows, int]:
         table = self._read_group(family, entry, group)
-        with self._naming(entry):
+        with self._decoding(entry):
             if "payload" in table.column_names:  # format version 1
                 each = [sparse_rows(table, row, vocab_size=kept.vocab_size) for row in range(table.num_rows)]
                 starts = np.cumsum([0, *(rows.num_rows for rows in each)])
@@ -196,17 +193,20 @@ class PartFiles:
             return footer
 
     @contextmanager
-    def _naming(self, entry: FileEntry) -> Iterator[None]:
-        """Within it, what is wrong with a file is a CorruptPartError that names the file."""
+    def _open(self, family: str, entry: FileEntry) -> Iterator[tuple[pq.ParquetFile, _Footer]]:
         try:
-            yield
-        except (CorruptPartError, pa.ArrowException, OSError, ValueError) as error:
+            with self._folder.open_for_arrow(entry.file, entry.file_bytes) as source:
+                yield self._parquet(family, entry, source)
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptPartError(f"{self._folder.place(entry.file)}: {error}") from error
 
     @contextmanager
-    def _open(self, family: str, entry: FileEntry) -> Iterator[tuple[pq.ParquetFile, _Footer]]:
-        with self._naming(entry), self._folder.open_for_arrow(entry.file, entry.file_bytes) as source:
-            yield self._parquet(family, entry, source)
+    def _decoding(self, entry: FileEntry) -> Iterator[None]:
+        """Within it, whatever a decoder finds is an error that names the file."""
+        try:
+            yield
+        except (CorruptPartError, ValueError) as error:
+            raise CorruptPartError(f"{self._folder.place(entry.file)}: {error}") from error
 
     def _parquet(self, family: str, entry: FileEntry, source: pa.NativeFile) -> tuple[pq.ParquetFile, _Footer]:
         known = self._footers.get(entry.file)
@@ -217,9 +217,10 @@ class PartFiles:
             pre_buffer=self._folder.is_remote,  # the columns of a row group in one request
         )
         if known is None:
-            check_schema(family, parquet.schema_arrow)
+            place = self._folder.place(entry.file)
+            check_schema(family, parquet.schema_arrow, place)
             if parquet.metadata.num_rows != entry.rows:
-                raise CorruptPartError(f"has {parquet.metadata.num_rows} rows, its commit says {entry.rows}")
+                raise CorruptPartError(f"{place}: has {parquet.metadata.num_rows} rows, its commit says {entry.rows}")
             known = _Footer(parquet.metadata)
             with self._lock:
                 self._footers[entry.file] = known

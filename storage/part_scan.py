@@ -26,8 +26,8 @@ from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder
 from storage.identity import Identity, stored_hidden, stored_relation
 from storage.part_files import validated
+from storage.parts import Part
 from storage.preference import check_pairs, check_sequence
-from storage.reader import Part
 from storage.records import ImageRef, TokensRecord
 from storage.relation import check_payload
 from storage.rows import check_sampled_total

@@ -103,8 +103,8 @@ class SparseRows:
         sizes = [stop - start for _, start, stop in pieces]
         firsts = [int(rows.offsets[start]) for rows, start, _ in pieces]
         lasts = [int(rows.offsets[stop]) for rows, _, stop in pieces]
-        moved = np.cumsum([0, *map(int.__sub__, lasts, firsts)])[:-1] - firsts
-        ends = np.concatenate([rows.offsets[start + 1 : stop + 1] for rows, start, stop in pieces])
+        moved = np.cumsum([0, *map(int.__sub__, lasts, firsts)], dtype=np.int64)[:-1] - np.array(firsts, np.int64)
+        ends = np.concatenate([rows.offsets[start + 1 : stop + 1] for rows, start, stop in pieces], dtype=np.int64)
         entries = list(zip((rows for rows, _, _ in pieces), firsts, lasts, strict=True))
         labelled = [(rows.label_logprob, start, stop) for rows, start, stop in pieces if rows.label_logprob is not None]
         if 0 < len(labelled) < len(pieces):

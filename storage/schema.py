@@ -136,11 +136,11 @@ def row_groups(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, 
     return [*groups, rows[start:]] if start < len(rows) else groups
 
 
-def check_schema(family: str, got: pa.Schema) -> None:
+def check_schema(family: str, got: pa.Schema, place: str) -> None:
     """CorruptPartError unless a file's columns are those of its family."""
     expected = SCHEMAS[family]
     if not got.equals(expected) and not (family in SCHEMAS_1 and got.equals(SCHEMAS_1[family])):
-        raise CorruptPartError(f"columns are {_columns(got)}, expected {_columns(expected)}")
+        raise CorruptPartError(f"{place}: columns are {_columns(got)}, expected {_columns(expected)}")
 
 
 def _columns(schema: pa.Schema) -> str:

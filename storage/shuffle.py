@@ -58,7 +58,9 @@ class Shuffle:
         ValueError for no samples or an empty window.
         """
         if not len(block_of) or window_rows < 1:
-            raise ValueError(f"{len(block_of)} samples and a window of {window_rows} rows; expected one or more of each")
+            raise ValueError(
+                f"{len(block_of)} samples and a window of {window_rows} rows; expected one or more of each"
+            )
         used, self._block_of = np.unique(block_of, return_inverse=True)
         self._block_rows = block_rows[used].astype(np.float64)
         self._window_rows = window_rows

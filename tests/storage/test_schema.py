@@ -64,9 +64,9 @@ def test_a_page_with_a_flipped_bit_is_noticed_by_its_checksum():
 
 
 def test_other_columns_are_refused():
-    check_schema("tokens", SCHEMAS["tokens"])
-    with pytest.raises(CorruptPartError, match=r"columns are .*norm.*, expected .*entropy"):
-        check_schema("visual", SCHEMAS["relation"])
+    check_schema("tokens", SCHEMAS["tokens"], "x")
+    with pytest.raises(CorruptPartError, match=r"x: columns are .*norm.*, expected .*entropy"):
+        check_schema("visual", SCHEMAS["relation"], "x")
     nullable = pa.schema([field.with_nullable(True) for field in SCHEMAS["visual"]])
     with pytest.raises(CorruptPartError):
-        check_schema("visual", nullable)
+        check_schema("visual", nullable, "x")
