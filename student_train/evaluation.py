@@ -23,7 +23,7 @@ from student_train.documents import write_json
 from student_train.generation import greedy
 from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.losses import bucketed_forward_kl
-from student_train.material import SampleMemory, chosen_samples, open_sealed
+from student_train.material import chosen_samples, open_sealed
 from student_train.models import Checkpoint, check_fit, load_for_inference, read_checkpoint
 from student_train.student import Student
 
@@ -62,14 +62,13 @@ def evaluate_model(
     checkpoint = read_checkpoint(model)
     check_fit(checkpoint, read_identity(cache_path))  # before the cache's index is read
     families = ("response",) if "response" in Cache.open(cache_path, ()).families else ()
-    cache = open_sealed(cache_path, families)
+    cache = open_sealed(cache_path, families, max_bytes=MEMORY_BYTES)
     indices = chosen_samples(cache, section.splits).tolist()
     features = FeatureStore(MEMORY_BYTES)
     student = load_for_inference(checkpoint, vocab_size=cache.identity.vocab_size, features=features)
     folder = open_images(cache, section.images or images, checkpoint.image_processor)
     judge = _Judge(
         cache=cache,
-        samples=SampleMemory(cache, MEMORY_BYTES),
         checkpoint=checkpoint,
         student=student,
         vision=VisionSource(folder, features=features, pixels=FeatureStore(0)),
@@ -100,7 +99,6 @@ class _Judge:
     """A model and the samples it is judged on."""
 
     cache: Cache
-    samples: SampleMemory
     checkpoint: Checkpoint
     student: Student
     vision: VisionSource
@@ -109,7 +107,7 @@ class _Judge:
     def answers(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """What the model answers to each sample, in the order of `indices`."""
         grid, tokenizer = self.checkpoint.grid, self.checkpoint.tokenizer
-        tokens = {index: self.samples.read(index).tokens for index in indices}
+        tokens = {index: self.cache.read(index).tokens for index in indices}
         prompts = {index: prompt_of(record, image_token_id=grid.image_token_id) for index, record in tokens.items()}
         order = sorted(indices, key=lambda index: (len(prompts[index].token_ids), index))  # little padding
         device = next(self.student.parameters()).device
@@ -144,13 +142,13 @@ class _Judge:
     @torch.inference_mode()
     def fidelity(self, indices: Sequence[int]) -> Fidelity:
         """KL to the teacher and agreement with its first choice, over all response rows of the samples."""
-        order = sorted(indices, key=lambda index: (len(self.samples.read(index).tokens.token_ids), index))
+        order = sorted(indices, key=lambda index: (len(self.cache.read(index).tokens.token_ids), index))
         device = next(self.student.parameters()).device
         kl_sum, num_agreeing, num_rows, num_topped = 0.0, 0, 0, 0
         for indices_of_batch in tqdm(
             _pieces(order, self.section.batch), desc="comparing", unit="batch", mininterval=1.0, leave=False
         ):
-            records = [self.samples.read(index) for index in indices_of_batch]
+            records = self.cache.read_many(indices_of_batch).records()
             batch = collate(records, self.checkpoint.grid, self.vision.gather, families=("response",)).to(device)
             part = _fidelity(self.student, batch)
             kl_sum += part.kl_sum

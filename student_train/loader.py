@@ -1,9 +1,9 @@
 """Sample order, who gets which sample, how many rows a global batch has, and reading ahead.
 
-Order depends only on (seed, epoch, position). A global batch is the next `global_batch` samples of the
-endless sequence of shuffled epochs; each rank takes a contiguous slice of it and cuts that into
-micro-batches, as many on every rank. Row counts come from the cache's plain columns, so every rank knows
-those of the whole global batch without asking the others.
+Order depends only on (seed, epoch, position): storage/shuffle.py makes it. A global batch is the next
+`global_batch` samples of the endless sequence of shuffled epochs; each rank takes a contiguous slice of it and
+cuts that into micro-batches, as many on every rank. Row counts come from the cache's plain columns, so every
+rank knows those of the whole global batch without asking the others.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from storage.shuffle import Shuffle
 
 T = TypeVar("T")
 _END = object()
@@ -41,6 +42,7 @@ class SampleTable:
     num_response_rows: NDArray[np.int64]  # (s,)
     num_images: NDArray[np.int64]  # (s,)
     tokens_per_image: int  # of the student
+    order: Shuffle | None = None  # of the samples, or pairs; None: all in one window
 
     def counts(self, rows: NDArray[np.int64]) -> RowCounts:
         """Row counts of some rows of this table, repetitions counted."""
@@ -69,26 +71,6 @@ class MicroPlan:
     largest: RowCounts  # the most that any rank has in its micro-batch of this number
 
 
-@lru_cache(maxsize=2)
-def epoch_order(num_samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of 0 .. num_samples - 1, a function of (num_samples, seed, epoch) alone."""
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
-    order.flags.writeable = False  # it is remembered
-    return order
-
-
-def global_batch(num_samples: int, size: int, *, step: int, seed: int) -> NDArray[np.int64]:
-    """The samples of an optimizer step, counted from 0: positions step * size and on of the endless sequence.
-
-    A batch may run over the end of an epoch, and over several of a data set that is smaller than it.
-    """
-    first, stop = step * size, (step + 1) * size
-    epochs = range(first // num_samples, (stop - 1) // num_samples + 1)
-    orders = np.concatenate([epoch_order(num_samples, seed=seed, epoch=epoch) for epoch in epochs])
-    start = first - epochs[0] * num_samples
-    return orders[start : start + size]
-
-
 def num_micro_batches(global_size: int, micro_size: int, *, num_ranks: int) -> int:
     """Forward passes that every rank makes for a global batch: enough for the largest slice."""
     return math.ceil(math.ceil(global_size / num_ranks) / micro_size)
@@ -107,9 +89,10 @@ def micro_batches(batch: NDArray[np.int64], micro_size: int, *, rank: int, num_r
 def plans(
     table: SampleTable, size: int, micro_size: int, *, steps: range, seed: int, rank: int, num_ranks: int
 ) -> Iterator[MicroPlan]:
-    """One rank's forward passes of the steps in turn."""
+    """One rank's forward passes of the steps in turn: `range(s, n)` goes on where `range(s)` ended."""
+    order = table.order or Shuffle.plain(len(table))
     for step in steps:
-        batch = global_batch(len(table), size, step=step, seed=seed)
+        batch = order.batch(step, size, seed=seed)
         pieces = [micro_batches(batch, micro_size, rank=each, num_ranks=num_ranks) for each in range(num_ranks)]
         totals = table.counts(batch)
         for micro, rows in enumerate(pieces[rank]):

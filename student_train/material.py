@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from storage.errors import CacheError, ConfigError
 from storage.identity import stored_relation
 from storage.reader import Cache, first_sample_with_images, read_identity
-from storage.records import SampleRecord
 from student_train.batch import check_grid
 from student_train.config import LossesSection, StageSection
 from student_train.loader import SampleTable, select
 from student_train.models import Checkpoint, check_fit, read_checkpoint
 from student_train.sparse_upcycling import is_sparse
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +41,7 @@ class Material:
 def prepare(stage: StageSection, cache_path: str) -> Material:
     """Open and check everything. Errors: ConfigError, CacheError, IdentityError, StillhouseError."""
     checkpoint = fitting_checkpoint(stage, cache_path)
-    cache = open_sealed(cache_path, loss_families(stage.losses))
+    cache = open_sealed(cache_path, loss_families(stage.losses), max_bytes=(stage.memory_mb << 20) // 2)
     _check_treatments(stage.losses, cache.identity.selection)
     if stage.losses.balance and stage.moe is None and not is_sparse(checkpoint.config):
         raise ConfigError(
@@ -59,6 +56,7 @@ def prepare(stage: StageSection, cache_path: str) -> Material:
         num_response_rows=rows if rows.ndim == 1 else rows.sum(1),
         num_images=images if images.ndim == 1 else images.sum(1),
         tokens_per_image=checkpoint.grid.tokens_per_image,
+        order=cache.shuffle(indices if indices.ndim == 1 else indices[:, 0], window_rows=stage.shuffle_rows),
     )
     return Material(cache, table, checkpoint, stage.images)
 
@@ -79,9 +77,9 @@ def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
     return checkpoint
 
 
-def open_sealed(path: str, families: tuple[str, ...]) -> Cache:
-    """A cache whose dump has finished. Errors: CacheError."""
-    cache = Cache.open(path, families)
+def open_sealed(path: str, families: tuple[str, ...], *, max_bytes: int) -> Cache:
+    """A cache whose dump has finished, to be read with so much memory. Errors: CacheError."""
+    cache = Cache.open(path, families, max_bytes=max_bytes)
     if not cache.sealed:
         raise CacheError(f"{path}: its dump has not finished (there is no manifest.json); run the dump to its end")
     return cache
@@ -133,50 +131,3 @@ def _check_treatments(losses: LossesSection, selection: Mapping[str, Any]) -> No
                 f"losses.{family}.treatment is 'bucket', but the cache's {family} rows were selected by 'sampled', "
                 "which keeps no entry exactly: all would be in the bucket; use 'unbiased'"
             )
-
-
-class SampleMemory:
-    """Reads samples and keeps those that came first, up to a number of bytes: decoding costs the most."""
-
-    def __init__(self, cache: Cache, max_bytes: int) -> None:
-        self._cache = cache
-        self._free_bytes = max_bytes
-        self._records: dict[int, SampleRecord] = {}
-        self._signals: dict[tuple[str, str], Any] = {}  # by family and image key: shared by conversations
-
-    def read(self, index: int) -> SampleRecord:
-        """The sample at a position of the cache. Errors as Cache.read."""
-        kept = self._records.get(index)
-        if kept is not None:
-            return kept
-        record = self._cache.read(index)
-        if self._free_bytes > 0:
-            record = self._kept(record)
-            self._records[index] = record
-        return record
-
-    def _kept(self, record: SampleRecord) -> SampleRecord:
-        if record.hidden is not None:
-            self._free_bytes -= record.hidden.nbytes
-        return replace(
-            record,
-            tokens=self._owned(record.tokens),
-            response=None if record.response is None else self._owned(record.response),
-            visual={key: self._shared("visual", key, rows) for key, rows in record.visual.items()},
-            relation={key: self._shared("relation", key, matrix) for key, matrix in record.relation.items()},
-        )
-
-    def _shared(self, family: str, key: str, signal: T) -> T:
-        if (family, key) not in self._signals:
-            self._signals[family, key] = self._owned(signal)
-        return self._signals[family, key]
-
-    def _owned(self, value: Any) -> Any:
-        """A copy of a dataclass whose arrays are its own: the reader's are views of whole row groups."""
-        arrays = {
-            field.name: array.copy()
-            for field in fields(value)
-            if isinstance(array := getattr(value, field.name), np.ndarray)
-        }
-        self._free_bytes -= 1024 + sum(array.nbytes for array in arrays.values())
-        return replace(value, **arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from storage.batches import read_ahead
 from storage.errors import ConfigError, StillhouseError
 from student_train.batch import Batch, collate
 from student_train.checkpoint import save_checkpoint
@@ -20,7 +22,7 @@ from student_train.documents import MetricsLog, write_json
 from student_train.engine import Engine, Process
 from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import MicroPlan, ReadAhead, num_micro_batches, plans
-from student_train.material import Material, SampleMemory, loss_families
+from student_train.material import Material, loss_families
 from student_train.models import freeze, load_student
 from student_train.objective import Objective, part_names
 from student_train.sparse_upcycling import Experts, upcycled
@@ -111,7 +113,7 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
     state = StageState.of(stage, material.cache.identity, num_ranks=process.num_ranks)
     try:
         done = state.resume(engine)
-        final = _loop(engine, stage, name, material, SampleMemory(material.cache, half), vision, state, done)
+        final = _loop(engine, stage, name, material, vision, state, done)
         weights = engine.state_dict(model)
         peak = engine.max_over_ranks({"bytes": peak_memory_bytes(process.device)})
         if process.is_first:
@@ -152,7 +154,6 @@ def _loop(
     stage: StageSection,
     name: str,
     material: Material,
-    samples: SampleMemory,
     vision: VisionSource,
     state: StageState,
     done: int,
@@ -170,9 +171,13 @@ def _loop(
         mininterval=1.0 if sys.stderr.isatty() else 10.0,
     )  # fmt: skip
     final: dict[str, float] = {}
-    families = loss_families(stage.losses)
-    batches = ((plan, _batch(plan, material, samples, vision, families)) for plan in micro_plans)
-    reader = ReadAhead(batches, depth=4)
+    families, grid = loss_families(stage.losses), material.checkpoint.grid
+    micro_plans, ahead = itertools.tee(micro_plans)
+    samples = read_ahead(material.cache, (material.table.indices[plan.rows].ravel() for plan in ahead))
+    reader = ReadAhead(
+        (plan, collate(batch.records(), grid, vision.gather, families=families, counted=plan.counted))
+        for plan, batch in zip(micro_plans, samples, strict=True)
+    )
     with bar, log, reader, StopRequest(engine) as stop:
         items = iter(reader)
         last_logged, logged_at = done - 1, time.monotonic()
@@ -237,19 +242,6 @@ def _refuse_non_finite(outputs: list[Mapping[str, torch.Tensor]], sample_ids: li
 
 def _shortened(ids: tuple[str, ...] | list[str]) -> str:
     return ", ".join(ids[:32]) + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
-
-
-def _batch(
-    plan: MicroPlan,
-    material: Material,
-    samples: SampleMemory,
-    vision: VisionSource,
-    families: tuple[str, ...],
-) -> Batch:
-    records = [
-        samples.read(int(index)) for index in material.table.indices[plan.rows].flat
-    ]  # halves of a pair together
-    return collate(records, material.checkpoint.grid, vision.gather, families=families, counted=plan.counted)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

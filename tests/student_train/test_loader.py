@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import StillhouseError
+from storage.shuffle import Shuffle
 from student_train.loader import (
     ReadAhead,
     RowCounts,
     SampleTable,
-    epoch_order,
-    global_batch,
     micro_batches,
     num_micro_batches,
     plans,
@@ -24,26 +24,6 @@ from student_train.loader import (
 def table(size: int) -> SampleTable:
     numbers = np.arange(size)
     return SampleTable(indices=numbers + 100, num_response_rows=numbers + 1, num_images=numbers % 3, tokens_per_image=4)
-
-
-@given(size=st.integers(1, 50), seed=st.integers(0, 100), epoch=st.integers(0, 5))
-def test_an_epoch_is_a_permutation_of_seed_and_epoch(size: int, seed: int, epoch: int) -> None:
-    order = epoch_order(size, seed=seed, epoch=epoch)
-    assert sorted(order.tolist()) == list(range(size))
-    assert order.tolist() == epoch_order(size, seed=seed, epoch=epoch).tolist()
-
-
-def test_seeds_and_epochs_shuffle_differently() -> None:
-    orders = {tuple(epoch_order(40, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-
-
-@given(size=st.integers(1, 30), batch=st.integers(1, 40), seed=st.integers(0, 9))
-def test_batches_are_consecutive_pieces_of_the_endless_sequence(size: int, batch: int, seed: int) -> None:
-    epochs = -(-5 * batch // size)
-    endless = np.concatenate([epoch_order(size, seed=seed, epoch=epoch) for epoch in range(epochs)])
-    got = np.concatenate([global_batch(size, batch, step=step, seed=seed) for step in range(5)])
-    assert got.tolist() == endless[: 5 * batch].tolist()
 
 
 @given(size=st.integers(1, 60), micro=st.integers(1, 20), num_ranks=st.integers(1, 9))
@@ -65,7 +45,7 @@ def test_totals_are_those_of_the_global_batch_on_every_rank(size: int, batch: in
         for rank in range(num_ranks)
     ]
     for step in range(2):
-        rows = global_batch(size, batch, step=step, seed=3)
+        rows = Shuffle.plain(size).batch(step, batch, seed=3)
         expected = RowCounts(
             response=int((rows + 1).sum()), visual=4 * int((rows % 3).sum()), relation=int((rows % 3).sum()),
             samples=batch,
@@ -78,6 +58,22 @@ def test_totals_are_those_of_the_global_batch_on_every_rank(size: int, batch: in
             assert len({(plan.micro, plan.largest) for plan in together}) == 1
             counts = [samples.counts(plan.rows).response for plan in together if plan.counted]
             assert together[0].largest.response == max(counts)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_stopping_and_going_on_gives_the_same_plans_however_many_ranks(num_ranks: int) -> None:
+    order = Shuffle(np.arange(40) // 4, np.full(10, 100), window_rows=300)
+    samples = replace(table(40), order=order)
+
+    def rows(steps: range, rank: int, ranks: int = num_ranks) -> list[int]:
+        micro_plans = plans(samples, 8, 3, steps=steps, seed=5, rank=rank, num_ranks=ranks)
+        return np.concatenate([plan.rows for plan in micro_plans]).tolist()
+
+    for rank in range(num_ranks):
+        assert rows(range(7), rank) + rows(range(7, 12), rank) == rows(range(12), rank)
+    for step in range(12):
+        of_ranks = [rows(range(step, step + 1), rank) for rank in range(num_ranks)]
+        assert [row for of_rank in of_ranks for row in of_rank] == rows(range(step, step + 1), 0, ranks=1)
 
 
 def test_a_rank_without_samples_gets_one_that_does_not_count() -> None:

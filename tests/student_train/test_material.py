@@ -2,15 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.files import open_folder
 from storage.reader import Cache
 from student_train.config import LossesSection, StageSection
-from student_train.material import SampleMemory, prepare
-from tests.storage.family_cache import write_family_cache
+from student_train.material import prepare
 from tests.student_train.caches import make_cache
 
 
@@ -77,46 +75,6 @@ def test_the_bucket_needs_exact_entries(checkpoint: Path, tmp_path: Path) -> Non
         prepare(stage(checkpoint, {"response": {"treatment": "bucket"}}), str(path))
 
 
-@pytest.mark.parametrize("max_bytes", [0, 20_000, 1 << 30])
-def test_remembered_samples_are_those_of_the_cache(cache: Path, max_bytes: int) -> None:
-    opened = Cache.open(cache)
-    memory = SampleMemory(opened, max_bytes)
-    for index in [0, 1, 0, 30, 1, 8, 9]:
-        ours, theirs = memory.read(index), opened.read(index)
-        assert np.array_equal(ours.tokens.token_ids, theirs.tokens.token_ids)
-        assert ours.tokens.images == theirs.tokens.images
-        assert ours.response is not None
-        assert theirs.response is not None
-        assert ours.response.equals(theirs.response)
-        for key, rows in theirs.visual.items():
-            assert ours.visual[key].equals(rows)
-            assert np.array_equal(ours.relation[key].values, theirs.relation[key].values)
-    assert (memory.read(0) is memory.read(0)) == (max_bytes > 0)
-
-
-def test_remembered_samples_keep_their_other_families(tmp_path: Path) -> None:
-    write_family_cache(tmp_path)
-    opened = Cache.open(tmp_path)
-    memory = SampleMemory(opened, 1 << 30)
-    for index in (2, 3, 2, 3):
-        ours, theirs = memory.read(index), opened.read(index)
-        assert theirs.sequence is not None
-        assert ours.sequence == theirs.sequence
-        assert theirs.hidden is not None
-        np.testing.assert_array_equal(ours.hidden, theirs.hidden)
-        for key, matrix in theirs.relation.items():
-            np.testing.assert_array_equal(ours.relation[key].values, matrix.values)
-    assert memory.read(2) is memory.read(2)
-
-
-def test_images_that_conversations_share_are_remembered_once(cache: Path) -> None:
-    opened = Cache.open(cache)
-    memory = SampleMemory(opened, 1 << 30)
-    first, later = memory.read(0), memory.read(8)  # of the same image, image i % 8, and the same prefix
-    (key,) = first.visual
-    assert later.visual[key] is first.visual[key]
-
-
 def test_a_cache_in_an_object_store_is_material(checkpoint: Path, cache: Path) -> None:
     """What training reads is what a local cache holds; images stay local."""
     pytest.importorskip("moto.server")
@@ -133,9 +91,8 @@ def test_a_cache_in_an_object_store_is_material(checkpoint: Path, cache: Path) -
         assert there.cache.sealed
         assert there.images == here.images
         assert there.table.indices.tolist() == here.table.indices.tolist()
-        memory = SampleMemory(there.cache, 1 << 20)
-        for index in there.table.indices[:5].tolist():
-            got, expected = memory.read(index).response, here.cache.read(index).response
-            assert got is not None
-            assert expected is not None
-            assert got.equals(expected)
+        chosen = there.table.indices[:5]
+        got, expected = (place.cache.read_many(chosen).response for place in (there, here))
+        assert got is not None
+        assert expected is not None
+        assert got.equals(expected)
