@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,8 +32,16 @@ class Document(Entry):
 
     def to_bytes(self) -> bytes:
         """The file's content, its own sha256 included."""
-        body = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
-        return _spell({**body, "sha256": hashlib.sha256(_spell(body)).hexdigest()})
+        body = self._body()
+        spelt = _spell(body)
+        return _with_hash(spelt, body, hashlib.sha256(spelt).hexdigest())
+
+    def spelt(self) -> bytes:
+        """The content without the sha256, which is of these bytes."""
+        return _spell(self._body())
+
+    def _body(self) -> dict[str, Any]:
+        return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
 
 
 class FileEntry(Entry):
@@ -142,7 +150,8 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
         raise CorruptPartError(f"{place}: is not a JSON object")
     version = body.get("format_version")
     claimed = body.pop("sha256", None)
-    actual = hashlib.sha256(_spell(body)).hexdigest()
+    spelt = _spell(body)
+    actual = hashlib.sha256(spelt).hexdigest()
     if claimed != actual:
         raise CorruptPartError(f"{place}: its content has the sha256 {actual}, it says {claimed}")
     if version not in READABLE_VERSIONS:
@@ -151,10 +160,10 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
             "read it with the version that wrote it, or dump again"
         )
     try:
-        document = kind.model_validate_json(_spell(body))
+        document = kind.model_validate_json(spelt)
     except (ValidationError, ValueError) as error:
         raise CorruptPartError(f"{place}: {error}") from error
-    if document.to_bytes() != content:
+    if document.spelt() != spelt or _with_hash(spelt, body, actual) != content:
         raise CorruptPartError(f"{place}: is not spelt as FORMAT.md says; its bytes were changed")
     return document
 
@@ -166,3 +175,13 @@ def _spoken(versions: Sequence[int]) -> str:
 def _spell(body: dict[str, Any]) -> bytes:
     text = json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
     return f"{text}\n".encode("ascii")
+
+
+def _with_hash(spelt: bytes, body: Iterable[str], sha256: str) -> bytes:
+    """What _spell makes of a body with the key sha256, in half the time: its line, put where it belongs."""
+    line = f' "sha256": "{sha256}"'.encode("ascii")
+    following = min((name for name in body if name > "sha256"), default=None)
+    if following is None:
+        return spelt.removesuffix(b"\n}\n") + b",\n" + line + b"\n}\n"
+    at = spelt.index(f"\n {json.dumps(following)}:".encode("ascii")) + 1
+    return spelt[:at] + line + b",\n" + spelt[at:]

@@ -125,9 +125,7 @@ class StageSection(Section):
     seed: Annotated[int, Field(ge=0)] = 0  # of the sample order
     chunk_logits: Annotated[int, Field(ge=1)] = 2**25  # of the head in memory at once, 4 bytes each
     memory_mb: Annotated[int, Field(ge=0)] = 512  # MiB a rank: half decoded rows, half image features (or pixels)
-    shuffle_rows: Annotated[int, Field(ge=1)] = (
-        WINDOW_ROWS  # rows mixed at a time, some 270 bytes each
-    )
+    shuffle_rows: Annotated[int, Field(ge=1)] = WINDOW_ROWS  # rows mixed at a time, some 270 bytes each
     log_every: Annotated[int, Field(ge=1)] = 10  # steps
     save_every: Annotated[int, Field(ge=1)] | None = None  # steps; the state to resume from. SIGTERM saves in any case
     keep_states: Annotated[int, Field(ge=1)] = 1  # the newest ones, while the stage runs
