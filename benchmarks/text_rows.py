@@ -105,26 +105,28 @@ def noisy(network: Any, noise: float) -> Any:
 
 def read(report: Callable[[str], None]) -> tuple[list[TeacherRows], Tensor]:
     """`natural` and `peaked` rows with their students, and the teacher's token ids, (sequences, LENGTH)."""
-    model, tokens = _model_and_tokens()
+    model, tokens = model_and_tokens()
     report(f"SmolLM2-135M: {tokens.numel()} tokens of Python's documentation")
-    hidden, weight = _hidden(model, tokens), model.lm_head.weight.detach()
+    hidden, weight = hidden_states(model, tokens), model.lm_head.weight.detach()
     labels = _labels(tokens)
     shallow = copy.deepcopy(model)
     shallow.model.layers = shallow.model.layers[:-4]
-    shallow_hidden = _hidden(shallow, tokens)
+    shallow_hidden = hidden_states(shallow, tokens)
     probe = tokens[: _PROBE_ROWS // LENGTH]
     found = []
     for name, scale in SCALES.items():
 
         def divergence(noise: float, scale: float = scale) -> float:
             changed = noisy(model, noise)
-            return _mean_kl((hidden[:_PROBE_ROWS], weight), (_hidden(changed, probe), changed.lm_head.weight), scale)
+            return _mean_kl(
+                (hidden[:_PROBE_ROWS], weight), (hidden_states(changed, probe), changed.lm_head.weight), scale
+            )
 
         noise = noise_for_kl(divergence, start=_FIRST_NOISE[name])
         changed = noisy(model, noise)
         with torch.no_grad():
             student = make_student(
-                "noisy", _hidden(changed, tokens), changed.lm_head.weight.detach(), (hidden, weight), scale
+                "noisy", hidden_states(changed, tokens), changed.lm_head.weight.detach(), (hidden, weight), scale
             )
             skipping = make_student("four layers fewer", shallow_hidden, weight, (hidden, weight), scale)
         report(f"{name}: student of {100 * noise:.1f} % weight noise, mean KL {student.mean_kl:.3f} nats")
@@ -135,8 +137,8 @@ def read(report: Callable[[str], None]) -> tuple[list[TeacherRows], Tensor]:
 @torch.no_grad()
 def natural(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, the head, and the labels of so many rows as they are."""
-    model, tokens = _model_and_tokens(num_rows)
-    return _hidden(model, tokens), model.lm_head.weight.detach(), _labels(tokens)
+    model, tokens = model_and_tokens(num_rows)
+    return hidden_states(model, tokens), model.lm_head.weight.detach(), _labels(tokens)
 
 
 @torch.no_grad()
@@ -149,7 +151,8 @@ def _mean_kl(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], sca
 
 
 @torch.no_grad()
-def _hidden(model: Any, tokens: Tensor) -> Tensor:
+def hidden_states(model: Any, tokens: Tensor) -> Tensor:
+    """(r, d) final-norm states of sequences of tokens."""
     return torch.cat([model.model(batch).last_hidden_state for batch in tokens.split(2)]).flatten(0, 1)
 
 
@@ -176,7 +179,7 @@ def _labels(tokens: Tensor) -> Tensor:
     return torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).flatten()
 
 
-def _model_and_tokens(num_rows: int = NUM_ROWS) -> tuple[Any, Tensor]:
+def model_and_tokens(num_rows: int = NUM_ROWS) -> tuple[Any, Tensor]:
     model, tokenizer = model_and_tokenizer()
     ids = torch.tensor(tokenizer("\n\n".join(text for _, text in topics()))["input_ids"])
     sequences = ids[: LENGTH * (len(ids) // LENGTH)].view(-1, LENGTH)

@@ -68,7 +68,7 @@ class PartFiles:
         self._checked: set[str] = set()
         self._footers: OrderedDict[str, _Footer] = OrderedDict()
         self._held: OrderedDict[_Key, tuple[Any, int]] = OrderedDict()
-        self._held_bytes = 0
+        self.held_bytes = 0
         self.num_groups_read = 0
         self._begin()
 
@@ -155,10 +155,10 @@ class PartFiles:
         with self._lock:
             del self._reading[key]
             self._held[key] = value, num_bytes
-            self._held_bytes += num_bytes
-            while self._held_bytes > self._max_bytes and len(self._held) > 1:
+            self.held_bytes += num_bytes
+            while self.held_bytes > self._max_bytes and len(self._held) > 1:
                 _, (_, dropped) = self._held.popitem(last=False)
-                self._held_bytes -= dropped
+                self.held_bytes -= dropped
         reading.set_result(value)
         return value
 

@@ -95,6 +95,16 @@ class Cache:
         return len(self.sample_ids)
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of the row groups that are in memory."""
+        return self._files.held_bytes
+
+    @property
+    def num_groups_read(self) -> int:
+        """Row groups read so far: more than once an epoch each, and `max_bytes` is too small for the order."""
+        return self._files.num_groups_read
+
+    @property
     def errors(self) -> list[SampleError]:
         """Samples of the plan that have no record, with reasons."""
         return [SampleError(error.sample_id, error.reason) for commit in self._commits() for error in commit.errors]

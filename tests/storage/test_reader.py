@@ -165,7 +165,7 @@ def test_memory_for_row_groups_is_bounded(folder):
     assert len(bounded._files._held) == 1
     kinds = Counter(what if isinstance(what, str) else "group" for _, what in plain._files._held)
     assert kinds == {"group": 3 * 4, "id groups": 3 * 2, "image_key": 3 * 2}  # by files that have such a thing
-    assert plain._files._held_bytes == sum(num_bytes for _, num_bytes in plain._files._held.values())
+    assert plain._files.held_bytes == sum(num_bytes for _, num_bytes in plain._files._held.values())
 
 
 def test_a_removed_commit_of_a_sealed_cache_is_named(tmp_path):
