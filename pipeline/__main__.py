@@ -12,8 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storage.errors import ConfigError, StillhouseError
+
+if TYPE_CHECKING:  # which import torch
+    from teacher_dump.replay import Replay
 
 DEFAULT_FILE = "pipeline.yaml"
 Action = Callable[[argparse.Namespace], None]
@@ -63,7 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     verb("dump", _dump, "run the teacher once and write the cache")
     sub = verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
     sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
+    sub.add_argument(
+        "words", nargs="*", metavar="FILE | section.field=value", help=f"of --replay; default {DEFAULT_FILE}"
+    )
     sub.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    sub.add_argument("--replay", type=int, metavar="N", help="score N random samples again with the teacher of FILE")
+    sub.add_argument("--seed", type=int, default=0, help="which samples those are")
+    sub.set_defaults(takes_file=True)
     sub = verb("inspect", _inspect, "what is in a cache, and what the teacher said about a sample", file=False)
     sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
     sub.add_argument("--sample", action="append", default=[], metavar="ID", help="show this sample; may be repeated")
@@ -92,7 +102,7 @@ def _take_overrides(arguments: argparse.Namespace, rest: list[str]) -> None:
         if rest:
             raise ConfigError(f"unexpected argument {rest[0]!r}; see `stillhouse VERB --help`")
         return
-    words = [*arguments.words, *rest]
+    words = arguments.given = [*arguments.words, *rest]
     unknown = [word for word in words if word.startswith("-")]
     files = [word for word in words if "=" not in word and not word.startswith("-")]
     if unknown:
@@ -109,10 +119,14 @@ def _need_folder(path: Path, name: str) -> None:
 
 
 def _need_cache(path: str) -> None:
-    from storage.files import is_url
+    from storage.errors import NoCacheError
+    from storage.files import is_url, open_folder
+    from storage.segments import has_cache
 
     if not is_url(path):
         _need_folder(Path(path), "CACHE")
+    if not has_cache(open_folder(path)):
+        raise NoCacheError(f"{path}: no cache is here (cache.json is missing); run the dump")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -155,20 +169,42 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from pipeline.run import scan
 
+    if arguments.replay is None and arguments.given:
+        raise ConfigError(f"unexpected argument {arguments.given[0]!r}: FILE and overrides are for --replay N")
     _need_cache(arguments.cache)
     report = scan(arguments.cache)
+    found = _replay(arguments) if report.ok and arguments.replay is not None else None
     if arguments.json:
-        print(json.dumps(asdict(report)))
+        print(json.dumps(asdict(report) | ({} if found is None else {"replay": asdict(found)})))
     elif report.ok:
         print(f"{arguments.cache}: whole; {report.num_samples:,} samples in {report.num_parts:,} parts")
     if not report.ok:
         raise StillhouseError(f"{arguments.cache}: {len(report.problems)} problems\n  " + "\n  ".join(report.problems))
+    if found is not None:
+        from teacher_dump.replay import check_drift, table
+
+        if not arguments.json:
+            print(table(found))
+        check_drift(found, arguments.cache)
+
+
+def _replay(arguments: argparse.Namespace) -> Replay:
+    from teacher_dump.dump import read_settings
+    from teacher_dump.replay import replay
+
+    if arguments.replay < 1 or arguments.seed < 0:
+        raise ConfigError(f"--replay is {arguments.replay} and --seed {arguments.seed}, expected at least 1 and 0")
+    settings = read_settings(arguments.file, arguments.overrides)
+    return replay(settings, arguments.cache, num_samples=arguments.replay, seed=arguments.seed)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from pipeline.inspection import inspect
 
     _need_cache(arguments.cache)
+    for folder, name in ((arguments.tokenizer, "--tokenizer"), (arguments.images, "--images")):
+        if folder is not None:
+            _need_folder(folder, name)
     print(
         inspect(
             arguments.cache,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config import Experiment
 from storage.config import CacheSection
-from storage.errors import ConfigError, StillhouseError
+from storage.errors import ConfigError
 from storage.files import open_folder
 from storage.identity import Identity
 from storage.reader import Cache
@@ -30,7 +30,7 @@ def check(experiment: Experiment) -> Iterator[str]:
     allowed = experiment.dump.max_error_fraction
     named = "\n  ".join(f"{error.sample_id}: {error.reason}" for error in errors[:10])
     if errors and len(errors) > allowed * total:
-        raise StillhouseError(
+        raise ConfigError(
             f"{len(errors):,} of {total:,} samples cannot be used, dump.max_error_fraction allows "
             f"{allowed:.1%}:\n  {named}"
         )
@@ -57,18 +57,32 @@ def _check_splits(experiment: Experiment) -> None:
 
 
 def _check_inits(experiment: Experiment) -> None:
-    """ConfigError for a checkpoint that is not there, and that neither `prepare` nor a stage will make."""
+    """ConfigError for a checkpoint, cache or folder that is not there, and that nothing in this file will make."""
     stages = {name: resolved(section, name) for name, section in experiment.stages.items()}
+    made = {experiment.cache.path} | (
+        {experiment.stages[experiment.train_teacher.stage].cache} if experiment.train_teacher else set()
+    )
+    for name, stage in stages.items():
+        if stage.cache not in (None, *made) and not has_cache(open_folder(str(stage.cache))):
+            raise ConfigError(
+                f"{experiment.path}: stages.{name}.cache is {stage.cache}: no cache is there, and this file makes none"
+            )
+        if stage.images is not None and not Path(stage.images).is_dir() and not _prepared(experiment, stage.images):
+            raise ConfigError(f"{experiment.path}: stages.{name}.images is {stage.images}: there is no such folder")
     outputs = {Path(stage.output) for stage in stages.values()}
     for name, stage in stages.items():
         place = Path(stage.init)
-        prepared = experiment.prepare is not None and place.is_relative_to(experiment.run)
-        made = prepared or place in outputs or stage.compose is not None
+        made = _prepared(experiment, place) or place in outputs or stage.compose is not None
         if not (place.is_dir() or made or is_hub_id(stage.init)):
             raise ConfigError(
                 f"{experiment.path}: stages.{name}.init is {stage.init}: there is no such folder, no stage writes it, "
                 "and a hub id is owner/name"
             )
+
+
+def _prepared(experiment: Experiment, place: str | Path) -> bool:
+    """Whether the script of `prepare` may make a place: it writes into the run's folder."""
+    return experiment.prepare is not None and Path(place).is_relative_to(experiment.run)
 
 
 def _check_cache(section: CacheSection, identity: Identity) -> str:

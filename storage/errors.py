@@ -15,9 +15,13 @@ class CacheError(StillhouseError):
     """A cache that is missing, unfinished, or asked for what it does not hold."""
 
 
+class NoCacheError(CacheError, ConfigError):
+    """A place that was named as a cache's and has none: the user's mistake."""
+
+
 class CorruptPartError(CacheError):
     """A file of a cache whose bytes are not what was committed, or not what FORMAT.md allows."""
 
 
-class IdentityError(CacheError):
-    """A cache made by another teacher, tokenizer, template, preprocessing, plan or selection."""
+class IdentityError(CacheError, ConfigError):
+    """A cache made by another teacher, tokenizer, template, preprocessing, plan or selection than was asked for."""

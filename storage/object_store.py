@@ -26,6 +26,7 @@ from storage.errors import CacheError
 # Stores whose whole-object writes are atomic and may be conditional; `memory` is fsspec's own, for tests.
 _ATOMIC_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # between attempts: a minute, which outlasts a throttled prefix
+_PATIENCE = 2  # attempts more at a store that nobody is at, and that never answered: it is the wrong address
 _TRANSIENT_STATUS = (408, 409, 425, 429)  # 409: S3 asks to repeat a conditional PUT that met another one
 _TRANSIENT_ERRORS = ("HTTPClientError", "ResponseParserError", "ClientConnectionError", "ClientPayloadError")
 _HASH_BLOCK_BYTES = 16 << 20
@@ -130,17 +131,22 @@ class ObjectFolder:
         Errors: FileNotFoundError, FileExistsError, CacheError for all else.
         """
         place, attempts = self.place(name), 0
+        contact = _contact(self.url, os.getpid())
         while True:
             try:
                 store = shared_store(self.url, os.getpid())
-                return request(store, strip_protocol(place.rstrip("/")))
+                answer = request(store, strip_protocol(place.rstrip("/")))
+                contact.has_answered = True
+                return answer
             except (FileNotFoundError, FileExistsError, TypeError, AttributeError):
                 raise
             except Exception as error:  # each driver has its own kinds
                 if _status(error) == 412:  # the object of a conditional PUT exists
                     raise FileExistsError(place) from error
                 attempts += 1
-                if not _is_transient(error) or attempts > len(self.pauses_s):
+                contact.has_answered |= _status(error) is not None
+                patience = len(self.pauses_s) if contact.has_answered or not _is_nobody(error) else _PATIENCE
+                if not _is_transient(error) or attempts > min(patience, len(self.pauses_s)):
                     raise CacheError(_failure(place, error, attempts)) from error
                 _log.warning("%s: the store fails, asked again: %s", place, _text(error))
             time.sleep(self.pauses_s[attempts - 1] * random.uniform(0.7, 1.3))
@@ -174,6 +180,18 @@ class _RangeFile(io.RawIOBase):
         content = self._folder.read_range(self._name, self._position, stop) if stop > self._position else b""
         self._position = stop
         return content
+
+
+@dataclass
+class _Contact:
+    """Whether a store ever answered this process."""
+
+    has_answered: bool = False
+
+
+@lru_cache(maxsize=16)
+def _contact(url: str, process: int) -> _Contact:
+    return _Contact()
 
 
 @lru_cache(maxsize=16)
@@ -232,6 +250,12 @@ def _is_transient(error: BaseException) -> bool:
         return status >= 500 or status in _TRANSIENT_STATUS
     kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
     return bool(kinds & {"TimeoutError", "ConnectionError", *_TRANSIENT_ERRORS})
+
+
+def _is_nobody(error: BaseException) -> bool:
+    """Whether nobody was at the address: no such host, or nothing that takes connections."""
+    kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
+    return bool(kinds & {"EndpointConnectionError", "ConnectionRefusedError", "ClientConnectorError", "gaierror"})
 
 
 def _text(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage.documents import Description, Document, SegmentDescription, parse_document
-from storage.errors import CacheError, CorruptPartError, IdentityError
+from storage.errors import CacheError, CorruptPartError, IdentityError, NoCacheError
 from storage.files import Folder
 from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, difference, stored_relation
 from storage.schema import FAMILIES
@@ -259,7 +259,7 @@ def _first_segment(folder: Folder) -> Segment:
     try:
         content = folder.read(CACHE_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheError(f"{folder}: no cache is here ({CACHE_FILE} is missing); run the dump") from error
+        raise NoCacheError(f"{folder}: no cache is here ({CACHE_FILE} is missing); run the dump") from error
     description = parse_document(content, Description, place)
     _check_families(place, description.families)
     sha256 = hashlib.sha256(content).hexdigest()

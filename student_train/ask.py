@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.errors import StillhouseError
+from storage.errors import ConfigError, StillhouseError
 from storage.identity import real_vocab_size
 from storage.records import ImageRef, TokensRecord
 from student_train.batch import collate_prompts
@@ -24,9 +24,13 @@ def answer(model_dir: str | Path, image_path: str | Path, question: str, max_new
     """The model's greedy answer. The model stays loaded for the next question.
 
     Errors: StillhouseError for a checkpoint, template or image that cannot be used; ConfigError for an
-    architecture that is not served.
+    architecture that is not served, a folder without a checkpoint, a question that spells a special token.
     """
     checkpoint, processor, student = _loaded(str(model_dir))
+    special = {token.content for token in checkpoint.tokenizer.added_tokens_decoder.values() if token.special}
+    spelt = sorted(text for text in special if text in question)
+    if spelt:
+        raise ConfigError(f"the question spells the special token {spelt[0]}, which is no text; leave it out")
     tokens = _prompt(processor, checkpoint, Path(image_path), question)
     folder = ImageFolder(Path(image_path).parent, checkpoint.image_processor)
     vision = VisionSource(folder, features=None, pixels=FeatureStore(0))

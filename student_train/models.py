@@ -48,7 +48,9 @@ def is_hub_id(name: str | Path) -> bool:
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Everything but the weights. Errors: StillhouseError; ConfigError for another architecture."""
     if not Path(folder).is_dir() and not is_hub_id(folder):
-        raise StillhouseError(f"{folder}: there is no such folder, and a hub id is owner/name")
+        raise ConfigError(f"{folder}: there is no such folder, and a hub id is owner/name")
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"{folder}: no checkpoint is in this folder (config.json is missing)")
     config = load_config(folder)
     if config.model_type not in MODEL_TYPES:
         raise ConfigError(

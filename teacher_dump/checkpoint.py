@@ -33,6 +33,8 @@ def local_checkpoint(model: str, revision: str | None, *, with_weights: bool) ->
     """The folder of a checkpoint: itself if it is one, else downloaded from the hub (safetensors only)."""
     folder = Path(model)
     if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"teacher.model: no checkpoint is in the folder {model} (config.json is missing)")
         return folder.resolve()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(f"teacher.model: {model} is no folder, nor a hub id such as llava-hf/llava-1.5-7b-hf")

@@ -168,6 +168,17 @@ class Preparer:
         record = TokensRecord(sample.id, sample.split, sample.category, prompt.token_ids, prompt.response_mask, refs)
         return Prepared(record, images, expansion, is_cut)
 
+    def restore(self, record: TokensRecord) -> Prepared:
+        """A sample of a cache, ready for the teacher again. SampleRefusedError: an image is not what it was."""
+        images = tuple(load_image(self._image_root, ref.path) for ref in record.images)
+        for image, ref in zip(images, record.images, strict=True):
+            if image.sha256 != ref.sha256:
+                raise SampleRefusedError(
+                    f"image {ref.path!r} has the sha256 {image.sha256}, the cache has {ref.sha256}"
+                )
+        counts = [ref.num_visual_tokens for ref in record.images]
+        return Prepared(record, images, expand(record.token_ids, counts, self._image_token_id))
+
 
 class PartScorer:
     """Scores parts with one teacher, or with none where only tokens are wanted."""
@@ -221,6 +232,10 @@ class PartScorer:
             except SampleRefusedError as refusal:
                 errors.append(SampleError(sample.id, str(refusal)))
         return ready
+
+    def restore(self, record: TokensRecord) -> Prepared:
+        """See Preparer.restore."""
+        return self._preparer.restore(record)
 
     def _check_grids(self, prepared: Prepared) -> None:
         if self._request.relation_pool is None:

@@ -90,6 +90,10 @@ def test_a_setting_that_vllm_does_not_have_is_found(file: Path) -> None:
         ("stages.kd.splits=[trian]", r"stages\.kd\.splits names trian; data\.sources has train"),
         ("ablations.runs={kd: {stage: kd}}", r"evaluation\.splits names test; data\.sources has train"),
         ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere: there is no such folder"),
+        ("stages.kd.cache=/nowhere", r"stages\.kd\.cache is /nowhere: no cache is there, and this file makes none"),
+        ("stages.kd.images=/nowhere", r"stages\.kd\.images is /nowhere: there is no such folder"),
+        ("teacher.model=/nowhere", r"teacher\.model: /nowhere is no folder"),
+        ("data.sources=[{path: /nowhere.json}]", r"/nowhere\.json"),
         ("stages.later.init=nowhere", r"stages\.later\.init is nowhere: there is no such folder"),
     ],
 )

@@ -1,5 +1,7 @@
 """The command line: exit codes, one clear message, no traceback for a user's mistake."""
 
+import json
+
 import pytest
 
 from pipeline.__main__ import main
@@ -30,9 +32,30 @@ def test_a_users_mistake_exits_2_with_one_message(argv, words, capsys):
     assert "Traceback" not in said
 
 
-def test_a_folder_that_is_no_cache_is_a_failure_with_its_path(tmp_path, capsys):
-    assert main(["verify", str(tmp_path)]) == 1
-    assert "cache.json" in capsys.readouterr().err
+def test_a_folder_without_a_cache_or_checkpoint_is_a_users_mistake(tmp_path, capsys):
+    image = tmp_path / "x.png"
+    image.write_bytes(b"")
+    data = tmp_path / "data.jsonl"
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]
+    data.write_text(json.dumps({"id": "a", "conversations": turns}))
+    for command, words in (
+        (["verify", str(tmp_path)], "no cache is here (cache.json is missing)"),
+        (["inspect", str(tmp_path)], "no cache is here (cache.json is missing)"),
+        (["ask", "--model", str(tmp_path), "--image", str(image), "what?"], "no checkpoint is in this folder"),
+        (
+            ["dump", f"teacher.model={tmp_path}", f"data={{sources: [{{path: {data}}}]}}"],
+            "no checkpoint is in the folder",
+        ),
+    ):
+        assert main(command) == 2, command
+        assert words in capsys.readouterr().err
+
+
+def test_a_tokenizer_or_image_folder_that_is_not_there_is_named(tmp_path, capsys):
+    write_cache(tmp_path, families=("response",))
+    for option in ("--tokenizer", "--images"):
+        assert main(["inspect", str(tmp_path), option, "/nowhere"]) == 2
+        assert f"{option} /nowhere is not a folder" in capsys.readouterr().err
 
 
 def test_verify_and_inspect_take_the_url_of_a_cache(capsys):
@@ -46,7 +69,7 @@ def test_verify_and_inspect_take_the_url_of_a_cache(capsys):
         assert f"{url}: whole; 12 samples in 2 parts" in capsys.readouterr().out
         assert main(["inspect", url]) == 0
         assert "segment 0" in capsys.readouterr().out
-        assert main(["verify", f"s3://{BUCKET}/no/cache"]) == 1
+        assert main(["verify", f"s3://{BUCKET}/no/cache"]) == 2
         assert "no cache is here" in capsys.readouterr().err
 
 

@@ -244,6 +244,23 @@ def test_a_missing_bucket_and_refused_credentials_are_named(url, tmp_path):
     assert "cache.json: the store refuses: Unable to locate credentials; check the credentials" in done.stdout
 
 
+def test_an_address_where_nobody_is_is_not_asked_for_a_minute():
+    """Two attempts more, some seconds; a store that once answered is waited for."""
+    code = "from storage.verify import verify; print(verify('s3://bucket/x').problems[0])"
+    nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={**os.environ, **nobody},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "the store fails, 3 attempts long: Could not connect" in done.stdout
+    assert time.monotonic() - started < 40  # with imports on a busy machine; a minute and more of pauses otherwise
+
+
 def test_damage_in_a_bucket_is_found(url):
     write_cache(url)
     folder = open_folder(url)
