@@ -33,7 +33,7 @@ def local_checkpoint(model: str, revision: str | None, *, with_weights: bool) ->
     """The folder of a checkpoint: itself if it is one, else downloaded from the hub (safetensors only)."""
     folder = Path(model)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if with_weights and not (folder / "config.json").is_file():
             raise ConfigError(f"teacher.model: no checkpoint is in the folder {model} (config.json is missing)")
         return folder.resolve()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:

@@ -59,8 +59,8 @@ class Comparison:
             yield self._sequence(record.sequence.logprob, first[mask], second[mask])
         if record.hidden is not None:
             yield self._hidden(record.hidden, first[mask], second[mask])
-        for image, (start, stop) in zip(record.tokens.images, self.sample.expansion.spans, strict=True):
-            one, other = first[start:stop], second[start:stop]
+        for image, positions in zip(record.tokens.images, self.sample.expansion.visual, strict=True):
+            one, other = first[torch.from_numpy(positions)], second[torch.from_numpy(positions)]
             if image.key in record.visual:
                 yield from self._rows("visual", record.visual[image.key], one, other, None)
             if image.key in record.relation:

@@ -176,8 +176,13 @@ class Preparer:
                 raise SampleRefusedError(
                     f"image {ref.path!r} has the sha256 {image.sha256}, the cache has {ref.sha256}"
                 )
-        counts = [ref.num_visual_tokens for ref in record.images]
-        return Prepared(record, images, expand(record.token_ids, counts, self._image_token_id))
+        expansion = expand(record.token_ids, [self._grid.ids(image.pixels) for image in images], self._image_token_id)
+        for positions, ref in zip(expansion.visual, record.images, strict=True):
+            if len(positions) != ref.num_visual_tokens:
+                raise SampleRefusedError(
+                    f"image {ref.path!r} has {len(positions)} visual tokens, the cache has {ref.num_visual_tokens}"
+                )
+        return Prepared(record, images, expansion)
 
 
 class PartScorer:

@@ -174,7 +174,7 @@ def test_the_evaluation_s_command_line(alone: Alone, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == f"{model}: exact match 100.0% of 6\n"
     assert evaluate.main([config, "--model", model, overrides[0], "evaluation.splits=[nowhere]"]) == 2
     assert "no sample is in the splits nowhere" in capsys.readouterr().err
-    assert evaluate.main([config, "--model", f"{model}-not", *overrides]) == 1
+    assert evaluate.main([config, "--model", f"{model}-not", *overrides]) == 2
 
 
 def test_a_cache_of_tokens_alone_gives_no_fidelity(checkpoint: Path, tmp_path: Path) -> None:

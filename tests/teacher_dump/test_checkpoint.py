@@ -108,4 +108,8 @@ def test_dtype_is_what_the_config_says_or_what_most_weights_are(tmp_path: Path) 
 def test_a_folder_that_is_not_there_is_a_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.model"):
         checkpoint.local_checkpoint(str(tmp_path / "gone"), None, with_weights=True)
+    with pytest.raises(ConfigError, match="no checkpoint is in the folder"):
+        checkpoint.local_checkpoint(str(tmp_path), None, with_weights=True)
+    assert checkpoint.local_checkpoint(str(tmp_path), None, with_weights=False) == tmp_path
+    (tmp_path / "config.json").write_text("{}")
     assert checkpoint.local_checkpoint(str(tmp_path), None, with_weights=True) == tmp_path

@@ -122,11 +122,11 @@ def test_another_plan_over_the_same_cache_is_refused_by_name(
 ) -> None:
     config = write_config(cache=TOKENS_ONLY)
     assert main([str(config)]) == 0
-    assert main([str(config), "dump.samples_per_part=24"]) == 1
+    assert main([str(config), "dump.samples_per_part=24"]) == 2
     said = capsys.readouterr().err
     assert "plan_fingerprint" in said
     assert "num_parts" in said
-    assert main([str(config), "teacher.max_length=100"]) == 1
+    assert main([str(config), "teacher.max_length=100"]) == 2
 
 
 def test_identity_follows_what_is_dumped(write_config: WriteConfig) -> None:
@@ -217,7 +217,7 @@ def test_new_samples_are_appended_when_that_is_said(
     config = write_config(cache=TOKENS_ONLY)
     assert main([str(config), source("train")]) == 0
     capsys.readouterr()
-    assert main([str(config), source("test")]) == 1
+    assert main([str(config), source("test")]) == 2
     said = capsys.readouterr().err
     assert "cache.append: true adds the samples of another plan" in said
     assert "plan_fingerprint" in said
