@@ -59,11 +59,11 @@ def _check_splits(experiment: Experiment) -> None:
 def _check_inits(experiment: Experiment) -> None:
     """ConfigError for a checkpoint, cache or folder that is not there, and that nothing in this file will make."""
     stages = {name: resolved(section, name) for name, section in experiment.stages.items()}
-    made = {experiment.cache.path} | (
+    caches = {experiment.cache.path} | (
         {experiment.stages[experiment.train_teacher.stage].cache} if experiment.train_teacher else set()
     )
     for name, stage in stages.items():
-        if stage.cache not in (None, *made) and not has_cache(open_folder(str(stage.cache))):
+        if stage.cache not in (None, *caches) and not has_cache(open_folder(str(stage.cache))):
             raise ConfigError(
                 f"{experiment.path}: stages.{name}.cache is {stage.cache}: no cache is there, and this file makes none"
             )
