@@ -37,13 +37,19 @@ class BatchReader:
         self._row_formats = {family: RowFormat.of(identity, family) for family in ("response", "visual")}
 
     def read(
-        self, indices: NDArray[np.int64], sample_ids: Sequence[str], parts: Sequence[Part], rows: Sequence[int]
+        self,
+        indices: NDArray[np.int64],
+        sample_ids: Sequence[str],
+        parts: Sequence[Part],
+        rows: Sequence[int],
+        *,
+        draw_set: int = 0,
     ) -> SampleBatch:
-        """Samples with these positions and ids in the cache, in these rows of their parts.
+        """Samples with these positions and ids in the cache, in these rows of their parts, and with these draws.
 
         Errors: CorruptPartError naming part and sample.
         """
-        batch = _Pieces()
+        batch = _Pieces(draw_set)
         for sample_id, part, row in zip(sample_ids, parts, rows, strict=True):
             try:
                 self._add(batch, sample_id, part, row)
@@ -58,7 +64,7 @@ class BatchReader:
         batch.tokens.append((tokens, at))
         num_rows = tokens.num_response_tokens[at]
         if "response" in self._families:
-            batch.response.append(self._response(part, row, sample_id, num_rows))
+            batch.response.append(self._response(part, row, sample_id, num_rows, batch.draw_set))
         if "hidden" in self._families:
             batch.hidden.append(self._hidden(part, row, sample_id, num_rows))
         if "sequence" in self._families:
@@ -67,20 +73,20 @@ class BatchReader:
             batch.sequence.append(sequence)
         for image in tokens.images[at]:
             if "visual" in self._families and image.key not in batch.visual:
-                batch.visual[image.key] = self._visual(part, image)
+                batch.visual[image.key] = self._visual(part, image, batch.draw_set)
             if "relation" in self._families and image.key not in batch.relation:
                 batch.relation[image.key] = self._relation(part, image)
 
-    def _response(self, part: Part, row: int, sample_id: str, num_rows: int) -> _Piece:
+    def _response(self, part: Part, row: int, sample_id: str, num_rows: int, draw_set: int) -> _Piece:
         kept = self._row_formats["response"]
-        group, at = self._files.distribution_rows("response", part.families["response"], row, kept)
+        group, at = self._files.distribution_rows("response", part.families["response"], row, kept, draw_set)
         if group.keys[at] != sample_id:
             raise CorruptPartError("its response row belongs to another sample")
         return _piece(group, at, num_rows, "response tokens")
 
-    def _visual(self, part: Part, image: ImageRef) -> SparseRows:
+    def _visual(self, part: Part, image: ImageRef, draw_set: int) -> SparseRows:
         entry, row = self._image_place(part, "visual", image.key)
-        group, at = self._files.distribution_rows("visual", entry, row, self._row_formats["visual"])
+        group, at = self._files.distribution_rows("visual", entry, row, self._row_formats["visual"], draw_set)
         rows, start, stop = _piece(group, at, image.num_visual_tokens, f"visual tokens of image {image.path}")
         return rows.slice(start, stop).copy()
 
@@ -113,7 +119,8 @@ class BatchReader:
 class _Pieces:
     """What was found of a batch so far, sample by sample, in row groups that others share."""
 
-    def __init__(self) -> None:
+    def __init__(self, draw_set: int) -> None:
+        self.draw_set = draw_set
         self.tokens: list[tuple[TokenRows, int]] = []
         self.response: list[_Piece] = []
         self.hidden: list[NDArray[np.float32]] = []

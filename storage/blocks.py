@@ -7,7 +7,7 @@ about step^2 / 6 nats an entry, large or small. Each plane of bytes is compresse
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,34 +15,14 @@ import zstandard
 from numpy.typing import NDArray
 
 from storage.bits import pack_bits, packed_size, unpack_bits
+from storage.block_header import MAX_LEVEL, MAX_ROWS, MAX_SETS, Header, pack_header, read_header
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
 from storage.rows import HEAD_TOLERANCE, SparseRows, check_sampled_total, check_sampled_weights
 
-BLOCK_VERSION = 2
-MAX_ROWS = 1 << 16
-MAX_LEVEL = 255
-_HEADER = struct.Struct("<BBBBIIIdff7I")
-_PLANES = ("num_exact", "num_sampled", "exact_groups", "sampled_groups", "places", "values", "draws")
-_MAX_ENTRIES = 1 << 27  # of a block; what a reader will allocate for
 _LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)  # an entry is never decoded to 0
 _LEAST_STEP, _LARGEST_STEP = 1 / MAX_LEVEL, 1 / 16
 _ID_MASK = (1 << 31) - 1
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a block says of itself, checked against its length."""
-
-    length_bytes: int  # of a count of entries: 1, 2 or 4
-    draw_bytes: int  # of a count of draws: 1, 2 or 4
-    num_rows: int
-    num_exact: int
-    num_sampled: int
-    tau: float  # the weight of one draw; 0 without sampled entries
-    step: float  # of sqrt(p); 0 where values are float32 logprobs
-    lowest: float  # the probability at level 0
-    plane_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,44 +39,60 @@ def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl:
     `tau` is the weight of one draw. `rounding_kl` (nats a row) bounds what rounding probabilities costs
     on average; with 0 they are kept as float32. ValueError for rows that a block cannot hold.
     """
-    if rows.num_rows > MAX_ROWS:
-        raise ValueError(f"a block of {rows.num_rows} rows, at most {MAX_ROWS} fit")
-    check_sampled_total(rows, tau)
-    exact = rows.is_exact()
-    draws = _draws_of(rows, exact, tau)
-    ranks = groups.ranks.take(rows.ids)
-    if (ranks < 0).any():
-        raise ValueError(f"id {rows.ids[np.argmin(ranks)]} is in no group")
-    row = rows.row_of_entry()
-    order = np.argsort((((row << 1) | ~exact) << 32) | ranks)  # by row, exact ones first, by rank
-    row, exact, ranks = row.take(order), exact.take(order), ranks.take(order)
-    group = groups.table.take(rows.ids.take(order)) - np.uint8(1)
-    places = ranks - groups.starts.take(group)
-    num_sampled = np.diff(rows.offsets) - rows.num_exact
-    length_bytes = _width(max(rows.num_exact.max(initial=0), num_sampled.max(initial=0)))
-    draw_bytes = _width(max(int(draws.max(initial=1)) - 1, 0))
+    sets = (rows, *rows.other_sets)
+    if rows.num_rows > MAX_ROWS or len(sets) > MAX_SETS:
+        raise ValueError(f"a block of {rows.num_rows} rows and {len(sets)} sets; {MAX_ROWS} and {MAX_SETS} fit")
+    sampled = [_draws_of(each, tau) for each in sets]
+    exact, logprobs = rows.is_exact(), np.minimum(rows.logprobs, 0)
+    entries = _in_order(rows, exact, groups)
     step = _step(rows, rounding_kl)
-    logprobs = np.minimum(rows.logprobs[order][exact], 0)
-    lowest, values, errors = _rounded_head(logprobs, row[exact], rows, step)
-    sampled_draws = np.zeros(len(rows.ids), np.int64)
-    sampled_draws[~rows.is_exact()] = draws
-    planes = (
-        rows.num_exact.astype(f"<u{length_bytes}").tobytes(),
-        num_sampled.astype(f"<u{length_bytes}").tobytes(),
-        _differences(group[exact], rows.num_exact).tobytes(),
-        _differences(group[~exact], num_sampled).tobytes(),
-        pack_bits(np.concatenate([places[exact], places[~exact]]),
-                  groups.widths.take(np.concatenate([group[exact], group[~exact]]))),
-        values.tobytes(),
-        (sampled_draws[order][~exact] - 1).astype(f"<u{draw_bytes}").tobytes(),
+    lowest, values, errors = _rounded_head(logprobs[exact][entries.order], entries.row, rows, step)
+    num_sampled = [np.diff(each.offsets) - each.num_exact for each in sets]
+    length_bytes = _width(max(rows.num_exact.max(initial=0), *(counts.max(initial=0) for counts in num_sampled)))
+    draw_bytes = _width(max(int(draws.max(initial=1)) - 1 for draws in sampled))
+    planes = [_packed((rows.num_exact.astype(f"<u{length_bytes}"), *entries.planes(rows.num_exact), values))]
+    for each, counts, draws in zip(sets, num_sampled, sampled, strict=True):
+        drawn = _in_order(each, ~each.is_exact(), groups)
+        shown = (draws[drawn.order] - 1).astype(f"<u{draw_bytes}")
+        planes.append(_packed((counts.astype(f"<u{length_bytes}"), *drawn.planes(counts), shown)))
+    header = pack_header(
+        length_bytes, draw_bytes, num_rows=rows.num_rows, num_exact=len(values),
+        num_sampled=[len(draws) for draws in sampled], tau=tau, step=step, lowest=lowest,
+        plane_bytes=[[len(plane) for plane in of_set] for of_set in planes],
     )  # fmt: skip
+    return EncodedBlock(b"".join([header, *(plane for of_set in planes for plane in of_set)]), errors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ordered:
+    """Some entries of rows, each row's a set in the order of ranks."""
+
+    order: NDArray[np.int64]  # of the entries as they were
+    row: NDArray[np.int64]
+    group: NDArray[np.uint8]
+    places: NDArray[np.int32]
+    widths: NDArray[np.uint8]  # bits of each place
+
+    def planes(self, counts: NDArray) -> tuple[NDArray, bytes]:
+        """Groups as differences, and places as bit fields; `counts` entries in each row."""
+        return _differences(self.group, counts), pack_bits(self.places, self.widths)
+
+
+def _in_order(rows: SparseRows, chosen: NDArray[np.bool_], groups: IdGroups) -> _Ordered:
+    row, ids = rows.row_of_entry()[chosen], rows.ids[chosen]
+    ranks = groups.ranks.take(ids)
+    if (ranks < 0).any():
+        raise ValueError(f"id {ids[np.argmin(ranks)]} is in no group")
+    order = np.argsort((row << 31) | ranks)
+    group = groups.table.take(ids.take(order)) - np.uint8(1)
+    places = ranks.take(order) - groups.starts.take(group)
+    return _Ordered(order, row.take(order), group, places, groups.widths.take(group))
+
+
+def _packed(planes: Sequence[NDArray | bytes]) -> list[bytes]:
     compressor = zstandard.ZstdCompressor(level=1)  # Huffman codes do the work: longer searches find nothing
-    packed = [compressor.compress(plane) if plane else b"" for plane in planes]
-    header = _HEADER.pack(
-        BLOCK_VERSION, length_bytes, draw_bytes, 0, rows.num_rows, len(values), len(draws),
-        tau if len(draws) else 0.0, step, lowest, *(len(plane) for plane in packed),
-    )  # fmt: skip
-    return EncodedBlock(b"".join([header, *packed]), errors)
+    contents = [plane if isinstance(plane, bytes) else plane.tobytes() for plane in planes]
+    return [compressor.compress(content) if content else b"" for content in contents]
 
 
 def decode_block(
@@ -107,12 +103,14 @@ def decode_block(
     entropy: NDArray[np.float32],
     log_sum_exp: NDArray[np.float32],
     label_logprob: NDArray[np.float32] | None = None,
+    draw_set: int = 0,
 ) -> SparseRows:
     """The rows of a block, beside their scalars. The exact entries of each row sum to 1 - tail_mass.
 
+    Sampled entries are those of `draw_set`, modulo the number of sets; the others are not decompressed.
     Errors: CorruptPartError for any bytes that are not the block of as many valid rows.
     """
-    sets = _read_sets(block, groups, tail_mass)
+    sets = _read_sets(block, groups, tail_mass, draw_set)
     num_exact, num_sampled = sets.num_exact, sets.num_sampled
     split = int(num_exact.sum(dtype=np.int64))
     if len(entropy) != len(tail_mass):
@@ -146,12 +144,13 @@ def check_block(block: bytes | memoryview, groups: IdGroups, *, tail_mass: NDArr
     Rows are not put in order, and not made; their scalars besides `tail_mass` are rows.check_scalars' affair.
     Errors: CorruptPartError, ValueError.
     """
-    sets = _read_sets(block, groups, tail_mass)
-    if tau > 0:
-        draws = sets.num_sampled  # of which each is of one entry, most often
-        if sets.draws.max(initial=0) > 0:
-            draws = draws + _row_sums(sets.draws.astype(np.float64), sets.num_sampled)
-        check_sampled_weights(draws * sets.tau, tail_mass, tau)
+    for draw_set in range(read_header(memoryview(block).cast("B")).num_sets):
+        sets = _read_sets(block, groups, tail_mass, draw_set)
+        if tau > 0:
+            draws = sets.num_sampled  # of which each is of one entry, most often
+            if sets.draws.max(initial=0) > 0:
+                draws = draws + _row_sums(sets.draws.astype(np.float64), sets.num_sampled)
+            check_sampled_weights(draws * sets.tau, tail_mass, tau)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,10 +166,10 @@ class _Sets:
     shift: NDArray[np.float32]  # (r,) what to add to exact logprobs
 
 
-def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[np.float32]) -> _Sets:
-    """What a block holds, after every check. Errors: CorruptPartError."""
+def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[np.float32], draw_set: int) -> _Sets:
+    """What a block holds, with one of its sets of draws, after every check. Errors: CorruptPartError."""
     view = memoryview(block).cast("B")
-    header = read_header(view)
+    header = read_header(view, draw_set)
     if header.num_rows != len(tail_mass):
         raise CorruptPartError(f"the block has {header.num_rows} rows, its scalar columns have {len(tail_mass)}")
     planes = _Planes(view, header)
@@ -188,7 +187,7 @@ def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[n
     if len(group) and group.max() >= len(groups.sizes):
         raise CorruptPartError(f"the block has the id group {group.max()} of {len(groups.sizes)}")
     widths = groups.widths.take(group)
-    places = unpack_bits(planes.take("places", "u1", packed_size(widths)), widths)
+    places = planes.take_places(widths, split)
     ranks = groups.starts.take(group) + places
     if not _ascends(ranks, counts) or (places >= groups.sizes.take(group)).any():
         raise CorruptPartError("the block's ids are not ascending places in their groups")
@@ -202,37 +201,18 @@ def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[n
     return _Sets(num_exact, num_sampled, ranks, draws, header.tau, values, shift)
 
 
-def read_header(view: memoryview) -> Header:
-    """The header of a block. Errors: CorruptPartError."""
-    if len(view) < _HEADER.size:
-        raise CorruptPartError(f"a block of {len(view)} bytes is shorter than its header, {_HEADER.size}")
-    version, length_bytes, draw_bytes, zero, num_rows, exact, sampled, tau, step, lowest, *sizes = _HEADER.unpack_from(
-        view
-    )
-    if version != BLOCK_VERSION:
-        raise CorruptPartError(f"the block has version {version}, expected {BLOCK_VERSION}")
-    if length_bytes not in (1, 2, 4) or draw_bytes not in (1, 2, 4) or zero:
-        raise CorruptPartError(f"the block has widths {length_bytes} and {draw_bytes}; not 1, 2 or 4")
-    if len(view) != _HEADER.size + sum(sizes):
-        raise CorruptPartError(f"the block has {len(view)} bytes, its header needs {_HEADER.size + sum(sizes)}")
-    if num_rows > MAX_ROWS or exact + sampled > _MAX_ENTRIES:
-        raise CorruptPartError(f"the block claims {num_rows} rows and {exact + sampled} entries")
-    if not (0 < tau < 1 if sampled else tau == 0):
-        raise CorruptPartError(f"the block has {sampled} sampled entries and tau {tau}")
-    if not (step == 0 or 1 / MAX_LEVEL <= step <= 1) or not 0 <= lowest <= 1:
-        raise CorruptPartError(f"the block has the step {step} and the lowest probability {lowest}")
-    return Header(length_bytes, draw_bytes, num_rows, exact, sampled, tau, step, lowest, tuple(sizes))
-
-
 class _Planes:
     """A block's compressed planes, each decompressed once, to the size that is expected of it."""
 
     def __init__(self, view: memoryview, header: Header) -> None:
-        stops = _HEADER.size + np.cumsum(header.plane_bytes)
-        starts = stops - header.plane_bytes
-        self._planes = {
-            name: view[start:stop] for name, start, stop in zip(_PLANES, starts.tolist(), stops.tolist(), strict=True)
-        }
+        self._planes = {name: view[at] for name, at in header.planes.items()}
+
+    def take_places(self, widths: NDArray[np.uint8], split: int) -> NDArray[np.int32]:
+        """Places of the exact entries, the first `split`, and of the sampled ones."""
+        if "places" in self._planes:
+            return unpack_bits(self.take("places", "u1", packed_size(widths)), widths)
+        parts = zip(("exact_places", "sampled_places"), (widths[:split], widths[split:]), strict=True)
+        return np.concatenate([unpack_bits(self.take(name, "u1", packed_size(own)), own) for name, own in parts])
 
     def take(self, name: str, kind: str, count: int) -> NDArray:
         """A plane as `count` numbers. Errors: CorruptPartError."""
@@ -345,8 +325,10 @@ def _rounded_head(
     return lowest, levels, np.maximum(divergence, 0.0)
 
 
-def _draws_of(rows: SparseRows, exact: NDArray[np.bool_], tau: float) -> NDArray[np.int64]:
-    """The number of draws of each sampled entry."""
+def _draws_of(rows: SparseRows, tau: float) -> NDArray[np.int64]:
+    """The number of draws of each sampled entry. ValueError unless they make up each row's tail."""
+    check_sampled_total(rows, tau)
+    exact = rows.is_exact()
     if exact.all():
         return np.zeros(0, np.int64)
     if not 0 < tau < 1:

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from storage import files
-from storage.coding_errors import total as total_errors
 from storage.documents import Commit, CommitEntry, FileEntry, HeadEntry, Manifest, parse_document
 from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder
 from storage.head import StoredHead, decode_head
+from storage.losses import totals
 from storage.segments import COMMITS_FOLDER, SEGMENTS_FOLDER, Segment
 
 HEAD_FOLDER = "head"
@@ -154,8 +154,8 @@ def make_manifest(segment: Segment, commits: Sequence[tuple[Commit, str]]) -> Ma
             **({} if head is None else {HEAD_FOLDER: head.file_bytes}),
         },
         commits=tuple(entries),
-        errors_by_family=total_errors([commit for commit, _ in commits]),
         head=head,
+        **totals([commit for commit, _ in commits]),
     )
 
 

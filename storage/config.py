@@ -29,6 +29,7 @@ class SelectionSection(Section):
     mass: Annotated[float, Field(gt=0, lt=1)] = 0.99  # probability, mass only
     draws: Annotated[int, Field(ge=2, le=65535)] = 50  # a row, sampled only
     seed: Annotated[int, Field(ge=0)] = 0  # of the draws, threshold and sampled only
+    draw_sets: Annotated[int, Field(ge=1, le=64)] = 1  # independent ones a row: epoch e trains on set e mod draw_sets
     temperatures: tuple[Annotated[float, Field(ge=0.01, le=100)], ...] = ()  # besides 1, whose log-sum-exp is kept
     rounding_kl: Annotated[float, Field(ge=0, le=0.1)] = 5e-4  # nats a row for rounding; 0 keeps float32
 
@@ -38,6 +39,12 @@ class SelectionSection(Section):
         if 1 in given or len(set(given)) < len(given):
             raise ValueError(f"temperatures {given} must differ from 1 and from each other; 1 is always there")
         return given
+
+    @model_validator(mode="after")
+    def _draws_something(self) -> SelectionSection:
+        if self.draw_sets > 1 and self.method not in ("threshold", "sampled"):
+            raise ValueError(f"draw_sets {self.draw_sets} with method {self.method!r}, which draws nothing")
+        return self
 
 
 class RelationSection(Section):

@@ -16,10 +16,11 @@ import pyarrow as pa
 import zstandard
 from numpy.typing import NDArray
 
+from storage.block_header import read_header
 from storage.blocks import check_block, decode_block, encode_block
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
-from storage.identity import Identity, stored_rounding_kl, stored_tau, stored_temperatures
+from storage.identity import Identity, stored_draw_sets, stored_rounding_kl, stored_tau, stored_temperatures
 from storage.rows import SparseRows, check_scalars
 
 ROWS_PER_GROUP = 4096  # distribution rows: some milliseconds to decode
@@ -37,6 +38,7 @@ class RowFormat:
     tau: float  # the weight of one draw; 0 where nothing is sampled
     rounding_kl: float  # nats a row; 0 where probabilities and scalars are float32
     num_temperatures: int  # besides 1
+    num_sets: int = 1  # of draws
 
     @staticmethod
     def of(identity: Identity, family: str) -> RowFormat:
@@ -46,6 +48,7 @@ class RowFormat:
             tau=stored_tau(identity, family),
             rounding_kl=stored_rounding_kl(identity, family),
             num_temperatures=len(stored_temperatures(identity, family)),
+            num_sets=stored_draw_sets(identity, family),
         )
 
 
@@ -64,7 +67,8 @@ def encode_groups(keys: Sequence[Columns], rows: Sequence[SparseRows], kept: Row
     counts = np.zeros(kept.vocab_size, np.int64)
     for start, stop, together in parts:
         _validate(together, rows[start:stop], kept)
-        counts += np.bincount(together.ids, minlength=kept.vocab_size)
+        for each in (together, *together.other_sets):
+            counts += np.bincount(each.ids, minlength=kept.vocab_size)
     id_groups = IdGroups.of_counts(counts)
     groups, errors = [], []
     for start, stop, together in parts:
@@ -96,13 +100,16 @@ def decode_id_groups(metadata: Mapping[bytes, bytes] | None, vocab_size: int) ->
         raise CorruptPartError(f"the table of id groups: {error}") from error
 
 
-def decode_group(table: pa.Table, id_groups: IdGroups, num_temperatures: int) -> tuple[SparseRows, NDArray[np.int64]]:
+def decode_group(
+    table: pa.Table, id_groups: IdGroups, num_temperatures: int, *, num_sets: int = 1, draw_set: int = 0
+) -> tuple[SparseRows, NDArray[np.int64]]:
     """All rows of a row group, and where each sample's or image's start (the total last).
 
+    `draw_set` (modulo `num_sets`) says which draws of their tails.
     Errors: CorruptPartError where columns, counts and block disagree.
     """
-    counts, block, scalars = _columns_of(table, num_temperatures)
-    rows = decode_block(block, id_groups, **scalars)
+    counts, block, scalars = _columns_of(table, num_temperatures, num_sets)
+    rows = decode_block(block, id_groups, **scalars, draw_set=draw_set)
     return rows, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
 
@@ -111,13 +118,15 @@ def check_group(table: pa.Table, id_groups: IdGroups, kept: RowFormat) -> NDArra
 
     Errors: CorruptPartError, ValueError.
     """
-    counts, block, scalars = _columns_of(table, kept.num_temperatures)
+    counts, block, scalars = _columns_of(table, kept.num_temperatures, kept.num_sets)
     check_scalars(**scalars)
     check_block(block, id_groups, tail_mass=scalars["tail_mass"], tau=kept.tau)
     return counts
 
 
-def _columns_of(table: pa.Table, num_temperatures: int) -> tuple[NDArray[np.int64], bytes, dict[str, Any]]:
+def _columns_of(
+    table: pa.Table, num_temperatures: int, num_sets: int
+) -> tuple[NDArray[np.int64], bytes, dict[str, Any]]:
     """Of a row group: rows by sample or image, the block, and the scalars of all rows."""
     counts = table["num_rows"].to_numpy().astype(np.int64)
     if (counts < 0).any():
@@ -125,6 +134,8 @@ def _columns_of(table: pa.Table, num_temperatures: int) -> tuple[NDArray[np.int6
     blocks = table["block"].to_pylist()
     if any(blocks[1:]):
         raise CorruptPartError("a row group has more than one block")
+    if (found := read_header(memoryview(blocks[0])).num_sets) != num_sets:
+        raise CorruptPartError(f"the block has {found} sets of draws, the cache {num_sets}")
     log_sum_exp = _values(table, "log_sum_exp", counts * num_temperatures)
     has_labels = "label_logprob" in table.column_names
     return (
@@ -157,6 +168,8 @@ def _validate(together: SparseRows, rows: Sequence[SparseRows], kept: RowFormat)
             each.validate(kept.vocab_size)
     if together.log_sum_exp.shape[1] != kept.num_temperatures:
         raise ValueError(f"rows have {together.log_sum_exp.shape[1]} temperatures, the cache {kept.num_temperatures}")
+    if len(together.other_sets) != kept.num_sets - 1:
+        raise ValueError(f"rows have {len(together.other_sets) + 1} sets of draws, the cache {kept.num_sets}")
     try:
         together.validate(kept.vocab_size)
     except ValueError:

@@ -69,13 +69,22 @@ class HeadEntry(Entry):
 
 
 class ErrorSummary(Entry):
-    """The errors that a family's encoding made, one for each thing encoded."""
+    """Errors of one kind in a family, one for each row or matrix that was measured."""
 
-    measure: str  # see coding_errors.MEASURES
+    measure: str  # see losses.MEASURES
     count: Annotated[int, Field(ge=1, le=2**62)]
     mean: ErrorValue
     p99: ErrorValue  # in the manifest: the largest of the parts' p99
     max: ErrorValue
+
+
+class Losses(Document):
+    """What was lost on the way to a commit's files, or to all files of a segment; None in older documents."""
+
+    teacher_noise: dict[str, ErrorSummary] | None = None  # of some samples that were scored twice
+    selection_errors: dict[str, ErrorSummary] | None = None  # what the selection left of each dense row
+    dropped_mass: dict[str, ErrorSummary] | None = None  # of selections that draw nothing from the tail
+    errors_by_family: dict[str, ErrorSummary] | None = None  # of lossy encodings
 
 
 class Description(Document):
@@ -98,7 +107,7 @@ class SegmentDescription(Document):
     identity: Identity
 
 
-class Commit(Document):
+class Commit(Losses):
     """commits/part-00000.json: it exists only if the part's files are whole."""
 
     format_version: int
@@ -109,7 +118,6 @@ class Commit(Document):
     num_rows: dict[str, Count]  # distribution rows, of the families response and visual
     families: dict[str, FileEntry]
     errors: tuple[ErrorEntry, ...]
-    errors_by_family: dict[str, ErrorSummary] | None = None  # of lossy encodings; None in older commits
     head: HeadEntry | None = None  # where there are hidden states
 
 
@@ -120,7 +128,7 @@ class CommitEntry(Entry):
     sha256: Sha256  # of the commit file's bytes
 
 
-class Manifest(Document):
+class Manifest(Losses):
     """manifest.json, manifest-0001.json: a segment's sealed list, a function of its document and commits alone."""
 
     format_version: int
@@ -130,7 +138,6 @@ class Manifest(Document):
     num_rows: dict[str, Count]
     bytes_by_family: dict[str, Count]  # and those of the head
     commits: tuple[CommitEntry, ...]  # by part
-    errors_by_family: dict[str, ErrorSummary] | None = None
     head: HeadEntry | None = None
 
 
@@ -169,7 +176,7 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
 
 
 def _spoken(versions: Sequence[int]) -> str:
-    return " and ".join(map(str, versions))
+    return f"{', '.join(map(str, versions[:-1]))} and {versions[-1]}"
 
 
 def _spell(body: dict[str, Any]) -> bytes:

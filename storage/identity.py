@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.config import HiddenSection, RelationSection
 
-FORMAT_VERSION = 2  # that is written
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3  # that is written
+READABLE_VERSIONS = (1, 2, 3)
 NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
 
 
@@ -81,6 +81,11 @@ def stored_tau(identity: Identity, family: str) -> float:
     if selection.get("method") == "threshold":
         return float(selection["tau"])
     return 1 / int(selection["draws"]) if selection.get("method") == "sampled" else 0.0
+
+
+def stored_draw_sets(identity: Identity, family: str) -> int:
+    """How many independent sets of draws a family's rows have; a reader is given one of them."""
+    return int(identity.selection.get(family, {}).get("draw_sets", 1))
 
 
 def stored_temperatures(identity: Identity, family: str) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ from storage.id_groups import IdGroups
 from storage.identity import Identity
 from storage.rows import SparseRows
 from storage.schema import check_schema
+from storage.tail_profile import TailTotal, tail_total_of
 from storage.token_rows import TokenRows, decode_tokens
 
 MAX_OPEN_FOOTERS = 1024  # parsed Parquet footers that are kept, some tens of KB each
@@ -117,11 +118,21 @@ class PartFiles:
         return self._hold((entry.file, group), read), at
 
     def distribution_rows(
-        self, family: str, entry: FileEntry, row: int, kept: RowFormat
+        self, family: str, entry: FileEntry, row: int, kept: RowFormat, draw_set: int = 0
     ) -> tuple[DistributionRows, int]:
-        """The row group of distributions that holds a Parquet row, and its place in it. Errors: CorruptPartError."""
+        """The row group of distributions that holds a Parquet row, and its place in it. Errors: CorruptPartError.
+
+        `draw_set` (modulo their number) says which draws of their tails.
+        """
         group, at = self._place(family, entry, row)
-        return self._hold((entry.file, group), lambda: self._read_rows(family, entry, group, kept)), at
+        draw_set %= kept.num_sets
+        held_as = f"{group} of set {draw_set}" if draw_set else group
+        return self._hold((entry.file, held_as), lambda: self._read_rows(family, entry, group, kept, draw_set)), at
+
+    def tail_total(self, family: str, entry: FileEntry, vocab_size: int) -> TailTotal | None:
+        """The sum of tails that a file keeps, if it keeps one. Errors: CorruptPartError."""
+        with self._decoding(entry):
+            return tail_total_of(self._footer(family, entry).metadata.metadata, vocab_size)
 
     def _place(self, family: str, entry: FileEntry, row: int) -> tuple[int, int]:
         starts = self._footer(family, entry).starts
@@ -170,7 +181,9 @@ class PartFiles:
             self.num_groups_read += 1
         return table
 
-    def _read_rows(self, family: str, entry: FileEntry, group: int, kept: RowFormat) -> tuple[DistributionRows, int]:
+    def _read_rows(
+        self, family: str, entry: FileEntry, group: int, kept: RowFormat, draw_set: int
+    ) -> tuple[DistributionRows, int]:
         table = self._read_group(family, entry, group)
         with self._decoding(entry):
             if "payload" in table.column_names:  # format version 1
@@ -180,7 +193,9 @@ class PartFiles:
             else:
                 metadata = self._footer(family, entry).metadata.metadata
                 id_groups = self._hold((entry.file, "id groups"), lambda: _id_groups(metadata, kept.vocab_size))
-                rows, starts = decode_group(table, id_groups, kept.num_temperatures)
+                rows, starts = decode_group(
+                    table, id_groups, kept.num_temperatures, num_sets=kept.num_sets, draw_set=draw_set
+                )
         decoded = DistributionRows(table[0].to_pylist(), rows, starts.tolist())
         return decoded, decoded.num_bytes
 

@@ -19,6 +19,7 @@ from storage.identity import Identity, stored_hidden, stored_relation
 from storage.records import PartRecords
 from storage.rows import SparseRows
 from storage.schema import row_groups
+from storage.tail_profile import TAIL_TOTAL_KEY, TailTotal, encode_tail_total
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,16 @@ def _tokens(records: PartRecords, _: Identity) -> FamilyRows:
 
 def _response(records: PartRecords, identity: Identity) -> FamilyRows:
     assert records.response is not None
-    return _distributions(_samples(records), records.response, RowFormat.of(identity, "response"))
+    kept, tail = RowFormat.of(identity, "response"), records.tail_totals.get("response")
+    return _distributions(_samples(records), records.response, kept, tail)
 
 
 def _visual(records: PartRecords, identity: Identity) -> FamilyRows:
     assert records.visual is not None
     keys = _image_keys(records)
     rows = [records.visual[key] for key in keys]
-    return _distributions([{"image_key": key} for key in keys], rows, RowFormat.of(identity, "visual"))
+    kept, tail = RowFormat.of(identity, "visual"), records.tail_totals.get("visual")
+    return _distributions([{"image_key": key} for key in keys], rows, kept, tail)
 
 
 def _relation(records: PartRecords, identity: Identity) -> FamilyRows:
@@ -109,6 +112,9 @@ def _plain(family: str, rows: Sequence[Columns]) -> FamilyRows:
     return FamilyRows(row_groups(rows), {}, family_errors(family, rows))
 
 
-def _distributions(keys: Sequence[Columns], rows: Sequence[SparseRows], kept: RowFormat) -> FamilyRows:
+def _distributions(
+    keys: Sequence[Columns], rows: Sequence[SparseRows], kept: RowFormat, tail: TailTotal | None
+) -> FamilyRows:
     encoded = encode_groups(keys, rows, kept)
-    return FamilyRows(encoded.groups, encoded.metadata, encoded.errors)
+    metadata = encoded.metadata if tail is None else {**encoded.metadata, TAIL_TOTAL_KEY: encode_tail_total(tail)}
+    return FamilyRows(encoded.groups, metadata, encoded.errors)

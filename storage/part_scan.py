@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage import commit as layout
-from storage.coding_errors import summary
 from storage.columns import family_errors, hidden_states, image_content, sequence_logprob, sparse_rows, tokens_record
 from storage.distributions import RowFormat, check_group, decode_id_groups
 from storage.documents import Commit, FileEntry
 from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder
 from storage.identity import Identity, stored_hidden, stored_relation
+from storage.losses import summary
 from storage.part_files import validated
 from storage.parts import Part
 from storage.preference import check_pairs, check_sequence
@@ -32,6 +32,7 @@ from storage.records import ImageRef, TokensRecord
 from storage.relation import check_payload
 from storage.rows import check_sampled_total
 from storage.schema import check_schema
+from storage.tail_profile import tail_total_of
 
 WHOLE_BYTES = 256 << 20  # of a file that is read once; each scan at a time holds one
 _BLOCK_BYTES = 4 << 20
@@ -214,7 +215,9 @@ class _Scan:
                 if "payload" in table.column_names:
                     counts = _check_payloads(table, kept)
                 else:
-                    id_groups = id_groups or decode_id_groups(metadata, kept.vocab_size)
+                    if id_groups is None:
+                        id_groups = decode_id_groups(metadata, kept.vocab_size)
+                        tail_total_of(metadata, kept.vocab_size)
                     counts = check_group(table, id_groups, kept)
             except (CacheError, ValueError) as error:
                 raise CorruptPartError(f"rows {first} to {first + table.num_rows - 1}: {error}") from error

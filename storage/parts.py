@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from storage import commit as layout
-from storage.coding_errors import total as total_errors
 from storage.documents import Commit, ErrorSummary, FileEntry
 from storage.errors import CorruptPartError
 from storage.files import Folder
+from storage.losses import total
 from storage.schema import FAMILIES
 from storage.segments import Segment, additions, tokens_segments
 
@@ -34,10 +34,10 @@ def join_parts(segments: Sequence[Segment], commits: Mapping[int, Mapping[int, C
     return parts
 
 
-def coding_errors(commits: Sequence[Commit]) -> dict[str, ErrorSummary]:
-    """What the encoding of each family cost, over all commits that have it; without those that one is silent about."""
-    silent = {family for commit in commits if commit.errors_by_family is None for family in commit.families}
-    stated = total_errors([commit for commit in commits if commit.errors_by_family is not None]) or {}
+def stated_losses(commits: Sequence[Commit], kind: str) -> dict[str, ErrorSummary]:
+    """One kind of loss of each family, over all commits that have it; without those that one is silent about."""
+    silent = {family for commit in commits if getattr(commit, kind) is None for family in commit.families}
+    stated = total([commit for commit in commits if getattr(commit, kind) is not None], kind) or {}
     return {family: errors for family, errors in stated.items() if family not in silent}
 
 

@@ -19,14 +19,16 @@ from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder, open_folder
 from storage.head import StoredHead
 from storage.identity import Identity
+from storage.losses import KINDS
 from storage.part_files import PartFiles
-from storage.parts import Part, coding_errors, held_families, lacks, read_parts
+from storage.parts import Part, held_families, lacks, read_parts, stated_losses
 from storage.preference import PreferencePair, pairs_of
 from storage.records import SampleError, SampleRecord, TokensRecord
 from storage.sample_batch import SampleBatch
 from storage.schema import FAMILIES, SCHEMAS
 from storage.segments import Segment, merged_identity, read_segments, tokens_segments
 from storage.shuffle import WINDOW_ROWS, Shuffle, cut_blocks
+from storage.tail_profile import mean_profile, tail_parts
 
 DEFAULT_MAX_BYTES = 256 << 20
 NUM_THREADS = 4  # that read the index of a local cache
@@ -113,14 +115,16 @@ class Cache:
         """The position of a sample. Errors: KeyError."""
         return self._positions[sample_id]
 
-    def read(self, index: int) -> SampleRecord:
-        """One sample with the families asked for. Errors: IndexError, CorruptPartError."""
-        return self.read_many([index]).record(0)
+    def read(self, index: int, *, draw_set: int = 0) -> SampleRecord:
+        """One sample with the families asked for; `draw_set` as in `read_many`. Errors: IndexError, CorruptPartError."""
+        return self.read_many([index], draw_set=draw_set).record(0)
 
-    def read_many(self, indices: Sequence[int] | NDArray[np.int64]) -> SampleBatch:
+    def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> SampleBatch:
         """Some samples, one or more, in this order, with the families asked for. Threads may read at once.
 
-        A row group that several of them lie in is decoded once. Errors: IndexError, CorruptPartError.
+        A row group that several of them lie in is decoded once. Where a family's rows have several sets of draws
+        (`draw_sets`), they are given with set `draw_set` modulo their number: who passes the epoch sees other draws
+        each time. Errors: IndexError, CorruptPartError.
         """
         chosen = np.asarray(indices, np.int64)
         if not len(chosen) or chosen.min() < 0 or chosen.max() >= self.num_samples:
@@ -128,7 +132,7 @@ class Cache:
         positions, rows = self._part_of[chosen].tolist(), self._row_of[chosen].tolist()
         ids, parts = [self.sample_ids[index] for index in chosen], [self._parts[position] for position in positions]
         try:
-            return self._batches.read(chosen, ids, parts, rows)
+            return self._batches.read(chosen, ids, parts, rows, draw_set=draw_set)
         except CorruptPartError as error:
             raise CorruptPartError(f"{self.folder}: {error}") from error
 
@@ -154,6 +158,31 @@ class Cache:
         if entry is None:
             raise CacheError(f"{self.folder}: holds no output head; dump the family hidden first")
         return layout.read_head(self.folder, entry, self.identity.vocab_size)
+
+    def tail_profile(self, family: str) -> NDArray[np.float32]:
+        """(v,) the mean distribution of what lies outside the exact entries of a family's rows; it sums to 1.
+
+        Estimated by a few parts spread over each segment (tail_profile.tail_parts). Errors: CacheError where no
+        part keeps one, as in caches of format version 2; CorruptPartError.
+        """
+        groups, vocab_size = [], self.identity.vocab_size
+        for segment in self.segments:
+            parts = {
+                part.number: part
+                for part in self._parts
+                if part.number in segment.parts and family in segment.families and family in part.families
+            }
+            kept = [segment.first_part + number for number in tail_parts(segment.num_parts)]
+            found = [
+                self._files.tail_total(family, parts[number].families[family], vocab_size)
+                for number in kept
+                if number in parts
+            ]
+            rows = sum(commit.num_rows.get(family, 0) for part in parts.values() for commit in part.commits)
+            groups.append(([tail for tail in found if tail is not None], rows))
+        if not any(tails for tails, _ in groups):
+            raise CacheError(f"{self.folder}: keeps no tail profile of {family}; dump that family anew to have one")
+        return mean_profile(groups, vocab_size)
 
     def image_bytes(self, index: int, sha256: str) -> bytes:
         """The file of one of a sample's images, with its hash checked; only its part is opened.
@@ -209,7 +238,10 @@ class Cache:
             "bytes_per_row_by_family": {
                 family: row_bytes[family] / count for family, count in num_rows.items() if count
             },
-            "errors_by_family": {family: each.model_dump() for family, each in coding_errors(commits).items()},
+            **{
+                kind: {family: each.model_dump() for family, each in stated_losses(commits, kind).items()}
+                for kind in KINDS
+            },
             "num_errors": sum(len(commit.errors) for commit in commits),
             "num_parts": self.num_parts,
             "sealed": self.sealed,

@@ -48,6 +48,7 @@ def check_records(records: PartRecords, description: Described) -> None:
                     f"{record.num_response_tokens} response tokens, each with a label logprob"
                 )
     _check_hidden(records)
+    _check_losses(records, description)
     if records.sequence is not None:
         if len(records.sequence) != len(records.tokens):
             raise ValueError(f"{len(records.sequence)} sequence logprobs for {len(records.tokens)} samples")
@@ -106,6 +107,18 @@ def _check_hidden(records: PartRecords) -> None:
                 f"sample {record.sample_id}: hidden states {states.shape} for "
                 f"{record.num_response_tokens} response tokens"
             )
+
+
+def _check_losses(records: PartRecords, description: Described) -> None:
+    """Tail totals and teacher noise are of families of distributions that the segment has."""
+    held = {"response", "visual"} & set(description.families)
+    strange = sorted({*records.tail_totals, *records.teacher_noise} - held)
+    if strange:
+        raise ValueError(f"tail totals or teacher noise of {strange}, expected some of {sorted(held)}")
+    for family, tail in records.tail_totals.items():
+        if tail.total.shape != (description.identity.vocab_size,):
+            expected = description.identity.vocab_size
+            raise ValueError(f"{family}: the tail total has {tail.total.shape} values, the vocabulary {expected}")
 
 
 def _check_image_files(records: PartRecords) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.rows import SparseRows
+from storage.tail_profile import TailTotal
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -166,3 +167,5 @@ class PartRecords:
     hidden: Sequence[NDArray[np.float32]] | None = None  # aligned with tokens, (r, d) for its r response tokens
     sequence: Sequence[SequenceLogprob] | None = None  # aligned with tokens
     images: Mapping[str, bytes] | None = None  # the images' files by their sha256
+    tail_totals: Mapping[str, TailTotal] = field(default_factory=dict)  # by family, of the parts that keep them
+    teacher_noise: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by family: nats a row scored twice

@@ -6,7 +6,7 @@ Legend: r rows, k entries of all rows together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ class SparseRows:
     entropy: NDArray[np.float32]  # (r,) nats, of the full distribution
     log_sum_exp: NDArray[np.float32]  # (r, t) of log p / T at each of the t configured temperatures T
     label_logprob: NDArray[np.float32] | None = None  # (r,) of the label token; None for visual rows
+    other_sets: tuple[SparseRows, ...] = ()  # the same rows with other draws of their tails; a reader gives one set
+    selection_error: NDArray[np.float32] | None = None  # (r,) ||entries - p||_2; a cache keeps its summary alone
 
     @property
     def num_rows(self) -> int:
@@ -56,8 +58,11 @@ class SparseRows:
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = [getattr(self, field.name) for field in fields(self)]
-        return sum(array.nbytes for array in arrays if array is not None)
+        return sum(array.nbytes for array in self._arrays().values()) + sum(each.num_bytes for each in self.other_sets)
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
     def row_of_entry(self) -> NDArray[np.int64]:
         """The row that each entry belongs to, (k,)."""
@@ -69,8 +74,11 @@ class SparseRows:
         return np.arange(self.num_entries) < np.repeat(end_of_exact, np.diff(self.offsets))
 
     def equals(self, other: SparseRows) -> bool:
-        """True if every array is the same to the bit."""
-        return all(_same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        """True if every array is the same to the bit; what is not stored is not compared."""
+        return all(_same(getattr(self, name), getattr(other, name)) for name in _DTYPES) and (
+            len(self.other_sets) == len(other.other_sets)
+            and all(ours.equals(theirs) for ours, theirs in zip(self.other_sets, other.other_sets, strict=True))
+        )
 
     def slice(self, start: int, stop: int) -> SparseRows:
         """Rows start : stop, with 0 <= start <= stop <= num_rows (IndexError otherwise)."""
@@ -86,13 +94,14 @@ class SparseRows:
             entropy=self.entropy[start:stop],
             log_sum_exp=self.log_sum_exp[start:stop],
             label_logprob=None if self.label_logprob is None else self.label_logprob[start:stop],
+            other_sets=tuple(each.slice(start, stop) for each in self.other_sets),
+            selection_error=None if self.selection_error is None else self.selection_error[start:stop],
         )
 
     def copy(self) -> SparseRows:
         """The same rows in arrays of their own: a slice keeps all that it was cut from in memory."""
-        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        copies: dict[str, Any] = {name: None if array is None else array.copy() for name, array in arrays.items()}
-        return SparseRows(**copies)
+        copies: dict[str, Any] = {name: array.copy() for name, array in self._arrays().items()}
+        return replace(self, **copies, other_sets=tuple(each.copy() for each in self.other_sets))
 
     @staticmethod
     def gather(pieces: Sequence[tuple[SparseRows, int, int]]) -> SparseRows:
@@ -124,12 +133,15 @@ class SparseRows:
 
     @staticmethod
     def concatenate(parts: Sequence[SparseRows]) -> SparseRows:
-        """All rows one after another; no parts give no rows. Label logprobs: all parts have them, or none."""
+        """All rows one after another; no parts give no rows. Label logprobs: all parts have them, or none.
+
+        So with selection errors; all parts have as many sets of draws.
+        """
         if not parts:
             return SparseRows.empty()
-        labels = [part.label_logprob for part in parts if part.label_logprob is not None]
-        if 0 < len(labels) < len(parts):
-            raise ValueError(f"{len(labels)} of {len(parts)} parts have label logprobs; all or none must")
+        labels = _all_or_none([part.label_logprob for part in parts], "label logprobs")
+        errors = _all_or_none([part.selection_error for part in parts], "selection errors")
+        others = zip(*(part.other_sets for part in parts), strict=True)  # ValueError for other numbers of sets
         starts = np.cumsum([0] + [part.num_entries for part in parts[:-1]])
         shifted = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=True)]
         return SparseRows(
@@ -141,6 +153,8 @@ class SparseRows:
             entropy=np.concatenate([part.entropy for part in parts]),
             log_sum_exp=np.concatenate([part.log_sum_exp for part in parts]),
             label_logprob=np.concatenate(labels) if labels else None,
+            other_sets=tuple(SparseRows.concatenate(each) for each in others),
+            selection_error=np.concatenate(errors) if errors else None,
         )
 
     @staticmethod
@@ -160,6 +174,10 @@ class SparseRows:
 
     def validate(self, vocab_size: int) -> None:
         """Raise ValueError, naming the first row at fault, unless these are rows that a cache may hold."""
+        for number, other in enumerate(self.other_sets, start=1):
+            if other.other_sets or not self._has_head_of(other):
+                raise ValueError(f"set {number} of draws is of other rows than set 0")
+            other.validate(vocab_size)
         self._check_shapes()
         self._check_scalars()
         exact, row = self.is_exact(), self.row_of_entry()
@@ -178,6 +196,16 @@ class SparseRows:
         gap = np.abs(head - (1.0 - self.tail_mass.astype(np.float64)))
         _check(gap <= HEAD_TOLERANCE, "exact entries and tail mass do not sum to 1")
         _check((self.num_exact == 0) | (self.tail_mass < 1), "the tail mass is 1 beside exact entries")
+
+    def _has_head_of(self, other: SparseRows) -> bool:
+        """Whether the exact entries, and how many there are, are the same."""
+        ours, theirs = self.is_exact(), other.is_exact()
+        return (
+            np.array_equal(self.num_exact, other.num_exact)
+            and np.array_equal(self.ids[ours], other.ids[theirs])
+            and np.array_equal(self.logprobs[ours], other.logprobs[theirs])
+            and np.array_equal(self.tail_mass, other.tail_mass)
+        )
 
     def _check_shapes(self) -> None:
         for name, dtype in _DTYPES.items():
@@ -250,6 +278,13 @@ def check_sampled_weights(weights: NDArray[Any], tail_mass: NDArray[np.float32],
             f"row {row}: sampled weights differ by {gap[row]:.6g} from the tail mass "
             f"{tail_mass[row]:.6g}, expected at most tau = {tau}"
         )
+
+
+def _all_or_none(arrays: Sequence[NDArray | None], what: str) -> list[NDArray]:
+    there = [array for array in arrays if array is not None]
+    if 0 < len(there) < len(arrays):
+        raise ValueError(f"{len(there)} of {len(arrays)} parts have {what}; all or none must")
+    return there
 
 
 def _same(a: NDArray | None, b: NDArray | None) -> bool:

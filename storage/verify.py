@@ -14,6 +14,7 @@ from storage.documents import Commit, Manifest
 from storage.errors import CacheError
 from storage.files import Folder, open_folder
 from storage.identity import Identity
+from storage.losses import KINDS
 from storage.part_scan import Advance, PartFindings, scan_part
 from storage.parts import Part, join_parts
 from storage.segments import Segment, merged_identity, read_segments
@@ -179,7 +180,7 @@ def _compare_totals(
     report.num_errors += total.num_errors
     report.num_bytes += sum(count for family, count in total.bytes_by_family.items() if family != layout.HEAD_FOLDER)
     if manifest is not None and len(commits) == len(manifest.commits):
-        for name in ("num_samples", "num_errors", "num_rows", "bytes_by_family", "errors_by_family", "head"):
+        for name in ("num_samples", "num_errors", "num_rows", "bytes_by_family", *KINDS, "head"):
             if getattr(manifest, name) != getattr(total, name):
                 report.problems.append(
                     f"{folder.place(segment.manifest_file)}: {name} is {getattr(manifest, name)}, "

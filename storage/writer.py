@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from storage import commit as layout
-from storage.coding_errors import summary
 from storage.columns import Columns, tokens_columns
-from storage.documents import Commit, ErrorEntry, FileEntry, HeadEntry, Manifest
+from storage.documents import Commit, ErrorEntry, ErrorSummary, FileEntry, HeadEntry, Manifest
 from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder, open_folder
 from storage.head import StoredHead, encode_head
-from storage.identity import Identity
+from storage.identity import Identity, stored_tau
+from storage.losses import DROPPED, NOISE, SELECTION, summarize, summary
 from storage.part_files import PartFiles
 from storage.part_rows import FamilyRows, part_rows
 from storage.preference import check_pairs
@@ -261,6 +261,7 @@ class CacheWriter:
             ),
             errors_by_family={family: summary(family, rows.errors) for family, rows in families.items() if rows.errors},
             head=self._head if records.hidden is not None else None,
+            **_losses(records, self.segment.identity),
         )
 
     def _aligned(self, number: int, records: PartRecords) -> PartRecords:
@@ -329,6 +330,23 @@ def _refuse_known(folder: Folder, known: Mapping[str, int], sample_ids: Collecti
         )
 
 
+def _losses(records: PartRecords, identity: Identity) -> dict[str, dict[str, ErrorSummary]]:
+    """What was lost before encoding, by kind and family; a family of no rows, or not measured, is not named."""
+    rows_of = {"response": list(records.response or ()), "visual": list((records.visual or {}).values())}
+    noise = {family: summarize(NOISE, values) for family, values in records.teacher_noise.items() if len(values)}
+    selection: dict[str, ErrorSummary] = {}
+    dropped: dict[str, ErrorSummary] = {}
+    for family, rows in rows_of.items():
+        sets = [of_set.selection_error for each in rows for of_set in (each, *each.other_sets)]
+        errors = [error for of_set in sets if of_set is not None for error in of_set.tolist()]
+        if errors:
+            selection[family] = summarize(SELECTION, errors)
+        tails = [tail for each in rows for tail in each.tail_mass.tolist()]
+        if tails and stored_tau(identity, family) == 0:
+            dropped[family] = summarize(DROPPED, tails)
+    return {"teacher_noise": noise, "selection_errors": selection, "dropped_mass": dropped}
+
+
 def _reason(row: Mapping[str, Any], records: PartRecords) -> str:
     reasons = [error.reason for error in records.errors if error.sample_id == row["sample_id"]]
     return f": {reasons[0]}" if reasons else ""
@@ -357,9 +375,9 @@ def _reordered(records: PartRecords, places: Sequence[int]) -> PartRecords:
     changes: dict[str, Any] = {"tokens": tokens}
     for field in fields(records):
         value = getattr(records, field.name)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and field.name in ("visual", "relation", "images"):
             changes[field.name] = {key: signal for key, signal in value.items() if key in keys}
-        elif field.name not in ("tokens", "errors") and value is not None:
+        elif isinstance(value, Sequence) and field.name not in ("tokens", "errors"):
             changes[field.name] = [value[place] for place in places]
     return replace(records, **changes)
 

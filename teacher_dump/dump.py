@@ -19,6 +19,7 @@ from storage.identity import Identity
 from storage.reader import Cache
 from storage.records import SampleError
 from storage.sections import Sections, read_sections
+from storage.tail_profile import tail_parts
 from storage.writer import CacheWriter
 from teacher_dump import checkpoint, fingerprint
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
@@ -336,7 +337,7 @@ def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings
         served=(settings.run / "served").resolve(),
         facts=planned.facts,
         image_root=Path(planned.identity.image_root),
-        request=_signal_request(settings),
+        request=_signal_request(settings, planned.identity.num_parts),
         cache=_whole_path(cache.path),
         identity=planned.identity,
         families=cache.families,
@@ -352,7 +353,7 @@ def _whole_path(path: str) -> str:
     return path if is_url(path) else str(Path(path).resolve())
 
 
-def _signal_request(settings: DumpSettings) -> SignalRequest:
+def _signal_request(settings: DumpSettings, num_parts: int) -> SignalRequest:
     from teacher_dump.scoring import SignalRequest
 
     cache = settings.cache
@@ -365,6 +366,7 @@ def _signal_request(settings: DumpSettings) -> SignalRequest:
         sequence="sequence" in cache.families,
         images="images" in cache.families,
         rows_per_chunk=settings.dump.rows_per_chunk,
+        measured_parts=frozenset(tail_parts(num_parts)),
     )
 
 
@@ -387,19 +389,22 @@ def _row_request(section: SelectionSection) -> RowRequest:
         "mass": Mass(section.mass),
         "sampled": Sampled(section.draws),
     }
-    return RowRequest(selections[section.method], section.seed, section.temperatures)
+    return RowRequest(selections[section.method], section.seed, section.temperatures, section.draw_sets)
 
 
 def _selection(cache: CacheSection) -> dict[str, dict[str, Any]]:
     """Of the families that are dumped, the settings that decide what is stored."""
-    fields = {"tau", "k", "mass", "draws", "seed"}
+    fields = {"tau", "k", "mass", "draws", "seed", "draw_sets"}
     used = {"threshold": {"tau", "seed"}, "topk": {"k"}, "mass": {"mass"}, "sampled": {"draws", "seed"}}
     chosen: dict[str, dict[str, Any]] = {}
     for family in cache.families:
         if family in ("images", "sequence"):  # nothing about them is chosen
             continue
         section = getattr(cache, family)
-        skipped = fields - used[section.method] if isinstance(section, SelectionSection) else set()
+        skipped = set()
+        if isinstance(section, SelectionSection):
+            several = {"draw_sets"} if section.draw_sets > 1 else set()  # older caches do not name it
+            skipped = fields - used[section.method] - several
         chosen[family] = section.model_dump(mode="json", exclude=skipped, exclude_none=True)
     return chosen
 

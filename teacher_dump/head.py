@@ -77,13 +77,14 @@ class OutputHead:
         uniforms: NDArray[np.float64],
         rows_per_chunk: int,
         temperatures: Sequence[float] = (),
+        tail_total: Float[Tensor, " v"] | None = None,
     ) -> SparseRows:
         """The rows' distributions as a cache keeps them; no more than [rows_per_chunk, v] in memory at once.
 
-        `uniforms` (r,): see selection.row_uniforms. ValueError: logits that are not finite.
+        `uniforms` (r, sets) and `tail_total`: see selection.select_rows. ValueError: logits that are not finite.
         """
         parts = []
-        for start in range(0, hidden.shape[0], rows_per_chunk):
+        for start in range(0, max(hidden.shape[0], 1), rows_per_chunk):
             chunk = slice(start, start + rows_per_chunk)
             parts.append(
                 select_rows(
@@ -92,10 +93,9 @@ class OutputHead:
                     selection=selection,
                     uniforms=uniforms[chunk],
                     temperatures=temperatures,
+                    tail_total=tail_total,
                 )
             )
-        if not parts:
-            return SparseRows.empty(with_labels=labels is not None, num_temperatures=len(temperatures))
         return SparseRows.concatenate(parts)
 
     def label_logprobs(

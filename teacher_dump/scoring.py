@@ -7,7 +7,7 @@ Legend: r response rows, n visual rows of one image, t unexpanded tokens, d hidd
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +27,11 @@ from storage.records import (
 )
 from storage.relation import num_blocks
 from storage.rows import SparseRows
+from storage.tail_profile import TailTotal
 from teacher_dump.head import OutputHead
 from teacher_dump.images import LoadedImage, load_image
 from teacher_dump.lengths import TooLong, kept_length
+from teacher_dump.noise import NUM_SAMPLES, rescored_kl
 from teacher_dump.pairs import without_lone_halves
 from teacher_dump.plan import Part
 from teacher_dump.prompt import Prompt, PromptBuilder
@@ -50,6 +52,7 @@ class RowRequest:
     selection: Selection
     seed: int
     temperatures: tuple[float, ...] = ()  # besides 1
+    draw_sets: int = 1  # independent draws a row
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class SignalRequest:
     sequence: bool = False  # logprobs of whole answers
     images: bool = False  # keep the images' files
     rows_per_chunk: int = 1024
+    measured_parts: frozenset[int] = frozenset()  # that keep the sum of their tails and the teacher's noise
 
     @property
     def needs_teacher(self) -> bool:
@@ -202,6 +206,9 @@ class PartScorer:
     def score(self, part: Part) -> Scored:
         """The part's records in the order of its samples. Rows are a function of the part and the seeds."""
         gathered = _Gathered(errors=list(part.errors))
+        is_measured = self._teacher is not None and part.number in self._request.measured_parts
+        if self._teacher is not None and is_measured:
+            gathered.tails = {family: _Tail.of(self._teacher.head) for family in self._distributions()}
         for start in range(0, len(part.samples), _SAMPLES_PER_CALL):
             ready = self.prepare(part.samples[start : start + _SAMPLES_PER_CALL], gathered.errors)
             gathered.cut |= {prepared.record.sample_id for prepared in ready if prepared.is_cut}
@@ -210,6 +217,8 @@ class PartScorer:
                 self._add_images(ready, gathered)
             elif ready:
                 scored, hidden = self.hidden_states(ready, gathered.errors)
+                if is_measured and not gathered.noise:
+                    gathered.noise = self._noise(self._teacher.head, scored, hidden)
                 self._add_signals(self._teacher.head, scored, hidden, gathered)
         request = self._request
         records = PartRecords(
@@ -221,10 +230,16 @@ class PartScorer:
             hidden=None if request.hidden_limit is None else gathered.hidden,
             sequence=gathered.sequence if request.sequence else None,
             images=gathered.images if request.images else None,
+            tail_totals={family: tail.summed() for family, tail in gathered.tails.items()},
+            teacher_noise=gathered.noise,
         )
         records = without_lone_halves(records)
         num_cut = sum(record.sample_id in gathered.cut for record in records.tokens)
         return Scored(records, gathered.num_tokens, num_cut)
+
+    def _distributions(self) -> list[str]:
+        requests = {"response": self._request.response, "visual": self._request.visual}
+        return [family for family, request in requests.items() if request is not None]
 
     def prepare(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Prepared]:
         """The samples that can be scored; the others are added to `errors`."""
@@ -302,7 +317,7 @@ class PartScorer:
             else:
                 gathered.errors.append(SampleError(sample.record.sample_id, reason))
         if self._request.response is not None:
-            rows = self._response(head, self._request.response, kept)
+            rows = self._response(head, self._request.response, kept, gathered.tails.get("response"))
             possible = _possible(kept, [_label_logprobs(one) for one in rows], gathered.errors)
             gathered.response += [rows[at] for at in possible]
             gathered.sequence += [_sequence(_label_logprobs(rows[at])) for at in possible]
@@ -319,7 +334,8 @@ class PartScorer:
         gathered.num_tokens += sum(len(states) for _, states in kept)
         new = _new_images(kept, gathered.image_keys)
         if self._request.visual is not None:
-            gathered.visual |= self._visual(head, self._request.visual, new)
+            visual = self._sparse_rows(head, "visual", self._request.visual, new, gathered.tails.get("visual"))
+            gathered.visual |= dict(zip(new, visual, strict=True))
         if self._request.relation_centered is not None:
             for key, states in new.items():
                 gathered.relation[key] = head.relation(states, centered=self._request.relation_centered)
@@ -337,50 +353,66 @@ class PartScorer:
         if self._request.images:
             gathered.images |= {image.sha256: image.content for sample in samples for image in sample.images}
 
-    def _response(
-        self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[Prepared, Tensor]]
+    def _sparse_rows(
+        self,
+        head: OutputHead,
+        family: str,
+        request: RowRequest,
+        states: Mapping[str, Tensor],  # (r, d) by sample id, or image key
+        tail: _Tail | None,
+        *,
+        labels: Tensor | None = None,
     ) -> list[SparseRows]:
-        counts = [sample.record.num_response_tokens for sample, _ in kept]
-        if not kept:
+        if not states:
             return []
+        draws = {"seed": request.seed, "family": family, "num_sets": request.draw_sets}
         rows = head.sparse_rows(
-            torch.cat([_response_states(sample, states) for sample, states in kept]),
-            labels=torch.cat([_labels(sample) for sample, _ in kept]),
+            torch.cat(list(states.values())),
+            labels=labels,
             selection=request.selection,
-            uniforms=np.concatenate(
-                [
-                    row_uniforms(count, seed=request.seed, family="response", key=sample.record.sample_id)
-                    for (sample, _), count in zip(kept, counts, strict=True)
-                ]
-            ),
+            uniforms=np.concatenate([row_uniforms(len(own), key=key, **draws) for key, own in states.items()]),
             rows_per_chunk=self._request.rows_per_chunk,
             temperatures=request.temperatures,
+            tail_total=None if tail is None else tail.total,
         )
-        return _split(rows, counts)
+        if tail is not None:
+            tail.num_rows += rows.num_rows
+        return _split(rows, [len(own) for own in states.values()])
+
+    def _response(
+        self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[Prepared, Tensor]], tail: _Tail | None
+    ) -> list[SparseRows]:
+        states = {sample.record.sample_id: _response_states(sample, own) for sample, own in kept}
+        labels = torch.cat([_labels(sample) for sample, _ in kept]) if kept else None
+        return self._sparse_rows(head, "response", request, states, tail, labels=labels)
+
+    def _noise(self, head: OutputHead, samples: Sequence[Prepared], hidden: Sequence[Tensor]) -> dict[str, list[float]]:
+        """What scoring some samples again, in a batch of their own and the other way round, changes."""
+        first = list(zip(samples, hidden, strict=True))[:NUM_SAMPLES]
+        taken, states = self.hidden_states([sample for sample, _ in reversed(first)], [])
+        again = {sample.record.sample_id: own for sample, own in zip(taken, states, strict=True)}
+        pairs = [(sample, own, again[sample.record.sample_id]) for sample, own in first
+                 if sample.record.sample_id in again]  # fmt: skip
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        if self._request.response is not None:
+            parts["response"] = [(_response_states(sample, a), _response_states(sample, b)) for sample, a, b in pairs]
+        if self._request.visual is not None:
+            spans = [(a[start:stop], b[start:stop]) for sample, a, b in pairs for start, stop in sample.expansion.spans]
+            parts["visual"] = spans
+        chunk = self._request.rows_per_chunk
+        return {
+            family: rescored_kl(
+                head, torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows]), rows_per_chunk=chunk
+            )
+            for family, rows in parts.items()
+            if rows
+        }
 
     def _logprobs(self, head: OutputHead, sample: Prepared, states: Tensor) -> np.ndarray:
         """(r,) each response token's logprob."""
         labels = _labels(sample)
         rows = _response_states(sample, states)
         return head.label_logprobs(rows, labels, rows_per_chunk=self._request.rows_per_chunk).cpu().numpy()
-
-    def _visual(self, head: OutputHead, request: RowRequest, images: dict[str, Tensor]) -> dict[str, SparseRows]:
-        if not images:
-            return {}
-        rows = head.sparse_rows(
-            torch.cat(list(images.values())),
-            labels=None,
-            selection=request.selection,
-            uniforms=np.concatenate(
-                [
-                    row_uniforms(len(states), seed=request.seed, family="visual", key=key)
-                    for key, states in images.items()
-                ]
-            ),
-            rows_per_chunk=self._request.rows_per_chunk,
-            temperatures=request.temperatures,
-        )
-        return dict(zip(images, _split(rows, [len(states) for states in images.values()]), strict=True))
 
 
 @dataclass
@@ -397,7 +429,24 @@ class _Gathered:
     image_keys: set[str] = field(default_factory=set)
     errors: list[SampleError] = field(default_factory=list)
     cut: set[str] = field(default_factory=set)  # ids of samples that are not whole
+    tails: dict[str, _Tail] = field(default_factory=dict)  # by family; none in a part that keeps no tails
+    noise: dict[str, list[float]] = field(default_factory=dict)
     num_tokens: int = 0
+
+
+@dataclass
+class _Tail:
+    """The sum of the tails of all rows so far."""
+
+    total: Tensor  # (v,) float64
+    num_rows: int = 0
+
+    @staticmethod
+    def of(head: OutputHead) -> _Tail:
+        return _Tail(torch.zeros(head.vocab_size, dtype=torch.float64, device=head.weight.device))
+
+    def summed(self) -> TailTotal:
+        return TailTotal(self.total.cpu().numpy(), self.num_rows)
 
 
 def _labels(sample: Prepared) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,13 +56,17 @@ class Sampled:
 Selection = TopK | Threshold | Mass | Sampled
 
 
-def row_uniforms(num_rows: int, *, seed: int, family: str, key: str) -> NDArray[np.float64]:
-    """The random numbers of a sample's or an image's rows, one a row in [0, 1): a retry draws the same.
+def row_uniforms(num_rows: int, *, seed: int, family: str, key: str, num_sets: int = 1) -> NDArray[np.float64]:
+    """The random numbers of a sample's or an image's rows in [0, 1), (r, sets): a retry draws the same.
 
-    Seeded by the selection's seed, the family and the sample id or image key, and by nothing else.
+    Seeded by the selection's seed, the family, the sample id or image key and the set's number, and by nothing else.
     """
-    digest = hashlib.sha256(f"stillhouse draws 1\0{seed}\0{family}\0{key}".encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little"))).random(num_rows)
+    columns = []
+    for number in range(num_sets):
+        of_set = f"{seed}.{number}" if number else f"{seed}"
+        digest = hashlib.sha256(f"stillhouse draws 1\0{of_set}\0{family}\0{key}".encode()).digest()
+        columns.append(np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little"))).random(num_rows))
+    return np.stack(columns, axis=1)
 
 
 def select_rows(
@@ -72,22 +76,23 @@ def select_rows(
     selection: Selection,
     uniforms: NDArray[np.float64],
     temperatures: Sequence[float] = (),
+    tail_total: Float[Tensor, " v"] | None = None,
 ) -> SparseRows:
     """Each row's stored entries, and its scalars over the full vocabulary, from float32 logits.
 
-    `temperatures` besides 1 get a log-sum-exp. `uniforms` (r,) in [0, 1) decide the draws of
-    `Threshold` and `Sampled`. ValueError: logits that are not finite.
+    `temperatures` besides 1 get a log-sum-exp. `uniforms` (r, sets), or (r,) of one set, in [0, 1) decide the draws of
+    `Threshold` and `Sampled`: a set of them for each column. To `tail_total`, in float64, the probabilities
+    outside the exact entries are added, row by row. ValueError: logits that are not finite.
     """
     num_rows, vocab_size = logits.shape
+    uniforms = uniforms if uniforms.ndim == 2 else uniforms[:, None]
     per_block = max(1, _BLOCK_ENTRIES["cpu" if logits.device.type == "cpu" else "gpu"] // vocab_size)
     blocks = []
-    for start in range(0, num_rows, per_block):
+    for start in range(0, max(num_rows, 1), per_block):
         block = slice(start, start + per_block)
         dense = _Dense.of(logits[block])
         own = None if labels is None else labels[block]
-        blocks.append(_select(dense, own, selection, uniforms[block], temperatures))
-    if not blocks:
-        return SparseRows.empty(with_labels=labels is not None, num_temperatures=len(temperatures))
+        blocks.append(_select(dense, own, selection, uniforms[block], temperatures, tail_total))
     return SparseRows.concatenate(blocks)
 
 
@@ -124,6 +129,7 @@ def _select(
     selection: Selection,
     uniforms: NDArray[np.float64],
     temperatures: Sequence[float],
+    tail_total: Tensor | None,
 ) -> SparseRows:
     num_rows, vocab_size = dense.weights.shape
     label_logprob = None if labels is None else dense.shifted.gather(1, labels[:, None])[:, 0] - dense.log_total
@@ -135,24 +141,48 @@ def _select(
     tail = dense.weights
     tail.view(-1)[places] = 0.0
     tail_mass = tail.sum(dim=1) / dense.total  # summed itself: 1 - head would lose small tails
-    sampled = _Entries.none()
+    if tail_total is not None:
+        tail_total += tail.T @ dense.total.reciprocal()
+    tail_norm = _numpy(torch.linalg.vector_norm(tail, dim=1) / dense.total).astype(np.float64)
+    sets = []
+    for column in uniforms.T:
+        sampled = _drawn(tail, dense.total, selection, column)
+        offsets, entries, num_exact = _interleave(head, sampled, num_rows)
+        rows = SparseRows(
+            offsets=offsets,
+            ids=entries.ids.astype(np.int32),
+            logprobs=entries.logprobs.astype(np.float32),
+            num_exact=num_exact,
+            tail_mass=np.minimum(_numpy(tail_mass).astype(np.float32), np.float32(1)),
+            entropy=_numpy(entropy).astype(np.float32),
+            log_sum_exp=log_sum_exp,
+            label_logprob=None if label_logprob is None else _numpy(label_logprob).astype(np.float32),
+            selection_error=_distance(tail, dense.total, tail_norm, sampled),
+        )
+        sets.append(rows)
+    return replace(sets[0], other_sets=tuple(sets[1:]))
+
+
+def _drawn(tail: Tensor, total: Tensor, selection: Selection, uniforms: NDArray[np.float64]) -> _Entries:
+    """One set of draws from the tails; none of a selection that does not draw."""
     if isinstance(selection, Threshold):
-        drawn = systematic_draws(tail, unit=selection.tau * dense.total, uniforms=uniforms)
-        sampled = _Entries.drawn(drawn, weight=selection.tau)
-    elif isinstance(selection, Sampled):
+        drawn = systematic_draws(tail, unit=selection.tau * total, uniforms=uniforms)
+        return _Entries.drawn(drawn, weight=selection.tau)
+    if isinstance(selection, Sampled):
         drawn = independent_draws(tail, num_draws=selection.draws, uniforms=uniforms)
-        sampled = _Entries.drawn(drawn, weight=1 / selection.draws)
-    offsets, entries, num_exact = _interleave(head, sampled, num_rows)
-    return SparseRows(
-        offsets=offsets,
-        ids=entries.ids.astype(np.int32),
-        logprobs=entries.logprobs.astype(np.float32),
-        num_exact=num_exact,
-        tail_mass=np.minimum(_numpy(tail_mass).astype(np.float32), np.float32(1)),
-        entropy=_numpy(entropy).astype(np.float32),
-        log_sum_exp=log_sum_exp,
-        label_logprob=None if label_logprob is None else _numpy(label_logprob).astype(np.float32),
-    )
+        return _Entries.drawn(drawn, weight=1 / selection.draws)
+    return _Entries.none()
+
+
+def _distance(tail: Tensor, total: Tensor, tail_norm: NDArray[np.float64], sampled: _Entries) -> NDArray[np.float32]:
+    """(r,) the Euclidean distance of each row's entries from the dense row; exact entries add nothing to it."""
+    squares = tail_norm**2
+    if len(sampled.ids):
+        places = torch.from_numpy(sampled.rows * tail.shape[1] + sampled.ids).to(tail.device)
+        missed = _numpy(tail.reshape(-1)[places]).astype(np.float64) / _numpy(total).astype(np.float64)[sampled.rows]
+        change = (np.exp(sampled.logprobs.astype(np.float64)) - missed) ** 2 - missed**2
+        squares = squares + np.bincount(sampled.rows, change, len(squares))
+    return np.sqrt(np.maximum(squares, 0)).astype(np.float32)
 
 
 def _exact_places(dense: _Dense, selection: Selection) -> Tensor:

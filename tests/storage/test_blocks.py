@@ -168,23 +168,29 @@ def test_sampled_weights_must_be_whole_draws_and_add_up_to_the_tail():
         encode(exact_only)
 
 
+FIELDS = ("version", "length_bytes", "draw_bytes", "num_sets", "num_rows", "exact", "tau", "step", "lowest")
+FIXED = struct.Struct("<BBBBIIdff")  # what comes before the planes' sizes: 28 bytes, then 16 of the exact entries'
+
+
 def respelled(block: bytes, **changes: Any) -> bytes:
-    names = ("version", "length_bytes", "draw_bytes", "zero", "num_rows", "exact", "sampled", "tau", "step", "lowest")
-    fields = list(blocks._HEADER.unpack_from(block))
-    for name, value in changes.items():
-        fields[names.index(name)] = value
-    return blocks._HEADER.pack(*fields) + block[blocks._HEADER.size :]
+    fields = dict(zip(FIELDS, FIXED.unpack_from(block), strict=True)) | changes
+    sampled = fields.pop("sampled", struct.unpack_from("<I", block, 44)[0])
+    return FIXED.pack(*fields.values()) + block[28:44] + struct.pack("<I", sampled) + block[48:]
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"version": 3}, "version 3"),
+        ({"version": 4}, "version 4"),
+        ({"version": 2}, "the byte 1 for 0"),
         ({"length_bytes": 3}, "widths"),
-        ({"zero": 1}, "widths"),
+        ({"num_sets": 0}, "0 sets of draws"),
+        ({"num_sets": 65}, "65 sets of draws"),
+        ({"num_sets": 2}, "its header needs"),
         ({"num_rows": 41}, "scalar columns"),
         ({"num_rows": 2**20}, "claims"),
         ({"exact": 2**31}, "claims"),
+        ({"sampled": 2**31}, "claims"),
         ({"tau": 0.0}, "sampled entries and tau"),
         ({"tau": float("nan")}, "sampled entries and tau"),
         ({"step": 2.0}, "the step"),
@@ -202,12 +208,10 @@ def test_a_wrong_header_is_refused(changes, problem):
 def test_a_plane_that_would_grow_in_memory_is_refused_before_it_does():
     rows = make_rows(5)
     encoded, groups = encode(rows)
-    header = read_header(memoryview(encoded.block))
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
-    sizes = (len(bomb), *header.plane_bytes[1:])
-    at = blocks._HEADER.size + header.plane_bytes[0]
-    fields = blocks._HEADER.unpack_from(encoded.block)[:-7]
-    block = blocks._HEADER.pack(*fields, *sizes) + bomb + encoded.block[at:]
+    at = read_header(memoryview(encoded.block)).planes["num_exact"]
+    block = encoded.block[:28] + struct.pack("<I", len(bomb)) + encoded.block[32 : at.start] + bomb
+    block += encoded.block[at.stop :]
     with pytest.raises(CorruptPartError, match="plane num_exact does not hold"):
         decode(block, groups, rows)
 
@@ -308,12 +312,12 @@ def sampled_rows(count: int, tau: float) -> SparseRows:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=400))
-def test_arbitrary_bytes_are_no_block(content):
+@given(st.sampled_from([2, 3]), st.binary(max_size=400))
+def test_arbitrary_bytes_are_no_block(version, content):
     rows = SparseRows.empty(with_labels=True)
     groups = IdGroups.of_counts(np.ones(VOCAB_SIZE, int))
     with pytest.raises(CorruptPartError):
-        decode(struct.pack("<BBBB", 2, 1, 1, 0) + content, groups, rows)
+        decode(struct.pack("<BBBB", version, 1, 1, version - 2) + content, groups, rows)
 
 
 def test_the_worked_example_of_the_specification_is_read():

@@ -1,4 +1,4 @@
-"""The golden cache of format version 2: what it holds besides the contents of version 1's, and the script that wrote v2/.
+"""The golden cache of format version 2: what it holds besides version 1's contents, and the script that wrote v2/.
 
 Two segments: tokens, response, visual and relation; then hidden and sequence, added. The folder v2/ was written by
 the last code of format version 2 and is never written again: every later reader must give these numbers.
@@ -23,7 +23,7 @@ SELECTION: dict[str, dict[str, Any]] = {
         "seed": 0,
         "temperatures": [TEMPERATURE],
         "rounding_kl": ROUNDING_KL,
-    },  # fmt: skip
+    },
     "visual": {"method": "topk", "k": 3, "temperatures": [], "rounding_kl": ROUNDING_KL},
     "relation": {"centered": False, "encoding": "low_rank", "max_cosine_error": 0.01, "factor_dtype": "float16"},
 }
