@@ -18,7 +18,8 @@ from storage.identity import READABLE_VERSIONS, Identity
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**62)]
-ErrorValue = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]  # bounded, so that sums over parts are too
+LARGEST_ERROR = 1e6  # bounded, so that sums over parts are too
+ErrorValue = Annotated[float, Field(ge=0, le=LARGEST_ERROR, allow_inf_nan=False)]
 
 
 class Entry(BaseModel):

@@ -43,13 +43,14 @@ def tail_parts(num_parts: int) -> tuple[int, ...]:
 
 def encode_tail_total(tail: TailTotal) -> str:
     """A sum of tails as text for a file's metadata. ValueError for numbers that are no such sum."""
-    largest, mass = float(tail.total.max(initial=0)), math.fsum(tail.total)
+    mass = math.fsum(tail.total)
     if not (np.isfinite(tail.total).all() and (tail.total >= 0).all() and mass <= tail.num_rows * (1 + 1e-3)):
         raise ValueError(f"the tails of {tail.num_rows} rows sum to {mass}, with values from {tail.total.min()}")
     levels = np.zeros(len(tail.total), np.uint8)
     there = tail.total > 0
-    octaves = np.log2(tail.total[there] / largest)
-    levels[there] = np.rint(np.maximum(_MAX_LEVEL + _LEVELS_PER_OCTAVE * octaves, 0))
+    octaves = np.log2(tail.total[there])
+    below = octaves.max(initial=-np.inf) - octaves
+    levels[there] = np.rint(np.maximum(_MAX_LEVEL - _LEVELS_PER_OCTAVE * below, 0))
     packed = zstandard.ZstdCompressor(level=9).compress(levels.tobytes())
     return base64.b64encode(_HEADER.pack(_VERSION, tail.num_rows, mass) + packed).decode("ascii")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from storage.documents import LARGEST_ERROR
 from teacher_dump.head import OutputHead
 
 NUM_SAMPLES = 4  # of a part that measures, scored a second time
@@ -23,6 +24,6 @@ def rescored_kl(
     for start in range(0, min(len(first), MAX_ROWS), rows_per_chunk):
         rows = slice(start, min(start + rows_per_chunk, MAX_ROWS))
         log_p, log_q = (head.logits(states[rows]).double().log_softmax(dim=1) for states in (first, second))
-        terms = (log_p.exp() * (log_p - log_q)).nan_to_num(nan=0.0, posinf=0.0)  # two tokens of probability 0
-        found += [max(round(value, _DIGITS), 0.0) for value in terms.sum(dim=1).tolist()]
+        terms = (log_p.exp() * (log_p - log_q)).nan_to_num(nan=0.0)  # a token of probability 0 in both
+        found += [min(max(round(value, _DIGITS), 0.0), LARGEST_ERROR) for value in terms.sum(dim=1).tolist()]
     return found

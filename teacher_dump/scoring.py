@@ -391,8 +391,11 @@ class PartScorer:
         first = list(zip(samples, hidden, strict=True))[:NUM_SAMPLES]
         taken, states = self.hidden_states([sample for sample, _ in reversed(first)], [])
         again = {sample.record.sample_id: own for sample, own in zip(taken, states, strict=True)}
-        pairs = [(sample, own, again[sample.record.sample_id]) for sample, own in first
-                 if sample.record.sample_id in again]  # fmt: skip
+        pairs = [
+            (sample, own, other)
+            for sample, own in first
+            if (other := again.get(sample.record.sample_id)) is not None and bool(torch.isfinite(own + other).all())
+        ]
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         if self._request.response is not None:
             parts["response"] = [(_response_states(sample, a), _response_states(sample, b)) for sample, a, b in pairs]

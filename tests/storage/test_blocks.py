@@ -29,9 +29,9 @@ def encode(rows: SparseRows, *, tau: float = TAU, rounding_kl: float = 5e-4) -> 
     return encode_block(rows, groups, tau=tau, rounding_kl=rounding_kl), groups
 
 
-def decode(block: bytes, groups: IdGroups, rows: SparseRows) -> SparseRows:
+def decode(block: bytes, groups: IdGroups, rows: SparseRows, draw_set: int = 0) -> SparseRows:
     scalars = {name: getattr(rows, name) for name in ("tail_mass", "entropy", "log_sum_exp", "label_logprob")}
-    return decode_block(block, groups, **scalars)
+    return decode_block(block, groups, **scalars, draw_set=draw_set)
 
 
 def make_rows(seed: int, count: int = 40, *, tau: float = TAU) -> SparseRows:
@@ -230,15 +230,15 @@ def test_other_groups_or_scalars_are_noticed():
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_damage_to_a_block_is_an_error_or_valid_rows(data):
-    rows = make_rows(7, 12)
-    encoded, groups = encode(rows)
-    block = bytearray(encoded.block)
+    rows = make_sets(7, data.draw(st.integers(1, 3)), 12)
+    groups = IdGroups.of_counts(np.ones(VOCAB_SIZE, int))
+    block = bytearray(encode_block(rows, groups, tau=TAU, rounding_kl=5e-4).block)
     for _ in range(data.draw(st.integers(1, 4))):
         block[data.draw(st.integers(0, len(block) - 1))] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans()):
         del block[data.draw(st.integers(0, len(block))) :]
     try:
-        got = decode(bytes(block), groups, rows)
+        got = decode(bytes(block), groups, rows, data.draw(st.integers(0, 2)))
     except CorruptPartError:
         return
     assert got.num_rows == rows.num_rows
@@ -320,20 +320,87 @@ def test_arbitrary_bytes_are_no_block(version, content):
         decode(struct.pack("<BBBB", version, 1, 1, version - 2) + content, groups, rows)
 
 
-def test_the_worked_example_of_the_specification_is_read():
+def written_example(name: str) -> bytes:
     text = (Path(blocks.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
-    (written,) = re.findall(r"```hex block\n(.*?)```", text, re.DOTALL)
-    block = bytes.fromhex(re.sub(r"#.*", "", written))
-    groups = IdGroups.of_counts(np.bincount([3, 7, 12, 900], minlength=1000))
+    (written,) = re.findall(rf"```hex {name}\n(.*?)```", text, re.DOTALL)
+    return bytes.fromhex(re.sub(r"#.*", "", written))
+
+
+@pytest.mark.parametrize(
+    ("name", "draw_set", "drawn"),
+    [("block", 0, 12), ("block", 1, 40), ("block", 2, 12), ("block_version_2", 0, 12), ("block_version_2", 7, 12)],
+)
+def test_the_worked_examples_of_the_specification_are_read(name, draw_set, drawn):
+    stored = [3, 7, 12, 900] if name == "block_version_2" else [3, 7, 12, 40, 900]
+    groups = IdGroups.of_counts(np.bincount(stored, minlength=1000))
     zero = np.zeros(2, np.float32)
     got = decode_block(
-        block,
+        written_example(name),
         groups,
         tail_mass=np.array([0.25, 0], np.float32),
         entropy=zero,
         log_sum_exp=np.zeros((2, 0), np.float32),
+        draw_set=draw_set,
     )
     assert got.offsets.tolist() == [0, 3, 4]
-    assert got.ids.tolist() == [7, 3, 12, 900]
+    assert got.ids.tolist() == [7, 3, drawn, 900]
     head = np.array([23, 16]) ** 2 / (23**2 + 16**2) * 0.75
     np.testing.assert_allclose(np.exp(got.logprobs), [*head, 0.25, 1], rtol=1e-6)
+
+
+def test_the_worked_example_is_what_is_written():
+    zero = np.zeros(2, np.float32)
+    sets = [
+        SparseRows(
+            offsets=np.array([0, 3, 4], np.int64), ids=np.array([7, 3, drawn, 900], np.int32),
+            logprobs=np.log(np.array([0.5, 0.25, 0.25, 1], np.float32)), num_exact=np.array([2, 1], np.int32),
+            tail_mass=np.array([0.25, 0], np.float32), entropy=zero, log_sum_exp=np.zeros((2, 0), np.float32),
+        )
+        for drawn in (12, 40)
+    ]  # fmt: skip
+    groups = IdGroups.of_counts(np.bincount([3, 7, 12, 40, 900], minlength=1000))
+    rows = replace(sets[0], other_sets=(sets[1],))
+    got = encode_block(rows, groups, tau=0.25, rounding_kl=1.5 / 32**2 / 6).block
+    assert got[:84] == written_example("block")[:84]
+    for draw_set in (0, 1):
+        assert decode(got, groups, rows, draw_set).equals(decode(written_example("block"), groups, rows, draw_set))
+
+
+def make_sets(seed: int, num_sets: int, count: int = 30) -> SparseRows:
+    """Rows with several sets of draws."""
+    logits = make_logits(np.random.default_rng(seed), count)
+    first, *others = [
+        select(logits, tau=TAU, rng=np.random.default_rng([seed, number]), labels=True) for number in range(num_sets)
+    ]
+    return replace(first, other_sets=tuple(others))
+
+
+@pytest.mark.parametrize("num_sets", [2, 5])
+def test_each_set_of_draws_comes_back_beside_the_same_exact_entries(num_sets):
+    rows = make_sets(8, num_sets)
+    stored = np.concatenate([each.ids for each in (rows, *rows.other_sets)])
+    groups = IdGroups.of_counts(np.bincount(stored, minlength=VOCAB_SIZE))
+    block = encode_block(rows, groups, tau=TAU, rounding_kl=0).block
+    for number, each in enumerate((rows, *rows.other_sets)):
+        got = decode(block, groups, rows, number)
+        assert got.ids.tolist() == each.ids.tolist()
+        np.testing.assert_allclose(got.logprobs, each.logprobs, atol=2e-6)
+        assert got.equals(decode(block, groups, rows, number + num_sets))
+    assert len({tuple(each.ids) for each in (rows, *rows.other_sets)}) == num_sets  # or there is nothing to tell apart
+
+
+def test_a_further_set_costs_its_sampled_entries_alone():
+    one, two, three = (make_sets(9, count, 2000) for count in (1, 2, 3))
+    groups = IdGroups.of_counts(np.ones(VOCAB_SIZE, int))
+    sizes = [len(encode_block(rows, groups, tau=TAU, rounding_kl=5e-4).block) for rows in (one, two, three)]
+    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], rel=0.02)
+    sampled = one.num_entries - one.num_exact.sum()
+    assert 8 * (sizes[1] - sizes[0]) / sampled < np.log2(VOCAB_SIZE) + 1
+
+
+def test_sets_of_other_rows_and_too_many_sets_are_refused():
+    rows, other = make_sets(10, 2), make_rows(11, 30)
+    with pytest.raises(ValueError, match="set 1 of draws is of other rows"):
+        replace(rows, other_sets=(other,)).validate(VOCAB_SIZE)
+    with pytest.raises(ValueError, match="65 sets"):
+        encode(replace(rows, other_sets=rows.other_sets * 64))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from storage.errors import CacheError
+from storage.identity import Identity
 from storage.reader import Cache
+from storage.records import PartRecords
 from storage.rows import SparseRows
 from storage.verify import verify
+from storage.writer import CacheWriter
+from tests.storage.golden import make_v2
 from tests.storage.golden.make_v1 import IDENTITY, IMAGES, PARTS, SIGNALS, TAU
 
 V1 = Path(__file__).parent / "golden" / "v1"
+V2 = Path(__file__).parent / "golden" / "v2"
 SAMPLES = [sample for part in PARTS for sample in part["samples"]]
 
 
@@ -75,3 +83,88 @@ def test_version_1_records_read_to_the_numbers_they_were_written_with(index):
         relation = got.relation[image.key]
         np.testing.assert_allclose(relation.values, SIGNALS[name]["relation"], rtol=1e-3)
         assert relation.norm == SIGNALS[name]["norm"]
+
+
+def test_version_2_is_verified_and_opened_as_it_was():
+    report = verify(V2)
+    assert report.problems == []
+    assert report.notes == []
+    assert report.sealed
+    assert (report.num_segments, report.num_parts, report.num_samples, report.num_errors) == (2, 2, 4, 1)
+    cache = Cache.open(V2)
+    assert cache.families == ("tokens", "response", "visual", "relation", "sequence", "hidden")
+    selection = {**make_v2.SELECTION, **make_v2.ADDED}
+    assert {name: getattr(cache.identity, name) for name in make_v2.IDENTITY} == {
+        **make_v2.IDENTITY,
+        "selection": selection,
+    }
+    state = np.array([[1.0, -1.0]], np.float32)
+    logits = state @ np.array([*make_v2.HEAD, [0, 0]]).T * 0.25
+    np.testing.assert_array_equal(cache.head().logits(state)[:, :3], logits)
+    statistics = cache.statistics()
+    assert set(statistics["errors_by_family"]) == {"response", "visual", "relation", "hidden"}
+    assert statistics["teacher_noise"] == statistics["selection_errors"] == statistics["dropped_mass"] == {}
+    with pytest.raises(CacheError, match="keeps no tail profile"):
+        cache.tail_profile("response")
+
+
+@pytest.mark.parametrize("index", range(len(SAMPLES)))
+def test_version_2_records_read_to_the_numbers_they_were_written_with(index):
+    sample, got = SAMPLES[index], Cache.open(V2).read(index, draw_set=3)
+    assert got.tokens.token_ids.tolist() == sample["token_ids"]
+    assert got.response is not None
+    assert_blocks_hold(got.response, sample["response"], tau=TAU, temperatures=1)
+    for image, name in zip(got.tokens.images, sample["images"], strict=True):
+        assert_blocks_hold(got.visual[image.key], SIGNALS[name]["visual"], tau=0, temperatures=0)
+        relation = got.relation[image.key]
+        cosine = (relation.values * np.array(SIGNALS[name]["relation"])).sum()
+        assert cosine >= 1 - 0.011
+        assert relation.norm == SIGNALS[name]["norm"]
+    assert got.hidden is not None
+    expected = np.array([make_v2.hidden_state(row) for row in range(len(got.hidden))]).reshape(-1, 2)
+    np.testing.assert_allclose(got.hidden, expected, atol=1 / 127)
+    assert got.sequence is not None
+    assert got.sequence.logprob == make_v2.SEQUENCE_LOGPROB * len(got.hidden)
+
+
+def assert_blocks_hold(got: SparseRows, expected, *, tau: float, temperatures: int) -> None:
+    """Rows as version 2 keeps them: probabilities in steps of their roots, scalars of ten bits."""
+    assert got.num_rows == len(expected)
+    for number, row in enumerate(expected):
+        start, stop = got.offsets[number], got.offsets[number + 1]
+        split = start + got.num_exact[number]
+        exact = dict(zip(got.ids[start:split].tolist(), np.exp(got.logprobs[start:split]).tolist(), strict=True))
+        assert exact.keys() == row["exact"].keys()
+        for token, p in row["exact"].items():
+            assert exact[token] == pytest.approx(p, abs=0.04)
+        assert got.ids[split:stop].tolist() == list(row["sampled"])
+        draws = np.exp(got.logprobs[split:stop]) / max(tau, 1e-9)
+        np.testing.assert_allclose(draws, list(row["sampled"].values()), rtol=1e-6)
+        assert got.tail_mass[number] == pytest.approx(row["tail_mass"], rel=2**-11)
+        assert got.entropy[number] == pytest.approx(row["entropy"], rel=2**-11)
+        assert got.log_sum_exp[number].tolist() == pytest.approx([row["log_sum_exp"]] * temperatures, rel=2**-11)
+        if "label_logprob" in row:
+            assert got.label_logprob is not None
+            assert got.label_logprob[number] == pytest.approx(row["label_logprob"], rel=2**-11)
+
+
+def test_a_sealed_cache_of_version_2_takes_segments_of_the_present_one(tmp_path):
+    folder = shutil.copytree(V2, tmp_path / "cache")
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    plan = {"plan_fingerprint": "another", "num_parts": 1}
+    selection = {"response": {**make_v2.SELECTION["response"]}}
+    identity = Identity(**{**make_v2.IDENTITY, **plan, "selection": selection})
+    writer = CacheWriter.open(folder, identity, ("response",), append=True)
+    assert writer.segment.format_version == 3
+    old = Cache.open(V2, ("response",)).read(0)
+    assert old.response is not None
+    token = dataclasses.replace(
+        old.tokens, sample_id="new", images=(), token_ids=np.array([1, 5, 20, 21, 30, 31], "i4")
+    )
+    writer.write_part(0, PartRecords(tokens=[token], response=[old.response]))
+    writer.seal()
+    assert verify(folder).problems == []
+    got = Cache.open(folder, ("response",)).read(4).response
+    assert got is not None
+    assert got.ids.tolist() == old.response.ids.tolist()
+    assert {path: path.read_bytes() for path in before} == before

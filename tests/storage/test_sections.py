@@ -123,7 +123,8 @@ def test_overrides_are_yaml_and_reach_everywhere(path):
         (
             ["cache.response.xyz=3"],
             [
-                "cache.response.xyz: unknown field; known are method, tau, k, mass, draws, seed, temperatures, "
+                "cache.response.xyz: unknown field; known are method, tau, k, mass, draws, seed, draw_sets, "
+                "temperatures, "
                 "rounding_kl"
             ],
         ),

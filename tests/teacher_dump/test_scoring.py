@@ -13,10 +13,12 @@ from PIL import Image
 
 from storage.errors import StillhouseError
 from teacher_dump.head import read_head
+from teacher_dump.noise import rescored_kl
 from teacher_dump.plan import Part
 from teacher_dump.processor import load_processor
 from teacher_dump.samples import SampleRefusedError
-from teacher_dump.scoring import OpenTeacher, PartScorer
+from teacher_dump.scoring import OpenTeacher, PartScorer, RowRequest
+from teacher_dump.selection import TopK
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 from teacher_dump.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, NOTHING, make_scorer, part_of, reference_teacher
@@ -284,3 +286,56 @@ def test_an_answer_that_the_teacher_holds_impossible_is_an_error_of_its_sample(
     assert {record.sample_id for record in got.tokens} == {record.sample_id for record in records.tokens} - with_it
     assert got.response is not None
     assert len(got.response) == len(got.tokens)
+
+
+MEASURED = dataclasses.replace(EVERYTHING, measured_parts=frozenset({0}))
+
+
+def test_a_measured_part_sums_the_tails_of_all_its_rows(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    request = dataclasses.replace(MEASURED, response=RowRequest(TopK(3), 0))
+    part = part_of(tiny_data)
+    records = make_scorer(tiny_teacher, tiny_data.parent, request, reference).score(part).records
+    full = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference).score(part).records
+    assert records.response is not None
+    assert full.response is not None
+    expected = np.zeros(300)
+    for all_entries in full.response:  # its rows have every token, by falling probability: all but the first three
+        for row in range(all_entries.num_rows):
+            tail = slice(all_entries.offsets[row] + 3, all_entries.offsets[row + 1])
+            np.add.at(expected, all_entries.ids[tail], np.exp(all_entries.logprobs[tail].astype(np.float64)))
+    tail = records.tail_totals["response"]
+    np.testing.assert_allclose(tail.total, expected, rtol=1e-4, atol=1e-8)
+    assert tail.num_rows == sum(rows.num_rows for rows in records.response)
+    assert records.visual is not None
+    masses = [float(rows.tail_mass.sum()) for rows in records.visual.values()]
+    assert records.tail_totals["visual"].total.sum() == pytest.approx(sum(masses), rel=1e-5)
+    assert full.tail_totals == full.teacher_noise == {}
+
+
+def test_a_teacher_that_repeats_itself_has_no_noise_and_one_that_does_not_has_some(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    def shaken(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
+        scale = 1 + 1e-2 * len(prompts)  # depends on the batch, as kernels do
+        return [TeacherStates(state.token_ids, state.hidden * scale) for state in states]
+
+    part = part_of(tiny_data)
+    quiet = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, reference).score(part).records
+    assert set(quiet.teacher_noise) == {"response", "visual"}
+    assert max(quiet.teacher_noise["response"]) <= 1e-7
+    assert quiet.response is not None
+    assert len(quiet.teacher_noise["response"]) == sum(rows.num_rows for rows in quiet.response[:4])
+    noisy = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, Twisted(reference, shaken)).score(part).records
+    assert min(noisy.teacher_noise["response"]) > 1e-5
+    assert min(noisy.teacher_noise["visual"]) > 0
+
+
+def test_noise_is_the_divergence_of_the_two_rows(tiny_teacher: Path) -> None:
+    head = read_head(tiny_teacher, vocab_size=300)
+    first, second = (torch.randn(300, head.weight.shape[1], generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    got = rescored_kl(head, first, second, rows_per_chunk=100)
+    p, q = (torch.log_softmax(head.logits(states[:256]).double(), dim=1) for states in (first, second))
+    np.testing.assert_allclose(got, (p.exp() * (p - q)).sum(dim=1), rtol=1e-6, atol=1e-7)
+    assert rescored_kl(head, first, first, rows_per_chunk=7) == [0.0] * 256

@@ -176,3 +176,73 @@ def test_a_token_that_the_teacher_suppresses_is_never_stored(selection: Selectio
     rows = select(logits, selection)
     rows.validate(50)
     assert 7 not in rows.ids
+
+
+def select_sets(logits: torch.Tensor, selection: Selection, num_sets: int, *, seed: int = 0) -> SparseRows:
+    uniforms = row_uniforms(len(logits), seed=seed, family="response", key="x", num_sets=num_sets)
+    rows = select_rows(logits, labels=None, selection=selection, uniforms=uniforms)
+    rows.validate(logits.shape[1])
+    return rows
+
+
+@pytest.mark.parametrize("selection", [Threshold(0.05), Sampled(10)])
+def test_each_set_of_draws_is_unbiased_and_independent_of_the_others(selection: Selection) -> None:
+    """Over 3,000 equal rows the mean of each set is the dense row, and two sets' errors do not go together."""
+    logits = random_logits(1, 30, seed=4, scale=1.0)
+    expected = np.exp(log_softmax(logits))[0]
+    rows = select_sets(logits.expand(3000, -1), selection, 3)
+    dense = np.stack([weights(each, 30) for each in (rows, *rows.other_sets)])  # (sets, r, v)
+    assert len(dense) == 3
+    spread = dense.std(axis=1)
+    for of_set in dense:
+        np.testing.assert_allclose(of_set.mean(axis=0), expected, atol=4.5 * spread.max() / np.sqrt(3000))
+    errors = dense - expected
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        together = (errors[one] * errors[other]).sum(axis=1).mean()
+        alone = (errors[one] ** 2).sum(axis=1).mean()
+        assert abs(together) < 0.05 * alone
+
+
+def test_sets_share_exact_entries_and_scalars_and_the_first_is_that_of_one_set() -> None:
+    logits = random_logits(20, 100)
+    rows = select_sets(logits, Threshold(0.05), 3)
+    assert rows.slice(0, 20).other_sets[1].equals(rows.other_sets[1])
+    alone = select_sets(logits, Threshold(0.05), 1)
+    assert alone.equals(SparseRows(**{**vars(rows), "other_sets": ()}))
+    joined = SparseRows.concatenate([rows.slice(0, 7), rows.slice(7, 20)])
+    assert joined.equals(rows)
+    assert rows.copy().equals(rows)
+    with pytest.raises(ValueError, match="zip"):
+        SparseRows.concatenate([rows, alone])
+
+
+@pytest.mark.parametrize("selection", [TopK(5), Threshold(0.02), Threshold(0.3), Mass(0.7), Sampled(10)])
+def test_the_selection_error_is_the_distance_from_the_dense_row(selection: Selection) -> None:
+    logits = random_logits(40, 100)
+    expected = np.exp(log_softmax(logits))
+    rows = select_sets(logits, selection, 2)
+    for each in (rows, *rows.other_sets):
+        distance = np.linalg.norm(weights(each, 100) - expected, axis=1)
+        assert each.selection_error is not None
+        np.testing.assert_allclose(each.selection_error, distance, atol=2e-6)
+
+
+@pytest.mark.parametrize("selection", [TopK(5), Threshold(0.02), Mass(0.7), Sampled(10)])
+def test_tails_are_summed_over_rows(selection: Selection) -> None:
+    logits = random_logits(40, 100)
+    probs = np.exp(log_softmax(logits))
+    total = torch.zeros(100, dtype=torch.float64)
+    rows = select_rows(logits, labels=None, selection=selection, uniforms=np.full(40, 0.5), tail_total=total)
+    exact = rows.is_exact()
+    probs[rows.row_of_entry()[exact], rows.ids[exact]] = 0
+    np.testing.assert_allclose(total.numpy(), probs.sum(axis=0), rtol=1e-5, atol=1e-9)
+    again = total.clone()
+    for part in (slice(0, 13), slice(13, 40)):
+        select_rows(logits[part], labels=None, selection=selection, uniforms=np.full(40, 0.5)[part], tail_total=again)
+    np.testing.assert_allclose(again, 2 * total, rtol=1e-6)
+
+
+def test_no_rows_have_as_many_sets_as_others() -> None:
+    rows = select_sets(torch.zeros(0, 50), Threshold(0.1), 3)
+    assert rows.num_rows == 0
+    assert len(rows.other_sets) == 2

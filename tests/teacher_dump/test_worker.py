@@ -92,3 +92,69 @@ def test_a_grid_that_knows_sizes_is_not_pooled(write_config: WriteConfig, tmp_pa
     )
     with pytest.raises(ConfigError, match=r"cache\.relation\.pool: .* lays out visual tokens by an image's size"):
         open_preparer(worker_settings(plan_dump(settings), settings))
+
+
+def test_losses_and_tail_profiles_of_a_dump(write_config: WriteConfig) -> None:
+    """The manifest splits what was lost, and the profile is the mean of all tails."""
+    rows = {"method": "topk", "k": 4, "rounding_kl": 1e-3}
+    visual = {"method": "threshold", "tau": 0.01, "draw_sets": 3}
+    folder = dump(
+        write_config(
+            cache={"families": ["response", "visual"], "response": rows, "visual": visual},
+            dump={"samples_per_part": 6},
+        )
+    )
+    assert verify(folder).problems == []
+    cache = Cache.open(folder)
+    statistics = cache.statistics()
+    num_rows = statistics["num_rows"]
+    assert statistics["teacher_noise"]["response"]["measure"] == "kl"
+    assert 0 < statistics["teacher_noise"]["response"]["count"] < num_rows["response"]
+    assert statistics["teacher_noise"]["response"]["max"] <= 1e-6  # float32 on a CPU
+    selection = statistics["selection_errors"]
+    assert (selection["response"]["count"], selection["visual"]["count"]) == (
+        num_rows["response"],
+        3 * num_rows["visual"],
+    )
+    assert 0 < selection["visual"]["mean"] <= selection["visual"]["p99"] <= selection["visual"]["max"]
+    assert set(statistics["dropped_mass"]) == {"response"}
+    tails = np.concatenate([t["tail_mass"].combine_chunks().flatten() for t in cache.tables("response", ["tail_mass"])])
+    assert statistics["dropped_mass"]["response"]["mean"] == pytest.approx(tails.mean(), rel=2**-11)
+    assert statistics["errors_by_family"]["response"]["measure"] == "rounding_kl"
+    for family in ("response", "visual"):
+        profile = cache.tail_profile(family)
+        assert profile.dtype == np.float32
+        assert profile.sum() == pytest.approx(1, abs=1e-5)
+    drawn = np.zeros(300)
+    for index in range(cache.num_samples):
+        for draw_set in range(3):
+            for own in cache.read(index, draw_set=draw_set).visual.values():
+                sampled = ~own.is_exact()
+                np.add.at(drawn, own.ids[sampled], np.exp(own.logprobs[sampled]))
+    drawn /= drawn.sum()
+    assert np.abs(cache.tail_profile("visual") - drawn).sum() / 2 < 0.15  # the draws are a sample of the profile
+
+
+def test_epochs_read_other_draws_beside_the_same_exact_entries(write_config: WriteConfig) -> None:
+    folder = dump(
+        write_config(cache={"families": ["response"], "response": {"method": "threshold", "tau": 0.05, "draw_sets": 2}})
+    )
+    cache = Cache.open(folder)
+    assert cache.identity.selection["response"]["draw_sets"] == 2
+    different = 0
+    for index in range(cache.num_samples):
+        first, second, third = (cache.read(index, draw_set=epoch).response for epoch in range(3))
+        assert first is not None
+        assert second is not None
+        assert third is not None
+        assert first.equals(third)
+        assert first.num_exact.tolist() == second.num_exact.tolist()
+        assert first.ids[first.is_exact()].tolist() == second.ids[second.is_exact()].tolist()
+        different += first.ids.tolist() != second.ids.tolist()
+    assert different > cache.num_samples / 2
+
+
+def test_a_selection_that_draws_nothing_has_no_sets(write_config: WriteConfig) -> None:
+    config = write_config(cache={"families": ["response"], "response": {"method": "topk", "draw_sets": 2}})
+    with pytest.raises(ConfigError, match="draw_sets 2 with method 'topk', which draws nothing"):
+        read_settings(config)
