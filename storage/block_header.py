@@ -1,4 +1,4 @@
-"""The header of a block of sparse rows: what it holds, where each plane lies, checked before anything is allocated.
+"""The header of a block of sparse rows and the planes behind it, checked before anything is allocated.
 
 FORMAT.md has the bytes.
 """
@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import zstandard
+from numpy.typing import NDArray
 
+from storage.bits import packed_size, unpack_bits
 from storage.errors import CorruptPartError
 
 BLOCK_VERSION = 3
@@ -122,3 +125,34 @@ def _header_2(view: memoryview, _: int) -> tuple[Header, int]:
     return Header(
         version, length_bytes, draw_bytes, 1, num_rows, num_exact, num_sampled, tau, step, lowest, planes
     ), stops[-1]
+
+
+class Planes:
+    """A block's compressed planes, each decompressed once, to the size that is expected of it."""
+
+    def __init__(self, view: memoryview, header: Header) -> None:
+        self._planes = {name: view[at] for name, at in header.planes.items()}
+
+    def take_places(self, widths: NDArray[np.uint8], split: int) -> NDArray[np.int32]:
+        """Places of the exact entries, the first `split`, and of the sampled ones."""
+        if "places" in self._planes:
+            return unpack_bits(self.take("places", "u1", packed_size(widths)), widths)
+        parts = zip(("exact_places", "sampled_places"), (widths[:split], widths[split:]), strict=True)
+        return np.concatenate([unpack_bits(self.take(name, "u1", packed_size(own)), own) for name, own in parts])
+
+    def take(self, name: str, kind: str, count: int) -> NDArray:
+        """A plane as `count` numbers. Errors: CorruptPartError."""
+        plane, expected = self._planes[name], np.dtype(kind).itemsize * count
+        if expected == 0:
+            if len(plane):
+                raise CorruptPartError(f"the block's plane {name} should be empty")
+            return np.zeros(0, kind)
+        try:
+            if zstandard.frame_content_size(plane) != expected:
+                raise CorruptPartError(f"the block's plane {name} does not hold {expected} bytes")
+            content = zstandard.ZstdDecompressor().decompress(plane, read_across_frames=False)
+        except zstandard.ZstdError as error:
+            raise CorruptPartError(f"the block's plane {name}: {error}") from error
+        if len(content) != expected:
+            raise CorruptPartError(f"the block's plane {name} has {len(content)} bytes, expected {expected}")
+        return np.frombuffer(content, kind)

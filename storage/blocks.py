@@ -14,8 +14,8 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from storage.bits import pack_bits, packed_size, unpack_bits
-from storage.block_header import MAX_LEVEL, MAX_ROWS, MAX_SETS, Header, pack_header, read_header
+from storage.bits import pack_bits
+from storage.block_header import MAX_LEVEL, MAX_ROWS, MAX_SETS, Header, Planes, pack_header, read_header
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
 from storage.rows import HEAD_TOLERANCE, SparseRows, check_sampled_total, check_sampled_weights
@@ -172,7 +172,7 @@ def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[n
     header = read_header(view, draw_set)
     if header.num_rows != len(tail_mass):
         raise CorruptPartError(f"the block has {header.num_rows} rows, its scalar columns have {len(tail_mass)}")
-    planes = _Planes(view, header)
+    planes = Planes(view, header)
     num_exact = planes.take("num_exact", f"<u{header.length_bytes}", header.num_rows).astype(np.int32)
     num_sampled = planes.take("num_sampled", f"<u{header.length_bytes}", header.num_rows).astype(np.int32)
     if num_exact.sum(dtype=np.int64) != header.num_exact or num_sampled.sum(dtype=np.int64) != header.num_sampled:
@@ -201,37 +201,6 @@ def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[n
     return _Sets(num_exact, num_sampled, ranks, draws, header.tau, values, shift)
 
 
-class _Planes:
-    """A block's compressed planes, each decompressed once, to the size that is expected of it."""
-
-    def __init__(self, view: memoryview, header: Header) -> None:
-        self._planes = {name: view[at] for name, at in header.planes.items()}
-
-    def take_places(self, widths: NDArray[np.uint8], split: int) -> NDArray[np.int32]:
-        """Places of the exact entries, the first `split`, and of the sampled ones."""
-        if "places" in self._planes:
-            return unpack_bits(self.take("places", "u1", packed_size(widths)), widths)
-        parts = zip(("exact_places", "sampled_places"), (widths[:split], widths[split:]), strict=True)
-        return np.concatenate([unpack_bits(self.take(name, "u1", packed_size(own)), own) for name, own in parts])
-
-    def take(self, name: str, kind: str, count: int) -> NDArray:
-        """A plane as `count` numbers. Errors: CorruptPartError."""
-        plane, expected = self._planes[name], np.dtype(kind).itemsize * count
-        if expected == 0:
-            if len(plane):
-                raise CorruptPartError(f"the block's plane {name} should be empty")
-            return np.zeros(0, kind)
-        try:
-            if zstandard.frame_content_size(plane) != expected:
-                raise CorruptPartError(f"the block's plane {name} does not hold {expected} bytes")
-            content = zstandard.ZstdDecompressor().decompress(plane, read_across_frames=False)
-        except zstandard.ZstdError as error:
-            raise CorruptPartError(f"the block's plane {name}: {error}") from error
-        if len(content) != expected:
-            raise CorruptPartError(f"the block's plane {name} has {len(content)} bytes, expected {expected}")
-        return np.frombuffer(content, kind)
-
-
 @dataclass(frozen=True, eq=False)
 class _Values:
     """The exact entries' probabilities of a block, before each row's are rescaled."""
@@ -243,7 +212,7 @@ class _Values:
     tolerance: NDArray[np.float64]  # (r,) how far rounding may have moved that
 
 
-def _values(planes: _Planes, header: Header, num_exact: NDArray[np.int32]) -> _Values:
+def _values(planes: Planes, header: Header, num_exact: NDArray[np.int32]) -> _Values:
     if header.step == 0:
         logprobs = planes.take("values", "<f4", header.num_exact)
         if not (np.isfinite(logprobs) & (logprobs <= 0)).all():

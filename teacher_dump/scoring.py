@@ -400,8 +400,11 @@ class PartScorer:
         if self._request.response is not None:
             parts["response"] = [(_response_states(sample, a), _response_states(sample, b)) for sample, a, b in pairs]
         if self._request.visual is not None:
-            spans = [(a[start:stop], b[start:stop]) for sample, a, b in pairs for start, stop in sample.expansion.spans]
-            parts["visual"] = spans
+            parts["visual"] = [
+                (a[torch.from_numpy(positions)], b[torch.from_numpy(positions)])
+                for sample, a, b in pairs
+                for positions in sample.expansion.visual
+            ]
         chunk = self._request.rows_per_chunk
         return {
             family: rescored_kl(
