@@ -116,7 +116,7 @@ class Cache:
         return self._positions[sample_id]
 
     def read(self, index: int, *, draw_set: int = 0) -> SampleRecord:
-        """One sample with the families asked for; `draw_set` as in `read_many`. Errors: IndexError, CorruptPartError."""
+        """One sample with the families asked for, draws as in `read_many`. Errors: IndexError, CorruptPartError."""
         return self.read_many([index], draw_set=draw_set).record(0)
 
     def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> SampleBatch:
