@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-_RUN = 64  # tokens whose weights are summed first, so that only runs with a draw are looked at one by one
+RUN = 64  # tokens whose weights are summed first, so that few runs are looked at token by token
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,22 +27,29 @@ class Draws:
     @staticmethod
     def of(rows: Tensor, ids: Tensor, *, vocab_size: int) -> Draws:
         """Single draws, in any order, put together."""
-        keys, counts = np.unique((rows * vocab_size + ids).cpu().numpy(), return_counts=True)
-        return Draws(keys // vocab_size, keys % vocab_size, counts)
+        keys = (rows * vocab_size + ids).cpu().numpy()
+        if not (keys[1:] > keys[:-1]).all():  # some are drawn twice, or not in order
+            keys, counts = np.unique(keys, return_counts=True)
+            return Draws(keys // vocab_size, keys % vocab_size, counts)
+        return Draws(rows.cpu().numpy(), ids.cpu().numpy(), np.ones(len(keys), np.int64))
 
 
 def systematic_draws(
-    weights: Float[Tensor, "r v"], *, unit: Float[Tensor, " r"], uniforms: NDArray[np.float64]
+    weights: Float[Tensor, "r v"],
+    *,
+    unit: Float[Tensor, " r"],
+    uniforms: NDArray[np.float64],
+    sums: Float[Tensor, "r n"] | None = None,
 ) -> Draws:
     """Draws at every multiple of a row's `unit` of weight, shifted by its uniform number in [0, 1).
 
     Token i is drawn once for each whole number m with c[i-1] <= (u + m) unit < c[i], c the cumulative weights:
     on average weights[i] / unit times, and in all as often as the unit goes into the row's weight, rounded up
     or down. A token of weight 0 is never drawn. Sums are in float64: in float32 the small steps of a large
-    vocabulary round to none.
+    vocabulary round to none. `sums`: run_sums(weights), where they are known.
     """
     num_rows, vocab_size = weights.shape
-    sums = _run_sums(weights).double().cumsum(dim=1)  # (r, runs)
+    sums = (run_sums(weights) if sums is None else sums).cumsum(dim=1, dtype=torch.float64)  # (r, runs)
     step = unit.double()[:, None]
     shift = torch.from_numpy(uniforms).to(weights.device)[:, None]
     counts = (sums[:, -1:] / step - shift).ceil().clamp(min=0)  # whole numbers m with (u + m) unit < the row's weight
@@ -52,12 +59,10 @@ def systematic_draws(
     row, place = (number < counts).nonzero(as_tuple=True)
     run, point = run[row, place], points[row, place]
     before = torch.where(run > 0, sums[row, (run - 1).clamp(min=0)], 0.0)
-    tokens = run[:, None] * _RUN + torch.arange(_RUN, device=weights.device)  # (draws, _RUN)
-    within = weights.reshape(-1)[row[:, None] * vocab_size + tokens.clamp(max=vocab_size - 1)]
-    within = torch.where(tokens < vocab_size, within, 0.0).double().cumsum(dim=1)
+    within = tokens_of_runs(weights, row, run)[0].cumsum(dim=1, dtype=torch.float64)
     # Two ways of summing may differ in the last digit; a draw stays inside its run, on a token with weight.
     inside = torch.minimum((point - before).clamp(min=0), torch.nextafter(within[:, -1], within.new_zeros(())))
-    ids = run * _RUN + torch.searchsorted(within, inside[:, None], right=True)[:, 0]
+    ids = run * RUN + torch.searchsorted(within, inside[:, None], right=True)[:, 0]
     return Draws.of(row, ids, vocab_size=vocab_size)
 
 
@@ -76,10 +81,21 @@ def independent_draws(weights: Float[Tensor, "r v"], *, num_draws: int, uniforms
     return Draws.of(rows.reshape(-1), ids.reshape(-1), vocab_size=vocab_size)
 
 
-def _run_sums(weights: Tensor) -> Tensor:
-    """(r, runs) sums over runs of `_RUN` tokens; the last may be shorter."""
+def run_sums(weights: Float[Tensor, "r v"]) -> Float[Tensor, "r n"]:
+    """Sums over runs of RUN tokens, of which the last may be shorter. None is less than one of its weights."""
     num_rows, vocab_size = weights.shape
-    whole = vocab_size // _RUN * _RUN
-    sums = weights[:, :whole].reshape(num_rows, whole // _RUN, _RUN).sum(dim=2)
+    whole = vocab_size // RUN * RUN
+    sums = weights[:, :whole].reshape(num_rows, whole // RUN, RUN).sum(dim=2)
     rest = weights[:, whole:].sum(dim=1, keepdim=True)
     return torch.cat([sums, rest], dim=1) if whole < vocab_size else sums
+
+
+def tokens_of_runs(
+    weights: Float[Tensor, "r v"], row: Int[Tensor, " k"], run: Int[Tensor, " k"]
+) -> tuple[Float[Tensor, "k m"], Int[Tensor, "k m"]]:
+    """The weights of some runs' tokens, 0 beyond the vocabulary, and their places in the flat rows."""
+    vocab_size = weights.shape[1]
+    tokens = run[:, None] * RUN + torch.arange(RUN, device=weights.device)
+    places = row[:, None] * vocab_size + tokens.clamp(max=vocab_size - 1)
+    found = weights.reshape(-1)[places]
+    return (found if vocab_size % RUN == 0 else torch.where(tokens < vocab_size, found, 0.0)), places

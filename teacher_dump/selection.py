@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.rows import SparseRows
-from teacher_dump.draws import Draws, independent_draws, systematic_draws
+from teacher_dump.draws import RUN, Draws, independent_draws, run_sums, systematic_draws, tokens_of_runs
 
 # Dense entries that are looked at together: on a CPU what its caches hold, on a GPU what keeps it busy.
-_BLOCK_ENTRIES = {"cpu": 2**21, "gpu": 2**26}
+_BLOCK_ENTRIES = {"cpu": 2**20, "gpu": 2**26}
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class _Dense:
 
     shifted: Float[Tensor, "r v"]
     weights: Float[Tensor, "r v"]  # exp(shifted)
+    sums: Float[Tensor, "r n"]  # of weights, by run
     total: Float[Tensor, " r"]
     log_total: Float[Tensor, " r"]  # log p = shifted - log_total
 
@@ -109,18 +110,25 @@ class _Dense:
     def of(logits: Tensor) -> _Dense:
         shifted = logits - logits.amax(dim=1, keepdim=True)
         weights = shifted.exp()
-        total = weights.sum(dim=1)
+        sums = run_sums(weights)
+        total = sums.sum(dim=1)
         if not bool(torch.isfinite(total).all()):
             raise ValueError("logits are not finite")
-        return _Dense(shifted, weights, total, total.log())
+        return _Dense(shifted, weights, sums, total, total.log())
 
     def entropy(self) -> Tensor:
-        """(r,) nats: the logarithm of the total less the mean of `shifted`. Overwrites `shifted`."""
-        products = self.shifted.mul_(self.weights)
-        sums = products.sum(dim=1)
+        """(r,) nats: the logarithm of the total less the mean of `shifted`."""
+        sums = torch.bmm(self.shifted[:, None], self.weights[:, :, None])[:, 0, 0]  # a dot product a row
         if not bool(torch.isfinite(sums).all()):  # a suppressed token: 0 times minus infinity
-            sums = products.nansum(dim=1)
+            sums = (self.shifted * self.weights).nansum(dim=1)
         return (self.log_total - sums / self.total).clamp_(min=0)
+
+    def take_out(self, places: Tensor) -> None:
+        """Weight 0 for some places in the flat rows. Of what is here, shifted, total and log_total stay as they were."""
+        vocab_size = self.weights.shape[1]
+        self.weights.view(-1)[places] = 0.0
+        row, run = places // vocab_size, places % vocab_size // RUN
+        self.sums[row, run] = tokens_of_runs(self.weights, row, run)[0].sum(dim=1)
 
 
 def _select(
@@ -138,15 +146,15 @@ def _select(
     logprobs = dense.shifted.view(-1)[places] - dense.log_total[places // vocab_size]
     head = _Entries(_numpy(places // vocab_size), _numpy(places % vocab_size), _numpy(logprobs)).falling()
     entropy = dense.entropy()
+    dense.take_out(places)
     tail = dense.weights
-    tail.view(-1)[places] = 0.0
-    tail_mass = tail.sum(dim=1) / dense.total  # summed itself: 1 - head would lose small tails
+    tail_mass = dense.sums.sum(dim=1) / dense.total  # summed itself: 1 - head would lose small tails
     if tail_total is not None:
         tail_total += tail.T @ dense.total.reciprocal()
     tail_norm = _numpy(torch.linalg.vector_norm(tail, dim=1) / dense.total).astype(np.float64)
     sets = []
     for column in uniforms.T:
-        sampled = _drawn(tail, dense.total, selection, column)
+        sampled = _drawn(dense, selection, column)
         offsets, entries, num_exact = _interleave(head, sampled, num_rows)
         rows = SparseRows(
             offsets=offsets,
@@ -163,13 +171,14 @@ def _select(
     return replace(sets[0], other_sets=tuple(sets[1:]))
 
 
-def _drawn(tail: Tensor, total: Tensor, selection: Selection, uniforms: NDArray[np.float64]) -> _Entries:
-    """One set of draws from the tails; none of a selection that does not draw."""
+def _drawn(dense: _Dense, selection: Selection, uniforms: NDArray[np.float64]) -> _Entries:
+    """One set of draws from what is left of the rows; none of a selection that does not draw."""
     if isinstance(selection, Threshold):
-        drawn = systematic_draws(tail, unit=selection.tau * total, uniforms=uniforms)
+        unit = selection.tau * dense.total
+        drawn = systematic_draws(dense.weights, unit=unit, uniforms=uniforms, sums=dense.sums)
         return _Entries.drawn(drawn, weight=selection.tau)
     if isinstance(selection, Sampled):
-        drawn = independent_draws(tail, num_draws=selection.draws, uniforms=uniforms)
+        drawn = independent_draws(dense.weights, num_draws=selection.draws, uniforms=uniforms)
         return _Entries.drawn(drawn, weight=1 / selection.draws)
     return _Entries.none()
 
@@ -190,7 +199,10 @@ def _exact_places(dense: _Dense, selection: Selection) -> Tensor:
     num_rows, vocab_size = dense.weights.shape
     first = torch.arange(num_rows, device=dense.weights.device)[:, None] * vocab_size
     if isinstance(selection, Threshold):
-        return (dense.weights >= selection.tau * dense.total[:, None]).view(-1).nonzero()[:, 0]
+        least = selection.tau * dense.total
+        row, run = (dense.sums >= least[:, None]).nonzero(as_tuple=True)  # no run weighs less than its tokens
+        weights, places = tokens_of_runs(dense.weights, row, run)
+        return places[weights >= least[row, None]]
     if isinstance(selection, Sampled):
         return first.new_zeros(0)
     if isinstance(selection, Mass):
@@ -230,8 +242,13 @@ class _Entries:
 
     def falling(self) -> _Entries:
         """Within each row by falling logprob, equal ones by ascending id."""
-        order = np.lexsort((self.ids, -self.logprobs, self.rows))
-        return _Entries(self.rows[order], self.ids[order], self.logprobs[order])
+        # Floats of one sign sort as their bits.
+        keys = (self.rows << 32) | np.abs(np.minimum(self.logprobs, 0)).view(np.uint32).astype(np.int64)
+        order = np.argsort(keys)
+        sorted_keys = keys.take(order)
+        if (sorted_keys[1:] == sorted_keys[:-1]).any():
+            order = np.lexsort((self.ids, keys))
+        return _Entries(self.rows.take(order), self.ids.take(order), self.logprobs.take(order))
 
 
 def _interleave(
@@ -239,16 +256,15 @@ def _interleave(
 ) -> tuple[NDArray[np.int64], _Entries, NDArray[np.int32]]:
     """CSR offsets, the entries with each row's exact ones first, and how many those are."""
     num_exact = np.bincount(head.rows, minlength=num_rows)
-    counts = num_exact + np.bincount(sampled.rows, minlength=num_rows)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    rows = np.concatenate([head.rows, sampled.rows])
-    order = np.argsort(rows, kind="stable")
-    entries = _Entries(
-        rows[order],
-        np.concatenate([head.ids, sampled.ids])[order],
-        np.concatenate([head.logprobs, sampled.logprobs])[order],
-    )
-    return offsets.astype(np.int64), entries, num_exact.astype(np.int32)
+    num_sampled = np.bincount(sampled.rows, minlength=num_rows)
+    exact_before, sampled_before = np.cumsum(num_exact), np.cumsum(num_sampled)
+    offsets = np.concatenate([np.zeros(1, np.int64), exact_before + sampled_before])
+    size = len(head.rows) + len(sampled.rows)
+    rows, ids, logprobs = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.float32)
+    for entries, others_before in ((head, sampled_before - num_sampled), (sampled, exact_before)):
+        at = np.arange(len(entries.rows)) + others_before.take(entries.rows)
+        rows[at], ids[at], logprobs[at] = entries.rows, entries.ids, entries.logprobs
+    return offsets.astype(np.int64), _Entries(rows, ids, logprobs), num_exact.astype(np.int32)
 
 
 def _numpy(tensor: Tensor) -> NDArray:
