@@ -124,7 +124,7 @@ class _Dense:
         return (self.log_total - sums / self.total).clamp_(min=0)
 
     def take_out(self, places: Tensor) -> None:
-        """Weight 0 for some places in the flat rows. Of what is here, shifted, total and log_total stay as they were."""
+        """Weight 0 for some places in the flat rows; `shifted` and both totals stay as they were."""
         vocab_size = self.weights.shape[1]
         self.weights.view(-1)[places] = 0.0
         row, run = places // vocab_size, places % vocab_size // RUN
