@@ -31,6 +31,8 @@ from storage.schema import check_schema
 from storage.tail_profile import TailTotal, tail_total_of
 from storage.token_rows import TokenRows, decode_tokens
 
+# Of a row group, uncompressed, besides four times its bytes in the file. A writer's is 1 MiB of payload, or one row.
+MAX_GROUP_BYTES = 256 << 20
 MAX_OPEN_FOOTERS = 1024  # parsed Parquet footers that are kept, some tens of KB each
 
 _Key = tuple[str, str | int]  # a file, and one of its row groups or what else is kept of it
@@ -236,6 +238,7 @@ class PartFiles:
             check_schema(family, parquet.schema_arrow, place)
             if parquet.metadata.num_rows != entry.rows:
                 raise CorruptPartError(f"{place}: has {parquet.metadata.num_rows} rows, its commit says {entry.rows}")
+            check_sizes(parquet.metadata)
             known = _Footer(parquet.metadata)
             with self._lock:
                 self._footers[entry.file] = known
@@ -256,6 +259,19 @@ def _id_groups(metadata: Mapping[bytes, bytes] | None, vocab_size: int) -> tuple
 
 def _sized(table: pa.Table) -> tuple[pa.Table, int]:
     return table, table.nbytes
+
+
+def check_sizes(metadata: pq.FileMetaData) -> None:
+    """ValueError for a row group that would grow in memory far beyond its bytes: none is read then."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(column) for column in range(group.num_columns)]
+        grown, packed = (
+            sum(max(0, getattr(column, name)) for column in columns)
+            for name in ("total_uncompressed_size", "total_compressed_size")
+        )
+        if grown > MAX_GROUP_BYTES + 4 * packed:
+            raise ValueError(f"row group {number} claims {grown:,} bytes, packed into {packed:,}")
 
 
 def validated(table: pa.Table, num_rows: int) -> pa.Table:

@@ -25,7 +25,7 @@ from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder
 from storage.identity import Identity, stored_hidden, stored_relation
 from storage.losses import summary
-from storage.part_files import validated
+from storage.part_files import check_sizes, validated
 from storage.parts import Part
 from storage.preference import check_pairs, check_sequence
 from storage.records import ImageRef, TokensRecord
@@ -156,6 +156,7 @@ class _Scan:
         metadata = file.metadata
         if metadata.num_rows != entry.rows:
             raise CorruptPartError(f"has {metadata.num_rows} rows, its commit says {entry.rows}")
+        check_sizes(metadata)
         row = 0
         for group in range(metadata.num_row_groups):
             num_rows = metadata.row_group(group).num_rows
