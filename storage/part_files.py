@@ -31,7 +31,7 @@ from storage.schema import check_schema
 from storage.tail_profile import TailTotal, tail_total_of
 from storage.token_rows import TokenRows, decode_tokens
 
-# Of a row group, uncompressed, besides four times its bytes in the file. A writer's is 1 MiB of payload, or one row.
+# Of a row group, uncompressed, besides four times the file's bytes. A writer's is 1 MiB of payload, or one row.
 MAX_GROUP_BYTES = 256 << 20
 MAX_OPEN_FOOTERS = 1024  # parsed Parquet footers that are kept, some tens of KB each
 
@@ -238,7 +238,7 @@ class PartFiles:
             check_schema(family, parquet.schema_arrow, place)
             if parquet.metadata.num_rows != entry.rows:
                 raise CorruptPartError(f"{place}: has {parquet.metadata.num_rows} rows, its commit says {entry.rows}")
-            check_sizes(parquet.metadata)
+            check_sizes(parquet.metadata, entry.file_bytes)
             known = _Footer(parquet.metadata)
             with self._lock:
                 self._footers[entry.file] = known
@@ -261,17 +261,12 @@ def _sized(table: pa.Table) -> tuple[pa.Table, int]:
     return table, table.nbytes
 
 
-def check_sizes(metadata: pq.FileMetaData) -> None:
-    """ValueError for a row group that would grow in memory far beyond its bytes: none is read then."""
+def check_sizes(metadata: pq.FileMetaData, file_bytes: int) -> None:
+    """ValueError for a row group that by its own account grows far beyond the file's bytes: none is read then."""
     for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        columns = [group.column(column) for column in range(group.num_columns)]
-        grown, packed = (
-            sum(max(0, getattr(column, name)) for column in columns)
-            for name in ("total_uncompressed_size", "total_compressed_size")
-        )
-        if grown > MAX_GROUP_BYTES + 4 * packed:
-            raise ValueError(f"row group {number} claims {grown:,} bytes, packed into {packed:,}")
+        grown = metadata.row_group(number).total_byte_size  # of its columns' metadata Arrow may abort when damaged
+        if grown > MAX_GROUP_BYTES + 4 * file_bytes:
+            raise ValueError(f"row group {number} claims {grown:,} bytes, of a file of {file_bytes:,}")
 
 
 def validated(table: pa.Table, num_rows: int) -> pa.Table:

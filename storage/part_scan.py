@@ -156,7 +156,7 @@ class _Scan:
         metadata = file.metadata
         if metadata.num_rows != entry.rows:
             raise CorruptPartError(f"has {metadata.num_rows} rows, its commit says {entry.rows}")
-        check_sizes(metadata)
+        check_sizes(metadata, entry.file_bytes)
         row = 0
         for group in range(metadata.num_row_groups):
             num_rows = metadata.row_group(group).num_rows

@@ -108,6 +108,6 @@ def test_a_row_group_that_would_grow_in_memory_is_refused_before_it_does(tmp_pat
     bomb = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True).stdout
     assert len(bomb) < 1 << 20
     before = pa.default_memory_pool().max_memory() or 0
-    with pytest.raises(CorruptPartError, match=r"x\.parquet: row group 0 claims 314,.* bytes, packed into"):
+    with pytest.raises(CorruptPartError, match=r"x\.parquet: row group 0 claims 314,.* bytes, of a file of"):
         read_all(tmp_path, "relation", bomb, 1)
     assert (pa.default_memory_pool().max_memory() or 0) - before < 64 << 20
