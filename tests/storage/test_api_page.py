@@ -21,7 +21,7 @@ def test_every_snippet_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
     names: dict[str, object] = {}
     for number, snippet in enumerate(SNIPPETS, 1):
         exec(compile(snippet, f"storage/README.md, snippet {number}", "exec"), names)
-    assert len(SNIPPETS) == 4  # open, read by id, iterate, write
+    assert len(SNIPPETS) == 5  # open, read by id, iterate, shuffled batches, write
     written = verify(tmp_path / "runs" / "test_split")
     assert written.ok, written.problems
     ours, theirs = Cache.open("runs/digits/cache"), Cache.open("runs/test_split")

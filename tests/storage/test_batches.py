@@ -1,0 +1,208 @@
+"""Batches read ahead: what single reads give, in the order of the shuffle, within the memory that was given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.batches import read_ahead, shuffled_batches
+from storage.columns import tokens_record
+from storage.errors import CorruptPartError
+from storage.reader import Cache
+from storage.records import SampleRecord
+from storage.rows import SparseRows
+from storage.token_rows import decode_tokens
+from tests.storage.family_cache import write_family_cache
+from tests.storage.synthetic_cache import SAMPLES_PER_PART, write_cache
+
+NUM_PARTS = 4
+WINDOW_ROWS = 400
+SAMPLES = 80
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cache")
+    write_cache(path, num_parts=NUM_PARTS, num_samples=SAMPLES)
+    return path
+
+
+def assert_same(ours: SampleRecord, theirs: SampleRecord) -> None:
+    assert ours.tokens.sample_id == theirs.tokens.sample_id
+    assert ours.tokens.images == theirs.tokens.images
+    np.testing.assert_array_equal(ours.tokens.token_ids, theirs.tokens.token_ids)
+    np.testing.assert_array_equal(ours.tokens.response_mask, theirs.tokens.response_mask)
+    assert ours.response is not None
+    assert theirs.response is not None
+    assert ours.response.equals(theirs.response)
+    assert ours.visual.keys() == theirs.visual.keys()
+    for key, rows in theirs.visual.items():
+        assert ours.visual[key].equals(rows)
+        np.testing.assert_array_equal(ours.relation[key].values, theirs.relation[key].values)
+
+
+@given(indices=st.lists(st.integers(0, NUM_PARTS * SAMPLES - 1), min_size=1, max_size=30))
+@settings(deadline=None, max_examples=15)
+def test_many_are_as_each_alone(folder: Path, indices: list[int]) -> None:
+    cache = Cache.open(folder)
+    batch = cache.read_many(indices)
+    assert batch.indices.tolist() == indices
+    for at, index in enumerate(indices):
+        assert_same(batch.record(at), cache.read(index))
+    assert batch.row_offsets[-1] == (0 if batch.response is None else batch.response.num_rows)
+
+
+def test_other_families_come_in_batches_too(tmp_path: Path) -> None:
+    write_family_cache(tmp_path)
+    cache = Cache.open(tmp_path)
+    for ours, index in zip(cache.read_many([3, 2, 7]).records(), (3, 2, 7), strict=True):
+        theirs = cache.read(index)
+        assert ours.sequence == theirs.sequence
+        assert theirs.hidden is not None
+        np.testing.assert_array_equal(ours.hidden, theirs.hidden)
+        for key, matrix in theirs.relation.items():
+            np.testing.assert_array_equal(ours.relation[key].values, matrix.values)
+
+
+@pytest.mark.parametrize("indices", [[], [-1], [0, NUM_PARTS * SAMPLES]])
+def test_indices_out_of_bounds_are_refused(folder: Path, indices: list[int]) -> None:
+    with pytest.raises(IndexError):
+        Cache.open(folder).read_many(indices)
+
+
+def test_a_row_group_of_tokens_is_what_its_rows_are_one_by_one(folder: Path) -> None:
+    cache = Cache.open(folder)
+    part = cache._parts[1]
+    for first in (0, 64):
+        table, _ = cache._files.row("tokens", part.families["tokens"], first)
+        rows = decode_tokens(table, cache.identity)
+        for at in range(table.num_rows):
+            ours, theirs = rows.record(at), tokens_record(table, at, cache.identity)
+            assert (ours.sample_id, ours.split, ours.category) == (theirs.sample_id, theirs.split, theirs.category)
+            assert ours.images == theirs.images
+            np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+            np.testing.assert_array_equal(ours.response_mask, theirs.response_mask)
+            assert rows.num_response_tokens[at] == theirs.num_response_tokens
+
+
+@pytest.mark.parametrize(
+    ("column", "wrong"),
+    [
+        ("num_tokens", lambda good: good + 1),
+        ("num_response_tokens", lambda good: good + 1),
+        ("response_starts", lambda good: [-5, *good[1:]]),
+        ("response_starts", lambda good: [*good, 10**6]),
+        ("response_stops", lambda good: [*good[:-1], 10**6]),
+        ("response_stops", lambda good: [1, *good[1:]]),
+        ("token_ids", lambda good: [-5, *good[1:]]),
+        ("image_keys", lambda good: ["0" * 64, *good]),
+    ],
+)
+def test_wrong_tokens_are_found_in_a_row_group_too(folder: Path, column: str, wrong: Callable) -> None:
+    cache = Cache.open(folder)
+    table, _ = cache._files.row("tokens", cache._parts[0].families["tokens"], 0)
+    values, field = table[column].to_pylist(), table.schema.field(column)
+    at = next(row for row, value in enumerate(values) if value not in (0, []))
+    values[at] = wrong(values[at])
+    changed = table.set_column(table.column_names.index(column), field, pa.array(values, field.type))
+    with pytest.raises((CorruptPartError, ValueError)):
+        tokens_record(changed, at, cache.identity)
+    with pytest.raises((CorruptPartError, ValueError)):
+        decode_tokens(changed, cache.identity)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=25)
+def test_gathered_rows_are_slices_one_after_another(folder: Path, data: st.DataObject) -> None:
+    cache = Cache.open(folder)
+    rows = cache.read_many([data.draw(st.integers(0, 300)) for _ in range(5)]).response
+    assert rows is not None
+    bounds = st.tuples(st.integers(0, rows.num_rows), st.integers(0, rows.num_rows)).map(sorted)
+    pieces = data.draw(st.lists(bounds, min_size=1, max_size=9))
+    expected = SparseRows.concatenate([rows.slice(start, stop) for start, stop in pieces])
+    assert SparseRows.gather([(rows, start, stop) for start, stop in pieces]).equals(expected)
+
+
+def read_ids(folder: Path, steps: range, **settings: Any) -> list[list[str]]:
+    cache = Cache.open(folder, max_bytes=settings.pop("max_bytes", 1 << 28))
+    batches = shuffled_batches(cache, batch_size=16, steps=steps, window_rows=WINDOW_ROWS, **settings)
+    return [list(batch.sample_ids) for batch in batches]
+
+
+def test_order_is_of_seed_and_position_not_of_threads_memory_or_ranks(folder: Path) -> None:
+    steps = range(25)  # an epoch is 20
+    expected = read_ids(folder, steps, seed=3)
+    assert len({name for batch in expected[:20] for name in batch}) == NUM_PARTS * SAMPLES
+    assert read_ids(folder, steps, seed=3, num_threads=1, depth=1, max_bytes=1) == expected
+    assert read_ids(folder, steps, seed=4) != expected
+    for num_ranks in (2, 4):
+        of_ranks = [read_ids(folder, steps, seed=3, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+        for step in steps:
+            of_step = [of_rank[step] for of_rank in of_ranks]
+            assert [name for together in zip(*of_step, strict=True) for name in together] == expected[step]
+
+
+@given(stop=st.integers(0, 23))
+@settings(deadline=None, max_examples=3)
+def test_going_on_gives_what_would_have_come(folder: Path, stop: int) -> None:
+    whole = read_ids(folder, range(24), seed=1)
+    assert read_ids(folder, range(stop), seed=1) + read_ids(folder, range(stop, 24), seed=1) == whole
+
+
+def test_memory_stays_within_its_bound_and_each_row_group_is_read_about_once(tmp_path: Path) -> None:
+    """Of many small parts, so that a window spans a few of them."""
+    write_cache(tmp_path, num_parts=40, num_samples=SAMPLES_PER_PART)
+    plain = Cache.open(tmp_path)
+    plain.read_many(range(plain.num_samples))
+    groups, held = plain.num_groups_read, plain.held_bytes
+    rows = int(plain.num_response_rows.sum()) + 4 * int(plain.num_images.sum())
+    cache = Cache.open(tmp_path, max_bytes=held // 3)
+    most = 0
+    num_batches = plain.num_samples // 8
+    for _ in shuffled_batches(cache, batch_size=8, steps=range(num_batches), window_rows=rows // 8):
+        most = max(most, cache.held_bytes)
+    assert held // 6 < most <= held // 3
+    assert cache.num_groups_read <= 1.1 * groups
+    thrown = Cache.open(tmp_path, max_bytes=held // 3)  # what a permutation of everything would cost
+    for _ in shuffled_batches(thrown, batch_size=8, steps=range(num_batches), window_rows=1 << 30):
+        pass
+    assert thrown.num_groups_read > 2 * groups
+
+
+def test_threads_that_want_the_same_row_group_read_it_once(folder: Path) -> None:
+    cache = Cache.open(folder)
+    alone = Cache.open(folder)
+    alone.read_many(range(64))
+    for _ in read_ahead(cache, [range(64)] * 12, num_threads=6, depth=12):
+        pass
+    assert cache.num_groups_read == alone.num_groups_read
+
+
+def test_an_error_comes_with_its_batch_and_threads_end(tmp_path: Path) -> None:
+    write_cache(tmp_path, num_parts=2)
+    victim = next((tmp_path / "response").glob("part-00001*"))
+    cache = Cache.open(tmp_path)
+    victim.write_bytes(victim.read_bytes()[:-9])
+    batches = read_ahead(cache, [[0], [1], [SAMPLES_PER_PART], [2]])
+    assert [next(batches).indices.tolist() for _ in range(2)] == [[0], [1]]
+    with pytest.raises(CorruptPartError, match=victim.name):
+        next(batches)
+    batches = read_ahead(cache, [[0]] * 100)
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_ranks_that_would_get_nothing_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="rank 3 of 3"):
+        shuffled_batches(Cache.open(folder), batch_size=8, steps=range(1), rank=3, num_ranks=3)
+    with pytest.raises(ValueError, match="each rank must get one"):
+        shuffled_batches(Cache.open(folder), batch_size=2, steps=range(1), num_ranks=3)
