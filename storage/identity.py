@@ -35,7 +35,7 @@ class Identity(BaseModel):
     plan_fingerprint: str
     num_parts: Annotated[int, Field(ge=0, le=10**7)]
     image_root: str
-    selection: dict[str, dict[str, Any]]  # cache.response, cache.visual, cache.relation of pipeline.yaml
+    selection: dict[str, dict[str, Any]]  # by family; of tokens: how a teacher answered
 
 
 def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:

@@ -230,7 +230,8 @@ def _new(
     if len(segments) > MAX_SEGMENTS:
         raise CacheError(f"a cache has at most {MAX_SEGMENTS} segments after the first")
     end = max(segment.parts.stop for segment in segments)
-    selection = {family: identity.selection[family] for family in families if family in identity.selection}
+    named = ("tokens", *families) if adds_to is None else families
+    selection = {family: identity.selection[family] for family in named if family in identity.selection}
     document = SegmentDescription(
         format_version=FORMAT_VERSION,
         cache_sha256=segments[0].sha256,

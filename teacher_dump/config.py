@@ -37,6 +37,15 @@ class SourceSection(Section):
         return self
 
 
+class SamplingSection(Section):
+    """How the teacher answers, where the answers are its own."""
+
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0  # 0: always the most probable token
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 512  # an answer that does not end by then makes its sample an error
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class DataSection(Section):
     """What the teacher is asked about: sources one after another. Sample ids must be unique over all of them.
 
@@ -47,6 +56,9 @@ class DataSection(Section):
     extracted: str | None = None  # folder for images that are no files of their own; None: images/ in the run's folder
     too_long: TooLong = "refuse"  # what becomes of a sample beyond max_length:
     # cut_turns leaves out whole questions with their answers from the end; cut_answer ends the answer at max_length
+
+    responses: Literal["dataset", "teacher"] = "dataset"  # teacher: every answer is the teacher's own, asked for first
+    sampling: SamplingSection = SamplingSection()  # of the teacher's own answers
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@
 | `messages` | a list of {role, content}; content is text, or a list of {type: text / image} items |
 | `texts` | The Cauldron: a list of {user, assistant} |
 | `question`, `answer` | one question and its answer |
+| `refused` | why a row is no conversation, by whoever made the data |
 | `chosen`, `rejected` | a preference pair: two answers to the question, the prompt, or the messages before them |
 
 The first of them that a row has counts. `image` and `images` hold the row's images.
@@ -19,6 +20,8 @@ from typing import Any
 
 from teacher_dump.prompt import IMAGE_MARKER
 from teacher_dump.samples import Role, SampleRefusedError, Turn
+
+UNANSWERED = "?"  # in place of an answer that the teacher is to give
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -44,9 +47,20 @@ def is_pair(row: Mapping[str, Any]) -> bool:
     return row.get("chosen") is not None or row.get("rejected") is not None
 
 
-def parse_conversation(row: Mapping[str, Any]) -> Conversation:
-    """The conversation of a row. SampleRefusedError: no known shape, or one that is broken."""
+def parse_conversation(row: Mapping[str, Any], *, only_questions: bool = False) -> Conversation:
+    """The conversation of a row. SampleRefusedError: no known shape, or one that is broken.
+
+    With `only_questions` every answer is `UNANSWERED`, and the last question needs none.
+    """
     parsing = _Parsing()
+    if isinstance(row.get("refused"), str):
+        raise SampleRefusedError(encodable(row["refused"], "refused"))
+    if only_questions:
+        if is_pair(row):
+            raise SampleRefusedError("a preference pair brings its answers; data.responses: teacher has no use for it")
+        turns = _unanswered(_single({**row, "answer": row.get("answer") or UNANSWERED}, parsing))
+        _check_order(turns)
+        return Conversation(tuple(turns), _shown(row, parsing.images))
     if is_pair(row):
         turns, rejected = _pair(row, parsing)
     else:
@@ -64,11 +78,17 @@ def encodable(text: str, place: str) -> str:
     return text
 
 
+def _unanswered(turns: list[Turn]) -> list[Turn]:
+    if turns and turns[-1].role == "user":
+        turns = [*turns, Turn("assistant", UNANSWERED)]
+    return [Turn("assistant", UNANSWERED) if turn.role == "assistant" else turn for turn in turns]
+
+
 def _single(row: Mapping[str, Any], parsing: _Parsing) -> list[Turn]:
     shape = next((name for name in _SHAPES if row.get(name) is not None), None)
     if shape is None:
         raise SampleRefusedError("conversations is missing or empty; messages, texts or question and answer would do")
-    if shape != "question" and not (isinstance(row[shape], list) and row[shape]):
+    if shape not in ("question", "prompt") and not (isinstance(row[shape], list) and row[shape]):
         raise SampleRefusedError(f"{shape} is missing or empty")
     turns = _before_answer(row, shape, parsing)
     if shape == "question":

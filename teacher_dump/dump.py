@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -51,6 +51,7 @@ class DumpSettings:
     teacher: TeacherSection
     dump: DumpSection
     cache: CacheSection
+    answered: dict[str, Any] = field(default_factory=dict)  # how the answers were made, if they are the teacher's
 
     @staticmethod
     def from_sections(sections: Sections) -> DumpSettings:
@@ -134,6 +135,7 @@ def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
     Errors: ConfigError; IdentityError where another cache lies in the place; StillhouseError, among others
     when more samples fail than dump.max_error_fraction allows (the cache then stays unsealed).
     """
+    settings = _answered(settings, progress=progress)
     planned, cache = plan_dump(settings), settings.cache
     summary: DumpSummary | None = None
     finished: set[int] = set()
@@ -193,11 +195,45 @@ def _refuse_errors(writer: CacheWriter, max_error_fraction: float) -> None:
         )
 
 
+def _answered(settings: DumpSettings, *, progress: bool) -> DumpSettings:
+    """The settings of a dump over the answers that `data.responses` asks for, which are made if they are not there."""
+    if settings.data.responses == "dataset":
+        return settings
+    from teacher_dump import answers
+
+    questions = plan_questions(settings)
+    found = answers.answered_settings(settings, questions)
+    if found is None:
+        answers.ask(settings, questions, progress=progress)
+        found = answers.answered_settings(settings, questions)
+    assert found is not None
+    return found
+
+
 def plan_dump(settings: DumpSettings) -> DumpPlan:
-    """Samples, parts and identity. Hashes of weights are remembered in the run's folder (fingerprints.json)."""
-    teacher, asks_teacher = settings.teacher, _asks_teacher(settings.cache)
+    """Samples, parts and identity. Hashes of weights are remembered in the run's folder (fingerprints.json).
+
+    Where the answers are to be the teacher's own and are not there yet, each is a placeholder.
+    """
+    if settings.data.responses == "dataset":
+        return _plan(settings)
+    from teacher_dump import answers
+
+    questions = plan_questions(settings)
+    found = answers.answered_settings(settings, questions)
+    return questions if found is None else _plan(found)
+
+
+def plan_questions(settings: DumpSettings) -> DumpPlan:
+    """The plan of the questions alone, for a teacher that answers them itself."""
+    return _plan(settings)
+
+
+def _plan(settings: DumpSettings) -> DumpPlan:
+    teacher, answers = settings.teacher, settings.data.responses == "teacher"
+    asks_teacher = answers or _asks_teacher(settings.cache)
     extracted = Path(settings.data.extracted or settings.run / "images")
-    sample_set = read_samples(settings.data.sources, extracted=extracted)
+    sample_set = read_samples(settings.data.sources, extracted=extracted, only_questions=answers)
     if not sample_set.samples and not sample_set.errors:
         files = ", ".join(str(source.path) for source in settings.data.sources)
         raise ConfigError(f"data.sources: there is no sample in {files}; give files of conversations")
@@ -228,7 +264,7 @@ def plan_dump(settings: DumpSettings) -> DumpPlan:
         plan_fingerprint=plan.fingerprint,
         num_parts=len(plan.parts),
         image_root=str(sample_set.image_root),
-        selection=_selection(settings.cache),
+        selection=_selection(settings.cache) | ({"tokens": settings.answered} if settings.answered else {}),
     )
     return DumpPlan(plan, identity, folder, facts, max_length)
 

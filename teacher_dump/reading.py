@@ -31,17 +31,18 @@ class SampleSet:
     image_root: Path  # absolute; the folder that all images lie in
 
 
-def read_samples(sources: Sequence[SourceSection], *, extracted: Path) -> SampleSet:
+def read_samples(sources: Sequence[SourceSection], *, extracted: Path, only_questions: bool = False) -> SampleSet:
     """All samples of all sources.
 
     A broken row, a duplicate id, a missing image or a path out of its image folder costs that sample only
     and becomes a SampleError, under its id or, where that is unknown or taken, under its place in the file;
     a preference pair becomes two, under both of its ids. `extracted` is the folder for images that are bytes
-    or lie in archives. ConfigError: no sources, one that is missing or cannot be read at all.
+    or lie in archives; `only_questions` leaves all answers out.
+    ConfigError: no sources, one that is missing or cannot be read at all.
     """
     if not sources:
         raise ConfigError("data.sources: is empty; name at least one file of conversations, such as a LLaVA JSON")
-    reading = _Reading(ImageFiles(extracted.resolve()))
+    reading = _Reading(ImageFiles(extracted.resolve()), only_questions=only_questions)
     for source in sources:
         place_of_images = _image_place(source)
         for number, copy, (place, row) in islice(_taken(source), source.limit):
@@ -71,8 +72,9 @@ def _taken(source: SourceSection) -> Iterator[tuple[int, int, tuple[str, Any]]]:
 class _Reading:
     """Rows become samples or errors; ids are looked at once."""
 
-    def __init__(self, files: ImageFiles) -> None:
+    def __init__(self, files: ImageFiles, *, only_questions: bool) -> None:
         self.files = files
+        self._only_questions = only_questions
         self.samples: list[Sample] = []
         self.errors: list[SampleError] = []
         self.first_place: dict[str, str] = {}  # by sample id
@@ -99,7 +101,7 @@ class _Reading:
             self.errors += [SampleError(name, f"{place}: {refusal}") for name in names]
 
     def _add(self, names: Sequence[str], fields: dict[str, Any], split: str, images: Path | Archive) -> None:
-        conversation = parse_conversation(fields)
+        conversation = parse_conversation(fields, only_questions=self._only_questions)
         category = _category(fields)
         paths = tuple(self.files.file(value, images) for value in conversation.images)
         turns = conversation.turns

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
+from teacher_dump.config import SamplingSection
+
 
 @dataclass(frozen=True, eq=False)
 class TeacherPrompt:
@@ -37,4 +39,22 @@ class Teacher(Protocol):
 
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
         """The states of each prompt, in order. Raises whatever the engine raises; the engine stays usable."""
+        ...
+
+
+class Generator(Protocol):
+    """An engine with a teacher loaded that writes answers."""
+
+    def generate(
+        self,
+        prompts: Sequence[TeacherPrompt],
+        *,
+        sampling: SamplingSection,
+        seeds: Sequence[int],
+        stop_ids: Sequence[int],
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt, the stop token that ends them last; without one, they were cut off.
+
+        An answer depends on its own prompt and seed.
+        """
         ...

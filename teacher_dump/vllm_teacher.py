@@ -1,4 +1,4 @@
-"""The vLLM teacher: each prompt token's final hidden state. The only file that imports vllm.
+"""The vLLM teacher: each prompt token's final hidden state, or answers. The only file that imports vllm.
 
 vLLM's public pooling API with the task `token_embed` and no activation returns the hidden states after the
 last norm (DESIGN §3). The engine runs inside this process. No private attribute of vLLM is touched.
@@ -17,6 +17,7 @@ import numpy as np
 
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump import checkpoint, torchvision_shim
+from teacher_dump.config import SamplingSection
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 
 _TASK = "token_embed"
@@ -50,37 +51,20 @@ class VllmTeacher:
         `max_length` in tokens, visual tokens included; `settings` go to vllm.LLM by name; `served` is a
         folder for a view of a checkpoint whose tensor names vLLM does not know. ConfigError: unknown settings.
         """
-        torchvision_shim.ensure()
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: the actor that called
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        import vllm
+        self._vllm = _import_vllm()
         from vllm.config import PoolerConfig
-        from vllm.platforms import current_platform
 
-        self._vllm = vllm
-        check_settings(settings)
-        config = checkpoint.read_json(folder / "config.json")
-        if current_platform.is_cpu():
-            register_in_process(config.get("architectures", []))
-            defaults = {
-                "enforce_eager": True,
-                "kv_cache_memory_bytes": max(_CPU_KV_CACHE_BYTES, 2 * max_length * _kv_bytes_per_token(config)),
-            }
-        else:
-            defaults = {"gpu_memory_utilization": _GPU_MEMORY_FRACTION}
-        try:
-            self._engine = vllm.LLM(
-                str(checkpoint.servable_view(folder, into=served)),
-                dtype=dtype,  # type: ignore[arg-type]
-                max_model_len=max_length,
-                runner="pooling",
-                convert="embed",
-                pooler_config=PoolerConfig(task=_TASK),
-                enable_prefix_caching=False,
-                **{**defaults, **settings},
-            )
-        except Exception as error:  # an engine raises its own kinds
-            raise StillhouseError(f"vLLM cannot serve {folder}: {error}") from error
+        self._engine = _open_engine(
+            folder,
+            dtype=dtype,
+            max_length=max_length,
+            settings=settings,
+            served=served,
+            runner="pooling",
+            convert="embed",
+            pooler_config=PoolerConfig(task=_TASK),
+            enable_prefix_caching=False,
+        )
 
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
         """See Teacher. Hidden states are float32, on the CPU."""
@@ -94,6 +78,78 @@ class VllmTeacher:
             TeacherStates(np.asarray(output.prompt_token_ids, np.int64), output.outputs.data.float().cpu())
             for output in outputs
         ]
+
+
+class VllmGenerator:
+    """A model served by vLLM's generating runner."""
+
+    def __init__(self, folder: Path, *, dtype: str, max_length: int, settings: Mapping[str, Any], served: Path) -> None:
+        """See VllmTeacher."""
+        self._vllm = _import_vllm()
+        self._engine = _open_engine(
+            folder, dtype=dtype, max_length=max_length, settings=settings, served=served, runner="generate"
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[TeacherPrompt],
+        *,
+        sampling: SamplingSection,
+        seeds: Sequence[int],
+        stop_ids: Sequence[int],
+    ) -> list[list[int]]:
+        """See Generator."""
+        parameters = [
+            self._vllm.SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(stop_ids),
+                seed=seed,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        asked = [engine_prompt(prompt) for prompt in prompts]
+        outputs = self._engine.generate(asked, parameters, use_tqdm=False) if asked else []
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _import_vllm() -> Any:
+    torchvision_shim.ensure()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: the actor that called
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    import vllm
+
+    return vllm
+
+
+def _open_engine(
+    folder: Path, *, dtype: str, max_length: int, settings: Mapping[str, Any], served: Path, **ours: Any
+) -> Any:
+    """A vllm.LLM on a checkpoint folder; `ours` are what its runner needs."""
+    vllm = _import_vllm()
+    from vllm.platforms import current_platform
+
+    check_settings(settings)
+    config = checkpoint.read_json(folder / "config.json")
+    if current_platform.is_cpu():
+        register_in_process(config.get("architectures", []))
+        defaults = {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": max(_CPU_KV_CACHE_BYTES, 2 * max_length * _kv_bytes_per_token(config)),
+        }
+    else:
+        defaults = {"gpu_memory_utilization": _GPU_MEMORY_FRACTION}
+    try:
+        return vllm.LLM(
+            str(checkpoint.servable_view(folder, into=served)),
+            dtype=dtype,
+            max_model_len=max_length,
+            **{**ours, **defaults, **settings},
+        )
+    except Exception as error:  # an engine raises its own kinds
+        raise StillhouseError(f"vLLM cannot serve {folder}: {error}") from error
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from teacher_dump.prompt import PromptBuilder
 from teacher_dump.samples import Sample
 from teacher_dump.scoring import OpenTeacher, PartScorer, Preparer, SignalRequest
 from teacher_dump.sight import check_sight
-from teacher_dump.teacher import Teacher
+from teacher_dump.teacher import Generator, Teacher
 from teacher_dump.visual_grid import VisualGrid
 
 
@@ -136,6 +136,28 @@ def open_teacher(settings: WorkerSettings) -> OpenTeacher:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     head = read_head(settings.checkpoint, vocab_size=settings.facts.vocab_size, device=device)
     return OpenTeacher(_open_engine(settings), head)
+
+
+def open_generator(settings: WorkerSettings) -> Generator:
+    """Load the engine to write answers with."""
+    if settings.backend == "vllm":
+        from teacher_dump.vllm_teacher import VllmGenerator
+
+        return VllmGenerator(
+            settings.checkpoint,
+            dtype=settings.dtype,
+            max_length=settings.max_length,
+            settings=settings.engine_settings,
+            served=settings.served,
+        )
+    from teacher_dump.transformers_teacher import TransformersTeacher
+
+    return TransformersTeacher(
+        settings.checkpoint,
+        dtype=settings.dtype,
+        image_token_id=settings.facts.image_token_id,
+        settings=settings.engine_settings,
+    )
 
 
 def _open_engine(settings: WorkerSettings) -> Teacher:

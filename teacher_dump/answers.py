@@ -1,0 +1,282 @@
+"""Answers of the teacher's own, for `data.responses: teacher`: asked for once, before the dump that scores them.
+
+```
+<run>/answers/<key>/part-00000.jsonl   the answered samples of a part of the questions' plan, written whole
+<run>/answers/<key>/<split>.jsonl      the data set that the dump reads in place of data.sources
+<run>/answers/<key>/answers.json       written last: the splits, the image root, the sampling
+```
+
+The key is a hash of questions, teacher and sampling. Whatever is there is not asked again, so a run that was
+stopped goes on. `python -m teacher_dump.answers JOB STRIPE NUM` answers every NUM-th part; Ray starts those.
+An answer that does not end within `max_new_tokens`, or is empty, makes its sample an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.config import CacheSection
+from storage.errors import ConfigError, StillhouseError
+from storage.records import SampleError
+from teacher_dump import dump
+from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
+from teacher_dump.log_file import quiet
+from teacher_dump.plan import Part
+from teacher_dump.prompt import IMAGE_MARKER
+from teacher_dump.samples import Sample, SampleRefusedError, Turn
+
+if TYPE_CHECKING:
+    from teacher_dump.scoring import Preparer
+    from teacher_dump.teacher import Generator, TeacherPrompt
+
+_PARTS, _DONE, _JOB = "part-{:05d}.jsonl", "answers.json", "job.json"
+_SAMPLES_PER_CALL = 32  # of the engine
+_SEED_BITS = 0x7FFF_FFFF  # engines take seeds of 31 bits
+
+
+def answered_settings(settings: dump.DumpSettings, questions: dump.DumpPlan) -> dump.DumpSettings | None:
+    """The settings of a dump over the teacher's answers, if all of them are there.
+
+    `questions`: the plan of `settings`.
+    """
+    folder = _folder(settings, questions)
+    try:
+        done = json.loads((folder / _DONE).read_bytes())
+    except FileNotFoundError:
+        return None
+    sources = tuple(
+        SourceSection(path=str(folder / name), format="json", images=done["image_root"], split=split)
+        for split, name in done["splits"]
+    )
+    data = settings.data.model_copy(update={"sources": sources, "responses": "dataset"})
+    return replace(settings, data=data, answered={"responses": "teacher", **done["sampling"]})
+
+
+def ask(settings: dump.DumpSettings, questions: dump.DumpPlan, *, progress: bool = True) -> None:
+    """Have the teacher answer whatever is not answered yet, in as many processes as the dump has actors.
+
+    StillhouseError: a process failed; what it had answered stays.
+    """
+    from teacher_dump import ray_jobs
+
+    folder = _folder(settings, questions)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = sum(not (folder / _PARTS.format(part.number)).exists() for part in questions.plan.parts)
+    if missing:
+        _write(folder / _JOB, json.dumps(_job(settings)))
+        count = min(settings.dump.actors, missing)
+        commands = [
+            ray_jobs.Command(
+                name=f"answers-{stripe}",
+                argv=(sys.executable, "-m", "teacher_dump.answers", str(folder / _JOB), str(stripe), str(count)),
+                log_path=settings.logs.resolve() / f"answers-{stripe}.log",
+            )
+            for stripe in range(count)
+        ]
+        gpus = settings.dump.gpus_per_actor
+        with quiet(settings.logs / dump.LOG_FILE) as screen:
+            if progress:
+                print(f"answers: the teacher answers {missing:,} parts; logs are in {settings.logs}", file=screen)
+            results = ray_jobs.run_commands(
+                commands,
+                settings.dump.cpus_per_actor,
+                settings.teacher.settings.get("tensor_parallel_size") if gpus is None else gpus,
+                address=settings.dump.ray_address,
+                logs=settings.logs,
+            )
+            failed = [result for result in results if result.returncode]
+        if failed:
+            kind = ConfigError if failed[0].returncode == 2 else StillhouseError
+            raise kind(f"the teacher's answers: {_last_line(failed[0].log_path)} (see {failed[0].log_path})")
+    _assemble(folder, settings, questions)
+
+
+def answer_parts(settings: dump.DumpSettings, *, stripe: int, num_stripes: int) -> None:
+    """Answer every `num_stripes`-th part that has no answers yet."""
+    from teacher_dump.processor import load_processor
+    from teacher_dump.worker import open_generator, open_preparer
+
+    questions = dump.plan_questions(settings)
+    folder = _folder(settings, questions)
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [part for part in questions.plan.parts[stripe::num_stripes] if not _part_file(folder, part).exists()]
+    if not todo:
+        return
+    worker = dump.worker_settings(questions, settings)
+    trust = bool(worker.engine_settings.get("trust_remote_code", False))
+    processor = load_processor(worker.checkpoint, trust_remote_code=trust)
+    answerer = Answerer(
+        preparer=open_preparer(worker),
+        generator=open_generator(worker),
+        tokenizer=getattr(processor, "tokenizer", processor),
+        image_token_id=worker.facts.image_token_id,
+        eos_token_ids=worker.facts.eos_token_ids,
+        sampling=settings.data.sampling,
+    )
+    for part in todo:
+        rows = [json.dumps(row) for row in answerer.rows(part)]
+        _write(_part_file(folder, part), "".join(f"{row}\n" for row in rows))
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Asks a generating teacher the questions of samples, each with its own earlier answers before it."""
+
+    preparer: Preparer
+    generator: Generator
+    tokenizer: Any
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    sampling: SamplingSection
+
+    def rows(self, part: Part) -> Iterator[dict[str, Any]]:
+        """A part's samples as rows of a data set; one that has no answers says why."""
+        for error in part.errors:
+            yield {"split": None, "id": error.sample_id, "refused": error.reason}
+        for start in range(0, len(part.samples), _SAMPLES_PER_CALL):
+            samples = part.samples[start : start + _SAMPLES_PER_CALL]
+            errors: list[SampleError] = []
+            answered = {sample.id: sample for sample in self.answered(samples, errors)}
+            reasons = {error.sample_id: error.reason for error in errors}
+            for sample in samples:
+                row = {"split": sample.split, "id": sample.id, "category": sample.category}
+                if sample.id in answered:
+                    turns = [{"role": turn.role, "content": turn.text} for turn in answered[sample.id].turns]
+                    yield {**row, "images": list(sample.images), "messages": turns}
+                else:
+                    yield {**row, "refused": reasons[sample.id]}
+
+    def answered(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Sample]:
+        """The samples with every answer replaced by the teacher's; the others are added to `errors`."""
+        active = list(samples)
+        for number in range(max((len(sample.turns) for sample in samples), default=0)):
+            asked: list[tuple[int, TeacherPrompt]] = []
+            for place, sample in enumerate(active):
+                if number < len(sample.turns) and sample.turns[number].role == "assistant":
+                    try:
+                        asked.append((place, self._prompt(sample, number)))
+                    except SampleRefusedError as refusal:
+                        errors.append(SampleError(sample.id, str(refusal)))
+            seeds = [_seed(self.sampling.seed, active[place].id, number) for place, _ in asked]
+            answers = self.generator.generate(
+                [prompt for _, prompt in asked], sampling=self.sampling, seeds=seeds, stop_ids=self.eos_token_ids
+            )
+            for (place, _), token_ids in zip(asked, answers, strict=True):
+                try:
+                    turn = Turn("assistant", self._text(token_ids, number))
+                    turns = active[place].turns
+                    active[place] = replace(active[place], turns=(*turns[:number], turn, *turns[number + 1 :]))
+                except SampleRefusedError as refusal:
+                    errors.append(SampleError(active[place].id, str(refusal)))
+            failed = {error.sample_id for error in errors}
+            active = [sample for sample in active if sample.id not in failed]
+        return active
+
+    def _prompt(self, sample: Sample, number: int) -> TeacherPrompt:
+        """What the teacher sees before its answer at turn `number`: the ids up to where an answer would start."""
+        from teacher_dump.teacher import TeacherPrompt
+
+        turns = (*sample.turns[:number], Turn("assistant", "?"))
+        has_markers = any(IMAGE_MARKER in turn.text for turn in sample.turns)
+        shown = sum(turn.text.count(IMAGE_MARKER) for turn in turns) if has_markers else len(sample.images)
+        prepared = self.preparer.prepare(replace(sample, turns=turns, images=sample.images[:shown]))
+        is_prompt = ~prepared.record.response_mask
+        start = int(is_prompt.nonzero()[0][-1]) + 1  # of the last stretch that is an answer
+        return TeacherPrompt(prepared.record.token_ids[:start], prepared.prompt.images)
+
+    def _text(self, token_ids: Sequence[int], number: int) -> str:
+        if not token_ids or token_ids[-1] not in self.eos_token_ids:
+            raise SampleRefusedError(
+                f"the teacher's answer at turn {number} does not end within {len(token_ids)} tokens; "
+                "data.sampling.max_new_tokens and teacher.max_length limit them"
+            )
+        text = self.tokenizer.decode(list(token_ids[:-1]), skip_special_tokens=True).strip()
+        if not text:
+            raise SampleRefusedError(f"the teacher's answer at turn {number} is empty")
+        return text
+
+
+def _assemble(folder: Path, settings: dump.DumpSettings, questions: dump.DumpPlan) -> None:
+    """One file a split, in the order of the plan, and the document that says that all is there."""
+    by_split: dict[str, list[str]] = {}
+    for part in questions.plan.parts:
+        for line in _part_file(folder, part).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            split = row.pop("split") or next(iter(by_split), "train")
+            by_split.setdefault(split, []).append(json.dumps(row))
+    splits = [(split, f"split-{number}.jsonl") for number, split in enumerate(by_split)]
+    for split, name in splits:
+        _write(folder / name, "".join(f"{line}\n" for line in by_split[split]))
+    done = {
+        "splits": splits,
+        "image_root": questions.identity.image_root,
+        "sampling": settings.data.sampling.model_dump(mode="json"),
+    }
+    _write(folder / _DONE, json.dumps(done, indent=1))
+
+
+def _folder(settings: dump.DumpSettings, questions: dump.DumpPlan) -> Path:
+    identity = questions.identity.model_dump(mode="json", exclude={"selection", "image_root", "teacher"})
+    key = json.dumps([identity, settings.data.sampling.model_dump(mode="json")], sort_keys=True)
+    return (settings.run / "answers" / hashlib.sha256(key.encode()).hexdigest()[:16]).resolve()
+
+
+def _part_file(folder: Path, part: Part) -> Path:
+    return folder / _PARTS.format(part.number)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _seed(seed: int, sample_id: str, turn: int) -> int:
+    digest = hashlib.sha256(f"{seed}\0{sample_id}\0{turn}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") & _SEED_BITS
+
+
+def _job(settings: dump.DumpSettings) -> dict[str, Any]:
+    sections = {name: getattr(settings, name).model_dump(mode="json") for name in ("data", "teacher", "dump", "cache")}
+    return {"run": str(settings.run), **sections}
+
+
+def _settings(job: dict[str, Any]) -> dump.DumpSettings:
+    return dump.DumpSettings(
+        Path(job["run"]),
+        DataSection.model_validate(job["data"]),
+        TeacherSection.model_validate(job["teacher"]),
+        DumpSection.model_validate(job["dump"]),
+        CacheSection.model_validate(job["cache"]),
+    )
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return next((line for line in reversed(lines) if line.strip()), "no word in the log")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer one stripe of a job's parts; returns the exit code."""
+    job, stripe, num_stripes = arguments
+    try:
+        settings = _settings(json.loads(Path(job).read_bytes()))
+        answer_parts(settings, stripe=int(stripe), num_stripes=int(num_stripes))
+    except StillhouseError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.reader import Cache
+from storage.records import SampleError
+from storage.verify import verify
+from teacher_dump import fingerprint
+from teacher_dump.answers import Answerer
+from teacher_dump.config import SamplingSection, SourceSection
+from teacher_dump.dump import plan_dump, prompt_errors, read_settings, run_dump
+from teacher_dump.processor import load_processor
+from teacher_dump.prompt import PromptBuilder
+from teacher_dump.reading import read_samples
+from teacher_dump.samples import Sample
+from teacher_dump.scoring import Preparer
+from teacher_dump.teacher import TeacherPrompt
+from teacher_dump.transformers_teacher import TransformersTeacher
+from teacher_dump.visual_grid import VisualGrid
+from tests.teacher_dump.conftest import WriteConfig
+from tests.tiny import make_tiny_llava
+
+REPOSITORY = Path(__file__).parents[2]
+SAMPLING = SamplingSection(temperature=1.0, max_new_tokens=24, seed=3)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA that ends some of its answers soon."""
+    folder = make_tiny_llava(tmp_path_factory.mktemp("talker"))
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    model.lm_head.weight.data[298] *= 4  # the end of a turn
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Scripted:
+    """A teacher that says what it is told, and remembers what it was asked."""
+
+    script: list[list[int]]
+    asked: list[list[int]] = field(default_factory=list)
+    num_images: list[int] = field(default_factory=list)
+
+    def generate(
+        self,
+        prompts: Sequence[TeacherPrompt],
+        *,
+        sampling: SamplingSection,
+        seeds: Sequence[int],
+        stop_ids: Sequence[int],
+    ) -> list[list[int]]:
+        self.asked += [prompt.token_ids.tolist() for prompt in prompts]
+        self.num_images += [len(prompt.images) for prompt in prompts]
+        return [self.script.pop(0) for _ in prompts]
+
+
+def make_answerer(folder: Path, image_root: Path, generator: Any, sampling: SamplingSection = SAMPLING) -> Answerer:
+    processor = load_processor(folder)
+    facts = fingerprint.processor_facts(folder, processor)
+    preparer = Preparer(
+        prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
+        grid=VisualGrid(processor, facts.image_token_id),
+        image_token_id=facts.image_token_id,
+        preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        image_root=image_root,
+        max_length=256,
+    )
+    return Answerer(preparer, generator, processor.tokenizer, facts.image_token_id, facts.eos_token_ids, sampling)
+
+
+def questions_of(file: Path, **fields: Any) -> tuple[Sample, ...]:
+    source = SourceSection(path=str(file), **fields)
+    return read_samples([source], extracted=file.parent / "extracted", only_questions=True).samples
+
+
+def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_teacher: Path, tiny_data: Path) -> None:
+    tokenizer = load_processor(tiny_teacher).tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    spoken = {text: [*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in ("red", "blue", "white")}
+    samples = questions_of(tiny_data, limit=4)
+    script = [spoken["red"], spoken["blue"], [end], spoken["red"][:-1], spoken["white"], spoken["blue"]]
+    teacher = Scripted(script)
+    errors: list[SampleError] = []
+    got = make_answerer(tiny_teacher, tiny_data.parent, teacher).answered(samples, errors)
+    assert [[turn.text for turn in sample.turns if turn.role == "assistant"] for sample in got] == [
+        ["red", "white"],
+        ["blue", "blue"],
+    ]
+    assert [error.sample_id for error in errors] == [samples[2].id, samples[3].id]
+    assert "is empty" in errors[0].reason
+    assert "does not end" in errors[1].reason
+    questions = [turn.text.removeprefix("<image>\n") for turn in samples[0].turns if turn.role == "user"]
+    opened = f"<|im_start|>user\n<image>\n{questions[0]}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(teacher.asked[0]) == opened
+    later = f"{opened}red<|im_end|>\n<|im_start|>user\n{questions[1]}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(teacher.asked[4]) == later
+    assert teacher.num_images == [1] * 6
+
+
+def test_questions_need_no_answer_and_pairs_are_refused(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}, {"from": "human", "value": "why?"}]
+    rows = [
+        {"id": "open", "conversations": turns},
+        {"id": "whole", "conversations": turns[:2]},
+        {"id": "vqa", "question": "what?"},
+        {"id": "pair", "question": "what?", "chosen": "red", "rejected": "blue"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = read_samples([SourceSection(path=str(path))], extracted=tmp_path, only_questions=True)
+    assert [[turn.text for turn in sample.turns] for sample in found.samples] == [
+        ["what?", "?", "why?", "?"],
+        ["what?", "?"],
+        ["what?", "?"],
+    ]
+    assert [error.sample_id for error in found.errors] == ["pair#chosen", "pair#rejected"]
+
+
+def test_both_engines_give_the_same_greedy_answers_and_end_them_alike(
+    write_config: WriteConfig, talker: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from teacher_dump.answers import answer_parts; from teacher_dump.dump import read_settings\n"
+        "for backend in ('transformers', 'vllm'):\n"
+        "    overrides = [f'teacher.backend={backend}', f'runs_dir={sys.argv[2]}/{backend}']\n"
+        "    settings = read_settings(sys.argv[1], overrides)\n"
+        "    answer_parts(settings, stripe=0, num_stripes=1)"
+    )
+    data = {"sources": [{"path": str(tiny_data)}], "responses": "teacher", "sampling": {"max_new_tokens": 12}}
+    config = write_config(data=data, teacher={"model": str(talker)}, dump={"samples_per_part": 12})
+    command = [sys.executable, "-c", code, str(config), str(tmp_path / "both")]  # vLLM's own warnings are no errors
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = {
+        backend: [
+            json.loads(line)
+            for path in sorted((tmp_path / "both" / backend).rglob("part-*.jsonl"))
+            for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        for backend in ("transformers", "vllm")
+    }
+    assert said["transformers"] == said["vllm"]
+    kinds = ["refused" in row for row in said["vllm"]]
+    assert len(kinds) == 24
+    assert any(kinds)
+    assert not all(kinds)
+
+
+def test_an_answer_depends_on_its_own_seed_and_on_nothing_beside_it(talker: Path, tiny_data: Path) -> None:
+    samples = questions_of(tiny_data, limit=6)
+    teacher = TransformersTeacher(talker, dtype="float32", image_token_id=299, settings={})
+
+    def said(samples: Sequence[Sample], seed: int) -> dict[str, list[str]]:
+        sampling = SamplingSection(temperature=1.0, max_new_tokens=24, seed=seed)
+        answerer = make_answerer(talker, tiny_data.parent, teacher, sampling)
+        return {one.id: [turn.text for turn in one.turns] for one in answerer.answered(samples, [])}
+
+    together = said(samples, 0)
+    assert len(together) > 0
+    assert together == said(samples[::-1], 0)
+    assert together == {name: turns for sample in samples for name, turns in said([sample], 0).items()}
+    assert together != said(samples, 1)
+
+
+def test_a_dump_of_the_teachers_own_answers(write_config: WriteConfig, talker: Path, tiny_data: Path) -> None:
+    sampling = {"temperature": 1.0, "max_new_tokens": 24, "seed": 5}
+    config = write_config(
+        data={"sources": [{"path": str(tiny_data), "split": "own"}], "responses": "teacher", "sampling": sampling},
+        teacher={"model": str(talker)},
+        cache={"families": ["sequence"]},
+        dump={"max_error_fraction": 0.95, "samples_per_part": 8},
+    )
+    settings = read_settings(config)
+    before = plan_dump(settings)
+    assert before.plan.num_samples == 24
+    assert prompt_errors(settings, before, progress=False) == []
+    command = [sys.executable, "-m", "teacher_dump", str(config)]  # Ray's own warnings are no errors there
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    cache = Cache.open(settings.cache.path)
+    assert cache.num_samples > 0
+    assert cache.num_samples + len(cache.errors) == 24
+    assert cache.identity.selection["tokens"] == {"responses": "teacher", **sampling, "top_p": 1.0}
+    assert verify(settings.cache.path).problems == []
+    assert plan_dump(settings).identity.plan_fingerprint == cache.identity.plan_fingerprint
+    assert all("the teacher's answer at turn" in error.reason for error in cache.errors)
+    answers = {path: path.stat().st_mtime_ns for path in (settings.run / "answers").rglob("part-*.jsonl")}
+    assert len(answers) == 4
+    assert run_dump(settings, progress=False).summary is None
+    assert answers == {path: path.stat().st_mtime_ns for path in (settings.run / "answers").rglob("part-*.jsonl")}
+    tokenizer = load_processor(talker).tokenizer
+    rows = [json.loads(line) for path in answers for line in path.read_text(encoding="utf-8").splitlines()]
+    said = {row["id"]: row["messages"][1]["content"] for row in rows if "messages" in row}
+    assert set(said) == set(cache.sample_ids)
+    for number, sample_id in enumerate(cache.sample_ids):
+        tokens = cache.read(number).tokens
+        assert tokens.split == "own"
+        spoken = tokenizer.decode(tokens.token_ids[tokens.response_mask])
+        assert spoken.startswith(f"{said[sample_id]}<|im_end|>")
