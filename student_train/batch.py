@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import IdentityError, StillhouseError
-from storage.records import ImageRef, PooledRelation, Relation, SampleRecord, TokensRecord
+from storage.records import ImageRef, PooledRelation, SampleRecord, TokensRecord
 from storage.rows import SparseRows
 from student_train.images import VisionInput
 from student_train.losses import TeacherRows
+from student_train.relation import TeacherRelations, resampling, teacher_relations
 
 Gather = Callable[[Sequence[tuple[str, ImageRef]]], VisionInput]
 
@@ -34,6 +35,12 @@ class Grid:
     tokens_per_image: int  # of the student's own vision tower
     pad_token_id: int
     max_length: int  # positions that the student's decoder has
+    teacher_tokens_per_image: int | None = None  # rows that the cache has of each image; None: as many
+
+    @property
+    def num_teacher_tokens(self) -> int:
+        """Rows of each image in the visual and relation losses."""
+        return self.teacher_tokens_per_image or self.tokens_per_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +66,9 @@ class Batch:
     visual_positions: Int[Tensor, "i n"]
     vision: VisionInput
     response: TeacherRows | None = None  # r rows
-    visual: TeacherRows | None = None  # i * n rows
-    relation: Float[Tensor, "i m m"] | None = None  # m is n, or less where the cache pools
+    visual: TeacherRows | None = None  # i * m rows, m visual tokens of the teacher
+    relation: TeacherRelations | None = None
+    hidden: Float[Tensor, "r d"] | None = None  # the teacher's states of the response rows
     sequence: Float[Tensor, " b"] | None = None  # the teacher's log-probability of each whole response
     counted: bool = True  # False: a filler, no row of it is in any loss
 
@@ -70,7 +78,7 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 moved[name] = value.to(device, non_blocking=True)
-            elif isinstance(value, TeacherRows | VisionInput):
+            elif isinstance(value, TeacherRows | TeacherRelations | VisionInput):
                 moved[name] = value.to(device)
         return replace(self, **moved)
 
@@ -158,7 +166,8 @@ def collate(
         vision=gather(images),
         response=teacher_rows([_response(record) for record in records]) if "response" in families else None,
         visual=teacher_rows(_by_image(records, "visual")) if "visual" in families else None,
-        relation=_relation(_by_image(records, "relation"), grid) if "relation" in families else None,
+        relation=_relations(records, grid) if "relation" in families else None,
+        hidden=torch.from_numpy(np.concatenate([_hidden(each) for each in records])) if "hidden" in families else None,
         sequence=torch.tensor([_sequence(record) for record in records]) if "sequence" in families else None,
         counted=counted,
     )
@@ -211,14 +220,21 @@ def collate_prompts(prompts: Sequence[TokensRecord], grid: Grid, gather: Gather)
 
 
 def check_grid(tokens: TokensRecord, grid: Grid) -> None:
-    """IdentityError unless the teacher gave each image as many visual tokens as the student does."""
+    """IdentityError unless each image has as many rows as the grid says, and they can be brought together."""
     for image in tokens.images:
-        if image.num_visual_tokens != grid.tokens_per_image:
+        found = f"visual grid: the cache has {image.num_visual_tokens} visual tokens for image {image.path} "
+        if image.num_visual_tokens != grid.num_teacher_tokens:
             raise IdentityError(
-                f"visual grid: the cache has {image.num_visual_tokens} visual tokens for image {image.path} "
-                f"of sample {tokens.sample_id!r}, this student has {grid.tokens_per_image}; take a student "
-                "with the teacher's grid, or leave the visual and relation losses out"
+                f"{found}of sample {tokens.sample_id!r}, but {grid.num_teacher_tokens} for others; images of several "
+                "sizes have no visual and relation losses: leave these out"
             )
+        try:
+            resampling(grid.tokens_per_image, image.num_visual_tokens)
+        except ValueError as error:
+            raise IdentityError(
+                f"{found}of sample {tokens.sample_id!r}, this student has {grid.tokens_per_image}, and {error} that "
+                "could be resampled; take a student with the teacher's grid, or leave visual and relation losses out"
+            ) from error
 
 
 def teacher_rows(parts: Sequence[SparseRows]) -> TeacherRows:
@@ -231,6 +247,7 @@ def teacher_rows(parts: Sequence[SparseRows]) -> TeacherRows:
         num_exact=torch.from_numpy(rows.num_exact.astype(np.int64)),
         tail_mass=torch.from_numpy(rows.tail_mass),
         entropy=torch.from_numpy(rows.entropy),
+        log_sum_exp=torch.from_numpy(rows.log_sum_exp),
     )
 
 
@@ -265,10 +282,17 @@ def _by_image(records: Sequence[SampleRecord], family: str) -> list:
     return signals
 
 
-def _relation(matrices: Sequence[Relation], grid: Grid) -> Float[Tensor, "i m m"]:
-    pooled = [len(matrix.values) for matrix in matrices[:1] if isinstance(matrix, PooledRelation)]
-    size = pooled[0] if pooled else grid.tokens_per_image
-    values = np.empty((len(matrices), size, size), np.float32)
-    for index, matrix in enumerate(matrices):
-        values[index] = matrix.values
-    return torch.from_numpy(values)
+def _relations(records: Sequence[SampleRecord], grid: Grid) -> TeacherRelations:
+    relations = _by_image(records, "relation")
+    pooled = [len(each.values) for each in relations[:1] if isinstance(each, PooledRelation)]
+    return teacher_relations(relations, size=pooled[0] if pooled else grid.num_teacher_tokens)
+
+
+def _hidden(record: SampleRecord) -> NDArray[np.float32]:
+    expected = record.tokens.num_response_tokens
+    if record.hidden is None or len(record.hidden) != expected:
+        got = "no hidden states" if record.hidden is None else f"{len(record.hidden)} hidden states"
+        raise StillhouseError(
+            f"sample {record.tokens.sample_id!r}: {got} for {expected} response tokens; run stillhouse verify"
+        )
+    return record.hidden

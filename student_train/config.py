@@ -10,18 +10,51 @@ from storage.config import Section
 from storage.shuffle import WINDOW_ROWS
 
 Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too
-Treatment = Literal["bucket", "unbiased"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation", "cross_entropy"]
+Treatment = Literal["unbiased", "bucket", "profile", "truncate", "renormalise", "exact"]
+# What one stored row can be asked for. The others would need what it lacks: an estimate that is unbiased in a
+# divergence that is not linear in the teacher, or the teacher's mass where the student has some.
+TREATMENTS: dict[Divergence, tuple[Treatment, ...]] = {
+    "forward_kl": ("unbiased", "bucket", "profile", "truncate", "renormalise", "exact"),
+    "cross_entropy": ("unbiased", "bucket", "profile", "truncate", "renormalise", "exact"),
+    "skewed_kl": ("bucket", "profile", "truncate", "renormalise", "exact"),
+    "jsd": ("bucket", "profile", "renormalise", "exact"),
+    "total_variation": ("bucket", "profile", "renormalise", "exact"),
+    "reverse_kl": ("bucket", "profile", "exact"),
+}
 
 
 class DistributionLossSection(Section):
-    """Forward KL to cached teacher rows.
+    """A divergence from cached teacher rows, and what stands in for the tokens that a row does not store.
 
-    `bucket` uses the exact entries and one bucket for all other mass; `unbiased` uses exact and
-    sampled entries by weight (with top-k rows it would drop the tail, and is refused).
+    `unbiased` exact and sampled entries by weight: its mean over draws is the dense loss;
+    `bucket` exact entries and one bucket for all other tokens: a lower bound, equal if all is stored;
+    `profile` the unstored mass spread over the other tokens by the cache's tail profile;
+    `truncate` exact entries alone, as they are; `renormalise` exact entries scaled to sum to 1: both biased;
+    `exact` no stored row but the family `hidden` and the teacher's head, every token (response only).
     """
 
     weight: Annotated[float, Field(gt=0)] = 1.0
+    divergence: Divergence = "forward_kl"
     treatment: Treatment = "bucket"
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # of both sides; the loss is multiplied by its square
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None  # teacher's share of the mixture: jsd 0.5, skewed_kl 0.1
+
+    @model_validator(mode="after")
+    def _refuse_senseless(self) -> DistributionLossSection:
+        if self.treatment not in TREATMENTS[self.divergence]:
+            raise ValueError(
+                f"treatment {self.treatment!r} gives no {self.divergence!r}: "
+                f"take one of {', '.join(TREATMENTS[self.divergence])}"
+            )
+        if self.treatment == "unbiased" and self.temperature != 1:
+            raise ValueError(
+                f"treatment 'unbiased' is of temperature 1, not {self.temperature:g}: a sampled entry has no stored "
+                "probability that could be re-tempered; take bucket, profile or exact"
+            )
+        if self.beta is not None and self.divergence not in ("jsd", "skewed_kl"):
+            raise ValueError(f"beta belongs to jsd and skewed_kl, but divergence is {self.divergence!r}")
+        return self
 
 
 class RelationLossSection(Section):
@@ -56,12 +89,17 @@ class PreferenceLossSection(Section):
 
 
 class LossesSection(Section):
-    """Weights of the losses; one that is absent is not computed, and its family is not read."""
+    """Weights of the losses; one that is absent is not computed, and its family is not read.
+
+    `literal` is LLaVA-KD's published code: one cosine over the relation matrices of a whole micro-batch, and
+    every weight 1. (That SigLIP's first token is dropped there is a setting of the checkpoint.)
+    """
 
     cross_entropy: Annotated[float, Field(ge=0)] = 1.0  # L_reg, with the data set's labels
     response: DistributionLossSection | None = None  # L_res
     visual: DistributionLossSection | None = None  # L_vis
     relation: RelationLossSection | None = None  # L_rel
+    literal: bool = False
     balance: BalanceLossSection | None = None  # L_balance, of a sparse student
     preference: PreferenceLossSection | None = None  # on pairs alone: other losses on answers are then left out
 
@@ -69,6 +107,17 @@ class LossesSection(Section):
     def _at_least_one(self) -> LossesSection:
         if self.cross_entropy == 0 and not (self.response or self.visual or self.relation or self.preference):
             raise ValueError("no loss is left; give cross_entropy, response, visual, relation or preference")
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> LossesSection:
+        if self.visual is not None and self.visual.treatment == "exact":
+            raise ValueError("visual.treatment 'exact' needs hidden states, which a cache holds of response rows alone")
+        sections = {"response": self.response, "visual": self.visual, "relation": self.relation}
+        weights = {name: section.weight for name, section in sections.items() if section is not None}
+        if self.literal and any(weight != 1 for weight in (self.cross_entropy, *weights.values())):
+            weights = {"cross_entropy": self.cross_entropy, **weights}
+            raise ValueError(f"literal is the published code, whose weights are all 1, but they are {weights}")
         return self
 
     @model_validator(mode="after")

@@ -20,9 +20,10 @@ from storage.reader import Cache, read_identity
 from student_train.batch import Batch, collate, collate_prompts, first_answer, prompt_of
 from student_train.config import EvaluationSection
 from student_train.documents import write_json
+from student_train.fused_head import SparseTarget
 from student_train.generation import greedy
 from student_train.images import FeatureStore, VisionSource, open_images
-from student_train.losses import bucketed_forward_kl
+from student_train.losses import row_losses_
 from student_train.material import chosen_samples, open_sealed
 from student_train.models import Checkpoint, check_fit, load_for_inference, read_checkpoint
 from student_train.student import Student
@@ -171,12 +172,13 @@ def _fidelity(student: Student, batch: Batch) -> Fidelity:
     kl_sum, num_agreeing, num_topped = 0.0, 0, 0
     for start in range(0, len(rows), per_chunk):
         stop = min(start + per_chunk, len(rows))
-        logits, teacher = student.logits(rows[start:stop]), batch.response.slice(start, stop)
-        kl_sum += float(bucketed_forward_kl(logits, teacher))
+        logits, teacher = student.logits(rows[start:stop]).float(), batch.response.slice(start, stop)
         topped = teacher.num_exact > 0  # entries fall, so the first is the most probable
         tops = teacher.ids[teacher.offsets[:-1][topped]]
         num_agreeing += int((logits.argmax(1)[topped] == tops).sum())
         num_topped += int(topped.sum())
+        against = SparseTarget(teacher).against(0, teacher.num_rows, logits)
+        kl_sum += float(row_losses_(logits, None, against, gradient=False).divergence)
     return Fidelity(kl_sum, num_agreeing, len(rows), num_topped)
 
 

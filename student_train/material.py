@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from storage.errors import CacheError, ConfigError
-from storage.identity import stored_relation
+from storage.identity import Identity, stored_relation, stored_temperatures
 from storage.reader import Cache, first_sample_with_images, read_identity
 from student_train.batch import check_grid
 from student_train.config import LossesSection, StageSection
+from student_train.fused_head import TeacherHead
 from student_train.loader import SampleTable, select
 from student_train.models import Checkpoint, check_fit, read_checkpoint
+from student_train.objective import CachedTeacher
 from student_train.sparse_upcycling import is_sparse
 
 
@@ -27,22 +28,12 @@ class Material:
     checkpoint: Checkpoint
     images: str | None  # folder; None: the one that the cache names, or the cache itself
 
-    @property
-    def centered(self) -> bool:
-        """Whether the cache's relation matrices are centered."""
-        return stored_relation(self.cache.identity).centered
-
-    @property
-    def relation_pool(self) -> int | None:
-        """Side of the blocks of the visual grid that the cache's relation matrices are averaged over."""
-        return stored_relation(self.cache.identity).pool
-
 
 def prepare(stage: StageSection, cache_path: str) -> Material:
     """Open and check everything. Errors: ConfigError, CacheError, IdentityError, StillhouseError."""
     checkpoint = fitting_checkpoint(stage, cache_path)
     cache = open_sealed(cache_path, loss_families(stage.losses), max_bytes=(stage.memory_mb << 20) // 2)
-    _check_treatments(stage.losses, cache.identity.selection)
+    _check_treatments(stage.losses, cache.identity)
     if stage.losses.balance and stage.moe is None and not is_sparse(checkpoint.config):
         raise ConfigError(
             f"losses.balance is for routers, and {checkpoint.folder} has none; give the stage `moe`, or leave it out"
@@ -55,7 +46,7 @@ def prepare(stage: StageSection, cache_path: str) -> Material:
         indices=indices,
         num_response_rows=rows if rows.ndim == 1 else rows.sum(1),
         num_images=images if images.ndim == 1 else images.sum(1),
-        tokens_per_image=checkpoint.grid.tokens_per_image,
+        tokens_per_image=checkpoint.grid.num_teacher_tokens,
         order=cache.shuffle(indices if indices.ndim == 1 else indices[:, 0], window_rows=stage.shuffle_rows),
     )
     return Material(cache, table, checkpoint, stage.images)
@@ -73,8 +64,37 @@ def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
     if stage.losses.visual or stage.losses.relation:
         example = first_sample_with_images(cache_path, stage.splits)
         if example is not None:
-            check_grid(example, checkpoint.grid)
+            grid = replace(checkpoint.grid, teacher_tokens_per_image=example.images[0].num_visual_tokens)
+            check_grid(example, grid)
+            checkpoint = replace(checkpoint, grid=grid)
     return checkpoint
+
+
+def cached_teacher(material: Material, losses: LossesSection) -> CachedTeacher:
+    """What these losses need of the cache besides its rows; reads profiles and the head. Errors: CacheError."""
+    cache, relation = material.cache, stored_relation(material.cache.identity)
+    sections = {name: section for name in ("response", "visual") if (section := getattr(losses, name))}
+    return CachedTeacher(
+        tokens_per_image=material.checkpoint.grid.num_teacher_tokens,
+        centered=relation.centered,
+        pool=relation.pool,
+        temperatures={name: stored_temperatures(cache.identity, name) for name in sections},
+        profiles={
+            name: torch.from_numpy(cache.tail_profile(name))
+            for name, section in sections.items()
+            if section.treatment == "profile"
+        },
+        head=_teacher_head(cache) if any(each.treatment == "exact" for each in sections.values()) else None,
+    )
+
+
+def _teacher_head(cache: Cache) -> TeacherHead:
+    head = cache.head()
+    weight = torch.from_numpy(head.weight.copy())  # the reader's is a view of bytes that must not be written to
+    if head.weight.dtype == np.uint16:
+        weight = weight.view(torch.bfloat16)
+    bias = None if head.bias is None else torch.from_numpy(head.bias.copy())
+    return TeacherHead(weight, bias, head.scale, head.soft_cap)
 
 
 def open_sealed(path: str, families: tuple[str, ...], *, max_bytes: int) -> Cache:
@@ -111,23 +131,30 @@ def chosen_pairs(cache: Cache, indices: np.ndarray) -> np.ndarray:
 
 def loss_families(losses: LossesSection) -> tuple[str, ...]:
     """The families of the cache that these losses read, besides the tokens."""
-    families = tuple(family for family in ("response", "visual", "relation") if getattr(losses, family))
-    return (*families, "sequence") if losses.preference else families
+    families = [family for family in ("response", "visual", "relation") if getattr(losses, family)]
+    if losses.response and losses.response.treatment == "exact":
+        families[0] = "hidden"
+    return (*families, "sequence") if losses.preference else tuple(families)
 
 
-def _check_treatments(losses: LossesSection, selection: Mapping[str, Any]) -> None:
+def _check_treatments(losses: LossesSection, identity: Identity) -> None:
     for family in ("response", "visual"):
         section = getattr(losses, family)
-        if section is None:
+        if section is None or section.treatment == "exact":
             continue
-        method = selection.get(family, {}).get("method")
+        method = identity.selection.get(family, {}).get("method")
+        place = f"losses.{family}.treatment is {section.treatment!r}, but the cache's {family} rows were selected by "
         if section.treatment == "unbiased" and method not in ("threshold", "sampled"):
             raise ConfigError(
-                f"losses.{family}.treatment is 'unbiased', but the cache's {family} rows were selected by "
-                f"{method!r}, which keeps nothing of the tail; use 'bucket', or dump with method 'threshold'"
+                f"{place}{method!r}, which keeps nothing of the tail; use 'bucket', or dump with method 'threshold'"
             )
-        if section.treatment == "bucket" and method == "sampled":
+        if section.treatment != "unbiased" and method == "sampled":
+            raise ConfigError(f"{place}'sampled', which keeps no entry exactly; use 'unbiased'")
+        temperatures = stored_temperatures(identity, family)
+        needs = section.treatment != "renormalise" and section.temperature != 1
+        if needs and section.temperature not in temperatures:
             raise ConfigError(
-                f"losses.{family}.treatment is 'bucket', but the cache's {family} rows were selected by 'sampled', "
-                "which keeps no entry exactly: all would be in the bucket; use 'unbiased'"
+                f"losses.{family}.temperature is {section.temperature:g}, but the cache keeps the log-sum-exp of "
+                f"{', '.join(f'{each:g}' for each in (1.0, *temperatures))}; dump with cache.{family}.temperatures, "
+                "or take treatment 'renormalise' or 'exact'"
             )

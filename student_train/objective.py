@@ -1,11 +1,12 @@
 """A student with its losses: a batch goes in, the loss and its parts come out. No logits of all tokens.
 
-Legend: r rows, i images, n visual tokens of an image, d hidden.
+Legend: r rows, i images, n visual tokens of an image, m those of the teacher, d hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,57 +16,72 @@ from torch.utils.checkpoint import checkpoint
 
 from student_train.batch import Batch
 from student_train.config import BalanceLossSection, DistributionLossSection, LossesSection
+from student_train.fused_head import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
 from student_train.loader import RowCounts
-from student_train.losses import (
-    TeacherRows,
-    bucketed_forward_kl,
-    cross_entropy,
-    relation_loss,
-    unbiased_forward_kl,
-)
+from student_train.losses import Rule, TailProfile, TeacherRows
 from student_train.preference_losses import Rewards, preference
+from student_train.relation import head_metric, relation_loss, resampling
 from student_train.router_loss import router_losses
 from student_train.student import Student
+
+
+@dataclass(frozen=True, eq=False)
+class CachedTeacher:
+    """What losses need of a cache besides its rows."""
+
+    tokens_per_image: int  # rows that it has of each image
+    centered: bool = False  # of relation matrices
+    pool: int | None = None  # side of the blocks of the grid that relation matrices are averaged over
+    temperatures: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # of each family's log-sum-exp
+    profiles: Mapping[str, Tensor] = field(default_factory=dict)  # (v,) of the families whose loss uses one
+    head: TeacherHead | None = None  # where a loss is exact
+
+    def to(self, device: torch.device) -> CachedTeacher:
+        """The same on another device."""
+        head = self.head
+        if head is not None:
+            head = replace(
+                head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device)
+            )
+        return replace(self, head=head, profiles={name: each.to(device) for name, each in self.profiles.items()})
 
 
 class Objective(nn.Module):
     """The loss of a micro-batch as its share of the global batch's: sums divided by global row counts."""
 
-    def __init__(
-        self,
-        student: Student,
-        losses: LossesSection,
-        *,
-        centered: bool,
-        chunk_logits: int,
-        relation_pool: int | None = None,
-    ) -> None:
-        """`centered`, `relation_pool`: as the cache's relation matrices are. `chunk_logits`: in memory at once."""
+    def __init__(self, student: Student, losses: LossesSection, teacher: CachedTeacher, *, chunk_logits: int) -> None:
+        """`teacher`: on the student's device. `chunk_logits`: in memory at once."""
         super().__init__()
         self.student = student
         self._losses = losses
-        self._centered = centered
-        self._relation_pool = relation_pool
-        self._rows_per_chunk = max(1, chunk_logits // student.vocab_size)
+        self._teacher = teacher
+        self._chunk_logits = chunk_logits
+        self._rows_per_chunk = max(1, chunk_logits // student.vocab_size)  # where the head is called as a module
+        self._rules = {name: _rule(losses, teacher, name) for name in ("response", "visual")}
+        self._profiles = {
+            name: TailProfile.of(profile, temperature=self._rules[name].temperature, dtype=torch.float32)
+            for name, profile in teacher.profiles.items()
+        }
+        self._frozen_metric: Tensor | None = None
 
     def forward(self, batch: Batch, totals: RowCounts, largest: RowCounts) -> dict[str, Tensor]:
         """Each part as this micro-batch's sum over `totals`, detached, and their weighted sum `loss`.
 
         Parts of all micro-batches of all ranks add up to the global batch's means. `largest` fixes the number
-        of head calls, so that ranks that share parameters move together. A loss whose total is 0 is 0.
+        of calls of the head as a module, so that ranks that share parameters (ZeRO-3) move together; the fused
+        head takes its weight once, however many rows a rank has. A loss whose total is 0 is 0.
         """
         hidden, routers = self._hidden(batch)
-        parts = {
-            **self._response_parts(hidden, batch, totals.response, largest.response),
-            **self._visual_part(hidden, batch, totals.visual, largest.visual),
+        loss, parts = self._row_parts(hidden, batch, totals)
+        others = {
             **self._relation_part(hidden, batch, totals.relation),
             **self._preference_part(hidden, batch, totals.samples, largest.response),
             **self._router_parts(routers, batch, totals.samples),
         }
-        loss = 0 * hidden.float().sum()
-        for name, part in parts.items():
+        for name, part in others.items():
             loss = loss + _weight(self._losses, name) * part
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+            parts[name] = part.detach()
+        return {"loss": loss + 0 * hidden.float().sum(), **parts}
 
     def _hidden(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         inputs = batch.input_ids, batch.visual_positions, batch.vision
@@ -122,71 +138,91 @@ class Objective(nn.Module):
         num_chunks = max(1, -(-max(largest, num_rows) // per_chunk))
         return [(min(n * per_chunk, num_rows), min((n + 1) * per_chunk, num_rows)) for n in range(num_chunks)]
 
-    def _response_parts(self, hidden: Tensor, batch: Batch, total: int, largest: int) -> dict[str, Tensor]:
-        labels = batch.labels if self._losses.cross_entropy > 0 else None
-        section = self._losses.response
-        if labels is None and section is None:
-            return {}
-        rows = hidden.index_select(0, batch.response_positions)
-        sums = self._head_sums(rows, labels, batch.response if section else None, section, largest)
-        names = ([] if labels is None else ["cross_entropy"]) + ([] if section is None else ["response"])
-        return {name: value / max(1, total) for name, value in zip(names, sums, strict=True)}
-
-    def _visual_part(self, hidden: Tensor, batch: Batch, total: int, largest: int) -> dict[str, Tensor]:
-        section = self._losses.visual
-        if section is None:
-            return {}
-        rows = hidden.index_select(0, _loss_positions(batch).flatten())
-        (value,) = self._head_sums(rows, None, batch.visual, section, largest)
-        return {"visual": value / max(1, total)}
+    def _row_parts(self, hidden: Tensor, batch: Batch, totals: RowCounts) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of single rows: cross-entropy, response, visual, with their weights; and each without."""
+        losses, tasks, parts = self._losses, [], {}
+        if losses.cross_entropy > 0 or losses.response is not None:
+            share = 1 / max(1, totals.response)
+            tasks.append(
+                HeadTask(
+                    hidden.index_select(0, batch.response_positions),
+                    batch.labels if losses.cross_entropy > 0 else None,
+                    self._target("response", batch.response, batch.hidden),
+                    label_weight=losses.cross_entropy * share,
+                    weight=_weight(losses, "response") * share,
+                )
+            )
+        if losses.visual is not None:
+            share = 1 / max(1, totals.visual)
+            rows = self._visual_rows(hidden, batch)
+            matrix = self._resampling(rows)
+            rows = (rows if matrix is None else (matrix @ rows.float()).to(rows.dtype)).flatten(0, 1)
+            target = self._target("visual", batch.visual)
+            tasks.append(HeadTask(rows, None, target, weight=_weight(losses, "visual") * share))
+        if not tasks:
+            return hidden.new_zeros((), dtype=torch.float32), {}
+        head = self.student.model.lm_head
+        loss, sums = fused_head_loss(
+            head.weight, tasks, bias=head.bias, vocab_size=self.student.vocab_size, chunk_logits=self._chunk_logits
+        )
+        if losses.cross_entropy > 0:
+            parts["cross_entropy"] = sums[0].cross_entropy / max(1, totals.response)
+        if losses.response is not None:
+            parts["response"] = sums[0].divergence / max(1, totals.response)
+        if losses.visual is not None:
+            parts["visual"] = sums[-1].divergence / max(1, totals.visual)
+        return loss, parts
 
     def _relation_part(self, hidden: Tensor, batch: Batch, total: int) -> dict[str, Tensor]:
         if self._losses.relation is None:
             return {}
-        positions = _loss_positions(batch)
-        rows = hidden.index_select(0, positions.flatten()).view(*positions.shape, hidden.shape[1])
-        size = positions.shape[1]
-        teacher = rows.new_empty(0, size, size) if batch.relation is None else batch.relation
+        rows = self._visual_rows(hidden, batch)
+        metric = self._metric(self.student.model.lm_head.weight)
+        if batch.relation is None or not len(rows):
+            return {"relation": 0 * (rows.float().sum() + metric.sum())}
         value = relation_loss(
-            rows, self.student.head_metric(hidden), teacher, centered=self._centered, pool=self._relation_pool
+            rows,
+            metric,
+            batch.relation,
+            centered=self._teacher.centered,
+            resampling=self._resampling(rows, self._teacher.pool),
+            literal=self._losses.literal,
         )
         return {"relation": value / max(1, total)}
 
-    def _head_sums(
-        self,
-        rows: Float[Tensor, "r d"],
-        labels: Int[Tensor, " r"] | None,
-        teacher: TeacherRows | None,
-        section: DistributionLossSection | None,
-        largest: int,
-    ) -> list[Tensor]:
-        """Sums of cross-entropy (with labels) and of the divergence (with a section), chunk by chunk."""
-        chunks = self._chunks(rows.shape[0], largest)
-        divergence = {"bucket": bucketed_forward_kl, "unbiased": unbiased_forward_kl}
+    def _metric(self, weight: Tensor) -> Tensor:
+        """W^T W; of a frozen head made once."""
+        if weight.requires_grad:
+            return head_metric(weight, vocab_size=self.student.vocab_size)
+        if self._frozen_metric is None:
+            self._frozen_metric = head_metric(weight, vocab_size=self.student.vocab_size)
+        return self._frozen_metric
 
-        def sums(hidden: Tensor, labels: Tensor | None, teacher: TeacherRows | None) -> tuple[Tensor, ...]:
-            logits = self.student.logits(hidden).float()
-            values = [] if labels is None else [cross_entropy(logits, labels)]
-            if section is not None:
-                values.append(0 * logits.sum() if teacher is None else divergence[section.treatment](logits, teacher))
-            return tuple(values)
+    def _target(
+        self, name: str, rows: TeacherRows | None, hidden: Tensor | None = None
+    ) -> SparseTarget | HiddenTarget | None:
+        rule = self._rules[name]
+        if rule.treatment == "exact" and hidden is not None:
+            assert self._teacher.head is not None
+            return HiddenTarget(hidden, self._teacher.head, rule)
+        return None if rows is None else SparseTarget(rows, rule, self._profiles.get(name))
 
-        totals: list[Tensor] = []
-        for start, stop in chunks:
-            inputs = (
-                rows[start:stop],
-                None if labels is None else labels[start:stop],
-                None if teacher is None else teacher.slice(start, stop),
-            )
-            # One chunk is kept for the backward pass; of more, each is computed again there.
-            values = sums(*inputs) if len(chunks) == 1 else checkpoint(sums, *inputs, use_reentrant=False)
-            assert values is not None
-            totals = [a + b for a, b in zip(totals, values, strict=True)] if totals else list(values)
-        return totals
+    def _visual_rows(self, hidden: Tensor, batch: Batch) -> Float[Tensor, "i n d"]:
+        positions: Int[Tensor, "i n"] = batch.visual_positions if batch.counted else batch.visual_positions[:0]
+        return hidden.index_select(0, positions.flatten()).view(*positions.shape, hidden.shape[1])
+
+    def _resampling(self, rows: Float[Tensor, "i n d"], pool: int | None = None) -> Tensor | None:
+        matrix = resampling(rows.shape[1], self._teacher.tokens_per_image, pool=pool)
+        return None if matrix is None else matrix.to(rows.device)
 
 
-def _loss_positions(batch: Batch) -> Int[Tensor, "i n"]:
-    return batch.visual_positions if batch.counted else batch.visual_positions[:0]
+def _rule(losses: LossesSection, teacher: CachedTeacher, name: str) -> Rule:
+    section: DistributionLossSection | None = getattr(losses, name)
+    if section is None:
+        return Rule()
+    temperatures = teacher.temperatures.get(name, ())
+    column = temperatures.index(section.temperature) if section.temperature in temperatures else None
+    return Rule(section.divergence, section.treatment, section.temperature, section.beta, column)
 
 
 def _weight(losses: LossesSection, name: str) -> float:
@@ -196,6 +232,8 @@ def _weight(losses: LossesSection, name: str) -> float:
     if name == "router_z":
         return losses.balance.z_weight if losses.balance else 0.0
     section = getattr(losses, name)
+    if section is None:
+        return 0.0
     if isinstance(section, BalanceLossSection):
         return section.weight * (2 if section.literal else 1)
     return section if isinstance(section, float | int) else section.weight
@@ -205,7 +243,7 @@ def part_names(losses: LossesSection) -> tuple[str, ...]:
     """The parts that these losses compute, in the order of `Objective.forward`."""
     names: list[str] = []
     for name in LossesSection.model_fields:
-        if getattr(losses, name):
+        if name != "literal" and getattr(losses, name):
             names += _PARTS.get(name, (name,))
     return tuple(names)
 

@@ -81,11 +81,6 @@ class Student(nn.Module):
         """Raw logits over the real vocabulary."""
         return self.model.lm_head(hidden)[:, : self.vocab_size]
 
-    def head_metric(self, like: Float[Tensor, "r d"]) -> Float[Tensor, "d d"]:
-        """W^T W of the head, in float32. The head is called as a module: so ZeRO-3 gathers its weight."""
-        weight = self.logits(torch.eye(like.shape[1], dtype=like.dtype, device=like.device)).float()  # (d, v)
-        return weight @ weight.T
-
 
 def tower_features(model: Any, pixel_values: Float[Tensor, "p c h w"]) -> Float[Tensor, "p n f"]:
     """The vision tower's output as LlavaModel.get_image_features hands it to the projector."""

@@ -22,7 +22,7 @@ from student_train.documents import MetricsLog, write_json
 from student_train.engine import Engine, Process
 from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import MicroPlan, ReadAhead, num_micro_batches, plans
-from student_train.material import Material, loss_families
+from student_train.material import Material, cached_teacher, loss_families
 from student_train.models import freeze, load_student
 from student_train.objective import Objective, part_names
 from student_train.sparse_upcycling import Experts, upcycled
@@ -101,8 +101,7 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
         Objective(
             student,
             stage.losses,
-            centered=material.centered,
-            relation_pool=material.relation_pool,
+            cached_teacher(material, stage.losses).to(process.device),
             chunk_logits=stage.chunk_logits,
         ),
         stage,

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from storage.head import make_head
 from storage.identity import Identity, tokenizer_fingerprint
 from storage.records import ImageRef, PartRecords, RelationMatrix, SequenceLogprob, TokensRecord, image_key
 from storage.rows import SparseRows
@@ -37,6 +38,7 @@ def sparse_rows(
     tau: float | None = None,
     seed: int = 0,
     labels: NDArray | None = None,
+    temperatures: Sequence[float] = (),
 ) -> SparseRows:
     """Rows of logits (r, v) as a cache keeps them: the k most probable, or threshold sampling with tau."""
     logprobs = log_softmax(logits)
@@ -71,7 +73,11 @@ def sparse_rows(
         num_exact=np.array(num_exact, np.int32),
         tail_mass=np.array(tails, np.float32),
         entropy=-(probabilities * logprobs).sum(-1).astype(np.float32),
-        log_sum_exp=np.zeros((len(logits), 0), np.float32),
+        log_sum_exp=np.array(
+            [np.log(np.exp(logprobs / temperature).sum(-1)) for temperature in temperatures], np.float32
+        )
+        .reshape(len(temperatures), len(logits))
+        .T.copy(),
         label_logprob=None if labels is None else logprobs[np.arange(len(labels)), labels].astype(np.float32),
     )
 
@@ -90,6 +96,7 @@ def make_cache(
     k: int | None = 8,
     tau: float | None = None,
     seed: int = 0,
+    temperatures: Sequence[float] = (),
     **identity_fields: Any,
 ) -> Path:
     """A cache whose samples a student with `checkpoint`'s tokenizer can learn; images lie in <folder>/images.
@@ -103,7 +110,9 @@ def make_cache(
     vocabulary = tokenizer.get_vocab()
     vocab_size = max(vocabulary.values()) + 1
     draw = np.random.default_rng(seed)
-    method = {"method": "topk", "k": k} if tau is None else {"method": "threshold", "tau": tau}
+    method: dict[str, Any] = {"method": "topk", "k": k} if tau is None else {"method": "threshold", "tau": tau}
+    method |= {"temperatures": list(temperatures)} if temperatures else {}
+    k = None if tau is not None else k
     identity = Identity(
         **{
             "teacher": "random",
@@ -124,6 +133,8 @@ def make_cache(
         }
     )
     writer = CacheWriter.open(folder / "cache", identity, families)
+    if "hidden" in families:
+        writer.put_head(make_head(draw.normal(size=(vocab_size, 12)).astype(np.float32)))
     for part, split in enumerate(splits):
         pictures = [_picture(folder / "images", f"{split}-{n}.png", image_size, draw) for n in range(num_images)]
         records = []
@@ -140,18 +151,26 @@ def make_cache(
             PartRecords(
                 tokens=records,
                 response=[
-                    sparse_rows(_logits(draw, len(ids), vocab_size, ids), k=k, tau=tau, labels=ids) for ids in responses
+                    sparse_rows(
+                        _logits(draw, len(ids), vocab_size, ids), k=k, tau=tau, labels=ids, temperatures=temperatures
+                    )
+                    for ids in responses
                 ]
                 if "response" in families
                 else None,
                 visual={
-                    key: sparse_rows(_logits(draw, image.num_visual_tokens, vocab_size), k=k, tau=tau)
+                    key: sparse_rows(
+                        _logits(draw, image.num_visual_tokens, vocab_size), k=k, tau=tau, temperatures=temperatures
+                    )
                     for key, image in keys.items()
                 }
                 if "visual" in families
                 else None,
                 relation={key: _relation(draw, image.num_visual_tokens) for key, image in keys.items()}
                 if "relation" in families
+                else None,
+                hidden=[draw.normal(size=(len(ids), 12)).astype(np.float32) for ids in responses]
+                if "hidden" in families
                 else None,
                 images={name: content for record in records for name, content in _files(folder / "images", record)}
                 if "images" in families

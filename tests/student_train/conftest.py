@@ -17,8 +17,12 @@ from jaxtyping import install_import_hook
 
 from teacher_dump import torchvision_shim
 
-with install_import_hook(["student_train.losses", "student_train.student"], "beartype.beartype"):
+with install_import_hook(
+    [f"student_train.{name}" for name in ("losses", "fused_head", "relation", "student")], "beartype.beartype"
+):
+    import student_train.fused_head
     import student_train.losses
+    import student_train.relation
     import student_train.student  # noqa: F401
 
 from tests.student_train.caches import make_cache

@@ -90,7 +90,7 @@ def test_positions_of_a_padded_batch_are_flat() -> None:
     assert batch.visual is not None
     assert batch.visual.num_rows == 3
     assert batch.relation is not None
-    assert batch.relation.shape == (1, 3, 3)
+    assert batch.relation.values.shape == (1, 3, 3)
 
 
 def test_pooled_and_factored_matrices_become_a_batch() -> None:
@@ -99,12 +99,12 @@ def test_pooled_and_factored_matrices_become_a_batch() -> None:
         whole = replace(record(tokens), relation={tokens.images[0].key: matrix})
         batch = collate([whole], GRID, gather, families=("relation",))
         assert batch.relation is not None
-        return batch.relation
+        return batch.relation.values
 
     pooled = PooledRelation(np.ones((1, 1), np.float32), 1.0, num_visual_tokens=3, pool=2)
     assert relations_of(pooled).tolist() == [[[1.0]]]
     factor = RelationFactor(np.array([[1], [2], [0]], np.float32), 1.0)
-    assert relations_of(factor).tolist() == [[[1, 2, 0], [2, 4, 0], [0, 0, 0]]]
+    assert relations_of(factor).tolist() == [[[1], [2], [0]]]  # not multiplied out
 
 
 def test_visual_rows_follow_the_order_of_placeholders_not_of_keys() -> None:
@@ -115,7 +115,7 @@ def test_visual_rows_follow_the_order_of_placeholders_not_of_keys() -> None:
     assert batch.visual is not None
     assert batch.visual.ids.tolist() == expected
     assert batch.relation is not None
-    assert batch.relation[:, 0, 0].tolist() == [2.0, 1.0]
+    assert batch.relation.values[:, 0, 0].tolist() == [2.0, 1.0]
     assert batch.vision.names == ("zz", "a")
 
 
@@ -129,12 +129,38 @@ def test_a_batch_that_does_not_count_has_no_rows_but_its_images() -> None:
     assert batch.visual_positions.tolist() == [[1, 2, 3]]
 
 
-def test_another_visual_grid_is_refused_only_where_rows_must_match() -> None:
+def test_images_with_other_numbers_of_rows_are_refused_only_where_rows_must_match() -> None:
     whole = record(sample([IMAGE, 4, 5], [2], image("a", tokens=5)), tokens_per_image=5)
     assert collate([whole], GRID, gather, families=("response",)).response_positions.tolist() == [3]
     for family in ("visual", "relation"):
-        with pytest.raises(IdentityError, match="5 visual tokens for image a of sample 's', this student has 3"):
+        with pytest.raises(IdentityError, match="5 visual tokens for image a of sample 's', but 3 for others"):
             collate([whole], GRID, gather, families=(family,))
+
+
+def test_a_teacher_with_another_square_grid_keeps_its_rows() -> None:
+    grid = replace(GRID, tokens_per_image=4, teacher_tokens_per_image=9)
+    whole = record(sample([IMAGE, 4, 5], [2], image("a", tokens=9)), tokens_per_image=9)
+    batch = collate([whole], grid, gather, families=("visual",))
+    assert batch.visual is not None
+    assert batch.visual.num_rows == 9
+    assert batch.visual_positions.tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(
+        IdentityError, match=r"9 visual tokens .* this student has 5, and 5 visual tokens are no square"
+    ):
+        collate([whole], replace(grid, tokens_per_image=5), gather, families=("visual",))
+
+
+def test_hidden_states_become_rows_of_the_batch() -> None:
+    draw = np.random.default_rng(0)
+    records = [record(sample([1, 2, 3], [1, 2], name="s")), record(sample([1, 2], [1], name="t"))]
+    states = [draw.normal(size=(n, 4)).astype(np.float32) for n in (2, 1)]
+    batch = collate(
+        [replace(each, hidden=h) for each, h in zip(records, states, strict=True)], GRID, gather, families=("hidden",)
+    )
+    assert batch.hidden is not None
+    np.testing.assert_array_equal(batch.hidden, np.concatenate(states))
+    with pytest.raises(StillhouseError, match="sample 's': no hidden states for 2 response tokens"):
+        collate(records, GRID, gather, families=("hidden",))
 
 
 def test_what_cannot_be_laid_out_is_refused_by_name() -> None:

@@ -46,7 +46,7 @@ def warm(checkpoint: Path, cache: Path) -> Path:
     [
         ({"tokenizer_fingerprint": "f" * 64}, ("tokenizer_fingerprint: the cache has " + "f" * 64, "{fingerprint}")),
         ({"vocab_size": 350}, ("vocab_size: the cache has 350", " has 300", "the head of", "320 rows")),
-        ({"tokens_per_image": 9}, ("visual grid: the cache has 9 visual tokens", "this student has 16")),
+        ({"tokens_per_image": 10}, ("visual grid: the cache has 10 visual tokens", "this student has 16")),
     ],
 )
 def test_a_misfit_is_named_with_both_values_in_under_a_second(
@@ -77,7 +77,7 @@ def test_an_unknown_format_version_is_named_in_under_a_second(warm: Path, tmp_pa
 
 def test_a_misfit_is_found_without_the_index(warm: Path, tmp_path: Path) -> None:
     """Files of tokens are gone that the index would need: so a cache of any size is refused as quickly."""
-    path = make_cache(tmp_path / "grid", warm, num_samples=4, tokens_per_image=9)
+    path = make_cache(tmp_path / "grid", warm, num_samples=4, tokens_per_image=10)
     for file in (path / "tokens").glob("part-00001.*"):
         file.unlink()
     with pytest.raises(IdentityError, match="visual grid"):

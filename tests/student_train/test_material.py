@@ -8,7 +8,7 @@ from storage.errors import CacheError, ConfigError, IdentityError
 from storage.files import open_folder
 from storage.reader import Cache
 from student_train.config import LossesSection, StageSection
-from student_train.material import prepare
+from student_train.material import cached_teacher, prepare
 from tests.student_train.caches import make_cache
 
 
@@ -25,7 +25,8 @@ def test_the_samples_of_the_splits_are_counted(checkpoint: Path, cache: Path) ->
     counts = [opened.read(int(index)).tokens.num_response_tokens for index in material.table.indices]
     assert material.table.num_response_rows.tolist() == counts
     assert material.images is None
-    assert (material.centered, material.relation_pool) == (False, None)
+    teacher = cached_teacher(material, LossesSection())
+    assert (teacher.centered, teacher.pool, teacher.tokens_per_image, teacher.head) == (False, None, 16, None)
 
 
 def test_an_unknown_split_is_the_user_s_mistake(checkpoint: Path, cache: Path) -> None:
@@ -52,12 +53,41 @@ def test_a_tokenizer_that_differs_is_refused_before_weights_are_read(checkpoint:
         prepare(stage(checkpoint), str(path))
 
 
-def test_a_visual_grid_that_differs_is_refused_for_visual_losses_alone(checkpoint: Path, tmp_path: Path) -> None:
-    path = make_cache(tmp_path, checkpoint, num_samples=2, tokens_per_image=9)
+def test_a_grid_that_cannot_be_resampled_is_refused_for_visual_losses_alone(checkpoint: Path, tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "line", checkpoint, num_samples=2, tokens_per_image=10)
     for family in ("visual", "relation"):
-        with pytest.raises(IdentityError, match="visual grid: the cache has 9 visual tokens"):
+        with pytest.raises(IdentityError, match=r"10 visual tokens .* this student has 16, and 10 .* no square grid"):
             prepare(stage(checkpoint, {family: {}}), str(path))
     assert len(prepare(stage(checkpoint, {"response": {}}), str(path)).table) == 2
+    square = make_cache(tmp_path / "square", checkpoint, num_samples=2, tokens_per_image=9)
+    table = prepare(stage(checkpoint, {"visual": {}}), str(square)).table
+    assert table.counts(np.arange(2)).visual == 18  # rows of the teacher
+
+
+def test_a_temperature_must_be_stored_where_the_tail_matters(checkpoint: Path, tmp_path: Path) -> None:
+    path = make_cache(tmp_path, checkpoint, num_samples=2, temperatures=(2.0,))
+    assert prepare(stage(checkpoint, {"response": {"temperature": 2.0}}), str(path))
+    with pytest.raises(
+        ConfigError, match=r"losses\.response\.temperature is 3, but the cache keeps .* 1, 2; dump with"
+    ):
+        prepare(stage(checkpoint, {"response": {"temperature": 3.0}}), str(path))
+    assert prepare(stage(checkpoint, {"response": {"temperature": 3.0, "treatment": "renormalise"}}), str(path))
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ({"response": {"divergence": "reverse_kl", "treatment": "truncate"}}, "'truncate' gives no 'reverse_kl'"),
+        ({"response": {"divergence": "jsd", "treatment": "unbiased"}}, "'unbiased' gives no 'jsd'.* bucket"),
+        ({"response": {"temperature": 2, "treatment": "unbiased"}}, "is of temperature 1, not 2"),
+        ({"response": {"beta": 0.5}}, "beta belongs to jsd and skewed_kl"),
+        ({"visual": {"treatment": "exact"}}, "visual.treatment 'exact' needs hidden states"),
+        ({"relation": {"weight": 0.5}, "literal": True}, "weights are all 1"),
+    ],
+)
+def test_combinations_without_sense_are_refused(losses: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LossesSection.model_validate(losses)
 
 
 def test_the_unbiased_treatment_needs_sampled_rows(checkpoint: Path, cache: Path, tmp_path: Path) -> None:

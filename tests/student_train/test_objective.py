@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from storage.reader import Cache
-from student_train.batch import collate
+from student_train.batch import Batch, collate
 from student_train.config import LossesSection, StageSection
 from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import plans
-from student_train.losses import bucketed_forward_kl, cross_entropy, relation_loss
-from student_train.material import Material, prepare
+from student_train.losses import Rule
+from student_train.material import Material, cached_teacher, loss_families, prepare
 from student_train.models import freeze, load_student
 from student_train.objective import Objective, part_names
+from student_train.relation import head_metric, relation_loss
 from student_train.student import Student
 from tests.student_train.caches import make_cache
+from tests.student_train.references import dense_loss, sparse_loss
 
 ALL = {"cross_entropy": 0.7, "response": {"weight": 0.5}, "visual": {"weight": 0.3}, "relation": {"weight": 2.0}}
 FAMILIES = ("response", "visual", "relation")
@@ -45,10 +48,14 @@ class Run:
         folder = open_images(material.cache, None, material.checkpoint.image_processor)
         self.vision = VisionSource(folder, features=features, pixels=FeatureStore(0))
         section = LossesSection.model_validate(losses)
-        self.objective = Objective(
-            self.student, section, centered=False, relation_pool=material.relation_pool, chunk_logits=chunk_logits
-        )
-        self.families = tuple(name for name in part_names(section) if name != "cross_entropy")
+        teacher = cached_teacher(material, section)
+        self.objective = Objective(self.student, section, teacher, chunk_logits=chunk_logits)
+        self.families = loss_families(section)
+
+    def batch(self, index: int) -> Batch:
+        """One sample of the cache by itself."""
+        records = [self.material.cache.read(index)]
+        return collate(records, self.material.checkpoint.grid, self.vision.gather, families=self.families)
 
     def __call__(self, *, ranks: int, micro: int, size: int = 10) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Loss parts summed over ranks and micro-batches, and the gradients that add up."""
@@ -118,13 +125,15 @@ def test_parts_are_means_over_the_rows_of_the_global_batch(material: Material) -
             labels = torch.tensor(ids[start : start + count])
             before = logits[start - 1 : start + count - 1]
             visual = slice(first_visual, first_visual + 16)
-            assert batch.response is not None
-            assert batch.visual is not None
-            assert batch.relation is not None
-            sums["cross_entropy"] += cross_entropy(before, labels).item()
-            sums["response"] += bucketed_forward_kl(before, batch.response).item()
-            sums["visual"] += bucketed_forward_kl(logits[visual], batch.visual).item()
-            sums["relation"] += relation_loss(states[visual][None], metric, batch.relation).item()
+            sums["cross_entropy"] += cross_entropy(before, labels, reduction="sum").item()
+            zeros = np.zeros(64)
+            (image,) = record.tokens.images
+            assert record.response is not None
+            sums["response"] += sparse_loss(record.response, zeros, before, Rule()).item()
+            sums["visual"] += sparse_loss(record.visual[image.key], zeros, logits[visual], Rule()).item()
+            gram = states[visual] @ metric @ states[visual].T
+            teacher = torch.from_numpy(record.relation[image.key].values)
+            sums["relation"] += float(1 - (gram * teacher).sum() / gram.norm() / teacher.norm())
             for name, number in (("cross_entropy", count), ("response", count), ("visual", 16), ("relation", 1)):
                 rows[name] += number
     for name, total in sums.items():
@@ -189,11 +198,11 @@ def test_every_encoding_of_relation_matrices_trains(checkpoint: Path, tmp_path: 
             states = run.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
             rows = states[batch.visual_positions.flatten()]
             assert batch.relation is not None
-            teacher = batch.relation[0]
+            teacher = batch.relation.values[0]
             if relation["encoding"] == "pooled":
                 rows = rows.reshape(2, 2, 2, 2, -1).mean((1, 3)).flatten(0, 1)
                 teacher = teacher.reshape(2, 2, 2, 2, 2, 2, 2, 2).mean((1, 3, 5, 7)).reshape(4, 4)
-            gram = rows @ run.student.head_metric(rows) @ rows.T
+            gram = rows @ head_metric(run.student.model.lm_head.weight, vocab_size=300) @ rows.T
             expected += float(1 - (gram * teacher).sum() / gram.norm() / teacher.norm())
     assert totals["relation"] == pytest.approx(expected / 4, rel=1e-3)
 
@@ -209,3 +218,131 @@ def test_material_reads_only_the_families_that_losses_need(checkpoint: Path, cac
     assert record.response is None
     assert not record.visual
     assert Cache.open(cache).read(0).response is not None
+
+
+def visual_rows(run: Run, batch: Batch) -> Tensor:
+    """The student's hidden states of an image's visual tokens, (n, d)."""
+    with torch.no_grad():
+        states = run.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+    return states[batch.visual_positions.flatten()]
+
+
+@pytest.mark.parametrize("tokens", [4, 9, 64])
+def test_a_teacher_of_another_grid_is_met_on_its_grid(checkpoint: Path, tmp_path: Path, tokens: int) -> None:
+    """The student has 4 x 4 visual tokens. Its logits are averaged by hand over the areas of the teacher's cells."""
+    losses = {"cross_entropy": 0, "visual": {}, "relation": {}}
+    folder = make_cache(tmp_path, checkpoint, num_samples=4, num_images=4, tokens_per_image=tokens)
+    stage = StageSection(init=str(checkpoint), steps=1, losses=LossesSection.model_validate(losses))
+    material = prepare(stage, str(folder))
+    run = Run(material, losses)
+    totals, gradients = run(ranks=2, micro=1, size=4)
+    fine = 12 if tokens != 64 else 8  # a grid that both divide
+    visual = relation = 0.0
+    for index in material.table.indices:
+        batch, record = run.batch(int(index)), material.cache.read(int(index))
+        (image,) = record.tokens.images
+        logits = (visual_rows(run, batch) @ run.student.model.lm_head.weight[:300].T).detach().double()
+        side = int(tokens**0.5)
+        spread = logits.view(4, 4, 300).repeat_interleave(fine // 4, 0).repeat_interleave(fine // 4, 1)
+        cells = spread.view(side, fine // side, side, fine // side, 300).mean((1, 3)).flatten(0, 1)
+        visual += sparse_loss(record.visual[image.key], np.zeros(tokens), cells, Rule()).item()
+        gram, teacher = cells @ cells.T, torch.from_numpy(record.relation[image.key].values)
+        relation += float(1 - (gram * teacher).sum() / gram.norm() / teacher.norm())
+    assert totals["visual"] == pytest.approx(visual / (4 * tokens), rel=1e-4)
+    assert totals["relation"] == pytest.approx(relation / 4, rel=1e-4)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_every_divergence_and_treatment_trains(checkpoint: Path, tmp_path: Path) -> None:
+    """On rows with a stored temperature, through the config: value against the reference, whatever the chunk."""
+    folder = make_cache(
+        tmp_path, checkpoint, num_samples=4, num_images=4, families=("response",), temperatures=(2.0,), tau=0.02,
+    )  # fmt: skip
+    for response in (
+        {"treatment": "unbiased"}, {"treatment": "truncate"}, {"treatment": "renormalise", "temperature": 3.0},
+        {"divergence": "jsd", "beta": 0.3}, {"divergence": "reverse_kl", "temperature": 2.0},
+        {"divergence": "skewed_kl", "temperature": 2.0}, {"divergence": "total_variation", "weight": 0.5},
+        {"divergence": "cross_entropy"},
+    ):  # fmt: skip
+        losses = {"cross_entropy": 0, "response": response}
+        section = LossesSection.model_validate(losses)
+        material = prepare(StageSection(init=str(checkpoint), steps=1, losses=section), str(folder))
+        run = Run(material, losses, chunk_logits=300 * 3)
+        totals, _ = run(ranks=1, micro=2, size=4)
+        assert section.response is not None
+        rule = Rule(
+            section.response.divergence, section.response.treatment, section.response.temperature, section.response.beta
+        )
+        expected, count = 0.0, 0
+        for index in material.table.indices:
+            batch, record = run.batch(int(index)), material.cache.read(int(index))
+            with torch.no_grad():
+                states = run.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+                logits = run.student.logits(states[batch.response_positions])
+            assert record.response is not None
+            column = record.response.log_sum_exp[:, 0] * (rule.temperature == 2)
+            expected += sparse_loss(record.response, column, logits, rule).item()
+            count += len(logits)
+        assert totals["response"] == pytest.approx(expected / count, rel=1e-3), response
+        assert totals["loss"] == pytest.approx(totals["response"] * section.response.weight, rel=1e-6)
+
+
+def test_exact_rows_come_from_hidden_states_and_the_teacher_s_head(checkpoint: Path, tmp_path: Path) -> None:
+    folder = make_cache(tmp_path, checkpoint, num_samples=4, num_images=4, families=("hidden",))
+    losses = {"response": {"treatment": "exact", "divergence": "reverse_kl", "temperature": 1.5}}
+    section = LossesSection.model_validate(losses)
+    material = prepare(StageSection(init=str(checkpoint), steps=1, losses=section), str(folder))
+    assert "response" not in material.cache.families
+    run = Run(material, losses)
+    totals, _ = run(ranks=1, micro=2, size=4)
+    head, expected, count = material.cache.head(), 0.0, 0
+    for index in material.table.indices:
+        batch, record = run.batch(int(index)), material.cache.read(int(index))
+        with torch.no_grad():
+            states = run.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+            logits = run.student.logits(states[batch.response_positions])
+        assert record.hidden is not None
+        expected += dense_loss(head.logits(record.hidden), logits, Rule("reverse_kl", "exact", 1.5)).item()
+        count += len(logits)
+    assert totals["response"] == pytest.approx(expected / count, rel=1e-4)
+
+
+def test_literal_takes_one_cosine_over_a_micro_batch(material: Material) -> None:
+    losses = {"cross_entropy": 0, "relation": {}, "literal": True}
+    run = Run(material, losses)
+    totals, _ = run(ranks=1, micro=5, size=10)
+    expected = 0.0
+    for plan in run._plans(1, 5, 10):
+        ours, theirs = [], []
+        for row in plan.rows:
+            index = int(material.table.indices[row])
+            logits = visual_rows(run, run.batch(index)).double() @ run.student.model.lm_head.weight[:300].double().T
+            (matrix,) = material.cache.read(index).relation.values()
+            ours.append((logits @ logits.T).detach())
+            theirs.append(torch.from_numpy(matrix.values).double() * matrix.norm)
+        flat, other = torch.stack(ours).flatten(), torch.stack(theirs).flatten()
+        expected += float(1 - torch.nn.functional.cosine_similarity(flat, other, dim=0)) / 2
+    assert totals["relation"] == pytest.approx(expected, rel=1e-4)
+    assert tuple(totals) == ("loss", "relation")
+    plain, _ = Run(material, {"cross_entropy": 0, "relation": {}})(ranks=1, micro=5, size=10)
+    assert plain["relation"] != pytest.approx(totals["relation"], rel=1e-4)
+    single, _ = Run(material, losses)(ranks=1, micro=1, size=10)  # the published code's batch of 1
+    assert single["relation"] == pytest.approx(plain["relation"], rel=1e-4)
+
+
+def test_samples_without_and_with_several_images_weigh_by_image(checkpoint: Path, tmp_path: Path) -> None:
+    """Two images a sample are two images, in one micro-batch or in several."""
+    folder = make_cache(tmp_path, checkpoint, num_samples=4, num_images=4, images_per_sample=2)
+    losses = {"visual": {}, "relation": {}}
+    stage = StageSection(init=str(checkpoint), steps=1, losses=LossesSection.model_validate(losses))
+    run = Run(prepare(stage, str(folder)), losses)
+    together, one = run(ranks=1, micro=4, size=4)[0], run(ranks=2, micro=1, size=4)[0]
+    for name, value in together.items():
+        assert one[name] == pytest.approx(value, rel=1e-5)
+    expected = 0.0
+    for index in run.material.table.indices:
+        batch = run.batch(int(index))
+        assert batch.relation is not None
+        metric = head_metric(run.student.model.lm_head.weight.detach(), vocab_size=300)
+        expected += relation_loss(visual_rows(run, batch).view(2, 16, -1), metric, batch.relation).item()
+    assert together["relation"] == pytest.approx(expected / 8, rel=1e-4)

@@ -1,0 +1,91 @@
+"""Divergences as sums over events: each event's value, and its slope in the logarithm of the student's probability.
+
+A divergence of a teacher p and a student q here is a sum of f(p_j, q_j) over events j, which are the tokens of
+the vocabulary, or some of them and one event "any other token". With slopes a_j = df/d(log q_j), its gradient
+with respect to logits is a_j - q_j * sum(a). All functions take logarithms, of which minus infinity is allowed
+for either side, and return (value, slope) of the same shape; D(p, p) is 0 but for the cross-entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from student_train.config import Divergence
+
+Term = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+LINEAR: Final = ("forward_kl", "cross_entropy")  # in p, but for the teacher's own entropy
+WEIGHTED_BY_TEACHER: Final = (*LINEAR, "skewed_kl")  # an event without teacher mass is no term
+DEFAULT_BETA: Final = {"jsd": 0.5, "skewed_kl": 0.1}
+
+
+def term(divergence: Divergence, beta: float | None = None) -> Term:
+    """The function f of a divergence. `beta`: the teacher's share of the mixture, of those that have one."""
+    if divergence in DEFAULT_BETA:
+        share = DEFAULT_BETA[divergence] if beta is None else beta
+        return partial({"jsd": _jensen_shannon, "skewed_kl": _skewed_kl}[divergence], beta=share)
+    return {
+        "forward_kl": _forward_kl,
+        "reverse_kl": _reverse_kl,
+        "total_variation": _total_variation,
+        "cross_entropy": _cross_entropy,
+    }[divergence]
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q): p (log p - log q)."""
+    p = log_p.exp()
+    return _weighted(p, log_p - log_q), -p
+
+
+def _cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """-p log q, which is forward KL plus the teacher's entropy."""
+    p = log_p.exp()
+    return _weighted(p, -log_q), -p
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p): q (log q - log p)."""
+    q = log_q.exp()
+    value = _weighted(q, log_q - log_p)
+    return value, value + q
+
+
+def _jensen_shannon(log_p: Tensor, log_q: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    Source: generalised JSD of GKD (arXiv 2306.13649), equation 1.
+    """
+    p, q, log_m = log_p.exp(), log_q.exp(), _log_mixture(log_p, log_q, beta)
+    slope = (1 - beta) * _weighted(q, log_q - log_m)
+    return beta * _weighted(p, log_p - log_m) + slope, slope
+
+
+def _skewed_kl(log_p: Tensor, log_q: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+    """KL(p || beta p + (1 - beta) q): finite where the student has no mass.
+
+    Source: DistiLLM (arXiv 2402.03898), equation 4, its alpha.
+    """
+    p, log_m = log_p.exp(), _log_mixture(log_p, log_q, beta)
+    return _weighted(p, log_p - log_m), -_weighted(p, (math.log1p(-beta) + log_q - log_m).exp())
+
+
+def _total_variation(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """|p - q| / 2."""
+    q = log_q.exp()
+    difference = q - log_p.exp()
+    return difference.abs() / 2, q * difference.sign() / 2
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+
+
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value, 0 where the weight is 0 though the value be infinite; a weight that is no number stays one."""
+    return torch.where(weight == 0, 0, weight * value)

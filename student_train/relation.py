@@ -1,0 +1,160 @@
+"""The relation loss between visual rows of the student and the teacher's cached matrices, and grids that differ.
+
+Legend: i images, n visual tokens of the student, m those of the teacher (or blocks of its pooled grid), k rank
+of a factor, d hidden, w rows of the head. Computed in float32 whatever the input's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from storage.records import Relation, RelationFactor
+
+_LEAST_NORM = 1e-8  # product of two norms: a matrix that is zero has the cosine 0
+_LEAST_SQUARE = 1e-30  # under a root, whose slope at 0 is infinite
+_HEAD_ROWS = 16_384  # of a low-precision head that are in memory in float32 at once
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherRelations:
+    """The teacher's G / ||G|| of each image (zero where G is): as they are, or as factors F of F F^T."""
+
+    values: Float[Tensor, "i m k"]  # k is m unless they are factors
+    norms: Float[Tensor, " i"]  # of G
+    factored: bool = False
+
+    def to(self, device: torch.device) -> TeacherRelations:
+        """The same on another device."""
+        return TeacherRelations(self.values.to(device), self.norms.to(device), self.factored)
+
+    def inner(self, rows: Float[Tensor, "i m d"], metric: Float[Tensor, "d d"]) -> Float[Tensor, " i"]:
+        """<G_t / ||G_t||, G_s>, G_s = Z Z^T the student's matrix. Of factors ||F^T Z||^2, with no (m, m) formed."""
+        if not self.factored:
+            return (self.values * (rows @ metric @ rows.mT)).sum((1, 2))
+        projected = self.values.mT @ rows  # (i, k, d)
+        return (projected @ metric * projected).sum((1, 2))
+
+    def squares(self) -> Float[Tensor, " i"]:
+        """Squared norms of what is held, 1 or 0 but for rounding."""
+        values = self.values.mT @ self.values if self.factored else self.values
+        return (values**2).sum((1, 2))
+
+
+def teacher_relations(relations: Sequence[Relation], *, size: int) -> TeacherRelations:
+    """The matrices of a batch's images, which have `size` rows each: factors if all are, of the largest rank."""
+    norms = torch.tensor([each.norm for each in relations], dtype=torch.float32)
+    factors = [each.factor for each in relations if isinstance(each, RelationFactor)]
+    factored = 0 < len(factors) == len(relations)
+    arrays = factors if factored else [each.values for each in relations]
+    width = max(1, *(each.shape[1] for each in factors)) if factored else size
+    values = np.zeros((len(arrays), size, width), np.float32)
+    for number, array in enumerate(arrays):
+        values[number, :, : array.shape[1]] = array
+    return TeacherRelations(torch.from_numpy(values), norms, factored)
+
+
+def relation_loss(
+    hidden: Float[Tensor, "i n d"],
+    metric: Float[Tensor, "d d"],
+    teacher: TeacherRelations,
+    *,
+    centered: bool = False,
+    resampling: Float[Tensor, "m n"] | None = None,
+    literal: bool = False,
+) -> Float[Tensor, ""]:
+    """Sum over images of 1 - cosine between the teacher's and the student's relation matrix.
+
+    The student's is G = H (W^T W) H^T = Z Z^T with `metric` W^T W and Z the raw logits of the visual rows,
+    which are never formed. The cosine does not feel the scale of either matrix. With `centered` the mean visual
+    row is subtracted first, as the cache says of the teacher's; `resampling` then brings rows to its grid.
+    `literal` is the published code: one cosine of all images' matrices, unscaled and end to end, which counts
+    once for each. Both are the same for one image.
+
+    Source: LLaVA-KD (arXiv 2410.16236), RDist.
+    """
+    hidden, metric = hidden.float(), metric.float()
+    if hidden.shape[0] == 0:
+        return 0 * (hidden.sum() + metric.sum())
+    if centered:
+        hidden = hidden - hidden.mean(1, keepdim=True)
+    if resampling is not None:
+        hidden = resampling @ hidden  # (i, m, d)
+    inner = teacher.inner(hidden, metric)
+    product = hidden.mT @ hidden @ metric  # (i, d, d): ||H M H^T||^2 = tr(A M A M), with A = H^T H
+    student = (product * product.mT).sum((1, 2))
+    if not literal:
+        return (1 - _cosine(inner, student, teacher.squares())).sum()
+    norms = teacher.norms.double()
+    raw = (teacher.squares().double() * norms**2).sum()
+    return hidden.shape[0] * (1 - _cosine((inner.double() * norms).sum(), student.double().sum(), raw)).float()
+
+
+def _cosine(inner: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    """Of an inner product and two squared norms; 0, with no gradient that is no number, where one is 0."""
+    return inner / (ours.clamp_min(_LEAST_SQUARE).sqrt() * theirs.sqrt()).clamp_min(_LEAST_NORM)
+
+
+@lru_cache(maxsize=4)
+def resampling(num_student: int, num_teacher: int, *, pool: int | None = None) -> Float[Tensor, "m n"] | None:
+    """What brings an image's rows from the student's square grid to the teacher's; None where they are the same.
+
+    Each row is the mean over the area of a cell of the teacher's grid, or of a block of pool x pool cells (see
+    storage.relation.blocks_of_grid). Logits are linear in hidden states, so resampling these resamples those: no
+    row of the teacher is changed, left out or invented. ValueError for numbers of tokens that are no squares.
+    """
+    if num_student == num_teacher and pool is None:
+        return None
+    ours, theirs = _side(num_student), _side(num_teacher)
+    block = 1 if pool is None else pool
+    cells = np.arange(ours + 1) * theirs  # edges, both in units of 1 / (ours * theirs)
+    blocks = np.append(np.arange(0, theirs, block), theirs) * ours
+    low, high = np.maximum(blocks[:-1, None], cells[:-1]), np.minimum(blocks[1:, None], cells[1:])
+    line = np.maximum(high - low, 0) / np.diff(blocks)[:, None]
+    return torch.from_numpy(np.kron(line, line)).float()
+
+
+def _side(num_tokens: int) -> int:
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens or side == 0:
+        raise ValueError(f"{num_tokens} visual tokens are no square grid")
+    return side
+
+
+def head_metric(weight: Float[Tensor, "w d"], *, vocab_size: int) -> Float[Tensor, "d d"]:
+    """W^T W of the first `vocab_size` rows of a head, in float32."""
+    return _HeadMetric.apply(weight, vocab_size)
+
+
+class _HeadMetric(torch.autograd.Function):
+    """Keeps the weight itself, which ZeRO-3 gathers again for the backward pass, and no copy in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, vocab_size: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.vocab_size = vocab_size
+        metric = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float32)
+        for start in range(0, vocab_size, _HEAD_ROWS):
+            part = weight[start : min(start + _HEAD_ROWS, vocab_size)].float()
+            metric.addmm_(part.T, part)
+        return metric
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weight,) = ctx.saved_tensors
+        symmetric = incoming[0] + incoming[0].T
+        gradient = torch.zeros_like(weight)
+        for start in range(0, ctx.vocab_size, _HEAD_ROWS):
+            part = slice(start, min(start + _HEAD_ROWS, ctx.vocab_size))
+            gradient[part] = weight[part].float() @ symmetric
+        return gradient, None
