@@ -115,8 +115,8 @@ class LossesSection(Section):
             raise ValueError("visual.treatment 'exact' needs hidden states, which a cache holds of response rows alone")
         sections = {"response": self.response, "visual": self.visual, "relation": self.relation}
         weights = {name: section.weight for name, section in sections.items() if section is not None}
-        if self.literal and any(weight != 1 for weight in (self.cross_entropy, *weights.values())):
-            weights = {"cross_entropy": self.cross_entropy, **weights}
+        weights |= {"cross_entropy": self.cross_entropy} if self.cross_entropy else {}
+        if self.literal and any(weight != 1 for weight in weights.values()):
             raise ValueError(f"literal is the published code, whose weights are all 1, but they are {weights}")
         return self
 

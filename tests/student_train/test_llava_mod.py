@@ -16,7 +16,7 @@ from student_train.batch import collate
 from student_train.config import LossesSection, PreferenceLossSection, StageSection
 from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import plans
-from student_train.material import Material, prepare
+from student_train.material import Material, cached_teacher, prepare
 from student_train.models import freeze, load_student
 from student_train.objective import Objective, part_names
 from student_train.preference_losses import Rewards, preference
@@ -53,7 +53,7 @@ def objective_of(material: Material, losses: dict, *, sparse: bool = False) -> t
     student = Student(model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=None)
     folder = open_images(material.cache, None, material.checkpoint.image_processor)
     section = LossesSection.model_validate(losses)
-    objective = Objective(student, section, centered=False, chunk_logits=300 * 7)
+    objective = Objective(student, section, cached_teacher(material, section), chunk_logits=300 * 7)
     return objective, VisionSource(folder, features=None, pixels=FeatureStore(0))
 
 
