@@ -172,7 +172,7 @@ class StageSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2  # DeepSpeed ZeRO
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0)] = 0  # of the sample order
-    chunk_logits: Annotated[int, Field(ge=1)] = 2**25  # of the head in memory at once, 4 bytes each
+    chunk_logits: Annotated[int, Field(ge=1)] = 2**27  # of the head in memory at once, 4 bytes each
     memory_mb: Annotated[int, Field(ge=0)] = 512  # MiB a rank: half decoded rows, half image features (or pixels)
     shuffle_rows: Annotated[int, Field(ge=1)] = WINDOW_ROWS  # rows mixed at a time, some 270 bytes each
     log_every: Annotated[int, Field(ge=1)] = 10  # steps

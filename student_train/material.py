@@ -80,17 +80,12 @@ def cached_teacher(material: Material, losses: LossesSection) -> CachedTeacher:
         pool=relation.pool,
         temperatures={name: stored_temperatures(cache.identity, name) for name in sections},
         profiles={
-            name: _tail_profile(cache, name) for name, section in sections.items() if section.treatment == "profile"
+            name: torch.from_numpy(cache.tail_profile(name))
+            for name, section in sections.items()
+            if section.treatment == "profile"
         },
         head=_teacher_head(cache) if any(each.treatment == "exact" for each in sections.values()) else None,
     )
-
-
-def _tail_profile(cache: Cache, family: str) -> torch.Tensor:
-    read = getattr(cache, "tail_profile", None)  # of caches from format version 3 on
-    if read is None:
-        raise ConfigError(f"losses.{family}.treatment is 'profile', but {cache.folder} keeps no tail profile")
-    return torch.from_numpy(read(family))
 
 
 def _teacher_head(cache: Cache) -> TeacherHead:
