@@ -6,6 +6,7 @@ while they work, so some threads keep up beside one that computes.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,18 +26,20 @@ def read_ahead(
     cache: Cache,
     batches: Iterable[Sequence[int] | NDArray[np.int64]],
     *,
+    draw_sets: Iterable[int] | None = None,
     num_threads: int = NUM_THREADS,
     depth: int = DEPTH,
 ) -> Generator[SampleBatch, None, None]:
     """`cache.read_many` of each of these, in their order, with up to `depth` read before they are asked for.
 
+    `draw_sets`, one a batch, as `read_many` takes them: the epoch, say. None: set 0 throughout.
     An error is raised where the batch that it happened to is asked for. Threads end with the iterator.
     """
     waiting: deque[Future[SampleBatch]] = deque()
     pool = ThreadPoolExecutor(num_threads, "read-ahead")
     try:
-        for indices in batches:
-            waiting.append(pool.submit(cache.read_many, indices))
+        for indices, draw_set in zip(batches, itertools.repeat(0) if draw_sets is None else draw_sets, strict=False):
+            waiting.append(pool.submit(cache.read_many, indices, draw_set=draw_set))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -62,11 +65,13 @@ def shuffled_batches(
 
     `steps` are the numbers of the batches wanted: `range(s, n)` goes on exactly where `range(s)` ended. A batch is of
     `batch_size` samples over all ranks, of which this one gets every `num_ranks`-th: the same samples in the same
-    batches, however many ranks there are. Order: see storage/shuffle.py. ValueError for fewer samples than ranks.
+    batches, however many ranks there are. Order: see storage/shuffle.py. Where a cache
+    has several sets of draws, each epoch reads the next. ValueError for fewer samples than ranks.
     """
     if not 0 <= rank < num_ranks <= batch_size:
         raise ValueError(f"rank {rank} of {num_ranks} for batches of {batch_size} samples: each rank must get one")
     chosen = np.arange(cache.num_samples) if indices is None else np.asarray(indices, np.int64)
     order = cache.shuffle(chosen, window_rows=window_rows)
     mine = (chosen[order.batch(step, batch_size, seed=seed)][rank::num_ranks] for step in steps)
-    return read_ahead(cache, mine, num_threads=num_threads, depth=depth)
+    epochs = (step * batch_size // len(order) for step in steps)
+    return read_ahead(cache, mine, draw_sets=epochs, num_threads=num_threads, depth=depth)

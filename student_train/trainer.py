@@ -171,8 +171,12 @@ def _loop(
     )  # fmt: skip
     final: dict[str, float] = {}
     families, grid = loss_families(stage.losses), material.checkpoint.grid
-    micro_plans, ahead = itertools.tee(micro_plans)
-    samples = read_ahead(material.cache, (material.table.indices[plan.rows].ravel() for plan in ahead))
+    micro_plans, ahead, epochs = itertools.tee(micro_plans, 3)
+    samples = read_ahead(
+        material.cache,
+        (material.table.indices[plan.rows].ravel() for plan in ahead),
+        draw_sets=(plan.step * stage.global_batch // len(material.table) for plan in epochs),
+    )
     reader = ReadAhead(
         (plan, collate(batch.records(), grid, vision.gather, families=families, counted=plan.counted))
         for plan, batch in zip(micro_plans, samples, strict=True)

@@ -19,6 +19,7 @@ from storage.errors import CorruptPartError
 from storage.reader import Cache
 from storage.records import SampleRecord
 from storage.rows import SparseRows
+from storage.sample_batch import SampleBatch
 from storage.token_rows import decode_tokens
 from tests.storage.family_cache import write_family_cache
 from tests.storage.synthetic_cache import SAMPLES_PER_PART, write_cache
@@ -206,3 +207,22 @@ def test_ranks_that_would_get_nothing_are_refused(folder: Path) -> None:
         shuffled_batches(Cache.open(folder), batch_size=8, steps=range(1), rank=3, num_ranks=3)
     with pytest.raises(ValueError, match="each rank must get one"):
         shuffled_batches(Cache.open(folder), batch_size=2, steps=range(1), num_ranks=3)
+
+
+class _Asked:
+    """A cache that notes which draws it is asked for."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.num_samples, self.shuffle, self._read_many = cache.num_samples, cache.shuffle, cache.read_many
+        self.draw_sets: dict[int, int] = {}  # by a batch's first sample, the last time
+
+    def read_many(self, indices: np.ndarray, *, draw_set: int) -> SampleBatch:
+        self.draw_sets[int(indices[0])] = draw_set
+        return self._read_many(indices, draw_set=draw_set)
+
+
+def test_each_epoch_asks_for_the_next_set_of_draws(folder: Path) -> None:
+    asked: Any = _Asked(Cache.open(folder, ()))
+    for step, epoch in ((0, 0), (1, 0), (2, 1), (5, 2)):
+        (batch,) = shuffled_batches(asked, range(8), batch_size=4, steps=range(step, step + 1))
+        assert asked.draw_sets[int(batch.indices[0])] == epoch
