@@ -1,6 +1,7 @@
-"""How many rows a second one core takes from selected rows to a committed part: the bound where a GPU selects.
+"""How many rows a second one core takes from selected entries to a committed part: the bound where a GPU selects.
 
-Natural rows of SmolLM2 (see `text_rows`), as a part of 256 samples of 64 answer tokens in the default selection.
+The entries are the arrays of `SparseRows`, which share the memory of a selection's tensors. Natural rows of SmolLM2
+(see `text_rows`), as a part of 256 samples of 64 answer tokens in the default selection.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ RUNS = 7
 _PROMPT = np.arange(8, dtype=np.int32)
 
 
-def rows_per_s(folder: Path) -> list[float]:
-    """By repetition, from the rows of a selection to a part's commit on disk."""
+def rows_per_s(folder: Path) -> tuple[list[float], list[float]]:
+    """By repetition, a second of wall time and a second of processor time."""
     torch.set_num_threads(1)
     section = SelectionSection()
     rows, labels, vocab_size = _selected(NUM_SAMPLES * SAMPLE_ROWS, section.tau)
     identity = _identity(vocab_size, {"response": section.model_dump(mode="json")})
-    found = []
+    wall, processor = [], []
     for _ in range(RUNS + 1):
         shutil.rmtree(folder, ignore_errors=True)
         writer = CacheWriter.open(folder, identity, ["response"])
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         writer.write_part(0, _records(rows, labels))
-        found.append(rows.num_rows / (time.perf_counter() - started))
-    return found[1:]
+        wall.append(rows.num_rows / (time.perf_counter() - started))
+        processor.append(rows.num_rows / (time.process_time() - busy))
+    return wall[1:], processor[1:]
 
 
 def _selected(num_rows: int, tau: float) -> tuple[SparseRows, np.ndarray, int]:
