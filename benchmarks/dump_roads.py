@@ -30,7 +30,6 @@ from teacher_dump.teacher import Teacher, TeacherPrompt, TeacherStates
 from teacher_dump.worker import open_preparer, open_teacher
 
 TOP = 64
-SAMPLES_PER_PART = 64
 MAX_LENGTH = 512
 _CALL = 32  # prompts a call, as many as a dump gives its teacher
 
@@ -182,7 +181,7 @@ def dump_settings(teacher: Path, source: Path, *, cache: Path, cpus: int = 2) ->
         run=teacher.parent,
         data=DataSection(sources=(SourceSection(path=str(source)),)),
         teacher=TeacherSection(model=str(teacher), dtype="float32", max_length=MAX_LENGTH),
-        dump=DumpSection(samples_per_part=SAMPLES_PER_PART, cpus_per_actor=cpus),
+        dump=DumpSection(cpus_per_actor=cpus),
         cache=CacheSection(path=str(cache)),
     )
 
