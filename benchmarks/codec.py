@@ -26,6 +26,7 @@ from storage.config import SelectionSection
 from storage.distributions import RowFormat, decode_group, decode_id_groups, encode_groups
 from storage.rows import SparseRows
 from storage.schema import parquet_bytes
+from storage.tail_profile import TailTotal, encode_tail_total
 from teacher_dump.selection import Mass, Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
 
 ROWS_PER_SAMPLE = {"digits": 8}  # of the others, a sequence: 512
@@ -40,6 +41,7 @@ class Setting:
 
     selection: Selection
     rounding_kl: float = DEFAULT.rounding_kl
+    draw_sets: int = 1
 
     @property
     def tau(self) -> float:
@@ -57,6 +59,7 @@ class Setting:
                 name = f"mass {mass:g}"
             case Sampled(draws):
                 name = f"sampled {draws} (RS-KD)"
+        name += f", {self.draw_sets} sets" if self.draw_sets > 1 else ""
         return name if self.rounding_kl == DEFAULT.rounding_kl else f"{name}, rounding {self.rounding_kl:g}"
 
 
@@ -66,6 +69,7 @@ SETTINGS: Mapping[str, tuple[Setting, ...]] = {
         USUAL,
         *(Setting(Threshold(tau)) for tau in (0.004, 0.02, 0.04)),
         *(Setting(Threshold(DEFAULT.tau), kl) for kl in (0.0, 5e-5, 2e-3)),
+        *(Setting(Threshold(DEFAULT.tau), draw_sets=sets) for sets in (2, 4)),
         Setting(Mass(0.9)),
         Setting(Sampled(50)),
         Setting(TopK(50)),
@@ -92,15 +96,26 @@ class Stored:
 
 def select_all(teacher: TeacherRows, settings: tuple[Setting, ...]) -> dict[Setting, SparseRows]:
     """Every setting's rows, in one pass over the teacher's logits."""
-    uniforms = row_uniforms(len(teacher.hidden), seed=0, family="response", key=teacher.name)
-    selections = dict.fromkeys(setting.selection for setting in settings)
-    parts: dict[Selection, list[SparseRows]] = {selection: [] for selection in selections}
+    most = max(setting.draw_sets for setting in settings)
+    uniforms = row_uniforms(len(teacher.hidden), seed=0, family="response", key=teacher.name, num_sets=most)
+    selections = dict.fromkeys((setting.selection, setting.draw_sets) for setting in settings)
+    parts: dict[tuple[Selection, int], list[SparseRows]] = {selection: [] for selection in selections}
     for rows, logits in teacher.logits():
-        for selection in selections:
-            labels, draws = teacher.labels[rows], uniforms[rows]
-            parts[selection].append(select_rows(logits, labels=labels, selection=selection, uniforms=draws))
+        for selection, sets in selections:
+            labels, draws = teacher.labels[rows], uniforms[rows, :sets]
+            selected = select_rows(logits, labels=labels, selection=selection, uniforms=draws)
+            parts[selection, sets].append(selected)
     whole = {selection: SparseRows.concatenate(each) for selection, each in parts.items()}
-    return {setting: whole[setting.selection] for setting in settings}
+    return {setting: whole[setting.selection, setting.draw_sets] for setting in settings}
+
+
+def tail_total_bytes(teacher: TeacherRows) -> int:
+    """What the sum of all rows' tails, at the usual setting, adds to the file of a part that keeps it."""
+    total = torch.zeros(teacher.vocab_size, dtype=torch.float64)
+    uniforms = np.zeros(len(teacher.hidden))
+    for rows, logits in teacher.logits():
+        select_rows(logits, labels=None, selection=USUAL.selection, uniforms=uniforms[rows], tail_total=total)
+    return len(encode_tail_total(TailTotal(total.numpy(), len(teacher.hidden))))
 
 
 def cut(rows: SparseRows, size: int) -> list[SparseRows]:
@@ -122,13 +137,13 @@ def read(content: bytes, kept: RowFormat) -> SparseRows:
     parts = []
     for number in range(file.metadata.num_row_groups):
         group = file.read_row_group(number, use_threads=False)
-        parts.append(decode_group(group, groups, kept.num_temperatures)[0])
+        parts.append(decode_group(group, groups, kept.num_temperatures, num_sets=kept.num_sets)[0])
     return SparseRows.concatenate(parts)
 
 
 def store(rows: SparseRows, setting: Setting, teacher: TeacherRows) -> Stored:
     """Rows written to a file and read back."""
-    kept = RowFormat(teacher.vocab_size, setting.tau, setting.rounding_kl, 0)
+    kept = RowFormat(teacher.vocab_size, setting.tau, setting.rounding_kl, 0, setting.draw_sets)
     content = write(cut(rows, ROWS_PER_SAMPLE.get(teacher.name, text_rows.LENGTH)), kept)
     return Stored(content, kept, rows, read(content, kept))
 
@@ -212,6 +227,8 @@ def measure(teacher: TeacherRows, student_weight: Tensor, results: Results) -> d
     print(f"\n{teacher.name}, {len(teacher.hidden)} rows, vocabulary {teacher.vocab_size}")
     print(table(header, [[line.get(name, "") for name in header] for line in lines]))
     results.details[teacher.name] = lines
+    results.details[f"tail_total_bytes_{teacher.name}"] = tail_total_bytes(teacher)
+    print(f"a part that keeps its tails has {results.details[f'tail_total_bytes_{teacher.name}']:,} bytes more")
     return stored
 
 
