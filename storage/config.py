@@ -90,6 +90,26 @@ class HiddenSection(Section):
     encoding: Literal["float16", "int8"] = "float16"  # int8 with a float32 scale a row
 
 
+class BudgetSection(Section):
+    """What rows may lose, or weigh, instead of tau and rounding_kl: a slice of the plan chooses those.
+
+    The teacher scores the slice before the cache is begun. The choice, and what it is predicted to lose and
+    weigh, is part of the cache's identity, and a resumed dump keeps it. One of the two limits is given.
+    """
+
+    gradient_error: Annotated[float, Field(gt=0, lt=1)] | None = None  # relative, over `rows` rows, of a proxy student
+    bytes_per_row: Annotated[float, Field(gt=0)] | None = None  # of the family's file
+    families: tuple[Literal["response", "visual"], ...] = ("response",)  # of threshold selection
+    rows: Annotated[int, Field(ge=1)] = 8192  # that gradient_error is meant for: four times as many halve it, at best
+    samples: Annotated[int, Field(ge=1)] = 64  # of the slice, spread evenly over the plan
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> BudgetSection:
+        if (self.gradient_error is None) == (self.bytes_per_row is None) or not self.families:
+            raise ValueError("give gradient_error or bytes_per_row, one of the two, and some families")
+        return self
+
+
 class CacheSection(Section):
     """Where the cache lies, and what is stored of each family.
 
@@ -104,4 +124,12 @@ class CacheSection(Section):
     visual: SelectionSection = SelectionSection()
     relation: RelationSection = RelationSection()
     hidden: HiddenSection = HiddenSection()
+    budget: BudgetSection | None = None  # replaces tau and rounding_kl of its families
     zstd_level: Annotated[int, Field(ge=1, le=19)] = 9
+
+    @model_validator(mode="after")
+    def _budget_has_rows(self) -> CacheSection:
+        for family in self.budget.families if self.budget else ():
+            if family not in self.families or getattr(self, family).method != "threshold":
+                raise ValueError(f"budget.families names {family}, which must be dumped, with method 'threshold'")
+        return self

@@ -15,7 +15,7 @@ from storage.identity import Identity
 from storage.part_rows import part_rows
 from storage.records import PartRecords, SampleError
 from storage.schema import parquet_bytes
-from teacher_dump.dump import DumpSettings, plan_dump, with_teacher, worker_settings
+from teacher_dump.dump import DumpSettings, plan_dump, with_budget, with_teacher, worker_settings
 from teacher_dump.forecast import Asked, Calibration, Forecast, Slice, Work, forecast
 from teacher_dump.plan import Part, image_groups
 from teacher_dump.samples import Sample
@@ -53,7 +53,7 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
 
     Errors: as dump.run_dump's; StillhouseError: no sample can be scored.
     """
-    planned = plan_dump(settings)
+    planned = with_budget(plan_dump(settings), settings)
     samples = [sample for part in planned.plan.parts for sample in part.samples]
     halves = choose(planned.plan.parts, num_samples)
     worker = worker_settings(planned, settings)

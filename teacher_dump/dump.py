@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from storage.config import CacheSection, SelectionSection
+from storage.config import BudgetSection, CacheSection, SelectionSection
 from storage.errors import ConfigError, StillhouseError
-from storage.files import is_url
+from storage.files import is_url, open_folder
 from storage.hidden import MAX_FLOAT16
 from storage.identity import Identity
 from storage.reader import Cache
 from storage.records import SampleError
 from storage.sections import Sections, read_sections
+from storage.segments import find_segment, has_cache, merged_identity, read_segments
 from storage.tail_profile import tail_parts
 from storage.writer import CacheWriter
 from teacher_dump import checkpoint, fingerprint
@@ -136,7 +137,7 @@ def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
     when more samples fail than dump.max_error_fraction allows (the cache then stays unsealed).
     """
     settings = _answered(settings, progress=progress)
-    planned, cache = plan_dump(settings), settings.cache
+    planned, cache = with_budget(plan_dump(settings), settings), settings.cache
     summary: DumpSummary | None = None
     finished: set[int] = set()
     while (writer := _open_writer(planned, settings)).segment.number not in finished:
@@ -264,9 +265,55 @@ def _plan(settings: DumpSettings) -> DumpPlan:
         plan_fingerprint=plan.fingerprint,
         num_parts=len(plan.parts),
         image_root=str(sample_set.image_root),
-        selection=_selection(settings.cache) | ({"tokens": settings.answered} if settings.answered else {}),
+        selection=_selection(settings.cache, _recorded(settings.cache))
+        | ({"tokens": settings.answered} if settings.answered else {}),
     )
     return DumpPlan(plan, identity, folder, facts, max_length)
+
+
+def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
+    """The plan with what cache.budget chooses in its identity; asks a teacher where no cache has it recorded.
+
+    Errors: ConfigError for a budget that cannot be met, with the nearest numbers; those of with_teacher.
+    """
+    budget = settings.cache.budget
+    asked = budget.families if budget is not None else ()
+    missing = [family for family in asked if "budget" not in planned.identity.selection[family]]
+    if budget is None or not missing:
+        return planned
+    folder = open_folder(settings.cache.path)
+    if has_cache(folder):  # one that was made otherwise is refused before anything is scored
+        find_segment(folder, planned.identity, settings.cache.families, append=settings.cache.append)
+    from teacher_dump.budget_slice import Wanted, calibrate, spread
+
+    samples = spread([sample for part in planned.plan.parts for sample in part.samples], budget.samples)
+    sections = {family: getattr(settings.cache, family) for family in missing}
+    wanted = Wanted(samples, budget, sections, settings.dump.samples_per_part, settings.cache.zstd_level)
+    chosen = with_teacher(planned, settings, calibrate, wanted)
+    selection = dict(planned.identity.selection)
+    for family, choice in chosen.items():
+        predicted = asdict(choice)
+        setting = {name: predicted.pop(name) for name in ("tau", "rounding_kl")}
+        selection[family] = {**selection[family], **setting, "budget": {**_asked(budget), "predicted": predicted}}
+    return replace(planned, identity=planned.identity.model_copy(update={"selection": selection}))
+
+
+def _asked(budget: BudgetSection) -> dict[str, Any]:
+    return budget.model_dump(mode="json", exclude={"families"}, exclude_none=True)
+
+
+def _recorded(cache: CacheSection) -> dict[str, dict[str, Any]]:
+    """What the same budget has chosen for a cache that lies there already, by family."""
+    folder = open_folder(cache.path) if cache.budget else None
+    if cache.budget is None or folder is None or not has_cache(folder):
+        return {}
+    stored, found = merged_identity(read_segments(folder)).selection, {}
+    for family in cache.budget.families:
+        budget = dict(stored.get(family, {}).get("budget", {}))
+        budget.pop("predicted", None)
+        if budget == _asked(cache.budget):
+            found[family] = {name: stored[family][name] for name in ("tau", "rounding_kl", "budget")}
+    return found
 
 
 def prompt_errors(settings: DumpSettings, planned: DumpPlan, *, progress: bool = True) -> list[SampleError]:
@@ -373,7 +420,7 @@ def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings
         served=(settings.run / "served").resolve(),
         facts=planned.facts,
         image_root=Path(planned.identity.image_root),
-        request=_signal_request(settings, planned.identity.num_parts),
+        request=_signal_request(settings, planned.identity),
         cache=_whole_path(cache.path),
         identity=planned.identity,
         families=cache.families,
@@ -389,20 +436,20 @@ def _whole_path(path: str) -> str:
     return path if is_url(path) else str(Path(path).resolve())
 
 
-def _signal_request(settings: DumpSettings, num_parts: int) -> SignalRequest:
+def _signal_request(settings: DumpSettings, identity: Identity) -> SignalRequest:
     from teacher_dump.scoring import SignalRequest
 
     cache = settings.cache
     return SignalRequest(
-        response=_row_request(cache.response) if "response" in cache.families else None,
-        visual=_row_request(cache.visual) if "visual" in cache.families else None,
+        response=_row_request(cache.response, identity, "response") if "response" in cache.families else None,
+        visual=_row_request(cache.visual, identity, "visual") if "visual" in cache.families else None,
         relation_centered=cache.relation.centered if "relation" in cache.families else None,
         relation_pool=cache.relation.pool if "relation" in cache.families else None,
         hidden_limit=_hidden_limit(cache) if "hidden" in cache.families else None,
         sequence="sequence" in cache.families,
         images="images" in cache.families,
         rows_per_chunk=settings.dump.rows_per_chunk,
-        measured_parts=frozenset(tail_parts(num_parts)),
+        measured_parts=frozenset(tail_parts(identity.num_parts)),
     )
 
 
@@ -415,12 +462,12 @@ def _asks_teacher(cache: CacheSection) -> bool:
     return any(family != "images" for family in cache.families)
 
 
-def _row_request(section: SelectionSection) -> RowRequest:
+def _row_request(section: SelectionSection, identity: Identity, family: str) -> RowRequest:
     from teacher_dump.scoring import RowRequest
     from teacher_dump.selection import Mass, Sampled, Selection, Threshold, TopK
 
     selections: dict[str, Selection] = {
-        "threshold": Threshold(section.tau),
+        "threshold": Threshold(identity.selection[family].get("tau", section.tau)),  # a budget may have chosen it
         "topk": TopK(section.k),
         "mass": Mass(section.mass),
         "sampled": Sampled(section.draws),
@@ -428,7 +475,7 @@ def _row_request(section: SelectionSection) -> RowRequest:
     return RowRequest(selections[section.method], section.seed, section.temperatures, section.draw_sets)
 
 
-def _selection(cache: CacheSection) -> dict[str, dict[str, Any]]:
+def _selection(cache: CacheSection, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of the families that are dumped, the settings that decide what is stored."""
     fields = {"tau", "k", "mass", "draws", "seed", "draw_sets"}
     used = {"threshold": {"tau", "seed"}, "topk": {"k"}, "mass": {"mass"}, "sampled": {"draws", "seed"}}
@@ -441,7 +488,9 @@ def _selection(cache: CacheSection) -> dict[str, dict[str, Any]]:
         if isinstance(section, SelectionSection):
             several = {"draw_sets"} if section.draw_sets > 1 else set()  # older caches do not name it
             skipped = fields - used[section.method] - several
-        chosen[family] = section.model_dump(mode="json", exclude=skipped, exclude_none=True)
+        chosen[family] = section.model_dump(mode="json", exclude=skipped, exclude_none=True) | dict(
+            recorded.get(family, {})
+        )
     return chosen
 
 

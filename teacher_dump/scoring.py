@@ -330,9 +330,9 @@ class PartScorer:
         gathered.tokens += [sample.record for sample, _ in kept]
         self._add_images([sample for sample, _ in kept], gathered)
         if self._request.hidden_limit is not None:
-            gathered.hidden += [_response_states(sample, states).cpu().numpy() for sample, states in kept]
+            gathered.hidden += [response_states(sample, states).cpu().numpy() for sample, states in kept]
         gathered.num_tokens += sum(len(states) for _, states in kept)
-        new = _new_images(kept, gathered.image_keys)
+        new = new_images(kept, gathered.image_keys)
         if self._request.visual is not None:
             visual = self._sparse_rows(head, "visual", self._request.visual, new, gathered.tails.get("visual"))
             gathered.visual |= dict(zip(new, visual, strict=True))
@@ -345,7 +345,7 @@ class PartScorer:
         if not bool(torch.isfinite(states).all()):
             return "the teacher's hidden states are not finite; a wider dtype may help"
         limit = self._request.hidden_limit
-        if limit is not None and bool((_response_states(sample, states).abs() > limit).any()):
+        if limit is not None and bool((response_states(sample, states).abs() > limit).any()):
             return f"a hidden state is beyond {limit:.6g}; cache.hidden.encoding int8 has no such limit"
         return None
 
@@ -382,7 +382,7 @@ class PartScorer:
     def _response(
         self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[Prepared, Tensor]], tail: _Tail | None
     ) -> list[SparseRows]:
-        states = {sample.record.sample_id: _response_states(sample, own) for sample, own in kept}
+        states = {sample.record.sample_id: response_states(sample, own) for sample, own in kept}
         labels = torch.cat([_labels(sample) for sample, _ in kept]) if kept else None
         return self._sparse_rows(head, "response", request, states, tail, labels=labels)
 
@@ -398,7 +398,7 @@ class PartScorer:
         ]
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         if self._request.response is not None:
-            parts["response"] = [(_response_states(sample, a), _response_states(sample, b)) for sample, a, b in pairs]
+            parts["response"] = [(response_states(sample, a), response_states(sample, b)) for sample, a, b in pairs]
         if self._request.visual is not None:
             parts["visual"] = [
                 (a[torch.from_numpy(positions)], b[torch.from_numpy(positions)])
@@ -417,7 +417,7 @@ class PartScorer:
     def _logprobs(self, head: OutputHead, sample: Prepared, states: Tensor) -> np.ndarray:
         """(r,) each response token's logprob."""
         labels = _labels(sample)
-        rows = _response_states(sample, states)
+        rows = response_states(sample, states)
         return head.label_logprobs(rows, labels, rows_per_chunk=self._request.rows_per_chunk).cpu().numpy()
 
 
@@ -460,12 +460,12 @@ def _labels(sample: Prepared) -> Tensor:
     return torch.from_numpy(sample.record.token_ids[sample.record.response_mask].astype(np.int64))
 
 
-def _response_states(sample: Prepared, states: Tensor) -> Tensor:
+def response_states(sample: Prepared, states: Tensor) -> Tensor:
     """(r, d) the states that predict the response tokens, float32."""
     return states[torch.from_numpy(sample.response_positions)].float()
 
 
-def _new_images(kept: Sequence[tuple[Prepared, Tensor]], known: set[str]) -> dict[str, Tensor]:
+def new_images(kept: Sequence[tuple[Prepared, Tensor]], known: set[str]) -> dict[str, Tensor]:
     """Hidden states of the images whose key is not yet known, (n, d) each, unshifted; their keys become known."""
     new: dict[str, Tensor] = {}
     for sample, states in kept:
