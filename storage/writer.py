@@ -90,6 +90,10 @@ class CacheWriter:
         errors = [SampleError(error.sample_id, error.reason) for commit in commits for error in commit.errors]
         return sum(commit.num_samples for commit in commits), errors
 
+    def commit_of(self, part: int) -> Commit | None:
+        """The commit of a part of the plan, if it has one: whoever asks need not make its records."""
+        return self._existing(self.segment.first_part + part)
+
     def write_part(self, part: int, records: PartRecords) -> Commit:
         """Write a part's files, then its commit. A part that has a commit is left as it is.
 

@@ -1,16 +1,19 @@
 """`python -m teacher_dump [FILE] [section.field=value …]`: the dump, by itself or as a submitted Ray job.
 
-Exits 0 on success, 2 on a user's mistake, 1 on a failure.
+Exits 0 on success, 2 on a user's mistake, 1 on a failure, 143 (as shells have it) when SIGTERM has stopped it.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from storage.errors import ConfigError, StillhouseError
-from teacher_dump.dump import DumpResult, read_settings, run_dump
+from teacher_dump.dump import DumpResult, DumpStoppedError, read_settings, run_dump
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except DumpStoppedError as stop:
+        print(stop, file=sys.stderr)
+        return 128 + signal.SIGTERM
     except StillhouseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -53,6 +59,9 @@ def table(result: DumpResult) -> str:
         rows.append(("cut", f"{summary.num_cut:,} samples were too long (data.too_long)"))
     if summary is not None and summary.num_tokens:
         rows.append(("teacher", f"{summary.num_tokens:,} tokens, {summary.tokens_per_s:,.0f} tokens/s"))
+        rows.append(("memory", f"{tqdm.format_sizeof(summary.peak_memory_bytes, 'B')} at most, of one worker"))
+    if summary is not None:
+        rows += [(f"{count:,} errors" if count > 1 else "1 error", kind) for kind, count in summary.error_kinds.items()]
     return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 

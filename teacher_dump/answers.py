@@ -71,7 +71,7 @@ def ask(settings: dump.DumpSettings, questions: dump.DumpPlan, *, progress: bool
     missing = sum(not (folder / _PARTS.format(part.number)).exists() for part in questions.plan.parts)
     if missing:
         _write(folder / _JOB, json.dumps(_job(settings)))
-        count = min(settings.dump.actors, missing)
+        count = min(settings.dump.actor_range.max, missing)
         commands = [
             ray_jobs.Command(
                 name=f"answers-{stripe}",

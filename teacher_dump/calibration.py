@@ -80,7 +80,9 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
         num_errors=len(tried.errors),
         head_bytes=tried.head_bytes,
     )
-    return forecast(calibration, Asked.of(samples), num_parts=len(planned.plan.parts), num_actors=settings.dump.actors)
+    return forecast(
+        calibration, Asked.of(samples), num_parts=len(planned.plan.parts), num_actors=settings.dump.actor_range.max
+    )
 
 
 def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:

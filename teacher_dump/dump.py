@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
@@ -25,22 +25,28 @@ from storage.writer import CacheWriter
 from teacher_dump import checkpoint, fingerprint
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
 from teacher_dump.log_file import quiet
-from teacher_dump.plan import Part, Plan, make_plan
+from teacher_dump.plan import Plan, make_plan
 from teacher_dump.processor import load_processor
+from teacher_dump.progress import DumpSummary, error_kinds
 from teacher_dump.reading import read_samples
 from teacher_dump.samples import SampleRefusedError
+from teacher_dump.writing import LOG_FILE, write_parts
 
 if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does without
     from teacher_dump.scoring import PartScorer, RowRequest, SignalRequest
-    from teacher_dump.worker import PartOutcome, WorkerSettings
+    from teacher_dump.worker import WorkerSettings
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 SCHEMAS = {"data": DataSection, "teacher": TeacherSection, "dump": DumpSection, "cache": CacheSection}
 SUMMARY_FILE = "dump.json"
-LOG_FILE = "dump.log"
 _SHOWN_ERRORS = 5
+_SHOWN_KINDS = 8
+
+
+class DumpStoppedError(StillhouseError):
+    """The dump was told to stop, and did between two parts."""
 
 
 @dataclass(frozen=True)
@@ -62,40 +68,6 @@ class DumpSettings:
     @property
     def logs(self) -> Path:
         return self.run / "logs"
-
-
-@dataclass(frozen=True)
-class DumpSummary:
-    """What dump.json says of the run that wrote parts last.
-
-    `seconds` is the time of the scoring phase: from the moment the first worker, its teacher loaded, began
-    its first part, to the last commit; waiting for Ray and for engines to start is not in it. `num_tokens`
-    are the positions that the teacher was asked about, visual tokens included (0 in a cache of tokens only,
-    which has no teacher), and `tokens_per_s` is their quotient over all workers together.
-    """
-
-    num_samples: int  # with a record
-    num_parts_written: int
-    num_tokens: int
-    seconds: float
-    tokens_per_s: float
-    num_errors: int
-    num_cut: int  # samples with a record that data.too_long left something out of
-
-    @staticmethod
-    def of(outcomes: Sequence[PartOutcome]) -> DumpSummary:
-        """The sums over parts that were written; there is at least one."""
-        seconds = max(one.finished for one in outcomes) - min(one.started for one in outcomes)
-        num_tokens = sum(one.num_tokens for one in outcomes)
-        return DumpSummary(
-            num_samples=sum(one.num_samples for one in outcomes),
-            num_parts_written=len(outcomes),
-            num_tokens=num_tokens,
-            seconds=round(seconds, 3),
-            tokens_per_s=round(num_tokens / seconds, 1) if seconds > 0 else 0.0,
-            num_errors=sum(one.num_errors for one in outcomes),
-            num_cut=sum(one.num_cut for one in outcomes),
-        )
 
 
 @dataclass(frozen=True)
@@ -141,11 +113,7 @@ def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
     summary: DumpSummary | None = None
     finished: set[int] = set()
     while (writer := _open_writer(planned, settings)).segment.number not in finished:
-        outcomes = _fill(writer, planned, settings, progress=progress)
-        if outcomes:
-            summary = DumpSummary.of(outcomes)
-            writer.folder.write(SUMMARY_FILE, f"{json.dumps(asdict(summary), indent=1)}\n".encode())
-        _refuse_errors(writer, settings.dump.max_error_fraction)
+        summary = _fill(writer, planned, settings, progress=progress) or summary
         writer.seal()
         finished.add(writer.segment.number)
     whole = Cache.open(cache.path, families=())
@@ -172,28 +140,59 @@ def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:
     )
 
 
-def _fill(writer: CacheWriter, planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> list[PartOutcome]:
-    """Write the parts that a segment lacks, with its own families."""
+def _fill(writer: CacheWriter, planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> DumpSummary | None:
+    """Write the parts that a segment lacks, with its own families; None if it lacks none.
+
+    Errors: DumpStoppedError; StillhouseError for too many errors, as soon as it is sure that there will be.
+    """
     committed = writer.committed_parts()
     missing = [part for part in planned.plan.parts if part.number not in committed]
+    num_rows = planned.plan.num_samples + sum(len(part.errors) for part in planned.plan.parts)
+    max_errors = settings.dump.max_error_fraction * num_rows
+    num_samples, errors = writer.contents()
+    _refuse_errors(num_samples, errors, settings.dump, max_errors, num_missing=len(missing))
     if not missing:
-        return []
+        return None
     writer.unseal()
     own = settings.cache.model_copy(update={"families": writer.segment.families})
-    return _write_parts(missing, planned, replace(settings, cache=own), progress=progress)
-
-
-def _refuse_errors(writer: CacheWriter, max_error_fraction: float) -> None:
-    """StillhouseError if too many of a segment's samples have no record."""
+    done, stopped = write_parts(
+        missing,
+        worker_settings(planned, replace(settings, cache=own)),
+        dump=settings.dump,
+        run=settings.run,
+        committed=writer.committed_parts,
+        max_errors=max_errors - len(errors) if writer.segment.has_tokens else math.inf,
+        progress=progress,
+    )
     num_samples, errors = writer.contents()
-    fraction = len(errors) / max(num_samples + len(errors), 1)
-    if fraction > max_error_fraction or num_samples == 0:
-        shown = "".join(f"\n  {error.sample_id}: {error.reason}" for error in errors[:_SHOWN_ERRORS])
-        more = f"\n  … and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
-        raise StillhouseError(
-            f"{len(errors)} of {num_samples + len(errors)} samples failed ({fraction:.1%}; "
-            f"dump.max_error_fraction is {max_error_fraction:.1%}):{shown}{more}"
+    summary = done.summary(errors)
+    if done.num_parts:
+        writer.folder.write(SUMMARY_FILE, f"{json.dumps(asdict(summary), indent=1)}\n".encode())
+    num_missing = len(planned.plan.parts) - len(writer.committed_parts())
+    _refuse_errors(num_samples, errors, settings.dump, max_errors, num_missing=num_missing)
+    if num_missing and stopped:
+        raise DumpStoppedError(
+            f"stopped by SIGTERM: {done.num_parts:,} parts were written, {num_missing:,} are left; "
+            "run the same command again to go on from here"
         )
+    return summary
+
+
+def _refuse_errors(
+    num_samples: int, errors: Sequence[SampleError], dump: DumpSection, max_errors: float, *, num_missing: int
+) -> None:
+    """StillhouseError if too many samples of a segment, of which `num_missing` parts are to come, have no record."""
+    if len(errors) <= max_errors and (num_samples or num_missing):
+        return
+    fraction = len(errors) / max(num_samples + len(errors), 1)
+    kinds = "".join(f"\n  {count:,} × {kind}" for kind, count in list(error_kinds(errors).items())[:_SHOWN_KINDS])
+    shown = "".join(f"\n  {error.sample_id}: {error.reason}" for error in errors[:_SHOWN_ERRORS])
+    more = f"\n  … and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
+    early = f"; {num_missing:,} parts are left, but no more than {max_errors:,.0f} may fail" if num_missing else ""
+    raise StillhouseError(
+        f"{len(errors)} of {num_samples + len(errors)} samples failed ({fraction:.1%}; "
+        f"dump.max_error_fraction is {dump.max_error_fraction:.1%}){early}:{kinds}\nsuch as{shown}{more}"
+    )
 
 
 def _answered(settings: DumpSettings, *, progress: bool) -> DumpSettings:
@@ -332,49 +331,6 @@ def prompt_errors(settings: DumpSettings, planned: DumpPlan, *, progress: bool =
         except SampleRefusedError as refusal:
             errors.append(SampleError(sample.id, str(refusal)))
     return errors
-
-
-def _write_parts(
-    parts: Sequence[Part], planned: DumpPlan, settings: DumpSettings, *, progress: bool
-) -> list[PartOutcome]:
-    """Score and commit parts, with a progress bar; everything else that is printed goes to the log files."""
-    worker = worker_settings(planned, settings)
-    outcomes: list[PartOutcome] = []
-    with quiet(settings.logs / LOG_FILE) as screen:
-        if progress:
-            print(f"dump: logs are in {settings.logs}", file=screen)
-        sizes = {part.number: len(part.samples) for part in parts}
-        bar = tqdm(total=sum(sizes.values()), unit=" samples", desc="dump", file=screen, disable=not progress)
-        with bar:
-            for outcome in _outcomes(parts, worker, settings, screen):
-                outcomes.append(outcome)
-                so_far = DumpSummary.of(outcomes)
-                bar.set_postfix_str(f"{so_far.tokens_per_s:,.0f} tokens/s, {so_far.num_errors} errors")
-                bar.update(sizes[outcome.part])
-    return outcomes
-
-
-def _outcomes(
-    parts: Sequence[Part], worker: WorkerSettings, settings: DumpSettings, screen: TextIO
-) -> Iterator[PartOutcome]:
-    if not worker.request.needs_teacher:
-        from teacher_dump.worker import Worker
-
-        here = Worker(worker)
-        return (here.run(part) for part in parts)
-    from teacher_dump import ray_jobs
-
-    dump = settings.dump
-    return ray_jobs.score_parts(
-        parts,
-        worker,
-        num_actors=dump.actors,
-        num_cpus=dump.cpus_per_actor,
-        num_gpus=dump.gpus_per_actor,
-        address=dump.ray_address,
-        logs=settings.logs,
-        notify=lambda message: print(f"dump: {message}", file=screen),
-    )
 
 
 def with_teacher(

@@ -7,7 +7,7 @@ Legend: r response rows, n visual rows of one image, t unexpanded tokens, d hidd
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +101,14 @@ class Prepared:
     def response_positions(self) -> np.ndarray:
         """(r,) the position before each response token: its hidden state predicts that token."""
         return self.expansion.positions[self.record.response_mask] - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some samples of a part that are ready for the teacher, and those that cannot be."""
+
+    ready: tuple[Prepared, ...]
+    errors: tuple[SampleError, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,20 +211,30 @@ class PartScorer:
     def teacher(self) -> OpenTeacher | None:
         return self._teacher
 
-    def score(self, part: Part) -> Scored:
-        """The part's records in the order of its samples. Rows are a function of the part and the seeds."""
+    def chunks(self, part: Part) -> Iterator[Chunk]:
+        """The part's samples, made ready as they are asked for, as many at once as the engine takes."""
+        for start in range(0, len(part.samples), _SAMPLES_PER_CALL):
+            errors: list[SampleError] = []
+            ready = self.prepare(part.samples[start : start + _SAMPLES_PER_CALL], errors)
+            yield Chunk(tuple(ready), tuple(errors))
+
+    def score(self, part: Part, chunks: Iterable[Chunk] | None = None) -> Scored:
+        """The part's records in the order of its samples. Rows are a function of the part and the seeds.
+
+        `chunks` are those of `chunks(part)`, where another thread makes them.
+        """
         gathered = _Gathered(errors=list(part.errors))
         is_measured = self._teacher is not None and part.number in self._request.measured_parts
         if self._teacher is not None and is_measured:
             gathered.tails = {family: _Tail.of(self._teacher.head) for family in self._distributions()}
-        for start in range(0, len(part.samples), _SAMPLES_PER_CALL):
-            ready = self.prepare(part.samples[start : start + _SAMPLES_PER_CALL], gathered.errors)
-            gathered.cut |= {prepared.record.sample_id for prepared in ready if prepared.is_cut}
+        for chunk in self.chunks(part) if chunks is None else chunks:
+            gathered.errors += chunk.errors
+            gathered.cut |= {prepared.record.sample_id for prepared in chunk.ready if prepared.is_cut}
             if self._teacher is None:
-                gathered.tokens += [prepared.record for prepared in ready]
-                self._add_images(ready, gathered)
-            elif ready:
-                scored, hidden = self.hidden_states(ready, gathered.errors)
+                gathered.tokens += [prepared.record for prepared in chunk.ready]
+                self._add_images(chunk.ready, gathered)
+            elif chunk.ready:
+                scored, hidden = self.hidden_states(chunk.ready, gathered.errors)
                 if is_measured and not gathered.noise:
                     gathered.noise = self._noise(self._teacher.head, scored, hidden)
                 self._add_signals(self._teacher.head, scored, hidden, gathered)

@@ -1,12 +1,22 @@
-"""A worker: one process's teacher, which scores parts and commits them to the cache."""
+"""A worker: one process's teacher, which scores parts and commits them to the cache.
+
+Parts may be given by several threads at once, and then overlap: while one part has the teacher, another is being
+encoded, compressed and written, and the first samples of a third are decoded. Each of the three has one thread's time.
+"""
 
 from __future__ import annotations
 
+import resource
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from storage.documents import Commit
 from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.writer import CacheWriter
@@ -16,10 +26,12 @@ from teacher_dump.plan import Part
 from teacher_dump.processor import load_processor
 from teacher_dump.prompt import PromptBuilder
 from teacher_dump.samples import Sample
-from teacher_dump.scoring import OpenTeacher, PartScorer, Preparer, SignalRequest
+from teacher_dump.scoring import OpenTeacher, PartScorer, Preparer, Scored, SignalRequest
 from teacher_dump.sight import check_sight
 from teacher_dump.teacher import Generator, Teacher
 from teacher_dump.visual_grid import VisualGrid
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,14 +63,20 @@ class PartOutcome:
     part: int
     num_samples: int  # with a record
     num_errors: int
-    num_tokens: int  # positions that the teacher was asked about
+    num_tokens: int  # positions that the teacher was asked about; 0 if the part was there already
+    num_bytes: int  # of the part's files
     started: float  # seconds since the epoch: scoring began
     finished: float  # the part was committed
+    peak_memory_bytes: int  # of the worker's process so far
     num_cut: int = 0  # samples with a record that were too long to keep whole
 
 
 class Worker:
-    """Scores and commits parts. Its teacher is loaded, and seen to see, on the first one."""
+    """Scores and commits parts. Its teacher is loaded, and seen to see, on the first one.
+
+    Invariant: the teacher is used in one thread only, prompts and images are made in one, and one part is written
+    at a time. So no more is in memory than a part that is written, one that is scored, and two chunks of samples.
+    """
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
@@ -70,29 +88,69 @@ class Worker:
             zstd_level=settings.zstd_level,
         )
         self._scorer: PartScorer | None = None
+        self._opening = threading.Lock()
+        self._teaching = ThreadPoolExecutor(1, "teacher")
+        self._preparing = ThreadPoolExecutor(1, "samples")
+        self._writing = threading.Lock()
 
     def run(self, part: Part) -> PartOutcome:
-        """Score a part and commit it. StillhouseError: the teacher cannot be used."""
-        if self._scorer is None:
-            self._scorer = self._open_scorer()
+        """Score a part and commit it; one that is committed already is left alone.
+
+        Errors: StillhouseError: the teacher cannot be used, or the cache not written to.
+        """
         started = time.time()
-        scored = self._scorer.score(part)
-        self._writer.write_part(part.number, scored.records)
-        return PartOutcome(
-            part=part.number,
-            num_samples=len(scored.records.tokens),
-            num_errors=len(scored.records.errors),
-            num_tokens=scored.num_tokens,
-            started=started,
-            finished=time.time(),
-            num_cut=scored.num_cut,
-        )
+        commit = self._writer.commit_of(part.number)
+        if commit is not None:
+            return _outcome(part, commit, None, started)
+        with self._opening:
+            if self._scorer is None:
+                self._scorer = self._teaching.submit(self._open_scorer).result()
+        started = time.time()
+        chunks = ahead(self._scorer.chunks(part), self._preparing)
+        scored = self._teaching.submit(self._scorer.score, part, chunks).result()
+        with self._writing:
+            commit = self._writer.write_part(part.number, scored.records)
+        return _outcome(part, commit, scored, started)
 
     def _open_scorer(self) -> PartScorer:
         scorer = open_scorer(self._settings)
         if scorer.teacher is not None and self._settings.request.hidden_limit is not None:
             self._writer.put_head(scorer.teacher.head.stored())
         return scorer
+
+
+def _outcome(part: Part, commit: Commit, scored: Scored | None, started: float) -> PartOutcome:
+    """Of a part that was scored; None: somebody has done it before."""
+    return PartOutcome(
+        part=part.number,
+        num_samples=commit.num_samples,
+        num_errors=len(commit.errors if scored is None else scored.records.errors),
+        num_tokens=0 if scored is None else scored.num_tokens,
+        num_bytes=sum(entry.file_bytes for entry in commit.families.values()),
+        started=started,
+        finished=time.time(),
+        peak_memory_bytes=peak_memory_bytes(),
+        num_cut=0 if scored is None else scored.num_cut,
+    )
+
+
+def ahead(items: Iterator[T], executor: Executor) -> Iterator[T]:
+    """The same items, of which the executor always makes the next one, the first from this call on."""
+    made = executor.submit(next, items, None)
+
+    def following() -> Iterator[T]:
+        future = made
+        while (item := future.result()) is not None:
+            future = executor.submit(next, items, None)
+            yield item
+
+    return following()
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts kibibytes
 
 
 def open_preparer(settings: WorkerSettings) -> Preparer:

@@ -46,6 +46,14 @@ _RAY_JOB = {
                     "properties": {
                         "rayVersion": {"type": "string"},
                         "enableInTreeAutoscaling": {"type": "boolean"},
+                        "autoscalerOptions": {
+                            "type": "object",
+                            "additionalProperties": False,
+                            "properties": {
+                                "idleTimeoutSeconds": _COUNT,
+                                "upscalingMode": {"enum": ["Default", "Aggressive", "Conservative"]},
+                            },
+                        },
                         "headGroupSpec": {
                             "type": "object",
                             "required": ["template"],
@@ -110,6 +118,18 @@ def test_the_ray_job_runs_the_versions_that_we_install(manifest: dict[str, Any])
     version = manifest["spec"]["rayClusterSpec"]["rayVersion"]
     assert f"ray[data,default]=={version}" in extras["teacher-base"]
     assert manifest["spec"]["entrypoint"].startswith("python3 -m teacher_dump ")
+
+
+def test_pods_come_and_go_within_bounds_and_have_time_to_end(manifest: dict[str, Any]) -> None:
+    cluster = manifest["spec"]["rayClusterSpec"]
+    assert cluster["enableInTreeAutoscaling"]
+    for group in cluster["workerGroupSpecs"]:
+        assert 0 < group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 30
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "30"} in head["env"]
+    ports = {port["name"]: str(port["containerPort"]) for port in head["ports"]}
+    assert ports["metrics"] == cluster["headGroupSpec"]["rayStartParams"]["metrics-export-port"]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)

@@ -19,14 +19,13 @@ from storage.writer import CacheWriter
 from teacher_dump.__main__ import main
 from teacher_dump.dump import (
     DumpResult,
-    DumpSummary,
     plan_dump,
     prompt_errors,
     read_settings,
     run_dump,
     worker_settings,
 )
-from teacher_dump.worker import PartOutcome, Worker
+from teacher_dump.worker import Worker
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny import make_tiny_dataset
 
@@ -85,7 +84,8 @@ def test_errors_are_counted_and_too_many_fail(
     foreseen = prompt_errors(settings, plan_dump(settings), progress=False)
     assert main([str(config)]) == 1
     said = capsys.readouterr().err
-    assert "7 of 22 samples failed (31.8%; dump.max_error_fraction is 1.0%)" in said
+    assert "2 of 7 samples failed (28.6%; dump.max_error_fraction is 1.0%); 3 parts are left, but no more" in said
+    assert "1 × duplicate id …, first seen at … that one is kept" in said
     assert "duplicate id 'train-0000'" in said
     assert not (tmp_path / "cache/manifest.json").exists()
     assert main([str(config), "dump.max_error_fraction=0.5"]) == 0
@@ -94,7 +94,9 @@ def test_errors_are_counted_and_too_many_fail(
     assert (cache.num_samples, len(cache.errors)) == (15, 7)
     assert sorted(error.sample_id for error in foreseen) == sorted(error.sample_id for error in cache.errors)
     summary = json.loads((tmp_path / "cache/dump.json").read_text(encoding="utf-8"))
-    assert (summary["num_samples"], summary["num_errors"], summary["num_tokens"]) == (15, 7, 0)
+    assert (summary["num_samples"], summary["num_errors"], summary["num_tokens"]) == (10, 5, 0)  # of the second run
+    assert list(summary["error_kinds"].values()) == [5, 1, 1]
+    assert next(iter(summary["error_kinds"])).startswith("image …")
 
 
 @pytest.mark.parametrize(
@@ -160,11 +162,6 @@ def test_max_length_is_never_beyond_the_models_own(write_config: WriteConfig) ->
 def test_the_cache_knows_the_image_root(write_config: WriteConfig, tiny_data: Path) -> None:
     identity = plan_dump(read_settings(write_config(cache=TOKENS_ONLY))).identity
     assert identity.image_root == os.fspath(tiny_data.parent)
-
-
-def test_tokens_a_second_are_over_the_scoring_phase() -> None:
-    outcomes = [PartOutcome(0, 2, 0, 600, 10.0, 12.0), PartOutcome(1, 2, 1, 400, 11.0, 15.0)]
-    assert DumpSummary.of(outcomes) == DumpSummary(4, 2, 1000, 5.0, 200.0, 1, 0)
 
 
 def dump_without_ray(config: Path, *overrides: str) -> DumpResult:

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from storage.errors import ConfigError
+from storage.errors import ConfigError, StillhouseError
 from storage.reader import Cache
 from storage.records import PooledRelation, RelationFactor
 from storage.verify import verify
 from storage.writer import CacheWriter
 from teacher_dump.dump import plan_dump, read_settings, run_dump, worker_settings
-from teacher_dump.worker import Worker, open_preparer
+from teacher_dump.worker import Worker, ahead, open_preparer
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny_architectures import make_teacher
 
@@ -158,3 +162,67 @@ def test_a_selection_that_draws_nothing_has_no_sets(write_config: WriteConfig) -
     config = write_config(cache={"families": ["response"], "response": {"method": "topk", "draw_sets": 2}})
     with pytest.raises(ConfigError, match="draw_sets 2 with method 'topk', which draws nothing"):
         read_settings(config)
+
+
+def test_the_next_item_is_made_while_one_is_used() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(4):
+            made.append(number)
+            yield number
+
+    with ThreadPoolExecutor(1) as executor:
+        following = ahead(items(), executor)
+        executor.submit(int).result()  # whatever was begun is done
+        assert made == [0]
+        seen = []
+        for item in following:
+            executor.submit(int).result()
+            assert made == list(range(min(item + 2, 4)))  # one ahead, never two
+            seen.append(item)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_what_goes_wrong_ahead_is_raised_at_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        raise StillhouseError("no more")
+
+    with ThreadPoolExecutor(1) as executor:
+        following = ahead(items(), executor)
+        assert next(following) == 0
+        with pytest.raises(StillhouseError, match="no more"):
+            next(following)
+
+
+def test_several_threads_write_what_one_does(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config(dump={"samples_per_part": 2}, cache={"families": ["response", "visual", "hidden"]})
+    alone = dump(config)
+    settings = read_settings(config, [f"cache.path={tmp_path / 'together'}"])
+    planned = plan_dump(settings)
+    worker = Worker(worker_settings(planned, settings))
+    with ThreadPoolExecutor(5) as threads:
+        outcomes = list(threads.map(worker.run, [*planned.plan.parts, *planned.plan.parts]))
+    assert [outcome.part for outcome in outcomes] == 2 * [part.number for part in planned.plan.parts]
+    assert all(outcome.num_bytes > 0 for outcome in outcomes)
+    repeated = worker.run(planned.plan.parts[0])
+    assert (repeated.num_samples, repeated.num_tokens) == (
+        len(planned.plan.parts[0].samples),
+        0,
+    )  # not again
+    for part in planned.plan.parts:
+        name = f"commits/part-{part.number:05}.json"
+        one, other = (json.loads((folder / name).read_text()) for folder in (alone, tmp_path / "together"))
+        assert one["families"] == other["families"]
+
+
+def test_a_cache_that_cannot_be_written_to_stops_the_worker(write_config: WriteConfig, tmp_path: Path) -> None:
+    settings = read_settings(write_config(dump={"samples_per_part": 8}))
+    planned = plan_dump(settings)
+    worker = Worker(worker_settings(planned, settings))
+    worker.run(planned.plan.parts[0])
+    shutil.rmtree(tmp_path / "cache/response")
+    (tmp_path / "cache/response").write_text("no folder")
+    with pytest.raises(StillhouseError, match="response"):
+        worker.run(planned.plan.parts[1])

@@ -1,0 +1,88 @@
+"""A connection to Ray, and what an engine asks of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from storage.errors import StillhouseError
+
+_OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray; parts travel as text and results as a few numbers
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one actor or command asks Ray for."""
+
+    num_cpus: float = 1
+    num_gpus: float = 0  # without any, Ray hides all GPUs from it
+
+
+@contextmanager
+def cluster(address: str | None, *, local_cpus: int) -> Iterator[None]:
+    """A connection to Ray: the one that there is, a running cluster's, or a local Ray for as long as needed.
+
+    A handler of SIGTERM that the caller has set stays; Ray's own would end the process at once.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        options["address"] = address
+    else:
+        options |= {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, local_cpus),
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RayError, OSError) as error:
+        raise StillhouseError(f"Ray cannot be had at {address or 'this machine'}: {last_line(error)}") from error
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def gpus_or_default(wanted: float | None, default: float) -> float:
+    """What is wanted; where nothing is said, `default` in a cluster that has GPUs and 0 in one that has none."""
+    if wanted is not None:
+        return wanted
+    return default if ray.cluster_resources().get("GPU", 0) else 0
+
+
+def gpus_of_engine(settings: Mapping[str, Any]) -> int:
+    """How many GPUs one engine spreads over, by its settings for vLLM."""
+    return settings.get("tensor_parallel_size", 1) * settings.get("pipeline_parallel_size", 1)
+
+
+def compare_room(num_actors: int, resources: Resources, notify: Callable[[str], None]) -> None:
+    """Tell where the cluster has less room than is asked for: an autoscaler may still make it."""
+    room = ray.cluster_resources()
+    for kind, wanted in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
+        if room.get(kind, 0) < num_actors * wanted:
+            notify(
+                f"Ray has {room.get(kind, 0):g} {kind}s and the {num_actors} actors want {num_actors * wanted:g}; "
+                "those that find no room wait for the cluster to grow"
+            )
+
+
+def last_line(error: BaseException) -> str:
+    """The end of one of Ray's long messages: where it says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,239 @@
+"""The parts of a plan through a Ray Data pool of actors, each with a teacher of its own.
+
+A part is the only unit. What Ray cannot bring to an end, for whatever reason, is looked for among the commits
+and begun again; nothing else is remembered between one attempt and the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import zstandard
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from storage.errors import StillhouseError
+from teacher_dump.plan import Part
+from teacher_dump.ray_jobs.cluster import cluster, compare_room, last_line
+from teacher_dump.ray_jobs.placement import Placement
+from teacher_dump.ray_jobs.teacher_actor import Said, log_to_file
+from teacher_dump.worker import PartOutcome, Worker, WorkerSettings
+
+PARTS_AT_ONCE = 3  # in an actor: one is written, one has the teacher, one waits for it with its first samples ready
+_NUM_RETRIES = 3  # of a part whose worker died: an accident may repeat, a part that always kills must not loop
+_IDLE_ROUNDS = 2  # over what is missing, in which no part at all was committed
+_GRACE_S = 20.0  # for parts in flight when the dump is told to stop: a spot node has 30 s in all
+_POLL_S = 0.2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PartPool:
+    """How many actors score parts, and what each of them asks Ray for."""
+
+    min_actors: int
+    max_actors: int  # beyond min_actors as the cluster has room and parts wait
+    num_cpus: float
+    num_gpus: float | None  # None: one for each of the engine's ranks where Ray has GPUs
+    address: str | None = None
+
+
+def score_parts(
+    parts: Sequence[Part],
+    settings: WorkerSettings,
+    *,
+    pool: PartPool,
+    committed: Callable[[], Collection[int]],
+    stop: threading.Event,
+    logs: Path,
+    notify: Callable[[str], None],
+) -> Generator[PartOutcome, None, None]:
+    """Score and commit parts; outcomes as they come.
+
+    A part whose actor or node goes away is done again, elsewhere or later; `committed` tells which parts have
+    their commits. Once `stop` is set no part is begun; those in flight have some seconds to end, then the
+    outcomes end too. `notify` is told once if the cluster has no room yet, since an autoscaler may still make it.
+    StillhouseError: what a worker says of its teacher, a worker that fails in a way nobody foresaw, or parts
+    that no worker survives.
+    """
+    most = min(pool.max_actors, len(parts))
+    local_cpus = math.ceil(most * pool.num_cpus) + 1  # one for Ray Data itself
+    with cluster(pool.address, local_cpus=local_cpus):
+        placement = Placement.of(settings.engine_settings, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)
+        compare_room(min(pool.min_actors, most), placement.resources, notify)
+        gate = _Gate.start()
+        missing, idle, at_once = list(parts), 0, PARTS_AT_ONCE
+        try:
+            while missing and not stop.is_set():
+                strategy = ray.data.ActorPoolStrategy(
+                    min_size=min(pool.min_actors, len(missing)),
+                    max_size=min(pool.max_actors, len(missing)),
+                    max_tasks_in_flight_per_actor=at_once,
+                    max_concurrent_calls_per_actor=at_once,
+                    enable_true_multi_threading=True,
+                )
+                rows = _Rows(_outcome_rows(missing, settings, strategy, placement, gate, logs))
+                yield from _outcomes(rows, gate, stop)
+                placement.remove_groups()
+                if stop.is_set():
+                    return
+                there = set(committed())
+                before, missing = len(missing), [part for part in missing if part.number not in there]
+                idle = idle + 1 if len(missing) == before else 0
+                if missing and idle == _IDLE_ROUNDS:
+                    raise StillhouseError(_given_up(missing, rows.failure, logs))
+                if missing:
+                    _log.warning("%d parts are left; they are begun again: %s", len(missing), rows.failure)
+                at_once = 1  # so that a part that kills its worker takes no other with it
+        finally:
+            placement.remove_groups()
+            ray.kill(gate)
+
+
+def _outcome_rows(
+    parts: Sequence[Part],
+    settings: WorkerSettings,
+    strategy: ray.data.ActorPoolStrategy,
+    placement: Placement,
+    gate: Any,
+    logs: Path,
+) -> Iterator[Mapping[str, Any]]:
+    """Ray Data's rows, one a part that came to an end. Parts travel compressed, and one is one block."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # a part that is given up costs no other
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # more actors as soon as all are busy
+    rows = [{"part": zstandard.compress(part.to_text().encode())} for part in parts]
+    outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _PartActor,
+        fn_constructor_kwargs={"settings": settings, "gate": gate, "logs": logs.resolve()},
+        batch_size=1,
+        batch_format="numpy",
+        compute=strategy,
+        ray_remote_args_fn=placement.group_options if placement.makes_groups else None,
+        max_restarts=-1,
+        max_task_retries=_NUM_RETRIES,
+        **placement.actor_options(),
+    )
+    for table in outcomes.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from pa.table(table).to_pylist()
+
+
+def _outcomes(rows: _Rows, gate: Any, stop: threading.Event) -> Iterator[PartOutcome]:
+    """Outcomes until there are no more, or until a stop has let those in flight come to their end."""
+    deadline = math.inf
+    while not rows.ended and time.monotonic() < deadline:
+        if stop.is_set() and deadline == math.inf:
+            deadline = time.monotonic() + _GRACE_S  # Ray Data runs through the other parts, which find the gate closed
+        if stop.is_set():
+            _close(gate)  # again and again, since a gate that was lost comes back open
+        row = rows.next(timeout_s=_POLL_S)
+        if row is None:
+            continue
+        Said(failure=row["failure"], is_config=row["is_config"]).raise_failure()
+        if row["part"] >= 0:
+            yield PartOutcome(**{name: row[name] for name in PartOutcome.__dataclass_fields__})
+
+
+class _Rows:
+    """Rows that a thread of their own waits for, since Ray Data's waiting cannot be interrupted."""
+
+    def __init__(self, rows: Iterator[Mapping[str, Any]]) -> None:
+        self.failure = ""  # why they ended too early
+        self.ended = False
+        self._made: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._read, args=(rows,), daemon=True).start()
+
+    def next(self, *, timeout_s: float) -> Mapping[str, Any] | None:
+        """The next row; None after a while without one, and at the end."""
+        try:
+            row = self._made.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        self.ended = row is None
+        return row
+
+    def _read(self, rows: Iterator[Mapping[str, Any]]) -> None:
+        try:
+            for row in rows:
+                self._made.put(row)
+        except Exception as error:  # of Ray, whose kinds are many; whoever reads looks at the commits
+            self.failure = f"{type(error).__name__}: {last_line(error)}"
+            _log.warning("Ray gave up", exc_info=error)
+        finally:
+            self._made.put(None)
+
+
+class _Gate:
+    """Lets parts begin, until it is closed. An actor of the driver's node; when it is lost it is made anew, open."""
+
+    def __init__(self) -> None:
+        self._open = True
+
+    @staticmethod
+    def start() -> Any:
+        here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        kind = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(_Gate)
+        return kind.remote()
+
+    def is_open(self) -> bool:
+        return self._open
+
+    def close(self) -> None:
+        self._open = False
+
+
+def _close(gate: Any) -> None:
+    try:
+        ray.get(gate.close.remote(), timeout=5)
+    except RayError as error:
+        _log.warning("the gate cannot be closed", exc_info=error)
+
+
+class _PartActor:
+    """A Worker as Ray Data calls it, from several threads."""
+
+    def __init__(self, *, settings: WorkerSettings, gate: Any, logs: Path) -> None:
+        self._log_path = log_to_file(logs)
+        self._settings = settings
+        self._gate = gate
+        self._worker: Worker | None = None
+        self._making = threading.Lock()
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        part = Part.from_text(zstandard.decompress(bytes(batch["part"][0])).decode())
+        said, outcome = Said(), _NOTHING
+        if ray.get(self._gate.is_open.remote()):
+            try:
+                with self._making:
+                    self._worker = self._worker or Worker(self._settings)
+                outcome = self._worker.run(part)
+            except Exception as error:
+                said = Said.of(error, self._log_path)
+        row = {"failure": said.failure, "is_config": said.is_config, **asdict(outcome)}
+        return {name: np.array([value]) for name, value in row.items()}
+
+
+_NOTHING = PartOutcome(-1, 0, 0, 0, 0, 0.0, 0.0, 0)
+
+
+def _given_up(missing: Sequence[Part], failure: str, logs: Path) -> str:
+    shown = ", ".join(str(part.number) for part in missing[:10]) + (", …" if len(missing) > 10 else "")
+    first = missing[0].samples[0].id if missing[0].samples else "none"
+    return (
+        f"{len(missing)} parts could not be scored, their workers died every time: {shown} "
+        f"(part {missing[0].number} begins with sample {first!r}); see {logs}{': ' if failure else ''}{failure}"
+    )
