@@ -61,6 +61,8 @@ class PromptBuilder:
         """`processor` is a transformers processor, or a tokenizer for a teacher without images."""
         tokenizer = getattr(processor, "tokenizer", processor)
         self._processor = processor
+        # SmolVLM's processor puts settings of its own among the template's, with a warning a call, unless it gets some.
+        self._render_settings = {} if tokenizer is processor else {"processor_kwargs": {"images_kwargs": {}}}
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         self._image_token: str = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id >= 0 else ""
@@ -87,7 +89,9 @@ class PromptBuilder:
 
     def _render(self, messages: list[Message], open_turn: bool) -> str:
         try:
-            return self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+            return self._processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=open_turn, **self._render_settings
+            )
         except Exception as error:  # templates raise whatever they like through Jinja
             raise SampleRefusedError(f"the chat template refuses the conversation: {error}") from error
 

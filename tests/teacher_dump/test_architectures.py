@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -180,6 +181,20 @@ def test_expansion_and_signals_are_those_of_the_whole_model(architecture: str, r
             )
             entropy = -(np.exp(logprobs[where]) * logprobs[where]).sum(axis=1)
             np.testing.assert_allclose((records.visual or {})[ref.key].entropy, entropy, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", SEEING)
+def test_prompts_are_built_without_a_word(architecture: str, root: Path) -> None:
+    """A warning a sample would bury everything else that a check or a dump prints."""
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = said.append  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        assert prepared(root / architecture)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert [record.getMessage() for record in said if "processor_kwargs" in record.getMessage()] == []
 
 
 BY_HAND = {  # visual tokens of 32 x 32, 64 x 32, 20 x 90 and 50 x 40 pixels
