@@ -38,6 +38,7 @@ _OURS = {  # what the dump decides: each has its own field, or no other value wo
     "hf_overrides": _IN_THE_CHECKPOINT,
     "mm_processor_kwargs": _IN_THE_CHECKPOINT,
 }
+_NOT_SHOWN = {"video": 0, "audio": 0}  # or the engine keeps memory for the longest video that the model takes
 _CPU_KV_CACHE_BYTES = 256 * 2**20  # the default takes 92 % of the memory, which the head and others need
 _GPU_MEMORY_FRACTION = 0.8  # leaves room for the output head and a chunk of logits beside the engine
 
@@ -146,7 +147,7 @@ def _open_engine(
             str(checkpoint.servable_view(folder, into=served)),
             dtype=dtype,
             max_model_len=max_length,
-            **{**ours, **defaults, **settings},
+            **{"limit_mm_per_prompt": _NOT_SHOWN, **ours, **defaults, **settings},
         )
     except Exception as error:  # an engine raises its own kinds
         raise StillhouseError(f"vLLM cannot serve {folder}: {error}") from error
