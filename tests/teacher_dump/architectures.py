@@ -6,6 +6,7 @@ another, asks it in several ways and leaves its hidden states in FOLDER/<archite
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
@@ -144,3 +145,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in ARCHITECTURES:
         _run_engine(Path(sys.argv[1]) / name)
+        gc.collect()  # an engine that is let go of takes the process's groups with it: not those of the next one
