@@ -1,4 +1,4 @@
-"""What a cache is, in numbers: identity, families and their sizes, errors, and what storing by image key saved."""
+"""What a cache is, in numbers: identity, sizes of families, errors, what was lost, what storing by image key saved."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CacheError
+from storage.losses import KINDS
 from storage.reader import Cache
 from storage.segments import Segment, tokens_segments
 
@@ -44,6 +45,30 @@ class ImageSharing:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What one step between teacher and cache cost a family's rows, as the commits state it."""
+
+    family: str
+    kind: str  # teacher_noise, selection_errors, dropped_mass, errors_by_family (the codec): see FORMAT.md
+    measure: str
+    mean: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a fidelity budget chose for a family, and how its prediction compares."""
+
+    family: str
+    asked: str  # gradient_error 0.02, or bytes_per_row 30
+    tau: float
+    predicted_gradient_error: float  # of the proxy student
+    predicted_bytes_per_row: float
+    bytes_per_row: float | None  # real; None without rows
+
+
+@dataclass(frozen=True)
 class CacheFacts:
     """What `stillhouse inspect` tells of a cache."""
 
@@ -57,6 +82,8 @@ class CacheFacts:
     num_bytes: int
     families: dict[str, FamilySize]
     image_sharing: ImageSharing
+    losses: tuple[Loss, ...]
+    budgets: tuple[Budget, ...]
     errors: dict[str, str]  # why a sample of the plan has no record, by its id
     identity: dict[str, Any]
 
@@ -78,9 +105,31 @@ def cache_facts(cache: Cache) -> CacheFacts:
         num_bytes=statistics["bytes"],
         families=families,
         image_sharing=sharing,
+        losses=tuple(
+            Loss(family, kind, *(one[name] for name in ("measure", "mean", "p99", "max")))
+            for kind in KINDS
+            for family, one in statistics[kind].items()
+        ),
+        budgets=tuple(_budgets(cache, families)),
         errors={error.sample_id: error.reason for error in cache.errors},
         identity=cache.identity.model_dump(mode="json"),
     )
+
+
+def _budgets(cache: Cache, families: dict[str, FamilySize]) -> Iterator[Budget]:
+    for family, setting in cache.identity.selection.items():
+        budget = setting.get("budget")
+        if budget is not None and family in families:
+            asked = next(name for name in ("gradient_error", "bytes_per_row") if name in budget)
+            predicted = budget["predicted"]
+            yield Budget(
+                family,
+                f"{asked} {budget[asked]:g}",
+                setting["tau"],
+                predicted["gradient_error"],
+                predicted["bytes_per_row"],
+                families[family].bytes_per_row,
+            )
 
 
 def _describe(segment: Segment) -> str:

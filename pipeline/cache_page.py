@@ -18,7 +18,7 @@ from pipeline.cache_facts import CacheFacts
 from pipeline.cache_style import STYLE
 from pipeline.page import format_bytes
 from pipeline.pictures import HeatMap, embedded_image, heat_map
-from pipeline.sample_text import counted, label_words, sharing_sentence
+from pipeline.sample_text import budgets_table, counted, label_words, losses_table, sharing_sentence
 from pipeline.sample_view import AnswerToken, ImageView, SampleView, Segment, Signal, relation_summary
 from pipeline.token_texts import printable
 
@@ -50,7 +50,8 @@ def render_cache_page(facts: CacheFacts, groups: Sequence[Group], *, image_root:
     state = "sealed" if facts.sealed else f"not sealed: {facts.num_parts:,} of {facts.num_planned_parts:,} parts"
     lead = f"{state} · teacher {facts.identity['teacher']} · {note}"
     body = [f'<header><h1>{escape(title)}</h1><p class="dim">{escape(lead)}</p></header>', _tiles(facts)]
-    body += [_families(facts), _errors(facts), _identity(facts)]
+    body += [_families(facts), _plain_table(losses_table(facts)), _plain_table(budgets_table(facts))]
+    body += [_errors(facts), _identity(facts)]
     number = 0
     body.append(KEY if groups else "")
     for group in groups:
@@ -98,6 +99,18 @@ def _families(facts: CacheFacts) -> str:
     sentence = sharing_sentence(facts)
     after = f'<p class="dim">{escape(sentence)}.</p>' if sentence else ""
     return f'<div class="wide"><table class="sizes">{head}{"".join(rows)}</table></div>{after}'
+
+
+def _plain_table(table: Sequence[tuple[str, ...]]) -> str:
+    """A head and rows; nothing where there are no rows."""
+    if len(table) < 2:
+        return ""
+    tags = ["th", *["td"] * (len(table) - 1)]
+    rows = "".join(
+        f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
+        for tag, row in zip(tags, table, strict=True)
+    )
+    return f'<div class="wide"><table class="sizes">{rows}</table></div>'
 
 
 def _errors(facts: CacheFacts) -> str:

@@ -35,8 +35,45 @@ def facts_text(facts: CacheFacts) -> str:
         sizes.append((name, number, format_bytes(family.num_bytes), each))
     sizes.append(("total", "", format_bytes(facts.num_bytes), ""))
     identity = [(name, printable(str(value))) for name, value in facts.identity.items()]
-    blocks = [columns(head), columns(sizes), sharing_sentence(facts), _errors(facts), "identity", columns(identity)]
+    blocks = [columns(head), columns(sizes), sharing_sentence(facts)]
+    blocks += [columns(table) if len(table) > 1 else "" for table in (losses_table(facts), budgets_table(facts))]
+    blocks += [_errors(facts), "identity", columns(identity)]
     return "\n\n".join(block for block in blocks if block)
+
+
+def losses_table(facts: CacheFacts) -> list[tuple[str, ...]]:
+    """What was lost, a row for each family and step, below a head; the head alone where nothing is stated."""
+    head = ("lost", "by", "measure", "mean", "p99", "max")
+    return [
+        head,
+        *(
+            (one.family, _STEPS[one.kind], one.measure, f"{one.mean:.2g}", f"{one.p99:.2g}", f"{one.max:.2g}")
+            for one in facts.losses
+        ),
+    ]
+
+
+def budgets_table(facts: CacheFacts) -> list[tuple[str, ...]]:
+    """What fidelity budgets chose, predicted and turned out to be, below a head; the head alone without a budget."""
+    head = ("budget", "asked", "τ", "error predicted", "bytes a row predicted", "real")
+    return [
+        head,
+        *(
+            (
+                one.family, one.asked, f"{one.tau:g}", f"{one.predicted_gradient_error:.3g}",
+                f"{one.predicted_bytes_per_row:.1f}", "–" if one.bytes_per_row is None else f"{one.bytes_per_row:.1f}",
+            )
+            for one in facts.budgets
+        ),
+    ]  # fmt: skip
+
+
+_STEPS = {
+    "teacher_noise": "teacher noise",
+    "selection_errors": "selection",
+    "dropped_mass": "mass dropped",
+    "errors_by_family": "encoding",
+}
 
 
 def sharing_sentence(facts: CacheFacts) -> str:

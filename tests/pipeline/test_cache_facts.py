@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from pipeline.cache_facts import as_json, cache_facts, least_sure
+from pipeline.sample_text import facts_text
 from storage.errors import CacheError
 from storage.reader import Cache
-from tests.storage.synthetic_cache import write_cache
+from tests.storage.synthetic_cache import TAU, write_cache
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,34 @@ def test_without_response_rows_nobody_knows(tmp_path: Path) -> None:
     write_cache(tmp_path, families=())
     with pytest.raises(CacheError, match="no response rows"):
         least_sure(Cache.open(tmp_path), 1)
+
+
+def test_what_was_lost_is_what_the_manifest_states(cache: Cache) -> None:
+    facts = cache_facts(cache)
+    stated = cache.statistics()["errors_by_family"]
+    encoding = {one.family: one for one in facts.losses if one.kind == "errors_by_family"}
+    assert encoding.keys() == stated.keys() != set()
+    assert all(encoding[family].mean == one["mean"] for family, one in stated.items())
+    shown = facts_text(facts)
+    assert "encoding" in shown
+    assert "budget" not in shown.split("identity")[0]
+
+
+def test_a_budget_is_shown_beside_what_became_of_it(tmp_path: Path) -> None:
+    predicted = {
+        "gradient_error": 0.0187,
+        "bytes_per_row": 31.5,
+        "distance": 0.1,
+        "rows": 8192,
+        "calibration_rows": 500,
+    }
+    setting = {"method": "threshold", "tau": TAU, "rounding_kl": 5e-4}
+    budget = {"gradient_error": 0.02, "rows": 8192, "samples": 64, "predicted": predicted}
+    write_cache(tmp_path, families=("response",), selection={"response": {**setting, "budget": budget}})
+    facts = cache_facts(Cache.open(tmp_path))
+    (one,) = facts.budgets
+    assert (one.asked, one.tau, one.predicted_gradient_error) == ("gradient_error 0.02", TAU, 0.0187)
+    assert one.bytes_per_row == facts.families["response"].bytes_per_row
+    line = next(line for line in facts_text(facts).splitlines() if "gradient_error 0.02" in line)
+    assert "31.5" in line
+    assert f"{one.bytes_per_row:.1f}" in line

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -170,9 +171,10 @@ def write_cache(
     noise: int = 0,
     families: tuple[str, ...] = FAMILIES,
     num_samples: int = SAMPLES_PER_PART,
+    **identity: Any,
 ) -> CacheWriter:
     """A whole, sealed cache."""
-    writer = CacheWriter.open(folder, make_identity(num_parts=num_parts), families)
+    writer = CacheWriter.open(folder, make_identity(num_parts=num_parts, **identity), families)
     for part in range(num_parts):
         records = make_part(part, noise=noise, families=families, num_samples=num_samples)
         writer.write_part(part, records)
