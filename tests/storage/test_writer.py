@@ -78,7 +78,7 @@ def test_a_writer_killed_before_any_file_operation_loses_and_doubles_nothing(tmp
 
 
 def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
-    num_parts, rng = 20, random.Random(1)
+    num_parts, rng = 150, random.Random(1)
     folder = tmp_path / "cache"
     seen = 0
     for _ in range(3):

@@ -92,7 +92,7 @@ def test_incomplete_weights_are_refused(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StillhouseError, match="no configuration can be read"):
+    with pytest.raises(StillhouseError, match="no checkpoint is in this folder"):
         read_checkpoint(tmp_path)
 
 
