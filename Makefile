@@ -16,9 +16,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 demo: $(VENV)/installed ; $(BIN)/stillhouse run pipeline.yaml
 test: $(VENV)/installed ; $(BIN)/pytest
 check: test lint
-bench: $(VENV)/bench
-	$(BIN)/python -m benchmarks.codec --json
-	$(BIN)/python -m benchmarks.loader --json
+bench: $(VENV)/bench ; set -e; for name in codec verify loader dump loss; do $(BIN)/python -m benchmarks.$$name --json; done
 
 clean: ; rm -rf $(VENV) runs
 
