@@ -1,6 +1,6 @@
 """The command `stillhouse`, the same as `python -m pipeline`.
 
-Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure.
+Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING
 from storage.errors import ConfigError, StillhouseError
 
 if TYPE_CHECKING:  # which import torch
+    from teacher_dump.dump import DumpSettings
     from teacher_dump.replay import Replay
 
 DEFAULT_FILE = "pipeline.yaml"
+PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell would say it
 Action = Callable[[argparse.Namespace], None]
 
 
@@ -33,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _take_overrides(arguments, rest)
         arguments.act(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, such as `head`
+        _drop_output()
+        return PIPE_CLOSED
     except ConfigError as error:
         print(f"stillhouse: {error}", file=sys.stderr)
         return 2
@@ -43,6 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stillhouse: interrupted; what is finished is kept, run the same command again", file=sys.stderr)
         return 1
     return 0
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere, so that the interpreter's last flush finds no closed pipe."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -172,8 +186,9 @@ def _verify(arguments: argparse.Namespace) -> None:
     if arguments.replay is None and arguments.given:
         raise ConfigError(f"unexpected argument {arguments.given[0]!r}: FILE and overrides are for --replay N")
     _need_cache(arguments.cache)
+    settings = None if arguments.replay is None else _replay_settings(arguments)  # a mistake there costs no scan
     report = scan(arguments.cache)
-    found = _replay(arguments) if report.ok and arguments.replay is not None else None
+    found = _replay(arguments, settings) if report.ok and settings is not None else None
     if arguments.json:
         print(json.dumps(asdict(report) | ({} if found is None else {"replay": asdict(found)})))
     elif report.ok:
@@ -188,13 +203,17 @@ def _verify(arguments: argparse.Namespace) -> None:
         check_drift(found, arguments.cache)
 
 
-def _replay(arguments: argparse.Namespace) -> Replay:
+def _replay_settings(arguments: argparse.Namespace) -> DumpSettings:
     from teacher_dump.dump import read_settings
-    from teacher_dump.replay import replay
 
     if arguments.replay < 1 or arguments.seed < 0:
         raise ConfigError(f"--replay is {arguments.replay} and --seed {arguments.seed}, expected at least 1 and 0")
-    settings = read_settings(arguments.file, arguments.overrides)
+    return read_settings(arguments.file, arguments.overrides)
+
+
+def _replay(arguments: argparse.Namespace, settings: DumpSettings) -> Replay:
+    from teacher_dump.replay import replay
+
     return replay(settings, arguments.cache, num_samples=arguments.replay, seed=arguments.seed)
 
 

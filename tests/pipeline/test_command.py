@@ -1,6 +1,9 @@
 """The command line: exit codes, one clear message, no traceback for a user's mistake."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +52,29 @@ def test_a_folder_without_a_cache_or_checkpoint_is_a_users_mistake(tmp_path, cap
     ):
         assert main(command) == 2, command
         assert words in capsys.readouterr().err
+
+
+def test_a_reader_that_closes_the_pipe_is_no_failure(tmp_path):
+    write_cache(tmp_path, families=("response",))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "inspect", str(tmp_path)],
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate()
+    assert process.returncode == 141
+    assert said == ""
+
+
+def test_a_mistake_in_the_file_of_a_replay_is_found_before_the_scan(tmp_path, capsys):
+    write_cache(tmp_path, families=("response",))
+    (tmp_path / "manifest.json").write_text("damaged")
+    assert main(["verify", str(tmp_path), "--replay", "3", "missing.yaml"]) == 2
+    assert main(["verify", str(tmp_path), "--replay", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "missing.yaml: cannot be read" in said
+    assert "manifest" not in said
 
 
 def test_a_tokenizer_or_image_folder_that_is_not_there_is_named(tmp_path, capsys):
