@@ -12,7 +12,7 @@ from storage.files import open_folder
 from storage.identity import Identity
 from storage.reader import Cache
 from storage.segments import NewSegment, find_segment, has_cache
-from student_train.material import fitting_checkpoint
+from student_train.material import check_losses, fitting_checkpoint
 from student_train.models import check_fit, is_hub_id, read_checkpoint
 from student_train.trainer import resolved
 from teacher_dump.dump import plan_dump, prompt_errors, read_settings
@@ -102,9 +102,17 @@ def _check_cache(section: CacheSection, identity: Identity) -> str:
 def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
     """A line for each stage whose student is there: it fits the cache, or the teacher of the one to come.
 
-    Errors: IdentityError.
+    Errors: IdentityError; ConfigError for losses of any stage that the cache, once dumped, cannot serve.
     """
     has_one = has_cache(open_folder(experiment.cache.path))
+    held = {"tokens", *experiment.cache.families}
+    if has_one:
+        there = Cache.open(experiment.cache.path, families=())
+        held |= set(there.families)
+        identity = identity.model_copy(update={"selection": {**there.identity.selection, **identity.selection}})
+    for name, section in experiment.stages.items():
+        if section.cache is None:
+            check_losses(section.losses, identity, held, place=f"stages.{name}.losses")
     for name, section in experiment.stages.items():
         stage = resolved(section, name)
         if stage.cache is not None or not Path(stage.init).is_dir():

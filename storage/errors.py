@@ -19,6 +19,10 @@ class NoCacheError(CacheError, ConfigError):
     """A place that was named as a cache's and has none: the user's mistake."""
 
 
+class MissingFamilyError(CacheError, ConfigError):
+    """A cache that was asked for a family, or what came with one, that it does not hold: the user's mistake."""
+
+
 class CorruptPartError(CacheError):
     """A file of a cache whose bytes are not what was committed, or not what FORMAT.md allows."""
 

@@ -15,7 +15,7 @@ from storage import commit as layout
 from storage.batch_reader import BatchReader
 from storage.columns import image_content, tokens_record
 from storage.documents import Commit
-from storage.errors import CacheError, CorruptPartError
+from storage.errors import CacheError, CorruptPartError, MissingFamilyError
 from storage.files import Folder, open_folder
 from storage.head import StoredHead
 from storage.identity import Identity
@@ -82,7 +82,7 @@ class Cache:
         reads = held if families is None else tuple(families)
         for family in reads:
             if family not in held:
-                raise CacheError(lacks(folder, segments, parts, held, family))
+                raise MissingFamilyError(lacks(folder, segments, parts, held, family))
         needed = {segment.number for segment in segments if segment.has_tokens or {*segment.families} & {*reads}}
         checksums = not folder.is_remote if checksums is None else checksums
         part_files = PartFiles(folder, max_bytes=max_bytes, checksums=checksums)
@@ -181,7 +181,9 @@ class Cache:
             rows = sum(commit.num_rows.get(family, 0) for part in parts.values() for commit in part.commits)
             groups.append(([tail for tail in found if tail is not None], rows))
         if not any(tails for tails, _ in groups):
-            raise CacheError(f"{self.folder}: keeps no tail profile of {family}; dump that family anew to have one")
+            raise MissingFamilyError(
+                f"{self.folder}: keeps no tail profile of {family}; dump that family anew to have one"
+            )
         return mean_profile(groups, vocab_size)
 
     def image_bytes(self, index: int, sha256: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,7 +34,7 @@ def prepare(stage: StageSection, cache_path: str) -> Material:
     """Open and check everything. Errors: ConfigError, CacheError, IdentityError, StillhouseError."""
     checkpoint = fitting_checkpoint(stage, cache_path)
     cache = open_sealed(cache_path, loss_families(stage.losses), max_bytes=(stage.memory_mb << 20) // 2)
-    _check_treatments(stage.losses, cache.identity)
+    check_losses(stage.losses, cache.identity, cache.families, place="losses")
     if stage.losses.balance and stage.moe is None and not is_sparse(checkpoint.config):
         raise ConfigError(
             f"losses.balance is for routers, and {checkpoint.folder} has none; give the stage `moe`, or leave it out"
@@ -137,24 +138,28 @@ def loss_families(losses: LossesSection) -> tuple[str, ...]:
     return (*families, "sequence") if losses.preference else tuple(families)
 
 
-def _check_treatments(losses: LossesSection, identity: Identity) -> None:
+def check_losses(losses: LossesSection, identity: Identity, held: Collection[str], *, place: str) -> None:
+    """ConfigError for losses that a cache of these families, made or still to come, cannot serve."""
+    for family in loss_families(losses):
+        if family not in held:
+            raise ConfigError(f"{place}: these losses read {family}, which is not dumped; add it to cache.families")
     for family in ("response", "visual"):
         section = getattr(losses, family)
         if section is None or section.treatment == "exact":
             continue
         method = identity.selection.get(family, {}).get("method")
-        place = f"losses.{family}.treatment is {section.treatment!r}, but the cache's {family} rows were selected by "
+        given = f"{place}.{family}.treatment is {section.treatment!r}, but the cache's {family} rows were selected by "
         if section.treatment == "unbiased" and method not in ("threshold", "sampled"):
             raise ConfigError(
-                f"{place}{method!r}, which keeps nothing of the tail; use 'bucket', or dump with method 'threshold'"
+                f"{given}{method!r}, which keeps nothing of the tail; use 'bucket', or dump with method 'threshold'"
             )
         if section.treatment != "unbiased" and method == "sampled":
-            raise ConfigError(f"{place}'sampled', which keeps no entry exactly; use 'unbiased'")
+            raise ConfigError(f"{given}'sampled', which keeps no entry exactly; use 'unbiased'")
         temperatures = stored_temperatures(identity, family)
         needs = section.treatment != "renormalise" and section.temperature != 1
         if needs and section.temperature not in temperatures:
             raise ConfigError(
-                f"losses.{family}.temperature is {section.temperature:g}, but the cache keeps the log-sum-exp of "
+                f"{place}.{family}.temperature is {section.temperature:g}, but the cache keeps the log-sum-exp of "
                 f"{', '.join(f'{each:g}' for each in (1.0, *temperatures))}; dump with cache.{family}.temperatures, "
                 "or take treatment 'renormalise' or 'exact'"
             )

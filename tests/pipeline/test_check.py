@@ -102,6 +102,30 @@ def test_what_will_never_be_there_is_found(file: Path, override: str, message: s
         list(check(read_experiment(file, [override])))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("losses={response: {treatment: exact}}", r"stages\.kd\.losses: these losses read hidden, which is not dumped"),
+        ("losses={cross_entropy: 0, preference: {}}", r"stages\.kd\.losses: these losses read sequence"),
+        ("losses={response: {temperature: 2}}", r"stages\.kd\.losses\.response\.temperature is 2, but the cache keeps"),
+    ],
+)
+def test_losses_that_the_dump_will_not_serve_are_found(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        list(check(read_experiment(file, [f"stages.kd.{override}"])))
+    experiment = read_experiment(file)
+    CacheWriter.open(experiment.cache.path, plan_dump(read_settings(file)).identity, ("response", "visual"))
+    with pytest.raises(ConfigError, match=message):  # nor does the cache that is there
+        list(check(read_experiment(file, [f"stages.kd.{override}"])))
+
+
+def test_what_a_stage_reads_may_come_from_a_dump_still_to_come(file: Path) -> None:
+    experiment = read_experiment(file)
+    CacheWriter.open(experiment.cache.path, plan_dump(read_settings(file)).identity, ("response", "visual"))
+    overrides = ["cache.families=[response, visual, hidden]", "stages.kd.losses={response: {treatment: exact}}"]
+    list(check(read_experiment(file, overrides)))
+
+
 def test_a_checkpoint_that_a_stage_writes_or_the_hub_may_have_is_no_mistake(file: Path) -> None:
     for override in ("stages.later.init={run}/models/kd", "stages.kd.init=owner/name"):
         list(check(read_experiment(file, [override])))
