@@ -222,7 +222,8 @@ def _validate(place: str, schema: type[Section], value: Any, problems: list[str]
 
 
 def _problem(place: str, schema: type[Section], detail: Any) -> str:
-    location = detail["loc"]
+    # Of a union pydantic names the member that it tried, as in `actors.function-after[_ordered(), ActorRange].max`.
+    location = [step for step in detail["loc"] if not _is_member(step)]
     where = ".".join([place, *map(str, location)])
     if detail["type"] == "extra_forbidden":
         known = [name for model in _models_at(schema, location[:-1]) for name in model.model_fields]
@@ -231,12 +232,18 @@ def _problem(place: str, schema: type[Section], detail: Any) -> str:
         return f"{where}: is missing; this field has no default"
     message = str(detail["msg"]).removeprefix("Value error, ")
     expected = re.sub(r"^Input should be ", "expected ", message).replace("a valid tuple", "a list")
+    expected = re.sub(r"^Tuple should have (at least \d+ items?) after.*", r"expected \1", expected)
     expected = re.sub(r"a valid dictionary or instance of (\w+)", r"fields of \1", expected)
     close = difflib.get_close_matches(
         str(detail["input"]), re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
     )
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{where}: got {_shown(detail['input'])}, {expected}{hint}"
+
+
+def _is_member(step: int | str) -> bool:
+    """Whether a step of an error's location is a kind of value and no field or item; our fields have no - or [."""
+    return isinstance(step, str) and re.fullmatch(r"constrained-\w+|function-\w+\[.*\]", step) is not None
 
 
 def _models_at(schema: Any, location: Sequence[Any]) -> list[type[BaseModel]]:

@@ -136,6 +136,12 @@ class MoeSection(Section):
     top_k: Annotated[int, Field(ge=1)] = 2  # experts that see a token
     every: Annotated[int, Field(ge=1)] = 2  # layers 0, every, 2 * every, …
 
+    @model_validator(mode="after")
+    def _enough_experts(self) -> MoeSection:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k is {self.top_k} of {self.experts} experts; no token can see more than there are")
+        return self
+
 
 class CompositionSection(Section):
     """Parts of a student: folders or hub ids. The projector between them, two layers with GELU, is new."""
@@ -157,7 +163,7 @@ class StageSection(Section):
     cache: str | None = None  # default: cache.path
     splits: tuple[str, ...] = ("train",)
     images: str | None = None  # folder of images; default: the one that the cache names
-    train: tuple[Module, ...] = ("projector", "llm")  # everything else is frozen
+    train: Annotated[tuple[Module, ...], Field(min_length=1)] = ("projector", "llm")  # everything else is frozen
     moe: MoeSection | None = None  # makes the dense student of `init` sparse
     losses: LossesSection = LossesSection()
     steps: Annotated[int, Field(ge=1)] | None = None  # optimizer steps; or

@@ -1,10 +1,10 @@
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
 
-from storage.config import CacheSection, Section
+from storage.config import BudgetSection, CacheSection, Section
 from storage.errors import ConfigError
 from storage.sections import Named, read_sections
 
@@ -17,7 +17,8 @@ class StageSection(Section):
     init: str
     kind: Literal["fast", "slow"] = "fast"
     losses: LossSection | None = None
-    splits: tuple[str, ...] = ("train",)
+    splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("train",)
+    width: Annotated[int, Field(ge=1)] | BudgetSection = 1
     steps: int | None = None
 
 
@@ -150,6 +151,10 @@ def test_overrides_are_yaml_and_reach_everywhere(path):
         (["stages.dft.init=3"], ["stages.dft.init: got 3 (int), expected a valid string"]),
         (["stages.new.steps=3"], ["stages.new.init: is missing"]),
         (["stages.dft.losses.wieght=3"], ["stages.dft.losses.wieght: unknown field; did you mean weight?"]),
+        (["stages.dft.splits=[]"], ["stages.dft.splits: got [] (list), expected at least 1 item"]),
+        (["stages.dft.width={rows: 0}"], ["stages.dft.width.rows: got 0 (int), expected greater than or equal to 1"]),
+        (["stages.dft.width={}"], ["stages.dft.width: got {} (dict), give gradient_error or bytes_per_row"]),
+        (["stages.dft.width={row: 1}"], ["stages.dft.width.row: unknown field; did you mean rows?"]),
         (["data.sources.1.lmit=3"], ["data.sources.1.lmit: unknown field; did you mean limit?"]),
         (["data.sources.2.limit=3"], ["data.sources: got item '2', expected a number below 2"]),
         (["cache.path.x=3"], ["cache.path: is '{run}/cache' (str) and has no field 'x'"]),
