@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import signal
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from student_train.documents import write_json
 from student_train.engine import Engine
 
 _MARKER = "state.json"
+_log = logging.getLogger(__name__)
 _NOT_OF_THE_RUN = {"save_every", "keep_states", "log_every", "memory_mb", "num_processes", "output"}  # may differ
 
 
@@ -53,8 +55,8 @@ class StageState:
     def resume(self, engine: Engine) -> int:
         """Load the newest state, if there is one of this run; returns the number of steps done. A collective.
 
-        States of another configuration, whose checkpoint this run replaces, are deleted. Errors: ConfigError for
-        another number of ranks.
+        States of another configuration, whose checkpoint this run replaces, are deleted with a warning. Errors:
+        ConfigError for another number of ranks.
         """
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
             said = _read(folder / _MARKER)
@@ -69,6 +71,12 @@ class StageState:
             return int(said["step"])
         engine.barrier()  # every rank has seen that there is none
         if engine.process.is_first:
+            if others := sorted(path.name for path in self.folder.glob("step-*")):
+                _log.warning(
+                    "%s: %s is of another configuration or cache, and is deleted: the stage begins anew",
+                    self.folder,
+                    others[-1],
+                )
             self.clear()
         return 0
 

@@ -97,6 +97,7 @@ def test_a_state_is_for_its_own_configuration_and_number_of_ranks(make_runner: C
     assert "is the state of 1 ranks, this run has 2" in two.stderr
     (other,) = runner.run_in_turn(("first", "stages.first.lr=0.001"))
     assert other.code == 0, other.stderr
+    assert "step-00000002 is of another configuration or cache, and is deleted" in other.stderr
     assert json.loads((runner.output("first") / "summary.json").read_text())["resumed_at"] == 0
 
 
