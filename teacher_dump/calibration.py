@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.errors import StillhouseError
+from storage.errors import ConfigError, StillhouseError
 from storage.head import encode_head
 from storage.identity import Identity
 from storage.part_rows import part_rows
@@ -53,8 +53,12 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
 
     Errors: as dump.run_dump's; StillhouseError: no sample can be scored.
     """
-    planned = with_budget(plan_dump(settings), settings)
+    planned = plan_dump(settings)
     samples = [sample for part in planned.plan.parts for sample in part.samples]
+    if not samples:
+        unread = [error for part in planned.plan.parts for error in part.errors]
+        raise ConfigError(f"none of the {len(unread):,} samples can be used: {unread[0].sample_id}: {unread[0].reason}")
+    planned = with_budget(planned, settings)
     halves = choose(planned.plan.parts, num_samples)
     worker = worker_settings(planned, settings)
     families = ("tokens", *settings.cache.families)

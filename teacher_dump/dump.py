@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from storage.config import BudgetSection, CacheSection, SelectionSection
 from storage.errors import ConfigError, StillhouseError
-from storage.files import is_url, open_folder
+from storage.files import Folder, is_url, open_folder
 from storage.hidden import MAX_FLOAT16
 from storage.identity import Identity
 from storage.reader import Cache
@@ -275,14 +275,16 @@ def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
 
     Errors: ConfigError for a budget that cannot be met, with the nearest numbers; those of with_teacher.
     """
-    budget = settings.cache.budget
+    cache, budget = settings.cache, settings.cache.budget
     asked = budget.families if budget is not None else ()
     missing = [family for family in asked if "budget" not in planned.identity.selection[family]]
     if budget is None or not missing:
         return planned
     folder = open_folder(settings.cache.path)
     if has_cache(folder):  # one that was made otherwise is refused before anything is scored
-        find_segment(folder, planned.identity, settings.cache.families, append=settings.cache.append)
+        find_segment(
+            folder, _to_compare(planned.identity, budget, folder), settings.cache.families, append=cache.append
+        )
     from teacher_dump.budget_slice import Wanted, calibrate, spread
 
     samples = spread([sample for part in planned.plan.parts for sample in part.samples], budget.samples)
@@ -295,6 +297,17 @@ def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
         setting = {name: predicted.pop(name) for name in ("tau", "rounding_kl")}
         selection[family] = {**selection[family], **setting, "budget": {**_asked(budget), "predicted": predicted}}
     return replace(planned, identity=planned.identity.model_copy(update={"selection": selection}))
+
+
+def _to_compare(identity: Identity, budget: BudgetSection, folder: Folder) -> Identity:
+    """An identity that differs from a cache's by what was asked, not by what a budget has yet to choose."""
+    stored, selection = merged_identity(read_segments(folder)).selection, dict(identity.selection)
+    for family in budget.families:
+        there = stored.get(family, {})
+        chosen = {name: there[name] for name in ("tau", "rounding_kl") if name in there}
+        predicted = {name: value for name, value in there.get("budget", {}).items() if name == "predicted"}
+        selection[family] = {**selection[family], **chosen, "budget": {**_asked(budget), **predicted}}
+    return identity.model_copy(update={"selection": selection})
 
 
 def _asked(budget: BudgetSection) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from storage.config import BudgetSection
-from storage.errors import ConfigError
+from storage.errors import ConfigError, IdentityError
+from storage.writer import CacheWriter
 from teacher_dump.budget import STUDENT_KL, Rows, _Trial, choose
 from teacher_dump.budget_slice import Wanted, calibrate, spread
-from teacher_dump.dump import plan_dump, read_settings, worker_settings
+from teacher_dump.dump import plan_dump, read_settings, with_budget, worker_settings
 from teacher_dump.head import OutputHead
 from teacher_dump.selection import Threshold, select_rows
 from teacher_dump.worker import open_scorer
@@ -129,3 +130,21 @@ def test_a_slice_is_scored_by_the_teacher_and_the_choice_fits(write_config: Writ
 def test_budgets_that_make_no_sense_are_refused(write_config: WriteConfig, cache: dict, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         read_settings(write_config(cache=cache))
+
+
+def test_another_budget_than_a_caches_is_refused_by_what_was_asked(write_config: WriteConfig) -> None:
+    settings = read_settings(write_config(cache={"budget": {"gradient_error": 0.3}, "families": ["response"]}))
+    planned = plan_dump(settings)
+    assert settings.cache.budget is not None
+    recorded = {"gradient_error": 0.3, "rows": 8192, "samples": 64, "predicted": {"distance": 0.1}}
+    chosen = {**planned.identity.selection["response"], "tau": 0.05, "rounding_kl": 0.002, "budget": recorded}
+    CacheWriter.open(
+        settings.cache.path, planned.identity.model_copy(update={"selection": {"response": chosen}}), ("response",)
+    )
+    same = plan_dump(settings)
+    assert with_budget(same, settings) is same  # no teacher is asked again
+    asked = settings.cache.budget.model_copy(update={"gradient_error": 0.2})
+    other = replace(settings, cache=settings.cache.model_copy(update={"budget": asked}))
+    with pytest.raises(IdentityError, match=r"budget\.gradient_error: cache has 0\.3, this run has 0\.2") as refusal:
+        with_budget(plan_dump(other), other)
+    assert "tau" not in str(refusal.value)

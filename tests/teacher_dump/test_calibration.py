@@ -69,6 +69,13 @@ def test_a_slice_has_whole_groups_of_images_and_is_always_the_same(write_config:
     assert sum(len(half.samples) for half in choose(parts, 1000)) == 24
 
 
+def test_samples_that_are_all_broken_are_named(write_config: WriteConfig, tmp_path: Path, capsys) -> None:
+    data = tmp_path / "broken.jsonl"
+    data.write_text('{"id": "odd", "image": "gone.png", "conversations": []}\n')
+    assert main(["plan", str(write_config(data={"sources": [{"path": str(data)}]}))]) == 2
+    assert "none of the 1 samples can be used: odd: " in capsys.readouterr().err
+
+
 def test_too_few_samples_are_a_users_mistake(write_config: WriteConfig, capsys) -> None:
     assert main(["plan", str(write_config()), "--samples", "1"]) == 2
     assert "expected at least 2" in capsys.readouterr().err
