@@ -11,7 +11,9 @@ from storage.errors import ConfigError
 from storage.files import open_folder
 from storage.identity import Identity
 from storage.reader import Cache
+from storage.sections import Named, read_sections
 from storage.segments import NewSegment, find_segment, has_cache
+from student_train.config import StageSection
 from student_train.material import check_losses, fitting_checkpoint
 from student_train.models import check_fit, is_hub_id, read_checkpoint
 from student_train.trainer import resolved
@@ -102,7 +104,7 @@ def _check_cache(section: CacheSection, identity: Identity) -> str:
 def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
     """A line for each stage whose student is there: it fits the cache, or the teacher of the one to come.
 
-    Errors: IdentityError; ConfigError for losses of any stage that the cache, once dumped, cannot serve.
+    Errors: IdentityError; ConfigError for losses of a stage or run that the cache, once dumped, cannot serve.
     """
     has_one = has_cache(open_folder(experiment.cache.path))
     held = {"tokens", *experiment.cache.families}
@@ -110,9 +112,14 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
         there = Cache.open(experiment.cache.path, families=())
         held |= set(there.families)
         identity = identity.model_copy(update={"selection": {**there.identity.selection, **identity.selection}})
-    for name, section in experiment.stages.items():
+    asked = {f"stages.{name}.losses": section for name, section in experiment.stages.items()}
+    for name, run in experiment.ablations.runs.items():
+        overrides = (*experiment.overrides, *run.overrides())
+        stages = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"]
+        asked[f"ablations.runs.{name}: losses"] = stages[run.stage]
+    for place, section in asked.items():
         if section.cache is None:
-            check_losses(section.losses, identity, held, place=f"stages.{name}.losses")
+            check_losses(section.losses, identity, held, place=place)
     for name, section in experiment.stages.items():
         stage = resolved(section, name)
         if stage.cache is not None or not Path(stage.init).is_dir():

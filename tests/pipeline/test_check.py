@@ -126,6 +126,12 @@ def test_what_a_stage_reads_may_come_from_a_dump_still_to_come(file: Path) -> No
     list(check(read_experiment(file, overrides)))
 
 
+def test_losses_of_an_ablation_are_looked_at(file: Path) -> None:
+    runs = "ablations.runs={exact: {stage: kd, set: {losses.response.treatment: exact}}}"
+    with pytest.raises(ConfigError, match=r"ablations\.runs\.exact: losses: these losses read hidden"):
+        list(check(read_experiment(file, [runs, "evaluation.splits=[train]"])))
+
+
 def test_a_checkpoint_that_a_stage_writes_or_the_hub_may_have_is_no_mistake(file: Path) -> None:
     for override in ("stages.later.init={run}/models/kd", "stages.kd.init=owner/name"):
         list(check(read_experiment(file, [override])))
