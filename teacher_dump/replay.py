@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,8 @@ class Measurements:
 def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) -> Replay:
     """Score `num_samples` random samples of the cache at `path` again with the teacher of `settings`.
 
-    The vLLM backend runs in an actor of Ray, transformers in this process. Errors: IdentityError naming each
+    Images are read where the cache says, or where `settings` do if that folder is gone. The vLLM backend runs in
+    an actor of Ray, transformers in this process. Errors: IdentityError naming each
     field in which that teacher is not the cache's; CacheError for a cache without a teacher's signals or samples.
     """
     cache = Cache.open(path)
@@ -113,6 +115,9 @@ def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) ->
     settings = replace(settings, cache=own)
     planned = plan_dump(settings)
     check_teacher(cache.identity, planned.identity, path)
+    if Path(cache.identity.image_root).is_dir():
+        there = planned.identity.model_copy(update={"image_root": cache.identity.image_root})
+        planned = replace(planned, identity=there)
     chosen = np.random.default_rng(seed).permutation(cache.num_samples)[:num_samples]
     task = ReplayTask(path, tuple(sorted(int(index) for index in chosen)))
     found = _measure(planned, settings, task)

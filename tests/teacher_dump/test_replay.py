@@ -187,6 +187,21 @@ def test_a_teacher_of_another_dtype_is_refused(write_config: WriteConfig):
         replayed(read_settings(write_config(teacher={"dtype": "bfloat16"})))
 
 
+def test_images_are_read_where_the_cache_says(write_config: WriteConfig, tiny_data: Path, tmp_path: Path):
+    """The file may name other data by now, or the images may have moved with it."""
+    data = shutil.copytree(tiny_data.parent, tmp_path / "data")
+    sources = {"sources": [{"path": str(data / tiny_data.name)}]}
+    dump_changed(read_settings(write_config(cache={"families": ["response"]}, data=sources)))
+    (tmp_path / "text.jsonl").write_text(
+        '{"id": "t", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "red"}]}'
+    )
+    other = {"sources": [{"path": str(tmp_path / "text.jsonl")}]}
+    assert replayed(read_settings(write_config(data=other)), num_samples=3).ok
+    data.rename(tmp_path / "moved")
+    moved = {"sources": [{"path": str(tmp_path / "moved" / tiny_data.name)}]}
+    assert replayed(read_settings(write_config(data=moved)), num_samples=3).ok
+
+
 def test_an_image_that_was_changed_since_is_told(write_config: WriteConfig, tiny_data: Path, tmp_path: Path):
     data = shutil.copytree(tiny_data.parent, tmp_path / "data")
     sources = {"sources": [{"path": str(data / tiny_data.name)}]}
