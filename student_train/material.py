@@ -158,8 +158,9 @@ def check_losses(losses: LossesSection, identity: Identity, held: Collection[str
         temperatures = stored_temperatures(identity, family)
         needs = section.treatment != "renormalise" and section.temperature != 1
         if needs and section.temperature not in temperatures:
+            others = "treatment 'renormalise' or 'exact'" if family == "response" else "treatment 'renormalise'"
             raise ConfigError(
                 f"{place}.{family}.temperature is {section.temperature:g}, but the cache keeps the log-sum-exp of "
                 f"{', '.join(f'{each:g}' for each in (1.0, *temperatures))}; dump with cache.{family}.temperatures, "
-                "or take treatment 'renormalise' or 'exact'"
+                f"or take {others}"
             )
