@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,7 @@ class _Footer:
     def __init__(self, metadata: pq.FileMetaData) -> None:
         self.metadata = metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self.starts = np.cumsum([0, *sizes])
+        self.starts = list(accumulate(sizes, initial=0))
 
 
 class DistributionRows:
@@ -138,10 +140,10 @@ class PartFiles:
 
     def _place(self, family: str, entry: FileEntry, row: int) -> tuple[int, int]:
         starts = self._footer(family, entry).starts
-        group = int(np.searchsorted(starts, row, side="right")) - 1
         if not 0 <= row < starts[-1]:
             raise CorruptPartError(f"{self._folder.place(entry.file)}: has no row {row}")
-        return group, row - int(starts[group])
+        group = bisect_right(starts, row) - 1
+        return group, row - starts[group]
 
     def _hold(self, key: _Key, read: Callable[[], tuple[Any, int]]) -> Any:
         """What was read before, or is read now; the least recently used is let go when memory is short."""
@@ -177,7 +179,7 @@ class PartFiles:
 
     def _read_group(self, family: str, entry: FileEntry, group: int) -> pa.Table:
         with self._open(family, entry) as (parquet, footer):
-            num_rows = int(footer.starts[group + 1] - footer.starts[group])
+            num_rows = footer.starts[group + 1] - footer.starts[group]
             table = validated(parquet.read_row_group(group, use_threads=False), num_rows)
         with self._lock:
             self.num_groups_read += 1
