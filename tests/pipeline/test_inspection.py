@@ -30,7 +30,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_overview_tells_identity_families_counts_errors_and_sharing(cache: Path) -> None:
     text = inspect(cache)
     statistics = Cache.open(cache).statistics()
-    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    lines = {line.split("  ")[0]: line for line in reversed(text.splitlines())}  # the first of a name
     assert "sealed" in lines["cache"]
     assert lines["samples"].endswith("12 (test 2, train 10)")
     assert lines["errors"].endswith("2")
