@@ -172,7 +172,7 @@ class _Rows:
                 self._made.put(row)
         except Exception as error:  # of Ray, whose kinds are many; whoever reads looks at the commits
             self.failure = f"{type(error).__name__}: {last_line(error)}"
-            _log.info("Ray gave up", exc_info=error)  # no warning: a dump that ends early takes Ray away from this thread
+            _log.info("Ray gave up", exc_info=error)  # no warning: a dump that ends early takes Ray away from here
         finally:
             self._made.put(None)
 
