@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from storage.documents import Commit
 from storage.errors import ConfigError
@@ -30,6 +30,9 @@ from teacher_dump.scoring import OpenTeacher, PartScorer, Preparer, Scored, Sign
 from teacher_dump.sight import check_sight
 from teacher_dump.teacher import Generator, Teacher
 from teacher_dump.visual_grid import VisualGrid
+
+if TYPE_CHECKING:
+    from teacher_dump.transformers_teacher import TransformersTeacher
 
 T = TypeVar("T")
 
@@ -198,37 +201,32 @@ def open_teacher(settings: WorkerSettings) -> OpenTeacher:
 
 def open_generator(settings: WorkerSettings) -> Generator:
     """Load the engine to write answers with."""
-    if settings.backend == "vllm":
-        from teacher_dump.vllm_teacher import VllmGenerator
+    if settings.backend != "vllm":
+        return _open_transformers(settings)
+    from teacher_dump.vllm_teacher import VllmGenerator
 
-        return VllmGenerator(
-            settings.checkpoint,
-            dtype=settings.dtype,
-            max_length=settings.max_length,
-            settings=settings.engine_settings,
-            served=settings.served,
-        )
-    from teacher_dump.transformers_teacher import TransformersTeacher
-
-    return TransformersTeacher(
-        settings.checkpoint,
-        dtype=settings.dtype,
-        image_token_id=settings.facts.image_token_id,
-        settings=settings.engine_settings,
-    )
+    return VllmGenerator(settings.checkpoint, **_vllm_options(settings))
 
 
 def _open_engine(settings: WorkerSettings) -> Teacher:
-    if settings.backend == "vllm":
-        from teacher_dump.vllm_teacher import VllmTeacher
+    if settings.backend != "vllm":
+        return _open_transformers(settings)
+    from teacher_dump.vllm_teacher import VllmTeacher
 
-        return VllmTeacher(
-            settings.checkpoint,
-            dtype=settings.dtype,
-            max_length=settings.max_length,
-            settings=settings.engine_settings,
-            served=settings.served,
-        )
+    return VllmTeacher(settings.checkpoint, **_vllm_options(settings))
+
+
+def _vllm_options(settings: WorkerSettings) -> dict[str, Any]:
+    return {
+        "dtype": settings.dtype,
+        "max_length": settings.max_length,
+        "settings": settings.engine_settings,
+        "served": settings.served,
+    }
+
+
+def _open_transformers(settings: WorkerSettings) -> TransformersTeacher:
+    """Both a teacher and a generator."""
     from teacher_dump.transformers_teacher import TransformersTeacher
 
     return TransformersTeacher(
