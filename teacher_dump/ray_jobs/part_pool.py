@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 import zstandard
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -35,6 +36,7 @@ PARTS_AT_ONCE = 3  # in an actor: one is written, one has the teacher, one waits
 _NUM_RETRIES = 3  # of a part whose worker died: an accident may repeat, a part that always kills must not loop
 _IDLE_ROUNDS = 2  # over what is missing, in which no part at all was committed
 _GRACE_S = 20.0  # for parts in flight when the dump is told to stop: a spot node has 30 s in all
+_END_S = 10.0  # for Ray Data to end where outcomes are no longer wanted
 _POLL_S = 0.2
 
 _log = logging.getLogger(__name__)
@@ -85,8 +87,8 @@ def score_parts(
                     max_concurrent_calls_per_actor=at_once,
                     enable_true_multi_threading=True,
                 )
-                rows = _Rows(_outcome_rows(missing, settings, strategy, placement, gate, logs))
-                yield from _outcomes(rows, gate, stop)
+                with _Rows(_outcome_rows(missing, settings, strategy, placement, gate, logs)) as rows:
+                    yield from _outcomes(rows, gate, stop)
                 placement.remove_groups()
                 if stop.is_set():
                     return
@@ -149,13 +151,29 @@ def _outcomes(rows: _Rows, gate: Any, stop: threading.Event) -> Iterator[PartOut
 
 
 class _Rows:
-    """Rows that a thread of their own waits for, since Ray Data's waiting cannot be interrupted."""
+    """Rows that a thread of their own waits for, since Ray Data's waiting cannot be interrupted.
+
+    Use as a context manager: at its end Ray Data has ended too, and Ray can be taken away.
+    """
 
     def __init__(self, rows: Iterator[Mapping[str, Any]]) -> None:
         self.failure = ""  # why they ended too early
         self.ended = False
         self._made: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, args=(rows,), daemon=True).start()
+        self._thread = threading.Thread(target=self._read, args=(rows,), name="ray-rows", daemon=True)
+
+    def __enter__(self) -> Self:
+        ray.data.DataContext.get_current().custom_execution_callback_classes = [_Executors]
+        _Executors.begun.clear()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        deadline = time.monotonic() + _END_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            for executor in list(_Executors.begun):  # none yet, if it is only being made
+                executor.shutdown(force=False)
+            self._thread.join(timeout=_POLL_S)
 
     def next(self, *, timeout_s: float) -> Mapping[str, Any] | None:
         """The next row; None after a while without one, and at the end."""
@@ -172,9 +190,18 @@ class _Rows:
                 self._made.put(row)
         except Exception as error:  # of Ray, whose kinds are many; whoever reads looks at the commits
             self.failure = f"{type(error).__name__}: {last_line(error)}"
-            _log.info("Ray gave up", exc_info=error)  # no warning: a dump that ends early takes Ray away from here
+            _log.warning("Ray gave up", exc_info=error)
         finally:
             self._made.put(None)
+
+
+class _Executors(ExecutionCallback):
+    """What Ray Data has begun in this process: it hands its executors to no one else."""
+
+    begun: ClassVar[list[Any]] = []
+
+    def before_execution_starts(self, executor: Any) -> None:
+        self.begun.append(executor)
 
 
 class _Gate:
