@@ -22,10 +22,13 @@ from storage.part_rows import part_rows
 from storage.schema import parquet_bytes
 from storage.writer import CacheWriter
 from teacher_dump import checkpoint, torchvision_shim, vllm_teacher
+from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
-from teacher_dump.dump import DumpPlan, DumpSettings, plan_dump, worker_settings
+from teacher_dump.dump_plan import DumpPlan, plan_dump
 from teacher_dump.head import OutputHead
-from teacher_dump.scoring import OpenTeacher, PartScorer, Prepared
+from teacher_dump.preparation import Prepared
+from teacher_dump.scoring import OpenTeacher, PartScorer
+from teacher_dump.settings import DumpSettings
 from teacher_dump.teacher import Teacher, TeacherPrompt, TeacherStates
 from teacher_dump.worker import open_preparer, open_teacher
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from storage.errors import ConfigError, StillhouseError
 
 if TYPE_CHECKING:  # which import torch
-    from teacher_dump.dump import DumpSettings
     from teacher_dump.replay import Replay
+    from teacher_dump.settings import DumpSettings
 
 DEFAULT_FILE = "pipeline.yaml"
 PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell would say it
@@ -162,7 +162,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _dump(arguments: argparse.Namespace) -> None:
     from teacher_dump.__main__ import table
-    from teacher_dump.dump import read_settings, run_dump
+    from teacher_dump.dump import run_dump
+    from teacher_dump.settings import read_settings
 
     print(table(run_dump(read_settings(arguments.file, arguments.overrides))))
 
@@ -170,7 +171,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from pipeline.plan_report import as_table
     from teacher_dump.calibration import forecast_dump
-    from teacher_dump.dump import read_settings
+    from teacher_dump.settings import read_settings
 
     if arguments.samples < 2:
         raise ConfigError(f"--samples is {arguments.samples}, expected at least 2")
@@ -204,7 +205,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _replay_settings(arguments: argparse.Namespace) -> DumpSettings:
-    from teacher_dump.dump import read_settings
+    from teacher_dump.settings import read_settings
 
     if arguments.replay < 1 or arguments.seed < 0:
         raise ConfigError(f"--replay is {arguments.replay} and --seed {arguments.seed}, expected at least 1 and 0")

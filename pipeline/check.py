@@ -17,7 +17,9 @@ from student_train.config import StageSection
 from student_train.material import check_losses, fitting_checkpoint
 from student_train.models import check_fit, is_hub_id, read_checkpoint
 from student_train.trainer import resolved
-from teacher_dump.dump import plan_dump, prompt_errors, read_settings
+from teacher_dump.assignment import prompt_errors
+from teacher_dump.dump_plan import plan_dump
+from teacher_dump.settings import read_settings
 from teacher_dump.teacher_check import check_teacher
 
 

@@ -21,7 +21,8 @@ from pipeline.training import num_ranks, training_command, training_environment
 from storage.errors import ConfigError, StillhouseError
 from storage.verify import VerifyReport, verify
 from teacher_dump.__main__ import table
-from teacher_dump.dump import read_settings, run_dump
+from teacher_dump.dump import run_dump
+from teacher_dump.settings import read_settings
 
 
 def run(experiment: Experiment) -> Path:

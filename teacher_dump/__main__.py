@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from storage.errors import ConfigError, StillhouseError
-from teacher_dump.dump import DumpResult, DumpStoppedError, read_settings, run_dump
+from teacher_dump.dump import DumpResult, DumpStoppedError, run_dump
+from teacher_dump.settings import read_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

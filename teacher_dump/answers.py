@@ -25,15 +25,18 @@ from typing import TYPE_CHECKING, Any
 from storage.config import CacheSection
 from storage.errors import ConfigError, StillhouseError
 from storage.records import SampleError
-from teacher_dump import dump
+from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
+from teacher_dump.dump_plan import DumpPlan, plan_questions
 from teacher_dump.log_file import quiet
 from teacher_dump.plan import Part
 from teacher_dump.prompt import IMAGE_MARKER
 from teacher_dump.samples import Sample, SampleRefusedError, Turn
+from teacher_dump.settings import DumpSettings
+from teacher_dump.writing import LOG_FILE
 
 if TYPE_CHECKING:
-    from teacher_dump.scoring import Preparer
+    from teacher_dump.preparation import Preparer
     from teacher_dump.teacher import Generator, TeacherPrompt
 
 _PARTS, _DONE, _JOB = "part-{:05d}.jsonl", "answers.json", "job.json"
@@ -41,7 +44,7 @@ _SAMPLES_PER_CALL = 32  # of the engine
 _SEED_BITS = 0x7FFF_FFFF  # engines take seeds of 31 bits
 
 
-def answered_settings(settings: dump.DumpSettings, questions: dump.DumpPlan) -> dump.DumpSettings | None:
+def answered_settings(settings: DumpSettings, questions: DumpPlan) -> DumpSettings | None:
     """The settings of a dump over the teacher's answers, if all of them are there.
 
     `questions`: the plan of `settings`.
@@ -59,7 +62,7 @@ def answered_settings(settings: dump.DumpSettings, questions: dump.DumpPlan) -> 
     return replace(settings, data=data, answered={"responses": "teacher", **done["sampling"]})
 
 
-def ask(settings: dump.DumpSettings, questions: dump.DumpPlan, *, progress: bool = True) -> None:
+def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -> None:
     """Have the teacher answer whatever is not answered yet, in as many processes as the dump has actors.
 
     StillhouseError: a process failed; what it had answered stays.
@@ -81,7 +84,7 @@ def ask(settings: dump.DumpSettings, questions: dump.DumpPlan, *, progress: bool
             for stripe in range(count)
         ]
         gpus = settings.dump.gpus_per_actor
-        with quiet(settings.logs / dump.LOG_FILE) as screen:
+        with quiet(settings.logs / LOG_FILE) as screen:
             if progress:
                 print(f"answers: the teacher answers {missing:,} parts; logs are in {settings.logs}", file=screen)
             results = ray_jobs.run_commands(
@@ -98,18 +101,18 @@ def ask(settings: dump.DumpSettings, questions: dump.DumpPlan, *, progress: bool
     _assemble(folder, settings, questions)
 
 
-def answer_parts(settings: dump.DumpSettings, *, stripe: int, num_stripes: int) -> None:
+def answer_parts(settings: DumpSettings, *, stripe: int, num_stripes: int) -> None:
     """Answer every `num_stripes`-th part that has no answers yet."""
     from teacher_dump.processor import load_processor
     from teacher_dump.worker import open_generator, open_preparer
 
-    questions = dump.plan_questions(settings)
+    questions = plan_questions(settings)
     folder = _folder(settings, questions)
     folder.mkdir(parents=True, exist_ok=True)
     todo = [part for part in questions.plan.parts[stripe::num_stripes] if not _part_file(folder, part).exists()]
     if not todo:
         return
-    worker = dump.worker_settings(questions, settings)
+    worker = worker_settings(questions, settings)
     trust = bool(worker.engine_settings.get("trust_remote_code", False))
     processor = load_processor(worker.checkpoint, trust_remote_code=trust)
     answerer = Answerer(
@@ -203,7 +206,7 @@ class Answerer:
         return text
 
 
-def _assemble(folder: Path, settings: dump.DumpSettings, questions: dump.DumpPlan) -> None:
+def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None:
     """One file a split, in the order of the plan, and the document that says that all is there."""
     by_split: dict[str, list[str]] = {}
     for part in questions.plan.parts:
@@ -222,7 +225,7 @@ def _assemble(folder: Path, settings: dump.DumpSettings, questions: dump.DumpPla
     _write(folder / _DONE, json.dumps(done, indent=1))
 
 
-def _folder(settings: dump.DumpSettings, questions: dump.DumpPlan) -> Path:
+def _folder(settings: DumpSettings, questions: DumpPlan) -> Path:
     identity = questions.identity.model_dump(mode="json", exclude={"selection", "image_root", "teacher"})
     key = json.dumps([identity, settings.data.sampling.model_dump(mode="json")], sort_keys=True)
     return (settings.run / "answers" / hashlib.sha256(key.encode()).hexdigest()[:16]).resolve()
@@ -246,13 +249,13 @@ def _seed(seed: int, sample_id: str, turn: int) -> int:
     return int.from_bytes(digest[:4], "big") & _SEED_BITS
 
 
-def _job(settings: dump.DumpSettings) -> dict[str, Any]:
+def _job(settings: DumpSettings) -> dict[str, Any]:
     sections = {name: getattr(settings, name).model_dump(mode="json") for name in ("data", "teacher", "dump", "cache")}
     return {"run": str(settings.run), **sections}
 
 
-def _settings(job: dict[str, Any]) -> dump.DumpSettings:
-    return dump.DumpSettings(
+def _settings(job: dict[str, Any]) -> DumpSettings:
+    return DumpSettings(
         Path(job["run"]),
         DataSection.model_validate(job["data"]),
         TeacherSection.model_validate(job["teacher"]),

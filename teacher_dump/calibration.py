@@ -15,11 +15,14 @@ from storage.identity import Identity
 from storage.part_rows import part_rows
 from storage.records import PartRecords, SampleError
 from storage.schema import parquet_bytes
-from teacher_dump.dump import DumpSettings, plan_dump, with_budget, with_teacher, worker_settings
+from teacher_dump.assignment import with_teacher, worker_settings
+from teacher_dump.budget_choice import with_budget
+from teacher_dump.dump_plan import plan_dump
 from teacher_dump.forecast import Asked, Calibration, Forecast, Slice, Work, forecast
 from teacher_dump.plan import Part, image_groups
 from teacher_dump.samples import Sample
 from teacher_dump.scoring import PartScorer
+from teacher_dump.settings import DumpSettings
 
 NUM_SAMPLES = 256
 _WARM_UP = 32  # samples, as many as an engine is given at once: its first calls are slow

@@ -19,7 +19,7 @@ from storage.records import RelationMatrix, SampleRecord
 from storage.relation import decode_relation, encode_relation, stored_norm
 from storage.rows import LOGPROB_TOLERANCE, SparseRows
 from teacher_dump.head import OutputHead
-from teacher_dump.scoring import Prepared
+from teacher_dump.preparation import Prepared
 
 ROWS_AT_ONCE = 256  # of full-vocabulary logprobs
 _ROUNDED = 2.0**-11  # relative error of a stored scalar (FORMAT.md)

@@ -19,10 +19,13 @@ from storage.errors import CacheError, IdentityError, StillhouseError
 from storage.identity import Identity, difference
 from storage.reader import Cache
 from storage.records import SampleError, SampleRecord
+from teacher_dump.assignment import with_teacher, worker_settings
 from teacher_dump.comparison import Comparison, Measured
-from teacher_dump.dump import DumpPlan, DumpSettings, plan_dump, with_teacher, worker_settings
+from teacher_dump.dump_plan import DumpPlan, plan_dump
+from teacher_dump.preparation import Prepared
 from teacher_dump.samples import SampleRefusedError
-from teacher_dump.scoring import PartScorer, Prepared
+from teacher_dump.scoring import PartScorer
+from teacher_dump.settings import DumpSettings
 
 NOISE_FACTOR = 4.0  # as the blind check takes it: two of a few hundred numbers of one kind seldom differ by more
 FROM_THE_TEACHER = ("response", "visual", "relation", "sequence", "hidden")

@@ -17,8 +17,9 @@ from storage.errors import StillhouseError
 from storage.records import SampleError
 from teacher_dump.head import OutputHead
 from teacher_dump.images import LoadedImage
+from teacher_dump.preparation import Prepared
 from teacher_dump.samples import Sample
-from teacher_dump.scoring import PartScorer, Prepared
+from teacher_dump.scoring import PartScorer
 
 _LEAST_CHANGE = 1e-3  # total variation of the most changed row; a teacher that sees gives 0.01 to 1
 _NOISE_FACTOR = 4.0  # times the difference between two runs of the same samples

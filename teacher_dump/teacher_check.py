@@ -5,7 +5,7 @@ from __future__ import annotations
 from storage.identity import NO_TEACHER
 from teacher_dump import torchvision_shim
 from teacher_dump.config import TeacherSection
-from teacher_dump.dump import DumpPlan
+from teacher_dump.dump_plan import DumpPlan
 
 
 def check_teacher(planned: DumpPlan, section: TeacherSection) -> str:

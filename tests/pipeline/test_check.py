@@ -14,7 +14,8 @@ from pipeline.check import check
 from pipeline.config import read_experiment
 from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.writer import CacheWriter
-from teacher_dump.dump import plan_dump, read_settings
+from teacher_dump.dump_plan import plan_dump
+from teacher_dump.settings import read_settings
 from tests.tiny import make_tiny_dataset, make_tiny_llava
 
 

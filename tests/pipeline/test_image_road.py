@@ -18,7 +18,8 @@ from storage.reader import Cache
 from storage.verify import verify
 from student_train.huggingface import load_image_processor
 from student_train.images import open_images
-from teacher_dump.dump import read_settings, run_dump
+from teacher_dump.dump import run_dump
+from teacher_dump.settings import read_settings
 from tests.tiny import make_tiny_llava
 
 

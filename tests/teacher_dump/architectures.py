@@ -20,7 +20,9 @@ from PIL import Image
 
 from teacher_dump.head import read_head
 from teacher_dump.plan import Part
-from teacher_dump.scoring import PartScorer, Prepared, RowRequest, SignalRequest
+from teacher_dump.preparation import Prepared
+from teacher_dump.request import RowRequest, SignalRequest
+from teacher_dump.scoring import PartScorer
 from teacher_dump.selection import Threshold, TopK
 from teacher_dump.sight import Sight, check_sight, choose_samples
 from teacher_dump.teacher import Teacher, TeacherPrompt, TeacherStates

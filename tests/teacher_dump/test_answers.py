@@ -15,13 +15,16 @@ from storage.records import SampleError
 from storage.verify import verify
 from teacher_dump import fingerprint
 from teacher_dump.answers import Answerer
+from teacher_dump.assignment import prompt_errors
 from teacher_dump.config import SamplingSection, SourceSection
-from teacher_dump.dump import plan_dump, prompt_errors, read_settings, run_dump
+from teacher_dump.dump import run_dump
+from teacher_dump.dump_plan import plan_dump
+from teacher_dump.preparation import Preparer
 from teacher_dump.processor import load_processor
 from teacher_dump.prompt import PromptBuilder
 from teacher_dump.reading import read_samples
 from teacher_dump.samples import Sample
-from teacher_dump.scoring import Preparer
+from teacher_dump.settings import read_settings
 from teacher_dump.teacher import TeacherPrompt
 from teacher_dump.transformers_teacher import TransformersTeacher
 from teacher_dump.visual_grid import VisualGrid
@@ -131,7 +134,7 @@ def test_both_engines_give_the_same_greedy_answers_and_end_them_alike(
     write_config: WriteConfig, talker: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     code = (
-        "import sys; from teacher_dump.answers import answer_parts; from teacher_dump.dump import read_settings\n"
+        "import sys; from teacher_dump.answers import answer_parts; from teacher_dump.settings import read_settings\n"
         "for backend in ('transformers', 'vllm'):\n"
         "    overrides = [f'teacher.backend={backend}', f'runs_dir={sys.argv[2]}/{backend}']\n"
         "    settings = read_settings(sys.argv[1], overrides)\n"

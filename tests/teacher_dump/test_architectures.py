@@ -18,8 +18,8 @@ from PIL import Image
 from storage.errors import StillhouseError
 from storage.records import PartRecords
 from teacher_dump.head import read_head
+from teacher_dump.preparation import Prepared
 from teacher_dump.processor import load_processor
-from teacher_dump.scoring import Prepared
 from teacher_dump.sight import check_sight, choose_samples
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 from teacher_dump.transformers_teacher import TransformersTeacher

@@ -11,8 +11,10 @@ from pipeline.__main__ import main
 from storage.commit import commit_numbers, read_commits
 from storage.files import open_folder
 from storage.segments import read_segments
+from teacher_dump.assignment import worker_settings
 from teacher_dump.calibration import choose, forecast_dump
-from teacher_dump.dump import plan_dump, read_settings, worker_settings
+from teacher_dump.dump_plan import plan_dump
+from teacher_dump.settings import read_settings
 from teacher_dump.worker import Worker
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny import make_tiny_dataset

@@ -17,14 +17,10 @@ from storage.reader import Cache
 from storage.verify import verify
 from storage.writer import CacheWriter
 from teacher_dump.__main__ import main
-from teacher_dump.dump import (
-    DumpResult,
-    plan_dump,
-    prompt_errors,
-    read_settings,
-    run_dump,
-    worker_settings,
-)
+from teacher_dump.assignment import prompt_errors, worker_settings
+from teacher_dump.dump import DumpResult, run_dump
+from teacher_dump.dump_plan import plan_dump
+from teacher_dump.settings import read_settings
 from teacher_dump.worker import Worker
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny import make_tiny_dataset

@@ -12,7 +12,7 @@ from PIL import Image
 from storage.preference import check_pairs, pairs_of
 from storage.records import PartRecords, SampleError
 from teacher_dump.processor import load_processor
-from teacher_dump.scoring import SignalRequest
+from teacher_dump.request import SignalRequest
 from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher
 
 SEQUENCE = SignalRequest(sequence=True)

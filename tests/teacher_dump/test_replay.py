@@ -19,8 +19,10 @@ from storage.records import PartRecords
 from storage.rows import SparseRows
 from storage.verify import verify
 from storage.writer import CacheWriter
-from teacher_dump.dump import DumpSettings, plan_dump, read_settings, worker_settings
+from teacher_dump.assignment import worker_settings
+from teacher_dump.dump_plan import plan_dump
 from teacher_dump.replay import Replay, check_drift, replay
+from teacher_dump.settings import DumpSettings, read_settings
 from teacher_dump.worker import open_scorer
 from tests.teacher_dump.conftest import WriteConfig
 

@@ -15,7 +15,7 @@ from storage.reader import Cache
 from storage.rows import SparseRows
 from teacher_dump import checkpoint
 from teacher_dump.plan import Part
-from teacher_dump.scoring import RowRequest, SignalRequest
+from teacher_dump.request import RowRequest, SignalRequest
 from teacher_dump.selection import Threshold, TopK
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.scorers import make_scorer, part_of, reference_teacher

@@ -15,7 +15,10 @@ from storage.reader import Cache
 from storage.records import PooledRelation, RelationFactor
 from storage.verify import verify
 from storage.writer import CacheWriter
-from teacher_dump.dump import plan_dump, read_settings, run_dump, worker_settings
+from teacher_dump.assignment import worker_settings
+from teacher_dump.dump import run_dump
+from teacher_dump.dump_plan import plan_dump
+from teacher_dump.settings import read_settings
 from teacher_dump.worker import Worker, ahead, open_preparer
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny_architectures import make_teacher

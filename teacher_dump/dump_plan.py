@@ -1,0 +1,123 @@
+"""What a dump would do, known without a teacher in memory: samples, parts and the identity of its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.config import CacheSection, SelectionSection
+from storage.errors import ConfigError
+from storage.identity import Identity
+from teacher_dump import checkpoint, fingerprint
+from teacher_dump.budget_choice import recorded_choices
+from teacher_dump.config import TeacherSection
+from teacher_dump.plan import Plan, make_plan
+from teacher_dump.processor import load_processor
+from teacher_dump.reading import read_samples
+from teacher_dump.settings import DumpSettings
+
+
+@dataclass(frozen=True)
+class DumpPlan:
+    """What a dump would do, known without a teacher in memory."""
+
+    plan: Plan
+    identity: Identity
+    checkpoint: Path
+    facts: fingerprint.ProcessorFacts
+    max_length: int  # tokens; teacher.max_length or the model's own limit, whichever is lower
+
+
+def plan_dump(settings: DumpSettings) -> DumpPlan:
+    """Samples, parts and identity. Hashes of weights are remembered in the run's folder (fingerprints.json).
+
+    Where the answers are to be the teacher's own and are not there yet, each is a placeholder.
+    """
+    if settings.data.responses == "dataset":
+        return _plan(settings)
+    from teacher_dump import answers
+
+    questions = plan_questions(settings)
+    found = answers.answered_settings(settings, questions)
+    return questions if found is None else _plan(found)
+
+
+def plan_questions(settings: DumpSettings) -> DumpPlan:
+    """The plan of the questions alone, for a teacher that answers them itself."""
+    return _plan(settings)
+
+
+def _plan(settings: DumpSettings) -> DumpPlan:
+    teacher, answers = settings.teacher, settings.data.responses == "teacher"
+    asks_teacher = answers or _asks_teacher(settings.cache)
+    extracted = Path(settings.data.extracted or settings.run / "images")
+    sample_set = read_samples(settings.data.sources, extracted=extracted, only_questions=answers)
+    if not sample_set.samples and not sample_set.errors:
+        files = ", ".join(str(source.path) for source in settings.data.sources)
+        raise ConfigError(f"data.sources: there is no sample in {files}; give files of conversations")
+    folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=asks_teacher)
+    memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
+    trust = bool(teacher.settings.get("trust_remote_code", False))
+    facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust))
+    max_length = min(teacher.max_length, _context_length(folder) or teacher.max_length)
+    plan = make_plan(
+        sample_set.samples,
+        errors=sample_set.errors,
+        samples_per_part=settings.dump.samples_per_part,
+        max_length=max_length,
+        too_long=settings.data.too_long,
+    )
+    is_folder = Path(teacher.model).is_dir()
+    identity = Identity(
+        teacher=str(folder) if is_folder else f"{teacher.model}@{teacher.revision or 'main'}",
+        teacher_fingerprint=fingerprint.weights_fingerprint(folder, memory) if asks_teacher else fingerprint.NONE,
+        dtype=fingerprint.served_dtype(_dtype(teacher, folder), teacher.settings) if asks_teacher else fingerprint.NONE,
+        engine=fingerprint.engine_version(teacher.backend) if asks_teacher else fingerprint.NONE,
+        tokenizer_fingerprint=facts.tokenizer_fingerprint,
+        vocab_size=facts.vocab_size,
+        chat_template_fingerprint=facts.chat_template_fingerprint,
+        image_preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        image_token_id=facts.image_token_id,
+        eos_token_ids=facts.eos_token_ids,
+        plan_fingerprint=plan.fingerprint,
+        num_parts=len(plan.parts),
+        image_root=str(sample_set.image_root),
+        selection=_selection(settings.cache, recorded_choices(settings.cache))
+        | ({"tokens": settings.answered} if settings.answered else {}),
+    )
+    return DumpPlan(plan, identity, folder, facts, max_length)
+
+
+def _asks_teacher(cache: CacheSection) -> bool:
+    """False if tokens and images are all that is wanted."""
+    return any(family != "images" for family in cache.families)
+
+
+def _selection(cache: CacheSection, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of the families that are dumped, the settings that decide what is stored."""
+    fields = {"tau", "k", "mass", "draws", "seed", "draw_sets"}
+    used = {"threshold": {"tau", "seed"}, "topk": {"k"}, "mass": {"mass"}, "sampled": {"draws", "seed"}}
+    chosen: dict[str, dict[str, Any]] = {}
+    for family in cache.families:
+        if family in ("images", "sequence"):  # nothing about them is chosen
+            continue
+        section = getattr(cache, family)
+        skipped = set()
+        if isinstance(section, SelectionSection):
+            several = {"draw_sets"} if section.draw_sets > 1 else set()  # older caches do not name it
+            skipped = fields - used[section.method] - several
+        chosen[family] = section.model_dump(mode="json", exclude=skipped, exclude_none=True) | dict(
+            recorded.get(family, {})
+        )
+    return chosen
+
+
+def _dtype(teacher: TeacherSection, folder: Path) -> str:
+    return checkpoint.saved_dtype(folder) if teacher.dtype == "auto" else teacher.dtype
+
+
+def _context_length(folder: Path) -> int | None:
+    path = folder / "config.json"
+    return checkpoint.context_length(checkpoint.read_json(path)) if path.is_file() else None

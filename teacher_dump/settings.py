@@ -1,0 +1,40 @@
+"""The sections of a YAML file that a dump needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from storage.config import CacheSection
+from storage.sections import Sections, read_sections
+from teacher_dump.config import DataSection, DumpSection, TeacherSection
+
+SCHEMAS = {"data": DataSection, "teacher": TeacherSection, "dump": DumpSection, "cache": CacheSection}
+
+
+@dataclass(frozen=True)
+class DumpSettings:
+    """The sections that a dump needs."""
+
+    run: Path  # the run's folder: logs, fingerprints, views of the checkpoint
+    data: DataSection
+    teacher: TeacherSection
+    dump: DumpSection
+    cache: CacheSection
+    answered: dict[str, Any] = field(default_factory=dict)  # how the answers were made, if they are the teacher's
+
+    @staticmethod
+    def from_sections(sections: Sections) -> DumpSettings:
+        """From sections that were read with (at least) `SCHEMAS`."""
+        return DumpSettings(sections.run, *(sections[name] for name in SCHEMAS))
+
+    @property
+    def logs(self) -> Path:
+        return self.run / "logs"
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> DumpSettings:
+    """The dump's sections of a YAML file. ConfigError for a user's mistake."""
+    return DumpSettings.from_sections(read_sections(path, SCHEMAS, overrides))
