@@ -28,6 +28,7 @@ from storage.errors import CorruptPartError
 from storage.files import Folder
 from storage.id_groups import IdGroups
 from storage.identity import Identity
+from storage.narrowing import Narrowing, narrowed
 from storage.rows import SparseRows
 from storage.schema import check_schema
 from storage.tail_profile import TailTotal, tail_total_of
@@ -66,10 +67,13 @@ class DistributionRows:
 class PartFiles:
     """Reads Parquet rows by (file, row). Invariant: what it returns is of files that passed their checks."""
 
-    def __init__(self, folder: Folder, *, max_bytes: int, checksums: bool) -> None:
+    def __init__(
+        self, folder: Folder, *, max_bytes: int, checksums: bool, narrowing: Mapping[str, Narrowing] | None = None
+    ) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
         self._checksums = checksums
+        self._narrowing = narrowing or {}
         self._checked: set[str] = set()
         self._footers: OrderedDict[str, _Footer] = OrderedDict()
         self._held: OrderedDict[_Key, tuple[Any, int]] = OrderedDict()
@@ -200,6 +204,10 @@ class PartFiles:
                 rows, starts = decode_group(
                     table, id_groups, kept.num_temperatures, num_sets=kept.num_sets, draw_set=draw_set
                 )
+        if family in self._narrowing:  # by the same numbers whenever this row group is read
+            seed = [int(entry.sha256[:16], 16), group, draw_set]
+            uniforms = np.random.default_rng(seed).random(rows.num_rows)
+            rows = narrowed(rows, self._narrowing[family], uniforms)
         decoded = DistributionRows(table[0].to_pylist(), rows, starts.tolist())
         return decoded, decoded.num_bytes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from storage.files import Folder, open_folder
 from storage.head import StoredHead
 from storage.identity import Identity
 from storage.losses import KINDS
+from storage.narrowing import Narrowing
 from storage.part_files import PartFiles
 from storage.parts import Part, held_families, lacks, read_parts, stated_losses
 from storage.preference import PreferencePair, pairs_of
@@ -67,13 +68,15 @@ class Cache:
         *,
         max_bytes: int = DEFAULT_MAX_BYTES,
         checksums: bool | None = None,
+        narrowing: Mapping[str, Narrowing] | None = None,
     ) -> Cache:
         """Open a cache to read tokens and `families` (None: all that every part has).
 
         `max_bytes` bounds the row groups kept in memory. With `checksums` each file's sha256 is checked
         when it is first touched, for which it is read whole; None: in a local folder, but not in an object
-        store, where rows are read by ranges and their pages' checksums must do. Errors: CacheError if there
-        is no cache or a part lacks a family; CorruptPartError.
+        store, where rows are read by ranges and their pages' checksums must do. `narrowing`, by family: fewer
+        entries than are stored. Errors: CacheError if there is no cache or a part lacks a family; ConfigError if
+        rows cannot be narrowed so; CorruptPartError.
         """
         folder = open_folder(path)
         segments = read_segments(folder)
@@ -85,7 +88,9 @@ class Cache:
                 raise MissingFamilyError(lacks(folder, segments, parts, held, family))
         needed = {segment.number for segment in segments if segment.has_tokens or {*segment.families} & {*reads}}
         checksums = not folder.is_remote if checksums is None else checksums
-        part_files = PartFiles(folder, max_bytes=max_bytes, checksums=checksums)
+        for family, each in (narrowing or {}).items():
+            each.check(merged_identity(segments).selection.get(family, {}), family)
+        part_files = PartFiles(folder, max_bytes=max_bytes, checksums=checksums, narrowing=narrowing)
         return cls(folder, segments, parts, held, reads, part_files, sealed=needed <= sealed)
 
     @property

@@ -39,6 +39,8 @@ class DistributionLossSection(Section):
     treatment: Treatment = "bucket"
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # of both sides; the loss is multiplied by its square
     beta: Annotated[float, Field(gt=0, lt=1)] | None = None  # teacher's share of the mixture: jsd 0.5, skewed_kl 0.1
+    k: Annotated[int, Field(ge=1)] | None = None  # read at most so many exact entries of a row; or
+    tau: Annotated[float, Field(gt=0, lt=1)] | None = None  # read as if dumped with this higher threshold
 
     @model_validator(mode="after")
     def _refuse_senseless(self) -> DistributionLossSection:
@@ -54,6 +56,14 @@ class DistributionLossSection(Section):
             )
         if self.beta is not None and self.divergence not in ("jsd", "skewed_kl"):
             raise ValueError(f"beta belongs to jsd and skewed_kl, but divergence is {self.divergence!r}")
+        if self.k is not None and self.tau is not None:
+            raise ValueError(f"k is {self.k} and tau {self.tau:g}; rows are narrowed by one of them")
+        if self.k is not None and self.treatment == "unbiased":
+            raise ValueError("treatment 'unbiased' needs what was drawn from the tail, and k keeps nothing of it")
+        if (self.k or self.tau) and self.treatment in ("profile", "exact"):
+            raise ValueError(
+                f"treatment {self.treatment!r} goes with the entries as they were dumped; leave k and tau out"
+            )
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from storage.errors import CacheError, ConfigError
 from storage.identity import Identity, stored_relation, stored_temperatures
+from storage.narrowing import Narrowing
 from storage.reader import Cache, first_sample_with_images, read_identity
 from student_train.batch import check_grid
 from student_train.config import LossesSection, StageSection
@@ -33,7 +34,8 @@ class Material:
 def prepare(stage: StageSection, cache_path: str) -> Material:
     """Open and check everything. Errors: ConfigError, CacheError, IdentityError, StillhouseError."""
     checkpoint = fitting_checkpoint(stage, cache_path)
-    cache = open_sealed(cache_path, loss_families(stage.losses), max_bytes=(stage.memory_mb << 20) // 2)
+    families = loss_families(stage.losses)
+    cache = open_sealed(cache_path, families, max_bytes=(stage.memory_mb << 20) // 2, narrowing=narrowing(stage.losses))
     check_losses(stage.losses, cache.identity, cache.families, place="losses")
     if stage.losses.balance and stage.moe is None and not is_sparse(checkpoint.config):
         raise ConfigError(
@@ -98,9 +100,18 @@ def _teacher_head(cache: Cache) -> TeacherHead:
     return TeacherHead(weight, bias, head.scale, head.soft_cap)
 
 
-def open_sealed(path: str, families: tuple[str, ...], *, max_bytes: int) -> Cache:
+def narrowing(losses: LossesSection) -> dict[str, Narrowing]:
+    """What is read of a family's rows, where that is less than is stored."""
+    sections = {"response": losses.response, "visual": losses.visual}
+    asked = {family: Narrowing.of(k=each.k, tau=each.tau) for family, each in sections.items() if each}
+    return {family: each for family, each in asked.items() if each}
+
+
+def open_sealed(
+    path: str, families: tuple[str, ...], *, max_bytes: int, narrowing: Mapping[str, Narrowing] | None = None
+) -> Cache:
     """A cache whose dump has finished, to be read with so much memory. Errors: CacheError."""
-    cache = Cache.open(path, families, max_bytes=max_bytes)
+    cache = Cache.open(path, families, max_bytes=max_bytes, narrowing=narrowing)
     if not cache.sealed:
         raise CacheError(f"{path}: its dump has not finished (there is no manifest.json); run the dump to its end")
     return cache
@@ -147,6 +158,9 @@ def check_losses(losses: LossesSection, identity: Identity, held: Collection[str
         section = getattr(losses, family)
         if section is None or section.treatment == "exact":
             continue
+        asked = Narrowing.of(k=section.k, tau=section.tau)
+        if asked:
+            asked.check(identity.selection.get(family, {}), f"{place}.{family}")
         method = identity.selection.get(family, {}).get("method")
         given = f"{place}.{family}.treatment is {section.treatment!r}, but the cache's {family} rows were selected by "
         if section.treatment == "unbiased" and method not in ("threshold", "sampled"):

@@ -83,6 +83,9 @@ def test_a_temperature_must_be_stored_where_the_tail_matters(checkpoint: Path, t
         ({"response": {"beta": 0.5}}, "beta belongs to jsd and skewed_kl"),
         ({"visual": {"treatment": "exact"}}, "visual.treatment 'exact' needs hidden states"),
         ({"relation": {"weight": 0.5}, "literal": True}, "weights are all 1"),
+        ({"response": {"k": 8, "treatment": "unbiased"}}, "k keeps nothing of it"),
+        ({"response": {"k": 8, "treatment": "profile"}}, "leave k and tau out"),
+        ({"visual": {"k": 8, "tau": 0.1}}, "narrowed by one of them"),
     ],
 )
 def test_combinations_without_sense_are_refused(losses: dict, words: str) -> None:
@@ -96,6 +99,20 @@ def test_the_unbiased_treatment_needs_sampled_rows(checkpoint: Path, cache: Path
         prepare(stage(checkpoint, losses), str(cache))
     path = make_cache(tmp_path, checkpoint, num_samples=2, tau=0.05)
     assert len(prepare(stage(checkpoint, losses), str(path)).table) == 2
+
+
+def test_a_loss_may_read_fewer_entries_than_are_stored(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    path = make_cache(tmp_path, checkpoint, num_samples=2, tau=0.05)
+    whole = prepare(stage(checkpoint, {"response": {}}), str(path)).cache.read(0).response
+    fewer = prepare(stage(checkpoint, {"response": {"k": 1, "treatment": "bucket"}}), str(path)).cache.read(0).response
+    higher = prepare(stage(checkpoint, {"response": {"tau": 0.5}}), str(path)).cache.read(0).response
+    assert whole is not None
+    assert fewer is not None
+    assert higher is not None
+    assert fewer.num_entries < whole.num_entries
+    assert higher.num_exact.sum() < whole.num_exact.sum()
+    with pytest.raises(ConfigError, match=r"response: tau is 0\.5, .* selected by 'topk'"):
+        prepare(stage(checkpoint, {"response": {"tau": 0.5}}), str(cache))
 
 
 def test_the_bucket_needs_exact_entries(checkpoint: Path, tmp_path: Path) -> None:
