@@ -36,7 +36,7 @@ PARTS_AT_ONCE = 3  # in an actor: one is written, one has the teacher, one waits
 _NUM_RETRIES = 3  # of a part whose worker died: an accident may repeat, a part that always kills must not loop
 _IDLE_ROUNDS = 2  # over what is missing, in which no part at all was committed
 _GRACE_S = 20.0  # for parts in flight when the dump is told to stop: a spot node has 30 s in all
-_END_S = 10.0  # for Ray Data to end where outcomes are no longer wanted
+_END_S = 60.0  # for Ray Data to end where outcomes are no longer wanted: a moment, but on a busy machine
 _POLL_S = 0.2
 
 _log = logging.getLogger(__name__)
