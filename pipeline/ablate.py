@@ -119,5 +119,5 @@ def _inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
         "stage": run.section.model_dump(mode="json"),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
         "init": file_fingerprint(init) if init.is_dir() else str(init),
-        "cache": cache_fingerprint(run.section.cache or experiment.cache.path),
+        "cache": [cache_fingerprint(each.path) for each in run.section.sources(experiment.cache.path)],
     }

@@ -13,7 +13,7 @@ from storage.identity import Identity
 from storage.reader import Cache
 from storage.sections import Named, read_sections
 from storage.segments import NewSegment, find_segment, has_cache
-from student_train.config import StageSection
+from student_train.config import SourceSection, StageSection
 from student_train.material import check_losses, fitting_checkpoint
 from student_train.models import check_fit, is_hub_id, read_checkpoint
 from student_train.trainer import resolved
@@ -49,14 +49,21 @@ def check(experiment: Experiment) -> Iterator[str]:
 def _check_splits(experiment: Experiment) -> None:
     """ConfigError for a split of stages or evaluation that no source of the data gives."""
     given = {source.split for source in experiment.data.sources}
-    asked = {f"stages.{name}.splits": stage.splits for name, stage in experiment.stages.items() if stage.cache is None}
+    here = experiment.cache.path
+    asked = {
+        place: source.splits or ()
+        for name, stage in experiment.stages.items()
+        for place, source in _sources(name, stage, here)
+        if source.path == here
+    }
     if experiment.ablations.runs:  # which are evaluated
-        asked["evaluation.splits"] = experiment.evaluation.splits
-    for field, splits in asked.items():
+        asked["evaluation"] = experiment.evaluation.splits
+    for place, splits in asked.items():
         unknown = [split for split in splits if split not in given]
         if unknown:
             raise ConfigError(
-                f"{experiment.path}: {field} names {', '.join(unknown)}; data.sources has {', '.join(sorted(given))}"
+                f"{experiment.path}: {place}.splits names {', '.join(unknown)}; "
+                f"data.sources has {', '.join(sorted(given))}"
             )
 
 
@@ -67,12 +74,15 @@ def _check_inits(experiment: Experiment) -> None:
         {experiment.stages[experiment.train_teacher.stage].cache} if experiment.train_teacher else set()
     )
     for name, stage in stages.items():
-        if stage.cache not in (None, *caches) and not has_cache(open_folder(str(stage.cache))):
-            raise ConfigError(
-                f"{experiment.path}: stages.{name}.cache is {stage.cache}: no cache is there, and this file makes none"
-            )
-        if stage.images is not None and not Path(stage.images).is_dir() and not _prepared(experiment, stage.images):
-            raise ConfigError(f"{experiment.path}: stages.{name}.images is {stage.images}: there is no such folder")
+        for place, source in _sources(name, stage, experiment.cache.path):
+            if source.path not in caches and not has_cache(open_folder(source.path)):
+                field = f"{place}.cache" if stage.caches is None else f"{place}.path"
+                raise ConfigError(
+                    f"{experiment.path}: {field} is {source.path}: no cache is there, and this file makes none"
+                )
+            images = source.images
+            if images is not None and not Path(images).is_dir() and not _prepared(experiment, images):
+                raise ConfigError(f"{experiment.path}: {place}.images is {images}: there is no such folder")
     outputs = {Path(stage.output) for stage in stages.values()}
     for name, stage in stages.items():
         place = Path(stage.init)
@@ -82,6 +92,12 @@ def _check_inits(experiment: Experiment) -> None:
                 f"{experiment.path}: stages.{name}.init is {stage.init}: there is no such folder, no stage writes it, "
                 "and a hub id is owner/name"
             )
+
+
+def _sources(name: str, stage: StageSection, cache_path: str) -> Iterator[tuple[str, SourceSection]]:
+    """What a stage trains on, with the place in the file where it says so."""
+    for number, source in enumerate(stage.sources(cache_path)):
+        yield f"stages.{name}" if stage.caches is None else f"stages.{name}.caches.{number}", source
 
 
 def _prepared(experiment: Experiment, place: str | Path) -> bool:
@@ -120,14 +136,20 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
         stages = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"]
         asked[f"ablations.runs.{name}: losses"] = stages[run.stage]
     for place, section in asked.items():
-        if section.cache is None:
-            check_losses(section.losses, identity, held, place=place)
+        for source in section.sources(experiment.cache.path):
+            if source.path == experiment.cache.path:
+                check_losses(section.losses, identity, held, place=place)
+            elif has_cache(open_folder(source.path)):
+                other = Cache.open(source.path, families=())
+                check_losses(section.losses, other.identity, other.families, place=f"{place}, of {source.path}")
     for name, section in experiment.stages.items():
         stage = resolved(section, name)
-        if stage.cache is not None or not Path(stage.init).is_dir():
+        if not Path(stage.init).is_dir():
             continue
-        if has_one:
+        paths = [source.path for source in stage.sources(experiment.cache.path)]
+        if all(has_cache(open_folder(path)) for path in paths):
             fitting_checkpoint(stage, experiment.cache.path)
-        else:
+            yield f"stages.{name}: {stage.init} fits the {'cache' if len(paths) == 1 else 'caches'}"
+        elif experiment.cache.path in paths:
             check_fit(read_checkpoint(stage.init), identity)
-        yield f"stages.{name}: {stage.init} fits the {'cache' if has_one else 'teacher'}"
+            yield f"stages.{name}: {stage.init} fits the teacher"

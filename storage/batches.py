@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,24 +19,32 @@ from storage.reader import Cache
 from storage.sample_batch import SampleBatch
 from storage.shuffle import WINDOW_ROWS
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 NUM_THREADS = 2
 DEPTH = 4  # batches
 
 
+class ReadsMany(Protocol[T_co]):
+    """What read_ahead needs of a cache, or of several that are read as one."""
+
+    def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> T_co: ...
+
+
 def read_ahead(
-    cache: Cache,
+    cache: ReadsMany[T],
     batches: Iterable[Sequence[int] | NDArray[np.int64]],
     *,
     draw_sets: Iterable[int] | None = None,
     num_threads: int = NUM_THREADS,
     depth: int = DEPTH,
-) -> Generator[SampleBatch, None, None]:
+) -> Generator[T, None, None]:
     """`cache.read_many` of each of these, in their order, with up to `depth` read before they are asked for.
 
     `draw_sets`, one a batch, as `read_many` takes them: the epoch, say. None: set 0 throughout.
     An error is raised where the batch that it happened to is asked for. Threads end with the iterator.
     """
-    waiting: deque[Future[SampleBatch]] = deque()
+    waiting: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(num_threads, "read-ahead")
     try:
         for indices, draw_set in zip(batches, itertools.repeat(0) if draw_sets is None else draw_sets, strict=False):

@@ -149,9 +149,8 @@ class Cache:
         Its window should fit into `max_bytes`: rows take some 270 bytes each.
         """
         chosen = slice(None) if indices is None else np.asarray(indices, np.int64)
-        visual = self._rows - self.num_response_rows
-        blocks = cut_blocks(self._part_of, self.num_response_rows, visual)
-        rows = np.bincount(blocks, self._rows).astype(np.int64)
+        blocks = cut_blocks(self._part_of, self.num_response_rows, self.num_visual_tokens)
+        rows = np.bincount(blocks, self.num_response_rows + self.num_visual_tokens).astype(np.int64)
         return Shuffle(blocks[chosen], rows, window_rows=window_rows)
 
     def head(self) -> StoredHead:
@@ -277,7 +276,7 @@ class Cache:
             raise CorruptPartError(f"{self.folder}: a sample id has two records; run stillhouse verify")
         visual = index["image_visual_tokens"].combine_chunks()
         sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(visual.flatten().to_numpy(), dtype=np.int64)])
-        self._rows = self.num_response_rows + np.diff(sums[visual.offsets.to_numpy()])
+        self.num_visual_tokens: NDArray[np.int64] = np.diff(sums[visual.offsets.to_numpy()])  # of the teacher
 
 
 def read_identity(path: str | Path) -> Identity:

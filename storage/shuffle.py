@@ -12,6 +12,8 @@ epoch and window alone: not on families, ranks, workers or memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,6 +44,13 @@ def cut_blocks(
             blocks[first:start] = block
             first, block = start, block + 1
     return blocks
+
+
+def piece(epoch: Callable[[int], NDArray[np.int64]], epoch_size: int, start: int, size: int) -> NDArray[np.int64]:
+    """(size,) positions `start` and on of the endless sequence of epochs, of `epoch_size` each."""
+    epochs = range(start // epoch_size, (start + size - 1) // epoch_size + 1)
+    within = start - epochs[0] * epoch_size
+    return np.concatenate([epoch(number) for number in epochs])[within : within + size]
 
 
 class Shuffle:
@@ -90,10 +99,7 @@ class Shuffle:
 
         A batch may run over the end of an epoch, and over several of a data set that is smaller than it.
         """
-        first, stop = step * size, (step + 1) * size
-        epochs = range(first // len(self), (stop - 1) // len(self) + 1)
-        start = first - epochs[0] * len(self)
-        return np.concatenate([self.epoch(epoch, seed=seed) for epoch in epochs])[start : start + size]
+        return piece(lambda epoch: self.epoch(epoch, seed=seed), len(self), step * size, size)
 
     def _shuffled(self, random: np.random.Generator) -> NDArray[np.int64]:
         total = self._block_rows.sum()

@@ -53,7 +53,7 @@ def train(sections: Sections, name: str, *, evaluate: bool, started: float) -> N
     from student_train.material import prepare
 
     stage = trainer.resolved(stages[name], name)
-    cache_path = stage.cache or sections["cache"].path
+    cache_path = sections["cache"].path
     process = this_process()
     if stage.compose is not None:
         ensure_composed(stage.compose, stage.init, seed=stage.seed, is_first=process.is_first)
@@ -61,4 +61,5 @@ def train(sections: Sections, name: str, *, evaluate: bool, started: float) -> N
     if evaluate and process.is_first:
         from student_train.evaluation import evaluate_model
 
-        evaluate_model(output, cache_path, sections["evaluation"], images=stage.images)
+        first = stage.sources(cache_path)[0]
+        evaluate_model(output, first.path, sections["evaluation"], images=first.images)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from storage.config import Section
 from storage.shuffle import WINDOW_ROWS
+from student_train.sample_filter import Condition, check_condition
 
 Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation", "cross_entropy"]
@@ -164,6 +165,26 @@ class CompositionSection(Section):
     select: Literal["full", "default"] = "full"  # default drops the first position, which is CLIP's class token
 
 
+def _checked(conditions: tuple[Condition, ...] | None) -> tuple[Condition, ...] | None:
+    for condition in conditions or ():
+        check_condition(condition)
+    return conditions
+
+
+# [column, comparison, value] each, on the columns of sample_filter.COLUMNS; all must hold
+Filter = Annotated[tuple[Condition, ...], AfterValidator(_checked)]
+
+
+class SourceSection(Section):
+    """One of several caches that a stage trains on. What is left out is as the stage says."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0  # times that each of its samples comes in an epoch
+    splits: tuple[str, ...] | None = None
+    filter: Filter | None = None
+    images: str | None = None
+
+
 class StageSection(Section):
     """One training stage: start, data, trained modules, losses, schedule."""
 
@@ -171,7 +192,9 @@ class StageSection(Section):
     compose: CompositionSection | None = None  # makes the checkpoint at `init`, where it is not there yet
     output: str = "{run}/models/{stage}"  # checkpoint, metrics.jsonl, summary.json
     cache: str | None = None  # default: cache.path
+    caches: Annotated[tuple[SourceSection, ...], Field(min_length=1)] | None = None  # in place of `cache`
     splits: tuple[str, ...] = ("train",)
+    filter: Filter = ()  # samples that are trained on
     images: str | None = None  # folder of images; default: the one that the cache names
     train: Annotated[tuple[Module, ...], Field(min_length=1)] = ("projector", "llm")  # everything else is frozen
     moe: MoeSection | None = None  # makes the dense student of `init` sparse
@@ -201,6 +224,21 @@ class StageSection(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
         return self
+
+    @model_validator(mode="after")
+    def _cache_or_caches(self) -> StageSection:
+        if self.cache is not None and self.caches is not None:
+            raise ValueError("give either cache or caches")
+        return self
+
+    def sources(self, cache_path: str) -> tuple[SourceSection, ...]:
+        """The caches that this stage trains on, nothing left out; `cache_path` where it names none."""
+        given = self.caches or (SourceSection(path=self.cache or cache_path),)
+        own = {"splits": self.splits, "filter": self.filter, "images": self.images}
+        return tuple(
+            each.model_copy(update={name: value for name, value in own.items() if getattr(each, name) is None})
+            for each in given
+        )
 
 
 class EvaluationSection(Section):

@@ -12,7 +12,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -91,6 +91,14 @@ class ImageFolder:
             ) from error
 
 
+class Pictures(Protocol):
+    """Where images are found, by sample and reference: one ImageFolder, or those of several caches."""
+
+    def pixels(self, image: ImageRef, *, sample_id: str) -> Tensor: ...
+
+    def blank(self) -> Tensor: ...
+
+
 class FeatureStore:
     """Tensors by name, up to a number of bytes. What came first stays: all are wanted equally often."""
 
@@ -134,7 +142,7 @@ class VisionInput:
 class VisionSource:
     """Gathers a batch's images: from the features kept in memory if there is a store, else as pixels."""
 
-    def __init__(self, folder: ImageFolder, *, features: FeatureStore | None, pixels: FeatureStore) -> None:
+    def __init__(self, folder: Pictures, *, features: FeatureStore | None, pixels: FeatureStore) -> None:
         """`features`: of a frozen tower; None if the tower trains. `pixels`: decoded images worth keeping."""
         self._folder = folder
         self._features = features

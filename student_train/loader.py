@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,14 @@ class RowCounts:
     samples: int = 0  # or pairs
 
 
+class Order(Protocol):
+    """An endless sequence of epochs, as storage.shuffle.Shuffle and mixture.Interleaving make it."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, step: int, size: int, *, seed: int) -> NDArray[np.int64]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class SampleTable:
     """The samples that a stage trains on, with the counts that their losses are divided by."""
@@ -41,21 +49,21 @@ class SampleTable:
     indices: NDArray[np.int64]  # (s,) into the cache; of pairs (s, 2): chosen, rejected
     num_response_rows: NDArray[np.int64]  # (s,)
     num_images: NDArray[np.int64]  # (s,)
-    tokens_per_image: int  # of the student
-    order: Shuffle | None = None  # of the samples, or pairs; None: all in one window
+    num_visual_rows: NDArray[np.int64]  # (s,) of the teacher
+    order: Order | None = None  # of the samples, or pairs; None: all in one window
 
     def counts(self, rows: NDArray[np.int64]) -> RowCounts:
         """Row counts of some rows of this table, repetitions counted."""
-        images = int(self.num_images[rows].sum())
         return RowCounts(
             response=int(self.num_response_rows[rows].sum()),
-            visual=images * self.tokens_per_image,
-            relation=images,
+            visual=int(self.num_visual_rows[rows].sum()),
+            relation=int(self.num_images[rows].sum()),
             samples=len(rows),
         )
 
     def __len__(self) -> int:
-        return len(self.indices)
+        """Samples, or pairs, of an epoch."""
+        return len(self.indices) if self.order is None else len(self.order)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,94 +1,175 @@
-"""What a stage trains and on what: cache, samples and student's checkpoint, checked against each other."""
+"""What a stage trains and on what: caches, samples and student's checkpoint, checked against each other."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from storage.errors import CacheError, ConfigError
+from storage.errors import CacheError, ConfigError, IdentityError
 from storage.identity import Identity, stored_relation, stored_temperatures
 from storage.narrowing import Narrowing
 from storage.reader import Cache, first_sample_with_images, read_identity
 from student_train.batch import check_grid
-from student_train.config import LossesSection, StageSection
+from student_train.config import LossesSection, SourceSection, StageSection
 from student_train.fused_head import TeacherHead
 from student_train.loader import SampleTable, select
+from student_train.mixture import Mixture, Source
 from student_train.models import Checkpoint, check_fit, read_checkpoint
 from student_train.objective import CachedTeacher
+from student_train.sample_filter import filtered
 from student_train.sparse_upcycling import is_sparse
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """All that a stage needs but weights. The student fits the cache."""
+    """All that a stage needs but weights. The student fits every cache."""
 
-    cache: Cache
+    data: Mixture
     table: SampleTable
     checkpoint: Checkpoint
-    images: str | None  # folder; None: the one that the cache names, or the cache itself
+
+    @property
+    def cache(self) -> Cache:
+        """The cache of a stage that has one."""
+        (source,) = self.data.sources
+        return source.cache
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides what is read in which order: caches, samples, weights."""
+        digest = hashlib.sha256()
+        for source in self.data.sources:
+            digest.update(source.cache.identity.model_dump_json().encode() + repr(source.weight).encode())
+            digest.update(np.ascontiguousarray(source.indices).tobytes())
+        return digest.hexdigest()
 
 
 def prepare(stage: StageSection, cache_path: str) -> Material:
-    """Open and check everything. Errors: ConfigError, CacheError, IdentityError, StillhouseError."""
+    """Open and check everything. `cache_path`: where the stage names no cache.
+
+    Errors: ConfigError, CacheError, IdentityError, StillhouseError.
+    """
     checkpoint = fitting_checkpoint(stage, cache_path)
-    families = loss_families(stage.losses)
-    cache = open_sealed(cache_path, families, max_bytes=(stage.memory_mb << 20) // 2, narrowing=narrowing(stage.losses))
-    check_losses(stage.losses, cache.identity, cache.families, place="losses")
+    sections = stage.sources(cache_path)
+    data = Mixture([_source(section, stage, len(sections)) for section in sections])
     if stage.losses.balance and stage.moe is None and not is_sparse(checkpoint.config):
         raise ConfigError(
             f"losses.balance is for routers, and {checkpoint.folder} has none; give the stage `moe`, or leave it out"
         )
-    indices = chosen_samples(cache, stage.splits)
+    table = SampleTable(
+        indices=data.indices,
+        num_response_rows=_counts(data, lambda cache: cache.num_response_rows),
+        num_images=_counts(data, lambda cache: cache.num_images),
+        num_visual_rows=_counts(data, lambda cache: cache.num_visual_tokens),
+        order=data.order(window_rows=stage.shuffle_rows),
+    )
+    return Material(data, table, checkpoint)
+
+
+def _source(section: SourceSection, stage: StageSection, num_sources: int) -> Source:
+    max_bytes = (stage.memory_mb << 20) // 2 // num_sources
+    families = loss_families(stage.losses)
+    cache = open_sealed(section.path, families, max_bytes=max_bytes, narrowing=narrowing(stage.losses))
+    place = "losses" if num_sources == 1 else f"{section.path}: losses"
+    check_losses(stage.losses, cache.identity, cache.families, place=place)
+    indices = filtered(cache, chosen_samples(cache, section.splits or ()), section.filter or ())
+    if not len(indices):
+        shown = ", ".join(" ".join(map(str, condition)) for condition in section.filter or ())
+        raise ConfigError(f"{section.path}: no sample of the splits {', '.join(section.splits or ())} has {shown}")
     if stage.losses.preference:
         indices = chosen_pairs(cache, indices)
-    rows, images = cache.num_response_rows[indices].astype(np.int64), cache.num_images[indices].astype(np.int64)
-    table = SampleTable(
-        indices=indices,
-        num_response_rows=rows if rows.ndim == 1 else rows.sum(1),
-        num_images=images if images.ndim == 1 else images.sum(1),
-        tokens_per_image=checkpoint.grid.num_teacher_tokens,
-        order=cache.shuffle(indices if indices.ndim == 1 else indices[:, 0], window_rows=stage.shuffle_rows),
-    )
-    return Material(cache, table, checkpoint, stage.images)
+    return Source(cache, indices, section.weight, section.images)
+
+
+def _counts(data: Mixture, of_cache: Callable[[Cache], np.ndarray]) -> np.ndarray:
+    """(s,) numbers of the samples that are trained on, of pairs their sums."""
+    counts = [of_cache(source.cache)[source.indices].astype(np.int64) for source in data.sources]
+    return np.concatenate([each if each.ndim == 1 else each.sum(1) for each in counts])
 
 
 def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
-    """The student's checkpoint, if it fits the cache. Takes well under a second, whatever the size of the cache.
+    """The student's checkpoint, if it fits every cache. Takes well under a second, whatever the sizes of the caches.
 
-    Neither weights nor the cache's index are read: cache.json, and one sample for the losses that need its
+    Neither weights nor a cache's index are read: cache.json, and one sample for the losses that need its
     visual grid. Errors: IdentityError naming field, both values and what to do; those of `read_checkpoint`.
     """
-    identity = read_identity(cache_path)
+    sections = stage.sources(cache_path)
+    identities = {section.path: read_identity(section.path) for section in sections}
     checkpoint = read_checkpoint(stage.init)
-    check_fit(checkpoint, identity)
+    for identity in identities.values():
+        check_fit(checkpoint, identity)
+    check_together(stage.losses, identities)
     if stage.losses.visual or stage.losses.relation:
-        example = first_sample_with_images(cache_path, stage.splits)
-        if example is not None:
-            grid = replace(checkpoint.grid, teacher_tokens_per_image=example.images[0].num_visual_tokens)
-            check_grid(example, grid)
-            checkpoint = replace(checkpoint, grid=grid)
+        for section in sections:
+            example = first_sample_with_images(section.path, section.splits or ())
+            if example is not None:
+                if checkpoint.grid.teacher_tokens_per_image is None:
+                    teacher_tokens = example.images[0].num_visual_tokens
+                    checkpoint = replace(
+                        checkpoint, grid=replace(checkpoint.grid, teacher_tokens_per_image=teacher_tokens)
+                    )
+                check_grid(example, checkpoint.grid)
     return checkpoint
 
 
+def check_together(losses: LossesSection, identities: Mapping[str, Identity]) -> None:
+    """IdentityError naming each field in which caches differ that one loss must read alike. By their paths."""
+    asked: dict[str, Callable[[Identity], Any]] = {}
+    for family in ("response", "visual"):
+        if getattr(losses, family):
+            asked[f"selection.{family}.temperatures"] = lambda each, family=family: stored_temperatures(each, family)
+    if losses.response and losses.response.treatment == "exact":
+        asked["teacher_fingerprint"] = lambda each: each.teacher_fingerprint  # one head makes all rows
+    if losses.relation:
+        asked["selection.relation.centered"] = lambda each: stored_relation(each).centered
+        asked["selection.relation.pool"] = lambda each: stored_relation(each).pool
+    (first, identity), *others = identities.items()
+    problems = [
+        f"{field}: {first} has {of(identity)}, {path} has {of(other)}"
+        for path, other in others
+        for field, of in asked.items()
+        if of(identity) != of(other)
+    ]
+    if problems:
+        raise IdentityError(
+            "the caches of this stage do not go together; dump them alike, or leave the losses out that read it:"
+            + "".join(f"\n  {problem}" for problem in problems)
+        )
+
+
 def cached_teacher(material: Material, losses: LossesSection) -> CachedTeacher:
-    """What these losses need of the cache besides its rows; reads profiles and the head. Errors: CacheError."""
-    cache, relation = material.cache, stored_relation(material.cache.identity)
+    """What these losses need of the caches besides their rows; reads profiles and the head. Errors: CacheError."""
+    identity = material.data.identity
+    relation = stored_relation(identity)
     sections = {name: section for name in ("response", "visual") if (section := getattr(losses, name))}
     return CachedTeacher(
         tokens_per_image=material.checkpoint.grid.num_teacher_tokens,
         centered=relation.centered,
         pool=relation.pool,
-        temperatures={name: stored_temperatures(cache.identity, name) for name in sections},
+        temperatures={name: stored_temperatures(identity, name) for name in sections},
         profiles={
-            name: torch.from_numpy(cache.tail_profile(name))
+            name: torch.from_numpy(_tail_profile(material.data, name))
             for name, section in sections.items()
             if section.treatment == "profile"
         },
-        head=_teacher_head(cache) if any(each.treatment == "exact" for each in sections.values()) else None,
+        head=_teacher_head(material.data.sources[0].cache)
+        if any(each.treatment == "exact" for each in sections.values())
+        else None,
     )
+
+
+def _tail_profile(data: Mixture, family: str) -> np.ndarray:
+    """(v,) the caches' profiles, by the rows that an epoch has of each: it sums to 1."""
+    rows = {"response": lambda cache: cache.num_response_rows, "visual": lambda cache: cache.num_visual_tokens}[family]
+    weights = [source.weight * float(rows(source.cache)[source.indices].sum()) for source in data.sources]
+    profiles = [source.cache.tail_profile(family) for source in data.sources]
+    if len(profiles) == 1 or not sum(weights):
+        return profiles[0]
+    return np.average(profiles, axis=0, weights=weights).astype(np.float32)
 
 
 def _teacher_head(cache: Cache) -> TeacherHead:

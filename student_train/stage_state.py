@@ -21,7 +21,6 @@ from types import FrameType
 from typing import Any, Self
 
 from storage.errors import ConfigError, StillhouseError
-from storage.identity import Identity
 from student_train.config import StageSection
 from student_train.documents import write_json
 from student_train.engine import Engine
@@ -46,10 +45,10 @@ class StageState:
     num_ranks: int
 
     @staticmethod
-    def of(stage: StageSection, identity: Identity, *, num_ranks: int) -> StageState:
-        """Of a resolved stage over a cache."""
+    def of(stage: StageSection, data: str, *, num_ranks: int) -> StageState:
+        """Of a resolved stage over data of that fingerprint."""
         settings = {k: v for k, v in stage.model_dump(mode="json").items() if k not in _NOT_OF_THE_RUN}
-        text = json.dumps([settings, identity.model_dump(mode="json")], sort_keys=True)
+        text = json.dumps([settings, data], sort_keys=True)
         return StageState(Path(stage.output) / "state", hashlib.sha256(text.encode()).hexdigest(), num_ranks)
 
     def resume(self, engine: Engine) -> int:

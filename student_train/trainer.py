@@ -20,7 +20,7 @@ from student_train.checkpoint import save_checkpoint
 from student_train.config import StageSection
 from student_train.documents import MetricsLog, write_json
 from student_train.engine import Engine, Process
-from student_train.images import FeatureStore, VisionSource, open_images
+from student_train.images import FeatureStore, VisionSource
 from student_train.loader import MicroPlan, ReadAhead, num_micro_batches, plans
 from student_train.material import Material, cached_teacher, loss_families
 from student_train.models import freeze, load_student
@@ -90,10 +90,10 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
     keeps_features = "vision" not in stage.train and stage.zero_stage < 3
     half = (stage.memory_mb << 20) // 2
     features = FeatureStore(half) if keeps_features else None
-    identity = material.cache.identity
+    identity = material.data.identity
     student = Student(model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=features)
     vision = VisionSource(
-        open_images(material.cache, material.images, material.checkpoint.image_processor),
+        material.data.images(material.checkpoint.image_processor),
         features=features,
         pixels=FeatureStore(0 if keeps_features else half),
     )
@@ -109,7 +109,7 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
         num_micro=num_micro_batches(stage.global_batch, stage.micro_batch, num_ranks=process.num_ranks),
         log_path=output / LOG_FILE,
     )
-    state = StageState.of(stage, material.cache.identity, num_ranks=process.num_ranks)
+    state = StageState.of(stage, material.fingerprint(), num_ranks=process.num_ranks)
     try:
         done = state.resume(engine)
         final = _loop(engine, stage, name, material, vision, state, done)
@@ -173,13 +173,13 @@ def _loop(
     families, grid = loss_families(stage.losses), material.checkpoint.grid
     micro_plans, ahead, epochs = itertools.tee(micro_plans, 3)
     samples = read_ahead(
-        material.cache,
+        material.data,
         (material.table.indices[plan.rows].ravel() for plan in ahead),
         draw_sets=(plan.step * stage.global_batch // len(material.table) for plan in epochs),
     )
     reader = ReadAhead(
-        (plan, collate(batch.records(), grid, vision.gather, families=families, counted=plan.counted))
-        for plan, batch in zip(micro_plans, samples, strict=True)
+        (plan, collate(records, grid, vision.gather, families=families, counted=plan.counted))
+        for plan, records in zip(micro_plans, samples, strict=True)
     )
     with bar, log, reader, StopRequest(engine) as stop:
         items = iter(reader)

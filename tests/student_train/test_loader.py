@@ -23,7 +23,9 @@ from student_train.loader import (
 
 def table(size: int) -> SampleTable:
     numbers = np.arange(size)
-    return SampleTable(indices=numbers + 100, num_response_rows=numbers + 1, num_images=numbers % 3, tokens_per_image=4)
+    return SampleTable(
+        indices=numbers + 100, num_response_rows=numbers + 1, num_images=numbers % 3, num_visual_rows=numbers % 3 * 4
+    )
 
 
 @given(size=st.integers(1, 60), micro=st.integers(1, 20), num_ranks=st.integers(1, 9))

@@ -24,7 +24,7 @@ def test_the_samples_of_the_splits_are_counted(checkpoint: Path, cache: Path) ->
     assert [opened.splits[index] for index in material.table.indices] == ["test"] * 24
     counts = [opened.read(int(index)).tokens.num_response_tokens for index in material.table.indices]
     assert material.table.num_response_rows.tolist() == counts
-    assert material.images is None
+    assert material.data.sources[0].images is None
     teacher = cached_teacher(material, LossesSection())
     assert (teacher.centered, teacher.pool, teacher.tokens_per_image, teacher.head) == (False, None, 16, None)
 
@@ -136,7 +136,6 @@ def test_a_cache_in_an_object_store_is_material(checkpoint: Path, cache: Path) -
         losses = {"response": {"treatment": "bucket"}}
         here, there = (prepare(stage(checkpoint, losses), place) for place in (str(cache), url))
         assert there.cache.sealed
-        assert there.images == here.images
         assert there.table.indices.tolist() == here.table.indices.tolist()
         chosen = there.table.indices[:5]
         got, expected = (place.cache.read_many(chosen).response for place in (there, here))
