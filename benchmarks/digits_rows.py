@@ -5,8 +5,6 @@ The student is the teacher with Gaussian weight noise, scaled to a mean KL of 0.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.digits_run import SHORT_STEPS, digits_run
 from benchmarks.text_rows import NUM_ROWS, TeacherRows, make_student, noise_for_kl, noisy
 from storage.reader import Cache
 from student_train.batch import collate
@@ -21,17 +20,12 @@ from student_train.images import FeatureStore, ImageFolder, VisionSource
 from student_train.models import load_for_inference, read_checkpoint
 from student_train.student import Student
 
-SHORT_STEPS = 250  # of the teacher, where there is no demo: some 85 % right instead of 93 %
-_OWN_RUN = Path("runs/bench_digits")
 _BATCH = 64
 
 
 def read(demo: Path, report: Callable[[str], None]) -> TeacherRows:
     """The teacher's rows over the first answers of its training data, and a noisy student of it."""
-    run = demo if (demo / "models/teacher/evaluation.json").exists() else _OWN_RUN
-    if run == _OWN_RUN and not (run / "models/teacher/model.safetensors").exists():
-        report(f"digits: no teacher in {demo}, training one for {SHORT_STEPS} steps in {run}")
-        _train(run)
+    run = digits_run(demo, teacher_steps=SHORT_STEPS, report=report)
     cache = Cache.open(run / "data/teacher_cache", ())
     checkpoint = read_checkpoint(run / "models/teacher")
     folder = ImageFolder(cache.identity.image_root, checkpoint.image_processor)
@@ -80,19 +74,3 @@ def _rows(student: Student, batches: list[Any]) -> tuple[Tensor, Tensor]:
 def _weight(student: Student) -> Tensor:
     width = student.model.lm_head.weight.shape[1]
     return student.logits(torch.eye(width)).T.contiguous()
-
-
-def _train(run: Path) -> None:
-    place = f"runs_dir={run.parent}", f"name={run.name}"
-    sources = f'[{{"path": "{run}/data/teacher_train.jsonl", "split": "train"}}]'
-    cache = f"{run}/data/teacher_cache"
-    arguments = ("--out", str(run), "--teacher-mosaics", "3000", "--mosaics", "10", "--test-mosaics", "10")
-    for command in (
-        ("examples/digits/make.py", *arguments, "--students", "1"),
-        ("-m", "pipeline", "dump", *place, f"cache.path={cache}", "cache.families=[]", f"data.sources={sources}",
-         f"teacher.model={run}/models/teacher_init"),
-        ("-m", "pipeline", "train", "--stage", "teacher", *place, f"stages.teacher.steps={SHORT_STEPS}"),
-    ):  # fmt: skip
-        done = subprocess.run([sys.executable, *command], check=False, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}")

@@ -1,0 +1,71 @@
+"""The peer of a cache: online distillation, the teacher in memory and asked at every step.
+
+As good as we can make it: no gradient, the student's dtype, one forward pass a batch, the tower's features shared where
+teacher and student have the same frozen tower (as both papers have), logits of the wanted rows only, chunk by chunk,
+in the same fused head as everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from student_train.batch import Batch
+from student_train.config import LossesSection
+from student_train.fused_head import HiddenTarget, SparseTarget, TeacherHead
+from student_train.loader import RowCounts
+from student_train.losses import TeacherRows
+from student_train.objective import CachedTeacher, Objective
+from student_train.student import Student
+
+States = Callable[[Batch], dict[str, Tensor]]  # response (r, d), visual (i * n, d)
+
+
+class OnlineObjective(Objective):
+    """The objective of the same losses against every token of a teacher that is asked now."""
+
+    def __init__(
+        self, student: Student, losses: LossesSection, states: States, head: TeacherHead, *, chunk_logits: int = 1 << 27
+    ) -> None:
+        """`states`: what a frozen teacher with as many visual tokens as the student says of a batch; `head`: its own.
+
+        Of the losses it has those of rows, and treats them as exact.
+        """
+        if losses.relation or losses.preference:
+            raise ValueError("the live teacher has response and visual losses alone")
+        super().__init__(student, losses, CachedTeacher(tokens_per_image=0, head=head), chunk_logits=chunk_logits)
+        self._states = states
+        self._said: dict[str, Tensor] = {}
+
+    def forward(self, batch: Batch, totals: RowCounts, largest: RowCounts) -> dict[str, Tensor]:
+        """See Objective; the teacher is asked first."""
+        self._said = self._states(batch)
+        return super().forward(batch, totals, largest)
+
+    def _target(
+        self, name: str, rows: TeacherRows | None, hidden: Tensor | None = None
+    ) -> SparseTarget | HiddenTarget | None:
+        if getattr(self._losses, name) is None:
+            return None
+        assert self._teacher.head is not None
+        return HiddenTarget(self._said[name], self._teacher.head, replace(self._rules[name], treatment="exact"))
+
+    def _resampling(self, rows: Tensor, pool: int | None = None) -> None:
+        return None
+
+
+@torch.no_grad()
+def teacher_states(teacher: Student, batch: Batch) -> dict[str, Tensor]:
+    """The final-norm states of a batch's response rows (r, d) and visual rows (i * n, d)."""
+    hidden = teacher.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+    places = {"response": batch.response_positions, "visual": batch.visual_positions.flatten()}
+    return {name: hidden.index_select(0, positions) for name, positions in places.items()}
+
+
+def teacher_head(teacher: Student) -> TeacherHead:
+    """The head of a teacher of transformers, cut to the real vocabulary."""
+    head, size = teacher.model.lm_head, teacher.vocab_size
+    return TeacherHead(head.weight.detach()[:size], None if head.bias is None else head.bias.detach()[:size])
