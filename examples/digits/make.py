@@ -5,6 +5,8 @@
 writes <out>/data/{teacher_train,train,train_clean,test}.jsonl with their images, and
 <out>/models/{teacher_init,student_init_0,…}. `train` and `train_clean` are the same questions about the
 same mosaics; in `train` a stated share of the answers has one wrong number word, as answers of a crowd do.
+`--yes-no` adds questions whether a digit is there to every mosaic, `--pairs` writes <out>/data/pairs.jsonl: a right
+answer and a plausible misreading. Neither changes anything else that is drawn.
 Nothing outside this folder knows what a digit is.
 """
 
@@ -16,7 +18,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from examples.digits.claims import KINDS, ask_whether, lookalikes, misread
 from examples.digits.mosaics import CATEGORIES, WORDS, Originals, ask, draw_mosaics, load_originals, miswrite
 
 
@@ -62,13 +65,16 @@ def make_pairs(
     per_mosaic: int,
     seed: int,
     noise: float = 0.0,
+    yes_no: int = 0,
 ) -> Iterator[Pair]:
     """Writes each mosaic as <folder>/images/<name>/00000.png and yields its questions.
 
-    Every mosaic gets `per_mosaic` different categories. With probability `noise` a pair's noisy answer
-    has one number word replaced, drawn uniformly from the other nine digits (eighteen sums).
+    Every mosaic gets `per_mosaic` different categories, and `yes_no` different kinds of questions whether a digit
+    is there. With probability `noise` a pair's noisy answer has one number word replaced, drawn uniformly from the
+    other nine digits (eighteen sums), or says yes for no.
     """
-    rng = np.random.default_rng(seed)
+    rng, claims = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    alike = lookalikes(originals)
     (folder / "images" / name).mkdir(parents=True, exist_ok=True)
     for index, (pixels, digits) in enumerate(islice(draw_mosaics(originals, rng), num_mosaics)):
         path = f"images/{name}/{index:05d}.png"
@@ -78,23 +84,71 @@ def make_pairs(
             noisy = miswrite(words, num_choices, rng) if rng.random() < noise else words
             sample_id = f"{name}-{index:05d}-{category}"
             yield Pair(sample_id, path, str(category), question, " ".join(words), " ".join(noisy))
+        for kind in claims.permutation(KINDS)[:yes_no]:
+            question, answer = ask_whether(str(kind), digits, alike, claims)
+            noisy = " ".join(misread([answer], alike, claims)) if claims.random() < noise else answer
+            yield Pair(f"{name}-{index:05d}-{kind}", path, str(kind), question, answer, noisy)
 
 
-def write_data(folder: Path, *, teacher_mosaics: int, mosaics: int, test_mosaics: int, noise: float, seed: int) -> None:
-    """The four JSONL files and their images; test mosaics use only originals that no other file used."""
+def write_data(
+    folder: Path,
+    *,
+    teacher_mosaics: int,
+    mosaics: int,
+    test_mosaics: int,
+    noise: float,
+    seed: int,
+    yes_no: int = 0,
+    preferences: int = 0,
+) -> None:
+    """The JSONL files and their images; test mosaics use only originals that no other file used."""
     train, test = load_originals(held_out=False), load_originals(held_out=True)
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = make_pairs(folder, "teacher_train", train, num_mosaics=teacher_mosaics, per_mosaic=4, seed=seed + 1)
+    teacher = make_pairs(
+        folder, "teacher_train", train, num_mosaics=teacher_mosaics, per_mosaic=4, seed=seed + 1, yes_no=yes_no
+    )
     _write(folder / "teacher_train.jsonl", (pair.line(noisy=False) for pair in teacher))
-    pairs = list(make_pairs(folder, "train", train, num_mosaics=mosaics, per_mosaic=2, seed=seed + 2, noise=noise))
+    asked = make_pairs(
+        folder, "train", train, num_mosaics=mosaics, per_mosaic=2, seed=seed + 2, noise=noise, yes_no=yes_no
+    )
+    pairs = list(asked)
     _write(folder / "train.jsonl", (pair.line(noisy=True) for pair in pairs))
     _write(folder / "train_clean.jsonl", (pair.line(noisy=False, suffix="-clean") for pair in pairs))
-    held_out = make_pairs(folder, "test", test, num_mosaics=test_mosaics, per_mosaic=2, seed=seed + 3)
+    held_out = make_pairs(folder, "test", test, num_mosaics=test_mosaics, per_mosaic=2, seed=seed + 3, yes_no=yes_no)
     _write(folder / "test.jsonl", (pair.line(noisy=False) for pair in held_out))
+    if preferences:
+        _write(folder / "pairs.jsonl", preference_lines(folder, train, num=preferences, seed=seed + 4))
 
 
-def write_models(folder: Path, *, tower_steps: int, num_students: int, min_tower_accuracy: float, seed: int) -> None:
-    """The untrained teacher and one untrained student a seed, all with the same pretrained vision tower."""
+def preference_lines(folder: Path, originals: Originals, *, num: int, seed: int) -> Iterator[str]:
+    """Preference pairs as lines of JSONL, each about a mosaic of its own: the right answer and a misreading of it.
+
+    Every second one is a yes/no question, where the misreading is the other word; no question is for a sum.
+    """
+    alike, rng = lookalikes(originals), np.random.default_rng([seed, 2])
+    asked = make_pairs(folder, "pairs", originals, num_mosaics=num, per_mosaic=4, seed=seed, yes_no=len(KINDS))
+    for _, group in groupby(asked, key=lambda pair: pair.image):
+        questions = [pair for pair in group if pair.category != "sum"]
+        claims = rng.random() < 0.5
+        pair = questions[rng.choice([i for i, each in enumerate(questions) if (each.category in KINDS) == claims])]
+        record = {
+            "id": pair.sample_id,
+            "image": pair.image,
+            "category": pair.category,
+            "conversations": [{"from": "human", "value": f"<image>\n{pair.question}"}],
+            "chosen": pair.answer,
+            "rejected": " ".join(misread(pair.answer.split(), alike, rng)),
+        }
+        yield json.dumps(record) + "\n"
+
+
+def write_models(
+    folder: Path, *, tower_steps: int, num_students: int, min_tower_accuracy: float, seed: int, yes_no: bool = False
+) -> None:
+    """The untrained teacher and one untrained student a seed, all with the same pretrained vision tower.
+
+    `yes_no`: their tokenizer has seen yes/no questions.
+    """
     from examples.digits.models import (  # after the data: torch is slow
         STUDENT,
         TEACHER,
@@ -111,6 +165,10 @@ def write_models(folder: Path, *, tower_steps: int, num_students: int, min_tower
         raise SystemExit(f"the tower reads {accuracy:.1%}, expected {min_tower_accuracy:.1%}; raise --tower-steps")
     rng = np.random.default_rng(seed)
     texts = [text for _, digits in islice(draw_mosaics(train, rng), 200) for text in _texts(digits, rng)]
+    if yes_no:
+        alike = lookalikes(train)
+        shown = [digits for _, digits in islice(draw_mosaics(train, rng), 200)]
+        texts += [" ".join(ask_whether(kind, digits, alike, rng)) for digits in shown for kind in KINDS]
     processor = make_processor([*texts, *WORDS, "user\n", "assistant\n"])
     with tempfile.TemporaryDirectory() as source:
         processor.save_pretrained(source)
@@ -141,6 +199,8 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=700)
     parser.add_argument("--min-tower-accuracy", type=float, default=0.95, help="below it making the models fails")
     parser.add_argument("--students", type=int, default=3, help="untrained students, one a seed")
+    parser.add_argument("--yes-no", type=int, choices=range(len(KINDS) + 1), default=0, help="a mosaic, added to all")
+    parser.add_argument("--pairs", type=int, default=0, help="preference pairs in pairs.jsonl; 0: no such file")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     write_data(
@@ -150,6 +210,8 @@ def main() -> None:
         test_mosaics=arguments.test_mosaics,
         noise=arguments.noise,
         seed=arguments.seed,
+        yes_no=arguments.yes_no,
+        preferences=arguments.pairs,
     )
     write_models(
         arguments.out / "models",
@@ -157,6 +219,7 @@ def main() -> None:
         num_students=arguments.students,
         min_tower_accuracy=arguments.min_tower_accuracy,
         seed=arguments.seed,
+        yes_no=arguments.yes_no > 0,
     )
 
 
