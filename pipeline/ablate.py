@@ -1,5 +1,6 @@
 """The ablation grid: every run once a seed, all over one cache, scheduled by Ray, finished runs not repeated.
 
+A run that starts from another's checkpoint (`after`) waits for all seeds of it, and is done again when it changed.
 Each run lies in <run>/models/<name>/seed<k>/ with its checkpoint, metrics.jsonl, summary.json and
 evaluation.json. <run>/ablations.json lists them for the report.
 """
@@ -34,6 +35,7 @@ class GridRun:
     folder: Path
     overrides: tuple[str, ...]  # the experiment's own and the run's
     section: StageSection  # with the overrides applied
+    parent: Path | None  # folder of the run of the same seed that this one starts from
 
     @property
     def label(self) -> str:
@@ -44,25 +46,55 @@ def grid(experiment: Experiment) -> Iterator[GridRun]:
     """Every run of `ablations:` in the file's order, the seeds inside."""
     for name, run in experiment.ablations.runs.items():
         for seed in experiment.ablations.seeds:
-            folder = experiment.run / "models" / name / f"seed{seed}"
+            folder = _folder(experiment, name, seed)
+            parent = None if run.after is None else _folder(experiment, run.after, seed)
             place = f"stages.{run.stage}"
             overrides = (
                 *experiment.overrides,
                 *run.overrides(),
                 f"{place}.seed={seed}",
                 f"{place}.output={json.dumps(str(folder))}",
+                *(() if parent is None else (f"{place}.init={json.dumps(str(parent))}",)),
             )
             section = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"][run.stage]
-            yield GridRun(name, run.stage, seed, folder, overrides, section)
+            yield GridRun(name, run.stage, seed, folder, overrides, section, parent)
+
+
+def waves(experiment: Experiment) -> list[list[GridRun]]:
+    """The grid in groups: those that start from no other run, those that start from one of these, and so on."""
+    depths: dict[str, int] = {}
+    for name, run in experiment.ablations.runs.items():  # a run stands below the one that it starts from
+        depths[name] = 0 if run.after is None else depths[run.after] + 1
+    runs = list(grid(experiment))
+    return [[run for run in runs if depths[run.name] == depth] for depth in sorted(set(depths.values()))]
 
 
 def ablate(experiment: Experiment) -> list[GridRun]:
     """Runs what is not finished and writes <run>/ablations.json; `StillhouseError` names the runs that failed."""
-    runs = list(grid(experiment))
     ledger = Ledger(experiment.run / "steps")
+    (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
+    runs = list(grid(experiment))
+    with tqdm(total=len(runs), desc="students", unit="run") as bar:
+        for wave in waves(experiment):
+            failed = list(_train(experiment, wave, ledger, bar))
+            if failed:
+                raise StillhouseError("training failed:\n  " + "\n  ".join(failed))
+    listing = [{"name": run.name, "stage": run.stage, "seed": run.seed, "folder": str(run.folder)} for run in runs]
+    document = {
+        "runs": listing,
+        "controls": {name: experiment.ablations.controls_of(name) for name in experiment.ablations.runs},
+        "cache": experiment.cache.path,
+        "teacher": experiment.teacher.model,
+    }
+    write_atomically(experiment.run / "ablations.json", json.dumps(document, indent=1).encode())
+    return runs
+
+
+def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any) -> Iterator[str]:
+    """Trains those of `runs` that are not finished, as many at once as there is room for; yields what failed."""
     inputs = {run.label: _inputs(experiment, run) for run in runs}
     waiting = {run.label: run for run in runs if not ledger.is_done(run.label, inputs[run.label], _outputs(run))}
-    (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
+    bar.update(len(runs) - len(waiting))
     commands = [
         Command(
             name=run.label,
@@ -78,46 +110,40 @@ def ablate(experiment: Experiment) -> list[GridRun]:
         )
         for run in waiting.values()
     ]
-    failed = []
-    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="students", unit="run")
-    with bar:
-        for result in run_commands(
-            commands,
-            experiment.ablations.cpus_per_run,
-            experiment.ablations.gpus_per_run,
-            address=experiment.dump.ray_address,
-            logs=experiment.run / "logs",
-        ):
-            run = waiting[result.name]
-            if result.returncode == 0 and all(path.exists() for path in _outputs(run)):
-                ledger.record(run.label, inputs[run.label], seconds=result.seconds)
-                accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
-                bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
-            else:
-                failed.append(f"{run.label}: exit code {result.returncode}, see {result.log_path}")
-            bar.update()
-    if failed:
-        raise StillhouseError("training failed:\n  " + "\n  ".join(failed))
-    listing = [{"name": run.name, "stage": run.stage, "seed": run.seed, "folder": str(run.folder)} for run in runs]
-    document = {
-        "runs": listing,
-        "controls": {name: experiment.ablations.controls_of(name) for name in experiment.ablations.runs},
-        "cache": experiment.cache.path,
-        "teacher": experiment.teacher.model,
-    }
-    write_atomically(experiment.run / "ablations.json", json.dumps(document, indent=1).encode())
-    return runs
+    for result in run_commands(
+        commands,
+        experiment.ablations.cpus_per_run,
+        experiment.ablations.gpus_per_run,
+        address=experiment.dump.ray_address,
+        logs=experiment.run / "logs",
+    ):
+        run = waiting[result.name]
+        if result.returncode == 0 and all(path.exists() for path in _outputs(run)):
+            ledger.record(run.label, inputs[run.label], seconds=result.seconds)
+            accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
+            bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
+        else:
+            yield f"{run.label}: exit code {result.returncode}, see {result.log_path}"
+        bar.update()
 
 
 def _outputs(run: GridRun) -> list[Path]:
     return [run.folder / name for name in ("config.json", "summary.json", "evaluation.json")]
 
 
+def _folder(experiment: Experiment, name: str, seed: int) -> Path:
+    return experiment.run / "models" / name / f"seed{seed}"
+
+
 def _inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
     init = Path(run.section.init.replace("{seed}", str(run.seed)))
+    if run.parent is not None:  # its weights: the rest of its folder is about how they were made
+        start: Any = {path.name: file_fingerprint(path) for path in sorted(run.parent.glob("*.safetensors"))}
+    else:
+        start = file_fingerprint(init) if init.is_dir() else str(init)
     return {
         "stage": run.section.model_dump(mode="json"),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
-        "init": file_fingerprint(init) if init.is_dir() else str(init),
+        "init": start,
         "cache": [cache_fingerprint(each.path) for each in run.section.sources(experiment.cache.path)],
     }

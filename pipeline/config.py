@@ -37,6 +37,7 @@ class AblationRunSection(Section):
     """One row of the table: a stage, with some of its fields replaced."""
 
     stage: str
+    after: str | None = None  # a run above, whose checkpoint of the same seed is this one's init
     set: dict[str, Any] = {}  # fields of the stage; dotted names reach into its sections
     controls: tuple[str, ...] | None = None  # in place of ablations.controls
 
@@ -53,6 +54,20 @@ class AblationsSection(Section):
     controls: tuple[str, ...] = ()  # runs that distillation must beat; paired differences are taken to them
     cpus_per_run: Annotated[float, Field(gt=0)] = 1  # as many runs at once as the machine (or cluster) holds
     gpus_per_run: Annotated[float, Field(ge=0)] | None = None  # None: 1 where Ray has GPUs, or 0
+
+    @field_validator("runs")
+    @classmethod
+    def _each_after_one_above(cls, runs: dict[str, AblationRunSection]) -> dict[str, AblationRunSection]:
+        above: list[str] = []
+        for name, run in runs.items():
+            if run.after is not None and run.after not in above:
+                raise ValueError(
+                    f"{name}.after is {run.after!r}, expected a run above it: {', '.join(above) or 'none'}"
+                )
+            if run.after is not None and "init" in run.set:
+                raise ValueError(f"{name} has both after and set.init; a run starts from one checkpoint")
+            above.append(name)
+        return runs
 
     @field_validator("seeds")
     @classmethod

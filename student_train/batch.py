@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -71,6 +71,11 @@ class Batch:
     hidden: Float[Tensor, "r d"] | None = None  # the teacher's states of the response rows
     sequence: Float[Tensor, " b"] | None = None  # the teacher's log-probability of each whole response
     counted: bool = True  # False: a filler, no row of it is in any loss
+
+    @property
+    def is_token(self) -> Bool[Tensor, "b t"]:
+        """False for padding."""
+        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

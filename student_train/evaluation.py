@@ -26,7 +26,10 @@ from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.losses import row_losses_
 from student_train.material import chosen_samples, open_sealed
 from student_train.models import Checkpoint, check_fit, load_for_inference, read_checkpoint
+from student_train.router_loss import RouterLosses, router_losses, router_statistics
+from student_train.sparse_upcycling import is_sparse
 from student_train.student import Student
+from student_train.yes_no import yes_no_scores
 
 MEMORY_BYTES = 512 << 20  # of image features, which the second pass needs again
 CHUNK_LOGITS = 1 << 25  # of the head in memory at once
@@ -40,6 +43,7 @@ class Fidelity:
     num_agreeing: int  # rows whose most probable token is the teacher's
     num_rows: int
     num_topped: int  # rows whose most probable token of the teacher is stored
+    routers: tuple[tuple[int, RouterLosses], ...] = ()  # of a sparse model: each batch's number of tokens and these
 
     @property
     def kl(self) -> float | None:
@@ -86,6 +90,8 @@ def evaluate_model(
         "by_category": {
             name: {"num": len(hits), "exact_match": _mean(hits)} for name, hits in sorted(by_category.items())
         },
+        "yes_no": yes_no_scores((sample["answer"], sample["reference"]) for sample in samples),
+        "routers": router_statistics(fidelity.routers) if fidelity and fidelity.routers else None,
         "kl_to_teacher": fidelity.kl if fidelity else None,
         "top1_agreement": fidelity.agreement if fidelity else None,
         "seconds": round(time.monotonic() - started, 3),
@@ -146,6 +152,7 @@ class _Judge:
         order = sorted(indices, key=lambda index: (len(self.cache.read(index).tokens.token_ids), index))
         device = next(self.student.parameters()).device
         kl_sum, num_agreeing, num_rows, num_topped = 0.0, 0, 0, 0
+        routers: list[tuple[int, RouterLosses]] = []
         for indices_of_batch in tqdm(
             _pieces(order, self.section.batch), desc="comparing", unit="batch", mininterval=1.0, leave=False
         ):
@@ -156,7 +163,8 @@ class _Judge:
             num_agreeing += part.num_agreeing
             num_rows += part.num_rows
             num_topped += part.num_topped
-        return Fidelity(kl_sum, num_agreeing, num_rows, num_topped)
+            routers += part.routers
+        return Fidelity(kl_sum, num_agreeing, num_rows, num_topped, tuple(routers))
 
 
 def normalised(text: str) -> str:
@@ -166,7 +174,14 @@ def normalised(text: str) -> str:
 
 def _fidelity(student: Student, batch: Batch) -> Fidelity:
     assert batch.response is not None
-    hidden = student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+    inputs = batch.input_ids, batch.visual_positions, batch.vision
+    routers = ()
+    if is_sparse(student.model.config):
+        hidden, logits = student.hidden_and_routers(*inputs)
+        is_token = batch.is_token.flatten()
+        routers = ((int(is_token.sum()), router_losses(logits, is_token, top_k=student.top_k)),)
+    else:
+        hidden = student.hidden(*inputs)
     rows = hidden.index_select(0, batch.response_positions)
     per_chunk = max(1, CHUNK_LOGITS // student.vocab_size)
     kl_sum, num_agreeing, num_topped = 0.0, 0, 0
@@ -179,7 +194,7 @@ def _fidelity(student: Student, batch: Batch) -> Fidelity:
         num_topped += int(topped.sum())
         against = SparseTarget(teacher).against(0, teacher.num_rows, logits)
         kl_sum += float(row_losses_(logits, None, against, gradient=False).divergence)
-    return Fidelity(kl_sum, num_agreeing, len(rows), num_topped)
+    return Fidelity(kl_sum, num_agreeing, len(rows), num_topped, routers)
 
 
 def _pieces(items: list[int], size: int) -> list[list[int]]:

@@ -93,8 +93,7 @@ class Objective(nn.Module):
         """Of a micro-batch by its share of the samples, so that all micro-batches add up to the mean over them."""
         if self._losses.balance is None:
             return {}
-        is_token = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device) < batch.lengths[:, None]
-        losses = router_losses(logits, (is_token & batch.counted).flatten(), top_k=self.student.top_k)
+        losses = router_losses(logits, (batch.is_token & batch.counted).flatten(), top_k=self.student.top_k)
         share = len(batch.sample_ids) / (2 if self._losses.preference else 1) / max(1, total) * batch.counted
         return {
             "balance": losses.balance * share,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,3 +47,22 @@ def router_losses(logits: Sequence[Float[Tensor, "t e"]], is_token: Bool[Tensor,
         entropy = entropy - (probs * logprobs * weight).sum().detach() / num_tokens
         loads.append(load)
     return RouterLosses(balance, z, torch.stack(loads), entropy / len(logits))
+
+
+def router_statistics(batches: Sequence[tuple[int, RouterLosses]]) -> dict[str, Any]:
+    """What routers did over one or more batches, each with its number of tokens: means over tokens and layers.
+
+    `load` keeps layers and experts apart, layer by layer; `balance` is 1 where it is even and the number of experts
+    over k where all tokens go to the same ones. `dropped` is 0: experts have no capacity that could be exceeded.
+    """
+    num_tokens = sum(count for count, _ in batches)
+    shares = [(count / max(1, num_tokens), losses) for count, losses in batches]
+    load = sum((share * losses.load.double() for share, losses in shares), torch.zeros(()))
+    return {
+        "num_tokens": num_tokens,
+        "load": load.tolist(),
+        "entropy": sum(share * float(losses.entropy) for share, losses in shares),
+        "balance": sum(share * float(losses.balance) for share, losses in shares) / len(load),
+        "z": sum(share * float(losses.z) for share, losses in shares) / len(load),
+        "dropped": 0,
+    }

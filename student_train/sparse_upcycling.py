@@ -119,6 +119,15 @@ def is_sparse(config: Any) -> bool:
     return config.text_config.model_type == SPARSE_TYPE
 
 
+def num_activated(config: Any, sizes: Mapping[str, int]) -> int:
+    """Of a LLaVA's parameters, by name, those that one token meets: of a layer's experts only its k."""
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    if not experts:
+        return sum(sizes.values())
+    text = config.text_config
+    return sum(sizes.values()) - experts + experts * text.num_experts_per_tok // text.num_experts
+
+
 def experts_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with each layer's stacked experts taken apart, under the names that public checkpoints have.
 

@@ -25,7 +25,7 @@ from student_train.loader import MicroPlan, ReadAhead, num_micro_batches, plans
 from student_train.material import Material, cached_teacher, loss_families
 from student_train.models import freeze, load_student
 from student_train.objective import Objective, part_names
-from student_train.sparse_upcycling import Experts, upcycled
+from student_train.sparse_upcycling import Experts, num_activated, upcycled
 from student_train.stage_state import StageState, StoppedError, StopRequest
 from student_train.student import Student
 
@@ -141,10 +141,11 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
 
 def _sizes(model: torch.nn.Module) -> dict[str, int]:
     """Parameters, whole ones where ZeRO-3 leaves this rank a piece."""
-    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    sizes = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()}
     return {
-        "num_parameters": sum(size for size, _ in sizes),
-        "num_trained_parameters": sum(size for size, trained in sizes if trained),
+        "num_parameters": sum(sizes.values()),
+        "num_activated_parameters": num_activated(model.config, sizes),
+        "num_trained_parameters": sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad),
     }
 
 

@@ -1,0 +1,44 @@
+"""Yes/no questions as POPE judges them: how often a model claims what is not there.
+
+Source: POPE (arXiv 2305.10355), whose positive answer is "yes".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_ANSWERS = ("yes", "no")
+
+
+def yes_no_scores(answers: Iterable[tuple[str, str]]) -> dict[str, float | int | None] | None:
+    """Scores of those (answer, reference) whose reference is yes or no; None without any.
+
+    An answer is what its first word says, whatever its case and punctuation; one that says neither is wrong and no
+    yes. `hallucination_rate` is the share of yes among the questions whose reference is no (the false-positive
+    rate), `yes_ratio` among all. A rate without a question that it is of is None.
+    """
+    pairs = [(_said(answer), reference.lower()) for answer, reference in answers if reference.lower() in _ANSWERS]
+    if not pairs:
+        return None
+    count = {pair: pairs.count(pair) for pair in set(pairs)}
+    true_yes, false_yes = count.get(("yes", "yes"), 0), count.get(("yes", "no"), 0)
+    num_yes = sum(reference == "yes" for _, reference in pairs)
+    return {
+        "num": len(pairs),
+        "accuracy": (true_yes + count.get(("no", "no"), 0)) / len(pairs),
+        "hallucination_rate": _ratio(false_yes, len(pairs) - num_yes),
+        "yes_ratio": (true_yes + false_yes) / len(pairs),
+        "precision": _ratio(true_yes, true_yes + false_yes),
+        "recall": _ratio(true_yes, num_yes),
+        "num_neither": sum(said is None for said, _ in pairs),
+    }
+
+
+def _said(answer: str) -> str | None:
+    words = answer.lower().split()
+    first = words[0].strip(".,;:!?\"'") if words else ""
+    return first if first in _ANSWERS else None
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
