@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from student_train.router_loss import router_losses
+from student_train.router_loss import router_losses, router_statistics
 
 
 def test_an_even_router_costs_one_a_layer():
@@ -67,3 +67,20 @@ def test_one_layer_is_what_transformers_computes():
     (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
     (got,) = torch.autograd.grad(ours, logits)
     torch.testing.assert_close(got, wanted)
+
+
+def test_statistics_of_batches_are_those_of_their_tokens_together():
+    generator = torch.Generator().manual_seed(2)
+    layers = [torch.randn(12, 4, generator=generator) for _ in range(2)]
+    everywhere = torch.ones(12, dtype=torch.bool)
+    whole = router_losses(layers, everywhere, top_k=2)
+    parts = [
+        (n, router_losses([layer[a : a + n] for layer in layers], everywhere[:n], top_k=2)) for a, n in ((0, 9), (9, 3))
+    ]
+    statistics = router_statistics(parts)
+    torch.testing.assert_close(torch.tensor(statistics["load"]), whole.load)
+    assert statistics["entropy"] == pytest.approx(float(whole.entropy), rel=1e-5)
+    assert statistics["z"] == pytest.approx(float(whole.z) / 2, rel=1e-5)  # a layer
+    assert statistics["num_tokens"] == 12
+    assert statistics["dropped"] == 0
+    assert [sum(layer) for layer in statistics["load"]] == pytest.approx([1, 1])  # no assignment is lost

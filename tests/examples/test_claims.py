@@ -1,0 +1,106 @@
+"""Questions whether a digit is there: true answers, half of them yes; misreadings that are wrong and plausible."""
+
+import json
+
+import numpy as np
+import pytest
+
+from examples.digits.claims import KINDS, ask_whether, lookalikes, misread
+from examples.digits.make import make_pairs, write_data
+from examples.digits.mosaics import PLACES, WORDS, load_originals
+
+ALIKE = lookalikes(load_originals(held_out=False))
+
+
+def is_there(question: str, digits: np.ndarray) -> bool:
+    """The truth, read off the question's own words."""
+    word = question.split()[3]
+    place = next((index for index, name in enumerate(PLACES) if name in question), None)
+    present = [WORDS[digit] for digit in (digits if place is None else digits[place : place + 1])]
+    return word in present
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_true_and_half_of_them_yes(kind):
+    rng = np.random.default_rng(0)
+    answers = []
+    for _ in range(2000):
+        digits = rng.integers(0, 10, size=4)
+        question, answer = ask_whether(kind, digits, ALIKE, rng)
+        assert answer == ("yes" if is_there(question, digits) else "no"), (question, digits)
+        answers.append(answer)
+    assert abs(answers.count("yes") / 2000 - 0.5) < 4 * (0.25 / 2000) ** 0.5
+
+
+def test_questions_by_hand():
+    digits, rng = np.array([7, 2, 0, 9]), np.random.default_rng(0)
+    asked = {ask_whether(kind, digits, ALIKE, rng) for kind in KINDS for _ in range(300)}
+    assert ("Is there an eight in the picture?", "no") in asked
+    assert ("Is there a seven at the top left?", "yes") in asked
+    swapped = [question for question, answer in asked if " at the " in question and answer == "no"]
+    assert len(swapped) == 4 * 3  # each place, each of the digits that stand elsewhere
+
+
+def test_an_alike_digit_is_absent_and_the_nearest_that_is():
+    digits, rng = np.array([7, 7, 7, 7]), np.random.default_rng(1)
+    asked = {ask_whether("exists_alike", digits, ALIKE, rng) for _ in range(50)}
+    assert asked == {
+        ("Is there a seven in the picture?", "yes"),
+        (f"Is there {'an' if ALIKE[7][0] == 8 else 'a'} {WORDS[ALIKE[7][0]]} in the picture?", "no"),
+    }
+    assert all(len(others) == 9 and digit not in others for digit, others in enumerate(ALIKE))
+
+
+def test_four_equal_digits_can_be_asked_about():
+    for kind in KINDS:
+        for seed in range(20):
+            question, answer = ask_whether(kind, np.full(4, 3), ALIKE, np.random.default_rng(seed))
+            assert answer == ("yes" if is_there(question, np.full(4, 3)) else "no")
+
+
+def test_a_misreading_is_one_digit_off_and_looks_like_it():
+    rng = np.random.default_rng(2)
+    words = ["The", "top", "row", "shows", "one", "and", "two"]
+    for _ in range(50):
+        wrong = misread(words, ALIKE, rng)
+        ((old, new),) = [(a, b) for a, b in zip(words, wrong, strict=True) if a != b]
+        assert WORDS.index(new) in ALIKE[WORDS.index(old)][:3]
+    assert misread(["yes"], ALIKE, rng) == ["no"]
+    assert misread(["no"], ALIKE, rng) == ["yes"]
+
+
+def test_added_questions_leave_all_else_as_it_is(tmp_path):
+    common = {"teacher_mosaics": 3, "mosaics": 5, "test_mosaics": 3, "noise": 0.5, "seed": 0}
+    write_data(tmp_path / "plain", **common)
+    write_data(tmp_path / "more", **common, yes_no=2, preferences=6)
+    assert not (tmp_path / "plain" / "pairs.jsonl").exists()
+    for name in ("teacher_train", "train", "train_clean", "test"):
+        lines = (tmp_path / "more" / f"{name}.jsonl").read_text().splitlines()
+        kept = [line for line in lines if json.loads(line)["category"] not in KINDS]
+        assert kept == (tmp_path / "plain" / f"{name}.jsonl").read_text().splitlines()
+        assert len(lines) == len(kept) + 2 * {"teacher_train": 3, "test": 3}.get(name, 5)
+    for image in (tmp_path / "plain" / "images").rglob("*.png"):
+        other = tmp_path / "more" / "images" / image.relative_to(tmp_path / "plain" / "images")
+        assert other.read_bytes() == image.read_bytes()
+
+
+def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
+    write_data(tmp_path, teacher_mosaics=1, mosaics=1, test_mosaics=1, noise=0, seed=0, yes_no=1, preferences=60)
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len({row["image"] for row in rows}) == len(rows) == 60
+    assert 15 < sum(row["category"] in KINDS for row in rows) < 45
+    originals = load_originals(held_out=False)
+    asked = make_pairs(tmp_path / "again", "pairs", originals, num_mosaics=60, per_mosaic=4, seed=4, yes_no=3)
+    read = {
+        pair.image: [WORDS.index(word) for word in pair.answer.split()] for pair in asked if pair.category == "read"
+    }
+    for row in rows:
+        question, digits = row["conversations"][0]["value"].removeprefix("<image>\n"), np.array(read[row["image"]])
+        if row["category"] in KINDS:
+            assert row["chosen"] == ("yes" if is_there(question, digits) else "no")
+        else:
+            assert {WORDS.index(word) for word in row["chosen"].split() if word in WORDS} <= set(digits.tolist())
+    for row in rows:
+        assert row["chosen"] != row["rejected"]
+        assert len(row["chosen"].split()) == len(row["rejected"].split())
+        assert [turn["from"] for turn in row["conversations"]] == ["human"]

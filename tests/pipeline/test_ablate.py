@@ -1,0 +1,105 @@
+"""Runs of the grid that start where another ended: in their order, from its checkpoint, again when it changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pipeline.ablate import ablate, waves
+from pipeline.config import read_experiment
+from storage.errors import ConfigError
+from teacher_dump.ray_jobs.cluster import cluster
+from tests.student_train.caches import make_cache
+from tests.tiny import make_tiny_llava
+
+
+def write(folder: Path, runs: dict, *, seeds: list[int], cache: str = "nowhere", init: str = "nowhere") -> Path:
+    stage = {
+        "init": init, "steps": 1, "global_batch": 4, "micro_batch": 4, "lr": 2e-3, "precision": "fp32",
+        "log_every": 1, "warmup_fraction": 0,
+    }  # fmt: skip
+    document = {
+        "name": "chain",
+        "runs_dir": str(folder / "runs"),
+        "data": {"sources": [{"path": str(folder / "train.jsonl"), "split": "train"}]},
+        "teacher": {"model": init},
+        "dump": {},
+        "cache": {"path": cache},
+        "stages": {"all": stage, "projector": {**stage, "train": ["projector"]}},
+        "evaluation": {"max_new_tokens": 2},
+        "ablations": {"seeds": seeds, "runs": runs},
+    }
+    path = folder / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+CHAIN = {
+    "first": {"stage": "all"},
+    "second": {"stage": "projector", "after": "first"},
+    "third": {"stage": "all", "after": "second"},
+    "beside": {"stage": "all"},
+}
+
+
+def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path: Path):
+    experiment = read_experiment(write(tmp_path, CHAIN, seeds=[3, 7]))
+    found = [[run.label for run in wave] for wave in waves(experiment)]
+    assert found == [
+        ["first-seed3", "first-seed7", "beside-seed3", "beside-seed7"],
+        ["second-seed3", "second-seed7"],
+        ["third-seed3", "third-seed7"],
+    ]
+    (second, _) = waves(experiment)[1]
+    assert second.section.init == str(tmp_path / "runs" / "chain" / "models" / "first" / "seed3")
+    assert second.section.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ({"a": {"stage": "all", "after": "a"}}, ["a.after is 'a'", "none"]),
+        ({"a": {"stage": "all", "after": "b"}, "b": {"stage": "all"}}, ["a.after is 'b'", "above"]),
+        ({"a": {"stage": "all"}, "b": {"stage": "all", "after": "a", "set": {"init": "x"}}}, ["b has both"]),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused(tmp_path: Path, runs: dict, words: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(write(tmp_path, runs, seeds=[0]))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_chain_is_trained_link_by_link_and_again_when_its_start_changed(tmp_path: Path):
+    init = make_tiny_llava(tmp_path / "llava", num_layers=1)
+    cache = make_cache(tmp_path, init, num_samples=8, num_images=4)
+    path = write(
+        tmp_path, {name: CHAIN[name] for name in ("first", "second")}, seeds=[0], cache=str(cache), init=str(init)
+    )
+    folders = {name: tmp_path / "runs" / "chain" / "models" / name / "seed0" for name in ("first", "second")}
+
+    def times() -> dict[str, int]:
+        return {name: (folder / "summary.json").stat().st_mtime_ns for name, folder in folders.items()}
+
+    with cluster(None, local_cpus=1):
+        ablate(read_experiment(path))
+        first, second = (load_file(folder / "model.safetensors") for folder in folders.values())
+        start = load_file(init / "model.safetensors")
+        moved = {name for name in first if not torch.equal(first[name], second[name])}
+        assert moved
+        assert all("projector" in name for name in moved)  # the rest is what the first run made of it,
+        assert len([name for name in start if name in first and not torch.equal(start[name], first[name])]) > len(moved)
+
+        before = times()
+        (folders["first"] / "evaluation.json").touch()  # no weights
+        ablate(read_experiment(path))
+        assert times() == before
+
+        ablate(
+            read_experiment(path, ["stages.all.lr=1e-3"])
+        )  # changes the first run alone, but by it the second's start
+        after = times()
+        assert all(after[name] > before[name] for name in folders)

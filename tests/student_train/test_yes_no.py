@@ -1,0 +1,42 @@
+"""POPE's scores, worked by hand."""
+
+import pytest
+
+from student_train.yes_no import yes_no_scores
+
+
+def test_scores_by_hand():
+    # Four questions whose answer is yes, three of them found; five whose answer is no, two of them claimed.
+    answers = [("yes", "yes")] * 3 + [("no", "yes")] + [("yes", "no")] * 2 + [("no", "no")] * 2 + [("seven", "no")]
+    scores = yes_no_scores([*answers, ("seven", "seven"), ("yes", "two yes")])  # the last two are no such questions
+    assert scores == {
+        "num": 9,
+        "accuracy": pytest.approx(5 / 9),
+        "hallucination_rate": pytest.approx(2 / 5),
+        "yes_ratio": pytest.approx(5 / 9),
+        "precision": pytest.approx(3 / 5),
+        "recall": pytest.approx(3 / 4),
+        "num_neither": 1,
+    }
+
+
+@pytest.mark.parametrize("answer", ["Yes", "yes, there is", "Yes.", '"yes" it is', "YES!"])
+def test_the_first_word_decides(answer):
+    scores = yes_no_scores([(answer, "No")])
+    assert scores is not None
+    assert scores["hallucination_rate"] == 1
+
+
+@pytest.mark.parametrize("answer", ["", "yesterday", "there is a yes", "not sure"])
+def test_what_says_neither_is_wrong_and_no_yes(answer):
+    scores = yes_no_scores([(answer, "no")])
+    assert scores is not None
+    assert (scores["accuracy"], scores["hallucination_rate"], scores["num_neither"]) == (0, 0, 1)
+
+
+def test_rates_of_nothing_are_none():
+    assert yes_no_scores([]) is None
+    assert yes_no_scores([("yes", "seven")]) is None
+    scores = yes_no_scores([("no", "yes")])
+    assert scores is not None
+    assert (scores["hallucination_rate"], scores["precision"], scores["recall"]) == (None, None, 0)
