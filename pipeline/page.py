@@ -30,10 +30,12 @@ def render_page(report: dict[str, Any], metrics: dict[str, list[dict[str, float]
     sections = [
         ("Result", _results(report)),
         ("Exact match by run", accuracy_plot(runs, report["teacher"].get("exact_match"))),
-        ("Paired differences to the controls, points of exact match", _differences(report)),
+        ("Paired differences to the controls, points of exact match", _paired(report, "paired")),
         ("Exact match by question type", category_plot(runs) + _categories(runs)),
+        *((("Yes/no questions", _yes_no(report)),) if any(run.get("yes_no") for run in runs) else ()),
+        *((("Routers of the sparse students", _routers(runs)),) if any(run.get("routers") for run in runs) else ()),
         ("The teacher and its cache", _cache(report)),
-        *((f"Loss: {name.replace('_', ' ')}", picture) for name, picture in pictures.items()),
+        *((f"While training: {name.replace('_', ' ')}", picture) for name, picture in pictures.items()),
     ]
     body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections)
     return (
@@ -78,7 +80,10 @@ def _names(runs: list[dict[str, Any]]) -> dict[str, str]:
 
 def _results(report: dict[str, Any]) -> str:
     runs, teacher = report["runs"], report["teacher"]
-    header = ["run", "exact match", "held-out KL to the teacher", "top-1 agreement", "steps", "seconds", "peak memory"]
+    header = [
+        "run", "exact match", "held-out KL to the teacher", "top-1 agreement", "steps", "seconds", "peak memory",
+        "parameters",
+    ]  # fmt: skip
     rows = [
         [
             _names(runs)[run["name"]],
@@ -88,6 +93,7 @@ def _results(report: dict[str, Any]) -> str:
             str(run["steps"]),
             f"{run['seconds']:.0f}",
             format_bytes(run["peak_memory_bytes"]),
+            _parameters(run),
         ]
         for run in runs
     ]
@@ -102,6 +108,7 @@ def _results(report: dict[str, Any]) -> str:
                 "–",
                 "–" if teacher.get("training_seconds") is None else f"{teacher['training_seconds']:.0f}",
                 "–",
+                "–" if teacher.get("num_parameters") is None else f"{teacher['num_parameters'] / 1e6:.2f} M",
             ]
         )
     num_seeds = max((run["num_seeds"] for run in runs), default=0)
@@ -109,13 +116,52 @@ def _results(report: dict[str, Any]) -> str:
     return _table(header, rows) + note
 
 
-def _differences(report: dict[str, Any]) -> str:
+def _paired(report: dict[str, Any], key: str) -> str:
+    """Differences in points of what `key` compares, run by run and control by control."""
     rows = []
     for run in report["runs"]:
-        for control, found in run["paired"].items():
+        for control, found in run.get(key, {}).items():
             interval = "–" if found["low"] is None else f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
             rows.append([_names(report["runs"])[run["name"]], escape(control), f"{100 * found['mean']:+.1f}", interval])
     return _table(["run", "less", "difference", "95 % interval"], rows)
+
+
+def _parameters(run: dict[str, Any]) -> str:
+    total, activated = run["num_parameters"], run["num_activated_parameters"]
+    return f"{total / 1e6:.2f} M" + (f", {activated / 1e6:.2f} M active" if activated < total else "")
+
+
+def _yes_no(report: dict[str, Any]) -> str:
+    """How often a run claims what is not there, and by how much less than its controls."""
+    header = ["run", "yes where the answer is no", "yes where it is yes", "accuracy", "yes in all"]
+    names = ("hallucination_rate", "recall", "accuracy", "yes_ratio")
+    runs = [run for run in report["runs"] if run.get("yes_no")]
+    rows = [
+        [_names(report["runs"])[run["name"]], *(percent(run["yes_no"].get(name)) for name in names)] for run in runs
+    ]
+    teacher = report["teacher"].get("yes_no")
+    if teacher:
+        shares = (teacher[name] for name in names)
+        rows.append(["teacher", *("–" if share is None else f"{100 * share:.1f} %" for share in shares)])
+    note = '<p class="dim">The first column is POPE\'s false-positive rate: claims of what is not there.</p>'
+    return _table(header, rows) + note + _paired(report, "paired_hallucination_rate")
+
+
+def _routers(runs: list[dict[str, Any]]) -> str:
+    """A row for each sparse layer: what its experts get of the tokens of the held-out samples."""
+    rows = []
+    for name, routers in ((run["name"], run["routers"]) for run in runs if run.get("routers")):
+        of_run = [_nats(routers["entropy"]), _nats(routers["balance"]), _nats(routers["z"]), str(routers["dropped"])]
+        for layer, shares in enumerate(routers["load"]):
+            load = " · ".join(f"{100 * share:.1f}" for share in shares)
+            first = layer == 0
+            rows.append([_names(runs)[name] if first else "", str(layer + 1), load, *(of_run if first else [""] * 4)])
+    header = ["run", "sparse layer", "load of its experts, %", "entropy, nats", "balance", "z", "dropped tokens"]
+    note = (
+        '<p class="dim">On held-out samples. Experts of a layer from the busiest to the idlest, then the mean over '
+        "seeds; balance is 1 a layer where the load is even. Experts have no capacity, so no token is dropped.</p>"
+    )
+    return _table(header, rows) + note
 
 
 def _categories(runs: list[dict[str, Any]]) -> str:

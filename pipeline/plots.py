@@ -14,7 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = ("#4c6a92", "#8aa1bf", "#c8553d", "#e09f3e", "#6b8f71", "#9a6fb0", "#5c5c5c", "#b08968")
-LOSSES = ("cross_entropy", "response", "visual", "relation")
+LOSSES = {  # and the unit of each
+    "cross_entropy": "nats",
+    "response": "nats",
+    "visual": "nats",
+    "relation": "1 − cosine",
+    "preference": "",
+    "balance": "summed over layers",
+    "router_entropy": "nats",
+    "expert_load_max": "share of a layer's choices",
+}
 
 
 def colour_of(runs: list[dict[str, Any]]) -> dict[str, str]:
@@ -60,9 +69,9 @@ def category_plot(runs: list[dict[str, Any]]) -> str:
 
 
 def loss_plots(runs: list[dict[str, Any]], metrics: dict[str, list[dict[str, float]]]) -> dict[str, str]:
-    """One picture a loss that some run logged: its value by optimizer step, a thin line a seed."""
+    """One picture a loss or statistic that some run logged: its value by optimizer step, a thin line a seed."""
     pictures = {}
-    for loss in LOSSES:
+    for loss, unit in LOSSES.items():
         figure, axes = plt.subplots(figsize=(7, 2.6))
         num_lines = 0
         for run, colour in zip(runs, colour_of(runs).values(), strict=True):
@@ -74,7 +83,7 @@ def loss_plots(runs: list[dict[str, Any]], metrics: dict[str, list[dict[str, flo
                     axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.8, label=label)
                     num_lines += 1
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(loss.replace("_", " ") + (", nats" if loss != "relation" else ", 1 − cosine"))
+        axes.set_ylabel(loss.replace("_", " ") + (f", {unit}" if unit else ""))
         if num_lines:
             axes.legend(frameon=False, fontsize=8, ncols=2)
             pictures[loss] = _svg(figure, axes)

@@ -21,6 +21,8 @@ from storage.errors import ConfigError
 from storage.files import open_folder, write_atomically
 from storage.reader import Cache
 
+DISTILLED = ("response", "visual", "relation", "preference")  # parts of a loss that come from the teacher
+
 
 def write_report(folder: Path) -> Path:
     """Writes <folder>/report.json and report.html and returns the latter's path."""
@@ -45,9 +47,15 @@ def build_report(folder: Path) -> dict[str, Any]:
     for entry in listing["runs"]:
         by_name.setdefault(entry["name"], []).append(_read_run(Path(entry["folder"]), entry))
     runs = [_summarise(name, entries) for name, entries in by_name.items()]
+    claims = {run["name"] for run in runs if "hallucination_rate" in (run["yes_no"] or {})}
     for run in runs:
         controls = listing["controls"].get(run["name"], [])
         run["paired"] = {control: paired_difference(by_name[run["name"]], by_name[control]) for control in controls}
+        run["paired_hallucination_rate"] = {
+            control: paired_difference(by_name[run["name"]], by_name[control], "hallucination_rate")
+            for control in controls
+            if {run["name"], control} <= claims
+        }
     cache = listing.get("cache")
     return {
         "name": folder.name,
@@ -65,10 +73,12 @@ def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
 
 
-def paired_difference(run: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Exact match of `run` less that of `control`, seed by seed: mean, sd, 95 % interval (None for one seed)."""
-    of_control = {entry["seed"]: entry["exact_match"] for entry in control}
-    differences = [entry["exact_match"] - of_control[entry["seed"]] for entry in run if entry["seed"] in of_control]
+def paired_difference(
+    run: list[dict[str, Any]], control: list[dict[str, Any]], measure: str = "exact_match"
+) -> dict[str, float | None]:
+    """`measure` of `run` less that of `control`, seed by seed: mean, sd, 95 % interval (None for one seed)."""
+    of_control = {entry["seed"]: entry[measure] for entry in control}
+    differences = [entry[measure] - of_control[entry["seed"]] for entry in run if entry["seed"] in of_control]
     summary: dict[str, float | None] = {**mean_and_sd(differences), "low": None, "high": None}
     if len(differences) > 1:
         half = float(stats.t.ppf(0.975, len(differences) - 1)) * stdev(differences) / len(differences) ** 0.5
@@ -114,7 +124,15 @@ def _read_run(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
     summary, evaluation = _read(folder / "summary.json"), _read(folder / "evaluation.json")
     if summary is None or evaluation is None:
         raise ConfigError(f"{folder}: summary.json or evaluation.json is missing; run `stillhouse ablate` again")
-    return {**summary, **evaluation, "seconds": summary["seconds"], "seed": entry["seed"], "stage": entry["stage"]}
+    yes_no = evaluation.get("yes_no") or {}
+    return {
+        **summary,
+        **evaluation,
+        "hallucination_rate": yes_no.get("hallucination_rate"),
+        "seconds": summary["seconds"],
+        "seed": entry["seed"],
+        "stage": entry["stage"],
+    }
 
 
 def _summarise(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -122,21 +140,46 @@ def _summarise(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": name,
         "stage": entries[0]["stage"],
-        "distilled": any(part in entries[0]["final"] for part in ("response", "visual", "relation")),
+        "distilled": any(part in entries[0]["final"] for part in DISTILLED),
         "steps": entries[0]["steps"],
         "seeds": [entry["seed"] for entry in entries],
         "num_seeds": len(entries),
         "num_parameters": entries[0]["num_parameters"],
+        "num_activated_parameters": entries[0].get("num_activated_parameters", entries[0]["num_parameters"]),
         "exact_match": mean_and_sd([entry["exact_match"] for entry in entries]),
         "exact_match_by_seed": {str(entry["seed"]): entry["exact_match"] for entry in entries},
         "by_category": {
             category: mean_and_sd([entry["by_category"][category]["exact_match"] for entry in entries])
             for category in categories
         },
+        "yes_no": _yes_no([entry.get("yes_no") for entry in entries]),
+        "routers": _routers([entry.get("routers") for entry in entries]),
         "kl_to_teacher": _optional(entries, "kl_to_teacher"),
         "top1_agreement": _optional(entries, "top1_agreement"),
         "seconds": fmean([entry["seconds"] for entry in entries]),
         "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in entries),
+    }
+
+
+def _yes_no(scores: list[dict[str, Any] | None]) -> dict[str, dict[str, float]] | None:
+    """Each score's mean and spread over seeds, None where some seed has none: without yes/no questions all."""
+    if None in scores:
+        return None
+    by_name = {name: [each[name] for each in scores if each is not None] for name in scores[0] or {}}
+    return {name: mean_and_sd(values) for name, values in by_name.items() if None not in values}
+
+
+def _routers(statistics: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Of sparse runs: shares of a layer's experts, the busiest first (seeds number them as they like), and the rest."""
+    found = [each for each in statistics if each is not None]
+    if not found or len(found) < len(statistics):
+        return None
+    falling = [[sorted(layer, reverse=True) for layer in each["load"]] for each in found]
+    return {
+        "load": [[fmean(shares) for shares in zip(*layers, strict=True)] for layers in zip(*falling, strict=True)],
+        "load_by_seed": [each["load"] for each in found],
+        **{name: mean_and_sd([each[name] for each in found]) for name in ("entropy", "balance", "z")},
+        "dropped": sum(each["dropped"] for each in found),
     }
 
 

@@ -20,6 +20,7 @@ from student_train.checkpoint import save_checkpoint
 from student_train.config import StageSection
 from student_train.documents import MetricsLog, write_json
 from student_train.engine import Engine, Process
+from student_train.huggingface import holds_nothing
 from student_train.images import FeatureStore, VisionSource
 from student_train.loader import MicroPlan, ReadAhead, num_micro_batches, plans
 from student_train.material import Material, cached_teacher, loss_families
@@ -140,12 +141,13 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
 
 
 def _sizes(model: torch.nn.Module) -> dict[str, int]:
-    """Parameters, whole ones where ZeRO-3 leaves this rank a piece."""
-    sizes = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()}
+    """Parameters that the checkpoint holds, whole ones where ZeRO-3 leaves this rank a piece."""
+    held = {name: p for name, p in model.named_parameters() if not holds_nothing(name, model.config)}
+    sizes = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in held.items()}
     return {
         "num_parameters": sum(sizes.values()),
         "num_activated_parameters": num_activated(model.config, sizes),
-        "num_trained_parameters": sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad),
+        "num_trained_parameters": sum(sizes[name] for name, p in held.items() if p.requires_grad),
     }
 
 

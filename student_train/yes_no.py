@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_ANSWERS = ("yes", "no")
-
 
 def yes_no_scores(answers: Iterable[tuple[str, str]]) -> dict[str, float | int | None] | None:
-    """Scores of those (answer, reference) whose reference is yes or no; None without any.
+    """Scores of those (answer, reference) whose reference says yes or no; None without any.
 
-    An answer is what its first word says, whatever its case and punctuation; one that says neither is wrong and no
-    yes. `hallucination_rate` is the share of yes among the questions whose reference is no (the false-positive
+    What a text says is its first word or else its last one ("seven two so no"), whatever their case and punctuation;
+    an answer that says neither is wrong and no yes. `hallucination_rate` is the share of yes among the questions whose reference is no (the false-positive
     rate), `yes_ratio` among all. A rate without a question that it is of is None.
     """
-    pairs = [(_said(answer), reference.lower()) for answer, reference in answers if reference.lower() in _ANSWERS]
+    pairs = [(_said(answer), said) for answer, reference in answers if (said := _said(reference))]
     if not pairs:
         return None
     count = {pair: pairs.count(pair) for pair in set(pairs)}
@@ -34,10 +32,9 @@ def yes_no_scores(answers: Iterable[tuple[str, str]]) -> dict[str, float | int |
     }
 
 
-def _said(answer: str) -> str | None:
-    words = answer.lower().split()
-    first = words[0].strip(".,;:!?\"'") if words else ""
-    return first if first in _ANSWERS else None
+def _said(text: str) -> str | None:
+    words = [word.strip(".,;:!?\"'") for word in text.lower().split()]
+    return next((word for word in (*words[:1], *words[-1:]) if word in ("yes", "no")), None)
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -7,6 +7,8 @@ are equally frequent.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 
 from examples.digits.mosaics import PLACES, WORDS, Originals
@@ -23,31 +25,54 @@ def lookalikes(originals: Originals) -> list[list[int]]:
     ]
 
 
-def ask_whether(kind: str, digits: np.ndarray, alike: list[list[int]], rng: np.random.Generator) -> tuple[str, str]:
-    """A question of `kind` about a mosaic's four digits, and "yes" or "no", either equally likely.
+@dataclass(frozen=True)
+class Claim:
+    """A question whether a digit is there, and what is seen where it asks one to look."""
+
+    question: str
+    asked: int
+    seen: tuple[int, ...]  # the digits of the whole mosaic in reading order, or that of one place
+
+    @property
+    def answer(self) -> str:
+        """The evidence first, then "so yes" or "so no", which follows from it."""
+        words = [WORDS[digit] for digit in self.seen]
+        return " ".join([*words, "so", "yes" if self.asked in self.seen else "no"])
+
+    def misread(self, alike: list[list[int]], rng: np.random.Generator) -> Claim:
+        """The same with the other verdict: a digit taken for the one asked for, or that one overlooked."""
+        if self.asked in self.seen:
+            seen = tuple(alike[self.asked][int(rng.integers(3))] if each == self.asked else each for each in self.seen)
+        else:
+            nearest = min(range(len(self.seen)), key=lambda place: alike[self.seen[place]].index(self.asked))
+            seen = (*self.seen[:nearest], self.asked, *self.seen[nearest + 1 :])
+        return replace(self, seen=seen)
+
+
+def ask_whether(kind: str, digits: np.ndarray, alike: list[list[int]], rng: np.random.Generator) -> Claim:
+    """A question of `kind` about a mosaic's four digits, whose answer is yes or no, either equally likely.
 
     exists_random: a no is about any digit that is not there; exists_alike: about the absent one that looks most like
     a digit that is there; place_swapped: about a digit's place, a no names one that stands elsewhere in the mosaic.
     """
     truth = bool(rng.integers(2))
     place = int(rng.integers(4))
-    present = {int(digit) for digit in digits}
-    digit = int(digits[place])
+    seen = tuple(int(digit) for digit in digits)
+    digit = seen[place]
     if kind == "place_swapped":
-        others = sorted(present - {digit}) or alike[digit][:1]  # four equal digits: one in ten thousand
-        shown = digit if truth else int(rng.choice(others))
-        return f"Is there {_a(WORDS[shown])} at the {PLACES[place]}?", "yes" if truth else "no"
+        others = sorted(set(seen) - {digit}) or alike[digit][:1]  # four equal digits: one mosaic in a thousand
+        asked = digit if truth else int(rng.choice(others))
+        return Claim(f"Is there {_a(WORDS[asked])} at the {PLACES[place]}?", asked, (digit,))
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    absent = [other for other in alike[digit] if other not in present]
+    absent = [other for other in alike[digit] if other not in seen]
     wrong = absent[0] if kind == "exists_alike" else int(rng.choice(sorted(absent)))
-    return f"Is there {_a(WORDS[digit if truth else wrong])} in the picture?", "yes" if truth else "no"
+    asked = digit if truth else wrong
+    return Claim(f"Is there {_a(WORDS[asked])} in the picture?", asked, seen)
 
 
 def misread(words: list[str], alike: list[list[int]], rng: np.random.Generator) -> list[str]:
-    """An answer with one digit taken for one of the three that look most like it; yes and no change places."""
-    if words in (["yes"], ["no"]):
-        return ["no" if words == ["yes"] else "yes"]
+    """An answer with one digit taken for one of the three that look most like it."""
     index = int(rng.choice([place for place, word in enumerate(words) if word in WORDS]))
     wrong = alike[WORDS.index(words[index])][int(rng.integers(3))]
     return [*words[:index], WORDS[wrong], *words[index + 1 :]]

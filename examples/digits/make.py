@@ -71,7 +71,7 @@ def make_pairs(
 
     Every mosaic gets `per_mosaic` different categories, and `yes_no` different kinds of questions whether a digit
     is there. With probability `noise` a pair's noisy answer has one number word replaced, drawn uniformly from the
-    other nine digits (eighteen sums), or says yes for no.
+    other nine digits (eighteen sums), or a verdict is the other one.
     """
     rng, claims = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     alike = lookalikes(originals)
@@ -85,9 +85,10 @@ def make_pairs(
             sample_id = f"{name}-{index:05d}-{category}"
             yield Pair(sample_id, path, str(category), question, " ".join(words), " ".join(noisy))
         for kind in claims.permutation(KINDS)[:yes_no]:
-            question, answer = ask_whether(str(kind), digits, alike, claims)
-            noisy = " ".join(misread([answer], alike, claims)) if claims.random() < noise else answer
-            yield Pair(f"{name}-{index:05d}-{kind}", path, str(kind), question, answer, noisy)
+            claim = ask_whether(str(kind), digits, alike, claims)
+            noisy = claim.misread(alike, claims) if claims.random() < noise else claim
+            sample_id = f"{name}-{index:05d}-{kind}"
+            yield Pair(sample_id, path, str(kind), claim.question, claim.answer, noisy.answer)
 
 
 def write_data(
@@ -123,10 +124,12 @@ def write_data(
 def preference_lines(folder: Path, originals: Originals, *, num: int, seed: int) -> Iterator[str]:
     """Preference pairs as lines of JSONL, each about a mosaic of its own: the right answer and a misreading of it.
 
-    Every second one is a yes/no question, where the misreading is the other word; no question is for a sum.
+    Every second one is a yes/no question, whose misreading has the other verdict; no question is for a sum.
     """
     alike, rng = lookalikes(originals), np.random.default_rng([seed, 2])
-    asked = make_pairs(folder, "pairs", originals, num_mosaics=num, per_mosaic=4, seed=seed, yes_no=len(KINDS))
+    asked = make_pairs(
+        folder, "pairs", originals, num_mosaics=num, per_mosaic=4, seed=seed, noise=1.0, yes_no=len(KINDS)
+    )
     for _, group in groupby(asked, key=lambda pair: pair.image):
         questions = [pair for pair in group if pair.category != "sum"]
         claims = rng.random() < 0.5
@@ -137,7 +140,7 @@ def preference_lines(folder: Path, originals: Originals, *, num: int, seed: int)
             "category": pair.category,
             "conversations": [{"from": "human", "value": f"<image>\n{pair.question}"}],
             "chosen": pair.answer,
-            "rejected": " ".join(misread(pair.answer.split(), alike, rng)),
+            "rejected": pair.noisy if claims else " ".join(misread(pair.answer.split(), alike, rng)),
         }
         yield json.dumps(record) + "\n"
 
@@ -168,7 +171,8 @@ def write_models(
     if yes_no:
         alike = lookalikes(train)
         shown = [digits for _, digits in islice(draw_mosaics(train, rng), 200)]
-        texts += [" ".join(ask_whether(kind, digits, alike, rng)) for digits in shown for kind in KINDS]
+        asked = [ask_whether(kind, digits, alike, rng) for digits in shown for kind in KINDS]
+        texts += [f"{claim.question} {claim.answer}" for claim in asked]
     processor = make_processor([*texts, *WORDS, "user\n", "assistant\n"])
     with tempfile.TemporaryDirectory() as source:
         processor.save_pretrained(source)

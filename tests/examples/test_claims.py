@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from examples.digits.claims import KINDS, ask_whether, lookalikes, misread
+from examples.digits.claims import KINDS, Claim, ask_whether, lookalikes, misread
 from examples.digits.make import make_pairs, write_data
 from examples.digits.mosaics import PLACES, WORDS, load_originals
 
@@ -20,42 +20,45 @@ def is_there(question: str, digits: np.ndarray) -> bool:
     return word in present
 
 
+def verdict(claim: Claim) -> str:
+    return claim.answer.split()[-1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_true_and_half_of_them_yes(kind):
     rng = np.random.default_rng(0)
     answers = []
     for _ in range(2000):
         digits = rng.integers(0, 10, size=4)
-        question, answer = ask_whether(kind, digits, ALIKE, rng)
-        assert answer == ("yes" if is_there(question, digits) else "no"), (question, digits)
-        answers.append(answer)
+        claim = ask_whether(kind, digits, ALIKE, rng)
+        assert verdict(claim) == ("yes" if is_there(claim.question, digits) else "no"), (claim, digits)
+        answers.append(verdict(claim))
     assert abs(answers.count("yes") / 2000 - 0.5) < 4 * (0.25 / 2000) ** 0.5
 
 
 def test_questions_by_hand():
     digits, rng = np.array([7, 2, 0, 9]), np.random.default_rng(0)
-    asked = {ask_whether(kind, digits, ALIKE, rng) for kind in KINDS for _ in range(300)}
-    assert ("Is there an eight in the picture?", "no") in asked
-    assert ("Is there a seven at the top left?", "yes") in asked
-    swapped = [question for question, answer in asked if " at the " in question and answer == "no"]
+    claims = {ask_whether(kind, digits, ALIKE, rng) for kind in KINDS for _ in range(300)}
+    asked = {(claim.question, claim.answer) for claim in claims}
+    assert ("Is there an eight in the picture?", "seven two zero nine so no") in asked
+    assert ("Is there a seven at the top left?", "seven so yes") in asked
+    assert ("Is there a two at the bottom right?", "nine so no") in asked
+    swapped = [question for question, answer in asked if " at the " in question and answer.endswith("no")]
     assert len(swapped) == 4 * 3  # each place, each of the digits that stand elsewhere
 
 
 def test_an_alike_digit_is_absent_and_the_nearest_that_is():
     digits, rng = np.array([7, 7, 7, 7]), np.random.default_rng(1)
-    asked = {ask_whether("exists_alike", digits, ALIKE, rng) for _ in range(50)}
-    assert asked == {
-        ("Is there a seven in the picture?", "yes"),
-        (f"Is there {'an' if ALIKE[7][0] == 8 else 'a'} {WORDS[ALIKE[7][0]]} in the picture?", "no"),
-    }
+    claims = {ask_whether("exists_alike", digits, ALIKE, rng) for _ in range(50)}
+    assert {(claim.asked, verdict(claim)) for claim in claims} == {(7, "yes"), (ALIKE[7][0], "no")}
     assert all(len(others) == 9 and digit not in others for digit, others in enumerate(ALIKE))
 
 
 def test_four_equal_digits_can_be_asked_about():
     for kind in KINDS:
         for seed in range(20):
-            question, answer = ask_whether(kind, np.full(4, 3), ALIKE, np.random.default_rng(seed))
-            assert answer == ("yes" if is_there(question, np.full(4, 3)) else "no")
+            claim = ask_whether(kind, np.full(4, 3), ALIKE, np.random.default_rng(seed))
+            assert verdict(claim) == ("yes" if is_there(claim.question, np.full(4, 3)) else "no")
 
 
 def test_a_misreading_is_one_digit_off_and_looks_like_it():
@@ -65,8 +68,18 @@ def test_a_misreading_is_one_digit_off_and_looks_like_it():
         wrong = misread(words, ALIKE, rng)
         ((old, new),) = [(a, b) for a, b in zip(words, wrong, strict=True) if a != b]
         assert WORDS.index(new) in ALIKE[WORDS.index(old)][:3]
-    assert misread(["yes"], ALIKE, rng) == ["no"]
-    assert misread(["no"], ALIKE, rng) == ["yes"]
+
+
+def test_a_misread_claim_has_the_other_verdict_and_its_evidence():
+    rng = np.random.default_rng(3)
+    claimed = Claim("?", 7, (1, 2, 0, 9)).misread(ALIKE, rng)  # the one of them that is most like a seven becomes one
+    rank = [ALIKE[digit].index(7) for digit in (1, 2, 0, 9)]
+    assert claimed.seen == tuple(7 if place == rank.index(min(rank)) else d for place, d in enumerate((1, 2, 0, 9)))
+    assert claimed.answer.endswith("so yes")
+    overlooked = Claim("?", 7, (7, 2, 7, 9)).misread(ALIKE, rng)
+    assert overlooked.answer.endswith("so no")
+    assert (overlooked.seen[1], overlooked.seen[3]) == (2, 9)
+    assert {overlooked.seen[0], overlooked.seen[2]} <= set(ALIKE[7][:3])
 
 
 def test_added_questions_leave_all_else_as_it_is(tmp_path):
@@ -95,9 +108,11 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
         pair.image: [WORDS.index(word) for word in pair.answer.split()] for pair in asked if pair.category == "read"
     }
     for row in rows:
-        question, digits = row["conversations"][0]["value"].removeprefix("<image>\n"), np.array(read[row["image"]])
+        question = row["conversations"][0]["value"].removeprefix("<image>\n")
+        digits = np.array([WORDS.index(word) for word in read[row["image"]]])
         if row["category"] in KINDS:
-            assert row["chosen"] == ("yes" if is_there(question, digits) else "no")
+            assert row["chosen"].split()[-1] == ("yes" if is_there(question, digits) else "no")
+            assert {row["chosen"].split()[-1], row["rejected"].split()[-1]} == {"yes", "no"}
         else:
             assert {WORDS.index(word) for word in row["chosen"].split() if word in WORDS} <= set(digits.tolist())
     for row in rows:

@@ -1,9 +1,12 @@
 """The report's arithmetic by hand, its sentence both ways, and its page against hostile text."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from pipeline.page import format_bytes, render_page
-from pipeline.report import mean_and_sd, paired_difference, verdict
+from pipeline.report import build_report, mean_and_sd, paired_difference, verdict
 
 
 def entries(*values: float) -> list[dict]:
@@ -19,6 +22,7 @@ def run(name: str, *, distilled: bool, paired: dict) -> dict:
         "seeds": [0, 1],
         "num_seeds": 2,
         "num_parameters": 10,
+        "num_activated_parameters": 10,
         "exact_match": {"mean": 0.5, "sd": 0.1},
         "exact_match_by_seed": {"0": 0.4, "1": 0.6},
         "by_category": {"place": {"mean": 0.5, "sd": 0.1}},
@@ -81,3 +85,47 @@ def test_page_escapes_text_from_data():
 
 def test_sizes_are_decimal():
     assert [format_bytes(size) for size in (999, 1000, 1.5e6, 2e12)] == ["999 B", "1.0 kB", "1.5 MB", "2.0 TB"]
+
+
+def write_run(folder: Path, *, seed: int, claims: float, load: list[list[float]] | None) -> dict:
+    """A finished run's two files, and its entry in ablations.json."""
+    folder.mkdir(parents=True)
+    summary = {
+        "steps": 3, "num_parameters": 10, "num_activated_parameters": 7 if load else 10, "seconds": 1.0,
+        "peak_memory_bytes": 1, "final": {"preference": 0.5} if load else {"cross_entropy": 1.0},
+    }  # fmt: skip
+    evaluation = {
+        "exact_match": 0.5, "by_category": {"<b>": {"num": 1, "exact_match": 0.5}}, "kl_to_teacher": None,
+        "top1_agreement": None, "seconds": 9.0,
+        "yes_no": {"num": 9, "accuracy": 0.6, "hallucination_rate": claims, "yes_ratio": 0.5, "recall": 0.7},
+        "routers": None if load is None
+        else {"num_tokens": 5, "load": load, "entropy": 1.2, "balance": 1.1, "z": 2.0, "dropped": 0},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return {"name": folder.parent.name, "stage": "s", "seed": seed, "folder": str(folder)}
+
+
+def test_claims_and_routers_of_a_grid_are_reported(tmp_path: Path):
+    loads = [[0.1, 0.6, 0.3]], [[0.4, 0.4, 0.2]]
+    entries = [
+        write_run(tmp_path / "sparse" / f"seed{seed}", seed=seed, claims=0.1, load=loads[seed]) for seed in (0, 1)
+    ]
+    entries += [
+        write_run(tmp_path / "dense" / f"seed{seed}", seed=seed, claims=0.3 + 0.1 * seed, load=None) for seed in (0, 1)
+    ]
+    listing = {"runs": entries, "controls": {"sparse": ["dense"]}}
+    (tmp_path / "ablations.json").write_text(json.dumps(listing))
+    report = build_report(tmp_path)
+    sparse, dense = report["runs"]
+    assert sparse["distilled"]
+    assert (sparse["num_parameters"], sparse["num_activated_parameters"]) == (10, 7)
+    assert sparse["routers"]["load"] == [pytest.approx([0.5, 0.35, 0.15])]  # the busiest, whichever number it has
+    assert sparse["routers"]["load_by_seed"] == list(loads)
+    assert dense["routers"] is None
+    found = sparse["paired_hallucination_rate"]["dense"]
+    assert found["mean"] == pytest.approx(0.1 - 0.35)
+    page = render_page(report, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)})
+    assert "50.0 · 35.0 · 15.0" in page
+    assert "Routers of the sparse students" in page
+    assert "<b>" not in page

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from storage.errors import ConfigError
+from storage.reader import Cache
 from student_train.batch import collate
-from student_train.config import LossesSection, PreferenceLossSection, StageSection
+from student_train.config import EvaluationSection, LossesSection, PreferenceLossSection, StageSection
+from student_train.evaluation import evaluate_model
 from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import plans
 from student_train.material import Material, cached_teacher, prepare
@@ -185,6 +187,21 @@ def test_from_dense_to_sparse_to_preference(make_runner: Callable[..., Runner], 
     assert moved <= trained
     assert all(".experts." in name for name in trained - moved)  # an expert that saw no token stays as it was
     assert any(".mlp.gate.weight" in name for name in moved)
+    summaries = [json.loads((runner.output(stage) / "summary.json").read_bytes()) for stage in ("d2d", "d2s")]
+    mlp = sum(w.numel() for name, w in dense_weights.items() if "language_model.model.layers.0.mlp." in name)
+    router = sparse["language_model.model.layers.0.mlp.gate.weight"].numel()
+    total = summaries[0]["num_parameters"]
+    assert summaries[0]["num_activated_parameters"] == total
+    assert summaries[1]["num_parameters"] == total + 3 * mlp + router
+    assert summaries[1]["num_activated_parameters"] == total + mlp + router  # two of four experts
+    judged = evaluate_model(runner.output("d2s"), str(pairs), EvaluationSection(max_new_tokens=2, batch=5))
+    cached = Cache.open(pairs)
+    records = [cached.read(index).tokens for index, split in enumerate(cached.splits) if split == "test"]
+    assert judged["routers"]["num_tokens"] == sum(len(each.token_ids) + 15 for each in records)  # an image takes 16
+    ((*load,),) = judged["routers"]["load"]
+    assert len(load) == 4
+    assert sum(load) == pytest.approx(1)
+    assert max(load) <= 0.5
     lines = [json.loads(line) for line in (runner.output("preference") / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["preference"] < lines[0]["preference"]
     # One forward pass of six pairs, or two ranks of three: the reference set is the same.

@@ -8,7 +8,9 @@ from student_train.yes_no import yes_no_scores
 def test_scores_by_hand():
     # Four questions whose answer is yes, three of them found; five whose answer is no, two of them claimed.
     answers = [("yes", "yes")] * 3 + [("no", "yes")] + [("yes", "no")] * 2 + [("no", "no")] * 2 + [("seven", "no")]
-    scores = yes_no_scores([*answers, ("seven", "seven"), ("yes", "two yes")])  # the last two are no such questions
+    scores = yes_no_scores(
+        [*answers, ("seven", "seven"), ("yes", "yes-men no one")]
+    )  # the last two are no such questions
     assert scores == {
         "num": 9,
         "accuracy": pytest.approx(5 / 9),
@@ -20,16 +22,16 @@ def test_scores_by_hand():
     }
 
 
-@pytest.mark.parametrize("answer", ["Yes", "yes, there is", "Yes.", '"yes" it is', "YES!"])
-def test_the_first_word_decides(answer):
-    scores = yes_no_scores([(answer, "No")])
+@pytest.mark.parametrize("answer", ["Yes", "yes, there is", "Yes.", '"yes" it is', "YES!", "yes or no", "two so yes."])
+def test_the_first_word_decides_or_else_the_last(answer):
+    scores = yes_no_scores([(answer, "No, one is not")])
     assert scores is not None
     assert scores["hallucination_rate"] == 1
 
 
-@pytest.mark.parametrize("answer", ["", "yesterday", "there is a yes", "not sure"])
+@pytest.mark.parametrize("answer", ["", "yesterday", "a yes it is", "not sure"])
 def test_what_says_neither_is_wrong_and_no_yes(answer):
-    scores = yes_no_scores([(answer, "no")])
+    scores = yes_no_scores([(answer, "seven two so no")])
     assert scores is not None
     assert (scores["accuracy"], scores["hallucination_rate"], scores["num_neither"]) == (0, 0, 1)
 
