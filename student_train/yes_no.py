@@ -12,8 +12,9 @@ def yes_no_scores(answers: Iterable[tuple[str, str]]) -> dict[str, float | int |
     """Scores of those (answer, reference) whose reference says yes or no; None without any.
 
     What a text says is its first word or else its last one ("seven two so no"), whatever their case and punctuation;
-    an answer that says neither is wrong and no yes. `hallucination_rate` is the share of yes among the questions whose reference is no (the false-positive
-    rate), `yes_ratio` among all. A rate without a question that it is of is None.
+    an answer that says neither is wrong and no yes. `hallucination_rate` is the share of yes among the questions
+    whose reference is no (the false-positive rate), `yes_ratio` among all. A rate without a question that it is of
+    is None.
     """
     pairs = [(_said(answer), said) for answer, reference in answers if (said := _said(reference))]
     if not pairs:

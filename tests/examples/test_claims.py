@@ -109,7 +109,7 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
     }
     for row in rows:
         question = row["conversations"][0]["value"].removeprefix("<image>\n")
-        digits = np.array([WORDS.index(word) for word in read[row["image"]]])
+        digits = np.array(read[row["image"]])
         if row["category"] in KINDS:
             assert row["chosen"].split()[-1] == ("yes" if is_there(question, digits) else "no")
             assert {row["chosen"].split()[-1], row["rejected"].split()[-1]} == {"yes", "no"}
