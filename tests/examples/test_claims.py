@@ -103,7 +103,7 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
     assert len({row["image"] for row in rows}) == len(rows) == 60
     assert 15 < sum(row["category"] in KINDS for row in rows) < 45
     originals = load_originals(held_out=False)
-    asked = make_pairs(tmp_path / "again", "pairs", originals, num_mosaics=60, per_mosaic=4, seed=4, yes_no=3)
+    asked = make_pairs(tmp_path / "again", "pairs", originals, num_mosaics=60, per_mosaic=4, seed=4, noise=1, yes_no=3)
     read = {
         pair.image: [WORDS.index(word) for word in pair.answer.split()] for pair in asked if pair.category == "read"
     }
