@@ -35,9 +35,12 @@ class Claim:
 
     @property
     def answer(self) -> str:
-        """The evidence first, then "so yes" or "so no", which follows from it."""
+        """The evidence first, then "so yes" or "so no", which follows from it.
+
+        No digit comes first: behind a space it is the same token as in the question.
+        """
         words = [WORDS[digit] for digit in self.seen]
-        return " ".join([*words, "so", "yes" if self.asked in self.seen else "no"])
+        return " ".join(["I", "see", *words, "so", "yes" if self.asked in self.seen else "no"])
 
     def misread(self, alike: list[list[int]], rng: np.random.Generator) -> Claim:
         """The same with the other verdict: a digit taken for the one asked for, or that one overlooked."""

@@ -40,9 +40,9 @@ def test_questions_by_hand():
     digits, rng = np.array([7, 2, 0, 9]), np.random.default_rng(0)
     claims = {ask_whether(kind, digits, ALIKE, rng) for kind in KINDS for _ in range(300)}
     asked = {(claim.question, claim.answer) for claim in claims}
-    assert ("Is there an eight in the picture?", "seven two zero nine so no") in asked
-    assert ("Is there a seven at the top left?", "seven so yes") in asked
-    assert ("Is there a two at the bottom right?", "nine so no") in asked
+    assert ("Is there an eight in the picture?", "I see seven two zero nine so no") in asked
+    assert ("Is there a seven at the top left?", "I see seven so yes") in asked
+    assert ("Is there a two at the bottom right?", "I see nine so no") in asked
     swapped = [question for question, answer in asked if " at the " in question and answer.endswith("no")]
     assert len(swapped) == 4 * 3  # each place, each of the digits that stand elsewhere
 
