@@ -104,6 +104,8 @@ class LossesSection(Section):
 
     `literal` is LLaVA-KD's published code: one cosine over the relation matrices of a whole micro-batch, and
     every weight 1. (That SigLIP's first token is dropped there is a setting of the checkpoint.)
+    `unshifted_mask` is LLaVA-MoD's published code, for reproduction only: its mask of answers is not shifted with
+    the rows, so the row that predicts an answer's first token is not distilled; an answer of one token, never.
     """
 
     cross_entropy: Annotated[float, Field(ge=0)] = 1.0  # L_reg, with the data set's labels
@@ -111,6 +113,7 @@ class LossesSection(Section):
     visual: DistributionLossSection | None = None  # L_vis
     relation: RelationLossSection | None = None  # L_rel
     literal: bool = False
+    unshifted_mask: bool = False
     balance: BalanceLossSection | None = None  # L_balance, of a sparse student
     preference: PreferenceLossSection | None = None  # on pairs alone: other losses on answers are then left out
 
@@ -129,6 +132,8 @@ class LossesSection(Section):
         weights |= {"cross_entropy": self.cross_entropy} if self.cross_entropy else {}
         if self.literal and any(weight != 1 for weight in weights.values()):
             raise ValueError(f"literal is the published code, whose weights are all 1, but they are {weights}")
+        if self.unshifted_mask and self.response is None:
+            raise ValueError("unshifted_mask is of the response loss, which is absent; give response, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -53,6 +53,15 @@ class TeacherRows:
             **of_rows,
         )
 
+    def at(self, rows: Int[Tensor, " s"]) -> TeacherRows:
+        """Some rows, in the order of their indices."""
+        counts = self.offsets.diff()[rows]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        starts = (self.offsets[:-1][rows] - offsets[:-1]).repeat_interleave(counts)
+        entries = starts + torch.arange(len(starts), device=starts.device)
+        of_rows = {name: getattr(self, name)[rows] for name in ("num_exact", "tail_mass", "entropy", "log_sum_exp")}
+        return TeacherRows(offsets=offsets, ids=self.ids[entries], logprobs=self.logprobs[entries], **of_rows)
+
     def row_of_entry(self) -> Int[Tensor, " e"]:
         """The row that each entry belongs to."""
         rows = torch.arange(self.num_rows, device=self.ids.device)

@@ -141,16 +141,8 @@ class Objective(nn.Module):
         """The losses of single rows: cross-entropy, response, visual, with their weights; and each without."""
         losses, tasks, parts = self._losses, [], {}
         if losses.cross_entropy > 0 or losses.response is not None:
-            share = 1 / max(1, totals.response)
-            tasks.append(
-                HeadTask(
-                    hidden.index_select(0, batch.response_positions),
-                    batch.labels if losses.cross_entropy > 0 else None,
-                    self._target("response", batch.response, batch.hidden),
-                    label_weight=losses.cross_entropy * share,
-                    weight=_weight(losses, "response") * share,
-                )
-            )
+            tasks += self._response_tasks(hidden, batch, 1 / max(1, totals.response))
+        num_response_tasks = len(tasks)
         if losses.visual is not None:
             share = 1 / max(1, totals.visual)
             rows = self._visual_rows(hidden, batch)
@@ -167,10 +159,33 @@ class Objective(nn.Module):
         if losses.cross_entropy > 0:
             parts["cross_entropy"] = sums[0].cross_entropy / max(1, totals.response)
         if losses.response is not None:
-            parts["response"] = sums[0].divergence / max(1, totals.response)
+            divergence = sum(each.divergence for each in sums[:num_response_tasks])
+            parts["response"] = divergence / max(1, totals.response)
         if losses.visual is not None:
             parts["visual"] = sums[-1].divergence / max(1, totals.visual)
         return loss, parts
+
+    def _response_tasks(self, hidden: Tensor, batch: Batch, share: float) -> list[HeadTask]:
+        """Labels and teacher of the response rows; with `unshifted_mask` each for itself, of rows that differ."""
+        rows = hidden.index_select(0, batch.response_positions)
+        labels = batch.labels if self._losses.cross_entropy > 0 else None
+        label_weight, weight = self._losses.cross_entropy * share, _weight(self._losses, "response") * share
+        if not self._losses.unshifted_mask:
+            target = self._target("response", batch.response, batch.hidden)
+            return [HeadTask(rows, labels, target, label_weight=label_weight, weight=weight)]
+        # The published mask also distils the row after each answer's last token, which no cache has; the sum is over
+        # as many tokens as there.
+        after_another = torch.ones_like(batch.response_positions, dtype=torch.bool)  # False: an answer's first row
+        after_another[:1] = False
+        after_another[1:] = batch.response_positions.diff() == 1
+        kept = after_another.nonzero()[:, 0]
+        target = self._target(
+            "response",
+            None if batch.response is None else batch.response.at(kept),
+            None if batch.hidden is None else batch.hidden[kept],
+        )
+        of_labels = [] if labels is None else [HeadTask(rows, labels, label_weight=label_weight)]
+        return [*of_labels, HeadTask(rows[kept], None, target, weight=weight)]
 
     def _relation_part(self, hidden: Tensor, batch: Batch, total: int) -> dict[str, Tensor]:
         if self._losses.relation is None:
@@ -242,11 +257,12 @@ def part_names(losses: LossesSection) -> tuple[str, ...]:
     """The parts that these losses compute, in the order of `Objective.forward`."""
     names: list[str] = []
     for name in LossesSection.model_fields:
-        if name != "literal" and getattr(losses, name):
+        if name not in _SWITCHES and getattr(losses, name):
             names += _PARTS.get(name, (name,))
     return tuple(names)
 
 
+_SWITCHES = ("literal", "unshifted_mask")  # that change parts and are none
 _PARTS = {  # of the sections that give more than one
     "balance": ("balance", "router_z", "router_entropy", "expert_load_max", "expert_load_min"),
     "preference": ("preference", "preference_won", "preference_margin"),

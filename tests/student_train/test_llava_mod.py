@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from student_train.batch import collate
 from student_train.config import EvaluationSection, LossesSection, PreferenceLossSection, StageSection
 from student_train.evaluation import evaluate_model
 from student_train.images import FeatureStore, VisionSource, open_images
-from student_train.loader import plans
+from student_train.loader import RowCounts, plans
 from student_train.material import Material, cached_teacher, prepare
 from student_train.models import freeze, load_student
 from student_train.objective import Objective, part_names
@@ -138,6 +139,48 @@ def test_balance_leaves_padding_out_and_is_the_mean_over_samples(dense: Path, pa
             _, routers = objective.student.hidden_and_routers(batch.input_ids, batch.visual_positions, batch.vision)
         values.append(router_losses(routers, torch.ones(len(routers[0]), dtype=torch.bool), top_k=2).balance.item())
     assert totals["balance"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_the_published_mask_misses_the_first_token_of_every_answer(dense: Path, pairs: Path) -> None:
+    losses = {"cross_entropy": 0.5, "response": {"weight": 2.0}}
+    literal = {**losses, "unshifted_mask": True}
+    stage = StageSection(init=str(dense), steps=1, losses=LossesSection.model_validate(losses))
+    material = prepare(stage, str(pairs))
+    objective, vision = objective_of(material, losses)
+    unshifted, _ = objective_of(material, literal)
+    records = [material.cache.read(int(index)) for index in material.table.indices[:5]]
+    batch = collate(records, material.checkpoint.grid, vision.gather, families=("response",))
+    counts = batch.response_counts
+    first = counts.cumsum(0) - counts  # rows, one an answer
+    assert batch.response is not None
+    alone = replace(
+        batch,
+        response_positions=batch.response_positions[first],
+        labels=batch.labels[first],
+        response=batch.response.at(first),
+        response_counts=torch.ones_like(counts),
+    )
+    totals = RowCounts(response=int(counts.sum()), visual=0, relation=0, samples=5)
+    whole, published, missed = (
+        each(of, totals, totals) for each, of in ((objective, batch), (unshifted, batch), (objective, alone))
+    )
+    assert missed["response"] > 0
+    assert published["response"].item() == pytest.approx((whole["response"] - missed["response"]).item(), rel=1e-4)
+    assert published["cross_entropy"] == whole["cross_entropy"]  # labels are shifted as they must be
+    assert published["loss"].item() == pytest.approx(
+        0.5 * published["cross_entropy"].item() + 2 * published["response"].item(), rel=1e-5
+    )
+    # Answers of one token: nothing of the teacher arrives.
+    objective_of_one, _ = objective_of(material, {**literal, "cross_entropy": 0})
+    nothing = objective_of_one(alone, totals, totals)
+    nothing["loss"].backward()
+    assert nothing["response"] == 0
+    assert not any(p.grad.any() for p in objective_of_one.parameters() if p.grad is not None)
+
+
+def test_an_unshifted_mask_without_a_response_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="unshifted_mask"):
+        LossesSection.model_validate({"unshifted_mask": True})
 
 
 def test_pairs_that_are_not_there_are_refused(dense: Path, cache: Path) -> None:

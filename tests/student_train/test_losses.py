@@ -315,3 +315,14 @@ def test_teacher_rows_slice_as_the_cache_does() -> None:
         torch.testing.assert_close(getattr(part, name), value, rtol=0, atol=0)
     assert rows.row_of_entry().tolist() == stored.row_of_entry().tolist()
     assert rows.is_exact().tolist() == stored.is_exact().tolist()
+
+
+def test_teacher_rows_are_taken_one_by_one_as_slices_are() -> None:
+    rows = teacher_rows([sparse_rows(np.random.default_rng(3).normal(size=(6, 30)), tau=0.05, temperatures=(2.0,))])
+    for chosen in ([4, 0, 0, 5], [2], []):
+        taken = rows.at(torch.tensor(chosen, dtype=torch.int64))
+        assert taken.num_rows == len(chosen)
+        for place, row in enumerate(chosen):
+            found, expected = taken.slice(place, place + 1), rows.slice(row, row + 1)
+            for name, value in vars(expected).items():
+                assert torch.equal(getattr(found, name), value), name
