@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,14 @@ def save_checkpoint(
     processor_source: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
+    beside: Callable[[Path], object] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> Path:
     """Make `folder` a checkpoint of a LLaVA model with the tokenizer and processor of `processor_source`.
 
     Either the old folder or the new one is there, never a mixture; other files in it stay. `state_dict`: the
-    model's whole weights, where its parameters are sharded. StillhouseError: no tokenizer in the source.
+    model's whole weights, where its parameters are sharded. `beside` writes more into the new folder.
+    StillhouseError: no tokenizer in the source.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +64,8 @@ def save_checkpoint(
         weights = model.state_dict() if state_dict is None else state_dict
         _write_weights(model, weights, new, max_shard_bytes)
         copy_processor(processor_source, new)
+        if beside is not None:
+            beside(new)
         _replace_folder(folder, new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -140,9 +144,10 @@ def _replace_folder(folder: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    source = Path(source)
     if source.is_dir():
-        shutil.copytree(source, target)
+        shutil.copytree(source, target, copy_function=_link_or_copy)
         return
     try:
         os.link(source, target)  # the same file: a log that is open goes on in it

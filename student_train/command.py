@@ -57,7 +57,10 @@ def train(sections: Sections, name: str, *, evaluate: bool, started: float) -> N
     process = this_process()
     if stage.compose is not None:
         ensure_composed(stage.compose, stage.init, seed=stage.seed, is_first=process.is_first)
-    output = trainer.train(stage, name, prepare(stage, cache_path), process, started=started)
+    material = prepare(stage, cache_path)
+    aside = trainer.held_out_stage(stage)
+    held_out = None if aside is None else prepare(aside, cache_path)
+    output = trainer.train(stage, name, material, process, started=started, held_out=held_out)
     if evaluate and process.is_first:
         from student_train.evaluation import evaluate_model
 

@@ -11,6 +11,8 @@ from storage.shuffle import WINDOW_ROWS
 from student_train.sample_filter import Condition, check_condition
 
 Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too
+Precision = Literal["fp32", "bf16", "fp16"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation", "cross_entropy"]
 Treatment = Literal["unbiased", "bucket", "profile", "truncate", "renormalise", "exact"]
 # What one stored row can be asked for. The others would need what it lacks: an estimate that is unbiased in a
@@ -190,6 +192,33 @@ class SourceSection(Section):
     images: str | None = None
 
 
+class CheckpointsSection(Section):
+    """Checkpoints while a stage runs, in <output>/checkpoints, like the one at its end; the best by a held-out loss."""
+
+    every: Annotated[int, Field(ge=1)]  # steps; the last step's is the stage's own
+    keep_last: Annotated[int, Field(ge=0)] = 1  # as step-00000500
+    splits: tuple[str, ...] = ()  # held out of training: their losses are logged as held_out_*, and `best` is kept
+    samples: Annotated[int, Field(ge=1)] = 256  # of these splits, always the same ones
+    metric: str = "loss"  # or one of its parts; the smallest is best
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> CheckpointsSection:
+        if not self.keep_last and not self.splits:
+            raise ValueError("checkpoints keeps none: give keep_last, or splits by whose loss the best one is known")
+        return self
+
+
+class LoraSection(Section):
+    """Adapters of low rank in the decoder, which is frozen itself; the checkpoint holds them merged into it."""
+
+    rank: Annotated[int, Field(ge=1)] = 128  # this and the next two: LLaVA-1.5's
+    alpha: Annotated[float, Field(gt=0)] = 256.0  # an adapter counts alpha / rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+
+
 class StageSection(Section):
     """One training stage: start, data, trained modules, losses, schedule."""
 
@@ -203,23 +232,30 @@ class StageSection(Section):
     images: str | None = None  # folder of images; default: the one that the cache names
     train: Annotated[tuple[Module, ...], Field(min_length=1)] = ("projector", "llm")  # everything else is frozen
     moe: MoeSection | None = None  # makes the dense student of `init` sparse
+    lora: LoraSection | None = None  # trains adapters where `train` says llm
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # checkpoints hold averaged weights; what stays, a step
     losses: LossesSection = LossesSection()
     steps: Annotated[int, Field(ge=1)] | None = None  # optimizer steps; or
     epochs: Annotated[float, Field(gt=0)] | None = None  # passes over the splits
     global_batch: Annotated[int, Field(ge=1)] = 128  # samples an optimizer step, over all ranks
     micro_batch: Annotated[int, Field(ge=1)] = 16  # samples a forward pass, per rank
     lr: Annotated[float, Field(gt=0)] = 2e-5  # peak
+    module_lr: dict[Module, Annotated[float, Field(gt=0)]] = {}  # peaks of trained modules that have their own
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.03  # of the steps, then cosine to 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0  # of the global gradient
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"  # fp16: with a loss scale that falls at an overflow, whose step is left out
     zero_stage: Literal[0, 1, 2, 3] = 2  # DeepSpeed ZeRO
+    offload: tuple[Literal["optimizer", "parameters"], ...] = ()  # to the CPU's memory; parameters: ZeRO-3 alone
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0)] = 0  # of the sample order
     chunk_logits: Annotated[int, Field(ge=1)] = 2**27  # of the head in memory at once, 4 bytes each
     memory_mb: Annotated[int, Field(ge=0)] = 512  # MiB a rank: half decoded rows, half image features (or pixels)
     shuffle_rows: Annotated[int, Field(ge=1)] = WINDOW_ROWS  # rows mixed at a time, some 270 bytes each
     log_every: Annotated[int, Field(ge=1)] = 10  # steps
+    track: tuple[Tracker, ...] = ("tensorboard",)  # besides metrics.jsonl
+    explosion_factor: Annotated[float, Field(gt=1)] | None = 10.0  # of the last steps' median loss: stops
+    checkpoints: CheckpointsSection | None = None
     save_every: Annotated[int, Field(ge=1)] | None = None  # steps; the state to resume from. SIGTERM saves in any case
     keep_states: Annotated[int, Field(ge=1)] = 1  # the newest ones, while the stage runs
     num_processes: Annotated[int, Field(ge=1)] = 1  # ranks that `stillhouse train` asks torchrun for
@@ -244,6 +280,48 @@ class StageSection(Section):
             each.model_copy(update={name: value for name, value in own.items() if getattr(each, name) is None})
             for each in given
         )
+
+    @model_validator(mode="after")
+    def _own_rates_of_what_trains(self) -> StageSection:
+        trained = {*self.train, "mlp"} if "llm" in self.train else set(self.train)
+        if idle := sorted(set(self.module_lr) - trained):
+            raise ValueError(f"module_lr has {', '.join(idle)}, but only {', '.join(self.train)} train")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_of_a_dense_decoder(self) -> StageSection:
+        if self.lora and ("llm" not in self.train or self.moe):
+            raise ValueError(
+                f"lora puts adapters into a dense decoder and needs llm in train, but train is {', '.join(self.train)}"
+                f"{' and moe makes the decoder sparse' if self.moe else ''}"
+            )
+        if self.ema is not None and self.zero_stage == 3:
+            raise ValueError("ema averages whole weights, of which a rank has a piece under zero_stage 3; take 2")
+        return self
+
+    @model_validator(mode="after")
+    def _held_out(self) -> StageSection:
+        if self.checkpoints is None:
+            return self
+        trained = {split for source in self.sources("") for split in source.splits or ()}
+        if both := sorted(trained & set(self.checkpoints.splits)):
+            raise ValueError(f"checkpoints.splits are held out, but {', '.join(both)} is trained on")
+        parts = [name for name in LossesSection.model_fields if name != "literal" and getattr(self.losses, name)]
+        if self.checkpoints.metric not in ("loss", *parts):
+            raise ValueError(
+                f"checkpoints.metric is {self.checkpoints.metric!r}; this stage has loss, {', '.join(parts)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _possible_with_zero(self) -> StageSection:
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError("precision fp16 needs zero_stage 1, 2 or 3: the loss is scaled there; bf16 needs none")
+        if self.offload and self.zero_stage == 0:
+            raise ValueError(f"offload {', '.join(self.offload)} needs zero_stage 1, 2 or 3, but it is 0")
+        if "parameters" in self.offload and self.zero_stage != 3:
+            raise ValueError(f"offload parameters needs zero_stage 3, but it is {self.zero_stage}")
+        return self
 
 
 class EvaluationSection(Section):

@@ -18,8 +18,10 @@ class MetricsLog:
         `resumed_at`: the steps that are done; lines up to there are kept, and others are dropped.
         """
         self._file = None
+        self.kept: list[dict[str, Any]] = []
         if path is not None:
             kept = _lines_until(path, resumed_at)
+            self.kept = [json.loads(line) for line in kept]
             self._file = path.open("w", encoding="utf-8")
             self._file.writelines(kept)
 

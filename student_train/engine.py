@@ -10,10 +10,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import math
 import os
+import resource
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from storage.errors import StillhouseError
 from student_train.config import StageSection
+from student_train.parameter_groups import ParameterGroup
 
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 _LARGEST_BUCKET = 200_000_000  # elements of gradients that are reduced at once
@@ -48,29 +51,55 @@ def this_process() -> Process:
     return Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
 
 
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step did."""
+
+    grad_norm: float  # of the whole gradient, before it is clipped
+    applied: bool = True  # False: fp16 overflowed at this loss scale; weights stay, the scale falls
+    loss_scale: float | None = None  # that was used; None but for fp16
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held: of the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 class Engine:
     """A module that trains: DeepSpeed's engine, its process group, and what it prints kept in a file."""
 
     def __init__(
-        self, module: nn.Module, stage: StageSection, process: Process, *, num_micro: int, log_path: Path
+        self,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        stage: StageSection,
+        process: Process,
+        *,
+        num_micro: int,
+        log_path: Path,
     ) -> None:
-        """Join the other ranks and shard `module`'s optimizer as stage.zero_stage says.
+        """Join the other ranks and shard `module`'s optimizer, of `groups` of its parameters, as stage.zero_stage says.
 
         `num_micro`: forward passes an optimizer step. DeepSpeed's and gloo's messages go to `log_path`.
         """
         self.process = process
+        self._factors = [group.lr_factor for group in groups]
+        self._scales = stage.precision == "fp16"
         self._log_path = log_path
         self._zero_stage = stage.zero_stage
         self._unwrapped = stage.zero_stage == 0 and stage.precision == "fp32"  # DeepSpeed keeps no norm then
         with quiet(log_path):
             self._deepspeed = _import_deepspeed(process)
             _join(process, self._deepspeed)
-            parameters = [p for p in module.parameters() if p.requires_grad]
-            optimizer = _adamw(parameters, stage)
+            optimizer = _adamw(groups)
+            num_parameters = sum(p.numel() for group in groups for p in group.parameters)
             self._engine: Any = self._deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                config=_settings(stage, num_micro, sum(p.numel() for p in parameters)),
+                config=_settings(stage, num_micro, num_parameters, pins=process.device.type == "cuda"),
             )[0]
             for state in optimizer.state.values():  # it may have made a step with no gradient, to make room
                 state["step"].zero_()
@@ -79,21 +108,48 @@ class Engine:
         """The module's output, in train mode."""
         return self._engine(*inputs)
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it the module is in eval mode, and no gradients are made."""
+        modes = [(module, module.training) for module in self._engine.modules()]
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss that is this rank's share of a sum over ranks and micro-batches."""
         # DeepSpeed averages over ranks (and over micro-batches, unless told not to); ours are sums.
         self._engine.backward(loss * self.process.num_ranks, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float | None:
-        """Count a micro-batch; after the last update weights and return the gradient's norm, unclipped."""
+    def step(self, lr: float) -> Update | None:
+        """Count a micro-batch; after the last one update weights. `lr`: of groups whose factor is 1.
+
+        StillhouseError: fp16 overflows at any loss scale.
+        """
         last = self._engine.is_gradient_accumulation_boundary()
         norm = self._unwrapped_norm() if last and self._unwrapped else 0.0
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        self._engine.step()
+        optimizer = self._engine.optimizer
+        for group, factor in zip(optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = lr * factor
+        scale = float(optimizer.cur_scale) if self._scales else None
+        try:
+            self._engine.step()
+        except Exception as error:
+            if type(error) is Exception and "loss scale already at minimum" in str(error):  # DeepSpeed has no class
+                raise StillhouseError(
+                    "gradients overflow in fp16 at every loss scale, 1 at last; lower stages.NAME.lr, or take bf16"
+                ) from error
+            raise
         if not last:
             return None
-        return norm if self._unwrapped else float(self._engine.get_global_grad_norm())
+        if self._unwrapped:
+            return Update(norm)
+        applied = not self._scales or bool(self._engine.was_step_applied())
+        return Update(float(self._engine.get_global_grad_norm()) if applied else math.nan, applied, scale)
 
     def _unwrapped_norm(self) -> float:
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
@@ -188,6 +244,8 @@ def _import_deepspeed(process: Process) -> Any:
             importlib.import_module(_MUON)
     if process.device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # the answer of a probe that found nothing to build
+        # It says no where the CPU has no instructions for fp16. PyTorch computes there all the same, slowly.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
 
 
@@ -208,25 +266,28 @@ def _store_of_one() -> Any:
     return importlib.import_module("torch.distributed").HashStore()
 
 
-def _adamw(parameters: list[nn.Parameter], stage: StageSection) -> torch.optim.Optimizer:
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]  # norms and biases do not decay
-    decays = ((matrices, stage.weight_decay), (vectors, 0.0))
-    groups = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)  # step() sets it
+def _adamw(groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+    """torch's own, fused on GPU and CPU alike: an offloaded step needs no compiler, as DeepSpeed's would."""
+    settings = [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups]
+    return torch.optim.AdamW(settings, lr=0.0, fused=True)  # step() sets it
 
 
-def _settings(stage: StageSection, num_micro: int, num_parameters: int) -> dict[str, Any]:
+def _settings(stage: StageSection, num_micro: int, num_parameters: int, *, pins: bool) -> dict[str, Any]:
     bucket = max(1, min(num_parameters, _LARGEST_BUCKET))
     zero: dict[str, Any] = {"stage": stage.zero_stage}
     if stage.zero_stage:
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    for what, name in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
+        if what in stage.offload:
+            zero[name] = {"device": "cpu", "pin_memory": pins}
     return {
         "train_micro_batch_size_per_gpu": 1,  # nominal: ours vary, and losses are divided by row counts
         "gradient_accumulation_steps": num_micro,
         "gradient_clipping": stage.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": stage.precision == "bf16"},
+        "fp16": {"enabled": stage.precision == "fp16"},  # the loss scale is dynamic, from 2^16
         "steps_per_print": None,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,18 +15,19 @@ from torch import nn
 from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.identity import Identity, real_vocab_size, tokenizer_fingerprint
 from student_train.batch import Grid
-from student_train.config import Module
+from student_train.config import Module, Precision
 from student_train.huggingface import load_config, load_image_processor, load_tokenizer, load_weights
 from student_train.images import FeatureStore
 from student_train.student import Student
 
 MODEL_TYPES = ("llava",)
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # positions before the patches
-PARTS = {  # submodules of LlavaForConditionalGeneration
+PARTS: dict[Module, tuple[str, ...]] = {  # submodules of LlavaForConditionalGeneration
     "vision": ("model.vision_tower",),
     "projector": ("model.multi_modal_projector",),
     "llm": ("model.language_model", "lm_head"),
 }
+FLASH_PACKAGES = ("flash_attn", "flash_attn_interface")  # versions 2 and 3
 _LAYERS = "model.language_model.layers"
 
 
@@ -110,13 +112,28 @@ def check_fit(checkpoint: Checkpoint, identity: Identity) -> None:
         )
 
 
-def load_student(checkpoint: Checkpoint, *, precision: Literal["fp32", "bf16"], device: torch.device) -> Any:
+def load_student(checkpoint: Checkpoint, *, precision: Precision, device: torch.device) -> Any:
     """The model with its weights on a device, in eval mode. StillhouseError as `load_weights`."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    flash = device.type == "cuda" and precision == "bf16" and find_spec("flash_attn") is not None
-    attention = "flash_attention_2" if flash else "sdpa"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    installed = {package for package in FLASH_PACKAGES if find_spec(package) is not None}
+    attention = attention_implementation(precision, capability, installed)
     model: Any = load_weights(checkpoint.folder, dtype=dtype, attn_implementation=attention)
     return model.to(device).eval()
+
+
+def attention_implementation(
+    precision: Precision, capability: tuple[int, int] | None, installed: Collection[str]
+) -> Literal["flash_attention_3", "flash_attention_2", "sdpa"]:
+    """The fastest one that transformers can use; `capability` is of the GPU, None without one.
+
+    FlashAttention computes in 16 bits: version 3 on Hopper, version 2 from Ampere on. PyTorch's SDPA does the rest.
+    """
+    if precision == "fp32" or capability is None:
+        return "sdpa"
+    if capability[0] == 9 and "flash_attn_interface" in installed:
+        return "flash_attention_3"
+    return "flash_attention_2" if capability >= (8, 0) and "flash_attn" in installed else "sdpa"
 
 
 def load_for_inference(checkpoint: Checkpoint, *, vocab_size: int, features: FeatureStore | None = None) -> Student:
@@ -126,6 +143,16 @@ def load_for_inference(checkpoint: Checkpoint, *, vocab_size: int, features: Fea
     model = load_student(checkpoint, precision="bf16" if on_gpu else "fp32", device=device)
     model.requires_grad_(False)
     return Student(model, vocab_size=vocab_size, image_token_id=checkpoint.grid.image_token_id, features=features)
+
+
+def module_of(name: str) -> tuple[Module, ...]:
+    """The modules that hold a parameter of a LLaVA, the narrowest first."""
+    parts: list[Module] = [
+        part for part, prefixes in PARTS.items() if name.startswith(tuple(f"{each}." for each in prefixes))
+    ]
+    assert len(parts) == 1, name
+    narrow: tuple[Module, ...] = ("mlp",) if re.match(rf"{re.escape(_LAYERS)}\.\d+\.mlp\.", name) else ()
+    return (*narrow, *parts)
 
 
 def freeze(model: nn.Module, trained: Sequence[Module]) -> None:

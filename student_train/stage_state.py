@@ -1,7 +1,8 @@
 """Where an unfinished stage stands: saved now and then, and when it is asked to stop, so that the same command goes on.
 
     <output>/state/step-00000120/   what DeepSpeed keeps of weights that train and of the optimizer, by rank
-    <output>/state/step-00000120/state.json   written last: step and fingerprint
+    <output>/state/step-00000120/average.safetensors   with `ema`
+    <output>/state/step-00000120/state.json   written last: step, fingerprint, what the loop remembers
 
 The order of samples, the learning rate and the random numbers of a step are functions of (seed, step, rank), so
 this is all there is to a stage's state, and a resumed run equals an undisturbed one to the bit. DeepSpeed's
@@ -15,7 +16,8 @@ import json
 import logging
 import shutil
 import signal
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -24,16 +26,28 @@ from storage.errors import ConfigError, StillhouseError
 from student_train.config import StageSection
 from student_train.documents import write_json
 from student_train.engine import Engine
+from student_train.weight_average import WeightAverage
 
 _MARKER = "state.json"
+_FIELDS = {"step", "fingerprint", "num_ranks", "notes"}
+_AVERAGE = "average.safetensors"
 _log = logging.getLogger(__name__)
-_NOT_OF_THE_RUN = {"save_every", "keep_states", "log_every", "memory_mb", "num_processes", "output"}  # may differ
+_NOT_OF_THE_RUN = {"save_every", "keep_states", "log_every", "memory_mb", "num_processes", "output"}
+_NOT_OF_THE_RUN |= {"track", "explosion_factor", "checkpoints"}  # may differ
 
 
 class StoppedError(StillhouseError):
     """A stage that was asked to stop and can be continued by the same command."""
 
     stopped = True
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stage stands."""
+
+    step: int = 0  # steps that are done
+    notes: Mapping[str, Any] = field(default_factory=dict)  # what the loop remembers of them, a JSON object
 
 
 @dataclass(frozen=True)
@@ -51,8 +65,8 @@ class StageState:
         text = json.dumps([settings, data], sort_keys=True)
         return StageState(Path(stage.output) / "state", hashlib.sha256(text.encode()).hexdigest(), num_ranks)
 
-    def resume(self, engine: Engine) -> int:
-        """Load the newest state, if there is one of this run; returns the number of steps done. A collective.
+    def resume(self, engine: Engine, average: WeightAverage | None = None) -> Progress:
+        """Load the newest state, if there is one of this run; returns where it stands. A collective.
 
         States of another configuration, whose checkpoint this run replaces, are deleted with a warning. Errors:
         ConfigError for another number of ranks.
@@ -67,7 +81,9 @@ class StageState:
                     f"start as many, or delete {self.folder} to begin anew"
                 )
             engine.load_state(folder)
-            return int(said["step"])
+            if average is not None:
+                average.load(folder / _AVERAGE)
+            return Progress(int(said["step"]), said["notes"])
         engine.barrier()  # every rank has seen that there is none
         if engine.process.is_first:
             if others := sorted(path.name for path in self.folder.glob("step-*")):
@@ -77,11 +93,11 @@ class StageState:
                     others[-1],
                 )
             self.clear()
-        return 0
+        return Progress()
 
-    def save(self, engine: Engine, step: int, *, keep: int) -> None:
-        """Save after `step` steps, and delete all but the newest `keep`. A collective; whole or not there at all."""
-        folder = self.folder / f"step-{step:08d}"
+    def save(self, engine: Engine, progress: Progress, *, average: WeightAverage | None = None, keep: int = 1) -> None:
+        """Save, and delete all but the newest `keep`. A collective; whole or not there at all."""
+        folder = self.folder / f"step-{progress.step:08d}"
         new = folder.with_name(f"new-{folder.name}")
         if engine.process.is_first:
             for stale in (new, folder):
@@ -91,7 +107,12 @@ class StageState:
         engine.save_state(new)
         engine.barrier()
         if engine.process.is_first:
-            said = {"step": step, "fingerprint": self.fingerprint, "num_ranks": self.num_ranks}
+            if average is not None:
+                average.save(new / _AVERAGE)
+            said = {
+                "step": progress.step, "fingerprint": self.fingerprint, "num_ranks": self.num_ranks,
+                "notes": progress.notes,
+            }  # fmt: skip
             write_json(new / _MARKER, said)
             new.rename(folder)
             for older in sorted(self.folder.glob("step-*"))[:-keep]:
@@ -103,11 +124,10 @@ class StageState:
 
 
 class StopRequest:
-    """Whether SIGTERM has come since this began, on any rank. Use as a context manager."""
+    """Whether SIGTERM has come to this rank since this began. Use as a context manager."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._here = False
+    def __init__(self) -> None:
+        self.heard = False
         self._before: Any = None
 
     def __enter__(self) -> Self:
@@ -117,12 +137,8 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
-    def heard(self) -> bool:
-        """The same answer on every rank; a collective."""
-        return self._engine.max_over_ranks({"stop": float(self._here)})["stop"] > 0
-
     def _hear(self, _signal: int, _frame: FrameType | None) -> None:
-        self._here = True
+        self.heard = True
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -130,4 +146,4 @@ def _read(path: Path) -> dict[str, Any] | None:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return said if isinstance(said, dict) and {"step", "fingerprint", "num_ranks"} <= said.keys() else None
+    return said if isinstance(said, dict) and said.keys() >= _FIELDS else None

@@ -1,34 +1,35 @@
-"""The stage loop: reads ahead, steps, logs, stops at a loss that is no number, saves."""
+"""Trains one stage: makes the student, runs its steps, leaves a checkpoint and a summary."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import resource
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from storage.batches import read_ahead
 from storage.errors import ConfigError, StillhouseError
-from student_train.batch import Batch, collate
-from student_train.checkpoint import save_checkpoint
 from student_train.config import StageSection
-from student_train.documents import MetricsLog, write_json
-from student_train.engine import Engine, Process
+from student_train.documents import write_json
+from student_train.engine import Engine, Process, peak_memory_bytes
 from student_train.huggingface import holds_nothing
 from student_train.images import FeatureStore, VisionSource
-from student_train.loader import MicroPlan, ReadAhead, num_micro_batches, plans
-from student_train.material import Material, cached_teacher, loss_families
+from student_train.kept_checkpoints import KeptCheckpoints
+from student_train.loader import num_micro_batches
+from student_train.lora import add_adapters
+from student_train.loss_watch import DivergedError
+from student_train.material import Material, cached_teacher
 from student_train.models import freeze, load_student
-from student_train.objective import Objective, part_names
+from student_train.objective import Objective
+from student_train.parameter_groups import parameter_groups
 from student_train.sparse_upcycling import Experts, num_activated, upcycled
-from student_train.stage_state import StageState, StoppedError, StopRequest
+from student_train.stage_loop import Feed, Setup, run_steps
+from student_train.stage_state import StageState, StoppedError
 from student_train.student import Student
+from student_train.weight_average import WeightAverage
 
 LOG_FILE = "deepspeed.log"
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
@@ -67,37 +68,45 @@ def num_steps(stage: StageSection, num_samples: int) -> int:
     return max(1, math.ceil(stage.epochs * num_samples / stage.global_batch))
 
 
-def train(stage: StageSection, name: str, material: Material, process: Process, *, started: float) -> Path:
+def held_out_stage(stage: StageSection) -> StageSection | None:
+    """The stage over its held-out samples, if it has any."""
+    if stage.checkpoints is None or not stage.checkpoints.splits:
+        return None
+    splits = {"splits": stage.checkpoints.splits}
+    caches = None if stage.caches is None else tuple(each.model_copy(update=splits) for each in stage.caches)
+    return stage.model_copy(update={**splits, "caches": caches})
+
+
+def train(
+    stage: StageSection,
+    name: str,
+    material: Material,
+    process: Process,
+    *,
+    started: float,
+    held_out: Material | None = None,
+) -> Path:
     """Train a resolved stage to its end; returns the output folder, which then holds a checkpoint.
 
-    `started`: time.monotonic() from which summary.json counts seconds. A process may train several stages in
-    turn. Errors: StillhouseError; RankError for what only this rank may have seen, such as a broken image or a
-    loss that is no number.
+    `started`: time.monotonic() from which summary.json counts seconds. `held_out`: of `held_out_stage`. A process
+    may train several stages in turn. Errors: StillhouseError; RankError for what only this rank may have seen, such
+    as a broken image or a loss that is no number.
     """
     output = Path(stage.output)
     if process.is_first:
         output.mkdir(parents=True, exist_ok=True)
-        for stale in ("summary.json", "evaluation.json"):
-            (output / stale).unlink(missing_ok=True)
+        for stale in (output / "summary.json", output / "evaluation.json", *output.glob("diverged-*.json")):
+            stale.unlink(missing_ok=True)
     torch.manual_seed(stage.seed)
-    model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
-    if stage.moe is not None:
-        experts = Experts(stage.moe.experts, stage.moe.top_k, stage.moe.every)
-        model = upcycled(model, experts, seed=stage.seed)
-    freeze(model, stage.train)
-    if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = _model(stage, material, process)
     # Ranks that share parameters (ZeRO-3) must call the tower together, known features or not.
     keeps_features = "vision" not in stage.train and stage.zero_stage < 3
     half = (stage.memory_mb << 20) // 2
     features = FeatureStore(half) if keeps_features else None
+    pixels = FeatureStore(0 if keeps_features else half)
     identity = material.data.identity
     student = Student(model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=features)
-    vision = VisionSource(
-        material.data.images(material.checkpoint.image_processor),
-        features=features,
-        pixels=FeatureStore(0 if keeps_features else half),
-    )
+    average = None if stage.ema is None else WeightAverage(model, stage.ema)
     engine = Engine(
         Objective(
             student,
@@ -105,30 +114,53 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
             cached_teacher(material, stage.losses).to(process.device),
             chunk_logits=stage.chunk_logits,
         ),
+        parameter_groups(model, lr=stage.lr, module_lr=stage.module_lr, weight_decay=stage.weight_decay),
         stage,
         process,
         num_micro=num_micro_batches(stage.global_batch, stage.micro_batch, num_ranks=process.num_ranks),
         log_path=output / LOG_FILE,
     )
-    state = StageState.of(stage, material.fingerprint(), num_ranks=process.num_ranks)
+
+    def feed(of: Material) -> Feed:
+        images = of.data.images(material.checkpoint.image_processor)
+        return Feed(of, VisionSource(images, features=features, pixels=pixels))
+
+    steps = num_steps(stage, len(material.table))
+    setup = Setup(
+        stage=stage,
+        name=name,
+        num_steps=steps,
+        learning_rate=partial(learning_rate, num_steps=steps, peak=stage.lr, warmup_fraction=stage.warmup_fraction),
+        engine=engine,
+        training=feed(material),
+        held_out=None if held_out is None else feed(held_out),
+        checkpoints=KeptCheckpoints(engine, model, stage, average),
+        state=StageState.of(stage, material.fingerprint(), num_ranks=process.num_ranks),
+    )
     try:
-        done = state.resume(engine)
-        final = _loop(engine, stage, name, material, vision, state, done)
-        weights = engine.state_dict(model)
+        finished = run_steps(setup)
+        setup.checkpoints.finish()
         peak = engine.max_over_ranks({"bytes": peak_memory_bytes(process.device)})
         if process.is_first:
-            save_checkpoint(model, output, stage.init, state_dict=weights)
-            run = {"stage": name, "seed": stage.seed, "steps": num_steps(stage, len(material.table))}
+            run = {"stage": name, "seed": stage.seed, "steps": steps}
             cost = {
                 "seconds": round(time.monotonic() - started, 3),
                 "peak_memory_bytes": int(peak["bytes"]),
                 "num_processes": process.num_ranks,
             }
-            write_json(output / "summary.json", {**run, **_sizes(model), **cost, "resumed_at": done, "final": final})
-            state.clear()
+            ended = {"resumed_at": finished.resumed_at, "final": finished.losses}
+            if finished.best is not None:
+                ended["best"] = asdict(finished.best)
+            write_json(output / "summary.json", {**run, **_sizes(model), **cost, **ended})
+            setup.state.clear()
         engine.barrier()
     except (StoppedError, ConfigError):
         raise
+    except DivergedError as error:
+        path = output / f"diverged-{process.rank}.json"
+        write_json(path, error.batch)
+        message = f"{error} (all of them are in {path})"
+        raise StillhouseError(message) if error.everywhere else RankError(message) from error
     except StillhouseError as error:
         raise RankError(str(error)) from error
     except RuntimeError as error:
@@ -140,6 +172,20 @@ def train(stage: StageSection, name: str, material: Material, process: Process, 
     return output
 
 
+def _model(stage: StageSection, material: Material, process: Process) -> Any:
+    """The student as it begins to train."""
+    model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
+    if stage.moe is not None:
+        experts = Experts(stage.moe.experts, stage.moe.top_k, stage.moe.every)
+        model = upcycled(model, experts, seed=stage.seed)
+    freeze(model, [module for module in stage.train if module != "llm" or stage.lora is None])
+    if stage.lora is not None:
+        add_adapters(model, stage.lora)
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
 def _sizes(model: torch.nn.Module) -> dict[str, int]:
     """Parameters that the checkpoint holds, whole ones where ZeRO-3 leaves this rank a piece."""
     held = {name: p for name, p in model.named_parameters() if not holds_nothing(name, model.config)}
@@ -149,110 +195,3 @@ def _sizes(model: torch.nn.Module) -> dict[str, int]:
         "num_activated_parameters": num_activated(model.config, sizes),
         "num_trained_parameters": sum(sizes[name] for name, p in held.items() if p.requires_grad),
     }
-
-
-def _loop(
-    engine: Engine,
-    stage: StageSection,
-    name: str,
-    material: Material,
-    vision: VisionSource,
-    state: StageState,
-    done: int,
-) -> dict[str, float]:
-    """The steps that are not done; returns the last logged loss parts. StoppedError: SIGTERM came, all is saved."""
-    process, total_steps = engine.process, num_steps(stage, len(material.table))
-    micro_plans = plans(
-        material.table, stage.global_batch, stage.micro_batch, steps=range(done, total_steps), seed=stage.seed,
-        rank=process.rank, num_ranks=process.num_ranks,
-    )  # fmt: skip
-    names = part_names(stage.losses)
-    log = MetricsLog(Path(stage.output) / "metrics.jsonl" if process.is_first else None, resumed_at=done)
-    bar = tqdm(
-        total=total_steps, initial=done, desc=name, unit="step", disable=not process.is_first,
-        mininterval=1.0 if sys.stderr.isatty() else 10.0,
-    )  # fmt: skip
-    final: dict[str, float] = {}
-    families, grid = loss_families(stage.losses), material.checkpoint.grid
-    micro_plans, ahead, epochs = itertools.tee(micro_plans, 3)
-    samples = read_ahead(
-        material.data,
-        (material.table.indices[plan.rows].ravel() for plan in ahead),
-        draw_sets=(plan.step * stage.global_batch // len(material.table) for plan in epochs),
-    )
-    reader = ReadAhead(
-        (plan, collate(records, grid, vision.gather, families=families, counted=plan.counted))
-        for plan, records in zip(micro_plans, samples, strict=True)
-    )
-    with bar, log, reader, StopRequest(engine) as stop:
-        items = iter(reader)
-        last_logged, logged_at = done - 1, time.monotonic()
-        for step in range(done, total_steps):
-            torch.manual_seed((stage.seed << 40) + (step << 16) + process.rank)  # of dropout: the same when resumed
-            lr = learning_rate(step, num_steps=total_steps, peak=stage.lr, warmup_fraction=stage.warmup_fraction)
-            parts, norm = _step(engine, items, lr, step)
-            if step % stage.log_every == 0 or step == total_steps - 1:
-                means = engine.sum_over_ranks({part: parts[part] for part in ("loss", *names)})
-                now = time.monotonic()
-                rate = (step - last_logged) * stage.global_batch / max(now - logged_at, 1e-9)
-                last_logged, logged_at, final = step, now, means
-                log.write({"step": step + 1, **means, "lr": lr, "grad_norm": norm, "samples_per_s": rate})
-                bar.set_postfix({part: f"{value:.3f}" for part, value in means.items()}, refresh=False)
-            bar.update()
-            asked, last = stop.heard(), step == total_steps - 1
-            if not last and (asked or (stage.save_every is not None and (step + 1) % stage.save_every == 0)):
-                state.save(engine, step + 1, keep=stage.keep_states)
-                if asked:
-                    raise StoppedError(
-                        f"stage {name} was asked to stop after step {step + 1} of {total_steps}; all is saved, "
-                        "and the same command goes on from there"
-                    )
-    return final
-
-
-def _step(
-    engine: Engine, items: Iterator[tuple[MicroPlan, Batch]], lr: float, step: int
-) -> tuple[dict[str, float], float]:
-    """One optimizer step; returns this rank's loss parts and the gradient's norm."""
-    outputs: list[Mapping[str, torch.Tensor]] = []
-    sample_ids: list[tuple[str, ...]] = []
-    norm = None
-    while norm is None:
-        plan, batch = next(items)
-        output = engine.forward(batch.to(engine.process.device), plan.totals, plan.largest)
-        engine.backward(output["loss"])
-        outputs.append({name: value.detach().float() for name, value in output.items()})
-        sample_ids.append(batch.sample_ids)
-        if plan.micro == plan.num_micro - 1:
-            _refuse_non_finite(outputs, sample_ids, step)
-        norm = engine.step(lr)
-    parts = {name: math.fsum(float(each[name]) for each in outputs) for name in outputs[0]}
-    if not math.isfinite(norm):
-        raise StillhouseError(
-            f"step {step + 1}: the gradient is not finite though the loss is, in a batch with "
-            f"{_shortened([each for ids in sample_ids for each in ids])}; lower stages.NAME.lr, or look at them"
-        )
-    return parts, norm
-
-
-def _refuse_non_finite(outputs: list[Mapping[str, torch.Tensor]], sample_ids: list[tuple[str, ...]], step: int) -> None:
-    for parts, ids in zip(outputs, sample_ids, strict=True):
-        broken = [name for name, value in parts.items() if not torch.isfinite(value)]
-        if broken:
-            shown = ", ".join(f"{name} is {float(parts[name])}" for name in broken)
-            raise StillhouseError(
-                f"step {step + 1}: {shown} on the samples {_shortened(ids)}; "
-                "lower stages.NAME.lr, or look at these samples"
-            )
-
-
-def _shortened(ids: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(ids[:32]) + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held: of the GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -51,5 +51,6 @@ def test_llava_mod_is_the_papers() -> None:
     assert stages["d2d"].losses.cross_entropy == 0
     assert stages["d2s"].train == ("projector", "mlp")
     assert preference is not None
+    assert stages["preference"].offload == ("optimizer",)
     assert (preference.kind, preference.beta, preference.kl_reference) == ("kto_pair", 0.1, "pair")
     assert stages["preference"].losses.balance is not None

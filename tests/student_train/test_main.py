@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,6 +18,7 @@ from student_train.config import EvaluationSection
 from student_train.evaluation import evaluate_model
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
+from tests.student_train.courses import assert_same_course, metrics
 
 LOSSES = {"response": {}, "visual": {"weight": 0.5}, "relation": {"weight": 0.5}}
 WITHOUT = '''
@@ -73,21 +73,6 @@ def alone(make_runner: Make, checkpoint: Path, tmp_path_factory: pytest.TempPath
     names = ("broken", "hot", "all", "memory", "bf16")
     lines = [(name, *(["--evaluate", "evaluation.splits=[train]"] if name == "memory" else [])) for name in names]
     return Alone(runner, dict(zip(names, runner.run_in_turn(*lines, prologue=WITHOUT), strict=True)), small_cache)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_course(ours: Path, theirs: Path) -> None:
-    """Losses and gradient norms of every step agree, and so do the trained weights."""
-    for mine, other in zip(metrics(ours), metrics(theirs), strict=True):
-        for name in ("step", "loss", "cross_entropy", "response", "visual", "relation", "grad_norm", "lr"):
-            assert mine[name] == pytest.approx(other[name], rel=1e-4), (name, mine["step"])
-    weights, others = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
-    assert weights.keys() == others.keys()
-    # Adam divides by the gradient's size, so where a gradient is rounding noise its step is too: lr is 2e-3.
-    assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 5e-4
 
 
 def test_a_student_trains_where_the_teacher_s_packages_are_absent(alone: Alone) -> None:
@@ -208,4 +193,7 @@ def test_a_loss_that_is_no_number_stops_with_the_samples_named(alone: Alone) -> 
     assert done.code == 1
     assert "lower stages.NAME.lr" in done.stderr
     assert "train-0" in done.stderr
+    document = json.loads((alone.runner.output("hot") / "diverged-0.json").read_text())
+    assert set(document["not_finite"].values()) <= {"nan", "inf", "-inf"}
+    assert len(document["micro_batches"][0]["sample_ids"]) == 3
     assert not (alone.runner.output("hot") / "model.safetensors").exists()

@@ -10,7 +10,15 @@ import torch
 from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.identity import Identity
 from storage.reader import Cache
-from student_train.models import check_fit, freeze, load_student, read_checkpoint, tokenizer_fingerprint
+from student_train.config import Precision
+from student_train.models import (
+    attention_implementation,
+    check_fit,
+    freeze,
+    load_student,
+    read_checkpoint,
+    tokenizer_fingerprint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +122,22 @@ def test_fingerprint_is_the_dump_s(checkpoint: Path) -> None:
 
     vocabulary = read_checkpoint(checkpoint).tokenizer.get_vocab()
     assert tokenizer_fingerprint(vocabulary) == fingerprint.tokenizer_fingerprint(vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "installed", "expected"),
+    [
+        ("bf16", (9, 0), {"flash_attn", "flash_attn_interface"}, "flash_attention_3"),
+        ("fp16", (9, 0), {"flash_attn"}, "flash_attention_2"),
+        ("bf16", (8, 0), {"flash_attn", "flash_attn_interface"}, "flash_attention_2"),
+        ("bf16", (10, 0), {"flash_attn_interface"}, "sdpa"),
+        ("bf16", (7, 5), {"flash_attn"}, "sdpa"),
+        ("bf16", (9, 0), set(), "sdpa"),
+        ("fp32", (9, 0), {"flash_attn", "flash_attn_interface"}, "sdpa"),
+        ("bf16", None, {"flash_attn", "flash_attn_interface"}, "sdpa"),
+    ],
+)
+def test_attention_is_what_gpu_precision_and_packages_allow(
+    precision: Precision, capability: tuple[int, int] | None, installed: set[str], expected: str
+) -> None:
+    assert attention_implementation(precision, capability, installed) == expected

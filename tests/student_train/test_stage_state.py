@@ -15,22 +15,24 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_train.documents import MetricsLog
 from tests.student_train.conftest import MAIN, Runner
+from tests.student_train.courses import MEASURED
 
 LOSSES = {"response": {}, "visual": {"weight": 0.5}, "relation": {"weight": 0.5}}
 STEPS = 7
 # What SIGTERM would do at a given step: a training step is too short to aim at from outside.
 STOP_AT = """
 import os, signal
-from student_train import trainer
-step = trainer._step
+from student_train import stage_loop
+step = stage_loop.optimizer_step
 def stopping(engine, items, lr, number):
     if number == {step}:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(engine, items, lr, number)
-trainer._step = stopping
+stage_loop.optimizer_step = stopping
 """
 
 
@@ -38,18 +40,33 @@ def weights(runner: Runner, stage: str) -> dict[str, torch.Tensor]:
     return load_file(runner.output(stage) / "model.safetensors")
 
 
+def curves(output: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows, but for what is measured."""
+    events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = sorted(set(events.Tags()["scalars"]) - set(MEASURED))
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
 def log_of(runner: Runner, stage: str) -> list[dict]:
     lines = [json.loads(line) for line in (runner.output(stage) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
-@pytest.mark.parametrize(("zero_stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
-def test_a_stopped_stage_resumes_to_the_bit(make_runner: Callable[..., Runner], zero_stage: int, ranks: int) -> None:
-    stage = {"losses": LOSSES, "steps": STEPS, "zero_stage": zero_stage, "micro_batch": 3, "memory_mb": 1}
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, {"zero_stage": 0, "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}),
+        (2, {"zero_stage": 2, "ema": 0.9, "checkpoints": {"every": 2, "keep_last": 2, "splits": ["test"]}}),
+        (2, {"zero_stage": 3, "offload": ["optimizer"]}),
+    ],
+)
+def test_a_stopped_stage_resumes_to_the_bit(make_runner: Callable[..., Runner], ranks: int, options: dict) -> None:
+    stage = {"losses": LOSSES, "steps": STEPS, "micro_batch": 3, "memory_mb": 1, **options}
     runner = make_runner(whole=stage, stopped=stage)
     (whole,) = runner.run_in_turn(("whole",), ranks=ranks)
     assert whole.code == 0, whole.stderr
-    (stopped,) = runner.run_in_turn(("stopped",), prologue=STOP_AT.format(step=3), ranks=ranks)
+    (stopped,) = runner.run_in_turn(("stopped",), prologue=STOP_AT.format(step=4), ranks=ranks)
     assert stopped.code == 143, stopped.stderr
     assert "after step 4 of 7" in stopped.stderr
     assert not (runner.output("stopped") / "model.safetensors").exists()
@@ -57,10 +74,18 @@ def test_a_stopped_stage_resumes_to_the_bit(make_runner: Callable[..., Runner], 
     assert resumed.code == 0, resumed.stderr
     assert json.loads((runner.output("stopped") / "summary.json").read_text())["resumed_at"] == 4
     assert not (runner.output("stopped") / "state").exists()
-    expected = weights(runner, "whole")
-    for name, weight in weights(runner, "stopped").items():
-        assert torch.equal(weight, expected[name]), name
+    files = sorted(path.relative_to(runner.output("whole")) for path in runner.output("whole").rglob("*.safetensors"))
+    for file in files:
+        expected, found = (load_file(runner.output(stage) / file) for stage in ("whole", "stopped"))
+        assert expected.keys() == found.keys()
+        for name, weight in found.items():
+            assert torch.equal(weight, expected[name]), (file, name)
     assert log_of(runner, "stopped") == log_of(runner, "whole")
+    assert curves(runner.output("stopped")) == curves(runner.output("whole"))
+    if "checkpoints" in options:
+        assert {str(file.parent) for file in files} == {
+            ".", "checkpoints/best", "checkpoints/step-00000004", "checkpoints/step-00000006"
+        }  # fmt: skip
 
 
 def test_a_killed_stage_goes_on_from_its_last_saved_state(make_runner: Callable[..., Runner]) -> None:
@@ -90,7 +115,7 @@ def test_a_killed_stage_goes_on_from_its_last_saved_state(make_runner: Callable[
 def test_a_state_is_for_its_own_configuration_and_number_of_ranks(make_runner: Callable[..., Runner]) -> None:
     stage = {"steps": STEPS, "zero_stage": 2}
     runner = make_runner(first=stage)
-    (stopped,) = runner.run_in_turn(("first",), prologue=STOP_AT.format(step=1))
+    (stopped,) = runner.run_in_turn(("first",), prologue=STOP_AT.format(step=2))
     assert stopped.code == 143, stopped.stderr
     (two,) = runner.run_in_turn(("first",), ranks=2)
     assert two.code == 2

@@ -41,3 +41,22 @@ def test_stage_and_seed_are_put_into_paths() -> None:
 def test_exactly_one_length_is_asked_for() -> None:
     with pytest.raises(ValueError, match="either steps or epochs"):
         StageSection(init="x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"precision": "fp16", "zero_stage": 0}, "fp16 needs zero_stage 1, 2 or 3"),
+        ({"offload": ["optimizer"], "zero_stage": 0}, "offload optimizer needs zero_stage 1, 2 or 3, but it is 0"),
+        ({"offload": ["optimizer", "parameters"]}, "offload parameters needs zero_stage 3, but it is 2"),
+        ({"module_lr": {"vision": 1e-6}}, "module_lr has vision, but only projector, llm train"),
+        ({"train": ["mlp"], "module_lr": {"llm": 1e-6}}, "module_lr has llm, but only mlp train"),
+    ],
+)
+def test_senseless_combinations_are_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        stage(**fields)
+
+
+def test_a_part_of_a_trained_module_may_have_a_rate() -> None:
+    assert stage(module_lr={"mlp": 1e-4}).module_lr == {"mlp": 1e-4}

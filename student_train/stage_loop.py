@@ -1,0 +1,284 @@
+"""The steps of a stage: reads ahead, steps, logs, keeps checkpoints, stops at a loss that diverges."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from storage.batches import read_ahead
+from student_train.batch import Batch, collate
+from student_train.config import StageSection
+from student_train.documents import MetricsLog
+from student_train.engine import Engine, Process, Update, peak_memory_bytes
+from student_train.images import VisionSource
+from student_train.kept_checkpoints import Best, KeptCheckpoints
+from student_train.loader import MicroPlan, ReadAhead, plans
+from student_train.loss_watch import WINDOW, DivergedError, LossWatch, shortened
+from student_train.material import Material, loss_families
+from student_train.objective import part_names
+from student_train.stage_state import Progress, StageState, StoppedError, StopRequest
+from student_train.tracking import Tracking
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """Samples and the images that belong to them."""
+
+    material: Material
+    vision: VisionSource
+
+    def batches(
+        self, stage: StageSection, process: Process, *, size: int, steps: range, seed: int
+    ) -> ReadAhead[tuple[MicroPlan, Batch]]:
+        """This rank's forward passes of some steps of `size` samples, read ahead."""
+        table = self.material.table
+        micro_plans = plans(
+            table, size, stage.micro_batch, steps=steps, seed=seed, rank=process.rank, num_ranks=process.num_ranks
+        )
+        families, grid = loss_families(stage.losses), self.material.checkpoint.grid
+        micro_plans, ahead, epochs = itertools.tee(micro_plans, 3)
+        samples = read_ahead(
+            self.material.data,
+            (table.indices[plan.rows].ravel() for plan in ahead),
+            draw_sets=(plan.step * size // len(table) for plan in epochs),
+        )
+        return ReadAhead(
+            (plan, collate(records, grid, self.vision.gather, families=families, counted=plan.counted))
+            for plan, records in zip(micro_plans, samples, strict=True)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a stage runs with."""
+
+    stage: StageSection  # resolved
+    name: str
+    num_steps: int
+    learning_rate: Callable[[int], float]  # of a step counted from 0
+    engine: Engine
+    training: Feed
+    held_out: Feed | None
+    checkpoints: KeptCheckpoints
+    state: StageState
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a stage ended."""
+
+    resumed_at: int  # steps
+    losses: Mapping[str, float]  # parts of the last step
+    best: Best | None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one rank did in one optimizer step."""
+
+    parts: Mapping[str, float]  # this rank's share of the loss and its parts
+    micro_batches: list[dict[str, Any]]  # of each its sample ids and its share of each part
+    num_tokens: int
+    num_positions: int  # with padding
+    update: Update
+
+
+def run_steps(setup: Setup) -> Finished:
+    """The steps that are not done. A collective.
+
+    Errors: StoppedError when SIGTERM came, and all is saved; DivergedError.
+    """
+    stage, engine, output = setup.stage, setup.engine, Path(setup.stage.output)
+    average, is_first = setup.checkpoints.average, engine.process.is_first
+    progress = setup.state.resume(engine, average)
+    done, last = progress.step, setup.num_steps
+    setup.checkpoints.begin(done)
+    watch, best = LossWatch(stage.explosion_factor), None
+    if progress.notes:
+        watch.restore(progress.notes["watch"])
+        best = Best(**progress.notes["best"]) if progress.notes["best"] else None
+    final: Mapping[str, float] = {}
+    log = MetricsLog(output / "metrics.jsonl" if is_first else None, resumed_at=done)
+    tracking = Tracking(
+        stage.track if is_first else (), output, title=f"{setup.name}-{stage.seed}",
+        settings=stage.model_dump(mode="json"), done=log.kept,
+    )  # fmt: skip
+    bar = tqdm(
+        total=last, initial=done, desc=setup.name, unit="step", disable=not is_first,
+        mininterval=1.0 if sys.stderr.isatty() else 10.0,
+    )  # fmt: skip
+    reader = setup.training.batches(
+        stage, engine.process, size=stage.global_batch, steps=range(done, last), seed=stage.seed
+    )
+    with bar, log, tracking, reader, StopRequest() as stop:
+        items, pace = iter(reader), _Pace(stage.global_batch)
+        for step in range(done + 1, last + 1):
+            torch.manual_seed((stage.seed << 40) + ((step - 1) << 16) + engine.process.rank)  # dropout's
+            lr = setup.learning_rate(step - 1)
+            mine = optimizer_step(engine, items, lr, step)
+            if average is not None:
+                average.update(step)
+            sums = engine.sum_over_ranks(
+                {
+                    **{part: mine.parts[part] for part in ("loss", *part_names(stage.losses))},
+                    "tokens": mine.num_tokens, "positions": mine.num_positions, "stop": float(stop.heard),
+                }
+            )  # fmt: skip
+            tokens, positions, asked = (sums.pop(name) for name in ("tokens", "positions", "stop"))
+            pace.add(tokens, positions)
+            _refuse_explosion(sums["loss"], watch, mine, step)
+            watch.add(sums["loss"])
+            held_out: dict[str, float] = {}
+            keeps = stage.checkpoints is not None and (step % stage.checkpoints.every == 0 or step == last)
+            if keeps and setup.held_out is not None:
+                held_out = held_out_losses(setup, setup.held_out)
+            if (step - 1) % stage.log_every == 0 or step == last or held_out:
+                memory = engine.max_over_ranks({"memory_bytes": peak_memory_bytes(engine.process.device)})
+                final, rates = sums, pace.rates()
+                line = {
+                    "step": step, **sums, **{f"held_out_{name}": value for name, value in held_out.items()}, "lr": lr,
+                    **_of_update(mine.update), **rates, "memory_bytes": int(memory["memory_bytes"]),
+                }  # fmt: skip
+                log.write(line)
+                tracking.write(line)
+                bar.set_postfix_str(_shown(line, sums), refresh=False)
+            bar.update()
+            if keeps:
+                best = setup.checkpoints.keep(step, held_out, best, last=step == last)
+            if step < last and (asked or (stage.save_every is not None and step % stage.save_every == 0)):
+                notes = {"watch": watch.state(), "best": asdict(best) if best else None}
+                setup.state.save(engine, Progress(step, notes), average=average, keep=stage.keep_states)
+            if step < last and asked:
+                raise StoppedError(
+                    f"stage {setup.name} was asked to stop after step {step} of {last}; all is saved, "
+                    "and the same command goes on from there"
+                )
+    return Finished(done, final, best)
+
+
+def held_out_losses(setup: Setup, feed: Feed) -> dict[str, float]:
+    """The loss and its parts on held-out samples, the same ones each time. A collective."""
+    stage, engine, average = setup.stage, setup.engine, setup.checkpoints.average
+    assert stage.checkpoints is not None
+    size = min(stage.checkpoints.samples, len(feed.material.table))
+    totals = dict.fromkeys(("loss", *part_names(stage.losses)), 0.0)
+    with (
+        feed.batches(stage, engine.process, size=size, steps=range(1), seed=0) as reader,
+        engine.evaluating(),
+        contextlib.nullcontext() if average is None else average.in_place(),
+    ):
+        for plan, batch in reader:
+            output = engine.forward(batch.to(engine.process.device), plan.totals, plan.largest)
+            for name in totals:
+                totals[name] += float(output[name])
+    return engine.sum_over_ranks(totals)
+
+
+def optimizer_step(engine: Engine, items: Iterator[tuple[MicroPlan, Batch]], lr: float, step: int) -> Step:
+    """Forward and backward passes of one rank, and an update of the weights. `step`: counted from 1.
+
+    DivergedError: a loss or the gradient is no number.
+    """
+    outputs: list[Mapping[str, torch.Tensor]] = []
+    sample_ids: list[tuple[str, ...]] = []
+    num_tokens = num_positions = 0
+    update = None
+    while update is None:
+        plan, batch = next(items)
+        output = engine.forward(batch.to(engine.process.device), plan.totals, plan.largest)
+        engine.backward(output["loss"])
+        outputs.append({name: value.detach().float() for name, value in output.items()})
+        sample_ids.append(batch.sample_ids)
+        num_tokens += int(batch.lengths.sum()) * plan.counted
+        num_positions += batch.input_ids.numel()
+        if plan.micro == plan.num_micro - 1:
+            _refuse_non_finite(outputs, sample_ids, step)
+        update = engine.step(lr)
+    parts = [{name: float(value) for name, value in each.items()} for each in outputs]
+    done = Step(
+        parts={name: math.fsum(each[name] for each in parts) for name in parts[0]},
+        micro_batches=[{"sample_ids": ids, "parts": each} for ids, each in zip(sample_ids, parts, strict=True)],
+        num_tokens=num_tokens,
+        num_positions=num_positions,
+        update=update,
+    )
+    if update.applied and not math.isfinite(update.grad_norm):
+        raise DivergedError(
+            f"step {step}: the gradient is not finite though the loss is, in a batch with {_ids(done)}; "
+            "lower stages.NAME.lr, or look at them",
+            batch={"step": step, "grad_norm": str(update.grad_norm), "micro_batches": done.micro_batches},
+            everywhere=True,
+        )
+    return done
+
+
+def _refuse_non_finite(outputs: list[Mapping[str, torch.Tensor]], sample_ids: list[tuple[str, ...]], step: int) -> None:
+    for parts, ids in zip(outputs, sample_ids, strict=True):
+        broken = {name: str(float(value)) for name, value in parts.items() if not torch.isfinite(value)}
+        if broken:
+            raise DivergedError(
+                f"step {step}: {', '.join(f'{name} is {value}' for name, value in broken.items())} on the samples "
+                f"{shortened(ids)}; lower stages.NAME.lr, or look at these samples",
+                batch={"step": step, "not_finite": broken, "micro_batches": [{"sample_ids": ids}]},
+                everywhere=False,
+            )
+
+
+def _refuse_explosion(loss: float, watch: LossWatch, done: Step, step: int) -> None:
+    limit = watch.limit()
+    if limit is not None and loss > limit:
+        raise DivergedError(
+            f"step {step}: the loss is {loss:.4g}, which is above {limit:.4g} (stages.NAME.explosion_factor times "
+            f"the median of the last {WINDOW} steps) and above all before, in a batch with {_ids(done)}; lower "
+            "stages.NAME.lr, look at the samples, or raise explosion_factor",
+            batch={"step": step, "loss": loss, "limit": limit, "micro_batches": done.micro_batches},
+            everywhere=True,
+        )
+
+
+def _ids(done: Step) -> str:
+    return shortened([each for micro in done.micro_batches for each in micro["sample_ids"]])
+
+
+class _Pace:
+    """Rates since they were last asked for."""
+
+    def __init__(self, global_batch: int) -> None:
+        self._global_batch = global_batch
+        self._since, self._steps, self._tokens, self._positions = time.monotonic(), 0, 0.0, 0.0
+
+    def add(self, num_tokens: float, num_positions: float) -> None:
+        """A step of all ranks."""
+        self._steps, self._tokens = self._steps + 1, self._tokens + num_tokens
+        self._positions += num_positions
+
+    def rates(self) -> dict[str, float]:
+        """Of all ranks together; begins anew."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        found = {
+            "samples_per_s": self._steps * self._global_batch / seconds,
+            "tokens_per_s": self._tokens / seconds,
+            "padding_fraction": 1 - self._tokens / self._positions,
+        }
+        self.__init__(self._global_batch)
+        return found
+
+
+def _of_update(update: Update) -> dict[str, float | None]:
+    norm: dict[str, float | None] = {"grad_norm": update.grad_norm if update.applied else None}
+    return norm if update.loss_scale is None else {**norm, "loss_scale": update.loss_scale}
+
+
+def _shown(line: Mapping[str, Any], losses: Mapping[str, float]) -> str:
+    shown = [f"{name}={value:.3f}" for name, value in losses.items()]
+    return ", ".join([*shown, f"{line['tokens_per_s']:.0f} tokens/s", f"{line['memory_bytes'] / 2**30:.1f} GiB"])
