@@ -34,7 +34,9 @@ from storage.tail_profile import mean_profile, tail_parts
 DEFAULT_MAX_BYTES = 256 << 20
 NUM_THREADS = 4  # that read the index of a local cache
 
-_INDEX_COLUMNS = ("sample_id", "split", "category", "num_response_tokens", "image_visual_tokens", "image_keys")
+_INDEX_COLUMNS = (
+    "sample_id", "split", "category", "num_tokens", "num_response_tokens", "image_visual_tokens", "image_keys",
+)  # fmt: skip
 
 
 _NO_SAMPLES = pa.schema([SCHEMAS["tokens"].field(name) for name in _INDEX_COLUMNS]).empty_table()
@@ -267,6 +269,7 @@ class Cache:
         self.splits: list[str] = index["split"].to_pylist()
         self.categories: list[str] = index["category"].to_pylist()
         self.image_keys: list[tuple[str, ...]] = list(map(tuple, index["image_keys"].to_pylist()))
+        self.num_tokens: NDArray[np.int32] = index["num_tokens"].to_numpy()
         self.num_response_rows: NDArray[np.int32] = index["num_response_tokens"].to_numpy()
         self.num_images: NDArray[np.int32] = np.array([len(keys) for keys in self.image_keys], np.int32)
         self._part_of = np.repeat(np.arange(len(tables)), [table.num_rows for table in tables])

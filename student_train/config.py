@@ -239,6 +239,7 @@ class StageSection(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None  # passes over the splits
     global_batch: Annotated[int, Field(ge=1)] = 128  # samples an optimizer step, over all ranks
     micro_batch: Annotated[int, Field(ge=1)] = 16  # samples a forward pass, per rank
+    group_by_length: bool = True  # samples of a global batch that share a micro-batch: less padding, the same mean
     lr: Annotated[float, Field(gt=0)] = 2e-5  # peak
     module_lr: dict[Module, Annotated[float, Field(gt=0)]] = {}  # peaks of trained modules that have their own
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.03  # of the steps, then cosine to 0

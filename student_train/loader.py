@@ -1,9 +1,10 @@
 """Sample order, who gets which sample, how many rows a global batch has, and reading ahead.
 
 Order depends only on (seed, epoch, position): storage/shuffle.py makes it. A global batch is the next
-`global_batch` samples of the endless sequence of shuffled epochs; each rank takes a contiguous slice of it and
-cuts that into micro-batches, as many on every rank. Row counts come from the cache's plain columns, so every
-rank knows those of the whole global batch without asking the others.
+`global_batch` samples of the endless sequence of shuffled epochs; each rank takes a share of it and cuts that into
+micro-batches, as many on every rank. Samples of like length share a micro-batch, so there is little padding; a
+global batch stays what it is, and with it the loss, since that is a mean over all of its rows. Row counts come
+from the cache's plain columns, so every rank knows those of the whole global batch without asking the others.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class SampleTable:
     num_response_rows: NDArray[np.int64]  # (s,)
     num_images: NDArray[np.int64]  # (s,)
     num_visual_rows: NDArray[np.int64]  # (s,) of the teacher
+    lengths: NDArray[np.int64] | None = None  # (s,) positions of the student, by which micro-batches are grouped
     order: Order | None = None  # of the samples, or pairs; None: all in one window
 
     def counts(self, rows: NDArray[np.int64]) -> RowCounts:
@@ -94,6 +96,19 @@ def micro_batches(batch: NDArray[np.int64], micro_size: int, *, rank: int, num_r
     return np.array_split(batch[edges[0] : edges[1]], pieces)
 
 
+def grouped_by_length(
+    batch: NDArray[np.int64], lengths: NDArray[np.int64], micro_size: int, *, num_ranks: int
+) -> list[list[NDArray[np.int64]]]:
+    """Each rank's micro-batches of a global batch, samples of like `lengths` together, the longest first.
+
+    As many and as large as those of `micro_batches`. Ranks that wait for each other have like lengths too.
+    """
+    pieces = num_micro_batches(len(batch), micro_size, num_ranks=num_ranks)
+    longest_first = batch[np.argsort(-lengths[batch], kind="stable")]
+    cut = np.array_split(longest_first, pieces * num_ranks)
+    return [cut[rank::num_ranks] for rank in range(num_ranks)]
+
+
 def plans(
     table: SampleTable, size: int, micro_size: int, *, steps: range, seed: int, rank: int, num_ranks: int
 ) -> Iterator[MicroPlan]:
@@ -101,7 +116,11 @@ def plans(
     order = table.order or Shuffle.plain(len(table))
     for step in steps:
         batch = order.batch(step, size, seed=seed)
-        pieces = [micro_batches(batch, micro_size, rank=each, num_ranks=num_ranks) for each in range(num_ranks)]
+        pieces = (
+            [micro_batches(batch, micro_size, rank=each, num_ranks=num_ranks) for each in range(num_ranks)]
+            if table.lengths is None
+            else grouped_by_length(batch, table.lengths, micro_size, num_ranks=num_ranks)
+        )
         totals = table.counts(batch)
         for micro, rows in enumerate(pieces[rank]):
             each = [table.counts(of_rank[micro]) for of_rank in pieces]

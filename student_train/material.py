@@ -65,6 +65,7 @@ def prepare(stage: StageSection, cache_path: str) -> Material:
         num_response_rows=_counts(data, lambda cache: cache.num_response_rows),
         num_images=_counts(data, lambda cache: cache.num_images),
         num_visual_rows=_counts(data, lambda cache: cache.num_visual_tokens),
+        lengths=_lengths(data, checkpoint.grid.tokens_per_image) if stage.group_by_length else None,
         order=data.order(window_rows=stage.shuffle_rows),
     )
     return Material(data, table, checkpoint)
@@ -89,6 +90,16 @@ def _counts(data: Mixture, of_cache: Callable[[Cache], np.ndarray]) -> np.ndarra
     """(s,) numbers of the samples that are trained on, of pairs their sums."""
     counts = [of_cache(source.cache)[source.indices].astype(np.int64) for source in data.sources]
     return np.concatenate([each if each.ndim == 1 else each.sum(1) for each in counts])
+
+
+def _lengths(data: Mixture, tokens_per_image: int) -> np.ndarray:
+    """(s,) positions of the samples with their images, of pairs the longer one's."""
+    found = []
+    for source in data.sources:
+        lengths = source.cache.num_tokens.astype(np.int64) + source.cache.num_images * (tokens_per_image - 1)
+        chosen = lengths[source.indices]
+        found.append(chosen if chosen.ndim == 1 else chosen.max(1))
+    return np.concatenate(found)
 
 
 def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:

@@ -14,6 +14,7 @@ from student_train.loader import (
     ReadAhead,
     RowCounts,
     SampleTable,
+    grouped_by_length,
     micro_batches,
     num_micro_batches,
     plans,
@@ -38,10 +39,29 @@ def test_ranks_share_a_batch_in_equally_many_pieces(size: int, micro: int, num_r
     assert max(len(piece) for of_rank in pieces for piece in of_rank) <= micro
 
 
+@given(size=st.integers(1, 60), micro=st.integers(1, 20), num_ranks=st.integers(1, 9))
+def test_grouping_by_length_keeps_sizes_and_sorts(size: int, micro: int, num_ranks: int) -> None:
+    random = np.random.default_rng(size)
+    batch, lengths = random.permutation(size), random.integers(1, 9, size)
+    pieces = grouped_by_length(batch, lengths, micro, num_ranks=num_ranks)
+    assert {len(of_rank) for of_rank in pieces} == {num_micro_batches(size, micro, num_ranks=num_ranks)}
+    in_turn = [piece for together in zip(*pieces, strict=True) for piece in together]
+    assert max(map(len, in_turn)) <= micro
+    assert max(map(len, in_turn)) - min(map(len, in_turn)) <= 1
+    found = np.concatenate(in_turn)
+    assert sorted(found.tolist()) == list(range(size))
+    assert (np.diff(lengths[found]) <= 0).all()
+
+
 @settings(deadline=None)
-@given(size=st.integers(1, 20), batch=st.integers(1, 24), micro=st.integers(1, 8), num_ranks=st.integers(1, 4))
-def test_totals_are_those_of_the_global_batch_on_every_rank(size: int, batch: int, micro: int, num_ranks: int) -> None:
-    samples = table(size)
+@given(
+    size=st.integers(1, 20), batch=st.integers(1, 24), micro=st.integers(1, 8), num_ranks=st.integers(1, 4),
+    groups=st.booleans(),
+)  # fmt: skip
+def test_totals_are_those_of_the_global_batch_on_every_rank(
+    size: int, batch: int, micro: int, num_ranks: int, groups: bool
+) -> None:
+    samples = replace(table(size), lengths=np.arange(size) * 7 % 5 if groups else None)
     by_rank = [
         list(plans(samples, batch, micro, steps=range(2), seed=3, rank=rank, num_ranks=num_ranks))
         for rank in range(num_ranks)

@@ -7,6 +7,7 @@ import pytest
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.files import open_folder
 from storage.reader import Cache
+from student_train.batch import layout
 from student_train.config import LossesSection, StageSection
 from student_train.material import cached_teacher, prepare
 from tests.student_train.caches import make_cache
@@ -24,6 +25,9 @@ def test_the_samples_of_the_splits_are_counted(checkpoint: Path, cache: Path) ->
     assert [opened.splits[index] for index in material.table.indices] == ["test"] * 24
     counts = [opened.read(int(index)).tokens.num_response_tokens for index in material.table.indices]
     assert material.table.num_response_rows.tolist() == counts
+    layouts = [layout(opened.read(int(index)).tokens, material.checkpoint.grid) for index in material.table.indices]
+    assert material.table.lengths is not None
+    assert material.table.lengths.tolist() == [len(each.input_ids) for each in layouts]
     assert material.data.sources[0].images is None
     teacher = cached_teacher(material, LossesSection())
     assert (teacher.centered, teacher.pool, teacher.tokens_per_image, teacher.head) == (False, None, 16, None)
