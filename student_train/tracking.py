@@ -28,7 +28,7 @@ _Values = Mapping[str, float]
 class _Sink:
     run: str | None  # its id at the service
     write: Callable[[int, _Values], object]
-    close: Callable[[], object]
+    close: Callable[[bool], object]  # takes whether the run failed
 
 
 class Tracking:
@@ -60,9 +60,9 @@ class Tracking:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for sink in self._sinks.values():
-            sink.close()
+            sink.close(kind is not None)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Numbers of a logged step, `step` among them; what is no number is left out."""
@@ -88,14 +88,18 @@ def _tensorboard(folder: Path, done: Sequence[Mapping[str, Any]]) -> _Sink:
 
     for values in done:
         write(int(values["step"]), _numbers(values))
-    return _Sink(None, write, events.close)
+    return _Sink(None, write, lambda _failed: events.close())
 
 
 def _wandb(output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Sink:
     found = _package("wandb", "wandb").init(
         project=_PROJECT, name=title, config=dict(settings), dir=str(output), id=run, resume="allow"
     )
-    return _Sink(found.id, lambda step, values: found.log(dict(values), step=step), found.finish)
+    return _Sink(
+        found.id,
+        lambda step, values: found.log(dict(values), step=step),
+        lambda failed: found.finish(exit_code=int(failed)),
+    )
 
 
 def _mlflow(_output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Sink:
@@ -105,13 +109,15 @@ def _mlflow(_output: Path, title: str, settings: Mapping[str, Any], run: str | N
         experiment = mlflow.set_experiment(_PROJECT).experiment_id
         run = str(client.create_run(experiment, run_name=title).info.run_id)
         for name, value in settings.items():
-            client.log_param(run, name, json.dumps(value)[:6000])
+            client.log_param(run, name, json.dumps(value)[:6000])  # it takes no longer ones
+    else:
+        client.update_run(run, status="RUNNING")
 
     def write(step: int, values: _Values) -> None:
         for name, value in values.items():
             client.log_metric(run, name, value, step=step)
 
-    return _Sink(run, write, lambda: client.set_terminated(run))
+    return _Sink(run, write, lambda failed: client.set_terminated(run, "FAILED" if failed else "FINISHED"))
 
 
 _SERVICES = {"wandb": _wandb, "mlflow": _mlflow}

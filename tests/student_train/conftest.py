@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,19 +93,40 @@ class Runner:
         done = self._python([str(MAIN), *self._arguments(stage, arguments)])
         return Outcome(done.returncode, done.stderr)
 
-    def run_in_turn(self, *commands: Sequence[str], prologue: str = "", ranks: int = 1) -> list[Outcome]:
+    def run_in_turn(
+        self, *commands: Sequence[str], prologue: str = "", ranks: int = 1, nodes: int = 1
+    ) -> list[Outcome]:
         """Command lines (stage, arguments) one after another in the same processes, as the first rank sees them.
 
-        `prologue`: Python to run first. Several ranks are torchrun's.
+        `prologue`: Python to run first. Several ranks are torchrun's; of `nodes` each has a torchrun of its own, and
+        as many ranks.
         """
         script = self.folder / "in_turn.py"
         script.write_text(IN_TURN)
         lines = [self._arguments(stage, arguments) for stage, *arguments in commands]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        launcher = torchrun if ranks > 1 else []
-        done = self._python([*launcher, str(script), str(ROOT), prologue, json.dumps(lines)])
+        command = [str(script), str(ROOT), prologue, json.dumps(lines)]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks // nodes}"]
+        if nodes > 1:
+            done = self._nodes(torchrun, command, nodes)
+        else:
+            done = self._python([*torchrun, "--standalone", *command] if ranks > 1 else command)
         assert done.returncode == 0, done.stderr
         return [Outcome(**outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
+
+    def _nodes(self, torchrun: Sequence[str], command: Sequence[str], nodes: int) -> subprocess.CompletedProcess[str]:
+        """As many torchruns; what the first one said. Another port is tried where somebody was quicker to take it."""
+        for _ in range(5):
+            meeting = [f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+            with ThreadPoolExecutor(nodes) as pool:
+                done = list(
+                    pool.map(
+                        lambda node: self._python([*torchrun, *meeting, f"--node_rank={node}", *command]),
+                        range(nodes),
+                    )
+                )
+            if "EADDRINUSE" not in done[0].stderr:
+                break
+        return done[0]
 
     def _arguments(self, stage: str, arguments: Sequence[str]) -> list[str]:
         return [str(self.config), "--stage", stage, *arguments]
@@ -114,6 +139,15 @@ class Runner:
             [sys.executable, *arguments], env=environment, cwd=self.folder,
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
+
+
+def free_port() -> int:
+    """A port that nobody listens on, and from which no connection goes out: those are taken from 32768 on."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(scope="session")

@@ -102,17 +102,17 @@ def test_bf16_follows_fp32(alone: Alone) -> None:
     assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.bfloat16"}
 
 
-def test_two_ranks_train_as_one(make_runner: Make, alone: Alone) -> None:
-    """With ZeRO-2 and with ZeRO-3, other micro-batches (one of a rank's is larger) and a chunked head."""
+def test_any_number_of_ranks_and_nodes_trains_as_one(make_runner: Make, alone: Alone) -> None:
+    """Two of a node each with ZeRO-2, four with ZeRO-3: other micro-batches (sizes differ) and a chunked head."""
     split = {"losses": LOSSES, "chunk_logits": 300 * 20}
     runner = make_runner(
-        zero2={**split, "zero_stage": 2, "micro_batch": 4}, zero3={**split, "zero_stage": 3, "micro_batch": 5}
+        zero2={**split, "zero_stage": 2, "micro_batch": 4}, zero3={**split, "zero_stage": 3, "micro_batch": 2}
     )
-    for outcome in runner.run_in_turn(("zero2",), ("zero3",), ranks=2):
+    outcomes = [*runner.run_in_turn(("zero2",), ranks=2, nodes=2), *runner.run_in_turn(("zero3",), ranks=4)]
+    for name, num_ranks, outcome in zip(("zero2", "zero3"), (2, 4), outcomes, strict=True):
         assert outcome.code == 0, outcome.stderr
-    for name in ("zero2", "zero3"):
         assert_same_course(runner.output(name), alone.output("all"))
-        assert json.loads((runner.output(name) / "summary.json").read_text())["num_processes"] == 2
+        assert json.loads((runner.output(name) / "summary.json").read_text())["num_processes"] == num_ranks
 
 
 def test_a_trained_student_answers(alone: Alone) -> None:
