@@ -90,6 +90,7 @@ class Runner:
 
     def run(self, stage: str, *arguments: str) -> Outcome:
         """One command line of plain Python."""
+        self.config.write_text(yaml.safe_dump(self.document))
         done = self._python([str(MAIN), *self._arguments(stage, arguments)])
         return Outcome(done.returncode, done.stderr)
 
@@ -101,6 +102,7 @@ class Runner:
         `prologue`: Python to run first. Several ranks are torchrun's; of `nodes` each has a torchrun of its own, and
         as many ranks.
         """
+        self.config.write_text(yaml.safe_dump(self.document))
         script = self.folder / "in_turn.py"
         script.write_text(IN_TURN)
         lines = [self._arguments(stage, arguments) for stage, *arguments in commands]
@@ -115,15 +117,12 @@ class Runner:
 
     def _nodes(self, torchrun: Sequence[str], command: Sequence[str], nodes: int) -> subprocess.CompletedProcess[str]:
         """As many torchruns; what the first one said. Another port is tried where somebody was quicker to take it."""
+        done = []
         for _ in range(5):
             meeting = [f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+            lines = [[*torchrun, *meeting, f"--node_rank={node}", *command] for node in range(nodes)]
             with ThreadPoolExecutor(nodes) as pool:
-                done = list(
-                    pool.map(
-                        lambda node: self._python([*torchrun, *meeting, f"--node_rank={node}", *command]),
-                        range(nodes),
-                    )
-                )
+                done = list(pool.map(self._python, lines))
             if "EADDRINUSE" not in done[0].stderr:
                 break
         return done[0]
@@ -132,12 +131,11 @@ class Runner:
         return [str(self.config), "--stage", stage, *arguments]
 
     def _python(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        self.config.write_text(yaml.safe_dump(self.document))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment.pop("PYTHONPATH", None)
         return subprocess.run(
             [sys.executable, *arguments], env=environment, cwd=self.folder,
-            capture_output=True, text=True, timeout=300, check=False,
+            capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
 
 
