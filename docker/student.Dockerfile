@@ -1,5 +1,5 @@
 # The trainer's image, without vllm and ray: docker build -f docker/student.Dockerfile -t stillhouse-student .
-# A devel image, since DeepSpeed's CPU offload and flash-attn are compiled with CUDA's compiler.
+# A devel image, since flash-attn is compiled with CUDA's compiler (offload is not: torch's AdamW makes its steps).
 ARG TORCH_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-devel
 FROM ${TORCH_IMAGE}
 
