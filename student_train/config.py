@@ -291,11 +291,17 @@ class StageSection(Section):
 
     @model_validator(mode="after")
     def _adapters_of_a_dense_decoder(self) -> StageSection:
-        if self.lora and ("llm" not in self.train or self.moe):
+        if self.lora and ("llm" not in self.train or "mlp" in self.train):
             raise ValueError(
-                f"lora puts adapters into a dense decoder and needs llm in train, but train is {', '.join(self.train)}"
-                f"{' and moe makes the decoder sparse' if self.moe else ''}"
+                f"lora takes the place of whole weights where train says llm, but train is {', '.join(self.train)}; "
+                "name layers that get adapters by lora.modules"
             )
+        if self.lora and self.moe:
+            raise ValueError("lora puts adapters into a dense decoder, but moe makes it sparse; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _average_of_whole_weights(self) -> StageSection:
         if self.ema is not None and self.zero_stage == 3:
             raise ValueError("ema averages whole weights, of which a rank has a piece under zero_stage 3; take 2")
         return self

@@ -55,11 +55,12 @@ class WeightAverage:
 
     def load(self, path: Path) -> None:
         """Go on where `save` was called. StillhouseError if the file is not whole."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             found = load_file(path)
             for name, average in self._average.items():
                 average.copy_(found[name])
-        except (OSError, KeyError, RuntimeError, ValueError) as error:
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise StillhouseError(f"{path}: cannot be read back: {error}; delete its folder to begin anew") from error

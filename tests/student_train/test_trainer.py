@@ -51,6 +51,23 @@ def test_exactly_one_length_is_asked_for() -> None:
         ({"offload": ["optimizer", "parameters"]}, "offload parameters needs zero_stage 3, but it is 2"),
         ({"module_lr": {"vision": 1e-6}}, "module_lr has vision, but only projector, llm train"),
         ({"train": ["mlp"], "module_lr": {"llm": 1e-6}}, "module_lr has llm, but only mlp train"),
+        ({"train": ["projector"], "lora": {}}, "lora takes the place .* train says llm, but train is projector"),
+        ({"train": ["llm", "mlp"], "lora": {}}, "lora takes the place .* but train is llm, mlp"),
+        ({"lora": {}, "moe": {}}, "lora puts adapters into a dense decoder, but moe makes it sparse"),
+        ({"ema": 0.99, "zero_stage": 3}, "ema averages whole weights"),
+        ({"checkpoints": {"every": 5, "keep_last": 0}}, "checkpoints keeps none"),
+        ({"checkpoints": {"every": 5, "splits": ["train", "val"]}}, "held out, but train is trained on"),
+        (
+            {
+                "caches": [{"path": "a"}, {"path": "b", "splits": ["val"]}],
+                "checkpoints": {"every": 5, "splits": ["val"]},
+            },
+            "held out, but val is trained on",
+        ),
+        (
+            {"checkpoints": {"every": 5, "splits": ["val"], "metric": "response"}},
+            "metric is 'response'; this stage has loss, cross_entropy",
+        ),
     ],
 )
 def test_senseless_combinations_are_refused(fields: dict[str, object], words: str) -> None:
