@@ -313,7 +313,8 @@ class StageSection(Section):
         trained = {split for source in self.sources("") for split in source.splits or ()}
         if both := sorted(trained & set(self.checkpoints.splits)):
             raise ValueError(f"checkpoints.splits are held out, but {', '.join(both)} is trained on")
-        parts = [name for name in LossesSection.model_fields if name != "literal" and getattr(self.losses, name)]
+        switches = {"literal", "unshifted_mask"}
+        parts = [name for name in LossesSection.model_fields if name not in switches and getattr(self.losses, name)]
         if self.checkpoints.metric not in ("loss", *parts):
             raise ValueError(
                 f"checkpoints.metric is {self.checkpoints.metric!r}; this stage has loss, {', '.join(parts)}"
