@@ -5,29 +5,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from storage.batches import read_ahead
 from student_train.batch import Batch, collate
 from student_train.config import StageSection
-from student_train.documents import MetricsLog
 from student_train.engine import Engine, Process, Update, peak_memory_bytes
 from student_train.images import VisionSource
+from student_train.journal import Journal
 from student_train.kept_checkpoints import Best, KeptCheckpoints
 from student_train.loader import MicroPlan, ReadAhead, plans
 from student_train.loss_watch import WINDOW, DivergedError, LossWatch, shortened
 from student_train.material import Material, loss_families
 from student_train.objective import part_names
 from student_train.stage_state import Progress, StageState, StoppedError, StopRequest
-from student_train.tracking import Tracking
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +93,7 @@ def run_steps(setup: Setup) -> Finished:
 
     Errors: StoppedError when SIGTERM came, and all is saved; DivergedError.
     """
-    stage, engine, output = setup.stage, setup.engine, Path(setup.stage.output)
-    average, is_first = setup.checkpoints.average, engine.process.is_first
+    stage, engine, average = setup.stage, setup.engine, setup.checkpoints.average
     progress = setup.state.resume(engine, average)
     done, last = progress.step, setup.num_steps
     setup.checkpoints.begin(done)
@@ -108,20 +102,12 @@ def run_steps(setup: Setup) -> Finished:
         watch.restore(progress.notes["watch"])
         best = Best(**progress.notes["best"]) if progress.notes["best"] else None
     final: Mapping[str, float] = {}
-    log = MetricsLog(output / "metrics.jsonl" if is_first else None, resumed_at=done)
-    tracking = Tracking(
-        stage.track if is_first else (), output, title=f"{setup.name}-{stage.seed}",
-        settings=stage.model_dump(mode="json"), done=log.kept,
-    )  # fmt: skip
-    bar = tqdm(
-        total=last, initial=done, desc=setup.name, unit="step", disable=not is_first,
-        mininterval=1.0 if sys.stderr.isatty() else 10.0,
-    )  # fmt: skip
+    journal = Journal(stage, setup.name, num_steps=last, resumed_at=done, process=engine.process)
     reader = setup.training.batches(
         stage, engine.process, size=stage.global_batch, steps=range(done, last), seed=stage.seed
     )
-    with bar, log, tracking, reader, StopRequest() as stop:
-        items, pace = iter(reader), _Pace(stage.global_batch)
+    with journal, reader, StopRequest() as stop:
+        items = iter(reader)
         for step in range(done + 1, last + 1):
             torch.manual_seed((stage.seed << 40) + ((step - 1) << 16) + engine.process.rank)  # dropout's
             lr = setup.learning_rate(step - 1)
@@ -135,7 +121,7 @@ def run_steps(setup: Setup) -> Finished:
                 }
             )  # fmt: skip
             tokens, positions, asked = (sums.pop(name) for name in ("tokens", "positions", "stop"))
-            pace.add(tokens, positions)
+            journal.count(tokens, positions)
             _refuse_explosion(sums["loss"], watch, mine, step)
             watch.add(sums["loss"])
             held_out: dict[str, float] = {}
@@ -143,16 +129,9 @@ def run_steps(setup: Setup) -> Finished:
             if keeps and setup.held_out is not None:
                 held_out = held_out_losses(setup, setup.held_out)
             if (step - 1) % stage.log_every == 0 or step == last or held_out:
-                memory = engine.max_over_ranks({"memory_bytes": peak_memory_bytes(engine.process.device)})
-                final, rates = sums, pace.rates()
-                line = {
-                    "step": step, **sums, **{f"held_out_{name}": value for name, value in held_out.items()}, "lr": lr,
-                    **_of_update(mine.update), **rates, "memory_bytes": int(memory["memory_bytes"]),
-                }  # fmt: skip
-                log.write(line)
-                tracking.write(line)
-                bar.set_postfix_str(_shown(line, sums), refresh=False)
-            bar.update()
+                memory = engine.max_over_ranks({"bytes": peak_memory_bytes(engine.process.device)})
+                final = sums
+                journal.write(step, sums, held_out, lr=lr, update=mine.update, memory_bytes=int(memory["bytes"]))
             if keeps:
                 best = setup.checkpoints.keep(step, held_out, best, last=step == last)
             if step < last and (asked or (stage.save_every is not None and step % stage.save_every == 0)):
@@ -248,37 +227,3 @@ def _refuse_explosion(loss: float, watch: LossWatch, done: Step, step: int) -> N
 
 def _ids(done: Step) -> str:
     return shortened([each for micro in done.micro_batches for each in micro["sample_ids"]])
-
-
-class _Pace:
-    """Rates since they were last asked for."""
-
-    def __init__(self, global_batch: int) -> None:
-        self._global_batch = global_batch
-        self._since, self._steps, self._tokens, self._positions = time.monotonic(), 0, 0.0, 0.0
-
-    def add(self, num_tokens: float, num_positions: float) -> None:
-        """A step of all ranks."""
-        self._steps, self._tokens = self._steps + 1, self._tokens + num_tokens
-        self._positions += num_positions
-
-    def rates(self) -> dict[str, float]:
-        """Of all ranks together; begins anew."""
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        found = {
-            "samples_per_s": self._steps * self._global_batch / seconds,
-            "tokens_per_s": self._tokens / seconds,
-            "padding_fraction": 1 - self._tokens / self._positions,
-        }
-        self.__init__(self._global_batch)
-        return found
-
-
-def _of_update(update: Update) -> dict[str, float | None]:
-    norm: dict[str, float | None] = {"grad_norm": update.grad_norm if update.applied else None}
-    return norm if update.loss_scale is None else {**norm, "loss_scale": update.loss_scale}
-
-
-def _shown(line: Mapping[str, Any], losses: Mapping[str, float]) -> str:
-    shown = [f"{name}={value:.3f}" for name, value in losses.items()]
-    return ", ".join([*shown, f"{line['tokens_per_s']:.0f} tokens/s", f"{line['memory_bytes'] / 2**30:.1f} GiB"])

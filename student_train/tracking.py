@@ -8,6 +8,7 @@ repeats the steps since its last saved state to the bit, so those that are left 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,15 @@ from student_train.documents import write_json
 _PROJECT = "stillhouse"
 _FILE = "tracking.json"
 _Values = Mapping[str, float]
+
+
+def check_trackers(names: Sequence[Tracker]) -> None:
+    """ConfigError for a tracker whose package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"track: {name} is not installed; pip install {name}, or leave it out of stages.NAME.track"
+            )
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,7 @@ class Tracking:
         settings: Mapping[str, Any],
         done: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """`title`: of the run. `settings`: of the stage. `done`: the logged steps of a run that is resumed.
-
-        Errors: ConfigError for a tracker whose package is not installed.
-        """
+        """`title`: of the run. `settings`: of the stage. `done`: the logged steps of a run that is resumed."""
         self._path = output / _FILE
         self._known: dict[str, Any] = _read(self._path) if done else {}
         self._sinks: dict[str, _Sink] = {}
@@ -77,10 +84,10 @@ class Tracking:
 
 
 def _tensorboard(folder: Path, done: Sequence[Mapping[str, Any]]) -> _Sink:
-    writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter
+    from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    events = writer(str(folder), flush_secs=10)
+    events = SummaryWriter(str(folder), flush_secs=10)
 
     def write(step: int, values: _Values) -> None:
         for name, value in values.items():
@@ -92,7 +99,7 @@ def _tensorboard(folder: Path, done: Sequence[Mapping[str, Any]]) -> _Sink:
 
 
 def _wandb(output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Sink:
-    found = _package("wandb", "wandb").init(
+    found = importlib.import_module("wandb").init(
         project=_PROJECT, name=title, config=dict(settings), dir=str(output), id=run, resume="allow"
     )
     return _Sink(
@@ -103,7 +110,7 @@ def _wandb(output: Path, title: str, settings: Mapping[str, Any], run: str | Non
 
 
 def _mlflow(_output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Sink:
-    mlflow = _package("mlflow", "mlflow")
+    mlflow = importlib.import_module("mlflow")
     client = mlflow.MlflowClient()
     if run is None:
         experiment = mlflow.set_experiment(_PROJECT).experiment_id
@@ -121,15 +128,6 @@ def _mlflow(_output: Path, title: str, settings: Mapping[str, Any], run: str | N
 
 
 _SERVICES = {"wandb": _wandb, "mlflow": _mlflow}
-
-
-def _package(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"track: {package} cannot be imported ({error}); pip install {package}, or leave it out of `track`"
-        ) from error
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

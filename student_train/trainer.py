@@ -29,6 +29,7 @@ from student_train.sparse_upcycling import Experts, num_activated, upcycled
 from student_train.stage_loop import Feed, Setup, run_steps
 from student_train.stage_state import StageState, StoppedError
 from student_train.student import Student
+from student_train.tracking import check_trackers
 from student_train.weight_average import WeightAverage
 
 LOG_FILE = "deepspeed.log"
@@ -92,6 +93,7 @@ def train(
     may train several stages in turn. Errors: StillhouseError; RankError for what only this rank may have seen, such
     as a broken image or a loss that is no number.
     """
+    check_trackers(stage.track)
     output = Path(stage.output)
     if process.is_first:
         output.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from storage.errors import ConfigError
 from student_train.config import Tracker
-from student_train.tracking import Tracking
+from student_train.tracking import Tracking, check_trackers
 
 
 def line(step: int) -> dict[str, Any]:
@@ -117,10 +117,12 @@ def test_a_run_that_fails_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert mlflow.status == {"kd-0": "FAILED"}
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Tracker
-) -> None:
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, name: Tracker) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # as Python does for what cannot be imported
-    with pytest.raises(ConfigError, match=rf"pip install {name}, or leave it out of `track`"):
-        track((name,), tmp_path, range(1))
+    with pytest.raises(ConfigError, match=rf"{name} is not installed; pip install {name}, or leave it out"):
+        check_trackers((name,))
+
+
+def test_tensorboard_comes_with_the_student() -> None:
+    check_trackers(("tensorboard",))
