@@ -81,8 +81,8 @@ def _names(runs: list[dict[str, Any]]) -> dict[str, str]:
 def _results(report: dict[str, Any]) -> str:
     runs, teacher = report["runs"], report["teacher"]
     header = [
-        "run", "exact match", "held-out KL to the teacher", "top-1 agreement", "steps", "seconds", "peak memory",
-        "parameters",
+        "run", "exact match", "KL to the teacher", "agreement", "steps", "seconds", "peak memory",
+        "parameters, M",
     ]  # fmt: skip
     rows = [
         [
@@ -108,11 +108,14 @@ def _results(report: dict[str, Any]) -> str:
                 "–",
                 "–" if teacher.get("training_seconds") is None else f"{teacher['training_seconds']:.0f}",
                 "–",
-                "–" if teacher.get("num_parameters") is None else f"{teacher['num_parameters'] / 1e6:.2f} M",
+                "–" if teacher.get("num_parameters") is None else f"{teacher['num_parameters'] / 1e6:.2f}",
             ]
         )
     num_seeds = max((run["num_seeds"] for run in runs), default=0)
-    note = f'<p class="dim">Mean ± standard deviation over {num_seeds} seeds.</p>'
+    note = (
+        f'<p class="dim">Mean ± standard deviation over {num_seeds} seeds, of held-out samples. Agreement: the most '
+        "probable token is the teacher's.</p>"
+    )
     return _table(header, rows) + note
 
 
@@ -128,7 +131,7 @@ def _paired(report: dict[str, Any], key: str) -> str:
 
 def _parameters(run: dict[str, Any]) -> str:
     total, activated = run["num_parameters"], run["num_activated_parameters"]
-    return f"{total / 1e6:.2f} M" + (f", {activated / 1e6:.2f} M active" if activated < total else "")
+    return f"{total / 1e6:.2f}" + (f" ({activated / 1e6:.2f} active)" if activated < total else "")
 
 
 def _yes_no(report: dict[str, Any]) -> str:
@@ -156,7 +159,7 @@ def _routers(runs: list[dict[str, Any]]) -> str:
             load = " · ".join(f"{100 * share:.1f}" for share in shares)
             first = layer == 0
             rows.append([_names(runs)[name] if first else "", str(layer + 1), load, *(of_run if first else [""] * 4)])
-    header = ["run", "sparse layer", "load of its experts, %", "entropy, nats", "balance", "z", "dropped tokens"]
+    header = ["run", "sparse layer", "load of its experts, %", "entropy, nats", "balance", "z", "dropped"]
     note = (
         '<p class="dim">On held-out samples. Experts of a layer from the busiest to the idlest, then the mean over '
         "seeds; balance is 1 a layer where the load is even. Experts have no capacity, so no token is dropped.</p>"
