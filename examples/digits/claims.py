@@ -13,7 +13,7 @@ import numpy as np
 
 from examples.digits.mosaics import PLACES, WORDS, Originals
 
-KINDS = ("exists_random", "exists_alike", "place_swapped")
+KINDS = ("exists_random", "exists_alike")
 
 
 def lookalikes(originals: Originals) -> list[list[int]]:
@@ -27,20 +27,20 @@ def lookalikes(originals: Originals) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Claim:
-    """A question whether a digit is there, and what is seen where it asks one to look."""
+    """The question whether a digit is in a mosaic, and what is seen there in reading order."""
 
-    question: str
     asked: int
-    seen: tuple[int, ...]  # the digits of the whole mosaic in reading order, or that of one place
+    seen: tuple[int, ...]
+
+    @property
+    def question(self) -> str:
+        word = WORDS[self.asked]
+        return f"Is there {'an' if word.startswith('e') else 'a'} {word} in the picture?"
 
     @property
     def answer(self) -> str:
-        """The evidence first, then "so yes" or "so no", which follows from it.
-
-        No digit comes first: behind a space it is the same token as in the question.
-        """
-        words = [WORDS[digit] for digit in self.seen]
-        return " ".join(["I", "see", *words, "so", "yes" if self.asked in self.seen else "no"])
+        """ "no", or "yes at the" and the first place where it is."""
+        return f"yes at the {PLACES[self.seen.index(self.asked)]}" if self.asked in self.seen else "no"
 
     def misread(self, alike: list[list[int]], rng: np.random.Generator) -> Claim:
         """The same with the other verdict: a digit taken for the one asked for, or that one overlooked."""
@@ -56,22 +56,16 @@ def ask_whether(kind: str, digits: np.ndarray, alike: list[list[int]], rng: np.r
     """A question of `kind` about a mosaic's four digits, whose answer is yes or no, either equally likely.
 
     exists_random: a no is about any digit that is not there; exists_alike: about the absent one that looks most like
-    a digit that is there; place_swapped: about a digit's place, a no names one that stands elsewhere in the mosaic.
+    a digit that is there.
     """
-    truth = bool(rng.integers(2))
-    place = int(rng.integers(4))
-    seen = tuple(int(digit) for digit in digits)
-    digit = seen[place]
-    if kind == "place_swapped":
-        others = sorted(set(seen) - {digit}) or alike[digit][:1]  # four equal digits: one mosaic in a thousand
-        asked = digit if truth else int(rng.choice(others))
-        return Claim(f"Is there {_a(WORDS[asked])} at the {PLACES[place]}?", asked, (digit,))
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    truth = bool(rng.integers(2))
+    seen = tuple(int(digit) for digit in digits)
+    digit = seen[int(rng.integers(4))]
     absent = [other for other in alike[digit] if other not in seen]
     wrong = absent[0] if kind == "exists_alike" else int(rng.choice(sorted(absent)))
-    asked = digit if truth else wrong
-    return Claim(f"Is there {_a(WORDS[asked])} in the picture?", asked, seen)
+    return Claim(digit if truth else wrong, seen)
 
 
 def misread(words: list[str], alike: list[list[int]], rng: np.random.Generator) -> list[str]:
@@ -79,7 +73,3 @@ def misread(words: list[str], alike: list[list[int]], rng: np.random.Generator) 
     index = int(rng.choice([place for place, word in enumerate(words) if word in WORDS]))
     wrong = alike[WORDS.index(words[index])][int(rng.integers(3))]
     return [*words[:index], WORDS[wrong], *words[index + 1 :]]
-
-
-def _a(word: str) -> str:
-    return f"an {word}" if word.startswith("e") else f"a {word}"

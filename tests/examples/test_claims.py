@@ -7,21 +7,18 @@ import pytest
 
 from examples.digits.claims import KINDS, Claim, ask_whether, lookalikes, misread
 from examples.digits.make import make_pairs, write_data
-from examples.digits.mosaics import PLACES, WORDS, load_originals
+from examples.digits.mosaics import WORDS, load_originals
 
 ALIKE = lookalikes(load_originals(held_out=False))
 
 
 def is_there(question: str, digits: np.ndarray) -> bool:
     """The truth, read off the question's own words."""
-    word = question.split()[3]
-    place = next((index for index, name in enumerate(PLACES) if name in question), None)
-    present = [WORDS[digit] for digit in (digits if place is None else digits[place : place + 1])]
-    return word in present
+    return question.split()[3] in [WORDS[digit] for digit in digits]
 
 
 def verdict(claim: Claim) -> str:
-    return claim.answer.split()[-1]
+    return claim.answer.split()[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,14 +34,16 @@ def test_answers_are_true_and_half_of_them_yes(kind):
 
 
 def test_questions_by_hand():
-    digits, rng = np.array([7, 2, 0, 9]), np.random.default_rng(0)
+    digits, rng = np.array([7, 2, 0, 7]), np.random.default_rng(0)
     claims = {ask_whether(kind, digits, ALIKE, rng) for kind in KINDS for _ in range(300)}
     asked = {(claim.question, claim.answer) for claim in claims}
-    assert ("Is there an eight in the picture?", "I see seven two zero nine so no") in asked
-    assert ("Is there a seven at the top left?", "I see seven so yes") in asked
-    assert ("Is there a two at the bottom right?", "I see nine so no") in asked
-    swapped = [question for question, answer in asked if " at the " in question and answer.endswith("no")]
-    assert len(swapped) == 4 * 3  # each place, each of the digits that stand elsewhere
+    assert {each for each in asked if each[1] != "no"} == {
+        ("Is there a seven in the picture?", "yes at the top left"),  # the first of two
+        ("Is there a two in the picture?", "yes at the top right"),
+        ("Is there a zero in the picture?", "yes at the bottom left"),
+    }
+    assert ("Is there an eight in the picture?", "no") in asked
+    assert len(asked) == 3 + 7
 
 
 def test_an_alike_digit_is_absent_and_the_nearest_that_is():
@@ -70,14 +69,14 @@ def test_a_misreading_is_one_digit_off_and_looks_like_it():
         assert WORDS.index(new) in ALIKE[WORDS.index(old)][:3]
 
 
-def test_a_misread_claim_has_the_other_verdict_and_its_evidence():
+def test_a_misread_claim_has_the_other_verdict():
     rng = np.random.default_rng(3)
-    claimed = Claim("?", 7, (1, 2, 0, 9)).misread(ALIKE, rng)  # the one of them that is most like a seven becomes one
+    claimed = Claim(7, (1, 2, 0, 9)).misread(ALIKE, rng)  # the one of them that is most like a seven becomes one
     rank = [ALIKE[digit].index(7) for digit in (1, 2, 0, 9)]
     assert claimed.seen == tuple(7 if place == rank.index(min(rank)) else d for place, d in enumerate((1, 2, 0, 9)))
-    assert claimed.answer.endswith("so yes")
-    overlooked = Claim("?", 7, (7, 2, 7, 9)).misread(ALIKE, rng)
-    assert overlooked.answer.endswith("so no")
+    assert verdict(claimed) == "yes"
+    overlooked = Claim(7, (7, 2, 7, 9)).misread(ALIKE, rng)
+    assert overlooked.answer == "no"
     assert (overlooked.seen[1], overlooked.seen[3]) == (2, 9)
     assert {overlooked.seen[0], overlooked.seen[2]} <= set(ALIKE[7][:3])
 
@@ -103,7 +102,7 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
     assert len({row["image"] for row in rows}) == len(rows) == 60
     assert 15 < sum(row["category"] in KINDS for row in rows) < 45
     originals = load_originals(held_out=False)
-    asked = make_pairs(tmp_path / "again", "pairs", originals, num_mosaics=60, per_mosaic=4, seed=4, noise=1, yes_no=3)
+    asked = make_pairs(tmp_path / "again", "pairs", originals, num_mosaics=60, per_mosaic=4, seed=4, noise=1, yes_no=2)
     read = {
         pair.image: [WORDS.index(word) for word in pair.answer.split()] for pair in asked if pair.category == "read"
     }
@@ -111,11 +110,11 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
         question = row["conversations"][0]["value"].removeprefix("<image>\n")
         digits = np.array(read[row["image"]])
         if row["category"] in KINDS:
-            assert row["chosen"].split()[-1] == ("yes" if is_there(question, digits) else "no")
-            assert {row["chosen"].split()[-1], row["rejected"].split()[-1]} == {"yes", "no"}
+            assert row["chosen"].split()[0] == ("yes" if is_there(question, digits) else "no")
+            assert {row["chosen"].split()[0], row["rejected"].split()[0]} == {"yes", "no"}
         else:
+            assert len(row["chosen"].split()) == len(row["rejected"].split())
             assert {WORDS.index(word) for word in row["chosen"].split() if word in WORDS} <= set(digits.tolist())
     for row in rows:
         assert row["chosen"] != row["rejected"]
-        assert len(row["chosen"].split()) == len(row["rejected"].split())
         assert [turn["from"] for turn in row["conversations"]] == ["human"]
