@@ -47,10 +47,16 @@ def build_report(folder: Path) -> dict[str, Any]:
     for entry in listing["runs"]:
         by_name.setdefault(entry["name"], []).append(_read_run(Path(entry["folder"]), entry))
     runs = [_summarise(name, entries) for name, entries in by_name.items()]
+    supported = {run["name"] for run in runs if run["unsupported_rate"] is not None}
     claims = {run["name"] for run in runs if "hallucination_rate" in (run["yes_no"] or {})}
     for run in runs:
         controls = listing["controls"].get(run["name"], [])
         run["paired"] = {control: paired_difference(by_name[run["name"]], by_name[control]) for control in controls}
+        run["paired_unsupported_rate"] = {
+            control: paired_difference(by_name[run["name"]], by_name[control], "unsupported_rate")
+            for control in controls
+            if {run["name"], control} <= supported
+        }
         run["paired_hallucination_rate"] = {
             control: paired_difference(by_name[run["name"]], by_name[control], "hallucination_rate")
             for control in controls
@@ -129,6 +135,7 @@ def _read_run(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
         **summary,
         **evaluation,
         "hallucination_rate": yes_no.get("hallucination_rate"),
+        "unsupported_rate": evaluation.get("unsupported_rate"),
         "seconds": summary["seconds"],
         "seed": entry["seed"],
         "stage": entry["stage"],
@@ -152,6 +159,7 @@ def _summarise(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
             category: mean_and_sd([entry["by_category"][category]["exact_match"] for entry in entries])
             for category in categories
         },
+        "unsupported_rate": _optional(entries, "unsupported_rate"),
         "yes_no": _yes_no([entry.get("yes_no") for entry in entries]),
         "routers": _routers([entry.get("routers") for entry in entries]),
         "kl_to_teacher": _optional(entries, "kl_to_teacher"),

@@ -29,7 +29,7 @@ from student_train.models import Checkpoint, check_fit, load_for_inference, read
 from student_train.router_loss import RouterLosses, router_losses, router_statistics
 from student_train.sparse_upcycling import is_sparse
 from student_train.student import Student
-from student_train.yes_no import yes_no_scores
+from student_train.yes_no import unsupported_rate, yes_no_scores
 
 MEMORY_BYTES = 512 << 20  # of image features, which the second pass needs again
 CHUNK_LOGITS = 1 << 25  # of the head in memory at once
@@ -90,6 +90,7 @@ def evaluate_model(
         "by_category": {
             name: {"num": len(hits), "exact_match": _mean(hits)} for name, hits in sorted(by_category.items())
         },
+        "unsupported_rate": unsupported_rate((sample["answer"], sample["reference"]) for sample in samples),
         "yes_no": yes_no_scores((sample["answer"], sample["reference"]) for sample in samples),
         "routers": router_statistics(fidelity.routers) if fidelity and fidelity.routers else None,
         "kl_to_teacher": fidelity.kl if fidelity else None,

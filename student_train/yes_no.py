@@ -1,4 +1,4 @@
-"""Yes/no questions as POPE judges them: how often a model claims what is not there.
+"""How often a model claims what is not there: yes/no questions as POPE judges them, and words without support.
 
 Source: POPE (arXiv 2305.10355), whose positive answer is "yes".
 """
@@ -31,6 +31,15 @@ def yes_no_scores(answers: Iterable[tuple[str, str]]) -> dict[str, float | int |
         "recall": _ratio(true_yes, num_yes),
         "num_neither": sum(said is None for said, _ in pairs),
     }
+
+
+def unsupported_rate(answers: Iterable[tuple[str, str]]) -> float | None:
+    """The share of (answer, reference) whose answer has a word that its reference has not; None of none.
+
+    In small what CHAIR (arXiv 1809.02156) counts by sentence: a right word in the wrong place is no such claim.
+    """
+    found = [bool(set(answer.lower().split()) - set(reference.lower().split())) for answer, reference in answers]
+    return _ratio(sum(found), len(found))
 
 
 def _said(text: str) -> str | None:

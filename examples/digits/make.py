@@ -118,21 +118,19 @@ def write_data(
     held_out = make_pairs(folder, "test", test, num_mosaics=test_mosaics, per_mosaic=2, seed=seed + 3, yes_no=yes_no)
     _write(folder / "test.jsonl", (pair.line(noisy=False) for pair in held_out))
     if preferences:
-        _write(folder / "pairs.jsonl", preference_lines(folder, train, num=preferences, seed=seed + 4))
+        _write(folder / "pairs.jsonl", preference_lines(folder, train, num=preferences, seed=seed + 4, yes_no=yes_no))
 
 
-def preference_lines(folder: Path, originals: Originals, *, num: int, seed: int) -> Iterator[str]:
+def preference_lines(folder: Path, originals: Originals, *, num: int, seed: int, yes_no: int) -> Iterator[str]:
     """Preference pairs as lines of JSONL, each about a mosaic of its own: the right answer and a misreading of it.
 
-    Every second one is a yes/no question, whose misreading has the other verdict; no question is for a sum.
+    With `yes_no` every second one is such a question, whose misreading has the other verdict; none is for a sum.
     """
     alike, rng = lookalikes(originals), np.random.default_rng([seed, 2])
-    asked = make_pairs(
-        folder, "pairs", originals, num_mosaics=num, per_mosaic=4, seed=seed, noise=1.0, yes_no=len(KINDS)
-    )
+    asked = make_pairs(folder, "pairs", originals, num_mosaics=num, per_mosaic=4, seed=seed, noise=1.0, yes_no=yes_no)
     for _, group in groupby(asked, key=lambda pair: pair.image):
         questions = [pair for pair in group if pair.category != "sum"]
-        claims = rng.random() < 0.5
+        claims = yes_no > 0 and rng.random() < 0.5
         pair = questions[rng.choice([i for i, each in enumerate(questions) if (each.category in KINDS) == claims])]
         record = {
             "id": pair.sample_id,

@@ -102,7 +102,7 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
     assert len({row["image"] for row in rows}) == len(rows) == 60
     assert 15 < sum(row["category"] in KINDS for row in rows) < 45
     originals = load_originals(held_out=False)
-    asked = make_pairs(tmp_path / "again", "pairs", originals, num_mosaics=60, per_mosaic=4, seed=4, noise=1, yes_no=2)
+    asked = make_pairs(tmp_path / "again", "pairs", originals, num_mosaics=60, per_mosaic=4, seed=4, noise=1, yes_no=1)
     read = {
         pair.image: [WORDS.index(word) for word in pair.answer.split()] for pair in asked if pair.category == "read"
     }
@@ -118,3 +118,9 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
     for row in rows:
         assert row["chosen"] != row["rejected"]
         assert [turn["from"] for turn in row["conversations"]] == ["human"]
+
+
+def test_without_yes_no_questions_no_pair_is_one(tmp_path):
+    write_data(tmp_path, teacher_mosaics=1, mosaics=1, test_mosaics=1, noise=0, seed=0, preferences=30)
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert {row["category"] for row in rows} == {"place", "read", "caption"}

@@ -96,7 +96,7 @@ def write_run(folder: Path, *, seed: int, claims: float, load: list[list[float]]
     }  # fmt: skip
     evaluation = {
         "exact_match": 0.5, "by_category": {"<b>": {"num": 1, "exact_match": 0.5}}, "kl_to_teacher": None,
-        "top1_agreement": None, "seconds": 9.0,
+        "top1_agreement": None, "seconds": 9.0, "unsupported_rate": 2 * claims,
         "yes_no": {"num": 9, "accuracy": 0.6, "hallucination_rate": claims, "yes_ratio": 0.5, "recall": 0.7},
         "routers": None if load is None
         else {"num_tokens": 5, "load": load, "entropy": 1.2, "balance": 1.1, "z": 2.0, "dropped": 0},
@@ -125,6 +125,8 @@ def test_claims_and_routers_of_a_grid_are_reported(tmp_path: Path):
     assert dense["routers"] is None
     found = sparse["paired_hallucination_rate"]["dense"]
     assert found["mean"] == pytest.approx(0.1 - 0.35)
+    assert sparse["unsupported_rate"]["mean"] == pytest.approx(0.2)
+    assert sparse["paired_unsupported_rate"]["dense"]["mean"] == pytest.approx(2 * (0.1 - 0.35))
     page = render_page(report, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)})
     assert "50.0 · 35.0 · 15.0" in page
     assert "Routers of the sparse students" in page

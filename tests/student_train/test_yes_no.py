@@ -2,7 +2,7 @@
 
 import pytest
 
-from student_train.yes_no import yes_no_scores
+from student_train.yes_no import unsupported_rate, yes_no_scores
 
 
 def test_scores_by_hand():
@@ -42,3 +42,9 @@ def test_rates_of_nothing_are_none():
     scores = yes_no_scores([("no", "yes")])
     assert scores is not None
     assert (scores["hallucination_rate"], scores["precision"], scores["recall"]) == (None, None, 0)
+
+
+def test_words_without_support_by_hand():
+    answers = [("one two", "Two one"), ("one three", "one two"), ("one", "one two"), ("", "one")]
+    assert unsupported_rate(answers) == 1 / 4  # the second; order and omissions claim nothing
+    assert unsupported_rate([]) is None
