@@ -8,13 +8,12 @@ in the same fused head as everything else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from student_train.batch import Batch
-from student_train.config import LossesSection
+from student_train.config import LossesSection, Treatment
 from student_train.fused_head import HiddenTarget, SparseTarget, TeacherHead
 from student_train.loader import RowCounts
 from student_train.losses import TeacherRows
@@ -32,11 +31,13 @@ class OnlineObjective(Objective):
     ) -> None:
         """`states`: what a frozen teacher with as many visual tokens as the student says of a batch; `head`: its own.
 
-        Of the losses it has those of rows, and treats them as exact.
+        Of the losses it has those of rows; they are exact.
         """
         if losses.relation or losses.preference:
             raise ValueError("the live teacher has response and visual losses alone")
-        super().__init__(student, losses, CachedTeacher(tokens_per_image=0, head=head), chunk_logits=chunk_logits)
+        exact: dict[str, Treatment] = {"response": "exact", "visual": "exact"}
+        known = CachedTeacher(tokens_per_image=0, treatments=exact, head=head)
+        super().__init__(student, losses, known, chunk_logits=chunk_logits)
         self._states = states
         self._said: dict[str, Tensor] = {}
 
@@ -51,7 +52,7 @@ class OnlineObjective(Objective):
         if getattr(self._losses, name) is None:
             return None
         assert self._teacher.head is not None
-        return HiddenTarget(self._said[name], self._teacher.head, replace(self._rules[name], treatment="exact"))
+        return HiddenTarget(self._said[name], self._teacher.head, self._rules[name])
 
     def _resampling(self, rows: Tensor, pool: int | None = None) -> None:
         return None

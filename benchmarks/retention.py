@@ -72,12 +72,10 @@ class Arm:
         """Labels, and the family's loss, at weight 1 each."""
         if not self.family:
             return LossesSection()
-        # The live teacher's treatment is set by OnlineObjective; the configuration knows none of visual rows.
-        treatment = self.treatment if self.selection else "bucket"
-        return LossesSection.model_validate({self.family: {"treatment": treatment}})
+        return LossesSection.model_validate({self.family: {"treatment": self.treatment} if self.selection else {}})
 
 
-DEFAULT_TREATMENT = DistributionLossSection().treatment
+DEFAULT_TREATMENT = DistributionLossSection().treatment_of("threshold")
 SFT, ONLINE, ONLINE_VISUAL = Arm(""), Arm("response"), Arm("visual")
 OFFLINE = Arm("response", "threshold .01", DEFAULT_TREATMENT)
 

@@ -25,6 +25,7 @@ TREATMENTS: dict[Divergence, tuple[Treatment, ...]] = {
     "total_variation": ("bucket", "profile", "renormalise", "exact"),
     "reverse_kl": ("bucket", "profile", "exact"),
 }
+DRAWING = ("threshold", "sampled")  # methods of `cache:` that draw from the tail
 
 
 class DistributionLossSection(Section):
@@ -34,12 +35,13 @@ class DistributionLossSection(Section):
     `bucket` exact entries and one bucket for all other tokens: a lower bound, equal if all is stored;
     `profile` the unstored mass spread over the other tokens by the cache's tail profile;
     `truncate` exact entries alone, as they are; `renormalise` exact entries scaled to sum to 1: both biased;
-    `exact` no stored row but the family `hidden` and the teacher's head, every token (response only).
+    `exact` no stored row but the family `hidden` and the teacher's head, every token (response only);
+    `auto` unbiased where tails were drawn (methods threshold and sampled) and the loss can use draws, else bucket.
     """
 
     weight: Annotated[float, Field(gt=0)] = 1.0
     divergence: Divergence = "forward_kl"
-    treatment: Treatment = "bucket"
+    treatment: Treatment | Literal["auto"] = "auto"  # by benchmarks.retention: see LOG.md
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # of both sides; the loss is multiplied by its square
     beta: Annotated[float, Field(gt=0, lt=1)] | None = None  # teacher's share of the mixture: jsd 0.5, skewed_kl 0.1
     k: Annotated[int, Field(ge=1)] | None = None  # read at most so many exact entries of a row; or
@@ -47,7 +49,7 @@ class DistributionLossSection(Section):
 
     @model_validator(mode="after")
     def _refuse_senseless(self) -> DistributionLossSection:
-        if self.treatment not in TREATMENTS[self.divergence]:
+        if self.treatment not in ("auto", *TREATMENTS[self.divergence]):
             raise ValueError(
                 f"treatment {self.treatment!r} gives no {self.divergence!r}: "
                 f"take one of {', '.join(TREATMENTS[self.divergence])}"
@@ -68,6 +70,13 @@ class DistributionLossSection(Section):
                 f"treatment {self.treatment!r} goes with the entries as they were dumped; leave k and tau out"
             )
         return self
+
+    def treatment_of(self, method: str | None) -> Treatment:
+        """The treatment of rows that were selected by a method of `cache:`."""
+        if self.treatment != "auto":
+            return self.treatment
+        takes_draws = "unbiased" in TREATMENTS[self.divergence] and self.temperature == 1 and self.k is None
+        return "unbiased" if takes_draws and method in DRAWING else "bucket"
 
 
 class RelationLossSection(Section):

@@ -15,7 +15,13 @@ from storage.identity import Identity, stored_relation, stored_temperatures
 from storage.narrowing import Narrowing
 from storage.reader import Cache, first_sample_with_images, read_identity
 from student_train.batch import check_grid
-from student_train.config import LossesSection, SourceSection, StageSection
+from student_train.config import (
+    DRAWING,
+    DistributionLossSection,
+    LossesSection,
+    SourceSection,
+    StageSection,
+)
 from student_train.fused_head import TeacherHead
 from student_train.loader import SampleTable, select
 from student_train.mixture import Mixture, Source
@@ -131,7 +137,11 @@ def check_together(losses: LossesSection, identities: Mapping[str, Identity]) ->
     """IdentityError naming each field in which caches differ that one loss must read alike. By their paths."""
     asked: dict[str, Callable[[Identity], Any]] = {}
     for family in ("response", "visual"):
-        if getattr(losses, family):
+        section: DistributionLossSection | None = getattr(losses, family)
+        if section:
+            asked[f"treatment of {family}"] = lambda each, family=family, section=section: section.treatment_of(
+                _method(each, family)
+            )
             asked[f"selection.{family}.temperatures"] = lambda each, family=family: stored_temperatures(each, family)
     if losses.response and losses.response.treatment == "exact":
         asked["teacher_fingerprint"] = lambda each: each.teacher_fingerprint  # one head makes all rows
@@ -161,6 +171,7 @@ def cached_teacher(material: Material, losses: LossesSection) -> CachedTeacher:
         tokens_per_image=material.checkpoint.grid.num_teacher_tokens,
         centered=relation.centered,
         pool=relation.pool,
+        treatments={name: section.treatment_of(_method(identity, name)) for name, section in sections.items()},
         temperatures={name: stored_temperatures(identity, name) for name in sections},
         profiles={
             name: torch.from_numpy(_tail_profile(material.data, name))
@@ -197,6 +208,11 @@ def narrowing(losses: LossesSection) -> dict[str, Narrowing]:
     sections = {"response": losses.response, "visual": losses.visual}
     asked = {family: Narrowing.of(k=each.k, tau=each.tau) for family, each in sections.items() if each}
     return {family: each for family, each in asked.items() if each}
+
+
+def _method(identity: Identity, family: str) -> str | None:
+    """How a family's rows were selected."""
+    return identity.selection.get(family, {}).get("method")
 
 
 def open_sealed(
@@ -253,13 +269,14 @@ def check_losses(losses: LossesSection, identity: Identity, held: Collection[str
         asked = Narrowing.of(k=section.k, tau=section.tau)
         if asked:
             asked.check(identity.selection.get(family, {}), f"{place}.{family}")
-        method = identity.selection.get(family, {}).get("method")
-        given = f"{place}.{family}.treatment is {section.treatment!r}, but the cache's {family} rows were selected by "
-        if section.treatment == "unbiased" and method not in ("threshold", "sampled"):
+        method = _method(identity, family)
+        treatment = section.treatment_of(method)
+        given = f"{place}.{family}.treatment is {treatment!r}, but the cache's {family} rows were selected by "
+        if treatment == "unbiased" and method not in DRAWING:
             raise ConfigError(
                 f"{given}{method!r}, which keeps nothing of the tail; use 'bucket', or dump with method 'threshold'"
             )
-        if section.treatment != "unbiased" and method == "sampled":
+        if treatment != "unbiased" and method == "sampled":
             raise ConfigError(f"{given}'sampled', which keeps no entry exactly; use 'unbiased'")
         temperatures = stored_temperatures(identity, family)
         needs = section.treatment != "renormalise" and section.temperature != 1

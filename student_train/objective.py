@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from student_train.batch import Batch
-from student_train.config import BalanceLossSection, DistributionLossSection, LossesSection
+from student_train.config import BalanceLossSection, DistributionLossSection, LossesSection, Treatment
 from student_train.fused_head import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
 from student_train.loader import RowCounts
 from student_train.losses import Rule, TailProfile, TeacherRows
@@ -32,6 +32,7 @@ class CachedTeacher:
     tokens_per_image: int  # rows that it has of each image
     centered: bool = False  # of relation matrices
     pool: int | None = None  # side of the blocks of the grid that relation matrices are averaged over
+    treatments: Mapping[str, Treatment] = field(default_factory=dict)  # of families whose loss says `auto`, at least
     temperatures: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # of each family's log-sum-exp
     profiles: Mapping[str, Tensor] = field(default_factory=dict)  # (v,) of the families whose loss uses one
     head: TeacherHead | None = None  # where a loss is exact
@@ -236,7 +237,10 @@ def _rule(losses: LossesSection, teacher: CachedTeacher, name: str) -> Rule:
         return Rule()
     temperatures = teacher.temperatures.get(name, ())
     column = temperatures.index(section.temperature) if section.temperature in temperatures else None
-    return Rule(section.divergence, section.treatment, section.temperature, section.beta, column)
+    treatment = teacher.treatments.get(name) or section.treatment
+    if treatment == "auto":
+        raise ValueError(f"{name}: the cache decides what 'auto' is; give CachedTeacher.treatments")
+    return Rule(section.divergence, treatment, section.temperature, section.beta, column)
 
 
 def _weight(losses: LossesSection, name: str) -> float:

@@ -8,7 +8,7 @@ from storage.errors import CacheError, ConfigError, IdentityError
 from storage.files import open_folder
 from storage.reader import Cache
 from student_train.batch import layout
-from student_train.config import LossesSection, StageSection
+from student_train.config import DistributionLossSection, LossesSection, StageSection
 from student_train.material import cached_teacher, prepare
 from tests.student_train.caches import make_cache
 
@@ -146,3 +146,41 @@ def test_a_cache_in_an_object_store_is_material(checkpoint: Path, cache: Path) -
         assert got is not None
         assert expected is not None
         assert got.equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "method", "expected"),
+    [
+        ({}, "threshold", "unbiased"),
+        ({}, "sampled", "unbiased"),
+        ({}, "topk", "bucket"),
+        ({}, "mass", "bucket"),
+        ({"divergence": "cross_entropy"}, "threshold", "unbiased"),
+        ({"divergence": "reverse_kl"}, "threshold", "bucket"),
+        ({"temperature": 2.0}, "threshold", "bucket"),
+        ({"k": 4}, "threshold", "bucket"),
+        ({"treatment": "bucket"}, "threshold", "bucket"),
+    ],
+)
+def test_draws_are_used_where_there_are_some_and_the_loss_can(
+    asked: dict[str, object], method: str, expected: str
+) -> None:
+    assert DistributionLossSection.model_validate(asked).treatment_of(method) == expected
+
+
+def test_the_cache_decides_the_treatment(checkpoint: Path, tmp_path: Path) -> None:
+    for name, rows, expected in (("drawn", {"tau": 0.1}, "unbiased"), ("cut", {"k": 4}, "bucket")):
+        losses = LossesSection.model_validate({"response": {}})
+        folder = make_cache(tmp_path / name, checkpoint, families=("response",), **{"k": None, **rows})
+        material = prepare(StageSection(init=str(checkpoint), steps=1, losses=losses), str(folder))
+        assert cached_teacher(material, losses).treatments == {"response": expected}
+
+
+def test_caches_that_ask_for_different_treatments_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    drawn = make_cache(tmp_path / "drawn", checkpoint, families=("response",), k=None, tau=0.1)
+    cut = make_cache(tmp_path / "cut", checkpoint, families=("response",), k=4)
+    both = {"init": str(checkpoint), "steps": 1, "caches": [{"path": str(drawn)}, {"path": str(cut)}]}
+    stage = StageSection.model_validate({**both, "losses": {"response": {}}})
+    with pytest.raises(IdentityError, match=r"treatment of response: .* has unbiased, .* has bucket"):
+        prepare(stage, "")
+    prepare(StageSection.model_validate({**both, "losses": {"response": {"treatment": "bucket"}}}), "")

@@ -270,9 +270,8 @@ def test_every_divergence_and_treatment_trains(checkpoint: Path, tmp_path: Path)
         run = Run(material, losses, chunk_logits=300 * 3)
         totals, _ = run(ranks=1, micro=2, size=4)
         assert section.response is not None
-        rule = Rule(
-            section.response.divergence, section.response.treatment, section.response.temperature, section.response.beta
-        )
+        treatment = section.response.treatment_of("threshold")
+        rule = Rule(section.response.divergence, treatment, section.response.temperature, section.response.beta)
         expected, count = 0.0, 0
         for index in material.table.indices:
             batch, record = run.batch(int(index)), material.cache.read(int(index))
