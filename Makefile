@@ -16,7 +16,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 demo: $(VENV)/installed ; $(BIN)/stillhouse run pipeline.yaml
 test: $(VENV)/installed ; $(BIN)/pytest
 check: test lint
-bench: $(VENV)/bench ; set -e; for name in codec verify loader dump loss moe; do $(BIN)/python -m benchmarks.$$name --json; done
+bench: $(VENV)/bench ; set -e; for name in codec verify loader dump loss moe step "retention --short"; do $(BIN)/python -m benchmarks.$$name --json; done
 
 clean: ; rm -rf $(VENV) runs
 
