@@ -27,7 +27,7 @@ from teacher_dump.preparation import Prepared, Preparer
 from teacher_dump.request import RowRequest, SignalRequest
 from teacher_dump.samples import Sample, SampleRefusedError
 from teacher_dump.selection import row_uniforms
-from teacher_dump.teacher import Teacher
+from teacher_dump.teacher import Teacher, TeacherStates
 
 _SAMPLES_PER_CALL = 32  # of the engine: their hidden states and pixels are in memory together
 
@@ -97,7 +97,7 @@ class PartScorer:
                 self._add_images(chunk.ready, gathered)
             elif chunk.ready:
                 scored, hidden = self.hidden_states(chunk.ready, gathered.errors)
-                if is_measured and not gathered.noise:
+                if is_measured and scored and not gathered.noise:
                     gathered.noise = self._noise(self._teacher.head, scored, hidden)
                 self._add_signals(self._teacher.head, scored, hidden, gathered)
         request = self._request
@@ -151,40 +151,43 @@ class PartScorer:
     ) -> tuple[list[Prepared], list[Tensor]]:
         """The samples that the teacher took and their hidden states, (T, d) each; the others become errors.
 
-        When a call fails, its samples are tried one by one. StillhouseError: all of several samples fail,
-        or the engine expands a prompt in another way than the processor.
+        An error is a sample that the engine fails on by itself, or whose images it expands in another way than the
+        processor does. StillhouseError: it fails on each of several samples.
         """
+        taken: list[Prepared] = []
+        hidden: list[Tensor] = []
+        for sample, states in self._asked(samples, errors):
+            difference = sample.expansion.difference(states.token_ids)
+            if difference:
+                errors.append(SampleError(sample.record.sample_id, difference))
+            else:
+                taken.append(sample)
+                hidden.append(states.hidden)
+        return taken, hidden
+
+    def _asked(self, samples: Sequence[Prepared], errors: list[SampleError]) -> list[tuple[Prepared, TeacherStates]]:
+        """What the engine answers. When a call fails, its samples are tried one by one."""
+        assert self._teacher is not None
+        engine = self._teacher.engine
         try:
-            return list(samples), self._ask(samples)
+            return list(zip(samples, engine.hidden_states([sample.prompt for sample in samples]), strict=True))
         except StillhouseError:
             raise
         except Exception as error:  # an engine raises its own kinds, and one sample must not cost the others
             _log.warning("the teacher failed on %d samples together: %s", len(samples), error)
-        taken: list[Prepared] = []
-        hidden: list[Tensor] = []
+        answered: list[tuple[Prepared, TeacherStates]] = []
         failures: list[SampleError] = []
         for sample in samples:
             try:
-                hidden += self._ask([sample])
-                taken.append(sample)
+                answered.append((sample, engine.hidden_states([sample.prompt])[0]))
             except StillhouseError:
                 raise
             except Exception as error:
                 failures.append(SampleError(sample.record.sample_id, f"the teacher failed: {error}"))
-        if not taken and len(failures) > 1:
+        if not answered and len(failures) > 1:
             raise StillhouseError(f"the teacher fails on every sample; {failures[0].sample_id}: {failures[0].reason}")
         errors += failures
-        return taken, hidden
-
-    def _ask(self, samples: Sequence[Prepared]) -> list[Tensor]:
-        assert self._teacher is not None
-        states = self._teacher.engine.hidden_states([sample.prompt for sample in samples])
-        for sample, state in zip(samples, states, strict=True):
-            try:
-                sample.expansion.check(state.token_ids)
-            except StillhouseError as error:
-                raise StillhouseError(f"sample {sample.record.sample_id}: {error}") from error
-        return [state.hidden for state in states]
+        return answered
 
     def _add_signals(
         self, head: OutputHead, samples: Sequence[Prepared], hidden: Sequence[Tensor], gathered: _Gathered
@@ -285,11 +288,8 @@ class PartScorer:
                 for sample, a, b in pairs
                 for positions in sample.expansion.visual
             ]
-        chunk = self._request.rows_per_chunk
         return {
-            family: rescored_kl(
-                head, torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows]), rows_per_chunk=chunk
-            )
+            family: rescored_kl(head, torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows]))
             for family, rows in parts.items()
             if rows
         }

@@ -118,9 +118,10 @@ class _Dense:
 
     def entropy(self) -> Tensor:
         """(r,) nats: the logarithm of the total less the mean of `shifted`."""
-        sums = torch.bmm(self.shifted[:, None], self.weights[:, :, None])[:, 0, 0]  # a dot product a row
+        products = self.shifted * self.weights
+        sums = products.sum(dim=1)
         if not bool(torch.isfinite(sums).all()):  # a suppressed token: 0 times minus infinity
-            sums = (self.shifted * self.weights).nansum(dim=1)
+            sums = products.nansum(dim=1)
         return (self.log_total - sums / self.total).clamp_(min=0)
 
     def take_out(self, places: Tensor) -> None:
@@ -128,7 +129,7 @@ class _Dense:
         vocab_size = self.weights.shape[1]
         self.weights.view(-1)[places] = 0.0
         row, run = places // vocab_size, places % vocab_size // RUN
-        self.sums[row, run] = tokens_of_runs(self.weights, row, run)[0].sum(dim=1)
+        self.sums[row, run] = tokens_of_runs(self.weights, row, run).sum(dim=1)
 
 
 def _select(
@@ -201,8 +202,8 @@ def _exact_places(dense: _Dense, selection: Selection) -> Tensor:
     if isinstance(selection, Threshold):
         least = selection.tau * dense.total
         row, run = (dense.sums >= least[:, None]).nonzero(as_tuple=True)  # no run weighs less than its tokens
-        weights, places = tokens_of_runs(dense.weights, row, run)
-        return places[weights >= least[row, None]]
+        at, token = (tokens_of_runs(dense.weights, row, run) >= least[row, None]).nonzero(as_tuple=True)
+        return row[at] * vocab_size + run[at] * RUN + token
     if isinstance(selection, Sampled):
         return first.new_zeros(0)
     if isinstance(selection, Mass):

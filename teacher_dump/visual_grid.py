@@ -35,21 +35,19 @@ class Expansion:
     positions: NDArray[np.int64]  # (t,) a placeholder's is the first that stands for it
     visual: tuple[NDArray[np.int64], ...]  # (n,) each image's visual tokens, which separators may part
 
-    def check(self, engine_ids: NDArray[np.int64]) -> None:
-        """StillhouseError naming the first token in which an engine's expansion differs."""
+    def difference(self, engine_ids: NDArray[np.int64]) -> str:
+        """The first token in which an engine's expansion differs; "" where they are the same."""
         length = min(len(self.token_ids), len(engine_ids))
         differing = np.flatnonzero(self.token_ids[:length] != engine_ids[:length])
+        why = "it expands images in another way than the teacher's processor"
         if len(differing):
             place = int(differing[0])
-            raise StillhouseError(
-                f"position {place}: the engine has token {engine_ids[place]}, expected {self.token_ids[place]}; "
-                "it expands images in another way than the teacher's processor"
+            return (
+                f"position {place}: the engine has token {engine_ids[place]}, expected {self.token_ids[place]}; {why}"
             )
         if len(engine_ids) != len(self.token_ids):
-            raise StillhouseError(
-                f"the engine has {len(engine_ids)} positions, expected {len(self.token_ids)}; "
-                "it expands images in another way than the teacher's processor"
-            )
+            return f"the engine has {len(engine_ids)} positions, expected {len(self.token_ids)}; {why}"
+        return ""
 
 
 def expand(token_ids: NDArray[np.int32], images: Sequence[NDArray[np.int64]], image_token_id: int) -> Expansion:

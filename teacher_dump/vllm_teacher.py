@@ -46,11 +46,22 @@ _GPU_MEMORY_FRACTION = 0.8  # leaves room for the output head and a chunk of log
 class VllmTeacher:
     """A model served by vLLM's pooling runner."""
 
-    def __init__(self, folder: Path, *, dtype: str, max_length: int, settings: Mapping[str, Any], served: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        max_length: int,
+        settings: Mapping[str, Any],
+        served: Path,
+        remembered_images: int = 256,
+    ) -> None:
         """Start an engine on a checkpoint folder.
 
         `max_length` in tokens, visual tokens included; `settings` go to vllm.LLM by name; `served` is a
-        folder for a view of a checkpoint whose tensor names vLLM does not know. ConfigError: unknown settings.
+        folder for a view of a checkpoint whose tensor names vLLM does not know. After `remembered_images` images
+        (samples that share one come together) the engine forgets them; it would keep gigabytes. ConfigError:
+        unknown settings.
         """
         self._vllm = _import_vllm()
         from vllm.config import PoolerConfig
@@ -66,9 +77,15 @@ class VllmTeacher:
             pooler_config=PoolerConfig(task=_TASK),
             enable_prefix_caching=False,
         )
+        self._remembered_images = remembered_images
+        self._num_images = 0  # asked about since the engine has last forgotten them
 
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
         """See Teacher. Hidden states are float32, on the CPU."""
+        self._num_images += sum(len(prompt.images) for prompt in prompts)
+        if self._num_images > self._remembered_images:
+            self._engine.reset_mm_cache()
+            self._num_images = 0
         outputs = self._engine.encode(
             [engine_prompt(prompt) for prompt in prompts],
             pooling_params=self._vllm.PoolingParams(use_activation=False),

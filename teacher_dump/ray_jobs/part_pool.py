@@ -26,6 +26,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from storage.errors import StillhouseError
+from teacher_dump.allocator import share_one_arena
 from teacher_dump.plan import Part
 from teacher_dump.ray_jobs.cluster import cluster, compare_room, last_line
 from teacher_dump.ray_jobs.placement import Placement
@@ -234,6 +235,7 @@ class _PartActor:
     """A Worker as Ray Data calls it, from several threads."""
 
     def __init__(self, *, settings: WorkerSettings, gate: Any, logs: Path) -> None:
+        share_one_arena()
         self._log_path = log_to_file(logs)
         self._settings = settings
         self._gate = gate

@@ -131,8 +131,9 @@ def _run_engine(folder: Path) -> None:
 
     settings = {"max_num_batched_tokens": BATCHED_TOKENS, "enable_chunked_prefill": True}
     engine = VllmTeacher(
-        folder / "teacher", dtype="float32", max_length=512, settings=settings, served=folder / "served"
-    )
+        folder / "teacher", dtype="float32", max_length=512, settings=settings, served=folder / "served",
+        remembered_images=5,  # the engine forgets them between some of the calls
+    )  # fmt: skip
     scorer = scorer_of(folder, engine)
     part = samples_of(folder)
     ready = scorer.prepare(part.samples, [])

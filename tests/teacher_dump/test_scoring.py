@@ -148,7 +148,15 @@ def test_a_sample_that_the_engine_refuses_costs_only_itself(
                 state.hidden[3, 0] = float("inf")
         return states
 
-    for twist, reason in ((refuse, "I will not"), (spoil, "not finite")):
+    def expand_more(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
+        return [
+            TeacherStates(np.insert(state.token_ids, 6, 299), state.hidden)
+            if prompt.token_ids.tolist() == hated
+            else state
+            for prompt, state in zip(prompts, states, strict=True)
+        ]
+
+    for twist, reason in ((refuse, "I will not"), (spoil, "not finite"), (expand_more, "expands images in another")):
         scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Twisted(reference, twist))
         records = scorer.score(part).records
         assert len(records.tokens) == 6 - len(records.errors)
@@ -158,22 +166,28 @@ def test_a_sample_that_the_engine_refuses_costs_only_itself(
         assert len(records.response) == len(records.tokens)
 
 
+def test_an_engine_that_expands_every_image_otherwise_leaves_no_record_and_measures_nothing(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
+) -> None:
+    def expand_more(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
+        return [TeacherStates(np.insert(state.token_ids, 6, 299), state.hidden) for state in states]
+
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, Twisted(reference, expand_more))
+    records = scorer.score(part_of(tiny_data, limit=4)).records
+    assert (len(records.tokens), len(records.errors)) == (0, 4)
+    assert records.teacher_noise == {}
+    assert "position 21: the engine has token 299, expected 198" in records.errors[0].reason
+
+
 def test_an_engine_that_fails_on_everything_stops_the_dump(
     tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
 ) -> None:
     def refuse(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
         raise RuntimeError("out of memory")
 
-    def expand_more(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
-        return [TeacherStates(np.insert(state.token_ids, 6, 299), state.hidden) for state in states]
-
-    for twist, message in (
-        (refuse, "fails on every sample.*out of memory"),
-        (expand_more, "train-0000: position"),
-    ):
-        scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Twisted(reference, twist))
-        with pytest.raises(StillhouseError, match=message):
-            scorer.score(part_of(tiny_data, limit=4))
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Twisted(reference, refuse))
+    with pytest.raises(StillhouseError, match=r"fails on every sample.*out of memory"):
+        scorer.score(part_of(tiny_data, limit=4))
 
 
 def test_an_images_rows_are_kept_once_for_each_prefix(
@@ -327,7 +341,7 @@ def test_a_teacher_that_repeats_itself_has_no_noise_and_one_that_does_not_has_so
     assert set(quiet.teacher_noise) == {"response", "visual"}
     assert max(quiet.teacher_noise["response"]) <= 1e-7
     assert quiet.response is not None
-    assert len(quiet.teacher_noise["response"]) == sum(rows.num_rows for rows in quiet.response[:4])
+    assert len(quiet.teacher_noise["response"]) == min(sum(rows.num_rows for rows in quiet.response[:2]), 32)
     noisy = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, Twisted(reference, shaken)).score(part).records
     assert min(noisy.teacher_noise["response"]) > 1e-5
     assert min(noisy.teacher_noise["visual"]) > 0
@@ -336,7 +350,9 @@ def test_a_teacher_that_repeats_itself_has_no_noise_and_one_that_does_not_has_so
 def test_noise_is_the_divergence_of_the_two_rows(tiny_teacher: Path) -> None:
     head = read_head(tiny_teacher, vocab_size=300)
     first, second = (torch.randn(300, head.weight.shape[1], generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    got = rescored_kl(head, first, second, rows_per_chunk=100)
-    p, q = (torch.log_softmax(head.logits(states[:256]).double(), dim=1) for states in (first, second))
+    got = rescored_kl(head, first, second)
+    spread = [number * 300 // 32 for number in range(32)]
+    p, q = (torch.log_softmax(head.logits(states[spread]).double(), dim=1) for states in (first, second))
     np.testing.assert_allclose(got, (p.exp() * (p - q)).sum(dim=1), rtol=1e-6, atol=1e-7)
-    assert rescored_kl(head, first, first, rows_per_chunk=7) == [0.0] * 256
+    assert rescored_kl(head, first, first) == [0.0] * 32
+    assert rescored_kl(head, first[:5], first[:5]) == [0.0] * 5
