@@ -37,7 +37,7 @@ def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings
     from teacher_dump.worker import WorkerSettings
 
     cache, teacher = settings.cache, settings.teacher
-    samples = [sample for part in planned.plan.parts for sample in part.samples]
+    samples = (sample for part in planned.plan.parts for sample in part.samples)
     return WorkerSettings(
         checkpoint=planned.checkpoint,
         backend=teacher.backend,
@@ -94,8 +94,9 @@ def prompt_errors(settings: DumpSettings, planned: DumpPlan, *, progress: bool =
 
     preparer = open_preparer(worker_settings(planned, settings))
     errors = [error for part in planned.plan.parts for error in part.errors]
-    samples = [sample for part in planned.plan.parts for sample in part.samples]
-    for sample in tqdm(samples, unit=" samples", desc="prompts", disable=not progress, leave=False):
+    samples = (sample for part in planned.plan.parts for sample in part.samples)
+    total = planned.plan.num_samples
+    for sample in tqdm(samples, total=total, unit=" samples", desc="prompts", disable=not progress, leave=False):
         try:
             preparer.prepare(sample)
         except SampleRefusedError as refusal:

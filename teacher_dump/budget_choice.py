@@ -33,7 +33,9 @@ def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
     from teacher_dump.assignment import with_teacher
     from teacher_dump.budget_slice import Wanted, calibrate, spread
 
-    samples = spread([sample for part in planned.plan.parts for sample in part.samples], budget.samples)
+    every = (sample for part in planned.plan.parts for sample in part.samples)
+    places = set(spread(range(planned.plan.num_samples), budget.samples))
+    samples = tuple(sample for place, sample in enumerate(every) if place in places)
     sections = {family: getattr(settings.cache, family) for family in missing}
     wanted = Wanted(samples, budget, sections, settings.dump.samples_per_part, settings.cache.zstd_level)
     chosen = with_teacher(planned, settings, calibrate, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from storage.records import SampleError
 from teacher_dump.budget import MAX_ROWS, Choice, Rows, choose
 from teacher_dump.samples import Sample
 from teacher_dump.scoring import PartScorer, new_images, response_states
+
+T = TypeVar("T")
 
 _SAMPLES_PER_CALL = 32
 
@@ -29,8 +32,8 @@ class Wanted:
     zstd_level: int
 
 
-def spread(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
-    """At most `count` samples, evenly spread over all."""
+def spread(samples: Sequence[T], count: int) -> tuple[T, ...]:
+    """At most `count` of the samples, or of their places, evenly spread over all."""
     count = min(count, len(samples))
     return tuple(samples[number * len(samples) // count] for number in range(count))
 

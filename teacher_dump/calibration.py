@@ -57,8 +57,7 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
     Errors: as dump.run_dump's; StillhouseError: no sample can be scored.
     """
     planned = plan_dump(settings)
-    samples = [sample for part in planned.plan.parts for sample in part.samples]
-    if not samples:
+    if not planned.plan.num_samples:
         unread = [error for part in planned.plan.parts for error in part.errors]
         raise ConfigError(f"none of the {len(unread):,} samples can be used: {unread[0].sample_id}: {unread[0].reason}")
     planned = with_budget(planned, settings)
@@ -87,9 +86,8 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
         num_errors=len(tried.errors),
         head_bytes=tried.head_bytes,
     )
-    return forecast(
-        calibration, Asked.of(samples), num_parts=len(planned.plan.parts), num_actors=settings.dump.actor_range.max
-    )
+    asked = Asked.of(sample for part in planned.plan.parts for sample in part.samples)
+    return forecast(calibration, asked, num_parts=len(planned.plan.parts), num_actors=settings.dump.actor_range.max)
 
 
 def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:
@@ -98,12 +96,13 @@ def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:
     Drawn by groups of samples that share images, as parts are made of, so that images are shared as often as in
     the whole plan.
     """
-    groups = [group for part in parts for group in image_groups(part.samples)]
+    groups = [(part, group) for part in parts for group in image_groups(part.samples)]
     halves: tuple[list[Sample], list[Sample]] = ([], [])
     for place in np.random.default_rng(0).permutation(len(groups)).tolist():
         if len(halves[0]) + len(halves[1]) >= num_samples:
             break
-        min(halves, key=len).extend(groups[place])
+        part, group = groups[place]
+        min(halves, key=len).extend(part.samples[member] for member in group)
     return Part(0, tuple(halves[0])), Part(1, tuple(halves[1]))
 
 

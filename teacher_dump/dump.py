@@ -77,7 +77,7 @@ def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:
         planned.identity,
         cache.families,
         append=cache.append,
-        sample_ids=[sample.id for part in planned.plan.parts for sample in part.samples],
+        sample_ids=[sample.id for part in planned.plan.parts for sample in part.samples] if cache.append else (),
         zstd_level=cache.zstd_level,
     )
 

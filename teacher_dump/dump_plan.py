@@ -53,7 +53,7 @@ def _plan(settings: DumpSettings) -> DumpPlan:
     teacher, answers = settings.teacher, settings.data.responses == "teacher"
     asks_teacher = answers or _asks_teacher(settings.cache)
     extracted = Path(settings.data.extracted or settings.run / "images")
-    sample_set = read_samples(settings.data.sources, extracted=extracted, only_questions=answers)
+    sample_set = read_samples(settings.data.sources, extracted=extracted, only_questions=answers, spool=settings.run)
     if not sample_set.samples and not sample_set.errors:
         files = ", ".join(str(source.path) for source in settings.data.sources)
         raise ConfigError(f"data.sources: there is no sample in {files}; give files of conversations")

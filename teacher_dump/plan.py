@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from storage.preference import CHOSEN, REJECTED
 from storage.records import SampleError
 from teacher_dump.lengths import TooLong
+from teacher_dump.sample_file import Chosen
 from teacher_dump.samples import Sample
 
 
@@ -18,7 +23,7 @@ class Part:
     """Samples that are scored and committed together. No image is in two parts."""
 
     number: int
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]  # which may be read from disk anew each time
     errors: tuple[SampleError, ...] = ()  # rows that never became a sample; all of them in part 0
 
     def to_text(self) -> str:
@@ -64,20 +69,21 @@ def make_plan(
     decide which samples are refused or cut and are part of the fingerprint. Rows that are no samples travel
     as errors of part 0; with no samples there is one part.
     """
-    parts: list[list[Sample]] = []
+    parts: list[array[int]] = []  # places of samples
     for group in image_groups(samples):
         if not parts or len(parts[-1]) + len(group) > samples_per_part:
-            parts.append([])
+            parts.append(array("q"))
         parts[-1].extend(group)
     numbered = tuple(
-        Part(number, tuple(part), tuple(errors) if number == 0 else ()) for number, part in enumerate(parts or [[]])
+        Part(number, Chosen(samples, places) if places else (), tuple(errors) if number == 0 else ())
+        for number, places in enumerate(parts or [array("q")])
     )
     return Plan(numbered, _fingerprint(numbered, max_length, too_long))
 
 
-def image_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples connected by images, groups and members in the order of first appearance."""
-    parent = list(range(len(samples)))
+def image_groups(samples: Sequence[Sample]) -> Iterator[list[int]]:
+    """Places of samples connected by images, groups and members in the order of first appearance."""
+    parent = array("q", range(len(samples)))
     first_with: dict[str, int] = {}
     for index, sample in enumerate(samples):
         for shared in (*sample.images, *_pair(sample.id)):
@@ -88,11 +94,14 @@ def image_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
                 parent[other] = other = parent[parent[other]]
             if one != other:
                 parent[max(one, other)] = min(one, other)
-    groups: dict[int, list[Sample]] = {}
-    for index, sample in enumerate(samples):  # a parent comes before its children
+    del first_with
+    for index in range(len(parent)):  # a parent comes before its children
         parent[index] = parent[parent[index]]
-        groups.setdefault(parent[index], []).append(sample)
-    return list(groups.values())
+    first = np.frombuffer(parent, np.int64)
+    order = np.argsort(first, kind="stable")
+    borders = [*np.flatnonzero(np.diff(first[order], prepend=-1)).tolist(), len(order)]
+    for start, stop in pairwise(borders):
+        yield order[start:stop].tolist()
 
 
 def _pair(sample_id: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from teacher_dump.archives import Archive, open_archive
 from teacher_dump.config import SourceSection
 from teacher_dump.conversation import encodable, is_pair, parse_conversation
 from teacher_dump.image_files import ImageFiles
+from teacher_dump.sample_file import SampleFile
 from teacher_dump.samples import Sample, SampleRefusedError
 from teacher_dump.sources.formats import read_rows
 from teacher_dump.sources.row import Broken
@@ -26,34 +27,36 @@ from teacher_dump.sources.row import Broken
 class SampleSet:
     """What the sources hold: usable samples in their order, and every row that is not one."""
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]  # on disk, read as they are asked for
     errors: tuple[SampleError, ...]
     image_root: Path  # absolute; the folder that all images lie in
 
 
-def read_samples(sources: Sequence[SourceSection], *, extracted: Path, only_questions: bool = False) -> SampleSet:
+def read_samples(
+    sources: Sequence[SourceSection], *, extracted: Path, only_questions: bool = False, spool: Path | None = None
+) -> SampleSet:
     """All samples of all sources.
 
     A broken row, a duplicate id, a missing image or a path out of its image folder costs that sample only
     and becomes a SampleError, under its id or, where that is unknown or taken, under its place in the file;
     a preference pair becomes two, under both of its ids. `extracted` is the folder for images that are bytes
-    or lie in archives; `only_questions` leaves all answers out.
+    or lie in archives; `only_questions` leaves all answers out; `spool` is the folder of the samples' file.
     ConfigError: no sources, one that is missing or cannot be read at all.
     """
     if not sources:
         raise ConfigError("data.sources: is empty; name at least one file of conversations, such as a LLaVA JSON")
     reading = _Reading(ImageFiles(extracted.resolve()), only_questions=only_questions)
-    for source in sources:
-        place_of_images = _image_place(source)
-        for number, copy, (place, row) in islice(_taken(source), source.limit):
-            reading.take(row, place=place, number=number, copy=copy, source=source, images=place_of_images)
+    samples = SampleFile(_samples(sources, reading), folder=spool)
     root = _common_folder(list(reading.files.folders) or [_image_folder(sources[0])])
-    cut = len(str(root).rstrip("/")) + 1
-    samples = tuple(
-        replace(sample, images=tuple(path[cut:] for path in sample.images)) if sample.images else sample
-        for sample in reading.samples
-    )
+    samples.cut_paths(len(str(root).rstrip("/")) + 1)
     return SampleSet(samples, _named_once(reading.errors, reading.first_place), root)
+
+
+def _samples(sources: Sequence[SourceSection], reading: _Reading) -> Iterator[Sample]:
+    for source in sources:
+        images = _image_place(source)
+        for number, copy, (place, row) in islice(_taken(source), source.limit):
+            yield from reading.take(row, place=place, number=number, copy=copy, source=source, images=images)
 
 
 def _taken(source: SourceSection) -> Iterator[tuple[int, int, tuple[str, Any]]]:
@@ -75,13 +78,13 @@ class _Reading:
     def __init__(self, files: ImageFiles, *, only_questions: bool) -> None:
         self.files = files
         self._only_questions = only_questions
-        self.samples: list[Sample] = []
         self.errors: list[SampleError] = []
         self.first_place: dict[str, str] = {}  # by sample id
 
     def take(
         self, row: Any, *, place: str, number: int, copy: int, source: SourceSection, images: Path | Archive
-    ) -> None:
+    ) -> list[Sample]:
+        """The samples of a row; none of one that is an error."""
         names = [place]
         try:
             if isinstance(row, Broken):
@@ -96,18 +99,20 @@ class _Reading:
                 self._refuse_known(name)
             names = of_row
             self.first_place.update(dict.fromkeys(names, place))
-            self._add(names, fields, source.split, images)
+            return self._parsed(names, fields, source.split, images)
         except SampleRefusedError as refusal:
             self.errors += [SampleError(name, f"{place}: {refusal}") for name in names]
+            return []
 
-    def _add(self, names: Sequence[str], fields: dict[str, Any], split: str, images: Path | Archive) -> None:
+    def _parsed(self, names: Sequence[str], fields: dict[str, Any], split: str, images: Path | Archive) -> list[Sample]:
         conversation = parse_conversation(fields, only_questions=self._only_questions)
         category = _category(fields)
         paths = tuple(self.files.file(value, images) for value in conversation.images)
         turns = conversation.turns
-        self.samples.append(Sample(names[0], split, category, paths, turns))
+        samples = [Sample(names[0], split, category, paths, turns)]
         if conversation.rejected is not None:
-            self.samples.append(Sample(names[1], split, category, paths, (*turns[:-1], conversation.rejected)))
+            samples.append(Sample(names[1], split, category, paths, (*turns[:-1], conversation.rejected)))
+        return samples
 
     def _refuse_known(self, name: str) -> None:
         if name in self.first_place:

@@ -6,7 +6,7 @@ A teacher whose vision weights were silently not loaded still answers. Source: K
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +38,7 @@ class Sight:
         return self.change <= max(_LEAST_CHANGE, _NOISE_FACTOR * self.noise)
 
 
-def choose_samples(samples: Sequence[Sample], num_samples: int) -> tuple[Sample, ...]:
+def choose_samples(samples: Iterable[Sample], num_samples: int) -> tuple[Sample, ...]:
     """The first samples with images that no earlier one shows."""
     chosen: list[Sample] = []
     seen: set[str] = set()

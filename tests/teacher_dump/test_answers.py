@@ -82,7 +82,7 @@ def make_answerer(folder: Path, image_root: Path, generator: Any, sampling: Samp
     return Answerer(preparer, generator, processor.tokenizer, facts.image_token_id, facts.eos_token_ids, sampling)
 
 
-def questions_of(file: Path, **fields: Any) -> tuple[Sample, ...]:
+def questions_of(file: Path, **fields: Any) -> Sequence[Sample]:
     source = SourceSection(path=str(file), **fields)
     return read_samples([source], extracted=file.parent / "extracted", only_questions=True).samples
 

@@ -1,0 +1,73 @@
+"""Samples on disk: a plan of millions, of which memory holds only where each one begins."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import overload
+
+from teacher_dump.samples import Sample
+
+
+class SampleFile(Sequence[Sample]):
+    """Samples in the order in which they came, read again whenever one is asked for; 8 bytes of memory each.
+
+    The file has no name, and goes away with the object or its process.
+    """
+
+    def __init__(self, samples: Iterable[Sample], *, folder: Path | None = None) -> None:
+        """`folder` is where there is room for them, made if need be; None: where temporary files go."""
+        self._starts = array("Q", [0])
+        self._bytes: mmap.mmap | bytes = b""
+        self._num_cut = 0  # characters of each image's path
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            for sample in samples:
+                self._starts.append(self._starts[-1] + file.write(json.dumps(sample.as_json()).encode()))
+            file.flush()
+            if self._starts[-1]:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def cut_paths(self, num_characters: int) -> None:
+        """Leave out the first characters of every image's path from now on."""
+        self._num_cut = num_characters
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Sample, ...]: ...
+    def __getitem__(self, index: int | slice) -> Sample | tuple[Sample, ...]:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(*index.indices(len(self))))
+        place = range(len(self))[index]  # IndexError beyond the end, and negative ones from there
+        row = json.loads(self._bytes[self._starts[place] : self._starts[place + 1]])
+        row["images"] = [path[self._num_cut :] for path in row["images"]]
+        return Sample.from_json(row)
+
+
+class Chosen(Sequence[Sample]):
+    """Some of a sequence's samples, by their places in it."""
+
+    def __init__(self, samples: Sequence[Sample], places: Sequence[int]) -> None:
+        self._samples = samples
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Sample, ...]: ...
+    def __getitem__(self, index: int | slice) -> Sample | tuple[Sample, ...]:
+        if isinstance(index, slice):
+            return tuple(self._samples[place] for place in self._places[index])
+        return self._samples[self._places[index]]

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teacher_dump.sample_file import Chosen, SampleFile
+from teacher_dump.samples import Sample, Turn
+
+texts = st.text(max_size=20)
+turns = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), texts), max_size=3).map(tuple)
+samples = st.lists(
+    st.builds(Sample, texts, texts, texts, st.lists(texts.map("/root/".__add__), max_size=2).map(tuple), turns),
+    max_size=6,
+)
+
+
+@given(samples)
+def test_what_is_read_is_what_was_written_with_shorter_paths(written: list[Sample]) -> None:
+    read = SampleFile(iter(written))
+    assert list(read) == written
+    read.cut_paths(len("/root/"))
+    expected = [
+        Sample(one.id, one.split, one.category, tuple(path.removeprefix("/root/") for path in one.images), one.turns)
+        for one in written
+    ]
+    assert list(read) == expected
+    assert read[1:-1] == tuple(expected[1:-1])
+    assert list(reversed(read)) == expected[::-1]
+
+
+def test_places_choose_and_those_beyond_the_end_are_refused(tmp_path: Path) -> None:
+    written = [Sample(str(number), "train", "", (), ()) for number in range(5)]
+    read = SampleFile(written, folder=tmp_path / "made" / "here")
+    chosen = Chosen(read, array("q", [4, 0, 2]))
+    assert [one.id for one in chosen] == ["4", "0", "2"]
+    assert [one.id for one in chosen[1:]] == ["0", "2"]
+    assert (read[-1].id, len(read), len(chosen)) == ("4", 5, 3)
+    assert not list((tmp_path / "made" / "here").iterdir())  # the file has no name
+    with pytest.raises(IndexError):
+        read[5]
