@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from student_train.batch import Batch
+from student_train.batch import Batch, ImageGrids
 from student_train.config import LossesSection, Treatment
 from student_train.fused_head import HiddenTarget, SparseTarget, TeacherHead
 from student_train.loader import RowCounts
@@ -36,7 +36,7 @@ class OnlineObjective(Objective):
         if losses.relation or losses.preference:
             raise ValueError("the live teacher has response and visual losses alone")
         exact: dict[str, Treatment] = {"response": "exact", "visual": "exact"}
-        known = CachedTeacher(tokens_per_image=0, treatments=exact, head=head)
+        known = CachedTeacher(treatments=exact, head=head)
         super().__init__(student, losses, known, chunk_logits=chunk_logits)
         self._states = states
         self._said: dict[str, Tensor] = {}
@@ -54,15 +54,17 @@ class OnlineObjective(Objective):
         assert self._teacher.head is not None
         return HiddenTarget(self._said[name], self._teacher.head, self._rules[name])
 
-    def _resampling(self, rows: Tensor, pool: int | None = None) -> None:
-        return None
+    def _visual_rows(self, hidden: Tensor, batch: Batch) -> list[tuple[ImageGrids, Tensor]]:
+        """All of them as one image's, which needs no resampling."""
+        rows = hidden.index_select(0, batch.visual_positions if batch.counted else batch.visual_positions[:0])
+        return [(ImageGrids(1, len(rows), len(rows)), rows[None])] if len(rows) else []
 
 
 @torch.no_grad()
 def teacher_states(teacher: Student, batch: Batch) -> dict[str, Tensor]:
     """The final-norm states of a batch's response rows (r, d) and visual rows (i * n, d)."""
     hidden = teacher.hidden(batch.input_ids, batch.visual_positions, batch.vision)
-    places = {"response": batch.response_positions, "visual": batch.visual_positions.flatten()}
+    places = {"response": batch.response_positions, "visual": batch.visual_positions}
     return {name: hidden.index_select(0, positions) for name, positions in places.items()}
 
 

@@ -111,7 +111,7 @@ def prepare(run: Path, *, digits: Path) -> list[Subject]:
     smol, small = run / "smol", run / "small"
     smol_llava.save_smol_llava(smol)
     if not small.exists():
-        smol_llava.save_small_llava(small, hidden=256, layers=8)
+        smol_llava.save_small_llava(small, logit_std=0.32, hidden=256, layers=8)
     if not (text_cache / "manifest.json").exists():
         _cache(text_cache, _tokens(run, smol), smol)
     return [

@@ -14,7 +14,7 @@ from storage.reader import Cache
 from storage.sections import Named, read_sections
 from storage.segments import NewSegment, find_segment, has_cache
 from student_train.config import SourceSection, StageSection
-from student_train.material import check_losses, fitting_checkpoint
+from student_train.material import check_architecture, check_losses, fitting_checkpoint
 from student_train.models import check_fit, is_hub_id, read_checkpoint
 from student_train.trainer import resolved
 from teacher_dump.assignment import prompt_errors
@@ -141,7 +141,7 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
                 check_losses(section.losses, identity, held, place=place)
             elif has_cache(open_folder(source.path)):
                 other = Cache.open(source.path, families=())
-                check_losses(section.losses, other.identity, other.families, place=f"{place}, of {source.path}")
+                check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {place}")
     for name, section in experiment.stages.items():
         stage = resolved(section, name)
         if not Path(stage.init).is_dir():
@@ -151,5 +151,7 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
             fitting_checkpoint(stage, experiment.cache.path)
             yield f"stages.{name}: {stage.init} fits the {'cache' if len(paths) == 1 else 'caches'}"
         elif experiment.cache.path in paths:
-            check_fit(read_checkpoint(stage.init), identity)
+            checkpoint = read_checkpoint(stage.init)
+            check_architecture(checkpoint, stage)
+            check_fit(checkpoint, identity)
             yield f"stages.{name}: {stage.init} fits the teacher"

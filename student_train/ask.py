@@ -81,7 +81,7 @@ def _reference(image: Path, checkpoint: Checkpoint) -> ImageRef:
         sha256 = hashlib.sha256(image.read_bytes()).hexdigest()
     except OSError as error:
         raise StillhouseError(f"{image}: cannot be read: {error.strerror}") from error
-    return ImageRef(image.name, sha256, checkpoint.grid.tokens_per_image, key=sha256)
+    return ImageRef(image.name, sha256, checkpoint.grid.tokens_per_image or 1, key=sha256)
 
 
 def _eos_token_ids(checkpoint: Checkpoint, student: Student) -> set[int]:

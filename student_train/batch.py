@@ -1,6 +1,6 @@
 """The one place that aligns: sample records become padded token ids, positions of rows, and teacher rows.
 
-Legend: b sequences, t tokens, r response rows, i images, n visual tokens of an image. Positions are flat,
+Legend: b sequences, t tokens, r response rows, n visual tokens of an image, s of all images. Positions are flat,
 into b * t. The response token at position p is predicted at p - 1, so there lies its row; a visual row is
 the distribution *at* its visual token, so its position is not shifted. Training pads on the right: in a
 causal model no row that is read can see the padding, hence there is no attention mask.
@@ -8,6 +8,7 @@ causal model no row that is read can see the padding, hence there is no attentio
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,15 +33,10 @@ class Grid:
     """How the student lays out a sequence."""
 
     image_token_id: int
-    tokens_per_image: int  # of the student's own vision tower
+    tokens_per_image: int | None  # visual tokens of the student; None: as an image's size asks
     pad_token_id: int
     max_length: int  # positions that the student's decoder has
-    teacher_tokens_per_image: int | None = None  # rows that the cache has of each image; None: as many
-
-    @property
-    def num_teacher_tokens(self) -> int:
-        """Rows of each image in the visual and relation losses."""
-        return self.teacher_tokens_per_image or self.tokens_per_image
+    teacher_tokens_per_image: int | None = None  # where the student has the same of each: rows that the cache has
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +46,17 @@ class Layout:
     input_ids: NDArray[np.int64]  # (t,)
     response_positions: NDArray[np.int64]  # (r,) where each response token is predicted
     labels: NDArray[np.int64]  # (r,) the response tokens
-    visual_positions: NDArray[np.int64]  # (i * n,)
+    visual_positions: NDArray[np.int64]  # (s,) of all images
+    visual_counts: tuple[int, ...]  # n of each image
+
+
+@dataclass(frozen=True)
+class ImageGrids:
+    """A run of images that are alike: visual tokens of the student and of the teacher for each."""
+
+    num_images: int
+    student: int  # n
+    teacher: int  # m
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +69,12 @@ class Batch:
     response_positions: Int[Tensor, " r"]
     response_counts: Int[Tensor, " b"]  # rows of each sequence
     labels: Int[Tensor, " r"]
-    visual_positions: Int[Tensor, "i n"]
+    visual_positions: Int[Tensor, " s"]
     vision: VisionInput
+    grids: tuple[ImageGrids, ...] = ()  # of the images in their order
     response: TeacherRows | None = None  # r rows
-    visual: TeacherRows | None = None  # i * m rows, m visual tokens of the teacher
-    relation: TeacherRelations | None = None
+    visual: TeacherRows | None = None  # the teacher's rows of all images
+    relation: tuple[TeacherRelations, ...] | None = None  # of each of `grids`
     hidden: Float[Tensor, "r d"] | None = None  # the teacher's states of the response rows
     sequence: Float[Tensor, " b"] | None = None  # the teacher's log-probability of each whole response
     counted: bool = True  # False: a filler, no row of it is in any loss
@@ -83,8 +90,10 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 moved[name] = value.to(device, non_blocking=True)
-            elif isinstance(value, TeacherRows | TeacherRelations | VisionInput):
+            elif isinstance(value, TeacherRows | VisionInput):
                 moved[name] = value.to(device)
+        if self.relation is not None:
+            moved["relation"] = tuple(each.to(device) for each in self.relation)
         return replace(self, **moved)
 
 
@@ -94,7 +103,7 @@ class PromptBatch:
 
     input_ids: Int[Tensor, "b t"]
     attention_mask: Int[Tensor, "b t"]
-    visual_positions: Int[Tensor, "i n"]
+    visual_positions: Int[Tensor, " s"]
     vision: VisionInput
 
     def to(self, device: torch.device) -> PromptBatch:
@@ -102,14 +111,20 @@ class PromptBatch:
         return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def layout(tokens: TokensRecord, grid: Grid) -> Layout:
-    """A sample with each placeholder expanded to the student's number of visual tokens.
+def layout(tokens: TokensRecord, grid: Grid, image_ids: Sequence[NDArray[np.int64]] | None = None) -> Layout:
+    """A sample with each placeholder expanded to what stands for its image in the student.
 
-    Errors: StillhouseError for a sample that is longer than the decoder, or whose response starts it.
+    `image_ids`: of each image, separators included; None: the grid's number of visual tokens for each. Errors:
+    StillhouseError for a sample that is longer than the decoder, or whose response starts it.
     """
     is_image = tokens.token_ids == grid.image_token_id
-    repeats = np.where(is_image, grid.tokens_per_image, 1)
+    if image_ids is None:
+        assert grid.tokens_per_image is not None
+        image_ids = [np.full(grid.tokens_per_image, grid.image_token_id)] * int(np.count_nonzero(is_image))
+    repeats = np.ones(len(tokens.token_ids), np.int64)
+    repeats[is_image] = [len(ids) for ids in image_ids]
     input_ids = np.repeat(tokens.token_ids, repeats).astype(np.int64)
+    input_ids[np.repeat(is_image, repeats)] = np.concatenate([np.zeros(0, np.int64), *image_ids])
     if len(input_ids) > grid.max_length:
         raise StillhouseError(
             f"sample {tokens.sample_id!r} has {len(input_ids)} tokens for this student, which has "
@@ -125,8 +140,16 @@ def layout(tokens: TokensRecord, grid: Grid) -> Layout:
         input_ids=input_ids,
         response_positions=responses - 1,
         labels=input_ids[responses],
-        visual_positions=np.flatnonzero(np.repeat(is_image, repeats)),
+        visual_positions=np.flatnonzero(input_ids == grid.image_token_id),
+        visual_counts=tuple(int(np.count_nonzero(ids == grid.image_token_id)) for ids in image_ids),
     )
+
+
+def _layouts(samples: Sequence[TokensRecord], grid: Grid, vision: VisionInput) -> list[Layout]:
+    if vision.inputs is None:
+        return [layout(tokens, grid) for tokens in samples]
+    ids = iter(vision.inputs.ids)
+    return [layout(tokens, grid, list(itertools.islice(ids, len(tokens.images)))) for tokens in samples]
 
 
 def collate(
@@ -145,21 +168,24 @@ def collate(
     """
     if not counted:
         families = ()
-    layouts = [layout(record.tokens, grid) for record in records]
+    images = [(record.tokens.sample_id, image) for record in records for image in record.tokens.images]
+    vision = gather(images)
+    layouts = _layouts([record.tokens for record in records], grid, vision)
     length = max(len(item.input_ids) for item in layouts)
     input_ids = np.full((len(records), length), grid.pad_token_id, np.int64)
     for row, item in enumerate(layouts):
         input_ids[row, : len(item.input_ids)] = item.input_ids
-    images = [(record.tokens.sample_id, image) for record in records for image in record.tokens.images]
     starts = np.arange(len(records)) * length
     visual = [item.visual_positions + start for item, start in zip(layouts, starts, strict=True)]
     response = [item.response_positions + start for item, start in zip(layouts, starts, strict=True)]
     labels = [item.labels for item in layouts]
     if not counted:
         response, labels = ([np.zeros(0, np.int64)] * len(records) for _ in range(2))
+    grids: tuple[ImageGrids, ...] = ()
     if "visual" in families or "relation" in families:
-        for record in records:
-            check_grid(record.tokens, grid)
+        for record, item in zip(records, layouts, strict=True):
+            check_grid(record.tokens, grid, item.visual_counts)
+        grids = _grids([count for item in layouts for count in item.visual_counts], [image for _, image in images])
     return Batch(
         sample_ids=tuple(record.tokens.sample_id for record in records),
         input_ids=torch.from_numpy(input_ids),
@@ -167,11 +193,12 @@ def collate(
         response_positions=torch.from_numpy(np.concatenate(response)),
         response_counts=torch.tensor([len(each) for each in response]),
         labels=torch.from_numpy(np.concatenate(labels)),
-        visual_positions=torch.from_numpy(np.concatenate(visual)).view(-1, grid.tokens_per_image),
-        vision=gather(images),
+        visual_positions=torch.from_numpy(np.concatenate(visual)),
+        vision=vision,
+        grids=grids,
         response=teacher_rows([_response(record) for record in records]) if "response" in families else None,
         visual=teacher_rows(_by_image(records, "visual")) if "visual" in families else None,
-        relation=_relations(records, grid) if "relation" in families else None,
+        relation=_relations(records, grids) if "relation" in families else None,
         hidden=torch.from_numpy(np.concatenate([_hidden(each) for each in records])) if "hidden" in families else None,
         sequence=torch.tensor([_sequence(record) for record in records]) if "sequence" in families else None,
         counted=counted,
@@ -206,7 +233,8 @@ def first_answer(tokens: TokensRecord) -> NDArray[np.int32]:
 
 def collate_prompts(prompts: Sequence[TokensRecord], grid: Grid, gather: Gather) -> PromptBatch:
     """The batch of one or more prompts. Errors: StillhouseError as `layout` and `gather`."""
-    layouts = [layout(tokens, grid) for tokens in prompts]
+    vision = gather([(tokens.sample_id, image) for tokens in prompts for image in tokens.images])
+    layouts = _layouts(prompts, grid, vision)
     length = max(len(item.input_ids) for item in layouts)
     input_ids = np.full((len(prompts), length), grid.pad_token_id, np.int64)
     mask = np.zeros((len(prompts), length), np.int64)
@@ -219,27 +247,46 @@ def collate_prompts(prompts: Sequence[TokensRecord], grid: Grid, gather: Gather)
     return PromptBatch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(mask),
-        visual_positions=torch.from_numpy(np.concatenate(visual)).view(-1, grid.tokens_per_image),
-        vision=gather([(tokens.sample_id, image) for tokens in prompts for image in tokens.images]),
+        visual_positions=torch.from_numpy(np.concatenate(visual)),
+        vision=vision,
     )
 
 
-def check_grid(tokens: TokensRecord, grid: Grid) -> None:
-    """IdentityError unless each image has as many rows as the grid says, and they can be brought together."""
-    for image in tokens.images:
-        found = f"visual grid: the cache has {image.num_visual_tokens} visual tokens for image {image.path} "
-        if image.num_visual_tokens != grid.num_teacher_tokens:
+def check_grid(tokens: TokensRecord, grid: Grid, counts: Sequence[int] | None = None) -> None:
+    """IdentityError unless the student's and the teacher's visual tokens of each image can be brought together.
+
+    `counts`: the student's, of each image; None: as the grid says of all.
+    """
+    for number, image in enumerate(tokens.images):
+        ours = grid.tokens_per_image if counts is None else counts[number]
+        theirs, expected = image.num_visual_tokens, grid.teacher_tokens_per_image
+        found = f"visual grid: the cache has {theirs} visual tokens for image {image.path} "
+        if grid.tokens_per_image is None:
+            if ours not in (None, theirs):
+                raise IdentityError(
+                    f"{found}of sample {tokens.sample_id!r}, this student makes {ours} of it; where an image's size "
+                    "decides, student and teacher must cut it alike: give the student the teacher's image processor, "
+                    "or leave visual and relation losses out"
+                )
+            continue
+        if theirs != (grid.tokens_per_image if expected is None else expected):
             raise IdentityError(
-                f"{found}of sample {tokens.sample_id!r}, but {grid.num_teacher_tokens} for others; images of several "
-                "sizes have no visual and relation losses: leave these out"
+                f"{found}of sample {tokens.sample_id!r}, but {expected or grid.tokens_per_image} for others; images of "
+                "several sizes have no visual and relation losses with a student whose grid is one: leave these out"
             )
         try:
-            resampling(grid.tokens_per_image, image.num_visual_tokens)
+            resampling(grid.tokens_per_image, theirs)
         except ValueError as error:
             raise IdentityError(
                 f"{found}of sample {tokens.sample_id!r}, this student has {grid.tokens_per_image}, and {error} that "
                 "could be resampled; take a student with the teacher's grid, or leave visual and relation losses out"
             ) from error
+
+
+def _grids(counts: Sequence[int], images: Sequence[ImageRef]) -> tuple[ImageGrids, ...]:
+    """Runs of neighbouring images that are alike."""
+    pairs = zip(counts, (image.num_visual_tokens for image in images), strict=True)
+    return tuple(ImageGrids(len(list(run)), *pair) for pair, run in itertools.groupby(pairs))
 
 
 def teacher_rows(parts: Sequence[SparseRows]) -> TeacherRows:
@@ -287,10 +334,14 @@ def _by_image(records: Sequence[SampleRecord], family: str) -> list:
     return signals
 
 
-def _relations(records: Sequence[SampleRecord], grid: Grid) -> TeacherRelations:
-    relations = _by_image(records, "relation")
-    pooled = [len(each.values) for each in relations[:1] if isinstance(each, PooledRelation)]
-    return teacher_relations(relations, size=pooled[0] if pooled else grid.num_teacher_tokens)
+def _relations(records: Sequence[SampleRecord], grids: Sequence[ImageGrids]) -> tuple[TeacherRelations, ...]:
+    relations = iter(_by_image(records, "relation"))
+    runs = []
+    for run in grids:
+        of_run = list(itertools.islice(relations, run.num_images))
+        pooled = [len(each.values) for each in of_run[:1] if isinstance(each, PooledRelation)]
+        runs.append(teacher_relations(of_run, size=pooled[0] if pooled else run.teacher))
+    return tuple(runs)
 
 
 def _hidden(record: SampleRecord) -> NDArray[np.float32]:

@@ -3,7 +3,8 @@
 Tensor names: transformers 5 saves a LLaVA's tower as `vision_tower.encoder…`, vLLM reads
 `vision_tower.vision_model.encoder…`. The names from before transformers 4.52 are read by both:
 `language_model.model.*`, `language_model.lm_head.*`, `multi_modal_projector.*` and
-`vision_tower.vision_model.*`. Experts lie one by one, as public mixtures of experts have them.
+`vision_tower.vision_model.*`. Experts lie one by one, as public mixtures of experts have them. Other architectures
+have the names that transformers' own save_pretrained gives them, which are those of the hub.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _LEGACY = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
     (r"^model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+    (r"^model\.image_newline$", "image_newline"),
 )
+_LEGACY_TYPES = ("llava", "llava_onevision")
 PROCESSOR_FILES = (  # tokenizer, chat template, image preprocessing
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
     "*.tiktoken", "chat_template*", "additional_chat_templates/*", "preprocessor_config.json",
@@ -49,7 +52,7 @@ def save_checkpoint(
     beside: Callable[[Path], object] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> Path:
-    """Make `folder` a checkpoint of a LLaVA model with the tokenizer and processor of `processor_source`.
+    """Make `folder` a checkpoint of a model with the tokenizer and processor of `processor_source`.
 
     Either the old folder or the new one is there, never a mixture; other files in it stay. `state_dict`: the
     model's whole weights, where its parameters are sharded. `beside` writes more into the new folder.
@@ -60,9 +63,13 @@ def save_checkpoint(
     new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
     new.mkdir()
     try:
-        _write_config(model, new)
         weights = model.state_dict() if state_dict is None else state_dict
-        _write_weights(model, weights, new, max_shard_bytes)
+        if model.config.model_type not in _LEGACY_TYPES:
+            model.save_pretrained(new, state_dict=dict(weights), max_shard_size=max_shard_bytes)
+            _write_config(model, new)
+        else:
+            _write_config(model, new)
+            _write_weights(model, weights, new, max_shard_bytes)
         copy_processor(processor_source, new)
         if beside is not None:
             beside(new)

@@ -88,13 +88,64 @@ def load_image_processor(folder: str | Path) -> Any:
 
 
 def load_processor(folder: str | Path) -> Any:
-    """A checkpoint's processor (chat template, tokenizer, images). StillhouseError if it has none."""
-    return _load("processor", transformers_module().AutoProcessor.from_pretrained, folder, backend="pil")
+    """A checkpoint's processor (chat template, tokenizer, images, but no videos). StillhouseError if it has none."""
+    kind = _processor_class(load_config(folder))
+    if kind is None or "video_processor" not in kind.get_attributes():
+        return _load("processor", transformers_module().AutoProcessor.from_pretrained, folder, backend="pil")
+    return _load("processor", lambda place: _without_videos(kind, place), folder)
+
+
+def _processor_class(config: Any) -> Any:
+    transformers_module()
+    classes = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING
+    return classes.get(type(config), None)
+
+
+class _NoVideos:
+    """Stands where a processor has its video processor: of its settings some are read though no video comes."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _without_videos(kind: Any, folder: str) -> Any:
+    """A processor that would also take videos, which asks for torchvision, with nothing in that place."""
+
+    class OfImages(kind):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name != "video_processor":
+                return super().check_argument_for_proper_class(argument_name, argument)
+            return None
+
+    OfImages.__name__ = kind.__name__
+    settings, _ = kind.get_processor_dict(folder)
+    parts = {
+        "image_processor": load_image_processor,
+        "tokenizer": load_tokenizer,
+        "video_processor": lambda _: None,
+    }
+    processor = OfImages.from_args_and_dict([parts[name](folder) for name in kind.get_attributes()], settings)
+    processor.video_processor = _NoVideos()
+    return processor
+
+
+def is_llava(config: Any) -> bool:
+    """Whether a student is driven part by part, so that a frozen tower's features can be kept."""
+    return config.model_type == "llava"
+
+
+def auto_model(config: Any) -> Any:
+    """The class of transformers that makes the model of a configuration; None if neither kind knows it."""
+    modeling = transformers_module().models.auto.modeling_auto
+    if type(config) in modeling.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return modeling.AutoModelForImageTextToText
+    return modeling.AutoModelForCausalLM if type(config) in modeling.MODEL_FOR_CAUSAL_LM_MAPPING else None
 
 
 def load_weights(folder: str | Path, **options: Any) -> PreTrainedModel:
     """The model with its weights. StillhouseError if they are missing or do not fill the model."""
-    auto = transformers_module().AutoModelForImageTextToText
+    auto = auto_model(load_config(folder))
     options |= {"use_safetensors": True, "output_loading_info": True}  # never a pickle
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # see `holds_nothing`
@@ -123,6 +174,6 @@ def _load(what: str, loader: Any, folder: str | Path, **options: Any) -> Any:
 
     try:
         return loader(str(folder), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise StillhouseError(f"{folder}: no {what} can be read from it: {first_line}") from error

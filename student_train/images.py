@@ -22,6 +22,7 @@ from torch import Tensor
 from storage.errors import StillhouseError
 from storage.reader import Cache
 from storage.records import ImageRef
+from student_train.image_inputs import ImageInputs, ModelInputs
 
 
 def open_images(cache: Cache, configured: str | None, processor: Any) -> ImageFolder:
@@ -39,17 +40,21 @@ class ImageFolder:
     """The images below a root, as the student's own preprocessing shows them to its vision tower."""
 
     def __init__(self, root: str | Path, processor: Any, *, cache: Cache | None = None) -> None:
-        """`processor`: a transformers image processor that makes every image equally large.
+        """`processor`: a transformers image processor that makes every image equally large, or ImageInputs.
 
         `cache`: holds the files, which are then not looked for below the root.
         """
         self._cache = cache
         self.root = Path(root)
         self._resolved_root = self.root.resolve()
-        self._processor = processor
+        self.processor = processor
 
     def pixels(self, image: ImageRef, *, sample_id: str) -> Float[Tensor, "c h w"]:
-        """One image, ready for the tower.
+        """One image, ready for the tower. Errors as `picture`."""
+        return self._processed(self.picture(image, sample_id=sample_id))
+
+    def picture(self, image: ImageRef, *, sample_id: str) -> Image.Image:
+        """One image in RGB.
 
         Errors: StillhouseError naming sample and file, for a file that is missing, lies outside of the root,
         is not the one that the teacher saw, or is no image. CorruptPartError of the cache.
@@ -67,17 +72,16 @@ class ImageFolder:
             )
         try:
             with Image.open(io.BytesIO(content)) as opened:
-                picture = opened.convert("RGB")
+                return opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise StillhouseError(f"{place}: cannot be decoded: {error}") from error
-        return self._processed(picture)
 
     def blank(self) -> Float[Tensor, "1 c h w"]:
         """A black image, for a batch without images: parameters then get a gradient (of 0) on every rank."""
         return self._processed(Image.new("RGB", (32, 32)))[None]
 
     def _processed(self, picture: Image.Image) -> Float[Tensor, "c h w"]:
-        return self._processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
     def _content(self, image: ImageRef, place: str) -> bytes:
         file = image.file(self.root)
@@ -93,6 +97,11 @@ class ImageFolder:
 
 class Pictures(Protocol):
     """Where images are found, by sample and reference: one ImageFolder, or those of several caches."""
+
+    @property
+    def processor(self) -> Any: ...
+
+    def picture(self, image: ImageRef, *, sample_id: str) -> Image.Image: ...
 
     def pixels(self, image: ImageRef, *, sample_id: str) -> Tensor: ...
 
@@ -130,11 +139,14 @@ class VisionInput:
     known_slots: Int[Tensor, " k"]  # which image each of them is
     pixel_values: Float[Tensor, "p c h w"] | None  # without any image: one blank image, p = 1
     pixel_slots: Int[Tensor, " p"]  # which image each of them is; empty without any image
+    inputs: ModelInputs | None = None  # in place of all that: of a model that is called with its processor's output
 
     def to(self, device: torch.device) -> VisionInput:
         """The same on another device."""
         moved = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor | ModelInputs)
         }
         return replace(self, **moved)
 
@@ -149,7 +161,13 @@ class VisionSource:
         self._pixels = pixels
 
     def gather(self, images: Sequence[tuple[str, ImageRef]]) -> VisionInput:
-        """The input for (sample id, image) pairs. Errors as ImageFolder.pixels."""
+        """The input for (sample id, image) pairs. Errors as ImageFolder.picture."""
+        processor = self._folder.processor
+        if isinstance(processor, ImageInputs):
+            pictures = [self._folder.picture(image, sample_id=sample_id) for sample_id, image in images]
+            nothing = torch.zeros(0, dtype=torch.int64)
+            names = tuple(image.sha256 for _, image in images)
+            return VisionInput(names, None, nothing, None, nothing, processor.of(pictures))
         known: list[Tensor] = []
         known_slots, pixel_slots = [], []
         for slot, (_, image) in enumerate(images):

@@ -14,6 +14,7 @@ from storage.errors import CacheError, ConfigError, IdentityError
 from storage.identity import Identity, stored_relation, stored_temperatures
 from storage.narrowing import Narrowing
 from storage.reader import Cache, first_sample_with_images, read_identity
+from storage.records import TokensRecord
 from student_train.batch import check_grid
 from student_train.config import (
     DRAWING,
@@ -23,9 +24,11 @@ from student_train.config import (
     StageSection,
 )
 from student_train.fused_head import TeacherHead
+from student_train.image_inputs import ImageInputs
+from student_train.images import ImageFolder
 from student_train.loader import SampleTable, select
 from student_train.mixture import Mixture, Source
-from student_train.models import Checkpoint, check_fit, read_checkpoint
+from student_train.models import Checkpoint, check_fit, check_parts, read_checkpoint
 from student_train.objective import CachedTeacher
 from student_train.sample_filter import filtered
 from student_train.sparse_upcycling import is_sparse
@@ -98,12 +101,16 @@ def _counts(data: Mixture, of_cache: Callable[[Cache], np.ndarray]) -> np.ndarra
     return np.concatenate([each if each.ndim == 1 else each.sum(1) for each in counts])
 
 
-def _lengths(data: Mixture, tokens_per_image: int) -> np.ndarray:
-    """(s,) positions of the samples with their images, of pairs the longer one's."""
+def _lengths(data: Mixture, tokens_per_image: int | None) -> np.ndarray:
+    """(s,) positions of the samples with their images, of pairs the longer one's.
+
+    Where a student's images differ in their numbers of tokens, the teacher's numbers stand for them.
+    """
     found = []
     for source in data.sources:
-        lengths = source.cache.num_tokens.astype(np.int64) + source.cache.num_images * (tokens_per_image - 1)
-        chosen = lengths[source.indices]
+        cache = source.cache
+        visual = cache.num_visual_tokens if tokens_per_image is None else cache.num_images * tokens_per_image
+        chosen = (cache.num_tokens.astype(np.int64) - cache.num_images + visual)[source.indices]
         found.append(chosen if chosen.ndim == 1 else chosen.max(1))
     return np.concatenate(found)
 
@@ -117,6 +124,7 @@ def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
     sections = stage.sources(cache_path)
     identities = {section.path: read_identity(section.path) for section in sections}
     checkpoint = read_checkpoint(stage.init)
+    check_architecture(checkpoint, stage)
     for identity in identities.values():
         check_fit(checkpoint, identity)
     check_together(stage.losses, identities)
@@ -124,13 +132,40 @@ def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
         for section in sections:
             example = first_sample_with_images(section.path, section.splits or ())
             if example is not None:
-                if checkpoint.grid.teacher_tokens_per_image is None:
+                if checkpoint.grid.tokens_per_image and checkpoint.grid.teacher_tokens_per_image is None:
                     teacher_tokens = example.images[0].num_visual_tokens
                     checkpoint = replace(
                         checkpoint, grid=replace(checkpoint.grid, teacher_tokens_per_image=teacher_tokens)
                     )
-                check_grid(example, checkpoint.grid)
+                counts = _counts_of_sizes(checkpoint, section, identities[section.path], example)
+                check_grid(example, checkpoint.grid, counts)
     return checkpoint
+
+
+def check_architecture(checkpoint: Checkpoint, stage: StageSection) -> None:
+    """ConfigError for modules that this student has not, and for what only a LLaVA is made to do."""
+    if checkpoint.is_llava:
+        return
+    check_parts(checkpoint, stage.train)
+    kind = f"{checkpoint.folder} is a {checkpoint.config.model_type!r}"
+    if stage.moe is not None:
+        raise ConfigError(f"moe makes experts of the decoder of a LLaVA, and {kind}; leave it out")
+    if stage.lora is not None:
+        raise ConfigError(f"lora adapts the decoder of a LLaVA, and {kind}; leave it out")
+    if stage.losses.balance is not None:
+        raise ConfigError(f"losses.balance reads the routers of a sparse LLaVA, and {kind}; leave it out")
+
+
+def _counts_of_sizes(
+    checkpoint: Checkpoint, section: SourceSection, identity: Identity, example: TokensRecord
+) -> list[int] | None:
+    """Visual tokens that a student makes of a sample's images, where their sizes decide and they lie in a folder."""
+    inputs, root = checkpoint.image_processor, section.images or identity.image_root
+    if not isinstance(inputs, ImageInputs) or not all(image.file(root).is_file() for image in example.images):
+        return None
+    folder = ImageFolder(root, inputs)
+    pictures = [folder.picture(image, sample_id=example.sample_id) for image in example.images]
+    return [int(np.count_nonzero(inputs.ids(each.size) == checkpoint.grid.image_token_id)) for each in pictures]
 
 
 def check_together(losses: LossesSection, identities: Mapping[str, Identity]) -> None:
@@ -168,7 +203,6 @@ def cached_teacher(material: Material, losses: LossesSection) -> CachedTeacher:
     relation = stored_relation(identity)
     sections = {name: section for name in ("response", "visual") if (section := getattr(losses, name))}
     return CachedTeacher(
-        tokens_per_image=material.checkpoint.grid.num_teacher_tokens,
         centered=relation.centered,
         pool=relation.pool,
         treatments={name: section.treatment_of(_method(identity, name)) for name, section in sections.items()},

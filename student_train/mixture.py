@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from storage.identity import Identity
@@ -136,6 +137,14 @@ class _Folders:
 
     def __init__(self, folders: Sequence[Pictures]) -> None:
         self._folders = folders
+
+    @property
+    def processor(self) -> Any:
+        return self._folders[0].processor
+
+    def picture(self, image: ImageRef, *, sample_id: str) -> Image.Image:
+        number, _, own_id = sample_id.partition(":")
+        return self._folders[int(number)].picture(image, sample_id=own_id)
 
     def pixels(self, image: ImageRef, *, sample_id: str) -> Tensor:
         number, _, own_id = sample_id.partition(":")

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from student_train.batch import Batch
+from storage.errors import ConfigError
+from student_train.batch import Batch, ImageGrids
 from student_train.config import BalanceLossSection, DistributionLossSection, LossesSection, Treatment
 from student_train.fused_head import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
 from student_train.loader import RowCounts
@@ -29,7 +30,6 @@ from student_train.student import Student
 class CachedTeacher:
     """What losses need of a cache besides its rows."""
 
-    tokens_per_image: int  # rows that it has of each image
     centered: bool = False  # of relation matrices
     pool: int | None = None  # side of the blocks of the grid that relation matrices are averaged over
     treatments: Mapping[str, Treatment] = field(default_factory=dict)  # of families whose loss says `auto`, at least
@@ -146,14 +146,13 @@ class Objective(nn.Module):
         num_response_tasks = len(tasks)
         if losses.visual is not None:
             share = 1 / max(1, totals.visual)
-            rows = self._visual_rows(hidden, batch)
-            matrix = self._resampling(rows)
-            rows = (rows if matrix is None else (matrix @ rows.float()).to(rows.dtype)).flatten(0, 1)
+            runs = [_resampled(rows, run.teacher) for run, rows in self._visual_rows(hidden, batch)]
+            rows = torch.cat(runs) if runs else hidden[:0]
             target = self._target("visual", batch.visual)
             tasks.append(HeadTask(rows, None, target, weight=_weight(losses, "visual") * share))
         if not tasks:
             return hidden.new_zeros((), dtype=torch.float32), {}
-        head = self.student.model.lm_head
+        head = self.student.head
         loss, sums = fused_head_loss(
             head.weight, tasks, bias=head.bias, vocab_size=self.student.vocab_size, chunk_logits=self._chunk_logits
         )
@@ -191,18 +190,20 @@ class Objective(nn.Module):
     def _relation_part(self, hidden: Tensor, batch: Batch, total: int) -> dict[str, Tensor]:
         if self._losses.relation is None:
             return {}
-        rows = self._visual_rows(hidden, batch)
-        metric = self._metric(self.student.model.lm_head.weight)
-        if batch.relation is None or not len(rows):
-            return {"relation": 0 * (rows.float().sum() + metric.sum())}
-        value = relation_loss(
-            rows,
-            metric,
-            batch.relation,
-            centered=self._teacher.centered,
-            resampling=self._resampling(rows, self._teacher.pool),
-            literal=self._losses.literal,
-        )
+        runs = self._visual_rows(hidden, batch)
+        metric = self._metric(self.student.head.weight)
+        value = 0 * (hidden[:1].float().sum() + metric.sum())
+        if self._losses.literal and len(runs) > 1:
+            raise ConfigError("losses.literal is one cosine over a batch of equal images; set micro_batch: 1 for these")
+        for (run, rows), teacher in zip(runs, batch.relation or (), strict=True):
+            value = value + relation_loss(
+                rows,
+                metric,
+                teacher,
+                centered=self._teacher.centered,
+                resampling=_matrix(run, rows.device, self._teacher.pool),
+                literal=self._losses.literal,
+            )
         return {"relation": value / max(1, total)}
 
     def _metric(self, weight: Tensor) -> Tensor:
@@ -222,13 +223,26 @@ class Objective(nn.Module):
             return HiddenTarget(hidden, self._teacher.head, rule)
         return None if rows is None else SparseTarget(rows, rule, self._profiles.get(name))
 
-    def _visual_rows(self, hidden: Tensor, batch: Batch) -> Float[Tensor, "i n d"]:
-        positions: Int[Tensor, "i n"] = batch.visual_positions if batch.counted else batch.visual_positions[:0]
-        return hidden.index_select(0, positions.flatten()).view(*positions.shape, hidden.shape[1])
+    def _visual_rows(self, hidden: Tensor, batch: Batch) -> list[tuple[ImageGrids, Float[Tensor, "i n d"]]]:
+        """The student's visual rows of each run of images that are alike; none of a batch that is not counted."""
+        if not batch.counted or not batch.grids:
+            return []
+        rows = hidden.index_select(0, batch.visual_positions)
+        pieces = rows.split([run.num_images * run.student for run in batch.grids])
+        return [
+            (run, piece.view(run.num_images, run.student, -1)) for run, piece in zip(batch.grids, pieces, strict=True)
+        ]
 
-    def _resampling(self, rows: Float[Tensor, "i n d"], pool: int | None = None) -> Tensor | None:
-        matrix = resampling(rows.shape[1], self._teacher.tokens_per_image, pool=pool)
-        return None if matrix is None else matrix.to(rows.device)
+
+def _resampled(rows: Float[Tensor, "i n d"], num_teacher: int) -> Float[Tensor, "s d"]:
+    """Visual rows on the teacher's grid, one image after another."""
+    matrix = resampling(rows.shape[1], num_teacher)
+    return (rows if matrix is None else (matrix.to(rows.device) @ rows.float()).to(rows.dtype)).flatten(0, 1)
+
+
+def _matrix(run: ImageGrids, device: torch.device, pool: int | None) -> Tensor | None:
+    matrix = resampling(run.student, run.teacher, pool=pool)
+    return None if matrix is None else matrix.to(device)
 
 
 def _rule(losses: LossesSection, teacher: CachedTeacher, name: str) -> Rule:

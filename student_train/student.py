@@ -1,17 +1,23 @@
-"""A LLaVA-type model, cut where losses and generation need it: vision tower, decoder, head.
+"""A vision-language model, cut where losses and generation need it: last hidden states and head.
 
-Legend: b sequences, t tokens, r rows, i images, n visual tokens of an image, p images whose pixels are given,
-f channels of the vision tower, c h w channels, height and width, d hidden, v real vocabulary.
+A LLaVA is cut at its vision tower too, so that a frozen tower's features are made once an image.
+
+Legend: b sequences, t tokens, r rows, i images, n visual tokens of a LLaVA's image, s those of all images, e tokens
+that stand for an image, p images whose pixels are given, f channels of the vision tower, c h w channels, height and
+width, d hidden, v real vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from student_train.huggingface import is_llava
+from student_train.image_inputs import ModelInputs
 from student_train.images import FeatureStore, VisionInput
 
 
@@ -25,7 +31,13 @@ class Student(nn.Module):
         self.vocab_size = vocab_size
         self._image_token_id = image_token_id
         self._features = features
-        self._vision_trains = any(p.requires_grad for p in model.model.vision_tower.parameters())
+        self.is_llava = is_llava(model.config)
+        self._vision_trains = self.is_llava and any(p.requires_grad for p in model.model.vision_tower.parameters())
+
+    @property
+    def head(self) -> Any:
+        """The output head, a linear layer."""
+        return self.model.get_output_embeddings()
 
     @property
     def top_k(self) -> int:
@@ -33,7 +45,7 @@ class Student(nn.Module):
         return self.model.config.text_config.num_experts_per_tok
 
     def embedded(
-        self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, "i n"], vision: VisionInput
+        self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, " s"], vision: VisionInput
     ) -> Float[Tensor, "b t d"]:
         """What the decoder reads: embeddings, with projected image features at visual positions (flat)."""
         is_image = input_ids == self._image_token_id  # an id that may lie beyond the embedding
@@ -42,20 +54,41 @@ class Student(nn.Module):
         projected = self.model.model.multi_modal_projector(self.tower_features(vision))
         if not vision.names:  # a blank image: the projector takes part, with no effect
             return tokens + 0 * projected.sum()
-        places = visual_positions.flatten()
-        merged = tokens.view(-1, width).index_copy(0, places, projected.view(-1, width).to(tokens.dtype))
+        merged = tokens.view(-1, width).index_copy(0, visual_positions, projected.view(-1, width).to(tokens.dtype))
         return merged.view(*input_ids.shape, width)
 
     def hidden(
-        self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, "i n"], vision: VisionInput
+        self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, " s"], vision: VisionInput
     ) -> Float[Tensor, "bt d"]:
         """Final-norm hidden states of every position of sequences padded on the right."""
+        if vision.inputs is not None:
+            return self._called_whole(input_ids, vision.inputs)
         embedded = self.embedded(input_ids, visual_positions, vision)
         output = self.model.model.language_model(inputs_embeds=embedded, use_cache=False)
         return output.last_hidden_state.flatten(0, 1)
 
+    def _called_whole(self, input_ids: Int[Tensor, "b t"], inputs: ModelInputs) -> Float[Tensor, "bt d"]:
+        """`hidden` of a model that places its images itself."""
+        shape, ids = input_ids.shape, input_ids
+        with_blank = inputs.blank_ids is not None and torch.is_grad_enabled()
+        if with_blank:  # in a sequence of its own: every rank's tower and projector take part, with no effect
+            ids = _with_row(ids, torch.as_tensor(inputs.blank_ids, device=ids.device))
+        shown = inputs.tensors if inputs.blank_ids is None or with_blank else {}
+        output = self.model.base_model(input_ids=ids, use_cache=False, **self.arguments(ids, inputs, shown))
+        states = output.last_hidden_state
+        hidden = states[: shape[0], : shape[1]].flatten(0, 1)
+        return hidden + 0 * states[shape[0] :].sum() if with_blank else hidden
+
+    def arguments(self, input_ids: Tensor, inputs: ModelInputs, shown: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a model is called with beside its token ids, in its dtype."""
+        if not shown:
+            return {}
+        types = (input_ids == self._image_token_id).long()
+        cast = {name: each.to(self.model.dtype) if each.is_floating_point() else each for name, each in shown.items()}
+        return {**cast, **dict.fromkeys(inputs.token_types, types)}
+
     def hidden_and_routers(
-        self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, "i n"], vision: VisionInput
+        self, input_ids: Int[Tensor, "b t"], visual_positions: Int[Tensor, " s"], vision: VisionInput
     ) -> tuple[Float[Tensor, "bt d"], tuple[Float[Tensor, "bt e"], ...]]:
         """`hidden`, and the logits of each sparse layer's router."""
         embedded = self.embedded(input_ids, visual_positions, vision)
@@ -79,7 +112,16 @@ class Student(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "r d"]) -> Float[Tensor, "r v"]:
         """Raw logits over the real vocabulary."""
-        return self.model.lm_head(hidden)[:, : self.vocab_size]
+        return self.head(hidden)[:, : self.vocab_size]
+
+
+def _with_row(ids: Int[Tensor, "b t"], row: Int[Tensor, " e"]) -> Int[Tensor, "c u"]:
+    """The sequences and one more, all padded on the right to the longest."""
+    length = max(ids.shape[1], len(row))
+    padded = ids.new_zeros(len(ids) + 1, length)
+    padded[: len(ids), : ids.shape[1]] = ids
+    padded[-1, : len(row)] = row
+    return padded
 
 
 def tower_features(model: Any, pixel_values: Float[Tensor, "p c h w"]) -> Float[Tensor, "p n f"]:

@@ -16,7 +16,9 @@ from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.writer import CacheWriter
 from teacher_dump.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
+from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_dataset, make_tiny_llava
+from tests.tiny_architectures import make_teacher
 
 
 @pytest.fixture
@@ -136,3 +138,40 @@ def test_losses_of_an_ablation_are_looked_at(file: Path) -> None:
 def test_a_checkpoint_that_a_stage_writes_or_the_hub_may_have_is_no_mistake(file: Path) -> None:
     for override in ("stages.later.init={run}/models/kd", "stages.kd.init=owner/name"):
         list(check(read_experiment(file, [override])))
+
+
+def test_every_cache_of_a_stage_is_looked_at(file: Path) -> None:
+    """The one to come, by its teacher; one that is there, as it is; one that is nowhere."""
+    document = yaml.safe_load(file.read_text())
+    here = Path(document["runs_dir"]) / "tiny" / "cache"
+    there = make_cache(file.parent / "other", file.parent / "student", num_samples=2)
+    stage = document["stages"]["kd"]
+    stage["caches"] = [{"path": str(here)}, {"path": str(there), "weight": 2, "filter": [["num_images", "==", 1]]}]
+
+    def lines() -> list[str]:
+        file.write_text(yaml.safe_dump(document))
+        return list(check(read_experiment(file)))
+
+    assert lines()[-1] == f"stages.kd: {file.parent / 'student'} fits the teacher"
+    stage["caches"][0]["splits"] = ["typo"]
+    with pytest.raises(ConfigError, match=r"stages\.kd\.caches\.0\.splits names typo"):
+        lines()
+    stage["caches"] = [{"path": str(there)}, {"path": str(file.parent / "nowhere")}]
+    with pytest.raises(ConfigError, match=r"stages\.kd\.caches\.1\.path is .*nowhere: no cache is there"):
+        lines()
+    stage["caches"] = [{"path": str(there)}]
+    stage["losses"] = {"response": {"treatment": "unbiased"}}
+    with pytest.raises(ConfigError, match=r"other/cache: stages\.kd\.losses\.response\.treatment is 'unbiased'"):
+        lines()
+    stage["losses"], stage["filter"] = {}, [["entropy", "<", 1]]
+    with pytest.raises(ConfigError, match="there is no column 'entropy'"):
+        lines()
+
+
+def test_a_module_that_a_student_has_not_is_found(file: Path) -> None:
+    document = yaml.safe_load(file.read_text())
+    make_teacher(file.parent / "decoder", "llama")
+    document["stages"]["kd"]["init"] = str(file.parent / "decoder")
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(ConfigError, match="a 'llama' has no projector; it has llm, mlp"):
+        list(check(read_experiment(file)))

@@ -80,7 +80,7 @@ def test_positions_of_a_padded_batch_are_flat() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0, 0], [1, IMAGE, IMAGE, IMAGE, 4, 5]]
     assert batch.response_positions.tolist() == [0, 1, 6 + 4]
     assert batch.labels.tolist() == [2, 3, 5]
-    assert batch.visual_positions.tolist() == [[7, 8, 9]]
+    assert batch.visual_positions.tolist() == [7, 8, 9]
     assert batch.input_ids.flatten()[batch.response_positions + 1].tolist() == batch.labels.tolist()
     assert batch.response is not None
     assert short.response is not None
@@ -90,7 +90,7 @@ def test_positions_of_a_padded_batch_are_flat() -> None:
     assert batch.visual is not None
     assert batch.visual.num_rows == 3
     assert batch.relation is not None
-    assert batch.relation.values.shape == (1, 3, 3)
+    assert batch.relation[0].values.shape == (1, 3, 3)
 
 
 def test_pooled_and_factored_matrices_become_a_batch() -> None:
@@ -99,7 +99,7 @@ def test_pooled_and_factored_matrices_become_a_batch() -> None:
         whole = replace(record(tokens), relation={tokens.images[0].key: matrix})
         batch = collate([whole], GRID, gather, families=("relation",))
         assert batch.relation is not None
-        return batch.relation.values
+        return batch.relation[0].values
 
     pooled = PooledRelation(np.ones((1, 1), np.float32), 1.0, num_visual_tokens=3, pool=2)
     assert relations_of(pooled).tolist() == [[[1.0]]]
@@ -115,7 +115,7 @@ def test_visual_rows_follow_the_order_of_placeholders_not_of_keys() -> None:
     assert batch.visual is not None
     assert batch.visual.ids.tolist() == expected
     assert batch.relation is not None
-    assert batch.relation.values[:, 0, 0].tolist() == [2.0, 1.0]
+    assert batch.relation[0].values[:, 0, 0].tolist() == [2.0, 1.0]
     assert batch.vision.names == ("zz", "a")
 
 
@@ -126,7 +126,7 @@ def test_a_batch_that_does_not_count_has_no_rows_but_its_images() -> None:
     assert batch.response is None
     assert batch.labels.tolist() == []
     assert batch.response_positions.dtype == torch.int64
-    assert batch.visual_positions.tolist() == [[1, 2, 3]]
+    assert batch.visual_positions.tolist() == [1, 2, 3]
 
 
 def test_images_with_other_numbers_of_rows_are_refused_only_where_rows_must_match() -> None:
@@ -143,7 +143,7 @@ def test_a_teacher_with_another_square_grid_keeps_its_rows() -> None:
     batch = collate([whole], grid, gather, families=("visual",))
     assert batch.visual is not None
     assert batch.visual.num_rows == 9
-    assert batch.visual_positions.tolist() == [[0, 1, 2, 3]]
+    assert batch.visual_positions.tolist() == [0, 1, 2, 3]
     with pytest.raises(
         IdentityError, match=r"9 visual tokens .* this student has 5, and 5 visual tokens are no square"
     ):
@@ -186,6 +186,6 @@ def test_prompts_end_together_before_the_first_response_token() -> None:
     batch = collate_prompts(prompts, GRID, gather)
     assert batch.input_ids.tolist() == [[0, 1, IMAGE, IMAGE, IMAGE, 2], [1, 2, 3, 4, 5, 6]]
     assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
-    assert batch.visual_positions.tolist() == [[2, 3, 4]]
+    assert batch.visual_positions.tolist() == [2, 3, 4]
     with pytest.raises(StillhouseError, match="sample 's' has no response token"):
         prompt_of(sample([1, 2], []), image_token_id=IMAGE)

@@ -30,7 +30,7 @@ def test_the_samples_of_the_splits_are_counted(checkpoint: Path, cache: Path) ->
     assert material.table.lengths.tolist() == [len(each.input_ids) for each in layouts]
     assert material.data.sources[0].images is None
     teacher = cached_teacher(material, LossesSection())
-    assert (teacher.centered, teacher.pool, teacher.tokens_per_image, teacher.head) == (False, None, 16, None)
+    assert (teacher.centered, teacher.pool, teacher.head) == (False, None, None)
 
 
 def test_an_unknown_split_is_the_user_s_mistake(checkpoint: Path, cache: Path) -> None:

@@ -73,8 +73,8 @@ def test_a_head_smaller_than_the_vocabulary_is_refused_without_reading_weights(
 
 
 def test_another_architecture_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
-    folder = edited(checkpoint, tmp_path / "other", "config.json", ("model_type", "blip-2"))
-    with pytest.raises(ConfigError, match="model_type is 'blip-2', expected llava"):
+    folder = edited(checkpoint, tmp_path / "other", "config.json", ("model_type", "siglip"))
+    with pytest.raises(ConfigError, match="model_type is 'siglip', which transformers has as no vision-language"):
         read_checkpoint(folder)
 
 

@@ -198,7 +198,7 @@ def test_every_encoding_of_relation_matrices_trains(checkpoint: Path, tmp_path: 
             states = run.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
             rows = states[batch.visual_positions.flatten()]
             assert batch.relation is not None
-            teacher = batch.relation.values[0]
+            teacher = batch.relation[0].values[0]
             if relation["encoding"] == "pooled":
                 rows = rows.reshape(2, 2, 2, 2, -1).mean((1, 3)).flatten(0, 1)
                 teacher = teacher.reshape(2, 2, 2, 2, 2, 2, 2, 2).mean((1, 3, 5, 7)).reshape(4, 4)
@@ -343,5 +343,5 @@ def test_samples_without_and_with_several_images_weigh_by_image(checkpoint: Path
         batch = run.batch(int(index))
         assert batch.relation is not None
         metric = head_metric(run.student.model.lm_head.weight.detach(), vocab_size=300)
-        expected += relation_loss(visual_rows(run, batch).view(2, 16, -1), metric, batch.relation).item()
+        expected += relation_loss(visual_rows(run, batch).view(2, 16, -1), metric, batch.relation[0]).item()
     assert together["relation"] == pytest.approx(expected / 8, rel=1e-4)

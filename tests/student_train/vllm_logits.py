@@ -1,4 +1,4 @@
-"""`python -m tests.student_train.vllm_logits FOLDER`: how far vLLM's logits are from transformers' on a text prompt.
+"""`python -m tests.student_train.vllm_logits FOLDER`: how far vLLM's logits are from transformers' on two prompts.
 
 A process of its own: vLLM wants to be the first to import transformers.
 """
@@ -10,26 +10,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 VOCAB_SIZE = 300
 
 
 def main(folder: Path) -> float:
-    """The largest difference, as a fraction of the largest logit."""
+    """The largest difference on a text and on a question about an image, as a fraction of the largest logit."""
     from teacher_dump.head import read_head
     from teacher_dump.teacher import TeacherPrompt
     from teacher_dump.vllm_teacher import VllmTeacher
 
-    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE - 10, 24).astype(np.int32)
+    draw = np.random.default_rng(0)
+    text = draw.integers(0, VOCAB_SIZE - 10, 24).astype(np.int32)
+    about = np.insert(text, 3, VOCAB_SIZE - 1)
+    picture = Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8))
     engine = VllmTeacher(folder, dtype="float32", max_length=256, settings={}, served=folder.parent / "served")
-    (states,) = engine.hidden_states([TeacherPrompt(ids, ())])
-    got = read_head(folder, vocab_size=VOCAB_SIZE).stored().logits(states.hidden.numpy())
-    from student_train.huggingface import load_weights
+    answers = engine.hidden_states([TeacherPrompt(text, ()), TeacherPrompt(about, (picture,))])
+    head = read_head(folder, vocab_size=VOCAB_SIZE).stored()
+    from student_train.huggingface import load_processor, load_weights
 
-    with torch.no_grad():
-        model = load_weights(folder).eval()
-        expected = model(input_ids=torch.from_numpy(ids[None].astype(np.int64))).logits[0, :, :VOCAB_SIZE].numpy()
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
+    model = load_weights(folder).eval()
+    shown = load_processor(folder).image_processor(images=[picture], return_tensors="pt")
+    differences = []
+    for states, inputs in zip(answers, ({}, shown), strict=True):
+        ids = torch.from_numpy(states.token_ids.astype(np.int64))[None]
+        with torch.no_grad():
+            expected = model(input_ids=ids, **inputs).logits[0, :, :VOCAB_SIZE].numpy()
+        differences.append(np.abs(head.logits(states.hidden.numpy()) - expected).max() / np.abs(expected).max())
+    return float(max(differences))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""What a vision-language model's own processor makes of images: the model's inputs, and the ids that stand for each.
+
+Nothing is known of architectures here: tiles, grids of patches and their sizes are the processor's affair. What an
+image becomes in the sequence (visual tokens, with separators between them where a model has some) depends on its
+size alone, and is asked of the processor once a size.
+
+Legend: n visual tokens of an image, e tokens that stand for it, n of them visual.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from storage.errors import StillhouseError
+
+_OF_TEXT = ("input_ids", "attention_mask")
+_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is
+_REMEMBERED_SIZES = 4096
+_BLANK = (32, 32)  # pixels
+_PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # a grid that knows sizes differs between them
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInputs:
+    """The images of a batch, ready for the model. Without any: one blank image, which no sequence shows."""
+
+    tensors: Mapping[str, Tensor]  # by the names of the model's arguments; none for a model that sees nothing
+    token_types: tuple[str, ...]  # arguments that say which positions are visual
+    ids: tuple[NDArray[np.int64], ...]  # (e,) of each image
+    blank_ids: NDArray[np.int64] | None  # of the blank image
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> ModelInputs:
+        """The same on another device."""
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors.items()}
+        return replace(self, tensors=moved)
+
+
+class ImageInputs:
+    """A processor that is asked about images only. Threads may ask at once."""
+
+    def __init__(self, processor: Any, *, image_token_id: int) -> None:
+        """`image_token_id`: the placeholder of an image, -1 for a model without images."""
+        self._processor = processor
+        self._image_token_id = image_token_id
+        self._by_size: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, pictures: Sequence[Image.Image]) -> ModelInputs:
+        """The inputs of some images in order. StillhouseError: the processor refuses one."""
+        if self._image_token_id < 0:
+            return ModelInputs({}, (), (), None)
+        shown = pictures or [Image.new("RGB", _BLANK)]
+        made = self._ask(shown)
+        ids = tuple(self.ids(picture.size) for picture in shown)
+        return ModelInputs(
+            tensors={name: value for name, value in made.items() if name not in (*_OF_TEXT, *_TOKEN_TYPES)},
+            token_types=tuple(name for name in _TOKEN_TYPES if name in made),
+            ids=ids if pictures else (),
+            blank_ids=None if pictures else ids[0],
+        )
+
+    def ids(self, size: tuple[int, int]) -> NDArray[np.int64]:
+        """(e,) what an image of this width and height becomes, separators included."""
+        with self._lock:
+            if size not in self._by_size:
+                if len(self._by_size) == _REMEMBERED_SIZES:
+                    del self._by_size[next(iter(self._by_size))]
+                self._by_size[size] = self._ask([Image.new("RGB", size)])["input_ids"][0].numpy().astype(np.int64)
+            return self._by_size[size]
+
+    def fixed_count(self) -> int | None:
+        """n of every image, if it does not depend on its size."""
+        counts = {int(np.count_nonzero(self.ids(size) == self._image_token_id)) for size in _PROBED_SIZES}
+        return counts.pop() if len(counts) == 1 else None
+
+    def _ask(self, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
+        text = [token * len(pictures)]
+        try:
+            return dict(
+                self._processor(images=list(pictures), text=text, add_special_tokens=False, return_tensors="pt")
+            )
+        except ValueError as error:
+            sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)
+            raise StillhouseError(f"the student's processor refuses images of {sizes}: {error}") from error
