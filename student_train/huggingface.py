@@ -89,7 +89,10 @@ def load_image_processor(folder: str | Path) -> Any:
 
 def load_processor(folder: str | Path) -> Any:
     """A checkpoint's processor (chat template, tokenizer, images, but no videos). StillhouseError if it has none."""
-    kind = _processor_class(load_config(folder))
+    try:
+        kind = _processor_class(load_config(folder))
+    except StillhouseError:  # a folder of a processor alone has no config.json
+        kind = None
     if kind is None or "video_processor" not in kind.get_attributes():
         return _load("processor", transformers_module().AutoProcessor.from_pretrained, folder, backend="pil")
     return _load("processor", lambda place: _without_videos(kind, place), folder)

@@ -54,7 +54,7 @@ class SampleFile(Sequence[Sample]):
 
 
 class Chosen(Sequence[Sample]):
-    """Some of a sequence's samples, by their places in it."""
+    """Some of a sequence's samples, by their places in it. Another process gets the samples themselves."""
 
     def __init__(self, samples: Sequence[Sample], places: Sequence[int]) -> None:
         self._samples = samples
@@ -71,3 +71,6 @@ class Chosen(Sequence[Sample]):
         if isinstance(index, slice):
             return tuple(self._samples[place] for place in self._places[index])
         return self._samples[self._places[index]]
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return tuple, (tuple(self),)

@@ -236,7 +236,7 @@ def test_two_jobs_share_a_growing_pool_and_show_metrics(
     once = dump_here(config, tmp_path / "undisturbed")
     assert once <= sum(num_tokens) <= 1.5 * once  # both may have had the same parts in flight
     assert commits(tmp_path / "cache") == commits(tmp_path / "undisturbed")
-    assert len(list((tmp_path / "runs/tiny/logs").glob("teacher-*"))) == 3  # one pool has grown to two
+    assert len(list((tmp_path / "runs/tiny/logs").glob("teacher-*"))) >= 3  # a pool has grown to two
 
 
 def test_a_blind_teacher_fails_in_one_message_and_writes_nothing(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from array import array
 from pathlib import Path
 
@@ -40,5 +41,6 @@ def test_places_choose_and_those_beyond_the_end_are_refused(tmp_path: Path) -> N
     assert [one.id for one in chosen[1:]] == ["0", "2"]
     assert (read[-1].id, len(read), len(chosen)) == ("4", 5, 3)
     assert not list((tmp_path / "made" / "here").iterdir())  # the file has no name
+    assert pickle.loads(pickle.dumps(chosen)) == tuple(chosen)
     with pytest.raises(IndexError):
         read[5]
