@@ -46,11 +46,15 @@ def check_condition(condition: Condition) -> None:
     if isinstance(value, tuple) != (comparison in ("in", "not in")):
         expected = "a list" if comparison in ("in", "not in") else "one value"
         raise ValueError(f"{column} {comparison} {value!r}: expected {expected} to compare with")
+    if value == ():
+        raise ValueError(f"{column} {comparison} (): the list is empty; leave the condition out")
     kind = str if column in TEXTS else int | float
     for each in value if isinstance(value, tuple) else (value,):
         if isinstance(each, bool) or not isinstance(each, kind):
             expected = "text" if column in TEXTS else "a number"
             raise ValueError(f"{column} {comparison} {value!r}: {each!r} is not {expected}")
+        if isinstance(each, int) and abs(each) >= 2**63:
+            raise ValueError(f"{column} {comparison} {value!r}: {each} does not fit into 64 bits")
 
 
 def filtered(cache: Cache, indices: NDArray[np.int64], conditions: Sequence[Condition]) -> NDArray[np.int64]:
@@ -58,7 +62,7 @@ def filtered(cache: Cache, indices: NDArray[np.int64], conditions: Sequence[Cond
     if not conditions:
         return indices
     table = sample_columns(cache, {column for column, _, _ in conditions}).take(indices)
-    table = table.append_column("at", pa.array(indices))
+    table = table.append_column("at", pa.array(indices)).drop_null()  # of which "not in" would hold
     return table.filter(pq.filters_to_expression(list(conditions)))["at"].to_numpy()
 
 

@@ -71,6 +71,8 @@ def test_a_sample_without_rows_meets_no_condition_on_rows(checkpoint: Path, tmp_
     assert columns["entropy_max"].to_pylist() == [3.0, None, 2.0, None, 2.0]
     kept = filtered(Empty(), np.arange(5), [("entropy_mean", "!=", 7)])  # pyright: ignore[reportArgumentType]
     assert kept.tolist() == [0, 2, 4]
+    kept = filtered(Empty(), np.arange(5), [("entropy_max", "not in", (3,))])  # pyright: ignore[reportArgumentType]
+    assert kept.tolist() == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,8 @@ def test_a_sample_without_rows_meets_no_condition_on_rows(checkpoint: Path, tmp_
         (["category", "==", 3], "3 is not text"),
         (["category", "in", "left"], "expected a list"),
         (["num_images", "<", [1, 2]], "expected one value"),
+        (["category", "in", []], "the list is empty"),
+        (["num_tokens", "<", 10**30], "does not fit into 64 bits"),
         (["num_images", "like", 1], "filter"),
         (["num_images", "__import__('os')", 1], "filter"),
     ],
