@@ -258,7 +258,7 @@ class StageSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2  # DeepSpeed ZeRO
     offload: tuple[Literal["optimizer", "parameters"], ...] = ()  # to the CPU's memory; parameters: ZeRO-3 alone
     gradient_checkpointing: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0  # of the sample order
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0  # of the sample order, of new weights and of dropout
     chunk_logits: Annotated[int, Field(ge=1)] = 2**27  # of the head in memory at once, 4 bytes each
     memory_mb: Annotated[int, Field(ge=0)] = 512  # MiB a rank: half decoded rows, half image features (or pixels)
     shuffle_rows: Annotated[int, Field(ge=1)] = WINDOW_ROWS  # rows mixed at a time, some 270 bytes each

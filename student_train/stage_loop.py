@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from storage.batches import read_ahead
@@ -109,7 +110,7 @@ def run_steps(setup: Setup) -> Finished:
     with journal, reader, StopRequest() as stop:
         items = iter(reader)
         for step in range(done + 1, last + 1):
-            torch.manual_seed((stage.seed << 40) + ((step - 1) << 16) + engine.process.rank)  # dropout's
+            torch.manual_seed(dropout_seed(stage.seed, step, engine.process.rank))
             lr = setup.learning_rate(step - 1)
             mine = optimizer_step(engine, items, lr, step)
             if average is not None:
@@ -143,6 +144,11 @@ def run_steps(setup: Setup) -> Finished:
                     "and the same command goes on from there"
                 )
     return Finished(done, final, best)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Of torch's generator in a step, below 2^64 whatever the seed; different steps and ranks have different ones."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def held_out_losses(setup: Setup, feed: Feed) -> dict[str, float]:

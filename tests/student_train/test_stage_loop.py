@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from student_train.huggingface import transformers_module
+from student_train.stage_loop import dropout_seed
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import metrics
 
@@ -95,6 +96,14 @@ def test_adapters_are_merged_into_the_checkpoint_and_kept_beside_it(
     assert {name.split(".")[1] for name in moved} == {"language_model", "multi_modal_projector"}
     sizes = [tensor.numel() for tensor in load_file(folder / "adapter" / "adapter_model.safetensors").values()]
     assert summary(folder)["num_trained_parameters"] == sum(sizes)
+
+
+@pytest.mark.parametrize("seed", [0, 20261125, 2**64 - 1])
+def test_dropout_has_another_seed_in_every_step_and_rank(seed: int) -> None:
+    seeds = {dropout_seed(seed, step, rank) for step in (1, 2, 70_000) for rank in (0, 1)}
+    assert len(seeds) == 6
+    for each in seeds:
+        torch.manual_seed(each)
 
 
 def test_a_loss_that_explodes_stops_with_the_samples_written_down(runner: Runner, outcomes: Outcomes) -> None:
