@@ -88,7 +88,7 @@ class StageState:
         if engine.process.is_first:
             if others := sorted(path.name for path in self.folder.glob("step-*")):
                 _log.warning(
-                    "%s: %s is of another configuration or cache, and is deleted: the stage begins anew",
+                    "%s: %s is of another configuration, cache or init, and is deleted: the stage begins anew",
                     self.folder,
                     others[-1],
                 )

@@ -22,7 +22,7 @@ from student_train.loader import num_micro_batches
 from student_train.lora import add_adapters
 from student_train.loss_watch import DivergedError
 from student_train.material import Material, cached_teacher
-from student_train.models import freeze, load_student
+from student_train.models import freeze, load_student, weights_fingerprint
 from student_train.objective import Objective
 from student_train.parameter_groups import parameter_groups
 from student_train.sparse_upcycling import Experts, num_activated, upcycled
@@ -100,7 +100,9 @@ def train(
         for stale in (output / "summary.json", output / "evaluation.json", *output.glob("diverged-*.json")):
             stale.unlink(missing_ok=True)
     torch.manual_seed(stage.seed)
-    model = _model(stage, material, process)
+    model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
+    start = weights_fingerprint(model)
+    model = _made_ready(model, stage)
     # Ranks that share parameters (ZeRO-3) must call the tower together, known features or not.
     keeps_features = "vision" not in stage.train and stage.zero_stage < 3
     half = (stage.memory_mb << 20) // 2
@@ -137,7 +139,7 @@ def train(
         training=feed(material),
         held_out=None if held_out is None else feed(held_out),
         checkpoints=KeptCheckpoints(engine, model, stage, average),
-        state=StageState.of(stage, material.fingerprint(), num_ranks=process.num_ranks),
+        state=StageState.of(stage, material.fingerprint() + start, num_ranks=process.num_ranks),
     )
     try:
         finished = run_steps(setup)
@@ -174,9 +176,8 @@ def train(
     return output
 
 
-def _model(stage: StageSection, material: Material, process: Process) -> Any:
-    """The student as it begins to train."""
-    model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
+def _made_ready(model: Any, stage: StageSection) -> Any:
+    """A student that was loaded, as it begins to train."""
     if stage.moe is not None:
         experts = Experts(stage.moe.experts, stage.moe.top_k, stage.moe.every)
         model = upcycled(model, experts, seed=stage.seed)

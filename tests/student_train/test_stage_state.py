@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_train.documents import MetricsLog
@@ -122,7 +123,24 @@ def test_a_state_is_for_its_own_configuration_and_number_of_ranks(make_runner: C
     assert "is the state of 1 ranks, this run has 2" in two.stderr
     (other,) = runner.run_in_turn(("first", "stages.first.lr=0.001"))
     assert other.code == 0, other.stderr
-    assert "step-00000002 is of another configuration or cache, and is deleted" in other.stderr
+    assert "step-00000002 is of another configuration, cache or init, and is deleted" in other.stderr
+    assert json.loads((runner.output("first") / "summary.json").read_text())["resumed_at"] == 0
+
+
+def test_a_state_is_for_the_weights_that_its_stage_began_with(
+    make_runner: Callable[..., Runner], checkpoint: Path, tmp_path: Path
+) -> None:
+    init = tmp_path / "init"
+    shutil.copytree(checkpoint, init)
+    runner = make_runner(first={"init": str(init), "steps": STEPS, "train": ["projector"]})
+    (stopped,) = runner.run_in_turn(("first",), prologue=STOP_AT.format(step=2))
+    assert stopped.code == 143, stopped.stderr
+    weights = load_file(init / "model.safetensors")
+    name = next(name for name in weights if name.endswith("lm_head.weight"))  # frozen, so no state holds it
+    save_file({**weights, name: weights[name] * 1.01}, init / "model.safetensors", metadata={"format": "pt"})
+    (other,) = runner.run_in_turn(("first",))
+    assert other.code == 0, other.stderr
+    assert "of another configuration, cache or init, and is deleted" in other.stderr
     assert json.loads((runner.output("first") / "summary.json").read_text())["resumed_at"] == 0
 
 
