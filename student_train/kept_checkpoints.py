@@ -10,6 +10,7 @@ Each is whole: a folder that transformers loads, written beside its place and re
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,8 +68,9 @@ class KeptCheckpoints:
         """
         section = self.stage.checkpoints
         assert section is not None
-        if held_out and (best is None or held_out[section.metric] < best.value):
-            best = Best(step, section.metric, held_out[section.metric])
+        value = held_out.get(section.metric, math.nan)
+        if math.isfinite(value) and (best is None or value < best.value):
+            best = Best(step, section.metric, value)
             self._write(self._folder / "best")
         if section.keep_last and not last:
             self._write(self._folder / _name(step))

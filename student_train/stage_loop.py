@@ -98,10 +98,11 @@ def run_steps(setup: Setup) -> Finished:
     progress = setup.state.resume(engine, average)
     done, last = progress.step, setup.num_steps
     setup.checkpoints.begin(done)
-    watch, best = LossWatch(stage.explosion_factor), None
+    watch, best, judge = LossWatch(stage.explosion_factor), None, _judge(stage)
     if progress.notes:
         watch.restore(progress.notes["watch"])
-        best = Best(**progress.notes["best"]) if progress.notes["best"] else None
+        if progress.notes["best"] and progress.notes["judge"] == judge:  # else it is best of something else
+            best = Best(**progress.notes["best"])
     final: Mapping[str, float] = {}
     journal = Journal(stage, setup.name, num_steps=last, resumed_at=done, process=engine.process)
     reader = setup.training.batches(
@@ -136,7 +137,7 @@ def run_steps(setup: Setup) -> Finished:
             if keeps:
                 best = setup.checkpoints.keep(step, held_out, best, last=step == last)
             if step < last and (asked or (stage.save_every is not None and step % stage.save_every == 0)):
-                notes = {"watch": watch.state(), "best": asdict(best) if best else None}
+                notes = {"watch": watch.state(), "best": asdict(best) if best else None, "judge": judge}
                 setup.state.save(engine, Progress(step, notes), average=average, keep=stage.keep_states)
             if step < last and asked:
                 raise StoppedError(
@@ -144,6 +145,12 @@ def run_steps(setup: Setup) -> Finished:
                     "and the same command goes on from there"
                 )
     return Finished(done, final, best)
+
+
+def _judge(stage: StageSection) -> dict[str, Any] | None:
+    """What decides which checkpoint is the best one; a resumed run may have another."""
+    section = stage.checkpoints
+    return None if section is None else section.model_dump(mode="json", include={"splits", "samples", "metric"})
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

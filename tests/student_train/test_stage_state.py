@@ -144,6 +144,20 @@ def test_a_state_is_for_the_weights_that_its_stage_began_with(
     assert json.loads((runner.output("first") / "summary.json").read_text())["resumed_at"] == 0
 
 
+def test_the_best_checkpoint_so_far_is_forgotten_with_what_judged_it(make_runner: Callable[..., Runner]) -> None:
+    checkpoints = {"every": 2, "splits": ["test"], "metric": "response"}
+    runner = make_runner(first={"losses": {"response": {}}, "steps": STEPS, "checkpoints": checkpoints})
+    (stopped,) = runner.run_in_turn(("first",), prologue=STOP_AT.format(step=4))
+    assert stopped.code == 143, stopped.stderr
+    (resumed,) = runner.run_in_turn(("first", "stages.first.checkpoints.metric=cross_entropy"))
+    assert resumed.code == 0, resumed.stderr
+    summary = json.loads((runner.output("first") / "summary.json").read_text())
+    lines = [line for line in log_of(runner, "first") if line["step"] > 4 and "held_out_cross_entropy" in line]
+    best = min(lines, key=lambda line: line["held_out_cross_entropy"])
+    expected = {"step": best["step"], "metric": "cross_entropy", "value": best["held_out_cross_entropy"]}
+    assert (summary["resumed_at"], summary["best"]) == (4, expected)
+
+
 def test_a_log_keeps_the_lines_of_steps_that_are_done(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
