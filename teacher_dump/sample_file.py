@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import overload
 
+from storage.errors import ConfigError, StillhouseError
 from teacher_dump.samples import Sample
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SampleFile(Sequence[Sample]):
@@ -20,18 +24,31 @@ class SampleFile(Sequence[Sample]):
     """
 
     def __init__(self, samples: Iterable[Sample], *, folder: Path | None = None) -> None:
-        """`folder` is where there is room for them, made if need be; None: where temporary files go."""
+        """`folder` is where there is room for them, made if need be; None: where temporary files go.
+
+        Errors: those of `samples`; ConfigError, the folder cannot be written to; StillhouseError, its disk is full.
+        """
         self._starts = array("Q", [0])
         self._bytes: mmap.mmap | bytes = b""
         self._num_cut = 0  # characters of each image's path
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder) as file:
-            for sample in samples:
-                self._starts.append(self._starts[-1] + file.write(json.dumps(sample.as_json()).encode()))
-            file.flush()
-            if self._starts[-1]:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        place = folder or gettempdir()
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            opened = TemporaryFile(dir=folder)  # noqa: SIM115  # entered below, where errors mean something else
+        except OSError as error:
+            raise ConfigError(f"{place}: cannot be written to: {error.strerror}; give another runs_dir") from error
+        try:
+            with opened as file:
+                for sample in samples:
+                    self._starts.append(self._starts[-1] + file.write(json.dumps(sample.as_json()).encode()))
+                file.flush()
+                if self._starts[-1]:
+                    self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise StillhouseError(f"{place}: has no room for the plan's samples; give another runs_dir") from error
 
     def cut_paths(self, num_characters: int) -> None:
         """Leave out the first characters of every image's path from now on."""

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import errno
 import pickle
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.errors import ConfigError, StillhouseError
 from teacher_dump.sample_file import Chosen, SampleFile
 from teacher_dump.samples import Sample, Turn
 
@@ -44,3 +47,18 @@ def test_places_choose_and_those_beyond_the_end_are_refused(tmp_path: Path) -> N
     assert pickle.loads(pickle.dumps(chosen)) == tuple(chosen)
     with pytest.raises(IndexError):
         read[5]
+
+
+def test_a_folder_that_cannot_hold_them_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/runs: cannot be written to: Not a directory; give another runs_dir"):
+        SampleFile([], folder=tmp_path / "file" / "runs")
+
+    def reading(number: int) -> Iterator[Sample]:
+        yield Sample("1", "train", "", (), ())
+        raise OSError(number, "while reading")
+
+    with pytest.raises(StillhouseError, match="has no room for the plan's samples"):
+        SampleFile(reading(errno.ENOSPC), folder=tmp_path)
+    with pytest.raises(OSError, match="while reading"):  # not the folder's
+        SampleFile(reading(errno.EIO), folder=tmp_path)
