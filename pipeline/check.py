@@ -47,7 +47,7 @@ def check(experiment: Experiment) -> Iterator[str]:
 
 
 def _check_splits(experiment: Experiment) -> None:
-    """ConfigError for a split of stages or evaluation that no source of the data gives."""
+    """ConfigError for a split of stages, their checkpoints or evaluation that no source of the data gives."""
     given = {source.split for source in experiment.data.sources}
     here = experiment.cache.path
     asked = {
@@ -56,6 +56,9 @@ def _check_splits(experiment: Experiment) -> None:
         for place, source in _sources(name, stage, here)
         if source.path == here
     }
+    for name, stage in experiment.stages.items():
+        if stage.checkpoints is not None and any(source.path == here for source in stage.sources(here)):
+            asked[f"stages.{name}.checkpoints"] = stage.checkpoints.splits
     if experiment.ablations.runs:  # which are evaluated
         asked["evaluation"] = experiment.evaluation.splits
     for place, splits in asked.items():

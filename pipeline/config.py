@@ -64,6 +64,11 @@ class AblationsSection(Section):
                 raise ValueError(
                     f"{name}.after is {run.after!r}, expected a run above it: {', '.join(above) or 'none'}"
                 )
+            if name != Path(name).name or name == "..":
+                raise ValueError(f"{name!r} is no name of a run: it becomes a folder's; leave out slashes")
+            for field in ("seed", "output"):
+                if field in run.set:
+                    raise ValueError(f"{name}.set has {field}, which the grid gives each run; see ablations.seeds")
             if run.after is not None and "init" in run.set:
                 raise ValueError(f"{name} has both after and set.init; a run starts from one checkpoint")
             above.append(name)

@@ -91,6 +91,10 @@ def test_a_setting_that_vllm_does_not_have_is_found(file: Path) -> None:
     ("override", "message"),
     [
         ("stages.kd.splits=[trian]", r"stages\.kd\.splits names trian; data\.sources has train"),
+        (
+            "stages.kd.checkpoints={every: 1, splits: [vla]}",
+            r"stages\.kd\.checkpoints\.splits names vla; data\.sources has train",
+        ),
         ("ablations.runs={kd: {stage: kd}}", r"evaluation\.splits names test; data\.sources has train"),
         ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere: there is no such folder"),
         ("stages.kd.cache=/nowhere", r"stages\.kd\.cache is /nowhere: no cache is there, and this file makes none"),
