@@ -48,13 +48,13 @@ class KeptCheckpoints:
         return Path(self.stage.output) / "checkpoints"
 
     def begin(self, step: int) -> None:
-        """Delete what a run that now goes on after `step` steps has not made yet."""
+        """Delete what a run that now goes on after `step` steps has not made yet, and what a kill left half written."""
         if not self.engine.process.is_first:
             return
         if step == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
-        for folder in self._folder.glob("step-*"):
-            if folder.name > _name(step):
+        for folder in self._folder.glob("*"):
+            if ".tmp-" in folder.name or (folder.name.startswith("step-") and folder.name > _name(step)):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
