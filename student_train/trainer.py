@@ -96,7 +96,12 @@ def train(
     check_trackers(stage.track)
     output = Path(stage.output)
     if process.is_first:
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"stages.{name}.output is {output}: no folder can be made there: {error.strerror}"
+            ) from error
         for stale in (output / "summary.json", output / "evaluation.json", *output.glob("diverged-*.json")):
             stale.unlink(missing_ok=True)
     torch.manual_seed(stage.seed)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from student_train.config import StageSection
 from student_train.huggingface import transformers_module
+from student_train.kept_checkpoints import KeptCheckpoints
 from student_train.stage_loop import dropout_seed
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import metrics
@@ -96,6 +99,25 @@ def test_adapters_are_merged_into_the_checkpoint_and_kept_beside_it(
     assert {name.split(".")[1] for name in moved} == {"language_model", "multi_modal_projector"}
     sizes = [tensor.numel() for tensor in load_file(folder / "adapter" / "adapter_model.safetensors").values()]
     assert summary(folder)["num_trained_parameters"] == sum(sizes)
+
+
+def test_a_resumed_run_deletes_what_it_has_not_made_yet_and_what_is_half_written(tmp_path: Path) -> None:
+    names = ["best", "best.tmp-1-ab", "step-00000002", "step-00000002.tmp-1-cd-old", "step-00000004", "step-00000006"]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    engine: Any = SimpleNamespace(process=SimpleNamespace(is_first=True))
+    stage = StageSection.model_validate({"init": "none", "steps": 8, "output": str(tmp_path)})
+    KeptCheckpoints(engine, None, stage).begin(4)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["best", "step-00000002", "step-00000004"]
+
+
+def test_an_output_that_can_be_no_folder_is_named(make_runner: Callable[..., Runner], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (done,) = make_runner(first={"output": str(tmp_path / "file" / "out")}).run_in_turn(("first",))
+    assert done.code == 2, done.stderr
+    assert "stages.first.output is" in done.stderr
+    assert "Not a directory" in done.stderr
 
 
 @pytest.mark.parametrize("seed", [0, 20261125, 2**64 - 1])
