@@ -69,9 +69,12 @@ def alone(make_runner: Make, checkpoint: Path, tmp_path_factory: pytest.TempPath
         all={"losses": LOSSES},
         memory=memory,
         bf16={"precision": "bf16", "losses": LOSSES},
+        misjudged={},
     )
-    names = ("broken", "hot", "all", "memory", "bf16")
-    lines = [(name, *(["--evaluate", "evaluation.splits=[train]"] if name == "memory" else [])) for name in names]
+    names = ("broken", "hot", "all", "memory", "bf16", "misjudged")
+    splits = {"memory": "train", "misjudged": "nowhere"}
+    evaluated = {name: ("--evaluate", f"evaluation.splits=[{split}]") for name, split in splits.items()}
+    lines = [(name, *evaluated.get(name, ())) for name in names]
     return Alone(runner, dict(zip(names, runner.run_in_turn(*lines, prologue=WITHOUT), strict=True)), small_cache)
 
 
@@ -93,6 +96,13 @@ def test_a_student_trains_where_the_teacher_s_packages_are_absent(alone: Alone) 
     assert summary["num_trained_parameters"] < summary["num_parameters"]
     assert summary["seconds"] > 0
     assert summary["peak_memory_bytes"] > 10**7
+
+
+def test_a_split_to_be_judged_on_that_is_not_there_is_refused_before_training(alone: Alone) -> None:
+    outcome = alone.outcomes["misjudged"]
+    assert outcome.code == 2
+    assert "no sample is in the splits nowhere" in outcome.stderr
+    assert not (alone.runner.output("misjudged") / "model.safetensors").exists()
 
 
 def test_bf16_follows_fp32(alone: Alone) -> None:
