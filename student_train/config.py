@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from storage.config import Section
+from storage.narrowing import Narrowing
 from storage.shuffle import WINDOW_ROWS
 from student_train.sample_filter import Condition, check_condition
 
@@ -61,15 +62,19 @@ class DistributionLossSection(Section):
             )
         if self.beta is not None and self.divergence not in ("jsd", "skewed_kl"):
             raise ValueError(f"beta belongs to jsd and skewed_kl, but divergence is {self.divergence!r}")
-        if self.k is not None and self.tau is not None:
-            raise ValueError(f"k is {self.k} and tau {self.tau:g}; rows are narrowed by one of them")
+        narrowing = self.narrowing  # ValueError for both at once
         if self.k is not None and self.treatment == "unbiased":
             raise ValueError("treatment 'unbiased' needs what was drawn from the tail, and k keeps nothing of it")
-        if (self.k or self.tau) and self.treatment in ("profile", "exact"):
+        if narrowing and self.treatment in ("profile", "exact"):
             raise ValueError(
                 f"treatment {self.treatment!r} goes with the entries as they were dumped; leave k and tau out"
             )
         return self
+
+    @property
+    def narrowing(self) -> Narrowing | None:
+        """What is read of a row, where that is less than is stored."""
+        return Narrowing.of(k=self.k, tau=self.tau)
 
     def treatment_of(self, method: str | None) -> Treatment:
         """The treatment of rows that were selected by a method of `cache:`."""

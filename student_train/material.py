@@ -240,7 +240,7 @@ def _teacher_head(cache: Cache) -> TeacherHead:
 def narrowing(losses: LossesSection) -> dict[str, Narrowing]:
     """What is read of a family's rows, where that is less than is stored."""
     sections = {"response": losses.response, "visual": losses.visual}
-    asked = {family: Narrowing.of(k=each.k, tau=each.tau) for family, each in sections.items() if each}
+    asked = {family: each.narrowing for family, each in sections.items() if each}
     return {family: each for family, each in asked.items() if each}
 
 
@@ -300,7 +300,7 @@ def check_losses(losses: LossesSection, identity: Identity, held: Collection[str
         section = getattr(losses, family)
         if section is None or section.treatment == "exact":
             continue
-        asked = Narrowing.of(k=section.k, tau=section.tau)
+        asked = section.narrowing
         if asked:
             asked.check(identity.selection.get(family, {}), f"{place}.{family}")
         method = _method(identity, family)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import mmap
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,22 @@ from teacher_dump.samples import Sample
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class SampleFile(Sequence[Sample]):
+class _Samples(Sequence[Sample], ABC):
+    """Samples that are read by their place each time."""
+
+    @abstractmethod
+    def _at(self, place: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Sample, ...]: ...
+    def __getitem__(self, index: int | slice) -> Sample | tuple[Sample, ...]:
+        places = range(len(self))[index]  # IndexError beyond the end, and negative ones from there
+        return self._at(places) if isinstance(places, int) else tuple(map(self._at, places))
+
+
+class SampleFile(_Samples):
     """Samples in the order in which they came, read again whenever one is asked for; 8 bytes of memory each.
 
     The file has no name, and goes away with the object or its process.
@@ -57,20 +73,13 @@ class SampleFile(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Sample, ...]: ...
-    def __getitem__(self, index: int | slice) -> Sample | tuple[Sample, ...]:
-        if isinstance(index, slice):
-            return tuple(self[place] for place in range(*index.indices(len(self))))
-        place = range(len(self))[index]  # IndexError beyond the end, and negative ones from there
+    def _at(self, place: int) -> Sample:
         row = json.loads(self._bytes[self._starts[place] : self._starts[place + 1]])
         row["images"] = [path[self._num_cut :] for path in row["images"]]
         return Sample.from_json(row)
 
 
-class Chosen(Sequence[Sample]):
+class Chosen(_Samples):
     """Some of a sequence's samples, by their places in it. Another process gets the samples themselves."""
 
     def __init__(self, samples: Sequence[Sample], places: Sequence[int]) -> None:
@@ -80,14 +89,8 @@ class Chosen(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Sample, ...]: ...
-    def __getitem__(self, index: int | slice) -> Sample | tuple[Sample, ...]:
-        if isinstance(index, slice):
-            return tuple(self._samples[place] for place in self._places[index])
-        return self._samples[self._places[index]]
+    def _at(self, place: int) -> Sample:
+        return self._samples[self._places[place]]
 
     def __reduce__(self) -> tuple[type, tuple]:
         return tuple, (tuple(self),)
