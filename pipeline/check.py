@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.config import Experiment
@@ -47,27 +47,39 @@ def check(experiment: Experiment) -> Iterator[str]:
 
 
 def _check_splits(experiment: Experiment) -> None:
-    """ConfigError for a split of stages, their checkpoints or evaluation that no source of the data gives."""
+    """ConfigError for a split of stages, their checkpoints or evaluation that no source of the data gives.
+
+    Held-out samples may lie in any cache of a stage.
+    """
     given = {source.split for source in experiment.data.sources}
     here = experiment.cache.path
+    sources = {name: list(_sources(name, stage, here)) for name, stage in experiment.stages.items()}
     asked = {
-        place: source.splits or ()
-        for name, stage in experiment.stages.items()
-        for place, source in _sources(name, stage, here)
+        place: (source.splits or (), set())
+        for each in sources.values()
+        for place, source in each
         if source.path == here
     }
+    others = {name: _splits_of([source.path for _, source in each], here) for name, each in sources.items()}
     for name, stage in experiment.stages.items():
-        if stage.checkpoints is not None and any(source.path == here for source in stage.sources(here)):
-            asked[f"stages.{name}.checkpoints"] = stage.checkpoints.splits
+        if stage.checkpoints is not None and any(source.path == here for _, source in sources[name]):
+            asked[f"stages.{name}.checkpoints"] = stage.checkpoints.splits, others[name]
     if experiment.ablations.runs:  # which are evaluated
-        asked["evaluation"] = experiment.evaluation.splits
-    for place, splits in asked.items():
-        unknown = [split for split in splits if split not in given]
+        asked["evaluation"] = experiment.evaluation.splits, set().union(*others.values())
+    for place, (splits, elsewhere) in asked.items():
+        unknown = [split for split in splits if split not in given | elsewhere]
         if unknown:
             raise ConfigError(
                 f"{experiment.path}: {place}.splits names {', '.join(unknown)}; "
                 f"data.sources has {', '.join(sorted(given))}"
+                + (f", other caches {', '.join(sorted(elsewhere))}" if elsewhere else "")
             )
+
+
+def _splits_of(paths: Sequence[str], here: str) -> set[str]:
+    """Of the caches that are there, without the one of this file."""
+    there = [path for path in paths if path != here and has_cache(open_folder(path))]
+    return {split for path in there for split in Cache.open(path, ()).splits}
 
 
 def _check_inits(experiment: Experiment) -> None:

@@ -12,6 +12,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fbfaf7; margin: 0 auto; max-width: 900px;
   padding: 2rem 1.2rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+h3 { font-size: 1rem; font-weight: 600; margin: 1.2rem 0 .3rem; }
 p.lead { font-size: 1.1rem; border-left: 4px solid #c8553d; padding-left: .8rem; margin: 1.2rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .3rem .55rem; border-bottom: 1px solid #e3dfd5; white-space: nowrap; }
@@ -33,6 +34,11 @@ def render_page(report: dict[str, Any], metrics: dict[str, list[dict[str, float]
         ("Paired differences to the controls, points of exact match", _paired(report, "paired")),
         ("Exact match by question type", category_plot(runs) + _categories(runs)),
         *((("Yes/no questions", _yes_no(report)),) if any(run.get("yes_no") for run in runs) else ()),
+        *(
+            (("Words without support", _unsupported(report)),)
+            if any(run.get("unsupported_rate") for run in runs)
+            else ()
+        ),
         *((("Routers of the sparse students", _routers(runs)),) if any(run.get("routers") for run in runs) else ()),
         ("The teacher and its cache", _cache(report)),
         *((f"While training: {name.replace('_', ' ')}", picture) for name, picture in pictures.items()),
@@ -129,6 +135,13 @@ def _paired(report: dict[str, Any], key: str) -> str:
     return _table(["run", "less", "difference", "95 % interval"], rows)
 
 
+def _paired_below(report: dict[str, Any], key: str) -> str:
+    """The same below a table of the shares that are compared; nothing without a control."""
+    if not any(run.get(key) for run in report["runs"]):
+        return ""
+    return f"<h3>Paired differences to the controls, points of the first column</h3>{_paired(report, key)}"
+
+
 def _parameters(run: dict[str, Any]) -> str:
     total, activated = run["num_parameters"], run["num_activated_parameters"]
     return f"{total / 1e6:.2f}" + (f" ({activated / 1e6:.2f} active)" if activated < total else "")
@@ -147,7 +160,24 @@ def _yes_no(report: dict[str, Any]) -> str:
         shares = (teacher[name] for name in names)
         rows.append(["teacher", *("–" if share is None else f"{100 * share:.1f} %" for share in shares)])
     note = '<p class="dim">The first column is POPE\'s false-positive rate: claims of what is not there.</p>'
-    return _table(header, rows) + note + _paired(report, "paired_hallucination_rate")
+    return _table(header, rows) + note + _paired_below(report, "paired_hallucination_rate")
+
+
+def _unsupported(report: dict[str, Any]) -> str:
+    """How often a run's answers name what the reference does not, and by how much less than its controls'."""
+    runs = report["runs"]
+    rows = [
+        [_names(runs)[run["name"]], percent(run["unsupported_rate"])] for run in runs if run.get("unsupported_rate")
+    ]
+    teacher = report["teacher"].get("unsupported_rate")
+    if teacher is not None:
+        rows.append(["teacher", f"{100 * teacher:.1f} %"])
+    note = (
+        '<p class="dim">Of all held-out samples. A right word in the wrong place counts as supported; case and '
+        "punctuation at a word's ends do not count.</p>"
+    )
+    table = _table(["run", "answers with a word that the reference lacks"], rows)
+    return table + note + _paired_below(report, "paired_unsupported_rate")
 
 
 def _routers(runs: list[dict[str, Any]]) -> str:

@@ -33,6 +33,11 @@ def describe_evaluation(path: Path) -> str:
     evaluation = json.loads(path.read_bytes())
     rows = [("exact match", f"{100 * evaluation['exact_match']:.1f} %")]
     rows += [(name, f"{100 * found['exact_match']:.1f} %") for name, found in evaluation["by_category"].items()]
+    if evaluation.get("unsupported_rate") is not None:
+        rows.append(("words without support", f"{100 * evaluation['unsupported_rate']:.1f} % of answers"))
+    hallucinated = (evaluation.get("yes_no") or {}).get("hallucination_rate")
+    if hallucinated is not None:
+        rows.append(("yes where it is no", f"{100 * hallucinated:.1f} %"))
     if evaluation["kl_to_teacher"] is not None:
         rows.append(("KL to the teacher", f"{evaluation['kl_to_teacher']:.4f} nats"))
         rows.append(("top-1 agreement", f"{100 * evaluation['top1_agreement']:.1f} %"))

@@ -50,7 +50,7 @@ def train(sections: Sections, name: str, *, evaluate: bool, started: float) -> N
     )  # torch and transformers: seconds, which a misspelt name should not cost
     from student_train.composition import ensure_composed
     from student_train.engine import this_process
-    from student_train.material import chosen_samples, prepare
+    from student_train.material import prepare, samples_of_any
 
     stage = trainer.resolved(stages[name], name)
     cache_path = sections["cache"].path
@@ -59,12 +59,11 @@ def train(sections: Sections, name: str, *, evaluate: bool, started: float) -> N
         ensure_composed(stage.compose, stage.init, seed=stage.seed, is_first=process.is_first)
     material = prepare(stage, cache_path)
     if evaluate:  # hours of training should not end at a misspelt split
-        chosen_samples(material.data.sources[0].cache, sections["evaluation"].splits)
-    aside = trainer.held_out_stage(stage)
+        samples_of_any([source.cache for source in material.data.sources], sections["evaluation"].splits)
+    aside = trainer.held_out_stage(stage, material.data)
     held_out = None if aside is None else prepare(aside, cache_path)
     output = trainer.train(stage, name, material, process, started=started, held_out=held_out)
     if evaluate and process.is_first:
         from student_train.evaluation import evaluate_model
 
-        first = stage.sources(cache_path)[0]
-        evaluate_model(output, first.path, sections["evaluation"], images=first.images)
+        evaluate_model(output, stage.sources(cache_path), sections["evaluation"])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from storage.config import CacheSection
 from storage.errors import ConfigError, StillhouseError
 from storage.sections import read_sections
-from student_train.config import EvaluationSection
+from student_train.config import EvaluationSection, SourceSection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sections = read_sections(options.file, schemas, options.overrides)
         from student_train.evaluation import evaluate_model
 
-        document = evaluate_model(options.model, sections["cache"].path, sections["evaluation"])
+        source = SourceSection(path=sections["cache"].path)
+        document = evaluate_model(options.model, [source], sections["evaluation"])
     except StillhouseError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1

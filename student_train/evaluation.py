@@ -17,14 +17,16 @@ import torch
 from tqdm import tqdm
 
 from storage.reader import Cache, read_identity
+from storage.records import TokensRecord
 from student_train.batch import Batch, collate, collate_prompts, first_answer, prompt_of
-from student_train.config import EvaluationSection
+from student_train.config import EvaluationSection, SourceSection
 from student_train.documents import write_json
 from student_train.fused_head import SparseTarget
 from student_train.generation import greedy
-from student_train.images import FeatureStore, VisionSource, open_images
+from student_train.images import FeatureStore, VisionSource
 from student_train.losses import row_losses_
-from student_train.material import chosen_samples, open_sealed
+from student_train.material import open_sealed, samples_of_any
+from student_train.mixture import Mixture, Source
 from student_train.models import Checkpoint, check_fit, load_for_inference, read_checkpoint
 from student_train.router_loss import RouterLosses, router_losses, router_statistics
 from student_train.sparse_upcycling import is_sparse
@@ -56,31 +58,36 @@ class Fidelity:
         return self.num_agreeing / self.num_topped if self.num_topped else None
 
 
-def evaluate_model(
-    model: str | Path, cache_path: str, section: EvaluationSection, *, images: str | None = None
-) -> dict[str, Any]:
-    """Write and return <model>/evaluation.json. `images`: the image folder where the section names none.
+def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section: EvaluationSection) -> dict[str, Any]:
+    """Write and return <model>/evaluation.json, over the samples of the section's splits in any of the caches.
 
-    Errors: ConfigError (no sample in the splits), CacheError, IdentityError, StillhouseError.
+    Of the sources, path and images count, the latter where the section names none. Closeness to the teacher is over
+    the caches that hold its response. Errors: ConfigError (no sample in the splits), CacheError, IdentityError,
+    StillhouseError.
     """
     started = time.monotonic()
     checkpoint = read_checkpoint(model)
-    check_fit(checkpoint, read_identity(cache_path))  # before the cache's index is read
-    families = ("response",) if "response" in Cache.open(cache_path, ()).families else ()
-    cache = open_sealed(cache_path, families, max_bytes=MEMORY_BYTES)
-    indices = chosen_samples(cache, section.splits).tolist()
+    for source in sources:
+        check_fit(checkpoint, read_identity(source.path))  # before a cache's index is read
+    data = _held_out(sources, section)
+    tokens = _tokens(data, section.batch)
     features = FeatureStore(MEMORY_BYTES)
-    student = load_for_inference(checkpoint, vocab_size=cache.identity.vocab_size, features=features)
-    folder = open_images(cache, section.images or images, checkpoint.image_processor)
+    images = data.images(checkpoint.image_processor)
     judge = _Judge(
-        cache=cache,
+        data=data,
+        tokens=tokens,
         checkpoint=checkpoint,
-        student=student,
-        vision=VisionSource(folder, features=features, pixels=FeatureStore(0)),
+        student=load_for_inference(checkpoint, vocab_size=data.identity.vocab_size, features=features),
+        vision=VisionSource(images, features=features, pixels=FeatureStore(0)),
         section=section,
     )
-    samples = judge.answers(indices)
-    fidelity = judge.fidelity(indices) if families else None
+    samples = judge.answers()
+    scored = [
+        index
+        for index, owner in zip(tokens, data.owners(list(tokens)).tolist(), strict=True)
+        if "response" in data.sources[owner].cache.families
+    ]
+    fidelity = judge.fidelity(scored) if scored else None
     by_category: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
         by_category[sample["category"]].append(sample["correct"])
@@ -102,22 +109,48 @@ def evaluate_model(
     return document
 
 
+def _held_out(sources: Sequence[SourceSection], section: EvaluationSection) -> Mixture:
+    """The samples that a model is judged on. A cache may have none of them."""
+    caches = []
+    for source in sources:
+        families = ("response",) if "response" in Cache.open(source.path, ()).families else ()
+        caches.append(open_sealed(source.path, families, max_bytes=MEMORY_BYTES // len(sources)))
+    chosen = samples_of_any(caches, section.splits)
+    return Mixture(
+        [
+            Source(cache, indices, images=section.images or source.images)
+            for cache, indices, source in zip(caches, chosen, sources, strict=True)
+        ]
+    )
+
+
+def _tokens(data: Mixture, at_once: int) -> dict[int, TokensRecord]:
+    """The tokens of each sample that is judged, by its index."""
+    return {
+        index: record.tokens
+        for piece in _pieces(data.indices.tolist(), at_once)
+        for index, record in zip(piece, data.read_many(piece), strict=True)
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class _Judge:
     """A model and the samples it is judged on."""
 
-    cache: Cache
+    data: Mixture
+    tokens: dict[int, TokensRecord]
     checkpoint: Checkpoint
     student: Student
     vision: VisionSource
     section: EvaluationSection
 
-    def answers(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """What the model answers to each sample, in the order of `indices`."""
+    def answers(self) -> list[dict[str, Any]]:
+        """What the model answers to each sample, in the order of `tokens`."""
         grid, tokenizer = self.checkpoint.grid, self.checkpoint.tokenizer
-        tokens = {index: self.cache.read(index).tokens for index in indices}
-        prompts = {index: prompt_of(record, image_token_id=grid.image_token_id) for index, record in tokens.items()}
-        order = sorted(indices, key=lambda index: (len(prompts[index].token_ids), index))  # little padding
+        prompts = {
+            index: prompt_of(record, image_token_id=grid.image_token_id) for index, record in self.tokens.items()
+        }
+        order = sorted(prompts, key=lambda index: (len(prompts[index].token_ids), index))  # little padding
         device = next(self.student.parameters()).device
         answers: dict[int, list[int]] = {}
         with tqdm(total=len(order), desc="answering", unit="sample", mininterval=1.0, leave=False) as bar:
@@ -127,13 +160,12 @@ class _Judge:
                     self.student,
                     prompt_batch.to(device),
                     max_new_tokens=self.section.max_new_tokens,
-                    eos_token_ids=self.cache.identity.eos_token_ids,
+                    eos_token_ids=self.data.identity.eos_token_ids,
                 )
                 answers.update(zip(batch, continued, strict=True))
                 bar.update(len(batch))
         results = []
-        for index in indices:
-            record = tokens[index]
+        for index, record in self.tokens.items():
             answer = normalised(tokenizer.decode(answers[index], skip_special_tokens=True))
             reference = normalised(tokenizer.decode(first_answer(record), skip_special_tokens=True))
             results.append(
@@ -150,14 +182,14 @@ class _Judge:
     @torch.inference_mode()
     def fidelity(self, indices: Sequence[int]) -> Fidelity:
         """KL to the teacher and agreement with its first choice, over all response rows of the samples."""
-        order = sorted(indices, key=lambda index: (len(self.cache.read(index).tokens.token_ids), index))
+        order = sorted(indices, key=lambda index: (len(self.tokens[index].token_ids), index))
         device = next(self.student.parameters()).device
         kl_sum, num_agreeing, num_rows, num_topped = 0.0, 0, 0, 0
         routers: list[tuple[int, RouterLosses]] = []
         for indices_of_batch in tqdm(
             _pieces(order, self.section.batch), desc="comparing", unit="batch", mininterval=1.0, leave=False
         ):
-            records = self.cache.read_many(indices_of_batch).records()
+            records = self.data.read_many(indices_of_batch)
             batch = collate(records, self.checkpoint.grid, self.vision.gather, families=("response",)).to(device)
             part = _fidelity(self.student, batch)
             kl_sum += part.kl_sum

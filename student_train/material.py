@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -261,13 +261,20 @@ def open_sealed(
 
 def chosen_samples(cache: Cache, splits: tuple[str, ...]) -> np.ndarray:
     """Indices of the samples of some splits, one or more. ConfigError if there are none."""
-    indices = select(cache.splits, splits)
-    if not len(indices):
+    return samples_of_any([cache], splits)[0]
+
+
+def samples_of_any(caches: Sequence[Cache], splits: tuple[str, ...]) -> list[np.ndarray]:
+    """Each cache's indices of the samples of some splits, one or more in all. ConfigError if there are none."""
+    chosen = [select(cache.splits, splits) for cache in caches]
+    if not any(map(len, chosen)):
+        known = sorted({split for cache in caches for split in cache.splits})
         raise ConfigError(
-            f"{cache.folder}: no sample is in the splits {', '.join(splits) or '(none)'}; "
-            f"the cache has {', '.join(sorted(set(cache.splits))) or 'no samples'}"
+            f"{', '.join(str(cache.folder) for cache in caches)}: no sample is in the splits "
+            f"{', '.join(splits) or '(none)'}; the {'cache has' if len(caches) == 1 else 'caches have'} "
+            f"{', '.join(known) or 'no samples'}"
         )
-    return indices
+    return chosen
 
 
 def chosen_pairs(cache: Cache, indices: np.ndarray) -> np.ndarray:

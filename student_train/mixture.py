@@ -60,10 +60,13 @@ class Mixture:
         starts = self._starts[:-1].tolist()
         return np.concatenate([source.indices + start for source, start in zip(self.sources, starts, strict=True)])
 
+    def owners(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """(len(indices),) the number of the cache that each sample lies in."""
+        return np.searchsorted(self._starts, np.asarray(indices, np.int64), side="right") - 1
+
     def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> list[SampleRecord]:
         """Some samples, one or more, in this order. Errors as Cache.read_many."""
-        chosen = np.asarray(indices, np.int64)
-        owners = np.searchsorted(self._starts, chosen, side="right") - 1
+        chosen, owners = np.asarray(indices, np.int64), self.owners(indices)
         records: list[SampleRecord | None] = [None] * len(chosen)
         for owner in np.unique(owners).tolist():
             places = np.flatnonzero(owners == owner)

@@ -21,7 +21,8 @@ from student_train.kept_checkpoints import KeptCheckpoints
 from student_train.loader import num_micro_batches
 from student_train.lora import add_adapters
 from student_train.loss_watch import DivergedError
-from student_train.material import Material, cached_teacher
+from student_train.material import Material, cached_teacher, samples_of_any
+from student_train.mixture import Mixture
 from student_train.models import freeze, load_student, weights_fingerprint
 from student_train.objective import Objective
 from student_train.parameter_groups import parameter_groups
@@ -69,12 +70,18 @@ def num_steps(stage: StageSection, num_samples: int) -> int:
     return max(1, math.ceil(stage.epochs * num_samples / stage.global_batch))
 
 
-def held_out_stage(stage: StageSection) -> StageSection | None:
-    """The stage over its held-out samples, if it has any."""
+def held_out_stage(stage: StageSection, data: Mixture) -> StageSection | None:
+    """The stage over its held-out samples, if it asks for any. ConfigError: none of its caches has one.
+
+    `data`: what it trains on. A cache without held-out samples is left out.
+    """
     if stage.checkpoints is None or not stage.checkpoints.splits:
         return None
     splits = {"splits": stage.checkpoints.splits}
-    caches = None if stage.caches is None else tuple(each.model_copy(update=splits) for each in stage.caches)
+    held = samples_of_any([source.cache for source in data.sources], stage.checkpoints.splits)
+    caches = stage.caches and tuple(
+        each.model_copy(update=splits) for each, indices in zip(stage.caches, held, strict=True) if len(indices)
+    )
     return stage.model_copy(update={**splits, "caches": caches})
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+PUNCTUATION = ".,;:!?\"'`*_()[]{}…“”‘’«»¿¡。，、；：！？"  # no sign of a number: -5 is not 5, nor 50% 50
+
 
 def yes_no_scores(answers: Iterable[tuple[str, str]]) -> dict[str, float | int | None] | None:
     """Scores of those (answer, reference) whose reference says yes or no; None without any.
@@ -36,15 +38,21 @@ def yes_no_scores(answers: Iterable[tuple[str, str]]) -> dict[str, float | int |
 def unsupported_rate(answers: Iterable[tuple[str, str]]) -> float | None:
     """The share of (answer, reference) whose answer has a word that its reference has not; None of none.
 
-    In small what CHAIR (arXiv 1809.02156) counts by sentence: a right word in the wrong place is no such claim.
+    In small what CHAIR (arXiv 1809.02156) counts by sentence: a right word in the wrong place is no such claim. Case
+    and punctuation at a word's ends do not count.
     """
-    found = [bool(set(answer.lower().split()) - set(reference.lower().split())) for answer, reference in answers]
+    found = [bool(set(_words(answer)) - set(_words(reference))) for answer, reference in answers]
     return _ratio(sum(found), len(found))
 
 
 def _said(text: str) -> str | None:
-    words = [word.strip(".,;:!?\"'") for word in text.lower().split()]
+    words = _words(text)
     return next((word for word in (*words[:1], *words[-1:]) if word in ("yes", "no")), None)
+
+
+def _words(text: str) -> list[str]:
+    """In lower case, without punctuation at their ends; what is nothing else is no word."""
+    return [bare for word in text.lower().split() if (bare := word.strip(PUNCTUATION))]
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -160,6 +160,17 @@ def test_every_cache_of_a_stage_is_looked_at(file: Path) -> None:
     stage["caches"][0]["splits"] = ["typo"]
     with pytest.raises(ConfigError, match=r"stages\.kd\.caches\.0\.splits names typo"):
         lines()
+    del stage["caches"][0]["splits"]
+    stage["checkpoints"] = {"every": 1, "splits": ["test"]}  # of which only the second cache has samples
+    document["evaluation"] = {"splits": ["test"]}
+    document["ablations"] = {"runs": {"kd": {"stage": "kd"}}}
+    lines()
+    stage["checkpoints"]["splits"] = ["vla"]
+    with pytest.raises(
+        ConfigError, match=r"checkpoints\.splits names vla; data\.sources has train, other caches test, "
+    ):
+        lines()
+    del stage["checkpoints"], document["evaluation"], document["ablations"]
     stage["caches"] = [{"path": str(there)}, {"path": str(file.parent / "nowhere")}]
     with pytest.raises(ConfigError, match=r"stages\.kd\.caches\.1\.path is .*nowhere: no cache is there"):
         lines()

@@ -130,4 +130,12 @@ def test_claims_and_routers_of_a_grid_are_reported(tmp_path: Path):
     page = render_page(report, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)})
     assert "50.0 · 35.0 · 15.0" in page
     assert "Routers of the sparse students" in page
+    assert "<td>20.0 ± 0.0 %</td>" in page  # sparse's answers with words without support, and how many fewer:
+    assert page.split("Words without support")[1].split("<h2>")[0].count("<td>-50.0</td>") == 1
+    plain = [{**each, "unsupported_rate": None, "yes_no": None} for each in report["runs"]]
+    page = render_page(
+        {**report, "runs": plain}, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)}
+    )
+    assert "Words without support" not in page
+    assert "Yes/no questions" not in page
     assert "<b>" not in page

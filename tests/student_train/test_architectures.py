@@ -21,7 +21,7 @@ from storage.writer import CacheWriter
 from student_train.ask import answer
 from student_train.batch import collate, collate_prompts, prompt_of
 from student_train.checkpoint import save_checkpoint
-from student_train.config import EvaluationSection, LossesSection, StageSection
+from student_train.config import EvaluationSection, LossesSection, SourceSection, StageSection
 from student_train.evaluation import evaluate_model
 from student_train.generation import greedy
 from student_train.huggingface import load_processor, load_weights
@@ -331,7 +331,7 @@ def test_a_stage_trains_saves_and_evaluates(
     assert len(lines) == 2
     assert all(np.isfinite(line["loss"]) for line in lines)
     section = EvaluationSection(splits=("train",), max_new_tokens=3, batch=4)
-    document = evaluate_model(runner.output("dft"), str(onevision_cache), section)
+    document = evaluate_model(runner.output("dft"), [SourceSection(path=str(onevision_cache))], section)
     assert document["num_samples"] == 11
     assert document["kl_to_teacher"] < 1
 

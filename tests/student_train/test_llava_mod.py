@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from storage.errors import ConfigError
 from storage.reader import Cache
 from student_train.batch import collate
-from student_train.config import EvaluationSection, LossesSection, PreferenceLossSection, StageSection
+from student_train.config import EvaluationSection, LossesSection, PreferenceLossSection, SourceSection, StageSection
 from student_train.evaluation import evaluate_model
 from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import RowCounts, plans
@@ -237,7 +237,8 @@ def test_from_dense_to_sparse_to_preference(make_runner: Callable[..., Runner], 
     assert summaries[0]["num_activated_parameters"] == total
     assert summaries[1]["num_parameters"] == total + 3 * mlp + router
     assert summaries[1]["num_activated_parameters"] == total + mlp + router  # two of four experts
-    judged = evaluate_model(runner.output("d2s"), str(pairs), EvaluationSection(max_new_tokens=2, batch=5))
+    sources = [SourceSection(path=str(pairs))]
+    judged = evaluate_model(runner.output("d2s"), sources, EvaluationSection(max_new_tokens=2, batch=5))
     cached = Cache.open(pairs)
     records = [cached.read(index).tokens for index, split in enumerate(cached.splits) if split == "test"]
     assert judged["routers"]["num_tokens"] == sum(len(each.token_ids) + 15 for each in records)  # an image takes 16

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from storage.reader import Cache
 from student_train import evaluate
 from student_train.ask import answer
-from student_train.config import EvaluationSection
+from student_train.config import EvaluationSection, SourceSection
 from student_train.evaluation import evaluate_model
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
@@ -150,7 +150,7 @@ def top_is_label(path: Path) -> float:
 
 def test_an_evaluation_holds_what_the_contract_says(alone: Alone) -> None:
     folder, path = alone.output("memory"), alone.small_cache
-    document = evaluate_model(folder, str(path), EvaluationSection(splits=("train",), batch=4))
+    document = evaluate_model(folder, [SourceSection(path=str(path))], EvaluationSection(splits=("train",), batch=4))
     written = json.loads((folder / "evaluation.json").read_text())
     assert written == document
     assert document["num_samples"] == 6
@@ -174,7 +174,7 @@ def test_the_evaluation_s_command_line(alone: Alone, capsys: pytest.CaptureFixtu
 
 def test_a_cache_of_tokens_alone_gives_no_fidelity(checkpoint: Path, tmp_path: Path) -> None:
     path = make_cache(tmp_path, checkpoint, num_samples=3, families=())
-    document = evaluate_model(checkpoint, str(path), EvaluationSection(max_new_tokens=3))
+    document = evaluate_model(checkpoint, [SourceSection(path=str(path))], EvaluationSection(max_new_tokens=3))
     assert document["kl_to_teacher"] is None
     assert document["top1_agreement"] is None
     (checkpoint / "evaluation.json").unlink()

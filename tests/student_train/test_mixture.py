@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +19,8 @@ from safetensors.torch import load_file
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.reader import Cache
 from storage.shuffle import Shuffle
-from student_train.config import StageSection
+from student_train.config import EvaluationSection, SourceSection, StageSection
+from student_train.evaluation import evaluate_model
 from student_train.material import Material, prepare
 from student_train.mixture import Interleaving
 from tests.student_train.caches import make_cache
@@ -173,15 +178,51 @@ def test_a_stage_over_two_caches_trains_and_resumes_to_the_bit(
             {"path": str(other), "weight": 3, "splits": ["train", "more"]},
         ],
         "losses": LOSSES, "steps": 5, "zero_stage": 0, "memory_mb": 1,
+        "checkpoints": {"every": 5, "splits": ["test"]},  # which the second cache has none of
     }  # fmt: skip
     runner = make_runner(whole=stage, stopped=stage)
     (first,) = runner.run_in_turn(("stopped",), prologue=STOP_AT.format(step=2))
     assert first.code == 143, first.stderr
-    again, whole = runner.run_in_turn(("stopped",), ("whole",))
+    again, whole = runner.run_in_turn(("stopped",), ("whole", "--evaluate", "evaluation.splits=[test, more]"))
     assert (again.code, whole.code) == (0, 0), again.stderr + whole.stderr
+    judged = json.loads((runner.output("whole") / "evaluation.json").read_text())["samples"]
+    assert Counter(sample["sample_id"].split("-")[0] for sample in judged) == {"0:test": 24, "1:more": 5}
     expected = load_file(runner.output("whole") / "model.safetensors")
     for name, weight in load_file(runner.output("stopped") / "model.safetensors").items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_a_model_is_judged_on_the_held_out_samples_of_every_cache(
+    checkpoint: Path, cache: Path, other: Path, tmp_path: Path
+) -> None:
+    poor = make_cache(tmp_path, checkpoint, num_samples=4, families=(), splits=("train", "more"), seed=2)
+    judged = copytree(checkpoint, tmp_path / "judged")
+    sources = [SourceSection(path=str(path)) for path in (cache, other, poor)]
+
+    def document(chosen: list[SourceSection], splits: tuple[str, ...]) -> dict[str, Any]:
+        return evaluate_model(judged, chosen, EvaluationSection(splits=splits, max_new_tokens=3, batch=7))
+
+    alone = [
+        document([source], splits) for source, splits in zip(sources, [("test",), ("more",), ("more",)], strict=True)
+    ]
+    whole = document(sources, ("test", "more"))
+    expected = [
+        {**sample, "sample_id": f"{number}:{sample['sample_id']}"}
+        for number, each in enumerate(alone)
+        for sample in each["samples"]
+    ]
+    assert whole["samples"] == expected
+    assert whole["num_samples"] == 24 + 5 + 2
+    caches = [Cache.open(path, ()) for path in (cache, other)]
+    rows = [
+        int(each.num_response_rows[np.array(each.splits) == split].sum())
+        for each, split in zip(caches, ("test", "more"), strict=True)
+    ]
+    mean = np.average([each["kl_to_teacher"] for each in alone[:2]], weights=rows)  # the third has no teacher's rows
+    assert whole["kl_to_teacher"] == pytest.approx(mean, rel=1e-5)
+    assert [sample["sample_id"][0] for sample in document(sources[:2], ("more",))["samples"]] == ["1"] * 5
+    with pytest.raises(ConfigError, match=r"no sample is in the splits typo; the caches have more, test, train"):
+        document(sources, ("typo",))
 
 
 def test_the_state_of_other_data_is_another_fingerprint(checkpoint: Path, cache: Path, other: Path) -> None:

@@ -48,3 +48,18 @@ def test_words_without_support_by_hand():
     answers = [("one two", "Two one"), ("one three", "one two"), ("one", "one two"), ("", "one")]
     assert unsupported_rate(answers) == 1 / 4  # the second; order and omissions claim nothing
     assert unsupported_rate([]) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [("red.", "red"), ("“Red”, or blue!", "blue red or"), ("red - blue", "blue - red"), ("…", "red")],
+)
+def test_punctuation_at_the_ends_of_words_claims_nothing(answer, reference):
+    assert unsupported_rate([(answer, reference)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"), [("-5", "5"), ("50%", "50"), ("red-blue", "red blue"), ("it's", "its")]
+)
+def test_what_is_not_punctuation_at_an_end_makes_another_word(answer, reference):
+    assert unsupported_rate([(answer, reference)]) == 1
