@@ -186,7 +186,7 @@ def test_a_stage_over_two_caches_trains_and_resumes_to_the_bit(
     again, whole = runner.run_in_turn(("stopped",), ("whole", "--evaluate", "evaluation.splits=[test, more]"))
     assert (again.code, whole.code) == (0, 0), again.stderr + whole.stderr
     judged = json.loads((runner.output("whole") / "evaluation.json").read_text())["samples"]
-    assert Counter(sample["sample_id"].split("-")[0] for sample in judged) == {"0:test": 24, "1:more": 5}
+    assert Counter(sample["sample_id"].split("-")[0] for sample in judged) == {"0:test": 24, "1:more": 10}
     expected = load_file(runner.output("whole") / "model.safetensors")
     for name, weight in load_file(runner.output("stopped") / "model.safetensors").items():
         assert torch.equal(weight, expected[name]), name
@@ -212,7 +212,7 @@ def test_a_model_is_judged_on_the_held_out_samples_of_every_cache(
         for sample in each["samples"]
     ]
     assert whole["samples"] == expected
-    assert whole["num_samples"] == 24 + 5 + 2
+    assert whole["num_samples"] == 24 + 10 + 4
     caches = [Cache.open(path, ()) for path in (cache, other)]
     rows = [
         int(each.num_response_rows[np.array(each.splits) == split].sum())
@@ -220,7 +220,7 @@ def test_a_model_is_judged_on_the_held_out_samples_of_every_cache(
     ]
     mean = np.average([each["kl_to_teacher"] for each in alone[:2]], weights=rows)  # the third has no teacher's rows
     assert whole["kl_to_teacher"] == pytest.approx(mean, rel=1e-5)
-    assert [sample["sample_id"][0] for sample in document(sources[:2], ("more",))["samples"]] == ["1"] * 5
+    assert [sample["sample_id"][0] for sample in document(sources[:2], ("more",))["samples"]] == ["1"] * 10
     with pytest.raises(ConfigError, match=r"no sample is in the splits typo; the caches have more, test, train"):
         document(sources, ("typo",))
 
