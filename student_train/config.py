@@ -262,6 +262,7 @@ class StageSection(Section):
     precision: Precision = "bf16"  # fp16: with a loss scale that falls at an overflow, whose step is left out
     zero_stage: Literal[0, 1, 2, 3] = 2  # DeepSpeed ZeRO
     offload: tuple[Literal["optimizer", "parameters"], ...] = ()  # to the CPU's memory; parameters: ZeRO-3 alone
+    expert_parallel: Annotated[int, Field(ge=1)] = 1  # ranks that divide a sparse student's experts; 1: all have all
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0  # of the sample order, of new weights and of dropout
     chunk_logits: Annotated[int, Field(ge=1)] = 2**27  # of the head in memory at once, 4 bytes each
@@ -343,6 +344,28 @@ class StageSection(Section):
             raise ValueError(f"offload {', '.join(self.offload)} needs zero_stage 1, 2 or 3, but it is 0")
         if "parameters" in self.offload and self.zero_stage != 3:
             raise ValueError(f"offload parameters needs zero_stage 3, but it is {self.zero_stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _possible_with_divided_experts(self) -> StageSection:
+        size = self.expert_parallel
+        if size == 1:
+            return self
+        place = f"expert_parallel {size}"
+        if self.zero_stage == 0:
+            raise ValueError(
+                f"{place} needs zero_stage 1, 2 or 3: DeepSpeed's norm of divided gradients is wrong with 0"
+            )
+        if not {"mlp", "llm"} & set(self.train):
+            raise ValueError(f"{place} divides experts that train, but train is {', '.join(self.train)}; take 1")
+        if self.lora is not None:
+            raise ValueError(f"{place} divides experts, and lora adapts a dense decoder; leave one of them out")
+        if self.ema is not None:
+            raise ValueError(f"{place} leaves a rank some of the experts, and ema averages whole weights; take 1")
+        if self.moe is not None and self.moe.experts % size:
+            raise ValueError(f"{place} does not divide moe.experts, which is {self.moe.experts}")
+        if self.num_processes > 1 and self.num_processes % size:
+            raise ValueError(f"{place} does not divide num_processes, which is {self.num_processes}")
         return self
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from storage.errors import StillhouseError
 from student_train.config import StageSection
+from student_train.expert_parallel import autoep_settings, standard_names
 from student_train.parameter_groups import ParameterGroup
 
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
@@ -80,13 +81,14 @@ class Engine:
         *,
         num_micro: int,
         log_path: Path,
+        decoder: Any = None,
     ) -> None:
         """Join the other ranks and shard `module`'s optimizer, of `groups` of its parameters, as stage.zero_stage says.
 
-        `num_micro`: forward passes an optimizer step. DeepSpeed's and gloo's messages go to `log_path`.
+        `num_micro`: forward passes an optimizer step. DeepSpeed's and gloo's messages go to `log_path`. `decoder`: its
+        configuration, needed for stage.expert_parallel, which puts others in the place of the module's sparse layers.
         """
         self.process = process
-        self._factors = [group.lr_factor for group in groups]
         self._scales = stage.precision == "fp16"
         self._log_path = log_path
         self._zero_stage = stage.zero_stage
@@ -94,14 +96,17 @@ class Engine:
         with quiet(log_path):
             self._deepspeed = _import_deepspeed(process)
             _join(process, self._deepspeed)
-            optimizer = _adamw(groups)
             num_parameters = sum(p.numel() for group in groups for p in group.parameters)
+            settings = _settings(stage, num_micro, num_parameters, pins=process.device.type == "cuda")
+            if stage.expert_parallel > 1:
+                settings["expert_parallel"] = autoep_settings(decoder, stage.expert_parallel)
             self._engine: Any = self._deepspeed.initialize(
                 model=module,
-                optimizer=optimizer,
-                config=_settings(stage, num_micro, num_parameters, pins=process.device.type == "cuda"),
+                model_parameters=_described(groups),
+                optimizer=_adamw,
+                config=settings,
             )[0]
-            for state in optimizer.state.values():  # it may have made a step with no gradient, to make room
+            for state in self._engine.basic_optimizer.state.values():  # a step with no gradient may have made room
                 state["step"].zero_()
 
     def forward(self, *inputs: Any) -> Any:
@@ -133,8 +138,8 @@ class Engine:
         last = self._engine.is_gradient_accumulation_boundary()
         norm = self._unwrapped_norm() if last and self._unwrapped else 0.0
         optimizer = self._engine.optimizer
-        for group, factor in zip(optimizer.param_groups, self._factors, strict=True):
-            group["lr"] = lr * factor
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
         scale = float(optimizer.cur_scale) if self._scales else None
         try:
             self._engine.step()
@@ -172,17 +177,26 @@ class Engine:
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Whole weights of a part of the module on the first rank, nothing on the others. A collective."""
-        if self._zero_stage < 3:
+        experts = {
+            f"{path}.experts.": layer.ep_group
+            for path, layer in model.named_modules()
+            if getattr(layer, "_is_autoep_layer", False)
+        }
+        if self._zero_stage < 3 and not experts:
             return dict(model.state_dict()) if self.process.is_first else {}
         gathered: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             with self._deepspeed.zero.GatheredParameters([parameter]):
+                weight = parameter.detach()
+                for prefix, group in experts.items():
+                    if name.startswith(prefix):
+                        weight = _of_all_ranks(weight, group)
                 if self.process.is_first:
-                    gathered[name] = parameter.detach().to("cpu", copy=True)
+                    gathered[name] = weight.to("cpu", copy=True)
         if self.process.is_first:
             buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in gathered}
             gathered.update(buffers)
-        return gathered
+        return standard_names(gathered) if experts else gathered
 
     def save_state(self, folder: Path) -> None:
         """What training needs to go on: trained weights and optimizer, in DeepSpeed's files. A collective."""
@@ -266,10 +280,32 @@ def _store_of_one() -> Any:
     return importlib.import_module("torch.distributed").HashStore()
 
 
-def _adamw(groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
-    """torch's own, fused on GPU and CPU alike: an offloaded step needs no compiler, as DeepSpeed's would."""
-    settings = [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups]
-    return torch.optim.AdamW(settings, lr=0.0, fused=True)  # step() sets it
+def _of_all_ranks(piece: Tensor, group: Any) -> Tensor:
+    """The pieces of a group's ranks, one after another."""
+    pieces = [torch.empty_like(piece) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(pieces, piece.contiguous(), group=group)
+    return torch.cat(pieces)
+
+
+def _described(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    """Groups of parameters as optimizers have them; AutoEP puts what replaces a parameter into its list."""
+    return [
+        {
+            "params": group.parameters, "weight_decay": group.weight_decay,
+            "lr_factor": group.lr_factor, "name": str(number),
+        }
+        for number, group in enumerate(groups)
+    ]  # fmt: skip
+
+
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """torch's own, fused on GPU and CPU alike: an offloaded step needs no compiler, as DeepSpeed's would.
+
+    Experts that are divided among ranks have groups of their own, for ZeRO shards them over fewer ranks.
+    """
+    moe = importlib.import_module("deepspeed.moe.utils")
+    split = moe.split_params_into_different_moe_groups_for_optimizer(groups)
+    return torch.optim.AdamW([group for group in split if group["params"]], lr=0.0, fused=True)  # step() sets it
 
 
 def _settings(stage: StageSection, num_micro: int, num_parameters: int, *, pins: bool) -> dict[str, Any]:

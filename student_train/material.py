@@ -23,6 +23,7 @@ from student_train.config import (
     SourceSection,
     StageSection,
 )
+from student_train.expert_parallel import check_experts
 from student_train.fused_head import TeacherHead
 from student_train.image_inputs import ImageInputs
 from student_train.images import ImageFolder
@@ -144,6 +145,8 @@ def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
 
 def check_architecture(checkpoint: Checkpoint, stage: StageSection) -> None:
     """ConfigError for modules that this student has not, and for what only a LLaVA is made to do."""
+    if stage.expert_parallel > 1:
+        check_experts(_num_experts(checkpoint, stage), stage.expert_parallel, student=checkpoint.folder)
     if checkpoint.is_llava:
         return
     check_parts(checkpoint, stage.train)
@@ -154,6 +157,14 @@ def check_architecture(checkpoint: Checkpoint, stage: StageSection) -> None:
         raise ConfigError(f"lora adapts the decoder of a LLaVA, and {kind}; leave it out")
     if stage.losses.balance is not None:
         raise ConfigError(f"losses.balance reads the routers of a sparse LLaVA, and {kind}; leave it out")
+
+
+def _num_experts(checkpoint: Checkpoint, stage: StageSection) -> int | None:
+    """Of the LLaVA that trains; None if there are none."""
+    if stage.moe is not None:
+        return stage.moe.experts
+    is_sparse_llava = checkpoint.is_llava and is_sparse(checkpoint.config)
+    return checkpoint.config.text_config.num_experts if is_sparse_llava else None
 
 
 def _counts_of_sizes(

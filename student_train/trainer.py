@@ -15,6 +15,7 @@ from storage.errors import ConfigError, StillhouseError
 from student_train.config import StageSection
 from student_train.documents import write_json
 from student_train.engine import Engine, Process, peak_memory_bytes
+from student_train.expert_parallel import check_ranks
 from student_train.huggingface import holds_nothing
 from student_train.images import FeatureStore, VisionSource
 from student_train.kept_checkpoints import KeptCheckpoints
@@ -101,6 +102,7 @@ def train(
     as a broken image or a loss that is no number.
     """
     check_trackers(stage.track)
+    check_ranks(process.num_ranks, stage.expert_parallel, stage=name)
     output = Path(stage.output)
     if process.is_first:
         try:
@@ -115,6 +117,7 @@ def train(
     model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
     start = weights_fingerprint(model)
     model = _made_ready(model, stage)
+    sizes = _sizes(model)
     # Ranks that share parameters (ZeRO-3) must call the tower together, known features or not.
     keeps_features = "vision" not in stage.train and stage.zero_stage < 3
     half = (stage.memory_mb << 20) // 2
@@ -135,6 +138,7 @@ def train(
         process,
         num_micro=num_micro_batches(stage.global_batch, stage.micro_batch, num_ranks=process.num_ranks),
         log_path=output / LOG_FILE,
+        decoder=model.config.get_text_config(),
     )
 
     def feed(of: Material) -> Feed:
@@ -167,7 +171,7 @@ def train(
             ended = {"resumed_at": finished.resumed_at, "final": finished.losses}
             if finished.best is not None:
                 ended["best"] = asdict(finished.best)
-            write_json(output / "summary.json", {**run, **_sizes(model), **cost, **ended})
+            write_json(output / "summary.json", {**run, **sizes, **cost, **ended})
             setup.state.clear()
         engine.barrier()
     except (StoppedError, ConfigError):
@@ -202,9 +206,9 @@ def _made_ready(model: Any, stage: StageSection) -> Any:
 
 
 def _sizes(model: torch.nn.Module) -> dict[str, int]:
-    """Parameters that the checkpoint holds, whole ones where ZeRO-3 leaves this rank a piece."""
+    """Parameters that the checkpoint holds, before ranks divide them."""
     held = {name: p for name, p in model.named_parameters() if not holds_nothing(name, model.config)}
-    sizes = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in held.items()}
+    sizes = {name: p.numel() for name, p in held.items()}
     return {
         "num_parameters": sum(sizes.values()),
         "num_activated_parameters": num_activated(model.config, sizes),

@@ -60,6 +60,7 @@ def log_of(runner: Runner, stage: str) -> list[dict]:
         (1, {"zero_stage": 0, "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}),
         (2, {"zero_stage": 2, "ema": 0.9, "checkpoints": {"every": 2, "keep_last": 2, "splits": ["test"]}}),
         (2, {"zero_stage": 3, "offload": ["optimizer"]}),
+        (2, {"zero_stage": 2, "expert_parallel": 2, "moe": {"every": 1}, "losses": {"response": {}, "balance": {}}}),
     ],
 )
 def test_a_stopped_stage_resumes_to_the_bit(make_runner: Callable[..., Runner], ranks: int, options: dict) -> None:
@@ -71,6 +72,8 @@ def test_a_stopped_stage_resumes_to_the_bit(make_runner: Callable[..., Runner], 
     assert stopped.code == 143, stopped.stderr
     assert "after step 4 of 7" in stopped.stderr
     assert not (runner.output("stopped") / "model.safetensors").exists()
+    state = runner.output("stopped") / "state"
+    assert len(list(state.rglob("*_expert_*"))) == (4 if "expert_parallel" in options else 0)  # each rank's own ones
     (resumed,) = runner.run_in_turn(("stopped",), ranks=ranks)
     assert resumed.code == 0, resumed.stderr
     assert json.loads((runner.output("stopped") / "summary.json").read_text())["resumed_at"] == 4

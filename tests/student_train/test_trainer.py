@@ -55,6 +55,12 @@ def test_exactly_one_length_is_asked_for() -> None:
         ({"train": ["llm", "mlp"], "lora": {}}, "lora takes the place .* but train is llm, mlp"),
         ({"lora": {}, "moe": {}}, "lora puts adapters into a dense decoder, but moe makes it sparse"),
         ({"ema": 0.99, "zero_stage": 3}, "ema averages whole weights"),
+        ({"expert_parallel": 2, "zero_stage": 0}, "expert_parallel 2 needs zero_stage 1, 2 or 3"),
+        ({"expert_parallel": 2, "lora": {}}, "expert_parallel 2 divides experts, and lora adapts a dense decoder"),
+        ({"expert_parallel": 2, "ema": 0.9}, "expert_parallel 2 leaves a rank some of the experts, and ema averages"),
+        ({"expert_parallel": 2, "train": ["projector"]}, "divides experts that train, but train is projector"),
+        ({"expert_parallel": 3, "moe": {}}, "expert_parallel 3 does not divide moe.experts, which is 4"),
+        ({"expert_parallel": 2, "num_processes": 3}, "expert_parallel 2 does not divide num_processes, which is 3"),
         ({"checkpoints": {"every": 5, "keep_last": 0}}, "checkpoints keeps none"),
         ({"checkpoints": {"every": 5, "splits": ["train", "val"]}}, "held out, but train is trained on"),
         (
