@@ -26,8 +26,9 @@ from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
 from teacher_dump.dump_plan import DumpPlan, plan_dump
 from teacher_dump.head import OutputHead
+from teacher_dump.open_teacher import OpenTeacher
 from teacher_dump.preparation import Prepared
-from teacher_dump.scoring import OpenTeacher, PartScorer
+from teacher_dump.scoring import PartScorer
 from teacher_dump.settings import DumpSettings
 from teacher_dump.teacher import Teacher, TeacherPrompt, TeacherStates
 from teacher_dump.worker import open_preparer, open_teacher

@@ -14,7 +14,8 @@ from storage.errors import StillhouseError
 from storage.records import SampleError
 from teacher_dump.budget import MAX_ROWS, Choice, Rows, choose
 from teacher_dump.samples import Sample
-from teacher_dump.scoring import PartScorer, new_images, response_states
+from teacher_dump.scoring import PartScorer
+from teacher_dump.states import new_images, response_states
 
 T = TypeVar("T")
 

@@ -6,32 +6,29 @@ Legend: r response rows, n visual rows of one image, t unexpanded tokens, d hidd
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from storage.errors import StillhouseError
-from storage.records import PartRecords, RelationMatrix, SampleError, SequenceLogprob, TokensRecord
+from storage.records import PartRecords, SampleError, SequenceLogprob, TokensRecord
 from storage.relation import num_blocks
 from storage.rows import SparseRows
-from storage.tail_profile import TailTotal
+from teacher_dump.gathered import Gathered, Tail
 from teacher_dump.head import OutputHead
-from teacher_dump.noise import NUM_SAMPLES, rescored_kl
+from teacher_dump.noise import teacher_noise
+from teacher_dump.open_teacher import OpenTeacher
 from teacher_dump.pairs import without_lone_halves
 from teacher_dump.plan import Part
 from teacher_dump.preparation import Prepared, Preparer
 from teacher_dump.request import RowRequest, SignalRequest
 from teacher_dump.samples import Sample, SampleRefusedError
 from teacher_dump.selection import row_uniforms
-from teacher_dump.teacher import Teacher, TeacherStates
+from teacher_dump.states import labels_of, new_images, response_states
 
 _SAMPLES_PER_CALL = 32  # of the engine: their hidden states and pixels are in memory together
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,6 @@ class Chunk:
 
     ready: tuple[Prepared, ...]
     errors: tuple[SampleError, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class OpenTeacher:
-    """A loaded teacher and its output head."""
-
-    engine: Teacher
-    head: OutputHead
 
 
 class PartScorer:
@@ -85,10 +74,10 @@ class PartScorer:
 
         `chunks` are those of `chunks(part)`, where another thread makes them.
         """
-        gathered = _Gathered(errors=list(part.errors))
+        gathered = Gathered(errors=list(part.errors))
         is_measured = self._teacher is not None and part.number in self._request.measured_parts
         if self._teacher is not None and is_measured:
-            gathered.tails = {family: _Tail.of(self._teacher.head) for family in self._distributions()}
+            gathered.tails = {family: Tail.of(self._teacher.head) for family in self._distributions()}
         for chunk in self.chunks(part) if chunks is None else chunks:
             gathered.errors += chunk.errors
             gathered.cut |= {prepared.record.sample_id for prepared in chunk.ready if prepared.is_cut}
@@ -96,24 +85,11 @@ class PartScorer:
                 gathered.tokens += [prepared.record for prepared in chunk.ready]
                 self._add_images(chunk.ready, gathered)
             elif chunk.ready:
-                scored, hidden = self.hidden_states(chunk.ready, gathered.errors)
+                scored, hidden = self._teacher.hidden_states(chunk.ready, gathered.errors)
                 if is_measured and scored and not gathered.noise:
-                    gathered.noise = self._noise(self._teacher.head, scored, hidden)
+                    gathered.noise = teacher_noise(self._teacher, scored, hidden, families=self._distributions())
                 self._add_signals(self._teacher.head, scored, hidden, gathered)
-        request = self._request
-        records = PartRecords(
-            tokens=gathered.tokens,
-            response=None if request.response is None else gathered.response,
-            visual=None if request.visual is None else gathered.visual,
-            relation=None if request.relation_centered is None else gathered.relation,
-            errors=gathered.errors,
-            hidden=None if request.hidden_limit is None else gathered.hidden,
-            sequence=gathered.sequence if request.sequence else None,
-            images=gathered.images if request.images else None,
-            tail_totals={family: tail.summed() for family, tail in gathered.tails.items()},
-            teacher_noise=gathered.noise,
-        )
-        records = without_lone_halves(records)
+        records = without_lone_halves(gathered.records(self._request))
         num_cut = sum(record.sample_id in gathered.cut for record in records.tokens)
         return Scored(records, gathered.num_tokens, num_cut)
 
@@ -149,48 +125,12 @@ class PartScorer:
     def hidden_states(
         self, samples: Sequence[Prepared], errors: list[SampleError]
     ) -> tuple[list[Prepared], list[Tensor]]:
-        """The samples that the teacher took and their hidden states, (T, d) each; the others become errors.
-
-        An error is a sample that the engine fails on by itself, or whose images it expands in another way than the
-        processor does. StillhouseError: it fails on each of several samples.
-        """
-        taken: list[Prepared] = []
-        hidden: list[Tensor] = []
-        for sample, states in self._asked(samples, errors):
-            difference = sample.expansion.difference(states.token_ids)
-            if difference:
-                errors.append(SampleError(sample.record.sample_id, difference))
-            else:
-                taken.append(sample)
-                hidden.append(states.hidden)
-        return taken, hidden
-
-    def _asked(self, samples: Sequence[Prepared], errors: list[SampleError]) -> list[tuple[Prepared, TeacherStates]]:
-        """What the engine answers. When a call fails, its samples are tried one by one."""
+        """See OpenTeacher.hidden_states."""
         assert self._teacher is not None
-        engine = self._teacher.engine
-        try:
-            return list(zip(samples, engine.hidden_states([sample.prompt for sample in samples]), strict=True))
-        except StillhouseError:
-            raise
-        except Exception as error:  # an engine raises its own kinds, and one sample must not cost the others
-            _log.warning("the teacher failed on %d samples together: %s", len(samples), error)
-        answered: list[tuple[Prepared, TeacherStates]] = []
-        failures: list[SampleError] = []
-        for sample in samples:
-            try:
-                answered.append((sample, engine.hidden_states([sample.prompt])[0]))
-            except StillhouseError:
-                raise
-            except Exception as error:
-                failures.append(SampleError(sample.record.sample_id, f"the teacher failed: {error}"))
-        if not answered and len(failures) > 1:
-            raise StillhouseError(f"the teacher fails on every sample; {failures[0].sample_id}: {failures[0].reason}")
-        errors += failures
-        return answered
+        return self._teacher.hidden_states(samples, errors)
 
     def _add_signals(
-        self, head: OutputHead, samples: Sequence[Prepared], hidden: Sequence[Tensor], gathered: _Gathered
+        self, head: OutputHead, samples: Sequence[Prepared], hidden: Sequence[Tensor], gathered: Gathered
     ) -> None:
         kept: list[tuple[Prepared, Tensor]] = []
         for sample, states in zip(samples, hidden, strict=True):
@@ -232,7 +172,7 @@ class PartScorer:
             return f"a hidden state is beyond {limit:.6g}; cache.hidden.encoding int8 has no such limit"
         return None
 
-    def _add_images(self, samples: Sequence[Prepared], gathered: _Gathered) -> None:
+    def _add_images(self, samples: Sequence[Prepared], gathered: Gathered) -> None:
         if self._request.images:
             gathered.images |= {image.sha256: image.content for sample in samples for image in sample.images}
 
@@ -242,7 +182,7 @@ class PartScorer:
         family: str,
         request: RowRequest,
         states: Mapping[str, Tensor],  # (r, d) by sample id, or image key
-        tail: _Tail | None,
+        tail: Tail | None,
         *,
         labels: Tensor | None = None,
     ) -> list[SparseRows]:
@@ -263,97 +203,17 @@ class PartScorer:
         return _split(rows, [len(own) for own in states.values()])
 
     def _response(
-        self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[Prepared, Tensor]], tail: _Tail | None
+        self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[Prepared, Tensor]], tail: Tail | None
     ) -> list[SparseRows]:
         states = {sample.record.sample_id: response_states(sample, own) for sample, own in kept}
-        labels = torch.cat([_labels(sample) for sample, _ in kept]) if kept else None
+        labels = torch.cat([labels_of(sample) for sample, _ in kept]) if kept else None
         return self._sparse_rows(head, "response", request, states, tail, labels=labels)
-
-    def _noise(self, head: OutputHead, samples: Sequence[Prepared], hidden: Sequence[Tensor]) -> dict[str, list[float]]:
-        """What scoring some samples again, in a batch of their own and the other way round, changes."""
-        first = list(zip(samples, hidden, strict=True))[:NUM_SAMPLES]
-        taken, states = self.hidden_states([sample for sample, _ in reversed(first)], [])
-        again = {sample.record.sample_id: own for sample, own in zip(taken, states, strict=True)}
-        pairs = [
-            (sample, own, other)
-            for sample, own in first
-            if (other := again.get(sample.record.sample_id)) is not None and bool(torch.isfinite(own + other).all())
-        ]
-        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        if self._request.response is not None:
-            parts["response"] = [(response_states(sample, a), response_states(sample, b)) for sample, a, b in pairs]
-        if self._request.visual is not None:
-            parts["visual"] = [
-                (a[torch.from_numpy(positions)], b[torch.from_numpy(positions)])
-                for sample, a, b in pairs
-                for positions in sample.expansion.visual
-            ]
-        return {
-            family: rescored_kl(head, torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows]))
-            for family, rows in parts.items()
-            if rows
-        }
 
     def _logprobs(self, head: OutputHead, sample: Prepared, states: Tensor) -> np.ndarray:
         """(r,) each response token's logprob."""
-        labels = _labels(sample)
+        labels = labels_of(sample)
         rows = response_states(sample, states)
         return head.label_logprobs(rows, labels, rows_per_chunk=self._request.rows_per_chunk).cpu().numpy()
-
-
-@dataclass
-class _Gathered:
-    """What a part has so far."""
-
-    tokens: list[TokensRecord] = field(default_factory=list)
-    response: list[SparseRows] = field(default_factory=list)
-    visual: dict[str, SparseRows] = field(default_factory=dict)
-    relation: dict[str, RelationMatrix] = field(default_factory=dict)
-    hidden: list[np.ndarray] = field(default_factory=list)
-    sequence: list[SequenceLogprob] = field(default_factory=list)
-    images: dict[str, bytes] = field(default_factory=dict)
-    image_keys: set[str] = field(default_factory=set)
-    errors: list[SampleError] = field(default_factory=list)
-    cut: set[str] = field(default_factory=set)  # ids of samples that are not whole
-    tails: dict[str, _Tail] = field(default_factory=dict)  # by family; none in a part that keeps no tails
-    noise: dict[str, list[float]] = field(default_factory=dict)
-    num_tokens: int = 0
-
-
-@dataclass
-class _Tail:
-    """The sum of the tails of all rows so far."""
-
-    total: Tensor  # (v,) float64
-    num_rows: int = 0
-
-    @staticmethod
-    def of(head: OutputHead) -> _Tail:
-        return _Tail(torch.zeros(head.vocab_size, dtype=torch.float64, device=head.weight.device))
-
-    def summed(self) -> TailTotal:
-        return TailTotal(self.total.cpu().numpy(), self.num_rows)
-
-
-def _labels(sample: Prepared) -> Tensor:
-    """(r,) the response tokens, int64."""
-    return torch.from_numpy(sample.record.token_ids[sample.record.response_mask].astype(np.int64))
-
-
-def response_states(sample: Prepared, states: Tensor) -> Tensor:
-    """(r, d) the states that predict the response tokens, float32."""
-    return states[torch.from_numpy(sample.response_positions)].float()
-
-
-def new_images(kept: Sequence[tuple[Prepared, Tensor]], known: set[str]) -> dict[str, Tensor]:
-    """Hidden states of the images whose key is not yet known, (n, d) each, unshifted; their keys become known."""
-    new: dict[str, Tensor] = {}
-    for sample, states in kept:
-        for ref, positions in zip(sample.record.images, sample.expansion.visual, strict=True):
-            if ref.key not in known:
-                known.add(ref.key)
-                new[ref.key] = states[torch.from_numpy(positions)]
-    return new
 
 
 def _possible(

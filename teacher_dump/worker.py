@@ -22,13 +22,14 @@ from storage.identity import Identity
 from storage.writer import CacheWriter
 from teacher_dump.fingerprint import ProcessorFacts
 from teacher_dump.lengths import TooLong
+from teacher_dump.open_teacher import OpenTeacher
 from teacher_dump.plan import Part
 from teacher_dump.preparation import Preparer
 from teacher_dump.processor import load_processor
 from teacher_dump.prompt import PromptBuilder
 from teacher_dump.request import SignalRequest
 from teacher_dump.samples import Sample
-from teacher_dump.scoring import OpenTeacher, PartScorer, Scored
+from teacher_dump.scoring import PartScorer, Scored
 from teacher_dump.sight import check_sight
 from teacher_dump.teacher import Generator, Teacher
 from teacher_dump.visual_grid import VisualGrid

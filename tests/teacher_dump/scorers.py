@@ -8,13 +8,14 @@ from typing import Any
 from teacher_dump import fingerprint
 from teacher_dump.config import SourceSection
 from teacher_dump.head import read_head
+from teacher_dump.open_teacher import OpenTeacher
 from teacher_dump.plan import Part
 from teacher_dump.preparation import Preparer
 from teacher_dump.processor import load_processor
 from teacher_dump.prompt import PromptBuilder
 from teacher_dump.reading import read_samples
 from teacher_dump.request import RowRequest, SignalRequest
-from teacher_dump.scoring import OpenTeacher, PartScorer
+from teacher_dump.scoring import PartScorer
 from teacher_dump.selection import Threshold, TopK
 from teacher_dump.teacher import Teacher
 from teacher_dump.transformers_teacher import TransformersTeacher

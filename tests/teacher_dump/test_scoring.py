@@ -14,11 +14,12 @@ from PIL import Image
 from storage.errors import StillhouseError
 from teacher_dump.head import read_head
 from teacher_dump.noise import rescored_kl
+from teacher_dump.open_teacher import OpenTeacher
 from teacher_dump.plan import Part
 from teacher_dump.processor import load_processor
 from teacher_dump.request import RowRequest
 from teacher_dump.samples import SampleRefusedError
-from teacher_dump.scoring import OpenTeacher, PartScorer
+from teacher_dump.scoring import PartScorer
 from teacher_dump.selection import TopK
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 from teacher_dump.transformers_teacher import TransformersTeacher

@@ -1,0 +1,66 @@
+"""An open teacher: asked about many samples at once, and about each by itself where that fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from storage.errors import StillhouseError
+from storage.records import SampleError
+from teacher_dump.head import OutputHead
+from teacher_dump.preparation import Prepared
+from teacher_dump.teacher import Teacher, TeacherStates
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenTeacher:
+    """A loaded teacher and its output head."""
+
+    engine: Teacher
+    head: OutputHead
+
+    def hidden_states(
+        self, samples: Sequence[Prepared], errors: list[SampleError]
+    ) -> tuple[list[Prepared], list[Tensor]]:
+        """The samples that the teacher took and their hidden states, (T, d) each; the others become errors.
+
+        An error is a sample that the engine fails on by itself, or whose images it expands in another way than the
+        processor does. StillhouseError: it fails on each of several samples.
+        """
+        taken: list[Prepared] = []
+        hidden: list[Tensor] = []
+        for sample, states in self._asked(samples, errors):
+            difference = sample.expansion.difference(states.token_ids)
+            if difference:
+                errors.append(SampleError(sample.record.sample_id, difference))
+            else:
+                taken.append(sample)
+                hidden.append(states.hidden)
+        return taken, hidden
+
+    def _asked(self, samples: Sequence[Prepared], errors: list[SampleError]) -> list[tuple[Prepared, TeacherStates]]:
+        """What the engine answers. When a call fails, its samples are tried one by one."""
+        try:
+            return list(zip(samples, self.engine.hidden_states([sample.prompt for sample in samples]), strict=True))
+        except StillhouseError:
+            raise
+        except Exception as error:  # an engine raises its own kinds, and one sample must not cost the others
+            _log.warning("the teacher failed on %d samples together: %s", len(samples), error)
+        answered: list[tuple[Prepared, TeacherStates]] = []
+        failures: list[SampleError] = []
+        for sample in samples:
+            try:
+                answered.append((sample, self.engine.hidden_states([sample.prompt])[0]))
+            except StillhouseError:
+                raise
+            except Exception as error:
+                failures.append(SampleError(sample.record.sample_id, f"the teacher failed: {error}"))
+        if not answered and len(failures) > 1:
+            raise StillhouseError(f"the teacher fails on every sample; {failures[0]}")
+        errors += failures
+        return answered
