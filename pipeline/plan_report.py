@@ -14,9 +14,10 @@ def as_table(expected: Forecast) -> str:
         *((f"{family} rows", f"{count:,}") for family, count in expected.rows.items()),
         *((f"{family} bytes", f"{count:,}") for family, count in expected.family_bytes.items()),
         ("bytes in all", f"{expected.total_bytes:,}"),
-        *((f"{stage}", f"{seconds:,.1f} s") for stage, seconds in expected.stage_s.items()),
-        ("scoring", _duration(expected.scoring_s)),
-        ("start of a teacher", _duration(expected.start_s)),
+        ("prompts alone", _duration(expected.stage_s["prompts"])),
+        ("encoding alone", _duration(expected.stage_s["encoding"])),
+        ("scoring and both", f"{_duration(expected.scoring_s)}, which dump.json will have as `seconds`"),
+        ("start before that", f"{_duration(expected.start_s)}, of Ray and a teacher"),
     ]
     tried = (
         f"{expected.calibration_samples:,} samples were tried, {expected.calibration_errors:,} of them cannot be used"

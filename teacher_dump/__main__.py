@@ -55,7 +55,8 @@ def table(result: DumpResult) -> str:
     if summary is None:
         rows.append(("written now", "nothing; the cache was complete"))
     else:
-        rows.append(("written now", f"{summary.num_parts_written:,} parts in {summary.seconds:.1f} s"))
+        written = f"{summary.num_parts_written:,} parts in {summary.seconds:.1f} s, once a teacher had started"
+        rows.append(("written now", written))
     if summary is not None and summary.num_cut:
         rows.append(("cut", f"{summary.num_cut:,} samples were too long (data.too_long)"))
     if summary is not None and summary.num_tokens:

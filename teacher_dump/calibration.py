@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,8 +22,9 @@ from teacher_dump.dump_plan import plan_dump
 from teacher_dump.forecast import Asked, Calibration, Forecast, Slice, Work, forecast
 from teacher_dump.plan import Part, image_groups
 from teacher_dump.samples import Sample
-from teacher_dump.scoring import PartScorer
+from teacher_dump.scoring import PartScorer, Scored
 from teacher_dump.settings import DumpSettings
+from teacher_dump.worker import ahead, open_scorer
 
 NUM_SAMPLES = 256
 _WARM_UP = 32  # samples, as many as an engine is given at once: its first calls are slow
@@ -45,7 +47,6 @@ class Tried:
     whole: Slice
     halves: tuple[Slice, ...]
     seconds: Mapping[str, float]
-    on_gpu: bool
     total_s: float  # of the trial
     errors: tuple[SampleError, ...]
     head_bytes: int
@@ -59,7 +60,7 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
     planned = plan_dump(settings)
     if not planned.plan.num_samples:
         unread = [error for part in planned.plan.parts for error in part.errors]
-        raise ConfigError(f"none of the {len(unread):,} samples can be used: {unread[0].sample_id}: {unread[0].reason}")
+        raise ConfigError(f"none of the {len(unread):,} samples can be used: {unread[0]}")
     planned = with_budget(planned, settings)
     halves = choose(planned.plan.parts, num_samples)
     worker = worker_settings(planned, settings)
@@ -69,8 +70,6 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
     if worker.request.needs_teacher:
         tried = with_teacher(planned, settings, try_slice, trial)
     else:
-        from teacher_dump.worker import open_scorer
-
         tried = try_slice(open_scorer(worker), trial)
     start_s = time.perf_counter() - started - tried.total_s
     if tried.whole.work.samples == 0:
@@ -81,13 +80,12 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
         whole=tried.whole,
         halves=tried.halves,
         seconds=tried.seconds,
-        overlaps=tried.on_gpu,
         start_s=start_s,
         num_errors=len(tried.errors),
         head_bytes=tried.head_bytes,
     )
     asked = Asked.of(sample for part in planned.plan.parts for sample in part.samples)
-    return forecast(calibration, asked, num_parts=len(planned.plan.parts), num_actors=settings.dump.actor_range.max)
+    return forecast(calibration, asked, num_parts=len(planned.plan.parts), num_actors=settings.dump.actors.max)
 
 
 def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:
@@ -107,7 +105,7 @@ def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:
 
 
 def try_slice(scorer: PartScorer, trial: Trial) -> Tried:
-    """Scores both halves; encodes each, and then both as one part."""
+    """Scores and encodes both halves as a worker does, side by side; then encodes both as one part."""
     started = time.perf_counter()
     samples = [sample for half in trial.halves for sample in half.samples]
     if scorer.teacher is not None:
@@ -116,23 +114,30 @@ def try_slice(scorer: PartScorer, trial: Trial) -> Tried:
     scorer.prepare(samples, [])
     prompts_s = time.perf_counter() - before
     before = time.perf_counter()
-    scored = [scorer.score(half) for half in trial.halves]
-    teacher_s = time.perf_counter() - before - prompts_s
+    scored, halves = _side_by_side(scorer, trial)
+    scoring_s = time.perf_counter() - before
     records = [each.records for each in scored]
     before = time.perf_counter()
     whole = _measured(_together(records), sum(each.num_tokens for each in scored), trial)
     encoding_s = time.perf_counter() - before
-    halves = tuple(_measured(each.records, each.num_tokens, trial) for each in scored)
-    seconds = {"prompts": prompts_s, "encoding": encoding_s}
-    on_gpu = False
-    if scorer.teacher is not None:
-        seconds["teacher"] = max(teacher_s, 0.0)
-        on_gpu = scorer.teacher.head.weight.device.type != "cpu"
+    seconds = {"prompts": prompts_s, "encoding": encoding_s, "scoring": scoring_s}
     errors = tuple(error for each in records for error in each.errors)
     head_bytes = 0
     if scorer.teacher is not None and "hidden" in trial.families:
         head_bytes = len(encode_head(scorer.teacher.head.stored()))
-    return Tried(whole, halves, seconds, on_gpu, time.perf_counter() - started, errors, head_bytes)
+    return Tried(whole, halves, seconds, time.perf_counter() - started, errors, head_bytes)
+
+
+def _side_by_side(scorer: PartScorer, trial: Trial) -> tuple[list[Scored], tuple[Slice, ...]]:
+    """Scores each half, while a thread prepares its next samples and another encodes the half before."""
+    with ThreadPoolExecutor(1) as preparing, ThreadPoolExecutor(1) as encoding:
+        prepared = [ahead(scorer.chunks(half), preparing) for half in trial.halves]
+        scored: list[Scored] = []
+        slices: list[Future[Slice]] = []
+        for half, chunks in zip(trial.halves, prepared, strict=True):
+            scored.append(scorer.score(half, chunks))
+            slices.append(encoding.submit(_measured, scored[-1].records, scored[-1].num_tokens, trial))
+        return scored, tuple(each.result() for each in slices)
 
 
 def _measured(records: PartRecords, num_tokens: int, trial: Trial) -> Slice:

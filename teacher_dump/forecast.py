@@ -3,7 +3,8 @@
 Of every sample its text and its images are known beforehand. What they become (tokens, rows, distinct images) the
 slice shows, and so it is scaled up: text by characters, images by how many there are. The slice is encoded as
 one part and as two halves, which tells what a part costs by itself (its table of id groups, its footers) from what
-each row costs.
+each row costs. Time is measured with prompts, teacher and encoding side by side, as a worker has them: how far they
+hinder each other on the same cores, and in one Python process, cannot be reckoned from what each takes alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _UNITS = {  # what a family's bytes grow with, a field of Work
     "hidden": "response_rows",
     "images": "images",
 }
-_STAGE_UNITS = {"prompts": "samples", "teacher": "tokens", "encoding": "samples"}
+_STAGE_UNITS = {"prompts": "samples", "encoding": "samples", "scoring": "tokens"}
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,8 @@ class Calibration:
     asked: Asked
     whole: Slice
     halves: tuple[Slice, ...]
-    seconds: Mapping[str, float]  # prompts, teacher (with the head) and encoding of `whole`
-    overlaps: bool  # the teacher has a device of its own, so that prompts and encoding cost no time beside it
-    start_s: float  # until a teacher was ready
+    seconds: Mapping[str, float]  # of `whole`: prompts and encoding alone; scoring is all, teacher too, side by side
+    start_s: float  # until Ray and a teacher were ready
     num_errors: int  # samples of the slice without a record
     head_bytes: int = 0  # of the output head, which a cache of hidden states keeps once
 
@@ -96,9 +96,9 @@ class Forecast:
     tokens: int
     rows: Mapping[str, int]  # response, visual
     family_bytes: Mapping[str, int]
-    stage_s: Mapping[str, float]  # of all actors together
-    scoring_s: float  # wall time, from the first part that is begun to the last commit
-    start_s: float
+    stage_s: Mapping[str, float]  # of all actors together: prompts alone, encoding alone, scoring with both beside it
+    scoring_s: float  # wall time as dump.json has it: from the first part that is begun to the last commit
+    start_s: float  # of Ray and a teacher, before that
     calibration_samples: int
     calibration_errors: int
 
@@ -120,11 +120,9 @@ def forecast(calibration: Calibration, asked: Asked, *, num_parts: int, num_acto
     if calibration.head_bytes:
         family_bytes["head"] = calibration.head_bytes
     stage_s = {
-        stage: took * _per(getattr(work, unit), getattr(calibration.whole.work, unit))
+        stage: calibration.seconds[stage] * _per(getattr(work, unit), getattr(calibration.whole.work, unit))
         for stage, unit in _STAGE_UNITS.items()
-        if (took := calibration.seconds.get(stage)) is not None
     }
-    one_actor_s = max(stage_s.values()) if calibration.overlaps else sum(stage_s.values())
     return Forecast(
         parts=num_parts,
         samples=round(work.samples),
@@ -132,7 +130,7 @@ def forecast(calibration: Calibration, asked: Asked, *, num_parts: int, num_acto
         rows={"response": round(work.response_rows), "visual": round(work.visual_rows)},
         family_bytes=family_bytes,
         stage_s=stage_s,
-        scoring_s=one_actor_s / min(num_actors, max(num_parts, 1)),
+        scoring_s=stage_s["scoring"] / min(num_actors, max(num_parts, 1)),
         start_s=calibration.start_s,
         calibration_samples=calibration.asked.samples,
         calibration_errors=calibration.num_errors,

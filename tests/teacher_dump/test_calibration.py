@@ -58,7 +58,7 @@ def test_tokens_are_forecast_without_a_teacher(write_config: WriteConfig) -> Non
     found = forecast_dump(read_settings(config))
     assert found.calibration_samples == 24
     assert set(found.family_bytes) == {"tokens"}
-    assert set(found.stage_s) == {"prompts", "encoding"}
+    assert set(found.stage_s) == {"prompts", "encoding", "scoring"}
 
 
 def test_a_slice_has_whole_groups_of_images_and_is_always_the_same(write_config: WriteConfig) -> None:
