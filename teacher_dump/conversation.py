@@ -104,10 +104,7 @@ def _pair(row: Mapping[str, Any], parsing: _Parsing) -> tuple[list[Turn], Turn]:
     (chosen_before, chosen), (rejected_before, rejected) = halves
     if chosen_before != rejected_before:
         raise SampleRefusedError("chosen and rejected are answers to different prompts")
-    before += chosen_before
-    if any(turn.role == "assistant" for turn in before):
-        raise SampleRefusedError("the prompt of a preference pair holds an answer; only its last answers can differ")
-    return [*before, chosen], rejected
+    return [*before, *chosen_before, chosen], rejected
 
 
 def _before_answer(row: Mapping[str, Any], shape: str, parsing: _Parsing) -> list[Turn]:

@@ -9,13 +9,14 @@ Ids are unexpanded: one image token stands for each image. Legend: t tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import StillhouseError
+from storage.preference import CHOSEN, REJECTED
 from teacher_dump.samples import Sample, SampleRefusedError, Turn
 
 IMAGE_MARKER = "<image>"  # LLaVA's, in the conversation's text
@@ -72,7 +73,10 @@ class PromptBuilder:
         self._takes_items, self._takes_images = self._probe()
 
     def build(self, sample: Sample) -> Prompt:
-        """Ids and mask of a sample. SampleRefusedError: an empty answer, markers that do not fit the images, …"""
+        """Ids and mask of a sample; of half of a preference pair only the last answer is masked, which is its own.
+
+        SampleRefusedError: an empty answer, markers that do not fit the images, …
+        """
         if sample.images and not self._takes_images:
             raise StillhouseError(
                 f"the teacher's chat template has no place for an image: rendering an image item gives no "
@@ -81,7 +85,10 @@ class PromptBuilder:
         messages = conversation_messages(
             sample.turns, len(sample.images), special_texts=self._special, as_items=self._takes_items
         )
-        prompt = tokenise(cut_pieces(messages, self._render, stops=self._stops), self._encode, stop_ids=self._stops.ids)
+        pieces = cut_pieces(messages, self._render, stops=self._stops)
+        if sample.id.endswith((CHOSEN, REJECTED)):
+            pieces = [*(replace(piece, is_response=False) for piece in pieces[:-1]), *pieces[-1:]]
+        prompt = tokenise(pieces, self._encode, stop_ids=self._stops.ids)
         found = int(np.count_nonzero(prompt.token_ids == self._image_token_id)) if self._image_token else 0
         if found != len(sample.images):
             raise SampleRefusedError(f"the template gave {found} image tokens for {len(sample.images)} images")

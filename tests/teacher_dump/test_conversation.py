@@ -10,6 +10,9 @@ from teacher_dump.samples import SampleRefusedError, Turn
 USER, ASSISTANT = Turn("user", "<image>what?"), Turn("assistant", "red")
 FROM_VALUE = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "red"}]
 ROLE_CONTENT = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "red"}]
+SURE_YES, SURE_NO = (
+    [{"role": "user", "content": "sure?"}, {"role": "assistant", "content": no}] for no in ("yes", "no")
+)
 ITEMS = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]
 
 
@@ -54,6 +57,20 @@ def test_every_shape_of_a_pair_gives_two_answers_to_one_question(row: dict[str, 
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [*FROM_VALUE, {"from": "human", "value": "sure?"}], "chosen": "yes", "rejected": "no"},
+        {"texts": [{"user": "<image>what?", "assistant": "red"}], "chosen": SURE_YES, "rejected": SURE_NO},
+        {"chosen": [*ROLE_CONTENT, *SURE_YES], "rejected": [*ROLE_CONTENT, *SURE_NO]},
+    ],
+)
+def test_a_pair_may_be_the_end_of_a_longer_conversation(row: dict[str, Any]) -> None:
+    got = parse_conversation({**row, "image": "a.png"})
+    turns = (USER, ASSISTANT, Turn("user", "sure?"), Turn("assistant", "yes"))
+    assert got == Conversation(turns, ("a.png",), rejected=Turn("assistant", "no"))
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({}, "conversations is missing"),
@@ -62,7 +79,7 @@ def test_every_shape_of_a_pair_gives_two_answers_to_one_question(row: dict[str, 
         ({"question": "what?"}, "answer is None"),
         ({"question": "what?", "chosen": "red"}, "rejected is None"),
         ({"question": 3, "chosen": "red", "rejected": "blue"}, "question is 3"),
-        ({"conversations": FROM_VALUE, "chosen": "red", "rejected": "blue"}, "holds an answer"),
+        ({"conversations": FROM_VALUE, "chosen": "red", "rejected": "blue"}, "alternate"),
         ({"chosen": "red", "rejected": "blue"}, "alternate"),
         ({"chosen": ROLE_CONTENT, "rejected": "blue"}, "different prompts"),
         ({"chosen": [], "rejected": []}, "does not end with an answer"),

@@ -68,6 +68,34 @@ def test_sequence_logprobs_beside_response_rows_are_the_same(tmp_path: Path, tin
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
+def test_a_pair_after_earlier_answers_is_scored_by_its_last_ones(tmp_path: Path, tiny_teacher: Path) -> None:
+    """The summed rows are those of the same conversation as an ordinary sample, from the last answer on."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    turns = [
+        {"from": "human", "value": "<image>\nwhat colour?"},
+        {"from": "gpt", "value": "red"},
+        {"from": "human", "value": "and on the right?"},
+    ]
+    pair = {"id": "a", "image": "red.png", "conversations": turns, "chosen": "red too", "rejected": "blue"}
+    plain = {"id": "p", "image": "red.png", "conversations": [*turns, {"from": "gpt", "value": "red too"}]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(pair)}\n{json.dumps(plain)}\n", encoding="utf-8")
+    both = dataclasses.replace(EVERYTHING, sequence=True)
+    scorer = make_scorer(tiny_teacher, tmp_path, both, reference_teacher(tiny_teacher))
+    records = scorer.score(part_of(tmp_path / "rows.jsonl")).records
+    assert [record.sample_id for record in records.tokens] == ["a#chosen", "a#rejected", "p"]
+    check_pairs(records.tokens)
+    assert records.sequence is not None
+    assert records.response is not None
+    tokenizer = load_processor(tiny_teacher).tokenizer
+    answers = [tokenizer.decode(record.token_ids[record.response_mask]) for record in records.tokens]
+    assert answers == ["red too<|im_end|>", "blue<|im_end|>", "red<|im_end|>red too<|im_end|>"]
+    of_plain = records.response[2].label_logprob
+    assert of_plain is not None
+    chosen = records.sequence[0]
+    assert chosen.num_tokens == records.tokens[0].num_response_tokens < len(of_plain)
+    assert chosen.logprob == pytest.approx(float(of_plain[-chosen.num_tokens :].sum()), abs=1e-4)
+
+
 def test_an_error_on_one_half_reports_both_and_leaves_nothing_behind(tmp_path: Path, tiny_teacher: Path) -> None:
     answers = {
         "a#chosen": "red",

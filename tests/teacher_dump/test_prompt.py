@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,18 @@ def test_response_mask_covers_the_answers_and_their_stop_tokens_only() -> None:
     assert tokenizer.decode(prompt.token_ids[:before_first]).endswith("assistant\n")
     assert prompt.response_mask[-1]
     assert prompt.token_ids.dtype == np.int32
+
+
+def test_of_half_of_a_pair_only_the_last_answer_counts() -> None:
+    built, tokenizer = builder(VICUNA)
+    whole = sample("<image>\nwhat?", "red", "and?", "blue", num_images=1)
+    plain, half = built.build(whole), built.build(replace(whole, id="x#rejected"))
+    assert half.token_ids.tolist() == plain.token_ids.tolist()
+    assert tokenizer.decode(half.token_ids[half.response_mask]) == f" blue{END_OF_TURN}"
+    assert half.response_mask[-1]
+    single = sample("what?", "red")
+    one, other = built.build(single), built.build(replace(single, id="x#chosen"))
+    assert one.response_mask.tolist() == other.response_mask.tolist()
 
 
 def test_boundaries_are_those_of_generation_even_where_joint_tokenisation_merges() -> None:
