@@ -1,4 +1,4 @@
-"""Fifty kill -9 at random moments on a cluster of three nodes: workers, nodes, drivers; nothing is lost or changed."""
+"""Workers, nodes and drivers of a cluster of three nodes are told to go, or are killed; nothing is lost or changed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from storage.reader import Cache
 from storage.verify import verify
 from tests.teacher_dump.conftest import WriteConfig
-from tests.teacher_dump.ray_nodes import RayNodes, ray_nodes
-from tests.teacher_dump.test_ray_jobs import commits, dump_here, start_dump
+from tests.teacher_dump.ray_nodes import RayNodes, children, ray_nodes
+from tests.teacher_dump.test_ray_jobs import commits, dump_here, start_dump, wait_until
 from tests.tiny import make_tiny_dataset
 
 NUM_KILLS = 50
@@ -29,6 +29,39 @@ LIMIT_S = 2400.0  # it took 16 minutes beside a load of twenty
 def nodes() -> Iterator[RayNodes]:
     with ray_nodes(2) as cluster:
         yield cluster
+
+
+def test_sigterm_to_a_worker_and_to_a_node_costs_nothing(
+    nodes: RayNodes, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """As spot nodes go: the only teacher ends, then its successor's whole node; the dump goes on with a third one."""
+    file = make_tiny_dataset(tmp_path / "data", num_samples=480, num_images=240, turns=2)["train"]
+    config = write_config(data={"sources": [{"path": str(file)}]})
+    cache, logs = tmp_path / "cache", tmp_path / "runs/tiny/logs"
+    dump = start_dump(config, environment=nodes.environment)
+
+    def teacher_after(num_parts: int) -> int:
+        """The process of the teacher that runs when so many parts are committed."""
+        wait_until(lambda: len(commits(cache)) >= num_parts, dump)
+        newest = max(logs.glob("teacher-*"), key=lambda path: path.stat().st_ctime_ns)
+        return int(newest.stem.rsplit("-", 1)[1])
+
+    worker = teacher_after(3)
+    os.kill(worker, signal.SIGTERM)
+    wait_until(lambda: worker not in nodes.workers(), dump)
+    second = teacher_after(len(commits(cache)) + 3)
+    (raylet,) = [node for node in nodes.raylets() if second in children(node, "ray::")]
+    os.kill(raylet, signal.SIGTERM)
+    wait_until(lambda: raylet not in nodes.raylets() and not Path(f"/proc/{second}").exists(), dump)
+    assert len(commits(cache)) < 120
+    said, complained = dump.communicate(timeout=400)
+    nodes.add()
+    assert dump.returncode == 0, complained
+    assert "Traceback" not in said + complained
+    assert len(set(logs.glob("teacher-*"))) == 3
+    dump_here(config, tmp_path / "undisturbed")
+    assert commits(cache) == commits(tmp_path / "undisturbed")
+    assert verify(cache).problems == []
 
 
 class Kills:
