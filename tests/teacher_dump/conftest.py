@@ -28,6 +28,18 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA that ends some of its answers soon."""
+    folder = make_tiny_llava(tmp_path_factory.mktemp("talker"))
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    model.lm_head.weight.data[298] *= 4  # the end of a turn
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSONL file of 24 samples over 8 images, two turns each."""
     return make_tiny_dataset(tmp_path_factory.mktemp("data"), num_samples=24, num_images=8, turns=2)["train"]

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from storage.reader import Cache
 from storage.records import SampleError
 from storage.verify import verify
@@ -29,22 +27,9 @@ from teacher_dump.teacher import TeacherPrompt
 from teacher_dump.transformers_teacher import TransformersTeacher
 from teacher_dump.visual_grid import VisualGrid
 from tests.teacher_dump.conftest import WriteConfig
-from tests.tiny import make_tiny_llava
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLING = SamplingSection(temperature=1.0, max_new_tokens=24, seed=3)
-
-
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaVA that ends some of its answers soon."""
-    folder = make_tiny_llava(tmp_path_factory.mktemp("talker"))
-    from transformers import LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(folder)
-    model.lm_head.weight.data[298] *= 4  # the end of a turn
-    model.save_pretrained(folder)
-    return folder
 
 
 @dataclass

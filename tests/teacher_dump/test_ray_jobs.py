@@ -63,9 +63,9 @@ def commits(cache: Path) -> dict[str, Any]:
     return found
 
 
-def dump_here(config: Path, cache: Path) -> int:
+def dump_here(config: Path, cache: Path, *overrides: str) -> int:
     """An undisturbed dump without Ray; how many positions the teacher was asked about."""
-    settings = read_settings(config, [f"cache.path={cache}"])
+    settings = read_settings(config, [f"cache.path={cache}", *overrides])
     planned = plan_dump(settings)
     worker = Worker(worker_settings(planned, settings))
     num_tokens = sum(worker.run(part).num_tokens for part in planned.plan.parts)
