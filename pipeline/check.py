@@ -18,6 +18,7 @@ from student_train.material import check_architecture, check_losses, fitting_che
 from student_train.models import check_fit, is_hub_id, read_checkpoint
 from student_train.trainer import resolved
 from teacher_dump.assignment import prompt_errors
+from teacher_dump.budget_choice import comparable
 from teacher_dump.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.teacher_check import check_teacher
@@ -32,7 +33,7 @@ def check(experiment: Experiment) -> Iterator[str]:
     errors = prompt_errors(settings, planned)
     total = planned.plan.num_samples + sum(len(part.errors) for part in planned.plan.parts)
     allowed = experiment.dump.max_error_fraction
-    named = "\n  ".join(f"{error.sample_id}: {error.reason}" for error in errors[:10])
+    named = "\n  ".join(map(str, errors[:10]))
     if errors and len(errors) > allowed * total:
         raise ConfigError(
             f"{len(errors):,} of {total:,} samples cannot be used, dump.max_error_fraction allows "
@@ -123,7 +124,7 @@ def _prepared(experiment: Experiment, place: str | Path) -> bool:
 def _check_cache(section: CacheSection, identity: Identity) -> str:
     """What a dump would find and do. Errors: IdentityError, CacheError."""
     folder = open_folder(section.path)
-    found, segments = find_segment(folder, identity, section.families, append=section.append)
+    found, segments = find_segment(folder, comparable(identity, section), section.families, append=section.append)
     if not segments:
         return f"cache: none at {folder} yet"
     cache = Cache.open(section.path, families=())

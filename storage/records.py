@@ -154,6 +154,11 @@ class SampleError:
     sample_id: str
     reason: str
 
+    def __str__(self) -> str:
+        """Both in one line; a row without an id is named by its place, with which its reason begins."""
+        place = self.sample_id.removeprefix("row ")
+        return self.reason if self.reason.startswith(f"{place}: ") else f"{self.sample_id}: {self.reason}"
+
 
 @dataclass(frozen=True, eq=False)
 class PartRecords:

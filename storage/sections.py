@@ -25,6 +25,7 @@ TOP_LEVEL_KEYS = (
     "name", "runs_dir", "prepare", "data", "teacher", "dump", "cache", "train_teacher", "stages",
     "evaluation", "ablations",
 )  # fmt: skip
+_LISTS = {"data": "sources"}  # a section that may be a list: of that field of its own
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 DEFAULT_NAME = "digits"
 DEFAULT_RUNS_DIR = "runs"
@@ -147,6 +148,9 @@ def _apply_overrides(path: Path, document: dict[str, Any], overrides: Sequence[s
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise ConfigError(f"override {override!r}: expected section.field=value")
+        section = document.get(keys[0])
+        if keys[0] in _LISTS and isinstance(section, list) and len(keys) > 1 and not keys[1].isdecimal():
+            document[keys[0]] = {_LISTS[keys[0]]: section}  # so that its other fields can be set
         _set(document, keys, _parse(f"override {override!r}", text), f"override {override!r}: {path}: ")
     return document
 
@@ -222,7 +226,7 @@ def _validate(place: str, schema: type[Section], value: Any, problems: list[str]
 
 
 def _problem(place: str, schema: type[Section], detail: Any) -> str:
-    # Of a union pydantic names the member that it tried, as in `actors.function-after[_ordered(), ActorRange].max`.
+    # Of a union pydantic names the member that it tried, as in `width.function-after[_ordered(), Range].max`.
     location = [step for step in detail["loc"] if not _is_member(step)]
     where = ".".join([place, *map(str, location)])
     if detail["type"] == "extra_forbidden":

@@ -74,7 +74,7 @@ def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -
     missing = sum(not (folder / _PARTS.format(part.number)).exists() for part in questions.plan.parts)
     if missing:
         _write(folder / _JOB, json.dumps(_job(settings)))
-        count = min(settings.dump.actor_range.max, missing)
+        count = min(settings.dump.actors.max, missing)
         commands = [
             ray_jobs.Command(
                 name=f"answers-{stripe}",

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from storage.config import BudgetSection, CacheSection
-from storage.files import Folder, open_folder
+from storage.files import open_folder
 from storage.identity import Identity
 from storage.segments import find_segment, has_cache, merged_identity, read_segments
 
@@ -25,11 +25,8 @@ def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
     missing = [family for family in asked if "budget" not in planned.identity.selection[family]]
     if budget is None or not missing:
         return planned
-    folder = open_folder(settings.cache.path)
-    if has_cache(folder):  # one that was made otherwise is refused before anything is scored
-        find_segment(
-            folder, _to_compare(planned.identity, budget, folder), settings.cache.families, append=cache.append
-        )
+    folder = open_folder(cache.path)  # a cache that was made otherwise is refused before anything is scored
+    find_segment(folder, comparable(planned.identity, cache), cache.families, append=cache.append)
     from teacher_dump.assignment import with_teacher
     from teacher_dump.budget_slice import Wanted, calibrate, spread
 
@@ -61,8 +58,11 @@ def recorded_choices(cache: CacheSection) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _to_compare(identity: Identity, budget: BudgetSection, folder: Folder) -> Identity:
-    """An identity that differs from a cache's by what was asked, not by what a budget has yet to choose."""
+def comparable(identity: Identity, cache: CacheSection) -> Identity:
+    """An identity that differs from its cache's by what was asked, not by what cache.budget has yet to choose."""
+    folder, budget = open_folder(cache.path), cache.budget
+    if budget is None or not has_cache(folder):
+        return identity
     stored, selection = merged_identity(read_segments(folder)).selection, dict(identity.selection)
     for family in budget.families:
         there = stored.get(family, {})

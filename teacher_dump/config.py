@@ -78,10 +78,22 @@ class TeacherSection(Section):
 
 
 class ActorRange(Section):
-    """A pool of actors that grows while parts wait and the cluster has room, and shrinks when actors are idle."""
+    """A pool of actors that grows while parts wait and the cluster has room, and shrinks when actors are idle.
+
+    A number in place of the section is both the least and the most.
+    """
 
     min: Annotated[int, Field(ge=1)] = 1
     max: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_number(cls, given: Any) -> Any:
+        if isinstance(given, bool) or not isinstance(given, int | dict | ActorRange):
+            raise ValueError("expected a number, or {min, max}")
+        if isinstance(given, int) and given < 1:
+            raise ValueError("expected at least 1")
+        return {"min": given, "max": given} if isinstance(given, int) else given
 
     @model_validator(mode="after")
     def _ordered(self) -> ActorRange:
@@ -94,15 +106,10 @@ class DumpSection(Section):
     """How the work is cut and who does it."""
 
     samples_per_part: Annotated[int, Field(ge=1)] = 256
-    actors: Annotated[int, Field(ge=1)] | ActorRange = 1  # one teacher each; {min, max}: as the cluster has room
+    actors: ActorRange = ActorRange(max=1)  # one teacher each; a number, or {min, max}: as the cluster has room
     cpus_per_actor: Annotated[float, Field(ge=0)] = 1
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None  # None: tensor_parallel_size where Ray has GPUs, or 0
     ray_address: str | None = None  # of a running cluster; None: RAY_ADDRESS if set, else a local one
     rows_per_chunk: Annotated[int, Field(ge=1)] = 1024  # rows of [rows, vocabulary] in memory at once
     max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of samples; above it the dump fails
     blind_check_samples: Annotated[int, Field(ge=0)] = 4  # images swapped to see that outputs change
-
-    @property
-    def actor_range(self) -> ActorRange:
-        """`actors`, where one number is both the least and the most."""
-        return self.actors if isinstance(self.actors, ActorRange) else ActorRange(min=self.actors, max=self.actors)

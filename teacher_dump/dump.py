@@ -128,7 +128,7 @@ def _refuse_errors(
         return
     fraction = len(errors) / max(num_samples + len(errors), 1)
     kinds = "".join(f"\n  {count:,} × {kind}" for kind, count in list(error_kinds(errors).items())[:_SHOWN_KINDS])
-    shown = "".join(f"\n  {error.sample_id}: {error.reason}" for error in errors[:_SHOWN_ERRORS])
+    shown = "".join(f"\n  {error}" for error in errors[:_SHOWN_ERRORS])
     more = f"\n  … and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
     early = f"; {num_missing:,} parts are left, but no more than {max_errors:,.0f} may fail" if num_missing else ""
     raise StillhouseError(

@@ -55,8 +55,14 @@ def read_samples(
 def _samples(sources: Sequence[SourceSection], reading: _Reading) -> Iterator[Sample]:
     for source in sources:
         images = _image_place(source)
+        number = None
         for number, copy, (place, row) in islice(_taken(source), source.limit):
             yield from reading.take(row, place=place, number=number, copy=copy, source=source, images=images)
+        if number is None and (num_rows := sum(1 for _ in read_rows(source))):
+            raise ConfigError(
+                f"data.sources: {source.path}: weight {source.weight:g} takes none of its {num_rows:,} rows; "
+                "give a larger weight, or another seed"
+            )
 
 
 def _taken(source: SourceSection) -> Iterator[tuple[int, int, tuple[str, Any]]]:

@@ -92,8 +92,8 @@ def _by_ray(
         random.sample(parts, len(parts)),
         worker,
         pool=ray_jobs.PartPool(
-            min_actors=dump.actor_range.min,
-            max_actors=dump.actor_range.max,
+            min_actors=dump.actors.min,
+            max_actors=dump.actors.max,
             num_cpus=dump.cpus_per_actor,
             num_gpus=dump.gpus_per_actor,
             address=dump.ray_address,

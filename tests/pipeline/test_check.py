@@ -109,6 +109,20 @@ def test_what_will_never_be_there_is_found(file: Path, override: str, message: s
         list(check(read_experiment(file, [override])))
 
 
+def test_a_budget_is_compared_with_the_one_that_a_cache_was_made_by(file: Path) -> None:
+    same, other = ([f"cache.budget={{gradient_error: {error}}}"] for error in (0.05, 0.1))
+    identity = plan_dump(read_settings(file, same)).identity
+    asked = {"gradient_error": 0.05, "rows": 8192, "samples": 64, "predicted": {"gradient_error": 0.04}}
+    chosen = {**identity.selection["response"], "tau": 0.0123, "rounding_kl": 0.002, "budget": asked}
+    made = identity.model_copy(update={"selection": {**identity.selection, "response": chosen}})
+    CacheWriter.open(read_experiment(file).cache.path, made, ("response", "visual", "relation"))
+    assert any("fits" in line and "add" not in line for line in check(read_experiment(file, same)))
+    with pytest.raises(IdentityError) as refused:
+        list(check(read_experiment(file, other)))
+    assert "selection.response.budget.gradient_error: cache has 0.05, this run has 0.1" in str(refused.value)
+    assert "tau" not in str(refused.value)  # which a budget has yet to choose
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -169,6 +169,25 @@ def test_a_broken_row_that_is_taken_twice_is_two_errors_with_two_ids(tmp_path: P
     assert not got.samples
 
 
+def test_a_weight_that_takes_no_row_is_said(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [{"id": str(number), "conversations": TURNS} for number in range(3)])
+    with pytest.raises(ConfigError, match=r"r\.jsonl: weight 1e-09 takes none of its 3 rows; give a larger weight"):
+        read(path, weight=1e-9)
+    empty = read(write_rows(tmp_path / "empty.jsonl", []), weight=1e-9)
+    assert not empty.samples
+    assert not empty.errors
+
+
+def test_an_error_names_its_place_once(tmp_path: Path) -> None:
+    first, second = (f"{tmp_path.name}/r.jsonl:{number}" for number in (1, 2))
+    rows = ["{broken", {"id": "x", "conversations": []}, {"id": first, "conversations": TURNS}]
+    found = read(write_rows(tmp_path / "r.jsonl", rows)).errors
+    assert [error.sample_id for error in found] == [f"row {first}", "x"]
+    broken, empty = map(str, found)
+    assert broken.startswith(f"{first}: is not valid JSON")
+    assert empty.startswith(f"x: {second}: ")
+
+
 def test_a_pair_is_two_samples_and_a_broken_one_two_errors(tmp_path: Path) -> None:
     write_image(tmp_path, "a.png")
     good = {"image": "a.png", "question": "what?", "chosen": "red", "rejected": "blue"}
