@@ -11,6 +11,7 @@ from pipeline.page import format_bytes
 from pipeline.sample_view import AnswerToken, ImageView, SampleView, Segment, Signal, relation_summary
 from pipeline.summary import columns
 from pipeline.token_texts import printable
+from storage.records import SampleError
 
 WIDTH = 100
 BAR_WIDTH = 30
@@ -119,7 +120,7 @@ def _errors(facts: CacheFacts) -> str:
     if not facts.errors:
         return ""
     shown = list(facts.errors.items())[:NUM_ERRORS_SHOWN]
-    lines = [printable(f"  {sample_id}: {reason}") for sample_id, reason in shown]
+    lines = [printable(f"  {SampleError(sample_id, reason)}") for sample_id, reason in shown]
     more = len(facts.errors) - len(shown)
     return "\n".join(["samples without a record", *lines, *([f"  and {more:,} more (--json has all)"] if more else [])])
 
