@@ -78,10 +78,7 @@ class PromptBuilder:
         SampleRefusedError: an empty answer, markers that do not fit the images, …
         """
         if sample.images and not self._takes_images:
-            raise StillhouseError(
-                f"the teacher's chat template has no place for an image: rendering an image item gives no "
-                f"{self._image_token or 'image token'}; use a checkpoint with a multimodal template"
-            )
+            raise StillhouseError(self._no_place())
         messages = conversation_messages(
             sample.turns, len(sample.images), special_texts=self._special, as_items=self._takes_items
         )
@@ -113,6 +110,19 @@ class PromptBuilder:
         return Prompt(
             np.concatenate([np.array(first, np.int32), prompt.token_ids]),
             np.concatenate([np.zeros(len(first), np.bool_), prompt.response_mask]),
+        )
+
+    def _no_place(self) -> str:
+        placeholder = str(getattr(self._processor, "image_token", self._image_token))
+        if self._image_token and placeholder != self._image_token:
+            return (
+                f"{type(self._processor).__name__} marks an image's place by {placeholder} and the model its visual "
+                f"tokens by {self._image_token}; of such a teacher (Gemma 3 is one) only samples without images can "
+                "be dumped"
+            )
+        return (
+            f"the teacher's chat template has no place for an image: rendering an image item gives no "
+            f"{self._image_token or 'image token'}; use a checkpoint with a multimodal template"
         )
 
     def _probe(self) -> tuple[bool, bool]:

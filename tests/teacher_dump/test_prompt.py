@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from storage.errors import StillhouseError
+from teacher_dump import torchvision_shim
 from teacher_dump.prompt import (
     Message,
     Piece,
@@ -184,6 +185,24 @@ def test_templates_that_cannot_be_used_are_a_clear_error() -> None:
     strings, tokenizer = builder("{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}")
     prompt = strings.build(sample("what?", "red"))
     assert tokenizer.decode(prompt.token_ids) == f"what?|red{END_OF_TURN}"
+
+
+def test_a_teacher_whose_placeholder_is_no_visual_token_is_named_and_can_still_read() -> None:
+    torchvision_shim.ensure()
+    from transformers import Gemma3Processor, SiglipImageProcessor
+
+    begin, end = "<start_of_image>", "<end_of_image>"
+    tokenizer = make_tiny_tokenizer(("<|endoftext|>", "<|im_start|>", END_OF_TURN, begin, end, IMAGE_TOKEN))
+    tokenizer.boi_token, tokenizer.eoi_token = begin, end
+    tokenizer.boi_token_id = tokenizer.convert_tokens_to_ids(begin)
+    template = CHAT_TEMPLATE.replace(IMAGE_TOKEN, begin)
+    processor = Gemma3Processor(SiglipImageProcessor(), tokenizer, chat_template=template, image_seq_length=4)
+    built = PromptBuilder(processor, image_token_id=299, eos_token_ids=[tokenizer.eos_token_id])
+    message = "Gemma3Processor marks an image's place by <start_of_image> and the model its visual tokens by <image>"
+    with pytest.raises(StillhouseError, match=message):
+        built.build(sample("what?", "red", num_images=1))
+    prompt = built.build(sample("what?", "red"))
+    assert tokenizer.decode(prompt.token_ids[prompt.response_mask]) == f"red{END_OF_TURN}"
 
 
 def test_a_beginning_of_sequence_token_comes_once() -> None:
