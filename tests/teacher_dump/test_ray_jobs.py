@@ -63,6 +63,11 @@ def commits(cache: Path) -> dict[str, Any]:
     return found
 
 
+def teacher_processes(run: Path) -> set[int]:
+    """Actors that have begun, by the names of their log files."""
+    return {int(log.stem.rsplit("-", 1)[1]) for log in (run / "runs/tiny/logs").glob("teacher-*")}
+
+
 def dump_here(config: Path, cache: Path, *overrides: str) -> int:
     """An undisturbed dump without Ray; how many positions the teacher was asked about."""
     settings = read_settings(config, [f"cache.path={cache}", *overrides])
@@ -211,10 +216,21 @@ def test_ray_job_submit_runs_the_dump(ray_head: RayHead, write_config: WriteConf
 def test_two_jobs_share_a_growing_pool_and_show_metrics(
     ray_head: RayHead, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    """A job that is submitted twice scores hardly more than once; Ray's endpoint shows how far it is."""
+    """A job that is submitted twice scores hardly more than once; Ray's endpoint shows how far it is.
+
+    The first job's only actor is halted until its pool has grown, so that it must grow however fast the machine is.
+    """
     file = make_tiny_dataset(tmp_path / "data", num_samples=960, num_images=480, turns=2)["train"]
     config = write_config(data={"sources": [{"path": str(file)}]}, dump={"actors": {"min": 1, "max": 2}})
-    jobs = [start_dump(config, environment=ray_head.environment) for _ in range(2)]
+    first = start_dump(config, environment=ray_head.environment)
+    wait_until(lambda: len(teacher_processes(tmp_path)) == 1, first)
+    (halted,) = teacher_processes(tmp_path)
+    os.kill(halted, signal.SIGSTOP)
+    try:
+        wait_until(lambda: len(teacher_processes(tmp_path)) == 2, first)
+    finally:
+        os.kill(halted, signal.SIGCONT)
+    second = start_dump(config, environment=ray_head.environment)
     scraped = ""
 
     def shows_parts() -> bool:
@@ -223,18 +239,17 @@ def test_two_jobs_share_a_growing_pool_and_show_metrics(
             scraped = answer.read().decode()
         return bool(re.search(r'^ray_stillhouse_dump_parts\{.*run="tiny".*\} [1-9]', scraped, re.MULTILINE))
 
-    wait_until(shows_parts, jobs[0])
+    wait_until(shows_parts, first)
     for name in ("samples", "tokens", "tokens_per_second", "bytes", "errors", "seconds_left", "parts_planned"):
         assert f"ray_stillhouse_dump_{name}{{" in scraped
-    said = [job.communicate(timeout=PATIENCE_S) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], said
+    said = [job.communicate(timeout=PATIENCE_S) for job in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], said
     assert verify(tmp_path / "cache").problems == []
     assert Cache.open(tmp_path / "cache").num_samples == 960
     num_tokens = [int(n.replace(",", "")) for out, _ in said for n in re.findall(r"teacher +([\d,]+) tokens", out)]
     once = dump_here(config, tmp_path / "undisturbed")
     assert once <= sum(num_tokens) <= 1.5 * once  # both may have had the same parts in flight
     assert commits(tmp_path / "cache") == commits(tmp_path / "undisturbed")
-    assert len(list((tmp_path / "runs/tiny/logs").glob("teacher-*"))) >= 3  # a pool has grown to two
 
 
 def test_a_blind_teacher_fails_in_one_message_and_writes_nothing(
