@@ -9,6 +9,7 @@ have the names that transformers' own save_pretrained gives them, which are thos
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -34,6 +35,7 @@ _LEGACY = (
     (r"^model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
     (r"^model\.image_newline$", "image_newline"),
 )
+_OLD = "-old"  # ends the name of a folder that makes room for another
 _LEGACY_TYPES = ("llava", "llava_onevision")
 PROCESSOR_FILES = (  # tokenizer, chat template, image preprocessing
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
@@ -78,6 +80,16 @@ def save_checkpoint(
         shutil.rmtree(new, ignore_errors=True)
         raise
     return folder
+
+
+def put_back(folder: Path) -> None:
+    """Undo what a kill left of `save_checkpoint`: an old folder that was moved aside, half of a new one."""
+    beside = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"))
+    for old in beside:
+        if old.name.endswith(_OLD) and not folder.exists():
+            old.rename(folder)
+    for left in beside:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def copy_processor(source: str | Path, folder: Path) -> None:
@@ -143,7 +155,7 @@ def _replace_folder(folder: Path, new: Path) -> None:
         if path.is_file():
             sync(path)
     sync(new)
-    old = new.with_name(f"{new.name}-old")
+    old = new.with_name(f"{new.name}{_OLD}")
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

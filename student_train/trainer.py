@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from storage.errors import ConfigError, StillhouseError
+from student_train.checkpoint import put_back
 from student_train.config import StageSection
 from student_train.documents import write_json
 from student_train.engine import Engine, Process, peak_memory_bytes
@@ -45,14 +46,19 @@ class RankError(StillhouseError):
 
 
 def resolved(stage: StageSection, name: str) -> StageSection:
-    """The stage with `{stage}` and `{seed}` in `output`, and `{seed}` in `init`, replaced."""
+    """The stage with `{stage}` and `{seed}` in `output`, and `{seed}` in `init`, replaced.
+
+    ConfigError if it starts from what it will replace.
+    """
     seed = str(stage.seed)
-    return stage.model_copy(
-        update={
-            "init": stage.init.replace("{seed}", seed),
-            "output": stage.output.replace("{stage}", name).replace("{seed}", seed),
-        }
-    )
+    init = stage.init.replace("{seed}", seed)
+    output = stage.output.replace("{stage}", name).replace("{seed}", seed)
+    if Path(init).resolve().is_relative_to(Path(output).resolve()):
+        raise ConfigError(
+            f"stages.{name}: init is {init}, inside of the stage's own output, {output}, which it will replace; "
+            "give another output, or copy the checkpoint elsewhere"
+        )
+    return stage.model_copy(update={"init": init, "output": output})
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float, warmup_fraction: float) -> float:
@@ -105,6 +111,7 @@ def train(
     check_ranks(process.num_ranks, stage.expert_parallel, stage=name)
     output = Path(stage.output)
     if process.is_first:
+        put_back(output)
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from storage.errors import StillhouseError
-from student_train.checkpoint import legacy_name, save_checkpoint
+from student_train.checkpoint import legacy_name, put_back, save_checkpoint
 from student_train.huggingface import load_processor, transformers_module
 from student_train.models import load_student, read_checkpoint
 from tests.tiny import make_tiny_llava
@@ -121,3 +121,19 @@ def test_a_checkpoint_may_be_saved_over_its_own_source(model: Any, checkpoint: P
     save_checkpoint(model, folder, folder)
     loaded = load_student(read_checkpoint(folder), precision="fp32", device=CPU)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_what_a_kill_between_two_renames_left_is_put_back(tmp_path: Path) -> None:
+    """The old folder is in its place again, with what it held; a half-written one is gone; others' are not touched."""
+    folder = tmp_path / "kd [1]"
+    for name in ("kd [1].tmp-7-ab-old", "kd [1].tmp-7-ab", "kd 1.tmp-7-ab", "kd [1]x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    put_back(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kd 1.tmp-7-ab", "kd [1]", "kd [1]x"]
+    assert (folder / "config.json").read_text() == "kd [1].tmp-7-ab-old"
+    (tmp_path / "kd [1].tmp-8-cd-old").mkdir()  # it was killed after both renames
+    put_back(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kd 1.tmp-7-ab", "kd [1]", "kd [1]x"]
+    assert (folder / "config.json").read_text() == "kd [1].tmp-7-ab-old"
+    put_back(tmp_path / "none/there")

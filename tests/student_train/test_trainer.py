@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.errors import ConfigError
 from student_train.config import StageSection
 from student_train.trainer import learning_rate, num_steps, resolved
 
@@ -36,6 +37,12 @@ def test_epochs_become_steps_that_cover_them() -> None:
 def test_stage_and_seed_are_put_into_paths() -> None:
     got = resolved(stage(init="models/{seed}", output="runs/{stage}/seed{seed}", seed=7), "kd")
     assert (got.init, got.output) == ("models/7", "runs/kd/seed7")
+
+
+@pytest.mark.parametrize("init", ["runs/kd", "runs/kd/checkpoints/best", "runs/other/../kd"])
+def test_a_stage_does_not_start_from_what_it_replaces(init: str) -> None:
+    with pytest.raises(ConfigError, match=r"stages\.kd: init is .*inside of the stage's own output, runs/kd,"):
+        resolved(stage(init=init, output="runs/{stage}"), "kd")
 
 
 def test_exactly_one_length_is_asked_for() -> None:
