@@ -30,7 +30,8 @@ class Prepared:
 
     @property
     def prompt(self) -> TeacherPrompt:
-        return TeacherPrompt(self.record.token_ids, tuple(image.pixels for image in self.images))
+        pixels, keys = (tuple(getattr(image, name) for image in self.images) for name in ("pixels", "sha256"))
+        return TeacherPrompt(self.record.token_ids, pixels, keys)
 
     @property
     def response_positions(self) -> np.ndarray:

@@ -95,9 +95,10 @@ def _swapped(samples: Sequence[Prepared]) -> list[Prepared]:
 
 
 def _in_place_of(image: LoadedImage, other: LoadedImage) -> LoadedImage:
-    if other.sha256 == image.sha256:  # the only image there is
-        return replace(image, pixels=ImageOps.invert(image.pixels))
-    return replace(image, pixels=other.pixels.resize(image.pixels.size))
+    """The other's pixels, or its own inverted if it is the only one, under a key that no file has."""
+    if other.sha256 == image.sha256:
+        return replace(image, pixels=ImageOps.invert(image.pixels), sha256=f"inverted {image.sha256}")
+    return replace(image, pixels=other.pixels.resize(image.pixels.size), sha256=f"{other.sha256} as {image.sha256}")
 
 
 def _answers(scorer: PartScorer, head: OutputHead, samples: Sequence[Prepared]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class TeacherPrompt:
 
     token_ids: NDArray[np.int32]
     images: tuple[Image, ...]  # RGB
+    image_keys: tuple[str, ...] = ()  # each image's content hash; without them it shares nothing with other prompts
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump import checkpoint, torchvision_shim
@@ -31,7 +34,7 @@ _OURS = {  # what the dump decides: each has its own field, or no other value wo
     "runner": _NEEDED,
     "convert": _NEEDED,
     "pooler_config": _NEEDED,
-    "enable_prefix_caching": _NEEDED,  # a cached prefix has no hidden states
+    "enable_prefix_caching": "the dump shares prefixes wherever vLLM can, and only within a call",
     "tokenizer": _IN_THE_CHECKPOINT,
     "tokenizer_revision": _IN_THE_CHECKPOINT,
     "hf_config_path": _IN_THE_CHECKPOINT,
@@ -40,6 +43,7 @@ _OURS = {  # what the dump decides: each has its own field, or no other value wo
 }
 _NOT_SHOWN = {"video": 0, "audio": 0}  # or the engine keeps memory for the longest video that the model takes
 _CPU_KV_CACHE_BYTES = 256 * 2**20  # the default takes 92 % of the memory, which the head and others need
+_CPU_BLOCK_SIZE = 32  # tokens, of which a shared prefix is made; the default of 128 is longer than many a prompt
 _GPU_MEMORY_FRACTION = 0.8  # leaves room for the output head and a chunk of logits beside the engine
 
 
@@ -75,27 +79,77 @@ class VllmTeacher:
             runner="pooling",
             convert="embed",
             pooler_config=PoolerConfig(task=_TASK),
-            enable_prefix_caching=False,
         )
         self._remembered_images = remembered_images
         self._num_images = 0  # asked about since the engine has last forgotten them
+        self._num_calls = 0
+        self.num_shared = 0  # positions so far that were not computed again
 
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
-        """See Teacher. Hidden states are float32, on the CPU."""
+        """See Teacher. Hidden states are float32, on the CPU.
+
+        What prompts of one call have in common before they part, an image above all, is computed once.
+        """
         self._num_images += sum(len(prompt.images) for prompt in prompts)
         if self._num_images > self._remembered_images:
             self._engine.reset_mm_cache()
             self._num_images = 0
+        self._num_calls += 1
+        salts = [f"{self._num_calls}\0{family}" for family in _families(prompts)]
+        token_ids, computed = self._ask(prompts, salts, shares=True)
+        hidden = with_shared_prefixes(token_ids, salts, computed)
+        self.num_shared += sum(map(len, token_ids)) - sum(map(len, computed))
+        alone = [at for at, states in enumerate(hidden) if states is None]
+        if alone:
+            _, whole = self._ask([prompts[at] for at in alone], [salts[at] for at in alone], shares=False)
+            for at, states in zip(alone, whole, strict=True):
+                hidden[at] = states
+        return [TeacherStates(ids, states) for ids, states in zip(token_ids, hidden, strict=True) if states is not None]
+
+    def _ask(
+        self, prompts: Sequence[TeacherPrompt], salts: Sequence[str], *, shares: bool
+    ) -> tuple[list[NDArray[np.int64]], list[Tensor]]:
+        """Token ids, (t,) each, and the states that were computed: of the last positions, or of all."""
         outputs = self._engine.encode(
-            [engine_prompt(prompt) for prompt in prompts],
-            pooling_params=self._vllm.PoolingParams(use_activation=False),
+            [{**engine_prompt(prompt), "cache_salt": salt} for prompt, salt in zip(prompts, salts, strict=True)],
+            pooling_params=self._vllm.PoolingParams(use_activation=False, skip_reading_prefix_cache=not shares),
             pooling_task=_TASK,
             use_tqdm=False,
         )
-        return [
-            TeacherStates(np.asarray(output.prompt_token_ids, np.int64), output.outputs.data.float().cpu())
-            for output in outputs
-        ]
+        token_ids = [np.asarray(output.prompt_token_ids, np.int64) for output in outputs]
+        return token_ids, [output.outputs.data.float().cpu() for output in outputs]
+
+
+def _families(prompts: Sequence[TeacherPrompt]) -> list[str]:
+    """A name for each prompt; those of one name show the same images in the same order."""
+    return [
+        "\0".join(prompt.image_keys) if len(prompt.image_keys) == len(prompt.images) else f"alone {at}"
+        for at, prompt in enumerate(prompts)
+    ]
+
+
+def with_shared_prefixes(
+    token_ids: Sequence[NDArray[np.int64]], families: Sequence[str], computed: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """All states of each prompt, (t, d), where only those of its last positions were computed, (up to t, d).
+
+    The first ones are an earlier prompt's of the same family that begins with the same tokens: a state depends on
+    nothing that comes after it. None where there is no such prompt.
+    """
+    whole: list[Tensor | None] = []
+    for at, (ids, states) in enumerate(zip(token_ids, computed, strict=True)):
+        num_shared = len(ids) - len(states)
+        if num_shared:
+            earlier = (
+                whole[other]
+                for other in range(at)
+                if families[other] == families[at] and np.array_equal(token_ids[other][:num_shared], ids[:num_shared])
+            )
+            found = next((own for own in earlier if own is not None), None)
+            whole.append(None if found is None else torch.cat([found[:num_shared], states]))
+        else:
+            whole.append(states)
+    return whole
 
 
 class VllmGenerator:
@@ -155,6 +209,7 @@ def _open_engine(
         register_in_process(config.get("architectures", []))
         defaults = {
             "enforce_eager": True,
+            "block_size": _CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": max(_CPU_KV_CACHE_BYTES, 2 * max_length * _kv_bytes_per_token(config)),
         }
     else:

@@ -43,6 +43,7 @@ ASKED: dict[str, tuple[list[str], list[str]]] = {  # images; questions and answe
     "text": ([], ["what?", "red"]),
     "text-again": ([], ["what?", "the left half is red and the right blue"]),
     "long": ([], ["describe the image." * 20, "blue" * 20, "and now?", "red"]),
+    "long-again": ([], ["describe the image." * 20, "blue" * 20, "and then?", "red"]),
     "square": (["square"], ["<image>\nwhat?", "red"]),
     "square-again": (["square"], ["<image>\nwhat?", "the left half is blue"]),
     "other": (["other"], ["<image>\nwhat?", "red"]),  # the same ids as `square`, another picture of its size
@@ -138,7 +139,9 @@ def _run_engine(folder: Path) -> None:
     part = samples_of(folder)
     ready = scorer.prepare(part.samples, [])
     for way in WAYS:
+        before = engine.num_shared
         np.savez(folder / f"{way}.npz", allow_pickle=False, **_ask(engine, ready, way))
+        assert (engine.num_shared > before) == (way != "alone"), way
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
     sight = check_sight(scorer, head, choose_samples(part.samples, 4))
     (folder / "sight.json").write_text(json.dumps(None if sight is None else asdict(sight)), encoding="utf-8")

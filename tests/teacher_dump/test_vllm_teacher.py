@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from storage.reader import Cache
 from storage.rows import SparseRows
@@ -17,6 +18,7 @@ from teacher_dump import checkpoint
 from teacher_dump.plan import Part
 from teacher_dump.request import RowRequest, SignalRequest
 from teacher_dump.selection import Threshold, TopK
+from teacher_dump.vllm_teacher import with_shared_prefixes
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.scorers import make_scorer, part_of, reference_teacher
 from tests.tiny import make_tiny_llava
@@ -104,6 +106,20 @@ def test_both_teachers_write_the_same_signals(write_config: WriteConfig, tiny_da
     assert longest > BATCHED_TOKENS
     summary = json.loads((tmp_path / "cache/dump.json").read_text(encoding="utf-8"))
     assert summary["tokens_per_s"] > 0
+
+
+def test_states_that_were_not_computed_again_are_an_earlier_prompts() -> None:
+    """By hand: rows are numbered, and a prompt's own ones come after those that it shares."""
+    rows = torch.arange(40.0).reshape(20, 2)
+    ids = [np.array(row) for row in ([5, 6, 7, 8], [5, 6, 7, 9, 4], [5, 6, 7, 9, 4, 3], [5, 6, 7, 8], [1, 6, 7])]
+    computed = [rows[:4], rows[4:7], rows[7:9], rows[9:11], rows[11:13]]
+    whole = with_shared_prefixes(ids, ["a", "a", "a", "b", "a"], computed)
+    first, second, third = (rows[places] for places in ([0, 1, 2, 3], [0, 1, 4, 5, 6], [0, 1, 4, 5, 7, 8]))
+    for got, expected in zip(whole[:3], (first, second, third), strict=True):
+        assert got is not None
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert whole[3:] == [None, None]  # of another family; of other tokens
+    assert with_shared_prefixes([], [], []) == []
 
 
 def test_settings_that_vllm_does_not_have_are_refused_by_name() -> None:
