@@ -1,7 +1,7 @@
 """What a dump costs beside its teacher's bare prefill, and beside vLLM's prompt_logprobs: `python -m benchmarks.dump`.
 
 The teacher is a LLaVA with SmolLM2-135M as its decoder (V = 49,153); the samples are illustrated questions about
-Python's documentation, four to an image. The dump is the default one (response, visual, relation) through Ray, from
+Python's documentation, four to an image of 64 visual tokens, which the dump prefills once for the four. The dump is the default one (response, visual, relation) through Ray, from
 the first part that is begun to the last commit. The roads are taken in turn, three times, the floor before and after
 each dump; ratios are medians of the three, of a dump to the mean of its two floors. A second teacher is so small that
 its prefill hardly counts, with rows as peaked as SmolLM2's; of one whose rows are flat the steps of a dump are shown.
@@ -24,6 +24,7 @@ from student_train.huggingface import transformers_module
 from teacher_dump.dump import run_dump
 
 RUN = Path("runs/bench_dump")
+IMAGE_SIZE = 128  # 64 visual tokens; LLaVA-1.5 has 576
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,9 @@ def _peak_bytes(process: int) -> int:
 
 
 def _save_teachers(run: Path) -> None:
-    smol_llava.save_smol_llava(run / "smol")
-    smol_llava.save_small_llava(run / "peaked", logit_std=6.25)
-    smol_llava.save_small_llava(run / "flat", logit_std=0.16)
+    smol_llava.save_smol_llava(run / "smol", image_size=IMAGE_SIZE)
+    smol_llava.save_small_llava(run / "peaked", logit_std=6.25, image_size=IMAGE_SIZE)
+    smol_llava.save_small_llava(run / "flat", logit_std=0.16, image_size=IMAGE_SIZE)
 
 
 def questions(teacher: Path, folder: Path, num_samples: int, sizes: Sizes) -> Path:
@@ -146,6 +147,7 @@ def questions(teacher: Path, folder: Path, num_samples: int, sizes: Sizes) -> Pa
         num_images=-(-num_samples // sizes.samples_per_image),
         answer_tokens=sizes.answer_tokens,
         tokenizer=transformers_module().AutoTokenizer.from_pretrained(teacher),
+        image_size=IMAGE_SIZE,
     )
 
 

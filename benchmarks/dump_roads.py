@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ class Floor:
 
 
 def floor(state: Floor) -> Road:
-    """Prefill by the teacher's engine, and `hidden @ head^T` of the rows that a dump scores; nothing else."""
+    """Prefill of every whole prompt by vLLM, and `hidden @ head^T` of the rows that a dump scores; nothing else."""
     started = time.perf_counter()
     states = _ask(state.engine, state.prepared)
     prefilled = time.perf_counter()
@@ -198,7 +198,8 @@ def _prepared(planned: DumpPlan, settings: DumpSettings) -> list[Prepared]:
 
 def _ask(engine: Teacher, samples: Sequence[Prepared]) -> list[TeacherStates]:
     batches = [samples[start : start + _CALL] for start in range(0, len(samples), _CALL)]
-    return [states for batch in batches for states in engine.hidden_states([sample.prompt for sample in batch])]
+    prompts = ([replace(sample.prompt, image_keys=()) for sample in batch] for batch in batches)  # sharing nothing
+    return [states for batch in prompts for states in engine.hidden_states(batch)]
 
 
 class _Clocked:

@@ -18,6 +18,7 @@ from benchmarks.text_rows import model_and_tokenizer, topics
 from student_train.huggingface import transformers_module
 
 IMAGE_TOKEN = "<image>"
+PATCH_SIZE = 16  # pixels a side, of a visual token
 _TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
@@ -31,12 +32,14 @@ _TEMPLATE = """\
 {% endif -%}"""
 
 
-def save_smol_llava(folder: Path) -> None:
+def save_smol_llava(folder: Path, *, image_size: int = 64) -> None:
     """Write the checkpoint with its processor, unless it is there."""
-    _save(folder, *model_and_tokenizer())
+    _save(folder, *model_and_tokenizer(), image_size=image_size)
 
 
-def save_small_llava(folder: Path, *, logit_std: float, hidden: int = 64, layers: int = 2) -> None:
+def save_small_llava(
+    folder: Path, *, logit_std: float, hidden: int = 64, layers: int = 2, image_size: int = 64
+) -> None:
     """The same vocabulary behind a random decoder so small that its prefill hardly counts, and a random head.
 
     The normed states have a size of sqrt(hidden), so a row's logits are Gaussian with about `logit_std`. Of 49,153
@@ -51,16 +54,19 @@ def save_small_llava(folder: Path, *, logit_std: float, hidden: int = 64, layers
         max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
-    _save(folder, transformers.LlamaForCausalLM(text), tokenizer, head_std=logit_std / hidden**0.5)
+    decoder = transformers.LlamaForCausalLM(text)
+    _save(folder, decoder, tokenizer, image_size=image_size, head_std=logit_std / hidden**0.5)
 
 
-def write_questions(folder: Path, *, num_samples: int, num_images: int, answer_tokens: int, tokenizer: Any) -> Path:
+def write_questions(
+    folder: Path, *, num_samples: int, num_images: int, answer_tokens: int, tokenizer: Any, image_size: int = 64
+) -> Path:
     """A LLaVA-format JSONL file of questions, several to an image, with answers of so many tokens; returns it."""
     draw = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number in range(num_images):
         pixels = draw.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-        picture = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(pixels).resize((image_size, image_size), Image.Resampling.BICUBIC)
         picture.save(folder / "images" / f"{number:05d}.png")
     answers = _answers(tokenizer, answer_tokens, num_samples)
     path = folder / "questions.jsonl"
@@ -85,7 +91,7 @@ def _answers(tokenizer: Any, length: int, count: int) -> list[tuple[str, str]]:
     return [pieces[order[number % len(pieces)]] for number in range(count)]
 
 
-def _save(folder: Path, decoder: Any, tokenizer: Any, *, head_std: float | None = None) -> None:
+def _save(folder: Path, decoder: Any, tokenizer: Any, *, image_size: int, head_std: float | None = None) -> None:
     """`head_std` None: the head is the decoder's embedding."""
     if (folder / "processor_config.json").exists():  # written last
         return
@@ -96,7 +102,12 @@ def _save(folder: Path, decoder: Any, tokenizer: Any, *, head_std: float | None 
     described = {name: value for name, value in decoder.config.to_dict().items() if name != "quantization_config"}
     described["tie_word_embeddings"] = head_std is None
     vision = transformers.SiglipVisionConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=16
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=image_size,
+        patch_size=PATCH_SIZE,
     )
     vision.vision_use_head = False
     config = transformers.LlavaConfig(
@@ -117,11 +128,11 @@ def _save(folder: Path, decoder: Any, tokenizer: Any, *, head_std: float | None 
         if head_std is not None:
             model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * head_std)
     model.save_pretrained(folder)
-    size = {"height": 64, "width": 64}
+    size = {"height": image_size, "width": image_size}
     processor = transformers.LlavaProcessor(
         image_processor=transformers.SiglipImageProcessor(size=size, crop_size=size, do_center_crop=False),
         tokenizer=tokenizer,
-        patch_size=16,
+        patch_size=PATCH_SIZE,
         vision_feature_select_strategy="full",
         chat_template=_TEMPLATE,
     )

@@ -39,6 +39,9 @@ _UNKNOWN_KINDS = {
     "mimo": "vLLM gives its hidden states before the last norm",
     "step3p5": "vLLM gives its hidden states before the last norm",
 }
+# Rows of logits at once on a CPU: with a packed head no more are needed to keep it busy, and what is made of them
+# finds them in the caches.
+_CPU_ROWS = 128
 _VOCABULARY_CHUNK = 8192  # columns of [n, v] at once, where logits are not linear in the hidden states
 
 
@@ -57,11 +60,19 @@ class OutputHead:
 
     def logits(self, hidden: Float[Tensor, "r d"]) -> Float[Tensor, "r v"]:
         """Raw float32 logits over the real vocabulary."""
-        return self._logits(hidden, slice(None))
+        rows = hidden.to(self.weight.device, torch.float32)
+        if self._packed is None or not len(rows):
+            product = rows @ self.weight.T
+        else:
+            product = torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+        return self._finished(product, slice(None))
 
     def _logits(self, hidden: Tensor, columns: slice) -> Tensor:
         rows = hidden.to(self.weight.device, torch.float32)
-        logits = rows @ self.weight[columns].T
+        return self._finished(rows @ self.weight[columns].T, columns)
+
+    def _finished(self, logits: Tensor, columns: slice) -> Tensor:
+        """What comes after the product."""
         if self.bias is not None:
             logits = logits + self.bias[columns]
         if self.scale != 1.0:
@@ -84,6 +95,7 @@ class OutputHead:
         `uniforms` (r, sets) and `tail_total`: see selection.select_rows. ValueError: logits that are not finite.
         """
         parts = []
+        rows_per_chunk = min(rows_per_chunk, _CPU_ROWS) if self._packed is not None else rows_per_chunk
         for start in range(0, max(hidden.shape[0], 1), rows_per_chunk):
             chunk = slice(start, start + rows_per_chunk)
             parts.append(
@@ -138,6 +150,13 @@ class OutputHead:
         """The head as a cache keeps it."""
         bias = None if self.bias is None else self.bias.cpu().numpy()
         return make_head(self.weight.cpu().numpy(), bias, scale=self.scale, soft_cap=self.soft_cap)
+
+    @cached_property
+    def _packed(self) -> Tensor | None:
+        """The matrix in oneDNN's layout, with which a CPU multiplies twice as fast; None elsewhere. Made once."""
+        if self.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return None
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight, _CPU_ROWS)
 
     @cached_property
     def _weight_gram(self) -> Tensor:

@@ -86,7 +86,8 @@ def select_rows(
     """
     num_rows, vocab_size = logits.shape
     uniforms = uniforms if uniforms.ndim == 2 else uniforms[:, None]
-    per_block = max(1, _BLOCK_ENTRIES["cpu" if logits.device.type == "cpu" else "gpu"] // vocab_size)
+    most = max(1, _BLOCK_ENTRIES["cpu" if logits.device.type == "cpu" else "gpu"] // vocab_size)
+    per_block = -(-num_rows // max(1, -(-num_rows // most))) or 1  # as even as can be
     blocks = []
     for start in range(0, max(num_rows, 1), per_block):
         block = slice(start, start + per_block)

@@ -186,6 +186,7 @@ def test_no_more_than_a_chunk_of_logits_is_in_memory() -> None:
     """Every tensor that scoring makes is counted while it lives: a handful of [rows_per_chunk, v], whatever r is."""
     vocab_size, rows_per_chunk = 4000, 32
     head = OutputHead(random(vocab_size, 8), soft_cap=30.0)
+    head.logits(random(1, 8))  # which packs the head for good
 
     def peak(num_rows: int) -> int:
         hidden, labels = random(num_rows, 8, seed=1), torch.arange(num_rows)
