@@ -1,10 +1,11 @@
 """What a dump costs beside its teacher's bare prefill, and beside vLLM's prompt_logprobs: `python -m benchmarks.dump`.
 
 The teacher is a LLaVA with SmolLM2-135M as its decoder (V = 49,153); the samples are illustrated questions about
-Python's documentation, four to an image of 64 visual tokens, which the dump prefills once for the four. The dump is the default one (response, visual, relation) through Ray, from
-the first part that is begun to the last commit. The roads are taken in turn, three times, the floor before and after
-each dump; ratios are medians of the three, of a dump to the mean of its two floors. A second teacher is so small that
-its prefill hardly counts, with rows as peaked as SmolLM2's; of one whose rows are flat the steps of a dump are shown.
+Python's documentation, four to an image of 64 visual tokens, which a dump prefills once for the four. The dump is the
+default one (response, visual, relation) through Ray, from the first part that is begun to the last commit. The roads
+are taken in turn, three times, the floor before and after each dump; ratios are medians of the three, of a dump to the
+mean of its two floors. A second teacher is so small that its prefill hardly counts, with rows as peaked as SmolLM2's;
+of one whose rows are flat the steps of a dump are shown.
 """
 
 from __future__ import annotations
