@@ -248,9 +248,13 @@ def test_from_dense_to_sparse_to_preference(make_runner: Callable[..., Runner], 
     assert max(load) <= 0.5
     lines = [json.loads(line) for line in (runner.output("preference") / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["preference"] < lines[0]["preference"]
-    # One forward pass of six pairs, or two ranks of three: the reference set is the same.
-    (two,) = runner.run_in_turn(("preference", "stages.preference.output={run}/two-0"), ranks=2)
-    assert two.code == 0, two.stderr
-    of_two = json.loads((runner.output("two") / "metrics.jsonl").read_text().splitlines()[0])
-    for name in ("preference", "preference_won", "preference_margin"):
-        assert of_two[name] == pytest.approx(lines[0][name], rel=1e-5, abs=1e-6)
+    # One forward pass of six pairs, or two ranks of three, which may divide the experts: the reference set is the same.
+    ours = {name: f"stages.preference.output={{run}}/{name}-0" for name in ("two", "divided")}
+    divided = runner.run_in_turn(
+        ("preference", ours["two"]), ("preference", ours["divided"], "stages.preference.expert_parallel=2"), ranks=2
+    )
+    for stage, outcome in zip(ours, divided, strict=True):
+        assert outcome.code == 0, outcome.stderr
+        of_two = json.loads((runner.output(stage) / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("preference", "preference_won", "preference_margin"):
+            assert of_two[name] == pytest.approx(lines[0][name], rel=1e-5, abs=1e-6)
