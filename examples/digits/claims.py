@@ -2,18 +2,21 @@
 
 The questions are POPE's (arXiv 2305.10355) in small: half of each kind have the answer yes, and a kind is a way to
 choose the digit that a question with the answer no is about. POPE's "popular" has no counterpart, since all digits
-are equally frequent.
+are equally frequent. A model of a few layers learns none of them alone: a checklist of all digits, ten verdicts in
+one answer and always in the same order, teaches it first what is there, and then it answers about one digit too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from examples.digits.mosaics import PLACES, WORDS, Originals
+from examples.digits.mosaics import WORDS, Originals
 
 KINDS = ("exists_random", "exists_alike")
+CHECKLIST = "checklist"  # the category of these questions
 
 
 def lookalikes(originals: Originals) -> list[list[int]]:
@@ -39,8 +42,8 @@ class Claim:
 
     @property
     def answer(self) -> str:
-        """ "no", or "yes at the" and the first place where it is."""
-        return f"yes at the {PLACES[self.seen.index(self.asked)]}" if self.asked in self.seen else "no"
+        """The digit's word and the verdict: "seven no". The verdict follows the word as in a checklist."""
+        return _verdict(self.asked, self.seen)
 
     def misread(self, alike: list[list[int]], rng: np.random.Generator) -> Claim:
         """The same with the other verdict: a digit taken for the one asked for, or that one overlooked."""
@@ -66,6 +69,19 @@ def ask_whether(kind: str, digits: np.ndarray, alike: list[list[int]], rng: np.r
     absent = [other for other in alike[digit] if other not in seen]
     wrong = absent[0] if kind == "exists_alike" else int(rng.choice(sorted(absent)))
     return Claim(digit if truth else wrong, seen)
+
+
+def checklist(digits: np.ndarray, rng: np.random.Generator) -> tuple[str, str, str]:
+    """The question which digits are there, all ten verdicts from zero to nine, and these with one of them wrong."""
+    seen = {int(digit) for digit in digits}
+    right, wrong = (
+        " ".join(_verdict(digit, those) for digit in range(10)) for those in (seen, seen ^ {int(rng.integers(10))})
+    )
+    return "Which digits are in the picture?", right, wrong
+
+
+def _verdict(digit: int, seen: Collection[int]) -> str:
+    return f"{WORDS[digit]} {'yes' if digit in seen else 'no'}"
 
 
 def misread(words: list[str], alike: list[list[int]], rng: np.random.Generator) -> list[str]:

@@ -5,8 +5,9 @@
 writes <out>/data/{teacher_train,train,train_clean,test}.jsonl with their images, and
 <out>/models/{teacher_init,student_init_0,…}. `train` and `train_clean` are the same questions about the
 same mosaics; in `train` a stated share of the answers has one wrong number word, as answers of a crowd do.
-`--yes-no` adds questions whether a digit is there to every mosaic, `--pairs` writes <out>/data/pairs.jsonl: a right
-answer and a plausible misreading. Neither changes anything else that is drawn.
+`--yes-no` adds questions whether a digit is there to every mosaic, and a checklist of the digits to those that are
+trained on. `--pairs` writes <out>/data/pairs.jsonl: a right answer and a plausible misreading. Neither changes
+anything else that is drawn.
 Nothing outside this folder knows what a digit is.
 """
 
@@ -26,7 +27,7 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from examples.digits.claims import KINDS, ask_whether, lookalikes, misread
+from examples.digits.claims import CHECKLIST, KINDS, ask_whether, checklist, lookalikes, misread
 from examples.digits.mosaics import CATEGORIES, WORDS, Originals, ask, draw_mosaics, load_originals, miswrite
 
 
@@ -66,12 +67,14 @@ def make_pairs(
     seed: int,
     noise: float = 0.0,
     yes_no: int = 0,
+    checked: bool = False,
 ) -> Iterator[Pair]:
     """Writes each mosaic as <folder>/images/<name>/00000.png and yields its questions.
 
-    Every mosaic gets `per_mosaic` different categories, and `yes_no` different kinds of questions whether a digit
-    is there. With probability `noise` a pair's noisy answer has one number word replaced, drawn uniformly from the
-    other nine digits (eighteen sums), or a verdict is the other one.
+    Every mosaic gets `per_mosaic` different categories, `yes_no` different kinds of questions whether a digit is
+    there, and a checklist of all digits if they are to be `checked`. With probability `noise` a pair's noisy answer
+    has one number word replaced, drawn uniformly from the other nine digits (eighteen sums), or one verdict is the
+    other one.
     """
     rng, claims = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     alike = lookalikes(originals)
@@ -89,6 +92,10 @@ def make_pairs(
             noisy = claim.misread(alike, claims) if claims.random() < noise else claim
             sample_id = f"{name}-{index:05d}-{kind}"
             yield Pair(sample_id, path, str(kind), claim.question, claim.answer, noisy.answer)
+        if checked:
+            question, answer, wrong = checklist(digits, claims)
+            noisy_answer = wrong if claims.random() < noise else answer
+            yield Pair(f"{name}-{index:05d}-{CHECKLIST}", path, CHECKLIST, question, answer, noisy_answer)
 
 
 def write_data(
@@ -105,12 +112,13 @@ def write_data(
     """The JSONL files and their images; test mosaics use only originals that no other file used."""
     train, test = load_originals(held_out=False), load_originals(held_out=True)
     folder.mkdir(parents=True, exist_ok=True)
+    asked_too = {"yes_no": yes_no, "checked": yes_no > 0}
     teacher = make_pairs(
-        folder, "teacher_train", train, num_mosaics=teacher_mosaics, per_mosaic=4, seed=seed + 1, yes_no=yes_no
+        folder, "teacher_train", train, num_mosaics=teacher_mosaics, per_mosaic=4, seed=seed + 1, **asked_too
     )
     _write(folder / "teacher_train.jsonl", (pair.line(noisy=False) for pair in teacher))
     asked = make_pairs(
-        folder, "train", train, num_mosaics=mosaics, per_mosaic=2, seed=seed + 2, noise=noise, yes_no=yes_no
+        folder, "train", train, num_mosaics=mosaics, per_mosaic=2, seed=seed + 2, noise=noise, **asked_too
     )
     pairs = list(asked)
     _write(folder / "train.jsonl", (pair.line(noisy=True) for pair in pairs))
@@ -124,14 +132,18 @@ def write_data(
 def preference_lines(folder: Path, originals: Originals, *, num: int, seed: int, yes_no: int) -> Iterator[str]:
     """Preference pairs as lines of JSONL, each about a mosaic of its own: the right answer and a misreading of it.
 
-    With `yes_no` every second one is such a question, whose misreading has the other verdict; none is for a sum.
+    With `yes_no` about half of them are such questions about a digit that is not there, which the misreading sees;
+    none is for a sum.
     """
     alike, rng = lookalikes(originals), np.random.default_rng([seed, 2])
     asked = make_pairs(folder, "pairs", originals, num_mosaics=num, per_mosaic=4, seed=seed, noise=1.0, yes_no=yes_no)
     for _, group in groupby(asked, key=lambda pair: pair.image):
-        questions = [pair for pair in group if pair.category != "sum"]
-        claims = yes_no > 0 and rng.random() < 0.5
-        pair = questions[rng.choice([i for i, each in enumerate(questions) if (each.category in KINDS) == claims])]
+        asked_of_it = list(group)
+        absent = [pair for pair in asked_of_it if pair.category in KINDS and pair.answer.endswith("no")]
+        claims = bool(absent) and rng.random() < 2 / 3
+        read = [pair for pair in asked_of_it if pair.category not in ("sum", *KINDS)]
+        questions = absent if claims else read
+        pair = questions[int(rng.integers(len(questions)))]
         record = {
             "id": pair.sample_id,
             "image": pair.image,
@@ -171,6 +183,7 @@ def write_models(
         shown = [digits for _, digits in islice(draw_mosaics(train, rng), 200)]
         asked = [ask_whether(kind, digits, alike, rng) for digits in shown for kind in KINDS]
         texts += [f"{claim.question} {claim.answer}" for claim in asked]
+        texts += [" ".join(checklist(digits, rng)[:2]) for digits in shown]
     processor = make_processor([*texts, *WORDS, "user\n", "assistant\n"])
     with tempfile.TemporaryDirectory() as source:
         processor.save_pretrained(source)

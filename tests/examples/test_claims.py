@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from examples.digits.claims import KINDS, Claim, ask_whether, lookalikes, misread
+from examples.digits.claims import CHECKLIST, KINDS, Claim, ask_whether, checklist, lookalikes, misread
 from examples.digits.make import make_pairs, write_data
 from examples.digits.mosaics import WORDS, load_originals
 
@@ -18,7 +18,7 @@ def is_there(question: str, digits: np.ndarray) -> bool:
 
 
 def verdict(claim: Claim) -> str:
-    return claim.answer.split()[0]
+    return claim.answer.split()[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,12 +37,12 @@ def test_questions_by_hand():
     digits, rng = np.array([7, 2, 0, 7]), np.random.default_rng(0)
     claims = {ask_whether(kind, digits, ALIKE, rng) for kind in KINDS for _ in range(300)}
     asked = {(claim.question, claim.answer) for claim in claims}
-    assert {each for each in asked if each[1] != "no"} == {
-        ("Is there a seven in the picture?", "yes at the top left"),  # the first of two
-        ("Is there a two in the picture?", "yes at the top right"),
-        ("Is there a zero in the picture?", "yes at the bottom left"),
+    assert {each for each in asked if not each[1].endswith("no")} == {
+        ("Is there a seven in the picture?", "seven yes"),
+        ("Is there a two in the picture?", "two yes"),
+        ("Is there a zero in the picture?", "zero yes"),
     }
-    assert ("Is there an eight in the picture?", "no") in asked
+    assert ("Is there an eight in the picture?", "eight no") in asked
     assert len(asked) == 3 + 7
 
 
@@ -76,9 +76,19 @@ def test_a_misread_claim_has_the_other_verdict():
     assert claimed.seen == tuple(7 if place == rank.index(min(rank)) else d for place, d in enumerate((1, 2, 0, 9)))
     assert verdict(claimed) == "yes"
     overlooked = Claim(7, (7, 2, 7, 9)).misread(ALIKE, rng)
-    assert overlooked.answer == "no"
+    assert overlooked.answer == "seven no"
     assert (overlooked.seen[1], overlooked.seen[3]) == (2, 9)
     assert {overlooked.seen[0], overlooked.seen[2]} <= set(ALIKE[7][:3])
+
+
+def test_a_checklist_by_hand():
+    question, answer, wrong = checklist(np.array([7, 2, 0, 7]), np.random.default_rng(0))
+    assert question == "Which digits are in the picture?"
+    assert answer == (
+        "zero yes one no two yes three no four no five no six no seven yes eight no nine no"  # a word and its verdict
+    )
+    ((old, new),) = [(a, b) for a, b in zip(answer.split(), wrong.split(), strict=True) if a != b]
+    assert {old, new} == {"yes", "no"}
 
 
 def test_added_questions_leave_all_else_as_it_is(tmp_path):
@@ -88,9 +98,10 @@ def test_added_questions_leave_all_else_as_it_is(tmp_path):
     assert not (tmp_path / "plain" / "pairs.jsonl").exists()
     for name in ("teacher_train", "train", "train_clean", "test"):
         lines = (tmp_path / "more" / f"{name}.jsonl").read_text().splitlines()
-        kept = [line for line in lines if json.loads(line)["category"] not in KINDS]
+        kept = [line for line in lines if json.loads(line)["category"] not in (*KINDS, CHECKLIST)]
         assert kept == (tmp_path / "plain" / f"{name}.jsonl").read_text().splitlines()
-        assert len(lines) == len(kept) + 2 * {"teacher_train": 3, "test": 3}.get(name, 5)
+        added = {"teacher_train": 3 * 3, "test": 3 * 2}.get(name, 5 * 3)  # the test asks about one digit only
+        assert len(lines) == len(kept) + added
     for image in (tmp_path / "plain" / "images").rglob("*.png"):
         other = tmp_path / "more" / "images" / image.relative_to(tmp_path / "plain" / "images")
         assert other.read_bytes() == image.read_bytes()
@@ -100,7 +111,7 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
     write_data(tmp_path, teacher_mosaics=1, mosaics=1, test_mosaics=1, noise=0, seed=0, yes_no=1, preferences=60)
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len({row["image"] for row in rows}) == len(rows) == 60
-    assert 15 < sum(row["category"] in KINDS for row in rows) < 45
+    assert 10 < sum(row["category"] in KINDS for row in rows) < 45
     originals = load_originals(held_out=False)
     asked = make_pairs(tmp_path / "again", "pairs", originals, num_mosaics=60, per_mosaic=4, seed=4, noise=1, yes_no=1)
     read = {
@@ -109,9 +120,10 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
     for row in rows:
         question = row["conversations"][0]["value"].removeprefix("<image>\n")
         digits = np.array(read[row["image"]])
-        if row["category"] in KINDS:
-            assert row["chosen"].split()[0] == ("yes" if is_there(question, digits) else "no")
-            assert {row["chosen"].split()[0], row["rejected"].split()[0]} == {"yes", "no"}
+        if row["category"] in KINDS:  # the rejected answer sees what is not there
+            asked_for = question.split()[3]
+            assert not is_there(question, digits)
+            assert (row["chosen"], row["rejected"]) == (f"{asked_for} no", f"{asked_for} yes")
         else:
             assert len(row["chosen"].split()) == len(row["rejected"].split())
             assert {WORDS.index(word) for word in row["chosen"].split() if word in WORDS} <= set(digits.tolist())
