@@ -372,7 +372,7 @@ class StageSection(Section):
 class EvaluationSection(Section):
     """Held-out test: generation against the reference answers, and fidelity to the cached teacher."""
 
-    splits: tuple[str, ...] = ("test",)
+    splits: tuple[str, ...] = ("test",)  # of cache.path, or after a stage of any of its caches
     images: str | None = None  # folder of images; default: the one that the cache names
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     batch: Annotated[int, Field(ge=1)] = 64  # samples
