@@ -58,7 +58,7 @@ def test_sigterm_to_a_worker_and_to_a_node_costs_nothing(
     nodes.add()
     assert dump.returncode == 0, complained
     assert "Traceback" not in said + complained
-    assert len(set(logs.glob("teacher-*"))) == 3
+    assert len(set(logs.glob("teacher-*"))) >= 3  # one after another
     dump_here(config, tmp_path / "undisturbed")
     assert commits(cache) == commits(tmp_path / "undisturbed")
     assert verify(cache).problems == []
