@@ -192,7 +192,7 @@ class Engine:
                     if name.startswith(prefix):
                         weight = _of_all_ranks(weight, group)
                 if self.process.is_first:
-                    gathered[name] = weight.to("cpu", copy=True)
+                    gathered[name] = weight.to("cpu", copy=self._zero_stage == 3)  # which takes its piece back
         if self.process.is_first:
             buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in gathered}
             gathered.update(buffers)

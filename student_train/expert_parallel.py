@@ -1,9 +1,9 @@
 """Expert parallelism: the experts of each sparse layer are divided among ranks, and tokens travel to them.
 
-DeepSpeed's AutoEP does it, with ZeRO-1 and 2: it puts its own layer in the place of each sparse one, which holds this
-rank's experts and sends tokens to those of the others and back, two all-to-alls a layer. Nothing is dropped, so the
-model is the same function. Here is what AutoEP has to know of a sparse LLaVA, and how its layers become standard ones
-again.
+DeepSpeed's AutoEP does it, beside ZeRO-1, 2 or 3: it puts its own layer in the place of each sparse one, which holds
+this rank's experts and sends tokens to those of the others and back, two all-to-alls a layer. Nothing is dropped, so
+the model is the same function. Here is what AutoEP has to know of a sparse LLaVA, and how its layers become standard
+ones again.
 
 Legend: e experts, d hidden, i width of an expert.
 """
