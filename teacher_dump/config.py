@@ -90,7 +90,7 @@ class ActorRange(Section):
     @classmethod
     def _of_number(cls, given: Any) -> Any:
         if isinstance(given, bool) or not isinstance(given, int | dict | ActorRange):
-            raise ValueError("expected a number, or {min, max}")
+            raise ValueError("expected a whole number, or {min, max}")
         if isinstance(given, int) and given < 1:
             raise ValueError("expected at least 1")
         return {"min": given, "max": given} if isinstance(given, int) else given

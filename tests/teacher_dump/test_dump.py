@@ -105,7 +105,7 @@ def test_errors_are_counted_and_too_many_fail(
         (["dump.samples_per_part=0"], "samples_per_part"),
         (["teacher.backend=magic"], "magic"),
         (["dump.actors=0"], "dump.actors: got 0 (int), expected at least 1"),
-        (["dump.actors=many"], "dump.actors: got 'many' (str), expected a number, or {min, max}"),
+        (["dump.actors=many"], "dump.actors: got 'many' (str), expected a whole number, or {min, max}"),
         (["dump.actors={max: 0}"], "dump.actors.max: got 0 (int), expected greater than or equal to 1"),
         (["dump.actors={min: 3, max: 2}"], "min is 3 and max 2; min must not be the larger"),
     ],
