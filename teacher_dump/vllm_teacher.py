@@ -7,6 +7,7 @@ last norm (DESIGN §3). The engine runs inside this process. No private attribut
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -23,6 +24,7 @@ from teacher_dump import checkpoint, torchvision_shim
 from teacher_dump.config import SamplingSection
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 
+_log = logging.getLogger(__name__)
 _TASK = "token_embed"
 _NEEDED = "the dump sets it and needs its value"
 _IN_THE_CHECKPOINT = "change a copy of the checkpoint instead, where the processor and the fingerprint see it"
@@ -97,18 +99,28 @@ class VllmTeacher:
         self._num_calls += 1
         salts = [f"{self._num_calls}\0{family}" for family in _families(prompts)]
         token_ids, computed = self._ask(prompts, salts, shares=True)
-        hidden = with_shared_prefixes(token_ids, salts, computed)
-        self.num_shared += sum(map(len, token_ids)) - sum(map(len, computed))
-        alone = [at for at, states in enumerate(hidden) if states is None]
-        if alone:
-            _, whole = self._ask([prompts[at] for at in alone], [salts[at] for at in alone], shares=False)
-            for at, states in zip(alone, whole, strict=True):
-                hidden[at] = states
-        return [TeacherStates(ids, states) for ids, states in zip(token_ids, hidden, strict=True) if states is not None]
+        known = [states for states in computed if states is not None]
+        if len(known) == len(prompts):
+            hidden = with_shared_prefixes(token_ids, salts, known)
+            self.num_shared += sum(map(len, token_ids)) - sum(map(len, known))
+        else:  # and others may be wrong that have the right length
+            _log.warning("vLLM had too little memory for keys and values, and computes %d prompts anew", len(prompts))
+            token_ids, hidden = self._ask(prompts, salts, shares=False)
+        return [
+            TeacherStates(ids, self._alone(prompt) if states is None else states)
+            for prompt, ids, states in zip(prompts, token_ids, hidden, strict=True)
+        ]
+
+    def _alone(self, prompt: TeacherPrompt) -> Tensor:
+        """(t, d) All states of a prompt that has the engine for itself."""
+        (ids,), (states,) = self._ask([prompt], [f"{self._num_calls}"], shares=False)
+        if states is None or len(states) != len(ids):
+            raise RuntimeError(f"vLLM gives other states than those of the {len(ids)} tokens of a prompt")
+        return states
 
     def _ask(
         self, prompts: Sequence[TeacherPrompt], salts: Sequence[str], *, shares: bool
-    ) -> tuple[list[NDArray[np.int64]], list[Tensor]]:
+    ) -> tuple[list[NDArray[np.int64]], list[Tensor | None]]:
         """Token ids, (t,) each, and the states that were computed: of the last positions, or of all."""
         outputs = self._engine.encode(
             [{**engine_prompt(prompt), "cache_salt": salt} for prompt, salt in zip(prompts, salts, strict=True)],
@@ -116,8 +128,10 @@ class VllmTeacher:
             pooling_task=_TASK,
             use_tqdm=False,
         )
+        if len(outputs) != len(prompts):
+            raise RuntimeError(f"vLLM gives {len(outputs)} answers to {len(prompts)} prompts")
         token_ids = [np.asarray(output.prompt_token_ids, np.int64) for output in outputs]
-        return token_ids, [output.outputs.data.float().cpu() for output in outputs]
+        return token_ids, [computed_states(output) for output in outputs]
 
 
 def _families(prompts: Sequence[TeacherPrompt]) -> list[str]:
@@ -126,6 +140,18 @@ def _families(prompts: Sequence[TeacherPrompt]) -> list[str]:
         "\0".join(prompt.image_keys) if len(prompt.image_keys) == len(prompt.images) else f"alone {at}"
         for at, prompt in enumerate(prompts)
     ]
+
+
+def computed_states(output: Any) -> Tensor | None:
+    """The states of a prompt's last positions, (up to t, d) float32, on the CPU: of all that were in no cache.
+
+    None where there is another number of them: a prompt that loses its memory to another half-way is begun again, maybe
+    at another place, and vLLM puts what it computes then behind what it had computed before. Of a prompt that read no
+    cache there are always too many then.
+    """
+    states = output.outputs.data
+    is_whole = len(states) == len(output.prompt_token_ids) - output.num_cached_tokens
+    return states.float().cpu() if is_whole else None
 
 
 def with_shared_prefixes(

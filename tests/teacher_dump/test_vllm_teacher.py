@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from teacher_dump import checkpoint
 from teacher_dump.plan import Part
 from teacher_dump.request import RowRequest, SignalRequest
 from teacher_dump.selection import Threshold, TopK
-from teacher_dump.vllm_teacher import with_shared_prefixes
+from teacher_dump.vllm_teacher import computed_states, with_shared_prefixes
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.scorers import make_scorer, part_of, reference_teacher
 from tests.tiny import make_tiny_llava
@@ -120,6 +121,15 @@ def test_states_that_were_not_computed_again_are_an_earlier_prompts() -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert whole[3:] == [None, None]  # of another family; of other tokens
     assert with_shared_prefixes([], [], []) == []
+
+
+def test_states_of_a_prompt_that_was_begun_again_are_not_taken() -> None:
+    """vLLM's number of positions from its cache is the one of the first beginning."""
+
+    for num_states, num_cached, is_taken in ((5, 0, 1), (2, 3, 1), (7, 0, 0), (4, 0, 0), (5, 3, 0), (0, 0, 0)):
+        states = SimpleNamespace(data=torch.ones(num_states, 2))
+        output = SimpleNamespace(outputs=states, prompt_token_ids=[1] * 5, num_cached_tokens=num_cached)
+        assert (computed_states(output) is not None) == is_taken, (num_states, num_cached)
 
 
 def test_settings_that_vllm_does_not_have_are_refused_by_name() -> None:
