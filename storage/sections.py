@@ -149,8 +149,11 @@ def _apply_overrides(path: Path, document: dict[str, Any], overrides: Sequence[s
         if not equals or not all(keys):
             raise ConfigError(f"override {override!r}: expected section.field=value")
         section = document.get(keys[0])
-        if keys[0] in _LISTS and isinstance(section, list) and len(keys) > 1 and not keys[1].isdecimal():
-            document[keys[0]] = {_LISTS[keys[0]]: section}  # so that its other fields can be set
+        if keys[0] in _LISTS and len(keys) > 1:
+            if isinstance(section, list) and not keys[1].isdecimal():
+                document[keys[0]] = {_LISTS[keys[0]]: section}  # so that its other fields can be set
+            elif isinstance(section, dict) and keys[1].isdecimal():
+                keys.insert(1, _LISTS[keys[0]])  # a list still, for whoever wrote it so
         _set(document, keys, _parse(f"override {override!r}", text), f"override {override!r}: {path}: ")
     return document
 

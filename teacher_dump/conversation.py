@@ -99,11 +99,21 @@ def _single(row: Mapping[str, Any], parsing: _Parsing) -> list[Turn]:
 def _pair(row: Mapping[str, Any], parsing: _Parsing) -> tuple[list[Turn], Turn]:
     """The turns up to the chosen answer, and the rejected one."""
     shape = next((name for name in _SHAPES if row.get(name) is not None), None)
-    before = [] if shape is None else _before_answer(row, shape, parsing)
+    told = _Parsing()
+    before = [] if shape is None else _before_answer(row, shape, told)
     halves = [_answer(row, name, parsing if name == "chosen" else _Parsing()) for name in ("chosen", "rejected")]
     (chosen_before, chosen), (rejected_before, rejected) = halves
     if chosen_before != rejected_before:
         raise SampleRefusedError("chosen and rejected are answers to different prompts")
+    if before and chosen_before and before[0] == chosen_before[0]:  # as UltraFeedback has it: a conversation told twice
+        is_same = chosen_before[: len(before)] == before or before in (
+            [*chosen_before, one] for one in (chosen, rejected)
+        )
+        if not is_same:
+            raise SampleRefusedError(f"{shape} and chosen begin alike and go on otherwise; leave {shape} out")
+        parsing.images = parsing.images or told.images
+        return [*chosen_before, chosen], rejected
+    parsing.images[:0] = told.images
     return [*before, *chosen_before, chosen], rejected
 
 

@@ -115,9 +115,11 @@ def test_overrides_are_yaml_and_reach_everywhere(path):
 
 def test_overrides_reach_the_other_fields_of_a_section_that_is_a_list(path):
     sections = read(
-        path, "data=[{path: a}, {path: b}]", "data.1.limit=3", "data.settings.c=1", "data.sources.0.limit=4"
+        path,
+        *("data=[{path: a}, {path: b}]", "data.1.limit=3", "data.settings.c=1"),
+        *("data.sources.0.limit=4", "data.1.path=c"),
     )
-    assert [(source.path, source.limit) for source in sections["data"].sources] == [("a", 4), ("b", 3)]
+    assert [(source.path, source.limit) for source in sections["data"].sources] == [("a", 4), ("c", 3)]
     assert sections["data"].settings == {"c": 1}
     with pytest.raises(ConfigError, match=r"data\.sttings: unknown field; did you mean settings\?"):
         read(path, "data=[{path: a}]", "data.sttings.c=1")

@@ -13,6 +13,7 @@ ROLE_CONTENT = [{"role": "user", "content": "<image>what?"}, {"role": "assistant
 SURE_YES, SURE_NO = (
     [{"role": "user", "content": "sure?"}, {"role": "assistant", "content": no}] for no in ("yes", "no")
 )
+BLUE = {"role": "assistant", "content": "blue"}
 ITEMS = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]
 
 
@@ -71,8 +72,28 @@ def test_a_pair_may_be_the_end_of_a_longer_conversation(row: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
+    "told",
+    [
+        {"prompt": "<image>what?"},
+        {"messages": ROLE_CONTENT},
+        {"prompt": "<image>what?", "messages": [ROLE_CONTENT[0], BLUE]},
+        {"messages": items({"type": "image", "image": "a.png"})},
+    ],
+)
+def test_a_conversation_that_a_pair_tells_twice_is_taken_once(told: dict[str, Any]) -> None:
+    image = {"type": "image", "image": "a.png"}
+    chosen, (question, _) = items(image), items(image)
+    got = parse_conversation({**told, "chosen": chosen, "rejected": [question, BLUE]})
+    assert got == Conversation((USER, ASSISTANT), ("a.png",), rejected=Turn("assistant", "blue"))
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
+        (
+            {"messages": [ROLE_CONTENT[0], SURE_NO[1]], "chosen": ROLE_CONTENT, "rejected": [ROLE_CONTENT[0], BLUE]},
+            "messages and chosen begin alike and go on otherwise; leave messages out",
+        ),
         ({}, "conversations is missing"),
         ({"messages": "text"}, "messages is missing or empty"),
         ({"texts": ["text"]}, r"texts\[0\] is str"),
