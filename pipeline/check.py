@@ -14,6 +14,7 @@ from storage.reader import Cache
 from storage.sections import Named, read_sections
 from storage.segments import NewSegment, find_segment, has_cache
 from student_train.config import SourceSection, StageSection
+from student_train.expert_parallel import check_ranks
 from student_train.material import check_architecture, check_losses, fitting_checkpoint
 from student_train.models import check_fit, is_hub_id, read_checkpoint
 from student_train.trainer import resolved
@@ -138,7 +139,8 @@ def _check_cache(section: CacheSection, identity: Identity) -> str:
 def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
     """A line for each stage whose student is there: it fits the cache, or the teacher of the one to come.
 
-    Errors: IdentityError; ConfigError for losses of a stage or run that the cache, once dumped, cannot serve.
+    Errors: IdentityError; ConfigError for losses of a stage or run that the cache, once dumped, cannot serve, and for
+    experts that the ranks of a run, which the file itself starts, cannot share.
     """
     has_one = has_cache(open_folder(experiment.cache.path))
     held = {"tokens", *experiment.cache.families}
@@ -150,7 +152,9 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
     for name, run in experiment.ablations.runs.items():
         overrides = (*experiment.overrides, *run.overrides())
         stages = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"]
-        asked[f"ablations.runs.{name}: losses"] = stages[run.stage]
+        stage = stages[run.stage]
+        check_ranks(stage.num_processes, stage.expert_parallel, stage=run.stage)
+        asked[f"ablations.runs.{name}: losses"] = stage
     for place, section in asked.items():
         for source in section.sources(experiment.cache.path):
             if source.path == experiment.cache.path:

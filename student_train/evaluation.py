@@ -110,7 +110,8 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
 
 
 def _held_out(sources: Sequence[SourceSection], section: EvaluationSection) -> Mixture:
-    """The samples that a model is judged on. A cache may have none of them."""
+    """The samples that a model is judged on, each once though a stage names its cache twice. A cache may have none."""
+    sources = list({source.path: source for source in sources}.values())
     caches = []
     for source in sources:
         families = ("response",) if "response" in Cache.open(source.path, ()).families else ()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from student_train import lora
-from student_train.checkpoint import save_checkpoint
+from student_train.checkpoint import put_back, save_checkpoint
 from student_train.config import StageSection
 from student_train.engine import Engine
 from student_train.weight_average import WeightAverage
@@ -53,6 +53,7 @@ class KeptCheckpoints:
             return
         if step == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
+        put_back(self._folder / "best")  # of which there is no other copy
         for folder in self._folder.glob("*"):
             if ".tmp-" in folder.name or (folder.name.startswith("step-") and folder.name > _name(step)):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -153,6 +153,12 @@ def test_losses_of_an_ablation_are_looked_at(file: Path) -> None:
         list(check(read_experiment(file, [runs, "evaluation.splits=[train]"])))
 
 
+def test_experts_that_the_ranks_of_an_ablation_cannot_share_are_found(file: Path) -> None:
+    runs = "ablations.runs={sparse: {stage: later, set: {expert_parallel: 2}}}"
+    with pytest.raises(ConfigError, match=r"stages\.later\.expert_parallel is 2, which does not divide the 1 ranks"):
+        list(check(read_experiment(file, [runs, "evaluation.splits=[train]"])))
+
+
 def test_a_checkpoint_that_a_stage_writes_or_the_hub_may_have_is_no_mistake(file: Path) -> None:
     for override in ("stages.later.init={run}/models/kd", "stages.kd.init=owner/name"):
         list(check(read_experiment(file, [override])))

@@ -205,7 +205,7 @@ def test_a_model_is_judged_on_the_held_out_samples_of_every_cache(
     alone = [
         document([source], splits) for source, splits in zip(sources, [("test",), ("more",), ("more",)], strict=True)
     ]
-    whole = document(sources, ("test", "more"))
+    whole = document([*sources, sources[0]], ("test", "more"))
     expected = [
         {**sample, "sample_id": f"{number}:{sample['sample_id']}"}
         for number, each in enumerate(alone)
