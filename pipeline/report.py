@@ -105,7 +105,16 @@ def verdict(runs: Sequence[dict[str, Any]]) -> str:
     if losses:
         opening = "but not" if wins else "Distillation did not beat its controls"
         parts.append(f"{opening} by more than the seeds' spread in {_gains(losses)}")
-    return ", ".join(parts) + ". Exact match, paired by seed, with 95 % intervals."
+    return ", ".join(parts) + ". Exact match, paired by seed, with 95 % intervals." + _unlike(runs)
+
+
+def _unlike(runs: Sequence[dict[str, Any]]) -> str:
+    """A warning where runs were not judged on the same samples: each is on those of all its stage's caches."""
+    numbers = {run["name"]: run.get("num_held_out") for run in runs}
+    if len(set(numbers.values())) < 2:
+        return ""
+    said = ", ".join(f"{name} {number}" for name, number in numbers.items())
+    return f" Beware of differences between runs that were judged on other samples; numbers of samples: {said}."
 
 
 def _beats(difference: dict[str, float | None]) -> bool:
@@ -151,6 +160,7 @@ def _summarise(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
         "steps": entries[0]["steps"],
         "seeds": [entry["seed"] for entry in entries],
         "num_seeds": len(entries),
+        "num_held_out": entries[0].get("num_samples"),
         "num_parameters": entries[0]["num_parameters"],
         "num_activated_parameters": entries[0].get("num_activated_parameters", entries[0]["num_parameters"]),
         "exact_match": mean_and_sd([entry["exact_match"] for entry in entries]),

@@ -67,6 +67,15 @@ def test_verdict_is_honest_either_way():
     assert "nothing to compare" in verdict([run("sft", distilled=False, paired={"x": better})])
 
 
+def test_runs_that_were_judged_on_other_samples_are_said_to_be():
+    """A run is judged on the held-out samples of all caches of its stage, which its control may not read."""
+    better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
+    one, other = run("sft", distilled=False, paired={}), run("kd", distilled=True, paired={"sft": better})
+    assert "other samples" not in verdict([{**each, "num_held_out": 24} for each in (one, other)])
+    said = verdict([{**one, "num_held_out": 24}, {**other, "num_held_out": 34}])
+    assert said.endswith("judged on other samples; numbers of samples: sft 24, kd 34.")
+
+
 def test_page_escapes_text_from_data():
     hostile = "<script>alert(1)</script>"
     report = {
