@@ -14,7 +14,7 @@ The first of them that a row has counts. `image` and `images` hold the row's ima
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ def _pair(row: Mapping[str, Any], parsing: _Parsing) -> tuple[list[Turn], Turn]:
     (chosen_before, chosen), (rejected_before, rejected) = halves
     if chosen_before != rejected_before:
         raise SampleRefusedError("chosen and rejected are answers to different prompts")
-    if before and chosen_before and before[0] == chosen_before[0]:  # as UltraFeedback has it: a conversation told twice
+    if chosen_before and _opening(before) == _opening(chosen_before):  # told twice, as UltraFeedback does
         is_same = chosen_before[: len(before)] == before or before in (
             [*chosen_before, one] for one in (chosen, rejected)
         )
@@ -115,6 +115,11 @@ def _pair(row: Mapping[str, Any], parsing: _Parsing) -> tuple[list[Turn], Turn]:
         return [*chosen_before, chosen], rejected
     parsing.images[:0] = told.images
     return [*before, *chosen_before, chosen], rejected
+
+
+def _opening(turns: Sequence[Turn]) -> str | None:
+    """The first question's text."""
+    return next((turn.text.replace(IMAGE_MARKER, "").strip() for turn in turns if turn.role == "user"), None)
 
 
 def _before_answer(row: Mapping[str, Any], shape: str, parsing: _Parsing) -> list[Turn]:

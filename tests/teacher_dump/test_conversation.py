@@ -94,6 +94,14 @@ def test_a_conversation_that_a_pair_tells_twice_is_taken_once(told: dict[str, An
             {"messages": [ROLE_CONTENT[0], SURE_NO[1]], "chosen": ROLE_CONTENT, "rejected": [ROLE_CONTENT[0], BLUE]},
             "messages and chosen begin alike and go on otherwise; leave messages out",
         ),
+        (
+            {
+                "messages": [{"role": "system", "content": "be brief"}, *ROLE_CONTENT],
+                "chosen": ROLE_CONTENT,
+                "rejected": [ROLE_CONTENT[0], BLUE],
+            },
+            "messages and chosen begin alike",
+        ),
         ({}, "conversations is missing"),
         ({"messages": "text"}, "messages is missing or empty"),
         ({"texts": ["text"]}, r"texts\[0\] is str"),
