@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.field_changes import changed_fields
 from storage.files import open_folder, write_atomically
+from storage.lock import Lock, hold_lock
 from storage.segments import read_segments
 
 
@@ -25,11 +27,18 @@ class Ledger:
 
     def is_done(self, step: str, inputs: dict[str, Any], outputs: list[Path]) -> bool:
         """Whether `step` finished from exactly these inputs and its outputs still exist."""
-        try:
-            entry = json.loads(self._path(step).read_bytes())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
-        return entry.get("fingerprint") == fingerprint(inputs) and all(path.exists() for path in outputs)
+        return self._entry(step).get("fingerprint") == fingerprint(inputs) and all(path.exists() for path in outputs)
+
+    def reasons(self, step: str, inputs: dict[str, Any], outputs: list[Path]) -> list[str]:
+        """Why a step that finished once is done again: fields that changed, with both values, and lost outputs.
+
+        Empty for a step that has never finished.
+        """
+        entry = self._entry(step)
+        if "inputs" not in entry:
+            return []
+        gone = [f"{path}: is gone" for path in outputs if not path.exists()]
+        return [*changed_fields(entry["inputs"], inputs), *gone]
 
     def record(self, step: str, inputs: dict[str, Any], **facts: Any) -> None:
         """Notes that `step` is finished; its outputs must be on disk already."""
@@ -37,8 +46,23 @@ class Ledger:
         entry = {"step": step, "fingerprint": fingerprint(inputs), "inputs": inputs, **facts}
         write_atomically(self._path(step), json.dumps(entry, indent=1, default=str).encode())
 
+    def _entry(self, step: str) -> dict[str, Any]:
+        try:
+            entry = json.loads(self._path(step).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return entry if isinstance(entry, dict) else {}
+
     def _path(self, step: str) -> Path:
         return self.folder / f"{step}.json"
+
+
+def lock_run(run: Path) -> AbstractContextManager[Lock]:
+    """The lock on a run's folder, of the one `run` or `ablate` that works there. HeldError names who has it.
+
+    Dumps and stages have places of their own: a dump shares its work with others, a stage locks its output.
+    """
+    return hold_lock(run / "lock", f"the run {run}")
 
 
 def fingerprint(value: Any) -> str:

@@ -52,3 +52,12 @@ def test_a_cache_s_fingerprint_changes_with_any_segment_and_nothing_else(tmp_pat
     assert len({first, second, cache_fingerprint(str(tmp_path))}) == 3
     with pytest.raises(CacheError, match="no cache is here"):
         cache_fingerprint(str(tmp_path / "nowhere"))
+
+
+def test_a_step_that_is_done_again_says_which_field_changed(tmp_path):
+    ledger, output = Ledger(tmp_path), tmp_path / "out"
+    assert ledger.reasons("train", {"lr": 1}, [output]) == []
+    ledger.record("train", {"stage": {"lr": 1, "steps": 3}, "init": "a" * 64})
+    found = ledger.reasons("train", {"stage": {"lr": 2, "steps": 3}, "init": "b" * 64}, [output])
+    shown = [f"init: was {'a' * 12}…, is {'b' * 12}…", f"{output}: is gone"]
+    assert found == ["stage.lr: was 1, is 2", *shown]
