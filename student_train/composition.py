@@ -7,33 +7,120 @@ have the teacher's tokens.
 
 from __future__ import annotations
 
-import time
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from storage.errors import ConfigError
-from student_train.checkpoint import save_checkpoint
+from storage.errors import ConfigError, StillhouseError
+from storage.field_changes import changed_fields
+from storage.lock import hold_lock
+from student_train.checkpoint import put_back, save_checkpoint
 from student_train.config import CompositionSection
+from student_train.documents import write_json
 from student_train.huggingface import load_config, load_part, load_processor, transformers_module
+from student_train.stage_inputs import composition_inputs
 
+RECORD = "composition.json"  # in a composed checkpoint: what it was made from
 _TOWERS = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
 _TOWERS |= {f"{name}_vision_model": kind for name, kind in _TOWERS.items()}
-_WAIT_S = 1.0
+_log = logging.getLogger(__name__)
 
 
-def ensure_composed(section: CompositionSection, folder: str | Path, *, seed: int, is_first: bool) -> None:
-    """Make the checkpoint at `folder` unless it is there; ranks but the first wait for it.
+def ensure_composed(
+    section: CompositionSection,
+    folder: str | Path,
+    *,
+    seed: int,
+    replaces: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> None:
+    """Make the checkpoint at `folder` unless it is there, made from the same parts. Call it on one rank.
 
-    Errors: ConfigError for parts that do not go together; StillhouseError for parts that cannot be read.
+    `replaces`: one that was composed from other parts is composed anew. `check` is called with the new checkpoint
+    before it is put in its place, and raises if it is of no use; then nothing is left. Errors: ConfigError for parts
+    that do not go together, and for a checkpoint that was composed from others; StillhouseError for parts that cannot
+    be read.
     """
     folder = Path(folder)
-    if is_first and not folder.is_dir():
-        save_checkpoint(compose(section, seed=seed), folder, section.processor)
-    while not folder.is_dir():  # written whole, then renamed; the launcher ends this rank if the first one fails
-        time.sleep(_WAIT_S)
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        with hold_lock(folder.with_name(f"{folder.name}~lock"), f"the composed checkpoint {folder}", waits=True):
+            put_back(folder)
+            inputs = composition_inputs(section, seed=seed)
+            if not _is_there(folder, inputs, replaces=replaces):
+                _compose_into(folder, section, inputs, seed=seed, check=check)
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # somebody has put something there
+                parent.rmdir()
+        raise
+
+
+def parts_of(section: CompositionSection) -> tuple[str, ...]:
+    """The checkpoints that a composition takes its parts from."""
+    return section.vision, section.llm, section.processor
+
+
+def check_parts(section: CompositionSection, place: str) -> None:
+    """Open what a composition names, but for weights. `place`: of the section, for messages.
+
+    Errors: ConfigError for parts that do not go together or cannot be read.
+    """
+    try:
+        _tower_kind(section.vision)
+        config = load_config(section.llm)
+        if type(config) not in transformers_module().MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ConfigError(f"compose.llm: {section.llm} is a {config.model_type!r}, expected a causal decoder")
+        _image_token_id(load_processor(section.processor), section.processor)
+    except StillhouseError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def _is_there(folder: Path, inputs: dict[str, Any], *, replaces: bool) -> bool:
+    """Whether the checkpoint can be taken as it is. ConfigError if it was composed from something else."""
+    if not folder.is_dir():
+        return False
+    try:
+        composed = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        _log.warning("%s does not say what it was composed from, and is taken as it is", folder)
+        return True
+    changes = changed_fields(composed, inputs, "compose")
+    if changes and not replaces:
+        raise ConfigError(
+            f"{folder} was composed from something else; give init another folder, or undo the change, or compose it "
+            "anew and train with --again (a finished stage) or --restart (an unfinished one):"
+            + "".join(f"\n  {change}" for change in changes)
+        )
+    if changes:
+        _log.warning("%s is composed anew:%s", folder, "".join(f"\n  {change}" for change in changes))
+    return not changes
+
+
+def _compose_into(
+    folder: Path,
+    section: CompositionSection,
+    inputs: dict[str, Any],
+    *,
+    seed: int,
+    check: Callable[[Path], object] | None,
+) -> None:
+    def finish(new: Path) -> None:
+        write_json(new / RECORD, inputs)
+        if check is None:
+            return
+        try:
+            check(new)
+        except StillhouseError as error:  # about a folder that nobody will find
+            raise type(error)(str(error).replace(str(new), str(folder))) from error
+
+    save_checkpoint(compose(section, seed=seed), folder, section.processor, beside=finish)
 
 
 def compose(section: CompositionSection, *, seed: int) -> Any:
@@ -67,12 +154,18 @@ def compose(section: CompositionSection, *, seed: int) -> Any:
 
 
 def _tower(name: str) -> Any:
+    config, kind = _tower_kind(name)
+    config = getattr(config, "vision_config", config)
+    return load_part(getattr(transformers_module(), kind), name, config=config)
+
+
+def _tower_kind(name: str) -> tuple[Any, str]:
+    """A vision part's configuration, and the class of its tower."""
     config = load_config(name)
     kind = _TOWERS.get(config.model_type)
     if kind is None:
         raise ConfigError(f"compose.vision: {name} is a {config.model_type!r}, expected one of {', '.join(_TOWERS)}")
-    config = getattr(config, "vision_config", config)
-    return load_part(getattr(transformers_module(), kind), name, config=config)
+    return config, kind
 
 
 def _image_token_id(processor: Any, name: str) -> int:

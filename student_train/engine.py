@@ -15,21 +15,27 @@ import os
 import resource
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from storage.errors import StillhouseError
+from storage.errors import ConfigError, StillhouseError
 from student_train.config import StageSection
 from student_train.expert_parallel import autoep_settings, standard_names
 from student_train.parameter_groups import ParameterGroup
 
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 _LARGEST_BUCKET = 200_000_000  # elements of gradients that are reduced at once
+_RESTART = "mend the disk and try again, or give the state up with --restart, which begins the stage anew"
+_PATIENCE = timedelta(hours=6)  # for what the first rank does alone, such as composing a student of many gigabytes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,31 @@ def this_process() -> Process:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     return Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
+
+
+def from_first(process: Process, make: Callable[[], T]) -> T:
+    """What `make` returns on the first rank, on every rank; its StillhouseError is raised on each. A collective.
+
+    What ranks decide from files must be decided by one of them: another node may see a shared folder late.
+    """
+    if process.num_ranks == 1:
+        return make()
+    outcome: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if process.is_first:
+        try:
+            outcome[1] = make()
+        except StillhouseError as error:
+            kind = ConfigError if isinstance(error, ConfigError) else StillhouseError  # which decide exit codes
+            failure, outcome[0] = error, kind(str(error))
+    with quiet(Path(os.devnull)):
+        _join_ranks(process)
+        torch.distributed.broadcast_object_list(outcome, src=0, group=_patient_group(), device=torch.device("cpu"))
+    if failure is not None:
+        raise failure
+    if outcome[0] is not None:
+        raise outcome[0]
+    return outcome[1]
 
 
 @dataclass(frozen=True)
@@ -213,9 +244,9 @@ class Engine:
                     str(folder.parent), folder.name, load_module_strict=False, load_lr_scheduler_states=False
                 )
             except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-                raise StillhouseError(f"{folder}: cannot be read back: {error}; delete it to begin anew") from error
+                raise StillhouseError(f"{folder}: cannot be read back: {error}; {_RESTART}") from error
         if found is None:
-            raise StillhouseError(f"{folder}: holds no state of DeepSpeed; delete it to begin anew")
+            raise StillhouseError(f"{folder}: holds no state of DeepSpeed; {_RESTART}")
 
     def barrier(self) -> None:
         """Wait for the other ranks."""
@@ -264,6 +295,11 @@ def _import_deepspeed(process: Process) -> Any:
 
 
 def _join(process: Process, deepspeed: Any) -> None:
+    deepspeed.init_distributed(_join_ranks(process))
+
+
+def _join_ranks(process: Process) -> str:
+    """Make the process group, unless it is there; returns its backend."""
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if process.device.type == "cuda" else "gloo"
     if process.device.type == "cuda":
@@ -272,7 +308,12 @@ def _join(process: Process, deepspeed: Any) -> None:
         store = None if "MASTER_ADDR" in os.environ else _store_of_one()
         torch.distributed.init_process_group(backend, rank=process.rank, world_size=process.num_ranks, store=store)
         atexit.register(torch.distributed.destroy_process_group)
-    deepspeed.init_distributed(backend)
+    return backend
+
+
+@cache
+def _patient_group() -> Any:
+    return importlib.import_module("torch.distributed").new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _store_of_one() -> Any:

@@ -103,6 +103,7 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
         "kl_to_teacher": fidelity.kl if fidelity else None,
         "top1_agreement": fidelity.agreement if fidelity else None,
         "seconds": round(time.monotonic() - started, 3),
+        "settings": section.model_dump(mode="json"),
         "samples": samples,
     }
     write_json(Path(model) / "evaluation.json", document)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,14 +47,6 @@ class Material:
         """The cache of a stage that has one."""
         (source,) = self.data.sources
         return source.cache
-
-    def fingerprint(self) -> str:
-        """Hash of all that decides what is read in which order: caches, samples, weights."""
-        digest = hashlib.sha256()
-        for source in self.data.sources:
-            digest.update(source.cache.identity.model_dump_json().encode() + repr(source.weight).encode())
-            digest.update(np.ascontiguousarray(source.indices).tobytes())
-        return digest.hexdigest()
 
 
 def prepare(stage: StageSection, cache_path: str) -> Material:

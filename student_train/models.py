@@ -6,7 +6,6 @@ by itself, is called as it is, up to its head, with what its own processor makes
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Collection, Sequence
@@ -51,8 +50,6 @@ PARTS: dict[Literal["projector", "vision", "llm"], tuple[str, ...]] = {
 }  # fmt: skip
 _LAYERS = ("model.language_model.layers", "model.text_model.layers", "model.layers")
 _CHANGED_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}  # and what changes none
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,16 +221,6 @@ def _check_head(model: Any, checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of a model's weights: of each tensor the sum of its bits as integers, which is exact in any order."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
-        sums = [int(piece.sum(dtype=torch.int64)) for piece in bits.split(1 << 24)]  # a sum may make a copy of 8 bytes
-        digest.update(f"{name} {tuple(tensor.shape)} {sum(sums)}\n".encode())
-    return digest.hexdigest()
-
-
 def attention_implementation(
     precision: Precision, capability: tuple[int, int] | None, installed: Collection[str]
 ) -> Literal["flash_attention_3", "flash_attention_2", "sdpa"]:

@@ -2,18 +2,17 @@
 
     <output>/state/step-00000120/   what DeepSpeed keeps of weights that train and of the optimizer, by rank
     <output>/state/step-00000120/average.safetensors   with `ema`
-    <output>/state/step-00000120/state.json   written last: step, fingerprint, what the loop remembers
+    <output>/state/step-00000120/state.json   written last: step, inputs, what the loop remembers
 
 The order of samples, the learning rate and the random numbers of a step are functions of (seed, step, rank), so
 this is all there is to a stage's state, and a resumed run equals an undisturbed one to the bit. DeepSpeed's
-files are pickles: they are the run's own and are read back by the run alone; a finished stage deletes them.
+files are pickles: they are the run's own and are read back by the run alone; a finished stage deletes them, and so
+does `--restart`. A state of other inputs is refused, never deleted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import shutil
 import signal
 from collections.abc import Mapping
@@ -23,17 +22,14 @@ from types import FrameType
 from typing import Any, Self
 
 from storage.errors import ConfigError, StillhouseError
-from student_train.config import StageSection
 from student_train.documents import write_json
-from student_train.engine import Engine
+from student_train.engine import Engine, from_first
+from student_train.stage_inputs import changes_of_state
 from student_train.weight_average import WeightAverage
 
 _MARKER = "state.json"
-_FIELDS = {"step", "fingerprint", "num_ranks", "notes"}
+_FIELDS = {"step", "num_ranks", "notes"}
 _AVERAGE = "average.safetensors"
-_log = logging.getLogger(__name__)
-_NOT_OF_THE_RUN = {"save_every", "keep_states", "log_every", "memory_mb", "num_processes", "output"}
-_NOT_OF_THE_RUN |= {"track", "explosion_factor", "checkpoints"}  # may differ
 
 
 class StoppedError(StillhouseError):
@@ -55,45 +51,57 @@ class StageState:
     """The saved states of one stage's output folder."""
 
     folder: Path
-    fingerprint: str  # of all that decides what the stage computes
+    name: str  # of the stage
+    inputs: Mapping[str, Any]  # all that decides what the stage computes: see stage_inputs.py
     num_ranks: int
 
     @staticmethod
-    def of(stage: StageSection, data: str, *, num_ranks: int) -> StageState:
-        """Of a resolved stage over data of that fingerprint."""
-        settings = {k: v for k, v in stage.model_dump(mode="json").items() if k not in _NOT_OF_THE_RUN}
-        text = json.dumps([settings, data], sort_keys=True)
-        return StageState(Path(stage.output) / "state", hashlib.sha256(text.encode()).hexdigest(), num_ranks)
+    def of(output: Path, name: str, inputs: Mapping[str, Any], *, num_ranks: int) -> StageState:
+        """Of the stage that trains in the folder `output`."""
+        return StageState(output / "state", name, inputs, num_ranks)
 
-    def resume(self, engine: Engine, average: WeightAverage | None = None) -> Progress:
-        """Load the newest state, if there is one of this run; returns where it stands. A collective.
+    def newest(self) -> tuple[Path, Progress] | None:
+        """The newest whole state with its folder; None if there is none.
 
-        States of another configuration, whose checkpoint this run replaces, are deleted with a warning. Errors:
-        ConfigError for another number of ranks.
+        Errors: ConfigError, with each field and both values, if it was made from other inputs or by another number
+        of ranks.
         """
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            said = _read(folder / _MARKER)
-            if said is None or said["fingerprint"] != self.fingerprint:
-                continue
-            if said["num_ranks"] != self.num_ranks:
-                raise ConfigError(
-                    f"{folder}: is the state of {said['num_ranks']} ranks, this run has {self.num_ranks}; "
-                    f"start as many, or delete {self.folder} to begin anew"
-                )
-            engine.load_state(folder)
-            if average is not None:
-                average.load(folder / _AVERAGE)
-            return Progress(int(said["step"]), said["notes"])
-        engine.barrier()  # every rank has seen that there is none
-        if engine.process.is_first:
-            if others := sorted(path.name for path in self.folder.glob("step-*")):
-                _log.warning(
-                    "%s: %s is of another configuration, cache or init, and is deleted: the stage begins anew",
-                    self.folder,
-                    others[-1],
-                )
-            self.clear()
-        return Progress()
+            saved = _read(folder / _MARKER)
+            if saved is not None:
+                self._check(folder, saved)
+                return folder, Progress(int(saved["step"]), saved["notes"])
+        return None
+
+    def _check(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        if saved.get("inputs") is None:
+            raise ConfigError(
+                f"{folder}: this state does not say from which settings it was made, because an earlier version saved "
+                "it; --restart gives it up and begins the stage anew, or finish the stage with that version"
+            )
+        changes = changes_of_state(saved["inputs"], self.inputs, self.name)
+        if changes:
+            raise ConfigError(
+                f"{folder}: stage {self.name} stopped here after step {saved['step']} with other inputs; undo the "
+                "change to resume it, or give it up with --restart, which begins the stage anew:"
+                + "".join(f"\n  {change}" for change in changes)
+            )
+        if saved["num_ranks"] != self.num_ranks:
+            raise ConfigError(
+                f"{folder}: is the state of {saved['num_ranks']} ranks, this run has {self.num_ranks}; "
+                "start as many, or give it up with --restart, which begins the stage anew"
+            )
+
+    def resume(self, engine: Engine, average: WeightAverage | None = None) -> Progress:
+        """Load the newest state, if there is one; returns where it stands. A collective. Errors: those of `newest`."""
+        found = from_first(engine.process, self.newest)  # other ranks may see a shared folder late
+        if found is None:
+            return Progress()
+        folder, progress = found
+        engine.load_state(folder)
+        if average is not None:
+            average.load(folder / _AVERAGE)
+        return progress
 
     def save(self, engine: Engine, progress: Progress, *, average: WeightAverage | None = None, keep: int = 1) -> None:
         """Save, and delete all but the newest `keep`. A collective; whole or not there at all."""
@@ -110,8 +118,7 @@ class StageState:
             if average is not None:
                 average.save(new / _AVERAGE)
             said = {
-                "step": progress.step, "fingerprint": self.fingerprint, "num_ranks": self.num_ranks,
-                "notes": progress.notes,
+                "step": progress.step, "num_ranks": self.num_ranks, "notes": progress.notes, "inputs": self.inputs,
             }  # fmt: skip
             write_json(new / _MARKER, said)
             new.rename(folder)
@@ -119,7 +126,7 @@ class StageState:
                 shutil.rmtree(older, ignore_errors=True)
 
     def clear(self) -> None:
-        """Delete all states: the stage is finished, or another one begins here."""
+        """Delete all states: the stage is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

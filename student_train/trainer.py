@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,11 @@ from student_train.lora import add_adapters
 from student_train.loss_watch import DivergedError
 from student_train.material import Material, cached_teacher, samples_of_any
 from student_train.mixture import Mixture
-from student_train.models import freeze, load_student, weights_fingerprint
+from student_train.models import freeze, load_student
 from student_train.objective import Objective
 from student_train.parameter_groups import parameter_groups
 from student_train.sparse_upcycling import Experts, num_activated, upcycled
+from student_train.stage_inputs import write_record
 from student_train.stage_loop import Feed, Setup, run_steps
 from student_train.stage_state import StageState, StoppedError
 from student_train.student import Student
@@ -98,12 +100,14 @@ def train(
     material: Material,
     process: Process,
     *,
+    inputs: Mapping[str, Any],
     started: float,
     held_out: Material | None = None,
 ) -> Path:
     """Train a resolved stage to its end; returns the output folder, which then holds a checkpoint.
 
-    `started`: time.monotonic() from which summary.json counts seconds. `held_out`: of `held_out_stage`. A process
+    `inputs`: of `stage_inputs`, kept in the folder and in states. `started`: time.monotonic() from which summary.json
+    counts seconds. `held_out`: of `held_out_stage`. A process
     may train several stages in turn. Errors: StillhouseError; RankError for what only this rank may have seen, such
     as a broken image or a loss that is no number.
     """
@@ -120,9 +124,9 @@ def train(
             ) from error
         for stale in (output / "summary.json", output / "evaluation.json", *output.glob("diverged-*.json")):
             stale.unlink(missing_ok=True)
+        write_record(output, inputs)
     torch.manual_seed(stage.seed)
     model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
-    start = weights_fingerprint(model)
     model = _made_ready(model, stage)
     sizes = _sizes(model)
     # Ranks that share parameters (ZeRO-3) must call the tower together, known features or not.
@@ -162,7 +166,7 @@ def train(
         training=feed(material),
         held_out=None if held_out is None else feed(held_out),
         checkpoints=KeptCheckpoints(engine, model, stage, average),
-        state=StageState.of(stage, material.fingerprint() + start, num_ranks=process.num_ranks),
+        state=StageState.of(output, name, inputs, num_ranks=process.num_ranks),
     )
     try:
         finished = run_steps(setup)

@@ -63,4 +63,6 @@ class WeightAverage:
             for name, average in self._average.items():
                 average.copy_(found[name])
         except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise StillhouseError(f"{path}: cannot be read back: {error}; delete its folder to begin anew") from error
+            raise StillhouseError(
+                f"{path}: cannot be read back: {error}; mend the disk, or give the state up with --restart"
+            ) from error

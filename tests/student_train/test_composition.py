@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from storage.errors import ConfigError
-from student_train.composition import compose, ensure_composed
-from student_train.config import CompositionSection
+from student_train.composition import check_parts, compose, ensure_composed
+from student_train.config import CompositionSection, StageSection
 from student_train.huggingface import load_weights, transformers_module
 from student_train.models import read_checkpoint
+from student_train.stage_inputs import checkpoint_inputs, init_inputs
 from tests.student_train.conftest import Runner
 from tests.tiny import make_tiny_llava, make_tiny_tokenizer
 
@@ -41,7 +43,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[st
 def test_the_parts_are_kept_and_the_projector_follows_the_seed(parts: dict[str, str], tmp_path: Path) -> None:
     section = CompositionSection.model_validate(parts)
     for seed, name in ((0, "a"), (0, "b"), (1, "c")):
-        ensure_composed(section, tmp_path / name, seed=seed, is_first=True)
+        ensure_composed(section, tmp_path / name, seed=seed)
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     decoder, tower = (load_file(Path(parts[part]) / "model.safetensors") for part in ("llm", "vision"))
     assert torch.equal(
@@ -59,10 +61,57 @@ def test_the_parts_are_kept_and_the_projector_follows_the_seed(parts: dict[str, 
     assert load_weights(tmp_path / "a").lm_head.weight.shape == (300, 64)
 
 
-def test_what_is_there_is_left_alone(parts: dict[str, str], tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_not_composed_here_is_left_alone_with_a_warning(
+    parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "made").mkdir()
-    ensure_composed(CompositionSection.model_validate(parts), tmp_path / "made", seed=0, is_first=True)
+    ensure_composed(CompositionSection.model_validate(parts), tmp_path / "made", seed=0, replaces=True)
     assert not list((tmp_path / "made").iterdir())
+    assert "does not say what it was composed from" in caplog.text
+
+
+def test_a_changed_composition_is_refused_with_its_fields_or_composed_anew(
+    parts: dict[str, str], tmp_path: Path
+) -> None:
+    folder, section = tmp_path / "made", CompositionSection.model_validate(parts)
+    ensure_composed(section, folder, seed=0)
+    before = (folder / "model.safetensors").read_bytes()
+    moved = tmp_path / "moved"
+    shutil.copytree(parts["llm"], moved)
+    ensure_composed(CompositionSection.model_validate({**parts, "llm": str(moved)}), folder, seed=0)  # the same parts
+    changed = CompositionSection.model_validate({**parts, "feature_layer": -1})
+    with pytest.raises(ConfigError, match=r"compose\.feature_layer: was -2, is -1"):
+        ensure_composed(changed, folder, seed=0)
+    with pytest.raises(ConfigError, match=r"compose\.seed: was 0, is 1"):
+        ensure_composed(section, folder, seed=1)
+    assert (folder / "model.safetensors").read_bytes() == before
+    ensure_composed(section, folder, seed=1, replaces=True)
+    assert (folder / "model.safetensors").read_bytes() != before
+    ensure_composed(section, folder, seed=1)
+    assert {item.name for item in tmp_path.iterdir()} == {"made", "moved"}
+
+
+@pytest.mark.parametrize("fails_at", ["the parts", "the check"])
+def test_a_failed_composition_leaves_nothing_behind(parts: dict[str, str], tmp_path: Path, fails_at: str) -> None:
+    def refuse(new: Path) -> None:
+        assert (new / "model.safetensors").is_file()
+        raise ConfigError(f"{new} does not fit")
+
+    folder = tmp_path / "a" / "b" / "made"
+    given = {**parts, "vision": parts["llm"]} if fails_at == "the parts" else parts
+    words = r"compose\.vision" if fails_at == "the parts" else f"^{folder} does not fit$"
+    with pytest.raises(ConfigError, match=words):
+        ensure_composed(CompositionSection.model_validate(given), folder, seed=0, check=refuse)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["vision", "llm", "processor"])
+def test_check_opens_what_compose_names(parts: dict[str, str], tmp_path: Path, part: str) -> None:
+    check_parts(CompositionSection.model_validate(parts), "stages.a")
+    (tmp_path / "empty").mkdir()
+    wrong = {"vision": parts["llm"], "llm": parts["vision"], "processor": str(tmp_path / "empty")}
+    with pytest.raises(ConfigError, match=rf"^stages\.a: .*{wrong[part]}"):
+        check_parts(CompositionSection.model_validate({**parts, part: wrong[part]}), "stages.a")
 
 
 def test_three_stages_from_parts(parts: dict[str, str], make_runner: Callable[..., Runner]) -> None:
@@ -91,3 +140,31 @@ def test_parts_that_do_not_go_together_are_refused(parts: dict[str, str], tmp_pa
     tokenizer.save_pretrained(tmp_path / "tokenizer_only")
     with pytest.raises(Exception, match="processor"):
         compose(CompositionSection.model_validate({**parts, "processor": str(tmp_path / "tokenizer_only")}), seed=0)
+
+
+def test_what_a_stage_starts_from_is_the_same_before_and_after_its_student_is_composed(
+    parts: dict[str, str], tmp_path: Path
+) -> None:
+    """So that a grid's finished runs are not repeated."""
+    place = tmp_path / "composed"
+    stage = StageSection.model_validate({"init": str(place), "steps": 1, "compose": parts})
+    assert stage.compose is not None
+    before = init_inputs(stage, stage.init)
+    ensure_composed(stage.compose, place, seed=0)
+    (place / "evaluation.json").write_text("{}")
+    assert init_inputs(stage, stage.init) == before
+    changed = stage.model_copy(update={"compose": stage.compose.model_copy(update={"llm": str(place)})})
+    assert init_inputs(changed, stage.init) != before
+
+
+def test_what_is_written_beside_a_checkpoint_is_no_part_of_it(parts: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(parts["llm"], folder)
+    before = checkpoint_inputs(folder)
+    assert before == checkpoint_inputs(parts["llm"])
+    (folder / "evaluation.json").write_text("{}")
+    (folder / "summary.json").write_text("{}")
+    assert checkpoint_inputs(folder) == before
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    assert [name for name in before if checkpoint_inputs(folder)[name] != before[name]] == ["config"]

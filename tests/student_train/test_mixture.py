@@ -23,6 +23,7 @@ from student_train.config import EvaluationSection, SourceSection, StageSection
 from student_train.evaluation import evaluate_model
 from student_train.material import Material, prepare
 from student_train.mixture import Interleaving
+from student_train.stage_inputs import changes_of_state, stage_inputs
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Runner
 from tests.student_train.test_stage_state import STOP_AT
@@ -38,8 +39,12 @@ def other(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
 
 
 def material(checkpoint: Path, caches: list[dict], **fields: object) -> Material:
-    stage = {"init": str(checkpoint), "steps": 1, "losses": LOSSES, "caches": caches, **fields}
-    return prepare(StageSection.model_validate(stage), "")
+    return prepare(stage(checkpoint, caches, **fields), "")
+
+
+def stage(checkpoint: Path, caches: list[dict], **fields: object) -> StageSection:
+    given = {"init": str(checkpoint), "steps": 1, "losses": LOSSES, "caches": caches, **fields}
+    return StageSection.model_validate(given)
 
 
 def test_a_weight_is_how_often_each_sample_comes(checkpoint: Path, cache: Path, other: Path) -> None:
@@ -225,13 +230,17 @@ def test_a_model_is_judged_on_the_held_out_samples_of_every_cache(
         document(sources, ("typo",))
 
 
-def test_the_state_of_other_data_is_another_fingerprint(checkpoint: Path, cache: Path, other: Path) -> None:
-    sources = [{"path": str(cache)}, {"path": str(other)}]
-    seen = {
-        material(checkpoint, sources).fingerprint(),
-        material(checkpoint, sources[:1]).fingerprint(),
-        material(checkpoint, [sources[0], {**sources[1], "weight": 2}]).fingerprint(),
-        material(checkpoint, [sources[0], {**sources[1], "filter": [["category", "==", "left"]]}]).fingerprint(),
-    }
-    assert len(seen) == 4
-    assert material(checkpoint, sources).fingerprint() in seen
+def test_the_inputs_of_other_data_differ_in_named_fields(checkpoint: Path, cache: Path, other: Path) -> None:
+    def changes(sources: list[dict]) -> list[str]:
+        return changes_of_state(inputs(pair), inputs(sources), "kd")
+
+    def inputs(sources: list[dict]) -> dict:
+        return stage_inputs(stage(checkpoint, sources), material(checkpoint, sources))
+
+    pair = [{"path": str(cache)}, {"path": str(other)}]
+    assert changes(pair) == []
+    assert changes(pair[:1]) == ["caches: were 2, are 1"]
+    assert changes([pair[0], {**pair[1], "weight": 2}]) == ["caches.1.weight: was 1.0, is 2.0"]
+    filtered = changes([pair[0], {**pair[1], "filter": [["category", "==", "left"]]}])
+    names = "caches.1.filter", "caches.1.num_samples", "caches.1.samples"
+    assert tuple(line.split(":")[0] for line in filtered) == names

@@ -18,7 +18,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from storage.errors import ConfigError
 from student_train.documents import MetricsLog
+from student_train.stage_state import StageState
 from tests.student_train.conftest import MAIN, Runner
 from tests.student_train.courses import MEASURED
 
@@ -35,6 +37,16 @@ def stopping(engine, items, lr, number):
     return step(engine, items, lr, number)
 stage_loop.optimizer_step = stopping
 """
+STOP_ONCE_AT = (
+    STOP_AT
+    + """
+def stopping_once(engine, items, lr, number):
+    if number == {step}:
+        stage_loop.optimizer_step = step
+    return stopping(engine, items, lr, number)
+stage_loop.optimizer_step = stopping_once
+"""
+)
 
 
 def weights(runner: Runner, stage: str) -> dict[str, torch.Tensor]:
@@ -124,10 +136,34 @@ def test_a_state_is_for_its_own_configuration_and_number_of_ranks(make_runner: C
     (two,) = runner.run_in_turn(("first",), ranks=2)
     assert two.code == 2
     assert "is the state of 1 ranks, this run has 2" in two.stderr
-    (other,) = runner.run_in_turn(("first", "stages.first.lr=0.001"))
-    assert other.code == 0, other.stderr
-    assert "step-00000002 is of another configuration, cache or init, and is deleted" in other.stderr
+    changed = ("first", "stages.first.lr=0.001")
+    other, anew = runner.run_in_turn(changed, (*changed, "--restart"))
+    assert other.code == 2
+    assert "step-00000002: stage first stopped here after step 2 with other inputs" in other.stderr
+    assert "stages.first.lr: was 0.002, is 0.001" in other.stderr
+    assert "--restart" in other.stderr
+    assert "undo" in other.stderr
+    assert anew.code == 0, anew.stderr
     assert json.loads((runner.output("first") / "summary.json").read_text())["resumed_at"] == 0
+
+
+def test_a_refused_state_resumes_when_the_change_is_undone(make_runner: Callable[..., Runner]) -> None:
+    runner = make_runner(first={"steps": STEPS})
+    commands = ("first",), ("first", "stages.first.weight_decay=0.1"), ("first", "stages.first.log_every=3")
+    stopped, other, undone = runner.run_in_turn(*commands, prologue=STOP_ONCE_AT.format(step=2))
+    assert [stopped.code, other.code, undone.code] == [143, 2, 0], [stopped.stderr, other.stderr, undone.stderr]
+    assert "stages.first.weight_decay: was 0.0, is 0.1" in other.stderr
+    assert json.loads((runner.output("first") / "summary.json").read_text())["resumed_at"] == 2
+
+
+def test_a_state_of_an_earlier_version_is_refused_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "state" / "step-00000004"
+    folder.mkdir(parents=True)
+    marker = {"step": 4, "fingerprint": "0" * 64, "num_ranks": 1, "notes": {}}
+    (folder / "state.json").write_text(json.dumps(marker))
+    with pytest.raises(ConfigError, match=r"step-00000004: this state does not say .* --restart"):
+        StageState.of(tmp_path, "first", {}, num_ranks=1).newest()
+    assert (folder / "state.json").is_file()
 
 
 def test_a_state_is_for_the_weights_that_its_stage_began_with(
@@ -142,9 +178,9 @@ def test_a_state_is_for_the_weights_that_its_stage_began_with(
     name = next(name for name in weights if name.endswith("lm_head.weight"))  # frozen, so no state holds it
     save_file({**weights, name: weights[name] * 1.01}, init / "model.safetensors", metadata={"format": "pt"})
     (other,) = runner.run_in_turn(("first",))
-    assert other.code == 0, other.stderr
-    assert "of another configuration, cache or init, and is deleted" in other.stderr
-    assert json.loads((runner.output("first") / "summary.json").read_text())["resumed_at"] == 0
+    assert other.code == 2
+    assert "init.weights: was " in other.stderr
+    assert (runner.output("first") / "state" / "step-00000002" / "state.json").is_file()
 
 
 def test_the_best_checkpoint_so_far_is_forgotten_with_what_judged_it(make_runner: Callable[..., Runner]) -> None:
