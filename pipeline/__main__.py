@@ -73,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("words", nargs="*", metavar="FILE | section.field=value", help=f"default {DEFAULT_FILE}")
         return sub
 
-    verb("run", _run, "everything: data, teacher, dump, verify, train, evaluate, report")
+    restart = "give up states of unfinished trainings that other settings made"
+    sub = verb("run", _run, "everything: data, teacher, dump, verify, train, evaluate, report")
+    sub.add_argument("--restart", action="store_true", help=restart)
     verb("check", _check, "validate configuration, data and prompts before anything costs money")
     sub = verb("plan", _plan, "parts, bytes and hours of the dump, from a few hundred samples that are tried")
     sub.add_argument("--samples", type=int, default=256, metavar="N", help="how many to try (256)")
@@ -97,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print everything as one JSON object")
     sub = verb("train", _train, "train one stage under torchrun")
     sub.add_argument("--stage", required=True)
+    sub.add_argument("--again", action="store_true", help="train a finished stage anew, and replace its result then")
+    sub.add_argument("--restart", action="store_true", help="give up the state of an unfinished training")
     sub = verb("evaluate", _evaluate, "accuracy of a model, and its fidelity to the cached teacher")
     sub.add_argument("--model", type=Path, required=True, metavar="DIR")
     sub = verb("ask", _ask, "ask any teacher or student about an image", file=False)
@@ -104,7 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--image", type=Path, required=True, metavar="FILE")
     sub.add_argument("--max-new-tokens", type=int, default=64)
     sub.add_argument("question")
-    verb("ablate", _ablate, "the ablation grid over one cache")
+    sub = verb("ablate", _ablate, "the ablation grid over one cache")
+    sub.add_argument("--restart", action="store_true", help=restart)
     sub = verb("report", _report, "report.json and report.html of a run", file=False)
     sub.add_argument("folder", type=Path, metavar="DIR")
     return parser
@@ -148,7 +153,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from pipeline.run import run
     from pipeline.summary import print_summary
 
-    page = run(read_experiment(arguments.file, arguments.overrides))
+    page = run(read_experiment(arguments.file, arguments.overrides), restart=arguments.restart)
     print_summary(page.parent)
 
 
@@ -240,8 +245,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from pipeline.config import read_experiment
     from pipeline.run import train
+    from pipeline.training import training_flags
 
-    train(read_experiment(arguments.file, arguments.overrides), arguments.stage)
+    flags = training_flags(again=arguments.again, restart=arguments.restart, if_changed=False)
+    train(read_experiment(arguments.file, arguments.overrides), arguments.stage, flags=flags)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -273,7 +280,7 @@ def _ablate(arguments: argparse.Namespace) -> None:
     from pipeline.summary import print_summary
 
     experiment = read_experiment(arguments.file, arguments.overrides)
-    ablate(experiment)
+    ablate(experiment, restart=arguments.restart)
     write_report(experiment.run)
     print_summary(experiment.run)
 

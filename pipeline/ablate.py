@@ -16,12 +16,14 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.config import Experiment
-from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
-from pipeline.training import training_command, training_environment
-from storage.errors import StillhouseError
+from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
+from pipeline.training import training_command, training_environment, training_flags
+from storage.errors import ConfigError, StillhouseError
+from storage.field_changes import changed_fields
 from storage.files import write_atomically
 from storage.sections import Named, read_sections
 from student_train.config import StageSection
+from student_train.stage_inputs import init_inputs
 from teacher_dump.ray_jobs import Command, run_commands
 
 
@@ -69,14 +71,24 @@ def waves(experiment: Experiment) -> list[list[GridRun]]:
     return [[run for run in runs if depths[run.name] == depth] for depth in sorted(set(depths.values()))]
 
 
-def ablate(experiment: Experiment) -> list[GridRun]:
-    """Runs what is not finished and writes <run>/ablations.json; `StillhouseError` names the runs that failed."""
+def ablate(experiment: Experiment, *, restart: bool = False) -> list[GridRun]:
+    """`train_grid` under the lock on the run's folder."""
+    with lock_run(experiment.run):
+        return train_grid(experiment, restart=restart)
+
+
+def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun]:
+    """Runs what is not finished and writes <run>/ablations.json; `StillhouseError` names the runs that failed.
+
+    `restart`: runs give up states that other inputs made.
+    """
     ledger = Ledger(experiment.run / "steps")
     (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
     runs = list(grid(experiment))
+    _check_compositions(experiment, runs)
     with tqdm(total=len(runs), desc="students", unit="run") as bar:
         for wave in waves(experiment):
-            failed = list(_train(experiment, wave, ledger, bar))
+            failed = list(_train(experiment, wave, ledger, bar, restart=restart))
             if failed:
                 raise StillhouseError("training failed:\n  " + "\n  ".join(failed))
     listing = [{"name": run.name, "stage": run.stage, "seed": run.seed, "folder": str(run.folder)} for run in runs]
@@ -90,11 +102,14 @@ def ablate(experiment: Experiment) -> list[GridRun]:
     return runs
 
 
-def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any) -> Iterator[str]:
+def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any, *, restart: bool) -> Iterator[str]:
     """Trains those of `runs` that are not finished, as many at once as there is room for; yields what failed."""
     inputs = {run.label: _inputs(experiment, run) for run in runs}
     waiting = {run.label: run for run in runs if not ledger.is_done(run.label, inputs[run.label], _outputs(run))}
     bar.update(len(runs) - len(waiting))
+    for run in waiting.values():
+        if reasons := ledger.reasons(run.label, inputs[run.label], _outputs(run)):
+            bar.write(f"{run.label} is done again:" + "".join(f"\n  {reason}" for reason in reasons))
     commands = [
         Command(
             name=run.label,
@@ -104,6 +119,7 @@ def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any
                 run.overrides,
                 num_processes=run.section.num_processes,
                 evaluate=True,
+                flags=training_flags(restart=restart),
             ),
             env=training_environment(round(experiment.ablations.cpus_per_run / run.section.num_processes)),
             log_path=experiment.run / "logs" / f"{run.label}.log",
@@ -127,6 +143,28 @@ def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any
         bar.update()
 
 
+def _check_compositions(experiment: Experiment, runs: list[GridRun]) -> None:
+    """ConfigError for two runs that compose different students in one folder: each would undo the other's."""
+    composed: dict[str, GridRun] = {}
+    for run in runs:
+        if run.section.compose is None:
+            continue
+        place = run.section.init.replace("{seed}", str(run.seed))
+        first = composed.setdefault(place, run)
+        changes = changed_fields(_composition(first), _composition(run), "compose")
+        if changes:
+            raise ConfigError(
+                f"{experiment.path}: {first.label} and {run.label} compose different students in one folder, {place}; "
+                "give each an init of its own, with {seed} in it where seeds differ:"
+                + "".join(f"\n  {change}" for change in changes)
+            )
+
+
+def _composition(run: GridRun) -> dict[str, Any]:
+    assert run.section.compose is not None
+    return {**run.section.compose.model_dump(mode="json"), "seed": run.seed}
+
+
 def _outputs(run: GridRun) -> list[Path]:
     return [run.folder / name for name in ("config.json", "summary.json", "evaluation.json")]
 
@@ -136,11 +174,10 @@ def _folder(experiment: Experiment, name: str, seed: int) -> Path:
 
 
 def _inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
-    init = Path(run.section.init.replace("{seed}", str(run.seed)))
     if run.parent is not None:  # its weights: the rest of its folder is about how they were made
         start: Any = {path.name: file_fingerprint(path) for path in sorted(run.parent.glob("*.safetensors"))}
     else:
-        start = file_fingerprint(init) if init.is_dir() else str(init)
+        start = init_inputs(run.section, run.section.init.replace("{seed}", str(run.seed)))
     return {
         "stage": run.section.model_dump(mode="json"),
         "evaluation": experiment.evaluation.model_dump(mode="json"),

@@ -13,6 +13,7 @@ from storage.identity import Identity
 from storage.reader import Cache
 from storage.sections import Named, read_sections
 from storage.segments import NewSegment, find_segment, has_cache
+from student_train.composition import check_parts, parts_of
 from student_train.config import SourceSection, StageSection
 from student_train.expert_parallel import check_ranks
 from student_train.material import check_architecture, check_losses, fitting_checkpoint
@@ -122,6 +123,12 @@ def _prepared(experiment: Experiment, place: str | Path) -> bool:
     return experiment.prepare is not None and Path(place).is_relative_to(experiment.run)
 
 
+def _will_be_made(experiment: Experiment, place: str) -> bool:
+    """Whether a checkpoint is not there yet, but the script of `prepare` or a stage may make it."""
+    outputs = {Path(resolved(section, name).output) for name, section in experiment.stages.items()}
+    return not Path(place).is_dir() and (_prepared(experiment, place) or Path(place) in outputs)
+
+
 def _check_cache(section: CacheSection, identity: Identity) -> str:
     """What a dump would find and do. Errors: IdentityError, CacheError."""
     folder = open_folder(section.path)
@@ -164,6 +171,9 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
                 check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {place}")
     for name, section in experiment.stages.items():
         stage = resolved(section, name)
+        if stage.compose is not None and not any(_will_be_made(experiment, part) for part in parts_of(stage.compose)):
+            check_parts(stage.compose, f"{experiment.path}: stages.{name}")
+            yield f"stages.{name}: the parts of compose go together"
         if not Path(stage.init).is_dir():
             continue
         paths = [source.path for source in stage.sources(experiment.cache.path)]

@@ -13,30 +13,39 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.ablate import ablate
+from pipeline.ablate import train_grid
 from pipeline.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
-from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
+from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
 from pipeline.report import write_report
-from pipeline.training import num_ranks, training_command, training_environment
+from pipeline.training import num_ranks, training_command, training_environment, training_flags
 from storage.errors import ConfigError, StillhouseError
 from storage.verify import VerifyReport, verify
+from student_train.stage_inputs import init_inputs
 from teacher_dump.__main__ import table
 from teacher_dump.dump import run_dump
 from teacher_dump.settings import read_settings
 
 
-def run(experiment: Experiment) -> Path:
-    """Everything that `experiment` asks for; returns the path of report.html."""
+def run(experiment: Experiment, *, restart: bool = False) -> Path:
+    """Everything that `experiment` asks for; returns the path of report.html.
+
+    `restart`: stages give up states that other inputs made. HeldError: another command works in the run's folder.
+    """
+    with lock_run(experiment.run):
+        return _run(experiment, restart=restart)
+
+
+def _run(experiment: Experiment, *, restart: bool) -> Path:
     ledger = Ledger(experiment.run / "steps")
     if experiment.prepare is not None:
         prepare(experiment, experiment.prepare, ledger)
     if experiment.train_teacher is not None:
-        train_teacher(experiment, experiment.train_teacher, ledger)
+        train_teacher(experiment, experiment.train_teacher, ledger, restart=restart)
     dump(experiment)
     check_cache(experiment.cache.path, ledger)
     if experiment.train_teacher is not None:
         evaluate_model(experiment, Path(experiment.teacher.model), ledger, step="evaluate-teacher-on-cache")
-    ablate(experiment)
+    train_grid(experiment, restart=restart)
     return write_report(experiment.run)
 
 
@@ -49,6 +58,7 @@ def prepare(experiment: Experiment, section: PrepareSection, ledger: Ledger) -> 
     inputs = {"sources": sources, "arguments": section.arguments}
     if ledger.is_done("prepare", inputs, [experiment.run / "data", experiment.run / "models"]):
         return _say("data and untrained models: there already")
+    _say_again(ledger.reasons("prepare", inputs, [experiment.run / "data", experiment.run / "models"]))
     _say(f"preparing data and untrained models with {script}")
     arguments = [text for name, value in section.arguments.items() for text in (f"--{name}", str(value))]
     module = ".".join(script.with_suffix("").parts)
@@ -57,7 +67,7 @@ def prepare(experiment: Experiment, section: PrepareSection, ledger: Ledger) -> 
     return None
 
 
-def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: Ledger) -> None:
+def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: Ledger, *, restart: bool) -> None:
     """Trains the teacher with its stage and checks its exact match on held-out questions."""
     stage = experiment.stage(section.stage, asked_by="train_teacher.stage")
     overrides = (
@@ -69,16 +79,18 @@ def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: 
     dump(experiment, overrides)
     inputs = {
         "stage": stage.model_dump(mode="json"),
-        "init": file_fingerprint(Path(stage.init.replace("{seed}", str(stage.seed)))),
+        "init": init_inputs(stage, stage.init.replace("{seed}", str(stage.seed))),
         "cache": cache_fingerprint(stage.cache or experiment.cache.path),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
     }
     folder = Path(stage.output)
-    if ledger.is_done("train-teacher", inputs, [folder / "config.json", folder / "evaluation.json"]):
+    outputs = [folder / "config.json", folder / "evaluation.json"]
+    if ledger.is_done("train-teacher", inputs, outputs):
         _say(f"teacher: trained already, {folder}")
     else:
         _say(f"training the teacher: stage {section.stage}, {stage.num_processes} processes")
-        train(experiment, section.stage, evaluate=True)
+        _say_again(ledger.reasons("train-teacher", inputs, outputs))
+        train(experiment, section.stage, evaluate=True, flags=training_flags(restart=restart))
         ledger.record("train-teacher", inputs)
     accuracy = json.loads((folder / "evaluation.json").read_bytes())["exact_match"]
     _say(f"teacher: exact match {accuracy:.1%} on held-out questions")
@@ -94,12 +106,24 @@ def dump(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
     _say(table(run_dump(read_settings(experiment.path, (*experiment.overrides, *overrides)))))
 
 
-def train(experiment: Experiment, stage_name: str, *, evaluate: bool = False, overrides: Sequence[str] = ()) -> None:
-    """Trains one stage under torchrun in the foreground; `StillhouseError` when it fails."""
+def train(
+    experiment: Experiment,
+    stage_name: str,
+    *,
+    evaluate: bool = False,
+    overrides: Sequence[str] = (),
+    flags: Sequence[str] = (),
+) -> None:
+    """Trains one stage under torchrun in the foreground; `StillhouseError` when it fails. `flags`: `training_flags`."""
     overrides = (*experiment.overrides, *overrides)
     stage = read_experiment(experiment.path, overrides).stage(stage_name, asked_by="--stage")
     command = training_command(
-        experiment.path, stage_name, overrides, num_processes=num_ranks(stage.num_processes), evaluate=evaluate
+        experiment.path,
+        stage_name,
+        overrides,
+        num_processes=num_ranks(stage.num_processes),
+        evaluate=evaluate,
+        flags=flags,
     )
     _call(command, num_threads=1)
 
@@ -150,6 +174,12 @@ def _call(command: Sequence[str], *, num_threads: int) -> None:
         raise ConfigError("the step above refused its input")
     if code:
         raise StillhouseError(f"{' '.join(command[:6])} … ended with exit code {code}")
+
+
+def _say_again(reasons: list[str]) -> None:
+    """Why a step that was finished is done again."""
+    if reasons:
+        _say("done again:" + "".join(f"\n  {reason}" for reason in reasons))
 
 
 def _say(text: str) -> None:

@@ -13,16 +13,29 @@ MAIN = Path(student_train.__file__).with_name("main.py")
 
 
 def training_command(
-    config: Path, stage: str, overrides: Sequence[str], *, num_processes: int, evaluate: bool
+    config: Path,
+    stage: str,
+    overrides: Sequence[str],
+    *,
+    num_processes: int,
+    evaluate: bool,
+    flags: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """The argv of `torchrun --nproc_per_node N student_train/main.py FILE --stage NAME …`.
 
-    One process needs no launcher: without it a start is seconds shorter, and exit code 2 stays what it is.
+    `flags`: of `training_flags`. One process needs no launcher: without it a start is seconds shorter, and exit code 2
+    stays what it is.
     """
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
-    options = ("--evaluate",) if evaluate else ()
+    options = (*flags, *(("--evaluate",) if evaluate else ()))
     script = (str(MAIN), str(config), "--stage", stage, *options, *overrides)
     return (sys.executable, *(launcher if num_processes > 1 else ()), *script)
+
+
+def training_flags(*, again: bool = False, restart: bool = False, if_changed: bool = True) -> tuple[str, ...]:
+    """How a training treats what it finds. `if_changed`: a finished stage of other inputs is trained anew."""
+    flags = {"--again": again, "--again-if-changed": if_changed and not again, "--restart": restart}
+    return tuple(flag for flag, is_given in flags.items() if is_given)
 
 
 def num_ranks(wanted: int) -> int:

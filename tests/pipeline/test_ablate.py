@@ -9,9 +9,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pipeline.__main__ import main
 from pipeline.ablate import ablate, waves
 from pipeline.config import read_experiment
 from storage.errors import ConfigError
+from storage.lock import hold_lock
 from teacher_dump.ray_jobs.cluster import cluster
 from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_llava
@@ -103,3 +105,28 @@ def test_a_chain_is_trained_link_by_link_and_again_when_its_start_changed(tmp_pa
         )  # changes the first run alone, but by it the second's start
         after = times()
         assert all(after[name] > before[name] for name in folders)
+
+
+@pytest.mark.parametrize("verb", ["run", "ablate"])
+def test_a_run_s_folder_has_one_command_at_a_time(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]):
+    path = write(tmp_path, {"first": CHAIN["first"]}, seeds=[0])
+    folder = tmp_path / "runs" / "chain"
+    with hold_lock(folder / "lock", "the run"):
+        assert main([verb, str(path)]) == 2
+        assert f"the run {folder} is in use by" in capsys.readouterr().err
+        assert not (folder / "steps").exists()
+    assert main([verb, str(path)]) != 0  # its data are missing, but nobody is there any more
+    assert "in use" not in capsys.readouterr().err
+    assert not (folder / "lock").exists()
+
+
+def test_two_runs_do_not_compose_different_students_in_one_folder(tmp_path: Path):
+    parts = {"vision": "v", "llm": "l", "processor": "p"}
+    composed = {"stage": "all", "set": {"init": "{run}/composed-{seed}", "compose": parts}}
+    other = {"stage": "all", "set": {**composed["set"], "compose": {**parts, "llm": "m"}}}
+    path = write(tmp_path, {"first": composed, "second": other}, seeds=[0])
+    with pytest.raises(ConfigError, match=r'(?s)first-seed0 and second-seed0 compose .*compose\.llm: was "l", is "m"'):
+        ablate(read_experiment(path))
+    same = write(tmp_path, {"first": {**composed, "set": {**composed["set"], "init": "x"}}}, seeds=[0, 1])
+    with pytest.raises(ConfigError, match=r"compose\.seed: was 0, is 1"):
+        ablate(read_experiment(same))
