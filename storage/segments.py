@@ -250,8 +250,8 @@ def _description(families: tuple[str, ...], identity: Identity) -> Description:
 
 def _refusal(folder: Folder, lines: Sequence[str], hint: str) -> IdentityError:
     return IdentityError(
-        f"{folder}: the cache there was made otherwise{hint}; delete it, or give cache.path another folder:"
-        + "".join(f"\n  {line}" for line in lines)
+        f"{folder}: the cache there was made otherwise{hint}; undo the change to add to it, or give cache.path "
+        "another folder, and keep this one for what was made of it:" + "".join(f"\n  {line}" for line in lines)
     )
 
 
