@@ -120,7 +120,7 @@ def test_an_output_that_can_be_no_folder_is_named(make_runner: Callable[..., Run
     (tmp_path / "file").touch()
     (done,) = make_runner(first={"output": str(tmp_path / "file" / "out")}).run_in_turn(("first",))
     assert done.code == 2, done.stderr
-    assert "stages.first.output is" in done.stderr
+    assert "stages.first.output, " in done.stderr
     assert "Not a directory" in done.stderr
 
 
