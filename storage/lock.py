@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import shlex
@@ -126,15 +127,16 @@ class Lock:
 
 
 @contextmanager
-def hold_lock(path: Path, what: str, *, waits: bool = False, heartbeat: Heartbeat = HEARTBEAT) -> Iterator[Lock]:
+def hold_lock(path: Path, what: str, *, patience_s: float = 0, heartbeat: Heartbeat = HEARTBEAT) -> Iterator[Lock]:
     """Within it this process holds the lock file `path`; `what` is locked, as messages name it.
 
-    `waits`: for a living holder to end. Errors: HeldError naming the holder; ConfigError: no file can be made there.
+    `patience_s`: how long to wait for a living holder to end. Errors: HeldError naming the holder; ConfigError: no file
+    can be made there.
     """
     content = _describe_this_process()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _acquire(path, what, content, heartbeat, waits=waits)
+        _acquire(path, what, content, heartbeat, patience_s=patience_s)
     except OSError as error:
         raise ConfigError(
             f"{path}: this lock on {what} cannot be written: {error.strerror}; free space or mend the folder's "
@@ -147,8 +149,9 @@ def hold_lock(path: Path, what: str, *, waits: bool = False, heartbeat: Heartbea
         lock.release()
 
 
-def _acquire(path: Path, what: str, content: bytes, heartbeat: Heartbeat, *, waits: bool) -> None:
+def _acquire(path: Path, what: str, content: bytes, heartbeat: Heartbeat, *, patience_s: float) -> None:
     watched: _Seen | None = None
+    began = time.monotonic()
     since = said = -_SAY_EVERY_S
     while not _create(path, content):
         seen = _read(path)
@@ -159,7 +162,7 @@ def _acquire(path: Path, what: str, content: bytes, heartbeat: Heartbeat, *, wai
             if watched is None or watched.content != seen.content:
                 watched, since = seen, time.monotonic()
             elif watched.time_ns != seen.time_ns:
-                is_alive = True
+                is_alive, watched, since = True, seen, time.monotonic()  # and it may die while we wait
             elif time.monotonic() - since >= heartbeat.quiet_s:
                 is_alive = False
         if is_alive is False:
@@ -167,7 +170,7 @@ def _acquire(path: Path, what: str, content: bytes, heartbeat: Heartbeat, *, wai
                 _log.warning("%s: %s has ended without giving %s back; its lock is taken over", path, seen, what)
                 return
             continue
-        if is_alive and not waits:
+        if is_alive and time.monotonic() - began >= patience_s:
             raise HeldError(
                 f"{what} is in use by {seen}; wait until that command has ended, or stop it ({path} is its lock)"
             )
@@ -182,7 +185,7 @@ def _acquire(path: Path, what: str, content: bytes, heartbeat: Heartbeat, *, wai
 def _take_over(path: Path, dead: _Seen, content: bytes, heartbeat: Heartbeat) -> bool:
     """Replace a dead holder's lock by ours; False if somebody else was quicker."""
     guard = path.with_name(f"{path.name}.after-{dead.token}")
-    with hold_lock(guard, f"the lock {path.name}", waits=True, heartbeat=heartbeat):
+    with hold_lock(guard, f"the lock {path.name}", patience_s=math.inf, heartbeat=heartbeat):
         now = _read(path)
         if now is None or now.content != dead.content:
             return False

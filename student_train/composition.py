@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -50,7 +51,9 @@ def ensure_composed(
     folder = Path(folder)
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
-        with hold_lock(folder.with_name(f"{folder.name}~lock"), f"the composed checkpoint {folder}", waits=True):
+        with hold_lock(
+            folder.with_name(f"{folder.name}~lock"), f"the composed checkpoint {folder}", patience_s=math.inf
+        ):
             put_back(folder)
             inputs = composition_inputs(section, seed=seed)
             if not _is_there(folder, inputs, replaces=replaces):

@@ -26,6 +26,7 @@ from student_train.stage_inputs import changes_of_result, read_record
 from student_train.stage_request import Request
 from student_train.stage_state import StageState
 
+ORPHAN_PATIENCE_S = 20.0  # ranks whose parent was killed are about to end, and the next command should find none
 SUMMARY = "summary.json"  # written last: the stage is finished
 
 
@@ -37,9 +38,12 @@ class Work:
     trains: bool
 
 
-def lock_stage(stage: StageSection, name: str) -> AbstractContextManager[Lock]:
+def lock_stage(
+    stage: StageSection, name: str, *, patience_s: float = ORPHAN_PATIENCE_S
+) -> AbstractContextManager[Lock]:
     """The lock on a resolved stage's output. Errors: those of `hold_lock`."""
-    return hold_lock(_beside(Path(stage.output), "lock"), f"stages.{name}.output, {stage.output},")
+    path = _beside(Path(stage.output), "lock")
+    return hold_lock(path, f"stages.{name}.output, {stage.output},", patience_s=patience_s)
 
 
 def decide(stage: StageSection, name: str, inputs: Mapping[str, Any], request: Request, *, num_ranks: int) -> Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -96,7 +97,7 @@ def test_the_lock_of_a_killed_holder_is_taken_over_with_one_line(
     holder = start(HOLDER, path)
     assert said_held(holder)
     holder.send_signal(signal.SIGKILL)
-    with caplog.at_level(logging.WARNING), hold_lock(path, "the run", waits=True):  # a zombie counts as dead
+    with caplog.at_level(logging.WARNING), hold_lock(path, "the run", patience_s=math.inf):  # a zombie counts as dead
         assert json.loads(path.read_bytes())["pid"] == os.getpid()
     holder.communicate()
     assert [f"process {holder.pid}" in record.message for record in caplog.records] == [True]

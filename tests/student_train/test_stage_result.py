@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from storage.errors import ConfigError
-from storage.lock import hold_lock
+from storage.lock import HeldError
 from student_train.config import StageSection
 from student_train.stage_inputs import write_record
 from student_train.stage_request import Request
-from student_train.stage_result import Work, decide, finish_swap, put_in_place
+from student_train.stage_result import Work, decide, finish_swap, lock_stage, put_in_place
 from tests.student_train.conftest import Runner
 
 INPUTS: dict[str, Any] = {
@@ -158,12 +158,16 @@ def test_a_finished_stage_says_so_and_again_replaces_it(make_runner: Callable[..
     assert len(set(results[4:])) == 1
     assert results[3] != results[4]
     assert not list(output.parent.glob("first-0~*"))
-    with hold_lock(output.with_name(f"{output.name}~lock"), "the stage"):
-        done = runner.run("first")
-    assert done.code == 2
-    assert "stages.first.output" in done.stderr
-    assert "is in use by" in done.stderr
-    assert "Traceback" not in done.stderr
+
+
+def test_a_stage_s_output_has_one_command_at_a_time(tmp_path: Path) -> None:
+    one = stage(tmp_path / "kd")
+    with (
+        lock_stage(one, "kd"),
+        pytest.raises(HeldError, match=r"^stages\.kd\.output, .*kd, is in use by .*process"),
+        lock_stage(one, "kd", patience_s=0),
+    ):
+        pass
 
 
 def test_all_ranks_decide_alike(make_runner: Callable[..., Runner]) -> None:
