@@ -1,6 +1,7 @@
 """The command `stillhouse`, the same as `python -m pipeline`.
 
-Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure; 141 nobody reads the output any more.
+Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure; 130 after SIGINT and 143 after SIGTERM,
+with every process that the verb started; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.errors import ConfigError, StillhouseError
+from storage.stop_signals import exit_code, explain, interruptible, leave
 
 if TYPE_CHECKING:  # which import torch
     from teacher_dump.replay import Replay
@@ -27,7 +29,18 @@ Action = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code."""
+    """Runs one verb and returns its exit code. Without `argv` this process is the verb's, and a signal ends it."""
+    try:
+        with interruptible(adopt=argv is None):
+            return _run_verb(argv)
+    except KeyboardInterrupt as stop:
+        print(f"stillhouse: {explain(stop)}", file=sys.stderr)
+        if argv is None:
+            leave(exit_code(stop))
+        return exit_code(stop)
+
+
+def _run_verb(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
@@ -45,9 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except StillhouseError as error:
         print(f"stillhouse: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stillhouse: interrupted; what is finished is kept, run the same command again", file=sys.stderr)
         return 1
     return 0
 

@@ -8,7 +8,9 @@ evaluation.json. <run>/ablations.json lists them for the report.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,24 +109,27 @@ def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any
             ),
             env=training_environment(round(experiment.ablations.cpus_per_run / run.section.num_processes)),
             log_path=experiment.run / "logs" / f"{run.label}.log",
+            grace_s=math.inf,  # it saves its state, however long that takes, and ends
         )
         for run in waiting.values()
     ]
-    for result in run_commands(
+    results = run_commands(
         commands,
         experiment.ablations.cpus_per_run,
         experiment.ablations.gpus_per_run,
         address=experiment.dump.ray_address,
         logs=experiment.run / "logs",
-    ):
-        run = waiting[result.name]
-        if result.returncode == 0 and all(path.exists() for path in _outputs(run)):
-            ledger.record(run.label, inputs[run.label], seconds=result.seconds)
-            accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
-            bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
-        else:
-            yield f"{run.label}: exit code {result.returncode}, see {result.log_path}"
-        bar.update()
+    )
+    with closing(results):  # which ends what runs, if this does not come to its end
+        for result in results:
+            run = waiting[result.name]
+            if result.returncode == 0 and all(path.exists() for path in _outputs(run)):
+                ledger.record(run.label, inputs[run.label], seconds=result.seconds)
+                accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
+                bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
+            else:
+                yield f"{run.label}: exit code {result.returncode}, see {result.log_path}"
+            bar.update()
 
 
 def _outputs(run: GridRun) -> list[Path]:

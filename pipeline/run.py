@@ -6,7 +6,7 @@ Every step is in the ledger: what is finished and whose inputs have not changed 
 from __future__ import annotations
 
 import json
-import subprocess
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,9 @@ from pipeline.config import Experiment, PrepareSection, TrainTeacherSection, rea
 from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
 from pipeline.report import write_report
 from pipeline.training import num_ranks, training_command, training_environment
+from storage.child_process import GRACE_S, run_child
 from storage.errors import ConfigError, StillhouseError
+from storage.stop_signals import Interrupted, stopped_by
 from storage.verify import VerifyReport, verify
 from teacher_dump.__main__ import table
 from teacher_dump.dump import run_dump
@@ -101,7 +103,7 @@ def train(experiment: Experiment, stage_name: str, *, evaluate: bool = False, ov
     command = training_command(
         experiment.path, stage_name, overrides, num_processes=num_ranks(stage.num_processes), evaluate=evaluate
     )
-    _call(command, num_threads=1)
+    _call(command, num_threads=1, grace_s=math.inf)  # it saves its state, however long that takes, and ends
 
 
 def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = None, *, step: str = "") -> Path:
@@ -144,8 +146,10 @@ def scan(path: str) -> VerifyReport:
         return verify(path, show)
 
 
-def _call(command: Sequence[str], *, num_threads: int) -> None:
-    code = subprocess.run(command, env=training_environment(num_threads), check=False).returncode
+def _call(command: Sequence[str], *, num_threads: int, grace_s: float = GRACE_S) -> None:
+    code = run_child(command, env=training_environment(num_threads), grace_s=grace_s)
+    if (number := stopped_by(code)) is not None:  # it was told to stop, and we were not
+        raise Interrupted(number)
     if code == 2:
         raise ConfigError("the step above refused its input")
     if code:

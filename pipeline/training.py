@@ -10,6 +10,7 @@ from pathlib import Path
 import student_train
 
 MAIN = Path(student_train.__file__).with_name("main.py")
+_SHUTDOWN_S = 300  # of ranks that save their state after SIGTERM
 
 
 def training_command(
@@ -37,5 +38,13 @@ def num_ranks(wanted: int) -> int:
 
 
 def training_environment(num_threads: int) -> dict[str, str]:
-    """This process's environment, each rank held to `num_threads` threads of arithmetic."""
-    return {**os.environ, "OMP_NUM_THREADS": str(max(1, num_threads)), "TOKENIZERS_PARALLELISM": "false"}
+    """This process's environment, each rank held to `num_threads` threads of arithmetic.
+
+    torchrun kills ranks that take longer to save their state than it is told, by default 30 s.
+    """
+    return {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
+        **os.environ,
+        "OMP_NUM_THREADS": str(max(1, num_threads)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,6 +1,6 @@
 """`python -m student_train.evaluate FILE --model DIR [section.field=value …]` writes DIR/evaluation.json.
 
-Exit codes: 0 done, 2 the user's mistake, 1 a failure.
+Exit codes: 0 done, 2 the user's mistake, 1 a failure, 130 and 143 after SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from storage.config import CacheSection
 from storage.errors import ConfigError, StillhouseError
 from storage.sections import read_sections
+from storage.stop_signals import end_process, exit_code, explain, interruptible
 from student_train.config import EvaluationSection, SourceSection
 
 
@@ -27,10 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         schemas = {"cache": CacheSection, "evaluation": EvaluationSection}
         sections = read_sections(options.file, schemas, options.overrides)
-        from student_train.evaluation import evaluate_model
-
         source = SourceSection(path=sections["cache"].path)
-        document = evaluate_model(options.model, [source], sections["evaluation"])
+        with interruptible():
+            from student_train.evaluation import evaluate_model
+
+            document = evaluate_model(options.model, [source], sections["evaluation"])
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{explain(stop)}\n")
+        return exit_code(stop)
     except StillhouseError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
@@ -39,4 +44,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

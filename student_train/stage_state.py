@@ -15,14 +15,13 @@ import hashlib
 import json
 import logging
 import shutil
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
-from storage.errors import ConfigError, StillhouseError
+from storage.errors import ConfigError
+from storage.stop_signals import Interrupted
 from student_train.config import StageSection
 from student_train.documents import write_json
 from student_train.engine import Engine
@@ -36,10 +35,8 @@ _NOT_OF_THE_RUN = {"save_every", "keep_states", "log_every", "memory_mb", "num_p
 _NOT_OF_THE_RUN |= {"track", "explosion_factor", "checkpoints"}  # may differ
 
 
-class StoppedError(StillhouseError):
-    """A stage that was asked to stop and can be continued by the same command."""
-
-    stopped = True
+class StageStopped(Interrupted):
+    """A stage that was asked to stop, and whose state is saved."""
 
 
 @dataclass(frozen=True)
@@ -121,24 +118,6 @@ class StageState:
     def clear(self) -> None:
         """Delete all states: the stage is finished, or another one begins here."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class StopRequest:
-    """Whether SIGTERM has come to this rank since this began. Use as a context manager."""
-
-    def __init__(self) -> None:
-        self.heard = False
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGTERM, self._hear)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _hear(self, _signal: int, _frame: FrameType | None) -> None:
-        self.heard = True
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from storage.errors import ConfigError, StillhouseError
+from storage.stop_signals import hold_signals
 from student_train.checkpoint import put_back
 from student_train.config import StageSection
 from student_train.documents import write_json
@@ -30,7 +31,7 @@ from student_train.objective import Objective
 from student_train.parameter_groups import parameter_groups
 from student_train.sparse_upcycling import Experts, num_activated, upcycled
 from student_train.stage_loop import Feed, Setup, run_steps
-from student_train.stage_state import StageState, StoppedError
+from student_train.stage_state import StageState
 from student_train.student import Student
 from student_train.tracking import check_trackers
 from student_train.weight_average import WeightAverage
@@ -165,23 +166,25 @@ def train(
         state=StageState.of(stage, material.fingerprint() + start, num_ranks=process.num_ranks),
     )
     try:
-        finished = run_steps(setup)
-        setup.checkpoints.finish()
-        peak = engine.max_over_ranks({"bytes": peak_memory_bytes(process.device)})
-        if process.is_first:
-            run = {"stage": name, "seed": stage.seed, "steps": steps}
-            cost = {
-                "seconds": round(time.monotonic() - started, 3),
-                "peak_memory_bytes": int(peak["bytes"]),
-                "num_processes": process.num_ranks,
-            }
-            ended = {"resumed_at": finished.resumed_at, "final": finished.losses}
-            if finished.best is not None:
-                ended["best"] = asdict(finished.best)
-            write_json(output / "summary.json", {**run, **sizes, **cost, **ended})
-            setup.state.clear()
-        engine.barrier()
-    except (StoppedError, ConfigError):
+        with hold_signals(second_raises=False) as stop:  # torchrun repeats its own
+            finished = run_steps(setup, stop)
+            setup.checkpoints.finish()
+            peak = engine.max_over_ranks({"bytes": peak_memory_bytes(process.device)})
+            if process.is_first:
+                run = {"stage": name, "seed": stage.seed, "steps": steps}
+                cost = {
+                    "seconds": round(time.monotonic() - started, 3),
+                    "peak_memory_bytes": int(peak["bytes"]),
+                    "num_processes": process.num_ranks,
+                }
+                ended = {"resumed_at": finished.resumed_at, "final": finished.losses}
+                if finished.best is not None:
+                    ended["best"] = asdict(finished.best)
+                write_json(output / "summary.json", {**run, **sizes, **cost, **ended})
+                setup.state.clear()
+            engine.barrier()
+        stop.raise_interrupted()  # it came too late to stop before the end
+    except ConfigError:
         raise
     except DivergedError as error:
         path = output / f"diverged-{process.rank}.json"

@@ -1,24 +1,37 @@
 """`python -m teacher_dump [FILE] [section.field=value …]`: the dump, by itself or as a submitted Ray job.
 
-Exits 0 on success, 2 on a user's mistake, 1 on a failure, 143 (as shells have it) when SIGTERM has stopped it.
+Exits 0 on success, 2 on a user's mistake, 1 on a failure, 130 or 143 when SIGINT or SIGTERM has stopped it.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from storage.errors import ConfigError, StillhouseError
-from teacher_dump.dump import DumpResult, DumpStoppedError, run_dump
-from teacher_dump.settings import read_settings
+from storage.stop_signals import exit_code, explain, interruptible, leave
+
+if TYPE_CHECKING:  # which takes a second, in which a signal would find nobody
+    from teacher_dump.dump import DumpResult
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the dump that a YAML file describes; returns the exit code."""
+    try:
+        with interruptible(adopt=arguments is None):
+            return _dump(arguments)
+    except KeyboardInterrupt as stop:
+        print(explain(stop), file=sys.stderr)
+        if arguments is None:
+            leave(exit_code(stop))
+        return exit_code(stop)
+
+
+def _dump(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m teacher_dump", description="Dump a teacher's signals.")
     parser.add_argument("file", nargs="?", default="pipeline.yaml", help="the experiment (pipeline.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -26,19 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file, overrides = parsed.file, list(parsed.overrides)
     if "=" in file:  # only overrides were given
         file, overrides = "pipeline.yaml", [file, *overrides]
+    from teacher_dump.dump import run_dump
+    from teacher_dump.settings import read_settings
+
     try:
         print(table(run_dump(read_settings(file, overrides))))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except DumpStoppedError as stop:
-        print(stop, file=sys.stderr)
-        return 128 + signal.SIGTERM
     except StillhouseError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from here", file=sys.stderr)
         return 1
     return 0
 

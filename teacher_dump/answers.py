@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from storage.config import CacheSection
 from storage.errors import ConfigError, StillhouseError
 from storage.records import SampleError
+from storage.stop_signals import end_process, exit_code, explain, interruptible
 from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
 from teacher_dump.dump_plan import DumpPlan, plan_questions
@@ -94,7 +96,8 @@ def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -
                 address=settings.dump.ray_address,
                 logs=settings.logs,
             )
-            failed = [result for result in results if result.returncode]
+            with closing(results):
+                failed = [result for result in results if result.returncode]
         if failed:
             kind = ConfigError if failed[0].returncode == 2 else StillhouseError
             raise kind(f"the teacher's answers: {_last_line(failed[0].log_path)} (see {failed[0].log_path})")
@@ -273,8 +276,12 @@ def main(arguments: Sequence[str]) -> int:
     """Answer one stripe of a job's parts; returns the exit code."""
     job, stripe, num_stripes = arguments
     try:
-        settings = _settings(json.loads(Path(job).read_bytes()))
-        answer_parts(settings, stripe=int(stripe), num_stripes=int(num_stripes))
+        with interruptible():
+            settings = _settings(json.loads(Path(job).read_bytes()))
+            answer_parts(settings, stripe=int(stripe), num_stripes=int(num_stripes))
+    except KeyboardInterrupt as stop:  # between two parts or within one: a part is written whole
+        sys.stderr.write(f"{explain(stop)}\n")
+        return exit_code(stop)
     except StillhouseError as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, ConfigError) else 1
@@ -282,4 +289,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from signal import Signals
 
 from storage.errors import StillhouseError
 from storage.reader import Cache
 from storage.records import SampleError
+from storage.stop_signals import Interrupted
 from storage.writer import CacheWriter
 from teacher_dump.assignment import worker_settings
 from teacher_dump.budget_choice import with_budget
@@ -24,7 +26,7 @@ _SHOWN_ERRORS = 5
 _SHOWN_KINDS = 8
 
 
-class DumpStoppedError(StillhouseError):
+class DumpStopped(Interrupted):
     """The dump was told to stop, and did between two parts."""
 
 
@@ -85,7 +87,7 @@ def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:
 def _fill(writer: CacheWriter, planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> DumpSummary | None:
     """Write the parts that a segment lacks, with its own families; None if it lacks none.
 
-    Errors: DumpStoppedError; StillhouseError for too many errors, as soon as it is sure that there will be.
+    Errors: DumpStopped; StillhouseError for too many errors, as soon as it is sure that there will be.
     """
     committed = writer.committed_parts()
     missing = [part for part in planned.plan.parts if part.number not in committed]
@@ -112,10 +114,11 @@ def _fill(writer: CacheWriter, planned: DumpPlan, settings: DumpSettings, *, pro
         writer.folder.write(SUMMARY_FILE, f"{json.dumps(asdict(summary), indent=1)}\n".encode())
     num_missing = len(planned.plan.parts) - len(writer.committed_parts())
     _refuse_errors(num_samples, errors, settings.dump, max_errors, num_missing=num_missing)
-    if num_missing and stopped:
-        raise DumpStoppedError(
-            f"stopped by SIGTERM: {done.num_parts:,} parts were written, {num_missing:,} are left; "
-            "run the same command again to go on from here"
+    if stopped is not None:
+        raise DumpStopped(
+            stopped,
+            f"stopped by {Signals(stopped).name}: {done.num_parts:,} parts were written, {num_missing:,} are left; "
+            "run the same command again to go on from here",
         )
     return summary
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from storage.errors import StillhouseError
+from storage.stop_signals import Interrupted
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray; parts travel as text and results as a few numbers
 
@@ -26,7 +27,7 @@ class Resources:
     num_gpus: float = 0  # without any, Ray hides all GPUs from it
 
 
-@contextmanager
+@contextlib.contextmanager
 def cluster(address: str | None, *, local_cpus: int) -> Iterator[None]:
     """A connection to Ray: the one that there is, a running cluster's, or a local Ray for as long as needed.
 
@@ -49,6 +50,10 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
+    except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: of Ray's handler of SIGTERM
+        with contextlib.suppress(Exception):  # whatever half of it is there
+            ray.shutdown()
+        raise stop if isinstance(stop, KeyboardInterrupt) else Interrupted(signal.SIGTERM) from stop
     except (ConnectionError, ValueError, RayError, OSError) as error:
         raise StillhouseError(f"Ray cannot be had at {address or 'this machine'}: {last_line(error)}") from error
     if callable(handler) and threading.current_thread() is threading.main_thread():
