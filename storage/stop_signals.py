@@ -21,6 +21,7 @@ from storage.child_process import end_descendants
 from storage.supervisor import REPEATED_S, adopt_orphans
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_raised: list[int] = []  # signals that `interruptible` has made exceptions of, which a bare `except` may have caught
 
 
 class Interrupted(KeyboardInterrupt):
@@ -75,10 +76,14 @@ def interruptible(*, adopt: bool = False) -> Iterator[None]:
         now, before = time.monotonic(), last[0]
         last[0] = now
         if now >= before + REPEATED_S:
+            _raised.append(number)
             raise Interrupted(number)
 
-    with _handlers(interrupt):
-        yield
+    try:
+        with _handlers(interrupt):
+            yield
+    finally:
+        _raised.clear()
 
 
 @contextmanager
@@ -97,6 +102,8 @@ def hold_signals(*, second_raises: bool = True) -> Iterator[HeldSignals]:
             raise Interrupted(number)
 
     with _handlers(hold):
+        if _raised:
+            hold(_raised[0], None)
         yield held
 
 

@@ -111,8 +111,7 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
                 send_signal([command], signal.SIGTERM)
         if now >= deadline:
             kill_descendants(os.getpid())
-            status = _reap().get(command, signal.SIGKILL) if status is None else status
-            return status
+            return signal.SIGKILL if status is None else status
 
 
 def _start(argv: list[str]) -> int:

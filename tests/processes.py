@@ -1,4 +1,4 @@
-"""Which processes a command has started, however deep and in whatever session: they inherit a mark in their environment.
+"""The processes that a command has started, in whatever session: they inherit a mark in their environment.
 
 A process that clears its environment is not found; none of ours does.
 """
