@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ GRACE_S = 8.0  # between SIGTERM and SIGKILL, for a command that has nothing to 
 LAST_S = 6.0  # the same once whoever started the command is gone
 _POLL_S = 0.2  # an interruption that is no signal (Ray's cancel) does not end a wait
 _HURRY_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 def run_child(
@@ -49,6 +52,8 @@ def run_child(
         return _wait(process)
     except BaseException:
         process.send_signal(signal.SIGTERM)
+        if grace_s == math.inf:
+            _log.warning("waiting until what was started has saved its state; a second signal ends it at once")
         try:
             _wait(process)
         except BaseException:

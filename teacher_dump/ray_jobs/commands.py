@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -15,6 +16,8 @@ from ray.exceptions import RayError
 from storage.child_process import GRACE_S, run_child
 from storage.errors import StillhouseError
 from teacher_dump.ray_jobs.cluster import cluster, gpus_or_default, last_line
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,12 @@ def run_commands(
 
 def _cancel(tasks: list[ray.ObjectRef]) -> None:
     """Interrupt tasks and wait for them: what they run saves its state. Without force, which would kill the worker."""
+    if not tasks:
+        return
     for task in tasks:
         ray.cancel(task, force=False)
-    if tasks:
-        ray.wait(tasks, num_returns=len(tasks))
+    _log.warning("waiting until the commands that run have saved their states; a second signal ends them at once")
+    ray.wait(tasks, num_returns=len(tasks))
 
 
 def _run_command(command: Command, folder: str) -> CommandResult:
