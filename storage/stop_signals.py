@@ -82,6 +82,10 @@ def interruptible(*, adopt: bool = False) -> Iterator[None]:
     try:
         with _handlers(interrupt):
             yield
+    except KeyboardInterrupt as stop:
+        if _raised and not isinstance(stop, Interrupted):  # Ray's core makes its own of whatever a handler raises
+            raise Interrupted(_raised[0]) from stop
+        raise
     finally:
         _raised.clear()
 

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str], *, started: float) -> int:
             train(sections, options.stage, evaluate=options.evaluate, started=started)
     except KeyboardInterrupt as stop:
         if is_first:
-            sys.stderr.write(f"error: {explain(stop)}\n")
+            sys.stderr.write(f"{explain(stop)}\n")
         return exit_code(stop)
     except StillhouseError as error:
         if is_first or getattr(error, "of_this_rank", False):

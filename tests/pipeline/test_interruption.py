@@ -83,6 +83,18 @@ def test_a_held_signal_waits_and_a_repeated_one_is_the_same() -> None:
     assert caught.value.number == signal.SIGTERM
 
 
+def test_an_interruption_that_a_library_has_replaced_keeps_its_signal() -> None:
+    def replace() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray's core does
+
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
+        replace()
+
+
 def test_a_signal_that_a_library_swallowed_is_heard_by_whoever_holds_signals() -> None:
     with interruptible():
         try:
