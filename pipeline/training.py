@@ -18,9 +18,9 @@ def training_command(
 ) -> tuple[str, ...]:
     """The argv of `torchrun --nproc_per_node N student_train/main.py FILE --stage NAME …`.
 
-    One process needs no launcher: without it a start is seconds shorter, and exit code 2 stays what it is.
+    One process needs no launcher: without it a start is seconds shorter.
     """
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
+    launcher = ("-m", "student_train.launcher", "--standalone", f"--nproc_per_node={num_processes}")
     options = ("--evaluate",) if evaluate else ()
     script = (str(MAIN), str(config), "--stage", stage, *options, *overrides)
     return (sys.executable, *(launcher if num_processes > 1 else ()), *script)

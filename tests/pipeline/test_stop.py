@@ -107,6 +107,14 @@ def test_sigterm_saves_the_state_of_a_training(
     assert "all is saved" in train.text()
 
 
+def test_torchrun_s_ranks_keep_their_exit_code(start: Callable[..., MarkedCommand], tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text("raise SystemExit(2)")
+    launcher = start("--standalone", "--nproc_per_node=2", str(script), module="student_train.launcher")
+    assert launcher.wait() == 2, launcher.text()
+    assert "Traceback" not in launcher.text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["one", "two"])
 def test_a_training_is_stopped_three_times_and_resumes(
