@@ -11,6 +11,10 @@ started with `python -I -S`, which takes 20 ms.
     the command ended     what it left behind gets SIGTERM, and SIGKILL LEFTOVERS_S later
 
 It ends as the command ended: with its exit code, or by the same signal.
+
+`supervisor.py --watch PARENT LAST_S` runs nothing: when PARENT is gone it kills, LAST_S later, what is left of the
+processes that were below PARENT. That is for a Ray that PARENT has started: two agents of a raylet that was killed
+wait more than a minute for a server that is gone as well.
 """
 
 from __future__ import annotations
@@ -114,6 +118,26 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
             return signal.SIGKILL if status is None else status
 
 
+def watch(parent: int, *, last_s: float) -> None:
+    """Waits until `parent`, the process that started this one, is gone; then ends what was below it."""
+    below: dict[int, str] = {}
+    while os.getppid() == parent:
+        below = {pid: started for pid in descendants(parent) if (started := _start_time(pid))}
+        time.sleep(POLL_S)
+    time.sleep(last_s)
+    below.pop(os.getpid(), None)
+    send_signal([pid for pid, started in below.items() if _start_time(pid) == started], signal.SIGKILL)
+
+
+def _start_time(pid: int) -> str:
+    """When a process began, in the kernel's ticks: another one of the same id has another; empty: it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
 def _start(argv: list[str]) -> int:
     supervisor = os.getpid()
     pid = os.fork()
@@ -173,4 +197,7 @@ def _end_as(status: int) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--watch":
+        watch(int(sys.argv[2]), last_s=float(sys.argv[3]))
+        sys.exit()
     _end_as(supervise(int(sys.argv[1]), sys.argv[4:], grace_s=float(sys.argv[2]), last_s=float(sys.argv[3])))

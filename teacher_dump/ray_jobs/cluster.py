@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from storage.child_process import descendants_end_with_this
 from storage.errors import StillhouseError
 from storage.stop_signals import Interrupted
 
@@ -47,6 +48,11 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
+    with contextlib.nullcontext() if address else descendants_end_with_this():
+        yield from _connection(address, options)
+
+
+def _connection(address: str | None, options: dict[str, Any]) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)

@@ -139,6 +139,25 @@ def test_a_killed_parent_leaves_nothing(tmp_path: Path, script: str) -> None:
         running.kill()
 
 
+def test_what_nobody_supervises_ends_with_a_watched_parent(tmp_path: Path) -> None:
+    """As Ray's agents, whose own parent is killed with ours."""
+    parent = (
+        "import subprocess, sys, time\n"
+        "from storage.child_process import descendants_end_with_this\n"
+        "from storage.supervisor import adopt_orphans\n"
+        "adopt_orphans()\n"
+        "with descendants_end_with_this():\n"
+        "    subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]])\n"
+    )
+    running = start(tmp_path, IGNORES, parent=parent)
+    try:
+        time.sleep(1)  # the watcher looks five times a second
+        running.process.kill()
+        assert running.wait_until_gone(60) == {}
+    finally:
+        running.kill()
+
+
 def test_a_killed_supervisor_takes_its_command_along(tmp_path: Path) -> None:
     """The parent inherits the grandchildren, and ends them when it leaves; nobody else would."""
     running = start(tmp_path, WAITS, parent=PARENT + "else:\n    leave(1)\n")
