@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pipeline.config import Experiment
 from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
 from pipeline.training import training_command, training_environment
+from storage.disk import explain_write_errors, hint_of_full_disk
 from storage.errors import StillhouseError
 from storage.files import write_atomically
 from storage.sections import Named, read_sections
@@ -74,7 +75,8 @@ def waves(experiment: Experiment) -> list[list[GridRun]]:
 def ablate(experiment: Experiment) -> list[GridRun]:
     """Runs what is not finished and writes <run>/ablations.json; `StillhouseError` names the runs that failed."""
     ledger = Ledger(experiment.run / "steps")
-    (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
+    with explain_write_errors(experiment.run / "logs"):
+        (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
     runs = list(grid(experiment))
     with tqdm(total=len(runs), desc="students", unit="run") as bar:
         for wave in waves(experiment):
@@ -128,7 +130,8 @@ def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any
                 accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
                 bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
             else:
-                yield f"{run.label}: exit code {result.returncode}, see {result.log_path}"
+                hint = hint_of_full_disk(result.log_path) or hint_of_full_disk(run.folder)
+                yield f"{run.label}: exit code {result.returncode}, see {result.log_path}{hint}"
             bar.update()
 
 

@@ -14,6 +14,7 @@ from pipeline.cache_facts import least_sure
 from pipeline.sample_text import facts_text, sample_text
 from pipeline.token_texts import token_texts
 from storage.errors import ConfigError
+from storage.files import write_atomically
 from storage.reader import Cache
 
 NUM_LEAST_SURE = 10
@@ -81,6 +82,6 @@ def _write_page(cache: Cache, indices: Sequence[int], tokenizer: Path | None, im
             groups.append(group("At random", "drawn with a fixed seed", sorted(map(int, drawn))))
     page = render_cache_page(facts_of(cache), groups, image_root=images, note=texts.note)
     try:
-        html.write_text(page, encoding="utf-8")
+        write_atomically(html, page.encode())
     except OSError as error:
         raise ConfigError(f"--html {html}: cannot be written: {error.strerror}") from error

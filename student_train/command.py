@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from storage.config import CacheSection
+from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.sections import Named, Sections, read_sections
 from storage.stop_signals import exit_code, explain, interruptible
@@ -45,6 +46,12 @@ def main(arguments: Sequence[str], *, started: float) -> int:
         if is_first or getattr(error, "of_this_rank", False):
             sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:  # a disk may be full wherever a library writes
+        message = describe_full_disk(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
+        return 1
     return 0
 
 

@@ -240,8 +240,9 @@ def quiet(log_path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a log on a full disk; the terminal must come back all the same
+                stream.flush()
         for descriptor, number in zip(kept, (1, 2), strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from storage.config import CacheSection
+from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.sections import read_sections
 from storage.stop_signals import end_process, exit_code, explain, interruptible
@@ -39,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StillhouseError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:  # a disk may be full wherever a library writes
+        message = describe_full_disk(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
+        return 1
     sys.stdout.write(f"{options.model}: exact match {document['exact_match']:.1%} of {document['num_samples']}\n")
     return 0
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storage.errors import ConfigError
+from storage.disk import explain_write_errors
+from storage.errors import ConfigError, WriteError
 from storage.stop_signals import Interrupted
 from student_train.config import StageSection
 from student_train.documents import write_json
@@ -28,6 +29,7 @@ from student_train.engine import Engine
 from student_train.weight_average import WeightAverage
 
 _MARKER = "state.json"
+_NEW = "new-"  # begins the name of a state that is being written
 _FIELDS = {"step", "fingerprint", "num_ranks", "notes"}
 _AVERAGE = "average.safetensors"
 _log = logging.getLogger(__name__)
@@ -93,11 +95,27 @@ class StageState:
         return Progress()
 
     def save(self, engine: Engine, progress: Progress, *, average: WeightAverage | None = None, keep: int = 1) -> None:
-        """Save, and delete all but the newest `keep`. A collective; whole or not there at all."""
+        """Save, and delete all but the newest `keep`. A collective; whole or not there at all.
+
+        WriteError, on the ranks that have seen it, and older states stay: a full disk.
+        """
         folder = self.folder / f"step-{progress.step:08d}"
-        new = folder.with_name(f"new-{folder.name}")
+        new = folder.with_name(f"{_NEW}{folder.name}")
+        try:
+            with explain_write_errors(new):
+                self._write(engine, progress, average, folder, new)
+        except WriteError:
+            shutil.rmtree(new, ignore_errors=True)  # its room may be what the next attempt needs
+            raise
         if engine.process.is_first:
-            for stale in (new, folder):
+            for older in sorted(self.folder.glob("step-*"))[:-keep]:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def _write(
+        self, engine: Engine, progress: Progress, average: WeightAverage | None, folder: Path, new: Path
+    ) -> None:
+        if engine.process.is_first:
+            for stale in (folder, *self.folder.glob(f"{_NEW}*")):  # and what a kill or a full disk left
                 shutil.rmtree(stale, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         engine.barrier()
@@ -112,8 +130,6 @@ class StageState:
             }  # fmt: skip
             write_json(new / _MARKER, said)
             new.rename(folder)
-            for older in sorted(self.folder.glob("step-*"))[:-keep]:
-                shutil.rmtree(older, ignore_errors=True)
 
     def clear(self) -> None:
         """Delete all states: the stage is finished, or another one begins here."""

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from storage.errors import ConfigError
+from storage.disk import explain_write_errors
+from storage.errors import ConfigError, WriteError
 from student_train.config import Tracker
 from student_train.documents import write_json
 
@@ -87,15 +88,25 @@ def _tensorboard(folder: Path, done: Sequence[Mapping[str, Any]]) -> _Sink:
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    events = SummaryWriter(str(folder), flush_secs=10)
+    with explain_write_errors(folder):
+        events = SummaryWriter(str(folder), flush_secs=10)
 
     def write(step: int, values: _Values) -> None:
-        for name, value in values.items():
-            events.add_scalar(name, value, step)
+        with explain_write_errors(folder):
+            for name, value in values.items():
+                events.add_scalar(name, value, step)
+
+    def close(failed: bool) -> None:
+        try:
+            with explain_write_errors(folder):
+                events.close()
+        except WriteError:
+            if not failed:  # else what has failed is told, not what it did to the last events
+                raise
 
     for values in done:
         write(int(values["step"]), _numbers(values))
-    return _Sink(None, write, lambda _failed: events.close())
+    return _Sink(None, write, close)
 
 
 def _wandb(output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Sink:

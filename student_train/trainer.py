@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from storage.errors import ConfigError, StillhouseError
+from storage.errors import ConfigError, StillhouseError, WriteError
 from storage.stop_signals import hold_signals
 from student_train.checkpoint import put_back
 from student_train.config import StageSection
@@ -188,8 +188,11 @@ def train(
         raise
     except DivergedError as error:
         path = output / f"diverged-{process.rank}.json"
-        write_json(path, error.batch)
-        message = f"{error} (all of them are in {path})"
+        try:
+            write_json(path, error.batch)
+            message = f"{error} (all of them are in {path})"
+        except WriteError as unwritten:
+            message = f"{error} ({unwritten})"
         raise StillhouseError(message) if error.everywhere else RankError(message) from error
     except StillhouseError as error:
         raise RankError(str(error)) from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.stop_signals import exit_code, explain, interruptible, leave
 
@@ -49,6 +50,12 @@ def _dump(arguments: Sequence[str] | None) -> int:
         return 2
     except StillhouseError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:  # a disk may be full wherever a library writes
+        message = describe_full_disk(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 1
     return 0
 

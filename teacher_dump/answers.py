@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -24,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.config import CacheSection
+from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
+from storage.files import write_atomically
 from storage.records import SampleError
 from storage.stop_signals import end_process, exit_code, explain, interruptible
 from teacher_dump.assignment import worker_settings
@@ -239,12 +240,7 @@ def _part_file(folder: Path, part: Part) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, text.encode())
 
 
 def _seed(seed: int, sample_id: str, turn: int) -> int:
@@ -285,6 +281,12 @@ def main(arguments: Sequence[str]) -> int:
     except StillhouseError as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:  # a disk may be full wherever a library writes
+        message = describe_full_disk(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"{message}\n")
+        return 1
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 from abc import ABC, abstractmethod
@@ -12,10 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import overload
 
+from storage.disk import FULL
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.samples import Sample
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Samples(Sequence[Sample], ABC):
@@ -62,7 +60,7 @@ class SampleFile(_Samples):
                 if self._starts[-1]:
                     self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise
             raise StillhouseError(f"{place}: has no room for the plan's samples; give another runs_dir") from error
 
