@@ -180,21 +180,26 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _dump(arguments: argparse.Namespace) -> None:
-    from teacher_dump.__main__ import table
+    from teacher_dump.__main__ import table, warn_of_machine
     from teacher_dump.dump import run_dump
     from teacher_dump.settings import read_settings
 
-    print(table(run_dump(read_settings(arguments.file, arguments.overrides))))
+    settings = read_settings(arguments.file, arguments.overrides)
+    warn_of_machine(settings)
+    print(table(run_dump(settings)))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from pipeline.plan_report import as_table
+    from pipeline.preflight import keep_forecast
     from teacher_dump.calibration import forecast_dump
     from teacher_dump.settings import read_settings
 
     if arguments.samples < 2:
         raise ConfigError(f"--samples is {arguments.samples}, expected at least 2")
-    expected = forecast_dump(read_settings(arguments.file, arguments.overrides), num_samples=arguments.samples)
+    settings = read_settings(arguments.file, arguments.overrides)
+    expected = forecast_dump(settings, num_samples=arguments.samples)
+    keep_forecast(settings.run, num_samples=expected.samples, num_bytes=expected.total_bytes)
     print(as_table(expected))
     if arguments.json:
         print(json.dumps({**asdict(expected), "total_bytes": expected.total_bytes}))
@@ -258,9 +263,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from pipeline.config import read_experiment
+    from pipeline.preflight import check_stage
     from pipeline.run import train
 
-    train(read_experiment(arguments.file, arguments.overrides), arguments.stage)
+    experiment = read_experiment(arguments.file, arguments.overrides)
+    check_stage(experiment, arguments.stage)
+    train(experiment, arguments.stage)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -288,10 +296,12 @@ def _ask(arguments: argparse.Namespace) -> None:
 def _ablate(arguments: argparse.Namespace) -> None:
     from pipeline.ablate import ablate
     from pipeline.config import read_experiment
+    from pipeline.preflight import warn_first
     from pipeline.report import write_report
     from pipeline.summary import print_summary
 
     experiment = read_experiment(arguments.file, arguments.overrides)
+    warn_first(experiment, dumps=False)
     ablate(experiment)
     write_report(experiment.run)
     print_summary(experiment.run)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pipeline.ablate import ablate
 from pipeline.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
 from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
+from pipeline.preflight import warn_first
 from pipeline.report import write_report
 from pipeline.training import num_ranks, training_command, training_environment
 from storage.child_process import GRACE_S, run_child
@@ -29,6 +30,7 @@ from teacher_dump.settings import read_settings
 
 def run(experiment: Experiment) -> Path:
     """Everything that `experiment` asks for; returns the path of report.html."""
+    warn_first(experiment)
     ledger = Ledger(experiment.run / "steps")
     if experiment.prepare is not None:
         prepare(experiment, experiment.prepare, ledger)

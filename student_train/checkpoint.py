@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from storage.disk import explain_write_errors
-from storage.errors import StillhouseError
+from storage.disk import explain_write_errors, format_bytes, free_bytes
+from storage.errors import ConfigError, StillhouseError
 from storage.files import sync
 from student_train.huggingface import holds_nothing
 from student_train.sparse_upcycling import experts_apart
@@ -96,6 +96,16 @@ def _fill_and_swap(
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def check_room(num_bytes: int, folder: Path) -> None:
+    """ConfigError if a checkpoint of that size, which is written beside an older one, cannot fit on the disk."""
+    free = free_bytes(folder)
+    if free is not None and num_bytes > free:
+        raise ConfigError(
+            f"{folder}: its disk has {format_bytes(free)} free, and the checkpoint at the end of the stage has "
+            f"{format_bytes(num_bytes)} of weights; free space there, or give another output"
+        )
 
 
 def put_back(folder: Path) -> None:

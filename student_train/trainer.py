@@ -13,7 +13,7 @@ import torch
 
 from storage.errors import ConfigError, StillhouseError, WriteError
 from storage.stop_signals import hold_signals
-from student_train.checkpoint import put_back
+from student_train.checkpoint import check_room, put_back
 from student_train.config import StageSection
 from student_train.documents import write_json
 from student_train.engine import Engine, Process, peak_memory_bytes
@@ -126,6 +126,8 @@ def train(
     start = weights_fingerprint(model)
     model = _made_ready(model, stage)
     sizes = _sizes(model)
+    if process.is_first:  # hours of training should not end at a disk that was too small from the start
+        check_room(sizes["num_parameters"] * next(model.parameters()).element_size(), output)
     # Ranks that share parameters (ZeRO-3) must call the tower together, known features or not.
     keeps_features = "vision" not in stage.train and stage.zero_stage < 3
     half = (stage.memory_mb << 20) // 2

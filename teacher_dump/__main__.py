@@ -18,6 +18,7 @@ from storage.stop_signals import exit_code, explain, interruptible, leave
 
 if TYPE_CHECKING:  # which takes a second, in which a signal would find nobody
     from teacher_dump.dump import DumpResult
+    from teacher_dump.settings import DumpSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,9 @@ def _dump(arguments: Sequence[str] | None) -> int:
     from teacher_dump.settings import read_settings
 
     try:
-        print(table(run_dump(read_settings(file, overrides))))
+        settings = read_settings(file, overrides)
+        warn_of_machine(settings)
+        print(table(run_dump(settings)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,6 +61,14 @@ def _dump(arguments: Sequence[str] | None) -> int:
         print(f"error: {message}", file=sys.stderr)
         return 1
     return 0
+
+
+def warn_of_machine(settings: DumpSettings) -> None:
+    """Says on stderr what may become short on this machine. ConfigError for what keeps a dump from starting."""
+    from teacher_dump.machine import check_dump_machine
+
+    for line in check_dump_machine(settings):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def table(result: DumpResult) -> str:

@@ -14,9 +14,10 @@ import ray
 from ray.exceptions import RayError
 
 from storage.child_process import descendants_end_with_this
-from storage.errors import StillhouseError
+from storage.errors import ConfigError, StillhouseError
 from storage.stop_signals import Interrupted
 
+GPUS_OF_ACTORS = "dump.gpus_per_actor or teacher.settings"  # by its ranks where nothing is said
 _OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray; parts travel as text and results as a few numbers
 
 
@@ -29,13 +30,15 @@ class Resources:
 
 
 @contextlib.contextmanager
-def cluster(address: str | None, *, local_cpus: int) -> Iterator[None]:
+def cluster(address: str | None, *, local_cpus: int) -> Iterator[bool]:
     """A connection to Ray: the one that there is, a running cluster's, or a local Ray for as long as needed.
+
+    Yields True where Ray is this machine alone, and so will never have more room than it has now.
 
     A handler of SIGTERM that the caller has set stays; Ray's own would end the process at once.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -52,7 +55,7 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[None]:
         yield from _connection(address, options)
 
 
-def _connection(address: str | None, options: dict[str, Any]) -> Iterator[None]:
+def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
@@ -65,9 +68,22 @@ def _connection(address: str | None, options: dict[str, Any]) -> Iterator[None]:
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
     try:
-        yield
+        yield not address
     finally:
         ray.shutdown()
+
+
+def refuse_without_room(resources: Resources, *, what: str, field: str) -> None:
+    """ConfigError if Ray, which will not grow, has no room for even one of `what`: it would wait for ever.
+
+    `field`: where its GPUs are asked for.
+    """
+    there = ray.cluster_resources().get("GPU", 0)
+    if resources.num_gpus > there:
+        raise ConfigError(
+            f"{field}: {what} wants {resources.num_gpus:g} GPUs and Ray has {there:g} on this machine; ask for fewer, "
+            "or give dump.ray_address (or RAY_ADDRESS) of a cluster that has them"
+        )
 
 
 def gpus_or_default(wanted: float | None, default: float) -> float:

@@ -15,8 +15,9 @@ from ray.exceptions import RayError
 
 from storage.child_process import GRACE_S, run_child
 from storage.errors import StillhouseError
-from teacher_dump.ray_jobs.cluster import cluster, gpus_or_default, last_line
+from teacher_dump.ray_jobs.cluster import Resources, cluster, gpus_or_default, last_line, refuse_without_room
 
+_GPUS_OF_COMMANDS = "ablations.gpus_per_run or dump.gpus_per_actor"
 _log = logging.getLogger(__name__)
 
 
@@ -59,8 +60,10 @@ def run_commands(
     if not commands:
         return
     logs = logs or commands[0].log_path.parent
-    with cluster(address, local_cpus=math.ceil(num_cpus)):
+    with cluster(address, local_cpus=math.ceil(num_cpus)) as is_fixed:
         gpus = gpus_or_default(num_gpus, 1)
+        if is_fixed:
+            refuse_without_room(Resources(num_cpus, gpus), what="a process", field=_GPUS_OF_COMMANDS)
         task = ray.remote(num_cpus=num_cpus, num_gpus=gpus, max_retries=0)(_run_command)
         waiting = [task.remote(command, str(Path.cwd())) for command in commands]
         try:

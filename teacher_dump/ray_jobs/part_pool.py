@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from storage.errors import StillhouseError
 from teacher_dump.allocator import share_one_arena
 from teacher_dump.plan import Part
-from teacher_dump.ray_jobs.cluster import cluster, compare_room, last_line
+from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, compare_room, last_line, refuse_without_room
 from teacher_dump.ray_jobs.placement import Placement
 from teacher_dump.ray_jobs.teacher_actor import Said, log_to_file
 from teacher_dump.worker import PartOutcome, Worker, WorkerSettings
@@ -75,8 +75,10 @@ def score_parts(
     """
     most = min(pool.max_actors, len(parts))
     local_cpus = math.ceil(most * pool.num_cpus) + 1  # one for Ray Data itself
-    with cluster(pool.address, local_cpus=local_cpus):
+    with cluster(pool.address, local_cpus=local_cpus) as is_fixed:
         placement = Placement.of(settings.engine_settings, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)
+        if is_fixed:
+            refuse_without_room(placement.resources, what="an actor", field=GPUS_OF_ACTORS)
         compare_room(min(pool.min_actors, most), placement.resources, notify)
         gate = _Gate.start()
         missing, idle, at_once = list(parts), 0, PARTS_AT_ONCE

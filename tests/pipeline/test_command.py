@@ -67,6 +67,18 @@ def test_a_reader_that_closes_the_pipe_is_no_failure(tmp_path):
     assert said == ""
 
 
+def test_an_output_that_goes_to_a_full_disk_is_one_sentence(tmp_path):
+    write_cache(tmp_path, families=("response",))
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", "inspect", str(tmp_path)],
+            cwd=Path(__file__).parents[2], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("stillhouse: a file cannot be written: No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_mistake_in_the_file_of_a_replay_is_found_before_the_scan(tmp_path, capsys):
     write_cache(tmp_path, families=("response",))
     (tmp_path / "manifest.json").write_text("damaged")
