@@ -6,14 +6,19 @@ with every process that the verb started; 141 nobody reads the output any more.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
+    del sys.path[0]
+
 import argparse
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.errors import ConfigError, StillhouseError

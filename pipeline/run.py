@@ -21,6 +21,7 @@ from pipeline.report import write_report
 from pipeline.training import num_ranks, training_command, training_environment
 from storage.child_process import GRACE_S, run_child
 from storage.errors import ConfigError, StillhouseError
+from storage.search_path import module_command
 from storage.stop_signals import Interrupted, stopped_by
 from storage.verify import VerifyReport, verify
 from teacher_dump.__main__ import table
@@ -118,8 +119,8 @@ def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = 
     }
     if ledger is not None and ledger.is_done(step, inputs, [target]):
         return target
-    module = [sys.executable, "-m", "student_train.evaluate", str(experiment.path), "--model", str(model)]
-    _call([*module, *experiment.overrides], num_threads=2)
+    command = (*module_command("student_train.evaluate"), str(experiment.path), "--model", str(model))
+    _call([*command, *experiment.overrides], num_threads=2)
     if ledger is not None:
         ledger.record(step, inputs)
     return target

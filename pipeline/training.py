@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import student_train
+from storage.search_path import module_command
 
 MAIN = Path(student_train.__file__).with_name("main.py")
 _SHUTDOWN_S = 300  # of ranks that save their state after SIGTERM
@@ -20,10 +21,10 @@ def training_command(
 
     One process needs no launcher: without it a start is seconds shorter.
     """
-    launcher = ("-m", "student_train.launcher", "--standalone", f"--nproc_per_node={num_processes}")
+    launcher = (*module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
     options = ("--evaluate",) if evaluate else ()
     script = (str(MAIN), str(config), "--stage", stage, *options, *overrides)
-    return (sys.executable, *(launcher if num_processes > 1 else ()), *script)
+    return (*(launcher if num_processes > 1 else (sys.executable,)), *script)
 
 
 def num_ranks(wanted: int) -> int:

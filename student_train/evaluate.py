@@ -5,9 +5,15 @@ Exit codes: 0 done, 2 the user's mistake, 1 a failure, 130 and 143 after SIGINT 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
+    del sys.path[0]
+
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 from storage.config import CacheSection

@@ -13,7 +13,8 @@ from pathlib import Path
 if __name__ == "__main__":
     started = time.monotonic()
     # This folder comes first on sys.path, where our modules would pass for packages of the same name.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    # With PYTHONSAFEPATH set it is not there.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parent.parent)]
     from storage.stop_signals import end_process
     from student_train.command import main
 

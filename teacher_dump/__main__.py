@@ -5,8 +5,14 @@ Exits 0 on success, 2 on a user's mistake, 1 on a failure, 130 or 143 when SIGIN
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
+
+# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
+    del sys.path[0]
+
+import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 

@@ -27,6 +27,7 @@ from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.files import write_atomically
 from storage.records import SampleError
+from storage.search_path import module_command
 from storage.stop_signals import end_process, exit_code, explain, interruptible
 from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
@@ -82,7 +83,7 @@ def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -
         commands = [
             ray_jobs.Command(
                 name=f"answers-{stripe}",
-                argv=(sys.executable, "-m", "teacher_dump.answers", str(folder / _JOB), str(stripe), str(count)),
+                argv=(*module_command("teacher_dump.answers"), str(folder / _JOB), str(stripe), str(count)),
                 log_path=settings.logs.resolve() / f"answers-{stripe}.log",
             )
             for stripe in range(count)

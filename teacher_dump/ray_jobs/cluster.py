@@ -6,8 +6,9 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from ray.exceptions import RayError
 
 from storage.child_process import descendants_end_with_this
 from storage.errors import ConfigError, StillhouseError
+from storage.search_path import shadowed_packages
 from storage.stop_signals import Interrupted
 
 GPUS_OF_ACTORS = "dump.gpus_per_actor or teacher.settings"  # by its ranks where nothing is said
@@ -51,6 +53,9 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[bool]:
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
+    folder = Path.cwd()
+    if shadowed := shadowed_packages(folder):
+        options["runtime_env"] = {"worker_process_setup_hook": _importing(shadowed, besides=str(folder))}
     with contextlib.nullcontext() if address else descendants_end_with_this():
         yield from _connection(address, options)
 
@@ -84,6 +89,26 @@ def refuse_without_room(resources: Resources, *, what: str, field: str) -> None:
             f"{field}: {what} wants {resources.num_gpus:g} GPUs and Ray has {there:g} on this machine; ask for fewer, "
             "or give dump.ray_address (or RAY_ADDRESS) of a cluster that has them"
         )
+
+
+def _importing(packages: Sequence[str], *, besides: str) -> Callable[[], None]:
+    """A worker's first step where files in the current folder, `besides`, have the names of packages of ours.
+
+    Ray puts that folder first on a worker's sys.path, before the first task or after this step. A function inside of
+    a function travels as code, so the worker needs no module of ours to run it.
+    """
+
+    def import_packages() -> None:
+        import importlib
+        import sys
+
+        kept = sys.path
+        sys.path = [entry for entry in kept if entry != besides]
+        for package in packages:
+            importlib.import_module(package)
+        sys.path = kept
+
+    return import_packages
 
 
 def gpus_or_default(wanted: float | None, default: float) -> float:
