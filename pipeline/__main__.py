@@ -17,9 +17,10 @@ import argparse
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import ConfigError, StillhouseError
 from storage.stop_signals import exit_code, explain, interruptible, leave
@@ -53,7 +54,8 @@ def _run_verb(argv: Sequence[str] | None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     try:
         _take_overrides(arguments, rest)
-        arguments.act(arguments)
+        with _json_alone(arguments):
+            arguments.act(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough, such as `head`
         _drop_output()
@@ -74,6 +76,33 @@ def _run_verb(argv: Sequence[str] | None) -> int:
         _drop_output()  # of which the rest would fail likewise, if it goes to that disk
         return 1
     return 0
+
+
+@contextmanager
+def _json_alone(arguments: argparse.Namespace) -> Iterator[None]:
+    """Sets `arguments.output`, stdout. With --json whatever else prints to stdout, C++ and children too, has stderr."""
+    arguments.output = sys.stdout
+    if not getattr(arguments, "json", False):
+        yield
+        return
+    sys.stdout.flush()
+    if sys.stdout is not sys.__stdout__:  # something else than a descriptor, as in tests
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    stdout, stderr = sys.stdout.fileno(), sys.stderr.fileno()
+    with os.fdopen(os.dup(stdout), "w", encoding="utf-8") as arguments.output:
+        os.dup2(stderr, stdout)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            arguments.output.flush()
+            os.dup2(arguments.output.fileno(), stdout)
+
+
+def _print_json(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    print(json.dumps(document), file=arguments.output)
 
 
 def _drop_output() -> None:
@@ -205,9 +234,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     settings = read_settings(arguments.file, arguments.overrides)
     expected = forecast_dump(settings, num_samples=arguments.samples)
     keep_forecast(settings.run, num_samples=expected.samples, num_bytes=expected.total_bytes)
-    print(as_table(expected))
     if arguments.json:
-        print(json.dumps({**asdict(expected), "total_bytes": expected.total_bytes}))
+        _print_json(arguments, {**asdict(expected), "total_bytes": expected.total_bytes})
+    else:
+        print(as_table(expected))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -220,7 +250,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     report = scan(arguments.cache)
     found = _replay(arguments, settings) if report.ok and settings is not None else None
     if arguments.json:
-        print(json.dumps(asdict(report) | ({} if found is None else {"replay": asdict(found)})))
+        _print_json(arguments, asdict(report) | ({} if found is None else {"replay": asdict(found)}))
     elif report.ok:
         print(f"{arguments.cache}: whole; {report.num_samples:,} samples in {report.num_parts:,} parts")
     if not report.ok:
@@ -262,7 +292,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
             images=arguments.images,
             html=arguments.html,
             as_json=arguments.json,
-        )
+        ),
+        file=arguments.output,
     )
 
 

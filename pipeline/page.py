@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from pipeline.plots import accuracy_plot, category_plot, colour_of, loss_plots
+from pipeline.plots import NO_CATEGORY, accuracy_plot, category_plot, colour_of, loss_plots
 from storage.disk import format_bytes
 
 STYLE = """
@@ -196,7 +196,7 @@ def _categories(runs: list[dict[str, Any]]) -> str:
         [_names(runs)[run["name"]], *(percent(run["by_category"].get(category, missing)) for category in categories)]
         for run in runs
     ]
-    return _table(["run", *categories], rows)
+    return _table(["run", *(category or NO_CATEGORY for category in categories)], rows)
 
 
 def _cache(report: dict[str, Any]) -> str:

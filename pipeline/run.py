@@ -18,7 +18,7 @@ from pipeline.config import Experiment, PrepareSection, TrainTeacherSection, rea
 from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
 from pipeline.preflight import warn_first
 from pipeline.report import write_report
-from pipeline.training import num_ranks, training_command, training_environment
+from pipeline.training import check_start, num_ranks, training_command, training_environment
 from storage.child_process import GRACE_S, run_child
 from storage.errors import ConfigError, StillhouseError
 from storage.search_path import module_command
@@ -103,6 +103,8 @@ def train(experiment: Experiment, stage_name: str, *, evaluate: bool = False, ov
     """Trains one stage under torchrun in the foreground; `StillhouseError` when it fails."""
     overrides = (*experiment.overrides, *overrides)
     stage = read_experiment(experiment.path, overrides).stage(stage_name, asked_by="--stage")
+    splits = experiment.evaluation.splits if evaluate else None
+    check_start(stage, stage_name, experiment.cache.path, splits=splits)
     command = training_command(
         experiment.path, stage_name, overrides, num_processes=num_ranks(stage.num_processes), evaluate=evaluate
     )

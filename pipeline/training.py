@@ -9,6 +9,7 @@ from pathlib import Path
 
 import student_train
 from storage.search_path import module_command
+from student_train.config import StageSection
 
 MAIN = Path(student_train.__file__).with_name("main.py")
 _SHUTDOWN_S = 300  # of ranks that save their state after SIGTERM
@@ -25,6 +26,21 @@ def training_command(
     options = ("--evaluate",) if evaluate else ()
     script = (str(MAIN), str(config), "--stage", stage, *options, *overrides)
     return (*(launcher if num_processes > 1 else (sys.executable,)), *script)
+
+
+def check_start(stage: StageSection, name: str, cache_path: str, *, splits: Sequence[str] | None) -> None:
+    """What a rank would refuse before its first step is refused here, seconds earlier and without torchrun's traceback.
+
+    `splits` of an evaluation to come. A student that has yet to be composed is left to the ranks.
+    """
+    if stage.compose is not None:
+        return
+    from student_train.material import prepare, samples_of_any
+    from student_train.trainer import resolved
+
+    material = prepare(resolved(stage, name), cache_path)
+    if splits is not None:
+        samples_of_any([source.cache for source in material.data.sources], splits)
 
 
 def num_ranks(wanted: int) -> int:

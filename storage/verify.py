@@ -207,7 +207,7 @@ def _head_width(
 def _note_strangers(
     folder: Folder, segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]], report: VerifyReport
 ) -> None:
-    named = set()
+    named = {layout.SUMMARY_FILE}
     for segment in segments:
         named |= {segment.file, segment.manifest_file}
         for part, commit in commits[segment.number].items():

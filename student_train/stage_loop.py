@@ -126,7 +126,7 @@ def run_steps(setup: Setup, stop: HeldSignals) -> Finished:
                 }
             )  # fmt: skip
             tokens, positions, asked = (sums.pop(name) for name in ("tokens", "positions", "stop"))
-            journal.count(tokens, positions)
+            journal.count(tokens, positions, sums)
             _refuse_explosion(sums["loss"], watch, mine, step)
             watch.add(sums["loss"])
             held_out: dict[str, float] = {}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from signal import Signals
 
+from storage.commit import SUMMARY_FILE
 from storage.errors import StillhouseError
 from storage.reader import Cache
 from storage.records import SampleError
@@ -21,7 +22,6 @@ from teacher_dump.progress import DumpSummary, error_kinds
 from teacher_dump.settings import DumpSettings
 from teacher_dump.writing import write_parts
 
-SUMMARY_FILE = "dump.json"
 _SHOWN_ERRORS = 5
 _SHOWN_KINDS = 8
 

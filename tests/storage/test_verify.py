@@ -246,3 +246,10 @@ def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):
     reseal(folder, 0, "response", content)
     problems = verify(folder).problems
     assert any("sampled weights differ by" in problem for problem in problems), problems
+
+
+def test_the_dumps_own_summary_is_no_stranger(tmp_path):
+    write_cache(tmp_path)
+    for name in ("dump.json", "notes.txt"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    assert verify(tmp_path).notes == ["notes.txt: belongs to no part"]
