@@ -30,9 +30,7 @@ def write_experiment(folder: Path, **fields: Any) -> Path:
     ("fields", "has_cache", "words"),
     [
         ({}, False, "no cache is here"),
-        ({}, True, "student"),
-        ({"losses": {"relation": {}}}, True, "relation"),
-        ({"splits": ["nowhere"]}, True, "nowhere"),
+        ({}, True, "student: there is no such folder"),
         ({"steps": 0}, True, "stages.kd.steps"),
     ],
 )
