@@ -28,7 +28,7 @@ def training_command(
     return (*(launcher if num_processes > 1 else (sys.executable,)), *script)
 
 
-def check_start(stage: StageSection, name: str, cache_path: str, *, splits: Sequence[str] | None) -> None:
+def check_start(stage: StageSection, name: str, cache_path: str, *, splits: tuple[str, ...] | None) -> None:
     """What a rank would refuse before its first step is refused here, seconds earlier and without torchrun's traceback.
 
     `splits` of an evaluation to come. A student that has yet to be composed is left to the ranks.

@@ -277,8 +277,9 @@ def _following(kinds: Sequence[Any], step: int | str) -> list[Any]:
             if step in kind.model_fields:
                 following.append(kind.model_fields[str(step)].annotation)
         elif arguments := [item for item in get_args(kind) if item is not Ellipsis]:
-            is_mapping = isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping)
-            if is_mapping or (isinstance(step, int) and get_origin(kind) is not Literal):
+            origin = get_origin(kind)
+            is_mapping = isinstance(origin, type) and issubclass(origin, Mapping)
+            if is_mapping or (isinstance(step, int) and origin is not Literal):
                 following.append(arguments[-1])
     return following
 

@@ -14,6 +14,7 @@ import pipeline.config
 import storage.config
 import student_train.config
 import teacher_dump.config
+from storage.config import Section
 from storage.sections import _members, _problem
 
 MODULES = (storage.config, teacher_dump.config, student_train.config, pipeline.config)
@@ -24,9 +25,9 @@ WRONG: list[Any] = [
 OURS_ALONE = re.compile(r"[\[\]()]|function-|constrained|Section\b")
 
 
-def models(module: ModuleType) -> Iterator[type[BaseModel]]:
+def models(module: ModuleType) -> Iterator[type[Section]]:
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, BaseModel):
+        if isinstance(value, type) and issubclass(value, Section):
             yield value
 
 
