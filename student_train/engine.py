@@ -317,7 +317,10 @@ def _settings(stage: StageSection, num_micro: int, num_parameters: int, *, pins:
     for what, name in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         if what in stage.offload:
             zero[name] = {"device": "cpu", "pin_memory": pins}
+    # DeepSpeed's default is the model's dtype, and each micro-batch would round the sum of those before it to 8 bits.
+    data_types = {"grad_accum_dtype": "fp32"} if stage.zero_stage and stage.precision == "bf16" else {}
     return {
+        "data_types": data_types,
         "train_micro_batch_size_per_gpu": 1,  # nominal: ours vary, and losses are divided by row counts
         "gradient_accumulation_steps": num_micro,
         "gradient_clipping": stage.clip_norm,
