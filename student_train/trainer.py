@@ -29,6 +29,7 @@ from student_train.mixture import Mixture
 from student_train.models import freeze, load_student, weights_fingerprint
 from student_train.objective import Objective
 from student_train.parameter_groups import parameter_groups
+from student_train.recomputation import enable_gradient_checkpointing
 from student_train.sparse_upcycling import Experts, num_activated, upcycled
 from student_train.stage_loop import Feed, Setup, run_steps
 from student_train.stage_state import StageState
@@ -216,7 +217,7 @@ def _made_ready(model: Any, stage: StageSection) -> Any:
     if stage.lora is not None:
         add_adapters(model, stage.lora)
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     return model
 
 
