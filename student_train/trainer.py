@@ -18,7 +18,7 @@ from student_train.config import StageSection
 from student_train.documents import write_json
 from student_train.engine import Engine, Process, peak_memory_bytes
 from student_train.expert_parallel import check_ranks
-from student_train.huggingface import holds_nothing
+from student_train.huggingface import holds_nothing, is_llava
 from student_train.images import FeatureStore, VisionSource
 from student_train.kept_checkpoints import KeptCheckpoints
 from student_train.loader import num_micro_batches
@@ -30,7 +30,7 @@ from student_train.models import freeze, load_student, weights_fingerprint
 from student_train.objective import Objective
 from student_train.parameter_groups import parameter_groups
 from student_train.recomputation import enable_gradient_checkpointing
-from student_train.sparse_upcycling import Experts, num_activated, upcycled
+from student_train.sparse_upcycling import Experts, is_sparse, num_activated, route_in_float32, upcycled
 from student_train.stage_loop import Feed, Setup, run_steps
 from student_train.stage_state import StageState
 from student_train.student import Student
@@ -213,6 +213,8 @@ def _made_ready(model: Any, stage: StageSection) -> Any:
     if stage.moe is not None:
         experts = Experts(stage.moe.experts, stage.moe.top_k, stage.moe.every)
         model = upcycled(model, experts, seed=stage.seed)
+    if is_llava(model.config) and is_sparse(model.config):
+        route_in_float32(model)
     freeze(model, [module for module in stage.train if module != "llm" or stage.lora is None])
     if stage.lora is not None:
         add_adapters(model, stage.lora)
