@@ -131,7 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("plan", _plan, "parts, bytes and hours of the dump, from a few hundred samples that are tried")
     sub.add_argument("--samples", type=int, default=256, metavar="N", help="how many to try (256)")
     sub.add_argument("--json", action="store_true", help="print the forecast as one JSON object")
-    verb("dump", _dump, "run the teacher once and write the cache")
+    sub = verb("dump", _dump, "run the teacher once and write the cache")
+    sub.add_argument("--retry-errors", action="store_true", help="attempt samples that had failed again")
     sub = verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
     sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
     sub.add_argument(
@@ -220,7 +221,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 
     settings = read_settings(arguments.file, arguments.overrides)
     warn_of_machine(settings)
-    print(table(run_dump(settings)))
+    print(table(run_dump(settings, retry_errors=arguments.retry_errors)))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

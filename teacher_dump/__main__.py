@@ -23,8 +23,10 @@ from storage.errors import ConfigError, StillhouseError
 from storage.stop_signals import exit_code, explain, interruptible, leave
 
 if TYPE_CHECKING:  # which takes a second, in which a signal would find nobody
-    from teacher_dump.dump import DumpResult
+    from teacher_dump.dump import DumpResult, RetryOutcome
     from teacher_dump.settings import DumpSettings
+
+RETRY_HELP = "attempt samples that had failed again, after their images or rows were mended"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +45,7 @@ def _dump(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m teacher_dump", description="Dump a teacher's signals.")
     parser.add_argument("file", nargs="?", default="pipeline.yaml", help="the experiment (pipeline.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--retry-errors", action="store_true", help=RETRY_HELP)
     parsed = parser.parse_args(arguments)
     file, overrides = parsed.file, list(parsed.overrides)
     if "=" in file:  # only overrides were given
@@ -53,7 +56,7 @@ def _dump(arguments: Sequence[str] | None) -> int:
     try:
         settings = read_settings(file, overrides)
         warn_of_machine(settings)
-        print(table(run_dump(settings)))
+        print(table(run_dump(settings, retry_errors=parsed.retry_errors)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,7 +88,9 @@ def table(result: DumpResult) -> str:
         ("errors", f"{result.num_errors:,}"),
         ("parts", f"{result.num_parts:,}"),
     ]
-    summary = result.summary
+    summary, retried = result.summary, result.retried
+    if retried is not None:
+        rows.append(("retried", _describe_retry(retried)))
     if summary is None:
         rows.append(("written now", "nothing; the cache was complete"))
     else:
@@ -99,6 +104,16 @@ def table(result: DumpResult) -> str:
     if summary is not None:
         rows += [(f"{count:,} errors" if count > 1 else "1 error", kind) for kind, count in summary.error_kinds.items()]
     return "\n".join(f"{name:<12} {value}" for name, value in rows)
+
+
+def _describe_retry(retried: RetryOutcome) -> str:
+    if not retried.num_failed:
+        return "nothing; no sample of this plan has failed"
+    if not retried.num_attempted:
+        return f"nothing; {retried.num_failed:,} failed samples cannot be read yet, for the same reasons as before"
+    return (
+        f"{retried.num_attempted:,} of {retried.num_failed:,} failed samples; {retried.num_left:,} have no record now"
+    )
 
 
 if __name__ == "__main__":
