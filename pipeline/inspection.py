@@ -40,7 +40,7 @@ def inspect(
     cache = Cache.open(path, checksums=False)
     indices = [sample_view.find_sample(cache, sample_id) for sample_id in sample_ids]
     if html is not None:
-        _write_page(cache, indices, tokenizer, images or Path(cache.identity.image_root), html)
+        _write_page(cache, indices, tokenizer, images or cache.image_root, html)
     if as_json:
         document = cache_facts.as_json(facts_of(cache))
         if indices:

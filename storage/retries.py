@@ -15,7 +15,7 @@ from storage.documents import Commit, ErrorEntry, SegmentDescription
 from storage.errors import CacheError
 from storage.files import Folder
 from storage.identity import FORMAT_VERSION, RETRY_VERSION, Identity
-from storage.segments import NewSegment, Segment, additions, disagreement, is_complete, read_segments, refusal
+from storage.segments import NewSegment, Segment, additions, disagreement, is_committed, read_segments, refusal
 
 FailedIds = Sequence[Sequence[str]]  # of errors, by part
 
@@ -49,15 +49,17 @@ def _commits_by_part(folder: Folder, segment: Segment) -> dict[int, Commit]:
 def find_or_begin_retry(
     folder: Folder, identity: Identity, base: int, failed_ids: FailedIds
 ) -> tuple[Segment, list[Segment]]:
-    """An unfinished retry of segment `base`, or else a new one, and all segments that are there.
+    """A retry of segment `base` that lacks parts, or else a new one, and all segments that are there.
 
     Errors: CacheError for an id that is not (or no longer) an error of `base` or its retries; IdentityError.
     """
     while True:
         segments = read_segments(folder)
-        found = next((one for one in retries_of(segments, segments[base]) if not is_complete(folder, one)), None)
+        found = next((one for one in retries_of(segments, segments[base]) if not is_committed(folder, one)), None)
         if found is not None:
             return found, segments
+        if not is_committed(folder, segments[base]):
+            raise CacheError(f"{folder}: segment {base} lacks parts; finish its dump before its failed samples")
         lines = disagreement(segments, identity, families_of_parts(segments, segments[base]), plan_of=None)
         if lines:
             raise refusal(folder, lines, "")

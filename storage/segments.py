@@ -119,11 +119,13 @@ def has_cache(folder: Folder) -> bool:
 
 def is_complete(folder: Folder, segment: Segment) -> bool:
     """Whether a segment has a manifest and as many commits as parts. Nothing is read of them."""
-    return segment.manifest_file in folder.names() and _num_commits(folder, segment) >= segment.num_parts
+    return segment.manifest_file in folder.names() and is_committed(folder, segment)
 
 
-def _num_commits(folder: Folder, segment: Segment) -> int:
-    return sum(_COMMIT_NAME.search(name) is not None for name in folder.names(segment.commits_folder))
+def is_committed(folder: Folder, segment: Segment) -> bool:
+    """Whether a segment, sealed or not, has as many commits as parts. Nothing is read of them."""
+    names = folder.names(segment.commits_folder)
+    return sum(_COMMIT_NAME.search(name) is not None for name in names) >= segment.num_parts
 
 
 def additions(segments: Sequence[Segment], base: Segment) -> list[Segment]:

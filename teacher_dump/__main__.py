@@ -46,7 +46,7 @@ def _dump(arguments: Sequence[str] | None) -> int:
     parser.add_argument("file", nargs="?", default="pipeline.yaml", help="the experiment (pipeline.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--retry-errors", action="store_true", help=RETRY_HELP)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     file, overrides = parsed.file, list(parsed.overrides)
     if "=" in file:  # only overrides were given
         file, overrides = "pipeline.yaml", [file, *overrides]

@@ -3,7 +3,7 @@
 ```
 <run>/answers/<key>/part-00000.jsonl   the answered samples of a part of the questions' plan, written whole
 <run>/answers/<key>/<split>.jsonl      the data set that the dump reads in place of data.sources
-<run>/answers/<key>/answers.json       written last: the splits, the image root, the sampling
+<run>/answers/<key>/answers.json       written last: the splits, the sampling
 ```
 
 The key is a hash of questions, teacher and sampling. Whatever is there is not asked again, so a run that was
@@ -60,7 +60,7 @@ def answered_settings(settings: DumpSettings, questions: DumpPlan) -> DumpSettin
     except FileNotFoundError:
         return None
     sources = tuple(
-        SourceSection(path=str(folder / name), format="json", images=done["image_root"], split=split)
+        SourceSection(path=str(folder / name), format="json", images=questions.identity.image_root, split=split)
         for split, name in done["splits"]
     )
     data = settings.data.model_copy(update={"sources": sources, "responses": "dataset"})
@@ -228,7 +228,6 @@ def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None
         _write(folder / name, "".join(f"{line}\n" for line in by_split[split]))
     done = {
         "splits": splits,
-        "image_root": questions.identity.image_root,
         "sampling": settings.data.sampling.model_dump(mode="json"),
     }
     _write(folder / _DONE, json.dumps(done, indent=1))

@@ -14,7 +14,15 @@ from storage.files import open_folder
 from storage.reader import Cache
 from storage.records import SampleError
 from storage.retries import families_of_parts, read_contents, retries_of
-from storage.segments import NewSegment, Segment, find_segment, is_complete, read_segments, tokens_segments
+from storage.segments import (
+    NewSegment,
+    Segment,
+    find_segment,
+    is_committed,
+    is_complete,
+    read_segments,
+    tokens_segments,
+)
 from storage.stop_signals import Interrupted
 from storage.writer import CacheWriter
 from teacher_dump.assignment import worker_settings
@@ -102,7 +110,7 @@ def _plans(planned: DumpPlan, settings: DumpSettings) -> Iterator[DumpPlan]:
 def _retry(planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> tuple[RetryOutcome, DumpSummary | None]:
     """Attempt failed samples of a plan again, after its parts were all written. Nothing is sealed yet.
 
-    An unfinished retry is finished, and no other begun. Errors: as `run_dump`.
+    A retry that lacks parts gets them, and no other is begun. Errors: as `run_dump`.
     """
     cache, folder = settings.cache, open_folder(settings.cache.path)
     writer, summary = _open_writer(planned, settings), None
@@ -118,7 +126,7 @@ def _retry(planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> tupl
             f"cache.families: lacks {', '.join(missing)}, which the samples beside those that failed have in "
             f"{folder}; a retry needs them all"
         )
-    begun = next((one for one in retries_of(segments, base) if not is_complete(folder, one)), None)
+    begun = next((one for one in retries_of(segments, base) if not is_committed(folder, one)), None)
     failed_ids = begun.failed_ids if begun is not None else choose_failed(planned, settings, failed)
     if failed_ids:
         writer = CacheWriter.begin_retry(
