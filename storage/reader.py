@@ -126,9 +126,10 @@ class Cache:
         example = None
         if self.num_samples and self.num_images[index]:
             entry = self._parts[int(self._part_of[index])].families["tokens"]
-            example = tokens_record(*self._files.row("tokens", entry, int(self._row_of[index])), self.identity)
+            rows, at = self._files.token_rows(entry, int(self._row_of[index]), self.identity)
+            example = rows.images[at][0].path
         recorded = [segment.identity.image_root for segment in reversed(tokens_segments(self.segments))]
-        return find_image_root(recorded, self.folder.place(""), example=example and example.images[0].path)
+        return find_image_root(recorded, self.folder.place(""), example=example)
 
     def index_of(self, sample_id: str) -> int:
         """The position of a sample. Errors: KeyError."""
