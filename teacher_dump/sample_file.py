@@ -6,7 +6,7 @@ import json
 import mmap
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import overload
@@ -75,6 +75,20 @@ class SampleFile(_Samples):
         row = json.loads(self._bytes[self._starts[place] : self._starts[place + 1]])
         row["images"] = [path[self._num_cut :] for path in row["images"]]
         return Sample.from_json(row)
+
+
+class Replaced(_Samples):
+    """A sequence's samples, with others at some places."""
+
+    def __init__(self, samples: Sequence[Sample], others: Mapping[int, Sample]) -> None:
+        self._samples = samples
+        self._others = others
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def _at(self, place: int) -> Sample:
+        return self._others[place] if place in self._others else self._samples[place]
 
 
 class Chosen(_Samples):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -189,6 +191,32 @@ def test_both_halves_of_a_preference_pair_are_taken_up_together(tmp_path: Path, 
     assert main([str(config), "--retry-errors"]) == 0
     assert counts(tmp_path / "cache") == (6, 0)
     assert len(Cache.open(tmp_path / "cache").pairs()) == 3
+
+
+def test_images_that_are_bytes_in_rows_are_mended(tmp_path: Path, write_config: WriteConfig) -> None:
+    """Such an image is a file named by its hash, so a mended one has another name in the plan."""
+    draw(tmp_path / "good.png")
+    good = (tmp_path / "good.png").read_bytes()
+    file = tmp_path / "rows.parquet"
+
+    def write(second: bytes) -> None:
+        rows = [
+            {"id": f"row-{number}", "image": content, "question": f"What is {number}?", "answer": "A picture."}
+            for number, content in enumerate((good, second, good))
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), file)
+
+    write(b"no image")
+    config = write_config(cache={"families": []}, data={"sources": [{"path": str(file)}]}, dump=LENIENT)
+    assert main([str(config)]) == 0
+    assert counts(tmp_path / "cache") == (2, 1)
+    draw(tmp_path / "other.png", seed=9)
+    write((tmp_path / "other.png").read_bytes())
+    assert main([str(config), "--retry-errors"]) == 0
+    assert counts(tmp_path / "cache") == (3, 0)
+    assert main([str(config), "cache.families=[images]"]) == 0
+    assert counts(tmp_path / "cache") == (3, 0)
+    assert Cache.open(tmp_path / "cache").families == ("tokens", "images")
 
 
 def test_a_moved_project_and_a_copied_teacher_go_on(
