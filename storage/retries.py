@@ -25,6 +25,13 @@ def retries_of(segments: Sequence[Segment], base: Segment) -> list[Segment]:
     return [segment for segment in segments if segment.retries == base.number]
 
 
+def taken_up_later(segments: Sequence[Segment], segment: Segment) -> frozenset[str]:
+    """The ids of a segment's errors that later segments take up."""
+    base = segment.number if segment.retries is None else segment.retries
+    later = [one for one in segments[segment.number + 1 :] if one.retries == base]
+    return frozenset(sample_id for one in later for ids in one.failed_ids for sample_id in ids)
+
+
 def families_of_parts(segments: Sequence[Segment], base: Segment) -> tuple[str, ...]:
     """The families, besides tokens, that a segment's parts have or are about to get."""
     return tuple(family for one in (base, *additions(segments, base)) for family in one.families)

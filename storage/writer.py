@@ -23,7 +23,7 @@ from storage.part_rows import FamilyRows, part_rows
 from storage.preference import check_pairs
 from storage.record_checks import check_records
 from storage.records import PartRecords, SampleError, TokensRecord
-from storage.retries import FailedIds, find_or_begin_retry, read_contents
+from storage.retries import FailedIds, find_or_begin_retry, read_contents, taken_up_later
 from storage.schema import parquet_bytes
 from storage.segments import NewSegment, Segment, find_segment, read_segments, tokens_segments
 
@@ -44,6 +44,7 @@ class CacheWriter:
         self._zstd_level = zstd_level
         self._files = PartFiles(folder, max_bytes=0, checksums=False)
         self._holders: dict[str, int] | None = None
+        self._retried: frozenset[str] = frozenset()  # known together with the holders
         self._head: HeadEntry | None = None
         self._head_width = 0
 
@@ -125,9 +126,11 @@ class CacheWriter:
         check_records(records, self.segment)
         self._check_widths(records)
         if self.segment.has_tokens:
+            known = self._known_ids()
+            records = self._without_retried(records)
             ids = [record.sample_id for record in (*records.tokens, *records.errors)]
             self._check_retried(part, ids)
-            _refuse_known(self.folder, self._known_ids(), ids)
+            _refuse_known(self.folder, known, ids)
         else:
             records = self._aligned(number, records)
         families = part_rows(records, self.segment.identity, self.segment.stored_families)
@@ -308,14 +311,25 @@ class CacheWriter:
     def _known_ids(self) -> dict[str, int]:
         """The part of each sample of the other segments, as committed when this was first asked.
 
-        Without the errors that this segment takes up: their ids are its own.
+        Without the errors that this segment takes up, or that later ones took up of it: those ids are its own as well.
         """
         if self._holders is None:
-            others = [segment for segment in read_segments(self.folder) if segment.number != self.segment.number]
+            segments = read_segments(self.folder)
+            others = [segment for segment in segments if segment.number != self.segment.number]
             self._holders = _holders(self.folder, others, self._files)
-            for sample_id in (sample_id for ids in self.segment.failed_ids for sample_id in ids):
+            self._retried = taken_up_later(segments, self.segment)
+            for sample_id in (*self._retried, *(sample_id for ids in self.segment.failed_ids for sample_id in ids)):
                 self._holders.pop(sample_id, None)
         return self._holders
+
+    def _without_retried(self, records: PartRecords) -> PartRecords:
+        """The records of a part that is written anew, without samples that a later segment holds: they stay errors."""
+        places = [place for place, record in enumerate(records.tokens) if record.sample_id not in self._retried]
+        if len(places) == len(records.tokens):
+            return records
+        again = sorted({record.sample_id for record in records.tokens} & self._retried)
+        errors = [*records.errors, *(SampleError(sample_id, "is in a later segment") for sample_id in again)]
+        return replace(_reordered(records, places), errors=errors)
 
     def _check_retried(self, part: int, ids: Sequence[str]) -> None:
         """ValueError for a part of a retry that has not one record or error, at least, for each of its samples."""

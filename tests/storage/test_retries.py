@@ -123,6 +123,21 @@ def test_a_retry_that_is_killed_at_any_file_operation_resumes_to_the_same_bytes(
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
 
 
+def test_a_part_that_is_written_anew_leaves_a_retry_its_samples(tmp_path):
+    """As verification advises where a part's file is broken; its images may be mended by then."""
+    write_cache(tmp_path)
+    retry(tmp_path, FAILED, mended(["broken-0"], errors=["broken-1"])).seal()
+    (tmp_path / "commits/part-00000.json").unlink()
+    records = make_part(0)
+    again = [dataclasses.replace(records.tokens[0], sample_id="broken-0"), *records.tokens[1:]]
+    writer = CacheWriter.open(tmp_path, make_identity(), FAMILIES)
+    writer.unseal()
+    writer.write_part(0, dataclasses.replace(records, tokens=again, errors=[]))
+    writer.seal()
+    assert counts(tmp_path) == (12, [("broken-1", "again")])  # without sample-0-0, which lent its record
+    assert verify(tmp_path).problems == []
+
+
 def test_samples_are_appended_beside_a_retry_and_failed_ones_are_not_appended(tmp_path):
     write_cache(tmp_path)
     retry(tmp_path, [["broken-0"]], mended(["broken-0"])).seal()
