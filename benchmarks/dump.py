@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
+import sys
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from benchmarks.dump_roads import Floor, PromptLogprobs, Road, dump_settings
 from benchmarks.results import Results, table, wants_json
 from student_train.huggingface import transformers_module
 from teacher_dump.dump import run_dump
+from teacher_dump.log_file import quiet
 
 RUN = Path("runs/bench_dump")
 IMAGE_SIZE = 128  # 64 visual tokens; LLaVA-1.5 has 576
@@ -170,7 +172,10 @@ def main() -> None:
     """Measure, print, and exit."""
     as_json = wants_json(__doc__ or "")
     results = Results("benchmarks.dump")
-    lines = measure(Sizes(), RUN, results)
+    log = RUN.with_name(f"{RUN.name}-engines.log")
+    print(f"the engines' messages go to {log}", file=sys.stderr, flush=True)
+    with quiet(log):  # their processes too: vLLM warns once a call
+        lines = measure(Sizes(), RUN, results)
     results.details["seconds"] = lines
     print(table(["teacher", "road", "tokens", "rows", "median s", "least", "most"], lines))
     results.print(as_json=as_json)

@@ -48,7 +48,7 @@ class Asked:
     def open(cache: Path, teacher: Path) -> Asked:
         """The samples of a cache and a teacher, with a store for the features of a tower that all models share."""
         tokens, checkpoint, features = Cache.open(cache, ()), read_checkpoint(teacher), FeatureStore(1 << 30)
-        folder = ImageFolder(tokens.identity.image_root, checkpoint.image_processor)
+        folder = ImageFolder(tokens.image_root, checkpoint.image_processor)
         vision = VisionSource(folder, features=features, pixels=FeatureStore(0))
         return Asked(tokens, checkpoint, vision, features)
 

@@ -1,21 +1,29 @@
 """The command `stillhouse`, the same as `python -m pipeline`.
 
-Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure; 141 nobody reads the output any more.
+Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure; 130 after SIGINT and 143 after SIGTERM,
+with every process that the verb started; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
+    del sys.path[0]
 
 import argparse
 import io
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import ConfigError, StillhouseError
+from storage.stop_signals import exit_code, explain, interruptible, leave
 
 if TYPE_CHECKING:  # which import torch
     from teacher_dump.replay import Replay
@@ -27,7 +35,18 @@ Action = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code."""
+    """Runs one verb and returns its exit code. Without `argv` this process is the verb's, and a signal ends it."""
+    try:
+        with interruptible(adopt=argv is None):
+            return _run_verb(argv)
+    except KeyboardInterrupt as stop:
+        print(f"stillhouse: {explain(stop)}", file=sys.stderr)
+        if argv is None:
+            leave(exit_code(stop))
+        return exit_code(stop)
+
+
+def _run_verb(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
@@ -35,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     try:
         _take_overrides(arguments, rest)
-        arguments.act(arguments)
+        with _json_alone(arguments):
+            arguments.act(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough, such as `head`
         _drop_output()
@@ -46,10 +66,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StillhouseError as error:
         print(f"stillhouse: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stillhouse: interrupted; what is finished is kept, run the same command again", file=sys.stderr)
+    except Exception as error:  # a disk may be full wherever a library writes
+        from storage.disk import describe_full_disk
+
+        message = describe_full_disk(error)
+        if message is None:
+            raise
+        print(f"stillhouse: {message}", file=sys.stderr)
+        _drop_output()  # of which the rest would fail likewise, if it goes to that disk
         return 1
     return 0
+
+
+@contextmanager
+def _json_alone(arguments: argparse.Namespace) -> Iterator[None]:
+    """Sets `arguments.output`, stdout. With --json whatever else prints to stdout, C++ and children too, has stderr."""
+    arguments.output = sys.stdout
+    if not getattr(arguments, "json", False):
+        yield
+        return
+    sys.stdout.flush()
+    if sys.stdout is not sys.__stdout__:  # something else than a descriptor, as in tests
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    stdout, stderr = sys.stdout.fileno(), sys.stderr.fileno()
+    with os.fdopen(os.dup(stdout), "w", encoding="utf-8") as arguments.output:
+        os.dup2(stderr, stdout)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            arguments.output.flush()
+            os.dup2(arguments.output.fileno(), stdout)
+
+
+def _print_json(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    print(json.dumps(document), file=arguments.output)
 
 
 def _drop_output() -> None:
@@ -80,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("plan", _plan, "parts, bytes and hours of the dump, from a few hundred samples that are tried")
     sub.add_argument("--samples", type=int, default=256, metavar="N", help="how many to try (256)")
     sub.add_argument("--json", action="store_true", help="print the forecast as one JSON object")
-    verb("dump", _dump, "run the teacher once and write the cache")
+    sub = verb("dump", _dump, "run the teacher once and write the cache")
+    sub.add_argument("--retry-errors", action="store_true", help="attempt samples that had failed again")
     sub = verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
     sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
     sub.add_argument(
@@ -166,24 +220,30 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _dump(arguments: argparse.Namespace) -> None:
-    from teacher_dump.__main__ import table
+    from teacher_dump.__main__ import table, warn_of_machine
     from teacher_dump.dump import run_dump
     from teacher_dump.settings import read_settings
 
-    print(table(run_dump(read_settings(arguments.file, arguments.overrides))))
+    settings = read_settings(arguments.file, arguments.overrides)
+    warn_of_machine(settings)
+    print(table(run_dump(settings, retry_errors=arguments.retry_errors)))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from pipeline.plan_report import as_table
+    from pipeline.preflight import keep_forecast
     from teacher_dump.calibration import forecast_dump
     from teacher_dump.settings import read_settings
 
     if arguments.samples < 2:
         raise ConfigError(f"--samples is {arguments.samples}, expected at least 2")
-    expected = forecast_dump(read_settings(arguments.file, arguments.overrides), num_samples=arguments.samples)
-    print(as_table(expected))
+    settings = read_settings(arguments.file, arguments.overrides)
+    expected = forecast_dump(settings, num_samples=arguments.samples)
+    keep_forecast(settings.run, num_samples=expected.samples, num_bytes=expected.total_bytes)
     if arguments.json:
-        print(json.dumps({**asdict(expected), "total_bytes": expected.total_bytes}))
+        _print_json(arguments, {**asdict(expected), "total_bytes": expected.total_bytes})
+    else:
+        print(as_table(expected))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -196,7 +256,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     report = scan(arguments.cache)
     found = _replay(arguments, settings) if report.ok and settings is not None else None
     if arguments.json:
-        print(json.dumps(asdict(report) | ({} if found is None else {"replay": asdict(found)})))
+        _print_json(arguments, asdict(report) | ({} if found is None else {"replay": asdict(found)}))
     elif report.ok:
         print(f"{arguments.cache}: whole; {report.num_samples:,} samples in {report.num_parts:,} parts")
     if not report.ok:
@@ -238,17 +298,21 @@ def _inspect(arguments: argparse.Namespace) -> None:
             images=arguments.images,
             html=arguments.html,
             as_json=arguments.json,
-        )
+        ),
+        file=arguments.output,
     )
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from pipeline.config import read_experiment
+    from pipeline.preflight import check_stage
     from pipeline.run import train
     from pipeline.training import training_flags
 
+    experiment = read_experiment(arguments.file, arguments.overrides)
+    check_stage(experiment, arguments.stage)
     flags = training_flags(again=arguments.again, restart=arguments.restart, if_changed=False)
-    train(read_experiment(arguments.file, arguments.overrides), arguments.stage, flags=flags)
+    train(experiment, arguments.stage, flags=flags)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -276,10 +340,12 @@ def _ask(arguments: argparse.Namespace) -> None:
 def _ablate(arguments: argparse.Namespace) -> None:
     from pipeline.ablate import ablate
     from pipeline.config import read_experiment
+    from pipeline.preflight import warn_first
     from pipeline.report import write_report
     from pipeline.summary import print_summary
 
     experiment = read_experiment(arguments.file, arguments.overrides)
+    warn_first(experiment, dumps=False)
     ablate(experiment, restart=arguments.restart)
     write_report(experiment.run)
     print_summary(experiment.run)

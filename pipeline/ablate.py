@@ -8,7 +8,9 @@ evaluation.json. <run>/ablations.json lists them for the report.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tqdm import tqdm
 from pipeline.config import Experiment
 from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
 from pipeline.training import training_command, training_environment, training_flags
+from storage.disk import explain_write_errors, hint_of_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import changed_fields
 from storage.files import write_atomically
@@ -83,7 +86,8 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
     `restart`: runs give up states that other inputs made.
     """
     ledger = Ledger(experiment.run / "steps")
-    (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
+    with explain_write_errors(experiment.run / "logs"):
+        (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
     runs = list(grid(experiment))
     _check_compositions(experiment, runs)
     with tqdm(total=len(runs), desc="students", unit="run") as bar:
@@ -123,24 +127,28 @@ def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any
             ),
             env=training_environment(round(experiment.ablations.cpus_per_run / run.section.num_processes)),
             log_path=experiment.run / "logs" / f"{run.label}.log",
+            grace_s=math.inf,  # it saves its state, however long that takes, and ends
         )
         for run in waiting.values()
     ]
-    for result in run_commands(
+    results = run_commands(
         commands,
         experiment.ablations.cpus_per_run,
         experiment.ablations.gpus_per_run,
         address=experiment.dump.ray_address,
         logs=experiment.run / "logs",
-    ):
-        run = waiting[result.name]
-        if result.returncode == 0 and all(path.exists() for path in _outputs(run)):
-            ledger.record(run.label, inputs[run.label], seconds=result.seconds)
-            accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
-            bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
-        else:
-            yield f"{run.label}: exit code {result.returncode}, see {result.log_path}"
-        bar.update()
+    )
+    with closing(results):  # which ends what runs, if this does not come to its end
+        for result in results:
+            run = waiting[result.name]
+            if result.returncode == 0 and all(path.exists() for path in _outputs(run)):
+                ledger.record(run.label, inputs[run.label], seconds=result.seconds)
+                accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
+                bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
+            else:
+                hint = hint_of_full_disk(result.log_path) or hint_of_full_disk(run.folder)
+                yield f"{run.label}: exit code {result.returncode}, see {result.log_path}{hint}"
+            bar.update()
 
 
 def _check_compositions(experiment: Experiment, runs: list[GridRun]) -> None:

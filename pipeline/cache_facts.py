@@ -135,6 +135,8 @@ def _budgets(cache: Cache, families: dict[str, FamilySize]) -> Iterator[Budget]:
 def _describe(segment: Segment) -> str:
     stored, parts = ", ".join(segment.stored_families), segment.parts
     added = "" if segment.adds_to is None else f", added to segment {segment.adds_to}"
+    if segment.retries is not None:
+        added = f", of samples that had failed in segment {segment.retries}"
     return f"{stored} of parts {parts.start} to {parts.stop - 1}{added}"
 
 

@@ -152,8 +152,8 @@ def _doubt(view: SampleView) -> str:
         return "–"
     worst = max(tokens, key=lambda token: token.signal.entropy if token.signal else 0.0)
     assert worst.signal is not None
-    top = worst.signal.alternatives[0]
-    said = f"<code>{escape(_short(top.text, 16))}</code> {_percent(top.probability)}"
+    top, probability = worst.signal.shown(worst.token_id)[0]
+    said = f"<code>{escape(_short(top.text, 16))}</code> {_percent(probability)}"
     return f"<code>{escape(_short(worst.text, 16))}</code> – teacher: {said}"
 
 
@@ -243,18 +243,19 @@ def _card(token: AnswerToken, number: int) -> str:
     signal = token.signal
     assert signal is not None
     bars = []
-    for entry in signal.alternatives:
+    shown = signal.shown(token.token_id)
+    for entry, probability in shown:
         label = " label" if entry.token_id == token.token_id else ""
         if not entry.sampled:
-            bars.append(_bar(entry.text, entry.probability, f"exact{label}"))
+            bars.append(_bar(entry.text, probability, f"exact{label}"))
     hidden = signal.num_exact - len(bars)
     if hidden:
         bars.append(_bar(f"{hidden} more", signal.hidden_mass, "hidden"))
     bars.append(_bar("tail", signal.tail_mass, "tail"))
-    for entry in signal.alternatives:
+    for entry, weight in shown:
         if entry.sampled:
             label = " label" if entry.token_id == token.token_id else ""
-            bars.append(_bar(f"~ {entry.text}", entry.probability, f"sampled{label}"))
+            bars.append(_bar(f"~ {entry.text}", weight, f"sampled{label}"))
     counts = f"{signal.num_exact} exact" + (f", {signal.num_sampled} sampled" if signal.num_sampled else "")
     return (
         f'<div class="card"><div class="head"><code>{escape(token.text)}</code><span>{number}</span></div>'

@@ -14,6 +14,7 @@ from pipeline.cache_facts import least_sure
 from pipeline.sample_text import facts_text, sample_text
 from pipeline.token_texts import token_texts
 from storage.errors import ConfigError
+from storage.files import write_atomically
 from storage.reader import Cache
 
 NUM_LEAST_SURE = 10
@@ -39,7 +40,7 @@ def inspect(
     cache = Cache.open(path, checksums=False)
     indices = [sample_view.find_sample(cache, sample_id) for sample_id in sample_ids]
     if html is not None:
-        _write_page(cache, indices, tokenizer, images or Path(cache.identity.image_root), html)
+        _write_page(cache, indices, tokenizer, images or cache.image_root, html)
     if as_json:
         document = cache_facts.as_json(facts_of(cache))
         if indices:
@@ -81,6 +82,6 @@ def _write_page(cache: Cache, indices: Sequence[int], tokenizer: Path | None, im
             groups.append(group("At random", "drawn with a fixed seed", sorted(map(int, drawn))))
     page = render_cache_page(facts_of(cache), groups, image_root=images, note=texts.note)
     try:
-        html.write_text(page, encoding="utf-8")
+        write_atomically(html, page.encode())
     except OSError as error:
         raise ConfigError(f"--html {html}: cannot be written: {error.strerror}") from error

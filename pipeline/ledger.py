@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.disk import explain_write_errors
 from storage.field_changes import changed_fields
 from storage.files import open_folder, write_atomically
 from storage.lock import Lock, hold_lock
@@ -42,7 +43,8 @@ class Ledger:
 
     def record(self, step: str, inputs: dict[str, Any], **facts: Any) -> None:
         """Notes that `step` is finished; its outputs must be on disk already."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with explain_write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         entry = {"step": step, "fingerprint": fingerprint(inputs), "inputs": inputs, **facts}
         write_atomically(self._path(step), json.dumps(entry, indent=1, default=str).encode())
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from pipeline.plots import accuracy_plot, category_plot, colour_of, loss_plots
+from pipeline.plots import NO_CATEGORY, accuracy_plot, category_plot, colour_of, loss_plots
+from storage.disk import format_bytes
 
 STYLE = """
 :root { color-scheme: light; }
@@ -51,15 +52,6 @@ def render_page(report: dict[str, Any], metrics: dict[str, list[dict[str, float]
         f'<h1>{escape(report["name"])}</h1><p class="dim">{escape(report["machine"])}</p>'
         f'<p class="lead">{escape(report["verdict"])}</p>{body}</body></html>\n'
     )
-
-
-def format_bytes(size: float) -> str:
-    """A size in the largest unit that leaves at least 1: 1,536 -> "1.5 kB" (decimal units)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def percent(value: dict[str, float] | None) -> str:
@@ -204,7 +196,7 @@ def _categories(runs: list[dict[str, Any]]) -> str:
         [_names(runs)[run["name"]], *(percent(run["by_category"].get(category, missing)) for category in categories)]
         for run in runs
     ]
-    return _table(["run", *categories], rows)
+    return _table(["run", *(category or NO_CATEGORY for category in categories)], rows)
 
 
 def _cache(report: dict[str, Any]) -> str:

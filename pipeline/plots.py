@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+NO_CATEGORY = "no category"  # of samples whose source names none
 COLOURS = ("#4c6a92", "#8aa1bf", "#c8553d", "#e09f3e", "#6b8f71", "#9a6fb0", "#5c5c5c", "#b08968")
 LOSSES = {  # and the unit of each
     "cross_entropy": "nats",
@@ -61,7 +62,7 @@ def category_plot(runs: list[dict[str, Any]]) -> str:
         places = [place + (index - (len(runs) - 1) / 2) * width for place in range(len(categories))]
         heights, spreads = [100 * item["mean"] for item in found], [100 * item["sd"] for item in found]
         axes.bar(places, heights, width, yerr=spreads, color=colour, label=run["name"], error_kw={"linewidth": 0.8})
-    axes.set_xticks(range(len(categories)), categories)
+    axes.set_xticks(range(len(categories)), [category or NO_CATEGORY for category in categories])
     axes.set_ylim(0, 100)
     axes.set_ylabel("exact match, %")
     figure.legend(frameon=False, ncols=4, loc="outside upper center", fontsize=8)

@@ -6,7 +6,7 @@ Every step is in the ledger: what is finished and whose inputs have not changed 
 from __future__ import annotations
 
 import json
-import subprocess
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +16,13 @@ from tqdm import tqdm
 from pipeline.ablate import train_grid
 from pipeline.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
 from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
+from pipeline.preflight import warn_first
 from pipeline.report import write_report
-from pipeline.training import num_ranks, training_command, training_environment, training_flags
+from pipeline.training import check_start, num_ranks, training_command, training_environment, training_flags
+from storage.child_process import GRACE_S, run_child
 from storage.errors import ConfigError, StillhouseError
+from storage.search_path import module_command
+from storage.stop_signals import Interrupted, stopped_by
 from storage.verify import VerifyReport, verify
 from student_train.stage_inputs import init_inputs
 from teacher_dump.__main__ import table
@@ -36,6 +40,7 @@ def run(experiment: Experiment, *, restart: bool = False) -> Path:
 
 
 def _run(experiment: Experiment, *, restart: bool) -> Path:
+    warn_first(experiment)
     ledger = Ledger(experiment.run / "steps")
     if experiment.prepare is not None:
         prepare(experiment, experiment.prepare, ledger)
@@ -117,6 +122,8 @@ def train(
     """Trains one stage under torchrun in the foreground; `StillhouseError` when it fails. `flags`: `training_flags`."""
     overrides = (*experiment.overrides, *overrides)
     stage = read_experiment(experiment.path, overrides).stage(stage_name, asked_by="--stage")
+    splits = experiment.evaluation.splits if evaluate else None
+    check_start(stage, stage_name, experiment.cache.path, splits=splits)
     command = training_command(
         experiment.path,
         stage_name,
@@ -125,7 +132,7 @@ def train(
         evaluate=evaluate,
         flags=flags,
     )
-    _call(command, num_threads=1)
+    _call(command, num_threads=1, grace_s=math.inf)  # it saves its state, however long that takes, and ends
 
 
 def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = None, *, step: str = "") -> Path:
@@ -138,8 +145,8 @@ def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = 
     }
     if ledger is not None and ledger.is_done(step, inputs, [target]):
         return target
-    module = [sys.executable, "-m", "student_train.evaluate", str(experiment.path), "--model", str(model)]
-    _call([*module, *experiment.overrides], num_threads=2)
+    command = (*module_command("student_train.evaluate"), str(experiment.path), "--model", str(model))
+    _call([*command, *experiment.overrides], num_threads=2)
     if ledger is not None:
         ledger.record(step, inputs)
     return target
@@ -168,8 +175,10 @@ def scan(path: str) -> VerifyReport:
         return verify(path, show)
 
 
-def _call(command: Sequence[str], *, num_threads: int) -> None:
-    code = subprocess.run(command, env=training_environment(num_threads), check=False).returncode
+def _call(command: Sequence[str], *, num_threads: int, grace_s: float = GRACE_S) -> None:
+    code = run_child(command, env=training_environment(num_threads), grace_s=grace_s)
+    if (number := stopped_by(code)) is not None:  # it was told to stop, and we were not
+        raise Interrupted(number)
     if code == 2:
         raise ConfigError("the step above refused its input")
     if code:

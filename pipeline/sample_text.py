@@ -178,18 +178,19 @@ def label_words(signal: Signal) -> str:
 
 def _bars(token: AnswerToken, signal: Signal) -> Sequence[Sequence[str]]:
     rows = []
-    for entry in signal.alternatives:
+    shown = signal.shown(token.token_id)
+    for entry, probability in shown:
         if not entry.sampled:
             mark = "◀ label" if entry.token_id == token.token_id else ""
-            rows.append((f"  {entry.text}", _percent(entry.probability), bar(entry.probability), mark))
+            rows.append((f"  {entry.text}", _percent(probability), bar(probability), mark))
     hidden = signal.num_exact - len(rows)
     if hidden:
         rows.append((f"  {hidden} more", _percent(signal.hidden_mass), bar(signal.hidden_mass), "exact, not shown"))
     rows.append(("  tail", _percent(signal.tail_mass), bar(signal.tail_mass, mark="░"), "all that is not exact"))
-    for entry in signal.alternatives:
+    for entry, weight in shown:
         if entry.sampled:
             mark = "sampled from the tail" + (" ◀ label" if entry.token_id == token.token_id else "")
-            rows.append((f"    ~ {entry.text}", _percent(entry.probability), bar(entry.probability, mark="░"), mark))
+            rows.append((f"    ~ {entry.text}", _percent(weight), bar(weight, mark="░"), mark))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -46,6 +47,21 @@ class Signal:
     tail_mass: float
     entropy: float  # nats
     label_logprob: float | None  # nats; None for a visual token, which has no label
+
+    def shown(self, label_id: int) -> list[tuple[Alternative, float]]:
+        """The alternatives with the probabilities to show: of the label the exact one, of others what was stored.
+
+        A stored probability is rounded, and a reader who sees 7.9 % in a text and 7.3 % at a bar trusts neither. Exact
+        entries by falling probability, then sampled ones, whose number is a weight and stays.
+        """
+
+        def probability(entry: Alternative) -> float:
+            if entry.token_id != label_id or entry.sampled or self.label_logprob is None:
+                return entry.probability
+            return math.exp(min(0.0, self.label_logprob))
+
+        pairs = [(entry, probability(entry)) for entry in self.alternatives]
+        return sorted(pairs, key=lambda pair: (pair[0].sampled, 0.0 if pair[0].sampled else -pair[1]))
 
 
 @dataclass(frozen=True)
@@ -224,7 +240,10 @@ def _segments(
             num_images += 1
             segments.append(Segment("image", str(num_images)))
         elif kind == "answer":
-            found = tuple(AnswerToken(i, texts.one(i), next(signals) if signals else None) for i in ids)
+            found = tuple(
+                AnswerToken(token_id, text, next(signals) if signals else None)
+                for token_id, text in zip(ids, texts.each(ids), strict=True)
+            )
             segments.append(Segment("answer", texts.many(ids), found))
         elif ids:
             segments.append(Segment("prompt", texts.many(ids)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.page import format_bytes, percent
+from pipeline.plots import NO_CATEGORY
 
 
 def print_summary(folder: Path) -> None:
@@ -32,7 +33,10 @@ def describe_evaluation(path: Path) -> str:
     """An evaluation.json as a few lines of text."""
     evaluation = json.loads(path.read_bytes())
     rows = [("exact match", f"{100 * evaluation['exact_match']:.1f} %")]
-    rows += [(name, f"{100 * found['exact_match']:.1f} %") for name, found in evaluation["by_category"].items()]
+    rows += [
+        (name or NO_CATEGORY, f"{100 * found['exact_match']:.1f} %")
+        for name, found in evaluation["by_category"].items()
+    ]
     if evaluation.get("unsupported_rate") is not None:
         rows.append(("words without support", f"{100 * evaluation['unsupported_rate']:.1f} % of answers"))
     hallucinated = (evaluation.get("yes_no") or {}).get("hallucination_rate")

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import student_train
+from storage.search_path import module_command
+from student_train.config import StageSection
 
 MAIN = Path(student_train.__file__).with_name("main.py")
+_SHUTDOWN_S = 300  # of ranks that save their state after SIGTERM
 
 
 def training_command(
@@ -23,13 +26,27 @@ def training_command(
 ) -> tuple[str, ...]:
     """The argv of `torchrun --nproc_per_node N student_train/main.py FILE --stage NAME …`.
 
-    `flags`: of `training_flags`. One process needs no launcher: without it a start is seconds shorter, and exit code 2
-    stays what it is.
+    `flags`: of `training_flags`. One process needs no launcher: without it a start is seconds shorter.
     """
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
+    launcher = (*module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
     options = (*flags, *(("--evaluate",) if evaluate else ()))
     script = (str(MAIN), str(config), "--stage", stage, *options, *overrides)
-    return (sys.executable, *(launcher if num_processes > 1 else ()), *script)
+    return (*(launcher if num_processes > 1 else (sys.executable,)), *script)
+
+
+def check_start(stage: StageSection, name: str, cache_path: str, *, splits: tuple[str, ...] | None) -> None:
+    """What a rank would refuse before its first step is refused here, seconds earlier and without torchrun's traceback.
+
+    `splits` of an evaluation to come. A student that has yet to be composed is left to the ranks.
+    """
+    if stage.compose is not None:
+        return
+    from student_train.material import prepare, samples_of_any
+    from student_train.trainer import resolved
+
+    material = prepare(resolved(stage, name), cache_path)
+    if splits is not None:
+        samples_of_any([source.cache for source in material.data.sources], splits)
 
 
 def training_flags(*, again: bool = False, restart: bool = False, if_changed: bool = True) -> tuple[str, ...]:
@@ -50,5 +67,13 @@ def num_ranks(wanted: int) -> int:
 
 
 def training_environment(num_threads: int) -> dict[str, str]:
-    """This process's environment, each rank held to `num_threads` threads of arithmetic."""
-    return {**os.environ, "OMP_NUM_THREADS": str(max(1, num_threads)), "TOKENIZERS_PARALLELISM": "false"}
+    """This process's environment, each rank held to `num_threads` threads of arithmetic.
+
+    torchrun kills ranks that take longer to save their state than it is told, by default 30 s.
+    """
+    return {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
+        **os.environ,
+        "OMP_NUM_THREADS": str(max(1, num_threads)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }

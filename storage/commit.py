@@ -20,6 +20,7 @@ from storage.losses import totals
 from storage.segments import COMMITS_FOLDER, SEGMENTS_FOLDER, Segment
 
 HEAD_FOLDER = "head"
+SUMMARY_FILE = "dump.json"  # how the last dump went; no reader needs it
 NUM_CONNECTIONS = 16  # requests at once where each is a round trip
 
 ADVICE = f"delete the part's file in {COMMITS_FOLDER}/ and run the dump again"

@@ -97,7 +97,7 @@ class Description(Document):
 
 
 class SegmentDescription(Document):
-    """segments/0001.json: families that a later dump adds to a segment's parts, or parts of new samples."""
+    """segments/0001.json: families added to a segment's parts, parts of new samples, or of samples that had failed."""
 
     format_version: int
     cache_sha256: Sha256  # of the bytes of cache.json
@@ -106,6 +106,8 @@ class SegmentDescription(Document):
     first_part: Count
     families: tuple[str, ...]  # besides tokens
     identity: Identity
+    retries: Count | None = None  # the segment whose failed samples the parts hold
+    failed_ids: tuple[tuple[str, ...], ...] | None = None  # of those samples, by part
 
 
 class Commit(Losses):

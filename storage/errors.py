@@ -11,6 +11,10 @@ class ConfigError(StillhouseError):
     """The user's mistake in a configuration or a command; the command line exits 2."""
 
 
+class WriteError(StillhouseError):
+    """A file that cannot be written: a full disk, a folder without permission. What was whole before still is."""
+
+
 class CacheError(StillhouseError):
     """A cache that is missing, unfinished, or asked for what it does not hold."""
 

@@ -15,10 +15,10 @@ from typing import Protocol, TypeVar
 
 import pyarrow as pa
 
+from storage.disk import FULL, explain_write_errors
 from storage.errors import CacheError
 
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = re.compile(r".+\.tmp-\d+-[0-9a-f]+")
 _NUM_SWEEPS = 3  # how often a temporary file may be taken for a dead writer's before something else is wrong
 
@@ -128,7 +128,7 @@ class LocalFolder:
         return pa.OSFile(str(self.path / name))
 
     def write(self, name: str, content: bytes) -> None:
-        self._written(self.path / name, lambda path: write_atomically(path, content))
+        self._written(self.path / name, lambda path: _replace(path, content))
 
     def create(self, name: str, content: bytes) -> bool:
         return self._written(self.path / name, lambda path: create_exclusively(path, content))
@@ -157,7 +157,7 @@ class LocalFolder:
 
 
 def _cannot_write(path: Path, error: OSError) -> CacheError:
-    advice = "free space there" if error.errno in _FULL else "mend the folder or its permissions"
+    advice = "free space there" if error.errno in FULL else "mend the folder or its permissions"
     return CacheError(
         f"{path}: cannot be written: {error.strerror}; {advice}, or give cache.path another folder, and run the "
         "same command again: what is committed stays"
@@ -165,7 +165,15 @@ def _cannot_write(path: Path, error: OSError) -> CacheError:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Make `path` hold `content`: whoever looks, even after a power failure, sees all of it or none."""
+    """Make `path` hold `content`: whoever looks, even after a power failure, sees all of it or none.
+
+    WriteError, and what was there before stays: a full disk, a folder that cannot be written.
+    """
+    with explain_write_errors(path, needed_bytes=len(content)):
+        _replace(path, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
     temporary = _write_temporary(path, content)
     try:
         temporary.replace(path)

@@ -12,17 +12,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.config import HiddenSection, RelationSection
 
 FORMAT_VERSION = 3  # that is written
-READABLE_VERSIONS = (1, 2, 3)
+READABLE_VERSIONS = (1, 2, 3, 4)
+RETRY_VERSION = 4  # the least that a segment of failed samples can have
 NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
+PLACES = ("teacher", "image_root")  # where things lay when a segment was begun; hashes say what they are
 
 
 class Identity(BaseModel):
-    """Fingerprints and settings that decide every byte of a cache, except the order of the work."""
+    """Fingerprints and settings that decide every byte of a cache, except the order of the work.
+
+    The fields in PLACES decide none: they help a person, and are compared with nothing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    teacher: str  # folder or hub id, for a person
+    teacher: str  # folder or hub id, a place
     teacher_fingerprint: str  # content hash of weights and config; "none" when the cache holds tokens only
     dtype: str
     engine: str  # name and version
@@ -34,8 +39,12 @@ class Identity(BaseModel):
     eos_token_ids: tuple[int, ...]
     plan_fingerprint: str
     num_parts: Annotated[int, Field(ge=0, le=10**7)]
-    image_root: str
+    image_root: str  # a place; Cache.image_root also finds a folder that was moved together with the cache
     selection: dict[str, dict[str, Any]]  # by family; of tokens: how a teacher answered
+
+    def content_json(self) -> str:
+        """The identity as JSON without its places: text to compare, or to make a fingerprint of."""
+        return self.model_dump_json(exclude=set(PLACES))
 
 
 def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:
@@ -53,9 +62,9 @@ def real_vocab_size(vocabulary: Mapping[str, int]) -> int:
 
 
 def difference(cache: Identity, run: Identity) -> list[str]:
-    """One line for each field in which two identities differ; empty when they agree."""
-    ours, theirs = (json.loads(identity.model_dump_json()) for identity in (run, cache))
-    return [line for name in Identity.model_fields for line in _differing_leaves(name, theirs[name], ours[name])]
+    """One line for each field, places excepted, in which two identities differ; empty when they agree."""
+    ours, theirs = (json.loads(identity.content_json()) for identity in (run, cache))
+    return [line for name in theirs for line in _differing_leaves(name, theirs[name], ours[name])]
 
 
 def _differing_leaves(name: str, cache: Any, run: Any) -> list[str]:

@@ -47,7 +47,7 @@ class PartFindings:
 
     number: int
     problems: list[str] = field(default_factory=list)
-    sample_ids: list[str] = field(default_factory=list)  # records, then errors
+    sample_ids: list[str] = field(default_factory=list)  # records, then the errors that count
     num_samples: int = 0
     num_images: int = 0
     num_rows: dict[str, int] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class _Scan:
                 self._problem(entry.file, f"{family} {said}" if said.startswith("row ") else f"{family}: {said}")
         if tokens is None:
             return
-        self.findings.sample_ids = [*tokens.sample_ids, *(error.sample_id for error in self.part.commits[0].errors)]
+        self.findings.sample_ids = [*tokens.sample_ids, *(error.sample_id for error in self.part.errors)]
         self.findings.num_samples, self.findings.num_images = len(tokens.sample_ids), len(tokens.images)
         self.findings.num_rows = self.num_rows
         if not self.findings.problems:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from storage import commit as layout
-from storage.documents import Commit, ErrorSummary, FileEntry
+from storage.documents import Commit, ErrorEntry, ErrorSummary, FileEntry
 from storage.errors import CorruptPartError
 from storage.files import Folder
 from storage.losses import total
+from storage.retries import errors_left
 from storage.schema import FAMILIES
 from storage.segments import Segment, additions, tokens_segments
 
@@ -21,16 +22,18 @@ class Part:
     number: int
     commits: tuple[Commit, ...]  # of the segment that holds its tokens first, then of those that add families
     families: Mapping[str, FileEntry]
+    errors: tuple[ErrorEntry, ...] = ()  # of its samples, those that no later retry has taken up
 
 
 def join_parts(segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]]) -> list[Part]:
     """The parts that have tokens, by number. `commits` are by segment and part."""
-    parts = []
+    parts, left = [], errors_left(segments, commits)
     for base in tokens_segments(segments):
         adding = [commits[segment.number] for segment in additions(segments, base)]
         for number, commit in sorted(commits[base.number].items()):
             of_part = (commit, *(added[number] for added in adding if number in added))
-            parts.append(Part(number, of_part, {name: one for each in of_part for name, one in each.families.items()}))
+            families = {name: one for each in of_part for name, one in each.families.items()}
+            parts.append(Part(number, of_part, families, left[base.number][number]))
     return parts
 
 

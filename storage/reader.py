@@ -19,6 +19,7 @@ from storage.errors import CacheError, CorruptPartError, MissingFamilyError
 from storage.files import Folder, open_folder
 from storage.head import StoredHead
 from storage.identity import Identity
+from storage.image_root import find_image_root
 from storage.losses import KINDS
 from storage.narrowing import Narrowing
 from storage.part_files import PartFiles
@@ -115,8 +116,20 @@ class Cache:
 
     @property
     def errors(self) -> list[SampleError]:
-        """Samples of the plan that have no record, with reasons."""
-        return [SampleError(error.sample_id, error.reason) for commit in self._commits() for error in commit.errors]
+        """Samples of the plan that have no record, with the newest reasons."""
+        return [SampleError(error.sample_id, error.reason) for part in self._parts for error in part.errors]
+
+    @property
+    def image_root(self) -> Path:
+        """The folder that image paths are relative to: one that a segment names, or that was moved with the cache."""
+        index = int(np.argmax(self.num_images > 0)) if self.num_samples else 0
+        example = None
+        if self.num_samples and self.num_images[index]:
+            entry = self._parts[int(self._part_of[index])].families["tokens"]
+            rows, at = self._files.token_rows(entry, int(self._row_of[index]), self.identity)
+            example = rows.images[at][0].path
+        recorded = [segment.identity.image_root for segment in reversed(tokens_segments(self.segments))]
+        return find_image_root(recorded, self.folder.place(""), example=example)
 
     def index_of(self, sample_id: str) -> int:
         """The position of a sample. Errors: KeyError."""
@@ -250,7 +263,7 @@ class Cache:
                 kind: {family: each.model_dump() for family, each in stated_losses(commits, kind).items()}
                 for kind in KINDS
             },
-            "num_errors": sum(len(commit.errors) for commit in commits),
+            "num_errors": len(self.errors),
             "num_parts": self.num_parts,
             "sealed": self.sealed,
         }

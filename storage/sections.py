@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -229,8 +229,7 @@ def _validate(place: str, schema: type[Section], value: Any, problems: list[str]
 
 
 def _problem(place: str, schema: type[Section], detail: Any) -> str:
-    # Of a union pydantic names the member that it tried, as in `width.function-after[_ordered(), Range].max`.
-    location = [step for step in detail["loc"] if not _is_member(step)]
+    location = _fields_in(schema, detail["loc"], is_unknown=detail["type"] == "extra_forbidden")
     where = ".".join([place, *map(str, location)])
     if detail["type"] == "extra_forbidden":
         known = [name for model in _models_at(schema, location[:-1]) for name in model.model_fields]
@@ -248,26 +247,48 @@ def _problem(place: str, schema: type[Section], detail: Any) -> str:
     return f"{where}: got {_shown(detail['input'])}, {expected}{hint}"
 
 
-def _is_member(step: int | str) -> bool:
-    """Whether a step of an error's location is a kind of value and no field or item; our fields have no - or [."""
-    return isinstance(step, str) and re.fullmatch(r"constrained-\w+|function-\w+\[.*\]", step) is not None
+def _fields_in(schema: Any, location: Sequence[int | str], *, is_unknown: bool) -> list[int | str]:
+    """The fields, items and keys of an error's location, without what pydantic adds to name its own validators.
+
+    Of a union it names the member that it tried, as in `width.function-after[_ordered(), Range].max` or
+    `init.list[str]`; what the schema knows at a place tells the two apart. `is_unknown`: the last step is a field
+    that the schema does not have.
+    """
+    kept: list[int | str] = []
+    for number, step in enumerate(location):
+        is_last = is_unknown and number == len(location) - 1
+        if is_last or _following(_kinds_at(schema, kept), step):
+            kept.append(step)
+    return kept
 
 
-def _models_at(schema: Any, location: Sequence[Any]) -> list[type[BaseModel]]:
-    """The models that an error's location may lie in: the walk follows fields, items and unions."""
+def _kinds_at(schema: Any, location: Sequence[int | str]) -> list[Any]:
     found = [schema]
     for step in location:
-        following: list[Any] = []
-        for kind in [member for parent in found for member in _members(parent)]:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                if step in kind.model_fields:
-                    following.append(kind.model_fields[step].annotation)
-            elif get_args(kind):  # tuple, list, dict: the last argument is the item's type
-                following.append([item for item in get_args(kind) if item is not Ellipsis][-1])
-        found = following
+        found = _following(found, step)
+    return found
+
+
+def _following(kinds: Sequence[Any], step: int | str) -> list[Any]:
+    """What a field, an item or a key may be: the walk follows unions."""
+    following: list[Any] = []
+    for kind in [member for parent in kinds for member in _members(parent)]:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if step in kind.model_fields:
+                following.append(kind.model_fields[str(step)].annotation)
+        elif arguments := [item for item in get_args(kind) if item is not Ellipsis]:
+            origin = get_origin(kind)
+            is_mapping = isinstance(origin, type) and issubclass(origin, Mapping)
+            if is_mapping or (isinstance(step, int) and origin is not Literal):
+                following.append(arguments[-1])
+    return following
+
+
+def _models_at(schema: Any, location: Sequence[int | str]) -> list[type[BaseModel]]:
+    """The models that a location may lie in."""
     return [
         member
-        for kind in found
+        for kind in _kinds_at(schema, location)
         for member in _members(kind)
         if isinstance(member, type) and issubclass(member, BaseModel)
     ]

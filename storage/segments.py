@@ -1,7 +1,8 @@
 """Segments, the dumps that a cache is made of, and which of them a dump goes on with or begins.
 
-Segment 0 is cache.json. A later one, segments/0001.json and so on, either adds families to the parts of a segment
-that is complete, or appends parts of new samples, numbered on. Nothing that an earlier dump wrote is changed.
+Segment 0 is cache.json. A later one, segments/0001.json and so on, adds families to the parts of a segment that is
+complete, or appends parts, numbered on: of new samples, or of samples that had failed (retries.py). Nothing that an
+earlier dump wrote is changed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 from storage.documents import Description, Document, SegmentDescription, parse_document
 from storage.errors import CacheError, CorruptPartError, IdentityError, NoCacheError
 from storage.files import Folder
-from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, difference, stored_relation
+from storage.identity import FORMAT_VERSION, NO_TEACHER, RETRY_VERSION, Identity, difference, stored_relation
+from storage.image_root import is_moved_root
 from storage.schema import FAMILIES
 
 CACHE_FILE = "cache.json"
@@ -43,6 +45,8 @@ class Segment:
     adds_to: int | None  # the segment whose parts get these families; None: parts, and tokens, of its own
     first_part: int
     sha256: str  # of its document's bytes
+    retries: int | None = None  # the segment whose failed samples its parts take up
+    failed_ids: tuple[tuple[str, ...], ...] = ()  # of the errors that it takes up, by part
 
     @property
     def has_tokens(self) -> bool:
@@ -115,11 +119,13 @@ def has_cache(folder: Folder) -> bool:
 
 def is_complete(folder: Folder, segment: Segment) -> bool:
     """Whether a segment has a manifest and as many commits as parts. Nothing is read of them."""
-    return segment.manifest_file in folder.names() and _num_commits(folder, segment) >= segment.num_parts
+    return segment.manifest_file in folder.names() and is_committed(folder, segment)
 
 
-def _num_commits(folder: Folder, segment: Segment) -> int:
-    return sum(_COMMIT_NAME.search(name) is not None for name in folder.names(segment.commits_folder))
+def is_committed(folder: Folder, segment: Segment) -> bool:
+    """Whether a segment, sealed or not, has as many commits as parts. Nothing is read of them."""
+    names = folder.names(segment.commits_folder)
+    return sum(_COMMIT_NAME.search(name) is not None for name in names) >= segment.num_parts
 
 
 def additions(segments: Sequence[Segment], base: Segment) -> list[Segment]:
@@ -145,7 +151,7 @@ def find_segment(
     """The segment that a dump goes on with or has to begin, and all that are there.
 
     In this order: one of this plan that is not complete; the families that this plan's samples lack; with
-    `append`, new parts for a plan that is not there; else the complete segment 0 of this plan, for which
+    `append`, new parts for a plan that is not there; else the complete segment of this plan, for which
     nothing is left to do. Errors: IdentityError naming each field that differs; CacheError.
     """
     unknown = [family for family in families if family not in FAMILIES]
@@ -158,9 +164,11 @@ def find_segment(
     base = next((one for one in segments if one.has_tokens and _same_plan(one.identity, identity)), None)
     plan_of = base or (None if append else segments[0])
     lines = disagreement(segments, identity, wanted, plan_of=plan_of)
+    if base is None and append:
+        lines += _other_image_root(folder, segments, identity)
     if lines:
         hint = "" if append or base is not None else " (cache.append: true adds the samples of another plan)"
-        raise _refusal(folder, lines, hint)
+        raise refusal(folder, lines, hint)
     if base is None:
         return _new(segments, wanted, identity, adds_to=None), segments
     found = _unfinished(folder, segments, base, wanted, identity)
@@ -214,8 +222,10 @@ def _unfinished(
         if segment.identity.engine != identity.engine and segment.families:
             lines.append(f"engine: cache has {segment.identity.engine!r}, this run has {identity.engine!r}")
         if lines:
-            raise _refusal(folder, lines, f" (segment {segment.number} is not finished)")
-        if segment.format_version != FORMAT_VERSION:
+            raise refusal(folder, lines, f" (segment {segment.number} is not finished)")
+        if segment.format_version != (
+            FORMAT_VERSION if segment.retries is None else max(FORMAT_VERSION, RETRY_VERSION)
+        ):
             raise CacheError(
                 f"{folder.place(segment.file)}: was begun in format version {segment.format_version}, and is not "
                 f"finished; finish it with the Stillhouse that began it, or dump into another folder"
@@ -248,10 +258,11 @@ def _description(families: tuple[str, ...], identity: Identity) -> Description:
     return Description(format_version=FORMAT_VERSION, families=families, identity=identity)
 
 
-def _refusal(folder: Folder, lines: Sequence[str], hint: str) -> IdentityError:
+def refusal(folder: Folder, lines: Sequence[str], hint: str) -> IdentityError:
+    """What a dump is told whose identity differs from the cache's by these lines."""
     return IdentityError(
-        f"{folder}: the cache there was made otherwise{hint}; undo the change to add to it, or give cache.path "
-        "another folder, and keep this one for what was made of it:" + "".join(f"\n  {line}" for line in lines)
+        f"{folder}: the cache there was made otherwise{hint}; undo the change, or give cache.path another folder, "
+        "which leaves this one as it is:" + "".join(f"\n  {line}" for line in lines)
     )
 
 
@@ -276,8 +287,10 @@ def _later_segment(folder: Folder, number: int, earlier: Sequence[Segment]) -> S
     _check_families(place, document.families)
     segment = Segment(
         number, document.families, document.identity, document.format_version, document.adds_to, document.first_part,
-        hashlib.sha256(content).hexdigest(),
+        hashlib.sha256(content).hexdigest(), document.retries, document.failed_ids or (),
     )  # fmt: skip
+    if document.retries is not None or document.failed_ids is not None:
+        _check_retry(earlier, segment, place)
     base = _base(earlier, segment, place)
     lines = disagreement(earlier, segment.identity, segment.families, plan_of=base)
     if lines:
@@ -300,6 +313,27 @@ def _base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segment |
     if twice or not segment.families:
         raise CorruptPartError(f"{place}: adds {', '.join(twice) or 'nothing'}, which parts {segment.parts} have")
     return base
+
+
+def _check_retry(earlier: Sequence[Segment], segment: Segment, place: str) -> None:
+    """CorruptPartError for a retry that contradicts itself, or whose segment is not there."""
+    base = next((one for one in earlier if one.number == segment.retries), None)
+    ids = [sample_id for of_part in segment.failed_ids for sample_id in of_part]
+    if segment.format_version < RETRY_VERSION or not segment.has_tokens:
+        raise CorruptPartError(f"{place}: takes up failed samples, but adds families or is of an older version")
+    if base is None or not base.has_tokens or base.retries is not None:
+        raise CorruptPartError(f"{place}: takes up failed samples of segment {segment.retries}, which has none")
+    if len(segment.failed_ids) != segment.num_parts or len(set(ids)) < len(ids) or not all(segment.failed_ids):
+        raise CorruptPartError(f"{place}: has not some failed samples for each of {segment.num_parts} parts, each once")
+
+
+def _other_image_root(folder: Folder, segments: Sequence[Segment], identity: Identity) -> list[str]:
+    """A line if new samples' images lie in another folder than the cache's: a reader looks in one for all."""
+    known = [segment.identity.image_root for segment in tokens_segments(segments)]
+    new = identity.image_root
+    if new in known or any(is_moved_root(old, new, folder.place("")) for old in known):
+        return []
+    return [f"image_root: cache has {known[0]!r}, this run has {new!r}; give images a folder that holds both"]
 
 
 def _check_families(place: str, families: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from storage.identity import Identity
 from storage.losses import KINDS
 from storage.part_scan import Advance, PartFindings, scan_part
 from storage.parts import Part, join_parts
+from storage.retries import problems_of_retries
 from storage.segments import Segment, merged_identity, read_segments
 
 Progress = Callable[[int, int], None]  # bytes of part files done, bytes in all
@@ -59,8 +60,10 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     report.num_segments = len(segments)
     report.sealed = True
     commits = {segment.number: _scan_documents(folder, segment, report) for segment in segments}
+    report.problems += problems_of_retries(segments, commits)
     parts = join_parts(segments, commits)
     report.num_parts = len(parts)
+    report.num_errors = sum(len(part.errors) for part in parts)
     width = _head_width(folder, segments, commits, report)
     bar = _Bytes(progress, sum(entry.file_bytes for part in parts for entry in part.families.values()))
     holders: dict[str, int] = {}
@@ -177,7 +180,6 @@ def _compare_totals(
     except ValueError as error:  # counts that a commit may hold, but that add up to more than a manifest may
         report.problems.append(f"{folder.place(segment.commits_folder)}: cannot be added up: {error}")
         return
-    report.num_errors += total.num_errors
     report.num_bytes += sum(count for family, count in total.bytes_by_family.items() if family != layout.HEAD_FOLDER)
     if manifest is not None and len(commits) == len(manifest.commits):
         for name in ("num_samples", "num_errors", "num_rows", "bytes_by_family", *KINDS, "head"):
@@ -207,7 +209,7 @@ def _head_width(
 def _note_strangers(
     folder: Folder, segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]], report: VerifyReport
 ) -> None:
-    named = set()
+    named = {layout.SUMMARY_FILE}
     for segment in segments:
         named |= {segment.file, segment.manifest_file}
         for part, commit in commits[segment.number].items():

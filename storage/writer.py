@@ -23,6 +23,7 @@ from storage.part_rows import FamilyRows, part_rows
 from storage.preference import check_pairs
 from storage.record_checks import check_records
 from storage.records import PartRecords, SampleError, TokensRecord
+from storage.retries import FailedIds, find_or_begin_retry, read_contents, taken_up_later
 from storage.schema import parquet_bytes
 from storage.segments import NewSegment, Segment, find_segment, read_segments, tokens_segments
 
@@ -43,6 +44,7 @@ class CacheWriter:
         self._zstd_level = zstd_level
         self._files = PartFiles(folder, max_bytes=0, checksums=False)
         self._holders: dict[str, int] | None = None
+        self._retried: frozenset[str] = frozenset()  # known together with the holders
         self._head: HeadEntry | None = None
         self._head_width = 0
 
@@ -76,6 +78,20 @@ class CacheWriter:
         folder.make([*found.stored_families, found.commits_folder])
         return cls(folder, segments, found.number, zstd_level)
 
+    @classmethod
+    def begin_retry(
+        cls, path: str | Path, identity: Identity, base: int, failed_ids: FailedIds, *, zstd_level: int = 9
+    ) -> CacheWriter:
+        """A segment that takes up errors of segment `base` and of its retries, by part; an unfinished one is joined.
+
+        `identity` is that of a dump over the plan of `base`, of which every part is committed. Errors: CacheError
+        for an id that is no error of these parts, or is one no longer; IdentityError.
+        """
+        folder = open_folder(path)
+        retry, segments = find_or_begin_retry(folder, identity, base, failed_ids)
+        folder.make([*retry.stored_families, retry.commits_folder])
+        return cls(folder, segments, retry.number, zstd_level)
+
     @property
     def identity(self) -> Identity:
         return self.segment.identity
@@ -85,10 +101,9 @@ class CacheWriter:
         return {commit.part - self.segment.first_part for commit, _ in self._commits()}
 
     def contents(self) -> tuple[int, list[SampleError]]:
-        """How many samples the committed parts hold, and the errors beside them."""
-        commits = [commit for commit, _ in self._commits()]
-        errors = [SampleError(error.sample_id, error.reason) for commit in commits for error in commit.errors]
-        return sum(commit.num_samples for commit in commits), errors
+        """How many samples the committed parts and those of their retries hold, and the errors that are left."""
+        num_samples, failed = read_contents(self.folder, read_segments(self.folder), self.segment)
+        return num_samples, [SampleError(error.sample_id, error.reason) for errors in failed for error in errors]
 
     def commit_of(self, part: int) -> Commit | None:
         """The commit of a part of the plan, if it has one: whoever asks need not make its records."""
@@ -111,8 +126,11 @@ class CacheWriter:
         check_records(records, self.segment)
         self._check_widths(records)
         if self.segment.has_tokens:
+            known = self._known_ids()
+            records = self._without_retried(records)
             ids = [record.sample_id for record in (*records.tokens, *records.errors)]
-            _refuse_known(self.folder, self._known_ids(), ids)
+            self._check_retried(part, ids)
+            _refuse_known(self.folder, known, ids)
         else:
             records = self._aligned(number, records)
         families = part_rows(records, self.segment.identity, self.segment.stored_families)
@@ -291,11 +309,40 @@ class CacheWriter:
         return aligned
 
     def _known_ids(self) -> dict[str, int]:
-        """The part of each sample of the other segments, as committed when this was first asked."""
+        """The part of each sample of the other segments, as committed when this was first asked.
+
+        Without the errors that this segment takes up, or that later ones took up of it: those ids are its own as well.
+        """
         if self._holders is None:
-            others = [segment for segment in read_segments(self.folder) if segment.number != self.segment.number]
+            segments = read_segments(self.folder)
+            others = [segment for segment in segments if segment.number != self.segment.number]
             self._holders = _holders(self.folder, others, self._files)
+            self._retried = taken_up_later(segments, self.segment)
+            for sample_id in (*self._retried, *(sample_id for ids in self.segment.failed_ids for sample_id in ids)):
+                self._holders.pop(sample_id, None)
         return self._holders
+
+    def _without_retried(self, records: PartRecords) -> PartRecords:
+        """The records of a part that is written anew, without samples that a later segment holds: they stay errors."""
+        places = [place for place, record in enumerate(records.tokens) if record.sample_id not in self._retried]
+        if len(places) == len(records.tokens):
+            return records
+        again = sorted({record.sample_id for record in records.tokens} & self._retried)
+        errors = [*records.errors, *(SampleError(sample_id, "is in a later segment") for sample_id in again)]
+        return replace(_reordered(records, places), errors=errors)
+
+    def _check_retried(self, part: int, ids: Sequence[str]) -> None:
+        """ValueError for a part of a retry that has not one record or error, at least, for each of its samples."""
+        if self.segment.retries is None:
+            return
+        failed = self.segment.failed_ids
+        of_others = {sample_id for number, of_part in enumerate(failed) if number != part for sample_id in of_part}
+        strange = sorted(of_others.intersection(ids))
+        if strange or len(ids) < len(failed[part]):
+            raise ValueError(
+                f"part {part} of a retry has {len(ids)} records and errors for {len(failed[part])} failed samples"
+                + (f"; {strange[:5]} belong to other parts" if strange else "")
+            )
 
     def _refuse_duplicates(self, commits: Sequence[Commit]) -> None:
         self._holders = None  # other dumps may have committed since
@@ -330,7 +377,8 @@ def _refuse_known(folder: Folder, known: Mapping[str, int], sample_ids: Collecti
         shown = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
         raise CacheError(
             f"{folder}: {len(twice)} of the samples to append are in the cache already: {shown}; "
-            f"{twice[0]!r} is in part {known[twice[0]]}; give data.sources the new samples alone"
+            f"{twice[0]!r} is in part {known[twice[0]]}; give data.sources the new samples alone (--retry-errors "
+            "takes up samples that had failed, with the data.sources of then)"
         )
 
 

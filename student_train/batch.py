@@ -71,6 +71,7 @@ class Batch:
     labels: Int[Tensor, " r"]
     visual_positions: Int[Tensor, " s"]
     vision: VisionInput
+    image_counts: tuple[int, ...] = ()  # images of each sequence
     grids: tuple[ImageGrids, ...] = ()  # of the images in their order
     response: TeacherRows | None = None  # r rows
     visual: TeacherRows | None = None  # the teacher's rows of all images
@@ -78,6 +79,13 @@ class Batch:
     hidden: Float[Tensor, "r d"] | None = None  # the teacher's states of the response rows
     sequence: Float[Tensor, " b"] | None = None  # the teacher's log-probability of each whole response
     counted: bool = True  # False: a filler, no row of it is in any loss
+
+    @property
+    def teacher_visual_counts(self) -> list[int]:
+        """The teacher's visual rows of each sequence."""
+        of_images = [run.teacher for run in self.grids for _ in range(run.num_images)]
+        ends = list(itertools.accumulate(self.image_counts))
+        return [sum(of_images[end - count : end]) for end, count in zip(ends, self.image_counts, strict=True)]
 
     @property
     def is_token(self) -> Bool[Tensor, "b t"]:
@@ -195,6 +203,7 @@ def collate(
         labels=torch.from_numpy(np.concatenate(labels)),
         visual_positions=torch.from_numpy(np.concatenate(visual)),
         vision=vision,
+        image_counts=tuple(len(record.tokens.images) for record in records),
         grids=grids,
         response=teacher_rows([_response(record) for record in records]) if "response" in families else None,
         visual=teacher_rows(_by_image(records, "visual")) if "visual" in families else None,

@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from storage.errors import StillhouseError
+from storage.disk import explain_write_errors, format_bytes, free_bytes
+from storage.errors import ConfigError, StillhouseError
 from storage.files import sync
 from student_train.huggingface import holds_nothing
 from student_train.sparse_upcycling import experts_apart
@@ -58,14 +59,30 @@ def save_checkpoint(
 
     Either the old folder or the new one is there, never a mixture; other files in it stay. `state_dict`: the
     model's whole weights, where its parameters are sharded. `beside` writes more into the new folder.
-    StillhouseError: no tokenizer in the source.
+    StillhouseError: no tokenizer in the source; WriteError: a full disk, a folder that cannot be written.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
-    new.mkdir()
+    weights: Mapping[str, Tensor] = model.state_dict() if state_dict is None else state_dict
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    with explain_write_errors(folder, needed_bytes=num_bytes):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
+        new.mkdir()
+        _fill_and_swap(model, folder, new, processor_source, weights, beside, max_shard_bytes)
+    return folder
+
+
+def _fill_and_swap(
+    model: Any,
+    folder: Path,
+    new: Path,
+    processor_source: str | Path,
+    weights: Mapping[str, Tensor],
+    beside: Callable[[Path], object] | None,
+    max_shard_bytes: int,
+) -> None:
+    """Make the empty folder `new` a checkpoint and put it in the place of `folder`, or delete it."""
     try:
-        weights = model.state_dict() if state_dict is None else state_dict
         if model.config.model_type not in _LEGACY_TYPES:
             model.save_pretrained(new, state_dict=dict(weights), max_shard_size=max_shard_bytes)
             _write_config(model, new)
@@ -79,7 +96,16 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    return folder
+
+
+def check_room(num_bytes: int, folder: Path) -> None:
+    """ConfigError if a checkpoint of that size, which is written beside an older one, cannot fit on the disk."""
+    free = free_bytes(folder)
+    if free is not None and num_bytes > free:
+        raise ConfigError(
+            f"{folder}: its disk has {format_bytes(free)} free, and the checkpoint at the end of the stage has "
+            f"{format_bytes(num_bytes)} of weights; free space there, or give another output"
+        )
 
 
 def put_back(folder: Path) -> None:
@@ -158,7 +184,12 @@ def _replace_folder(folder: Path, new: Path) -> None:
     old = new.with_name(f"{new.name}{_OLD}")
     if folder.exists():
         folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -12,21 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.config import CacheSection
+from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.lock import Lock
 from storage.sections import Named, Sections, read_sections
+from storage.stop_signals import exit_code, explain, interruptible
+from storage.supervisor import die_with_parent
 from student_train.config import EvaluationSection, StageSection
 from student_train.stage_request import Request
 
 if TYPE_CHECKING:  # which imports torch
     from student_train.stage_result import Work
 
-STOPPED = 143  # 128 + SIGTERM, as a shell would say it: a scheduler may start the same command again
 SCHEMAS = {"cache": CacheSection, "stages": Named(StageSection), "evaluation": EvaluationSection}
 
 
 def main(arguments: Sequence[str], *, started: float) -> int:
-    """Train the stage that the command line names; returns the exit code. `started`: of time.monotonic()."""
+    """Train the stage that the command line names; returns the exit code. `started`: of time.monotonic().
+
+    SIGTERM and SIGINT save a state and end it with 143 or 130; before the first step there is nothing to save.
+    """
     parser = argparse.ArgumentParser(prog="student_train/main.py", description="Train one stage.")
     parser.add_argument("file", help="pipeline.yaml")
     parser.add_argument("--stage", required=True, help="a name below `stages:`")
@@ -38,16 +43,27 @@ def main(arguments: Sequence[str], *, started: float) -> int:
     options = parser.parse_intermixed_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the cores from other ranks
+    is_first = os.environ.get("RANK", "0") == "0"
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this rank, which must not train on without it
+        die_with_parent()
     try:
-        sections = read_sections(options.file, SCHEMAS, options.overrides)
-        train(sections, options.stage, _request(options), evaluate=options.evaluate, started=started)
+        with interruptible():
+            sections = read_sections(options.file, SCHEMAS, options.overrides)
+            train(sections, options.stage, _request(options), evaluate=options.evaluate, started=started)
+    except KeyboardInterrupt as stop:
+        if is_first:
+            sys.stderr.write(f"{explain(stop)}\n")
+        return exit_code(stop)
     except StillhouseError as error:
-        is_first = os.environ.get("RANK", "0") == "0"
         if is_first or getattr(error, "of_this_rank", False):
             sys.stderr.write(f"error: {error}\n")
-        if getattr(error, "stopped", False):
-            return STOPPED
         return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:  # a disk may be full wherever a library writes
+        message = describe_full_disk(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
+        return 1
     return 0
 
 

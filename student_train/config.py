@@ -26,6 +26,8 @@ TREATMENTS: dict[Divergence, tuple[Treatment, ...]] = {
     "total_variation": ("bucket", "profile", "renormalise", "exact"),
     "reverse_kl": ("bucket", "profile", "exact"),
 }
+Mean = Literal["rows", "samples", "micro_batch"]
+SWITCHES = ("mean", "literal", "unshifted_mask")  # fields of `losses` that change losses and are none
 DRAWING = ("threshold", "sampled")  # methods of `cache:` that draw from the tail
 
 
@@ -93,7 +95,10 @@ class RelationLossSection(Section):
 class BalanceLossSection(Section):
     """Load balance of a sparse student's routers, summed over layers, and their z-loss.
 
-    `literal` counts the balance twice, as LLaVA-MoD's published code does.
+    `literal` is LLaVA-MoD's published code: an expert's share is that of the tokens whose first choice it is, not of
+    both choices; the balance is added twice; and the two answers of a preference pair are balanced one by one and
+    added. Left out: the Gumbel noise by which its routers draw the second expert, and the capacity beyond which it
+    drops tokens (1.5 in training), since no standard checkpoint can express them.
     """
 
     weight: Annotated[float, Field(gt=0)] = 0.01  # a layer; the paper's
@@ -118,16 +123,23 @@ class PreferenceLossSection(Section):
 class LossesSection(Section):
     """Weights of the losses; one that is absent is not computed, and its family is not read.
 
-    `literal` is LLaVA-KD's published code: one cosine over the relation matrices of a whole micro-batch, and
-    every weight 1. (That SigLIP's first token is dropped there is a setting of the checkpoint.)
+    `mean` says what weighs the same in a loss of rows: every `rows` of the global batch (a sum over its rows), every
+    one of its `samples` (the mean of each sample's mean), or every `micro_batch` (the mean of their means, as the
+    published scripts have it: with one sample a micro-batch the same as `samples`). A sample or micro-batch without
+    rows of a loss, such as a text without an image, adds 0 to the last two. Relation matrices are averaged alike.
+    `literal` is LLaVA-KD's published code: `mean: micro_batch`, one cosine over the relation matrices of a whole
+    micro-batch, and every weight 1. Two things differ: its losses run over the head's padded width, ours over the
+    tokenizer's real vocabulary; and that SigLIP's first token is dropped there is a setting of the checkpoint.
     `unshifted_mask` is LLaVA-MoD's published code, for reproduction only: its mask of answers is not shifted with
-    the rows, so the row that predicts an answer's first token is not distilled; an answer of one token, never.
+    the rows, so the row that predicts an answer's first token is not distilled; an answer of one token, never. That
+    mask also distils the row after an answer's last token, which no cache holds: that row is left out here.
     """
 
     cross_entropy: Annotated[float, Field(ge=0)] = 1.0  # L_reg, with the data set's labels
     response: DistributionLossSection | None = None  # L_res
     visual: DistributionLossSection | None = None  # L_vis
     relation: RelationLossSection | None = None  # L_rel
+    mean: Mean = "rows"
     literal: bool = False
     unshifted_mask: bool = False
     balance: BalanceLossSection | None = None  # L_balance, of a sparse student
@@ -148,9 +160,16 @@ class LossesSection(Section):
         weights |= {"cross_entropy": self.cross_entropy} if self.cross_entropy else {}
         if self.literal and any(weight != 1 for weight in weights.values()):
             raise ValueError(f"literal is the published code, whose weights are all 1, but they are {weights}")
+        if self.literal and "mean" in self.model_fields_set and self.mean != "micro_batch":
+            raise ValueError(f"literal is the published code, whose mean is 'micro_batch', but mean is {self.mean!r}")
         if self.unshifted_mask and self.response is None:
             raise ValueError("unshifted_mask is of the response loss, which is absent; give response, or leave it out")
         return self
+
+    @property
+    def averaging(self) -> Mean:
+        """What weighs the same: `mean`, or that of the published code."""
+        return "micro_batch" if self.literal else self.mean
 
     @model_validator(mode="after")
     def _pairs_alone(self) -> LossesSection:
@@ -328,11 +347,20 @@ class StageSection(Section):
         trained = {split for source in self.sources("") for split in source.splits or ()}
         if both := sorted(trained & set(self.checkpoints.splits)):
             raise ValueError(f"checkpoints.splits are held out, but {', '.join(both)} is trained on")
-        switches = {"literal", "unshifted_mask"}
-        parts = [name for name in LossesSection.model_fields if name not in switches and getattr(self.losses, name)]
+        parts = [name for name in LossesSection.model_fields if name not in SWITCHES and getattr(self.losses, name)]
         if self.checkpoints.metric not in ("loss", *parts):
             raise ValueError(
                 f"checkpoints.metric is {self.checkpoints.metric!r}; this stage has loss, {', '.join(parts)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fixed_micro_batches(self) -> StageSection:
+        if self.losses.averaging == "micro_batch" and self.group_by_length:
+            which = "literal" if self.losses.literal else "mean: micro_batch"
+            raise ValueError(
+                f"losses.{which} averages over micro-batches, and group_by_length makes these of samples of like "
+                "length: the objective would depend on it; set group_by_length: false"
             )
         return self
 

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from storage.disk import explain_write_errors
+from storage.files import write_atomically
+
 
 class MetricsLog:
     """metrics.jsonl. Each line is written at once. Use as a context manager."""
@@ -18,12 +21,13 @@ class MetricsLog:
         `resumed_at`: the steps that are done; lines up to there are kept, and others are dropped.
         """
         self._file = None
+        self._path = path
         self.kept: list[dict[str, Any]] = []
         if path is not None:
             kept = _lines_until(path, resumed_at)
             self.kept = [json.loads(line) for line in kept]
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(kept)
+            write_atomically(path, "".join(kept).encode())
+            self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> Self:
         return self
@@ -33,10 +37,18 @@ class MetricsLog:
             self._file.close()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Add a line."""
-        if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+        """Add a line. WriteError, and the file ends with the line before: its disk is full."""
+        if self._file is None or self._path is None:
+            return
+        line = f"{json.dumps(values)}\n".encode()
+        with explain_write_errors(self._path, needed_bytes=len(line)):
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                while line:  # a disk that becomes full takes the first part of it
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(end)
+                raise
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
@@ -46,10 +58,5 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Make a file hold a JSON document: whoever looks sees all of it or none."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Make a file hold a JSON document: whoever looks sees all of it or none. WriteError: a full disk, for one."""
+    write_atomically(path, f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode())

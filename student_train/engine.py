@@ -271,8 +271,9 @@ def quiet(log_path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a log on a full disk; the terminal must come back all the same
+                stream.flush()
         for descriptor, number in zip(kept, (1, 2), strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)
@@ -357,7 +358,10 @@ def _settings(stage: StageSection, num_micro: int, num_parameters: int, *, pins:
     for what, name in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         if what in stage.offload:
             zero[name] = {"device": "cpu", "pin_memory": pins}
+    # DeepSpeed's default is the model's dtype, and each micro-batch would round the sum of those before it to 8 bits.
+    data_types = {"grad_accum_dtype": "fp32"} if stage.zero_stage and stage.precision == "bf16" else {}
     return {
+        "data_types": data_types,
         "train_micro_batch_size_per_gpu": 1,  # nominal: ours vary, and losses are divided by row counts
         "gradient_accumulation_steps": num_micro,
         "gradient_clipping": stage.clip_norm,

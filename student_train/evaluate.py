@@ -1,18 +1,26 @@
 """`python -m student_train.evaluate FILE --model DIR [section.field=value …]` writes DIR/evaluation.json.
 
-Exit codes: 0 done, 2 the user's mistake, 1 a failure.
+Exit codes: 0 done, 2 the user's mistake, 1 a failure, 130 and 143 after SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
+    del sys.path[0]
+
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 from storage.config import CacheSection
+from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.sections import read_sections
+from storage.stop_signals import end_process, exit_code, explain, interruptible
 from student_train.config import EvaluationSection, SourceSection
 
 
@@ -27,16 +35,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         schemas = {"cache": CacheSection, "evaluation": EvaluationSection}
         sections = read_sections(options.file, schemas, options.overrides)
-        from student_train.evaluation import evaluate_model
-
         source = SourceSection(path=sections["cache"].path)
-        document = evaluate_model(options.model, [source], sections["evaluation"])
+        with interruptible():
+            from student_train.evaluation import evaluate_model
+
+            document = evaluate_model(options.model, [source], sections["evaluation"])
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{explain(stop)}\n")
+        return exit_code(stop)
     except StillhouseError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:  # a disk may be full wherever a library writes
+        message = describe_full_disk(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
+        return 1
     sys.stdout.write(f"{options.model}: exact match {document['exact_match']:.1%} of {document['num_samples']}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -8,7 +8,7 @@ float32 whatever the input's dtype, products of bfloat16 and float16 included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,9 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from student_train.head_products import HeadProducts, products_of
 from student_train.losses import BUCKET, Against, RowSums, Rule, TailProfile, TeacherRows, events_of, row_losses_
-
-_HEAD_ROWS = 16_384  # of a low-precision head that are in memory in float32 at once, where products need it
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,7 @@ class TeacherHead:
     def logits(self, hidden: Float[Tensor, "r d"], *, dtype: torch.dtype) -> Float[Tensor, "r v"]:
         """Raw logits."""
         logits = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
-        _logits(hidden, self.weight, out=logits)
+        products_of(self.weight, result=dtype).logits(hidden, self.weight, out=logits)
         if self.bias is not None:
             logits += self.bias
         logits *= self.scale
@@ -88,15 +87,17 @@ def fused_head_loss(
     bias: Float[Tensor, " w"] | None = None,
     vocab_size: int | None = None,
     chunk_logits: int = 1 << 27,
+    products: HeadProducts | None = None,
 ) -> tuple[Float[Tensor, ""], list[RowSums]]:
     """The weighted sum of all tasks' sums, and each task's sums without weights and without a gradient.
 
     Rows of the head from `vocab_size` on take no part and get no gradient. `chunk_logits`: elements of logits in
-    memory at once. Of the loss one backward pass can be made; a second raises RuntimeError. No rows give 0,
-    attached to the graph.
+    memory at once. `products`: how the head is multiplied; default: by its dtype and device. Of the loss one backward
+    pass can be made; a second raises RuntimeError. No rows give 0, attached to the graph.
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    settings = _Settings(tuple(tasks), vocab_size, chunk_logits, torch.is_grad_enabled())
+    products = products or products_of(weight, result=_compute_dtype(weight))
+    settings = _Settings(tuple(tasks), vocab_size, chunk_logits, torch.is_grad_enabled(), products)
     loss, sums = _FusedHead.apply(settings, weight, bias, *(task.hidden for task in tasks))
     return loss, [RowSums(*each.unbind()) for each in sums.unbind()]
 
@@ -107,12 +108,17 @@ class _Settings:
     vocab_size: int
     chunk_logits: int
     gradient: bool
+    products: HeadProducts
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: _Settings, weight: Tensor, bias: Tensor | None, *hiddens: Tensor) -> Any:
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = _compute_dtype(weight)
         needed = [settings.gradient and needs for needs in ctx.needs_input_grad[1:]]
         gradients = _Gradients(
             torch.zeros_like(weight, dtype=dtype) if needed[0] else None,
@@ -128,13 +134,13 @@ class _FusedHead(torch.autograd.Function):
             for rows in chunks[number]:
                 chunk = hidden[rows]
                 logits = buffer[: len(chunk)]
-                _logits(chunk, head, out=logits)
+                settings.products.logits(chunk, head, out=logits)
                 if bias is not None:
                     logits += bias[: settings.vocab_size]
                 found = _differentiate_(logits, task, rows, gradient=any(needed))
                 sums[number] += torch.stack([found.cross_entropy, found.divergence])
                 if any(needed):
-                    gradients.add(number, rows, logits, chunk, head)
+                    gradients.add(number, rows, logits, chunk, head, settings.products)
         weights = [[0.0 if t.labels is None else t.label_weight, t.weight] for t in settings.tasks]
         loss = (sums * sums.new_tensor(weights).view(-1, 2)).sum().to(dtype)
         ctx.gradients = gradients
@@ -162,16 +168,18 @@ class _Gradients:
     bias: Tensor | None  # (w,)
     hidden: list[Tensor | None]  # of each task (r, d)
 
-    def add(self, task: int, rows: slice, slopes: Tensor, chunk: Tensor, head: Tensor) -> None:
+    def add(self, task: int, rows: slice, slopes: Tensor, chunk: Tensor, head: Tensor, products: HeadProducts) -> None:
         """The share of some rows, with `slopes` the gradient of their logits."""
-        vocab_size = len(head)
         of_hidden = self.hidden[task]
-        if of_hidden is not None:
-            _times_head(slopes, head, out=of_hidden[rows])
-        if self.weight is not None:
-            _add_outer_(self.weight[:vocab_size], slopes, chunk)
+        products.add_gradients_(
+            slopes,
+            chunk,
+            head,
+            of_hidden=None if of_hidden is None else of_hidden[rows],
+            of_head=None if self.weight is None else self.weight[: len(head)],
+        )
         if self.bias is not None:
-            self.bias[:vocab_size] += slopes.sum(0)
+            self.bias[: len(head)] += slopes.sum(0)
 
 
 def _chunks(num_rows: int, most: int) -> list[slice]:
@@ -190,44 +198,3 @@ def _differentiate_(logits: Tensor, task: HeadTask, rows: slice, *, gradient: bo
         weight=task.weight,
         gradient=gradient,
     )
-
-
-def _logits(hidden: Tensor, head: Tensor, *, out: Tensor) -> None:
-    """out = hidden head^T, in the dtype of `out`."""
-    if _on_tensor_cores(head, out):
-        torch.mm(hidden.to(head.dtype), head.T, out_dtype=out.dtype, out=out)
-        return
-    hidden = hidden.to(out.dtype)
-    for part, weight in _wide(head, out.dtype):
-        torch.mm(hidden, weight.T, out=out[:, part])
-
-
-def _times_head(slopes: Tensor, head: Tensor, *, out: Tensor) -> None:
-    """out = slopes head, in the dtype of `out`."""
-    if _on_tensor_cores(head, out):
-        torch.mm(slopes.to(head.dtype), head, out_dtype=out.dtype, out=out)
-        return
-    out.zero_()
-    for part, weight in _wide(head, out.dtype):
-        out.addmm_(slopes[:, part], weight)
-
-
-def _add_outer_(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
-    """total += slopes^T hidden, in the dtype of `total`."""
-    if _on_tensor_cores(hidden, total):
-        total += torch.mm(slopes.T.to(hidden.dtype), hidden, out_dtype=total.dtype)
-    else:
-        total.addmm_(slopes.T, hidden.to(total.dtype))
-
-
-def _on_tensor_cores(inputs: Tensor, out: Tensor) -> bool:
-    """Whether a GPU multiplies low precision into float32 by itself."""
-    return inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16) and out.dtype == torch.float32
-
-
-def _wide(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head, in parts if it has to be converted."""
-    step = len(head) if head.dtype == dtype else _HEAD_ROWS
-    for start in range(0, len(head), max(1, step)):
-        part = slice(start, min(start + step, len(head)))
-        yield part, head[part].to(dtype)

@@ -28,11 +28,11 @@ from student_train.image_inputs import ImageInputs, ModelInputs
 def open_images(cache: Cache, configured: str | None, processor: Any) -> ImageFolder:
     """The images that a cache's samples show: of the configured folder, or of the one that the cache names.
 
-    Where none is configured and the one that the cache names is not here, they come out of the cache if it
-    holds them.
+    That one may have moved together with the cache. Where none is configured and it is not here, they come out
+    of the cache if it holds them.
     """
-    root = configured or cache.identity.image_root
-    travels = configured is None and "images" in cache.families and not Path(root).is_dir()
+    root = cache.image_root if configured is None else Path(configured)
+    travels = configured is None and "images" in cache.families and not root.is_dir()
     return ImageFolder(root, processor, cache=cache if travels else None)
 
 

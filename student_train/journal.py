@@ -34,6 +34,7 @@ class Journal:
         )  # fmt: skip
         self._open = contextlib.ExitStack()
         self._global_batch = stage.global_batch
+        self._rates: tuple[str, ...] = ()  # of the last line of metrics.jsonl
         self._start_counting()
 
     def __enter__(self) -> Self:
@@ -44,10 +45,12 @@ class Journal:
     def __exit__(self, *raised: Any) -> None:
         self._open.__exit__(*raised)
 
-    def count(self, num_tokens: float, num_positions: float) -> None:
-        """A step of all ranks, of so many tokens; positions are those with padding."""
+    def count(self, num_tokens: float, num_positions: float, losses: Mapping[str, float]) -> None:
+        """A step of all ranks, of so many tokens; positions are those with padding. The bar shows its losses."""
         self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + num_tokens
         self._num_positions += num_positions
+        shown = [f"{name}={value:.3f}" for name, value in losses.items()]
+        self._bar.set_postfix_str(", ".join([*shown, *self._rates]), refresh=False)
         self._bar.update()
 
     def write(
@@ -76,9 +79,7 @@ class Journal:
         }
         self._log.write(line)
         self._tracking.write(line)
-        shown = [f"{name}={value:.3f}" for name, value in losses.items()]
-        rates = f"{line['tokens_per_s']:.0f} tokens/s", f"{memory_bytes / 2**30:.1f} GiB"
-        self._bar.set_postfix_str(", ".join([*shown, *rates]), refresh=False)
+        self._rates = f"{line['tokens_per_s']:.0f} tokens/s", f"{memory_bytes / 2**30:.1f} GiB"
         self._start_counting()
 
     def _start_counting(self) -> None:

@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -33,6 +33,7 @@ class RowCounts:
     visual: int
     relation: int
     samples: int = 0  # or pairs
+    micro_batches: int = 0  # of a global batch: those of all ranks that hold samples
 
 
 class Order(Protocol):
@@ -121,7 +122,8 @@ def plans(
             if table.lengths is None
             else grouped_by_length(batch, table.lengths, micro_size, num_ranks=num_ranks)
         )
-        totals = table.counts(batch)
+        num_filled = sum(len(rows) > 0 for of_rank in pieces for rows in of_rank)
+        totals = replace(table.counts(batch), micro_batches=num_filled)
         for micro, rows in enumerate(pieces[rank]):
             each = [table.counts(of_rank[micro]) for of_rank in pieces]
             yield MicroPlan(

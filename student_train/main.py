@@ -1,7 +1,7 @@
 """`torchrun student_train/main.py FILE --stage NAME [--evaluate] [section.field=value …]` trains one stage.
 
 Without torchrun, `python student_train/main.py …` does the same in one process. Exit codes: 0 done,
-2 the user's mistake, 1 a failure; torchrun itself turns every code but 0 into 1.
+2 the user's mistake, 1 a failure, 130 and 143 after SIGINT and SIGTERM; torchrun itself turns all but 0 into 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pathlib import Path
 if __name__ == "__main__":
     started = time.monotonic()
     # This folder comes first on sys.path, where our modules would pass for packages of the same name.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    # With PYTHONSAFEPATH set it is not there.
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parent.parent)]
+    from storage.stop_signals import end_process
     from student_train.command import main
 
-    sys.exit(main(sys.argv[1:], started=started))
+    end_process(main(sys.argv[1:], started=started))

@@ -11,6 +11,7 @@ import torch
 
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.identity import Identity, stored_relation, stored_temperatures
+from storage.image_root import find_image_root
 from storage.narrowing import Narrowing
 from storage.reader import Cache, first_sample_with_images, read_identity
 from storage.records import TokensRecord
@@ -162,7 +163,8 @@ def _counts_of_sizes(
     checkpoint: Checkpoint, section: SourceSection, identity: Identity, example: TokensRecord
 ) -> list[int] | None:
     """Visual tokens that a student makes of a sample's images, where their sizes decide and they lie in a folder."""
-    inputs, root = checkpoint.image_processor, section.images or identity.image_root
+    inputs, path = checkpoint.image_processor, example.images[0].path
+    root = section.images or find_image_root([identity.image_root], section.path, example=path)
     if not isinstance(inputs, ImageInputs) or not all(image.file(root).is_file() for image in example.images):
         return None
     folder = ImageFolder(root, inputs)

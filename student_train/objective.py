@@ -5,18 +5,19 @@ Legend: r rows, i images, n visual tokens of an image, m those of the teacher, d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from storage.errors import ConfigError
+from student_train.averaging import Share, image_weights, row_shares
 from student_train.batch import Batch, ImageGrids
-from student_train.config import BalanceLossSection, DistributionLossSection, LossesSection, Treatment
+from student_train.config import SWITCHES, BalanceLossSection, DistributionLossSection, LossesSection, Treatment
 from student_train.fused_head import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
 from student_train.loader import RowCounts
 from student_train.losses import Rule, TailProfile, TeacherRows
@@ -48,7 +49,7 @@ class CachedTeacher:
 
 
 class Objective(nn.Module):
-    """The loss of a micro-batch as its share of the global batch's: sums divided by global row counts."""
+    """The loss of a micro-batch as its share of the global batch's: see student_train.averaging."""
 
     def __init__(self, student: Student, losses: LossesSection, teacher: CachedTeacher, *, chunk_logits: int) -> None:
         """`teacher`: on the student's device. `chunk_logits`: in memory at once."""
@@ -66,18 +67,19 @@ class Objective(nn.Module):
         self._frozen_metric: Tensor | None = None
 
     def forward(self, batch: Batch, totals: RowCounts, largest: RowCounts) -> dict[str, Tensor]:
-        """Each part as this micro-batch's sum over `totals`, detached, and their weighted sum `loss`.
+        """Each part as this micro-batch's share of it, detached, and their weighted sum `loss`.
 
-        Parts of all micro-batches of all ranks add up to the global batch's means. `largest` fixes the number
+        Parts of all micro-batches of all ranks add up to the global batch's means, over rows, samples or micro-batches
+        as `losses.mean` says, by the counts in `totals`. `largest` fixes the number
         of calls of the head as a module, so that ranks that share parameters (ZeRO-3) move together; the fused
         head takes its weight once, however many rows a rank has. A loss whose total is 0 is 0.
         """
         hidden, routers = self._hidden(batch)
         loss, parts = self._row_parts(hidden, batch, totals)
         others = {
-            **self._relation_part(hidden, batch, totals.relation),
-            **self._preference_part(hidden, batch, totals.samples, largest.response),
-            **self._router_parts(routers, batch, totals.samples),
+            **self._relation_part(hidden, batch, totals),
+            **self._preference_part(hidden, batch, totals, largest.response),
+            **self._router_parts(routers, batch, totals),
         }
         for name, part in others.items():
             loss = loss + _weight(self._losses, name) * part
@@ -90,21 +92,32 @@ class Objective(nn.Module):
             return self.student.hidden(*inputs), ()
         return self.student.hidden_and_routers(*inputs)
 
-    def _router_parts(self, logits: Sequence[Tensor], batch: Batch, total: int) -> dict[str, Tensor]:
-        """Of a micro-batch by its share of the samples, so that all micro-batches add up to the mean over them."""
-        if self._losses.balance is None:
+    def _router_parts(self, logits: Sequence[Tensor], batch: Batch, totals: RowCounts) -> dict[str, Tensor]:
+        """Of a micro-batch by its share of the samples, or of the micro-batches, so that all add up to a mean."""
+        section = self._losses.balance
+        if section is None:
             return {}
-        losses = router_losses(logits, (batch.is_token & batch.counted).flatten(), top_k=self.student.top_k)
-        share = len(batch.sample_ids) / (2 if self._losses.preference else 1) / max(1, total) * batch.counted
+        is_token, top_k = batch.is_token & batch.counted, self.student.top_k
+        losses = router_losses(logits, is_token.flatten(), top_k=top_k, first_choice=section.literal)
+        balance = losses.balance
+        if section.literal and self._losses.preference:  # chosen and rejected answers alternate
+            is_chosen = torch.arange(len(is_token), device=is_token.device)[:, None] % 2 == 0
+            sides = [(is_token & (is_chosen == side)).flatten() for side in (True, False)]
+            balance = sum(router_losses(logits, side, top_k=top_k, first_choice=True).balance for side in sides)
+        if self._losses.averaging == "micro_batch":
+            share = batch.counted / max(1, totals.micro_batches)
+        else:
+            num_samples = len(batch.sample_ids) / (2 if self._losses.preference else 1)
+            share = num_samples / max(1, totals.samples) * batch.counted
         return {
-            "balance": losses.balance * share,
+            "balance": balance * share,
             "router_z": losses.z * share,
             "router_entropy": losses.entropy * share,
             "expert_load_max": losses.load.amax(1).mean() * share,
             "expert_load_min": losses.load.amin(1).mean() * share,
         }
 
-    def _preference_part(self, hidden: Tensor, batch: Batch, total: int, largest: int) -> dict[str, Tensor]:
+    def _preference_part(self, hidden: Tensor, batch: Batch, totals: RowCounts, largest: int) -> dict[str, Tensor]:
         section = self._losses.preference
         if section is None:
             return {}
@@ -119,7 +132,10 @@ class Objective(nn.Module):
         rewards = Rewards(pairs[:, 0], pairs[:, 1])
         value = preference(rewards, section) + 0 * logprobs.sum()
         shares = {"preference": value, "preference_won": rewards.num_won.float(), "preference_margin": rewards.margin}
-        return {name: share / max(1, total) for name, share in shares.items()}
+        divisor = max(1, totals.samples)
+        if self._losses.averaging == "micro_batch":
+            divisor = max(1, len(pairs)) * max(1, totals.micro_batches)
+        return {name: share / divisor for name, share in shares.items()}
 
     def _label_logprobs(self, rows: Tensor, labels: Tensor, largest: int) -> Float[Tensor, " r"]:
         """Log q(label) of each row, chunk by chunk."""
@@ -141,53 +157,83 @@ class Objective(nn.Module):
     def _row_parts(self, hidden: Tensor, batch: Batch, totals: RowCounts) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of single rows: cross-entropy, response, visual, with their weights; and each without."""
         losses, tasks, parts = self._losses, [], {}
+        shares: list[Share] = []  # of each task
         if losses.cross_entropy > 0 or losses.response is not None:
-            tasks += self._response_tasks(hidden, batch, 1 / max(1, totals.response))
+            counts = batch.response_counts.tolist() if batch.counted else []
+            of_rows = row_shares(losses.averaging, counts, total_rows=totals.response, totals=totals)
+            tasks, shares = self._response_tasks(hidden, batch, of_rows)
         num_response_tasks = len(tasks)
         if losses.visual is not None:
-            share = 1 / max(1, totals.visual)
             runs = [_resampled(rows, run.teacher) for run, rows in self._visual_rows(hidden, batch)]
             rows = torch.cat(runs) if runs else hidden[:0]
-            target = self._target("visual", batch.visual)
-            tasks.append(HeadTask(rows, None, target, weight=_weight(losses, "visual") * share))
+            counts = batch.teacher_visual_counts if runs else []
+            weight = _weight(losses, "visual")
+            for share in row_shares(losses.averaging, counts, total_rows=totals.visual, totals=totals):
+                target = self._target("visual", None if batch.visual is None else share.of(batch.visual))
+                tasks.append(HeadTask(share.of(rows), None, target, weight=weight * share.value))
+                shares.append(share)
         if not tasks:
             return hidden.new_zeros((), dtype=torch.float32), {}
         head = self.student.head
         loss, sums = fused_head_loss(
             head.weight, tasks, bias=head.bias, vocab_size=self.student.vocab_size, chunk_logits=self._chunk_logits
         )
+        scaled = list(zip(sums, (share.value for share in shares), strict=True))
+        of_response, of_visual = scaled[:num_response_tasks], scaled[num_response_tasks:]
         if losses.cross_entropy > 0:
-            parts["cross_entropy"] = sums[0].cross_entropy / max(1, totals.response)
+            parts["cross_entropy"] = _total(each.cross_entropy * share for each, share in of_response)
         if losses.response is not None:
-            divergence = sum(each.divergence for each in sums[:num_response_tasks])
-            parts["response"] = divergence / max(1, totals.response)
+            parts["response"] = _total(each.divergence * share for each, share in of_response)
         if losses.visual is not None:
-            parts["visual"] = sums[-1].divergence / max(1, totals.visual)
+            parts["visual"] = _total(each.divergence * share for each, share in of_visual)
         return loss, parts
 
-    def _response_tasks(self, hidden: Tensor, batch: Batch, share: float) -> list[HeadTask]:
-        """Labels and teacher of the response rows; with `unshifted_mask` each for itself, of rows that differ."""
+    def _response_tasks(
+        self, hidden: Tensor, batch: Batch, shares: Sequence[Share]
+    ) -> tuple[list[HeadTask], list[Share]]:
+        """Labels and teacher of the response rows of each share, and the share of each task.
+
+        With `unshifted_mask` labels and teacher are tasks of their own, since their rows differ.
+        """
         rows = hidden.index_select(0, batch.response_positions)
-        labels = batch.labels if self._losses.cross_entropy > 0 else None
-        label_weight, weight = self._losses.cross_entropy * share, _weight(self._losses, "response") * share
-        if not self._losses.unshifted_mask:
-            target = self._target("response", batch.response, batch.hidden)
-            return [HeadTask(rows, labels, target, label_weight=label_weight, weight=weight)]
-        # The published mask also distils the row after each answer's last token, which no cache has; the sum is over
-        # as many tokens as there.
-        after_another = torch.ones_like(batch.response_positions, dtype=torch.bool)  # False: an answer's first row
+        label_weight, weight = self._losses.cross_entropy, _weight(self._losses, "response")
+        after_another = self._after_another(batch) if self._losses.unshifted_mask else None
+        tasks, of_tasks = [], []
+        for share in shares:
+            labels = share.of(batch.labels) if self._losses.cross_entropy > 0 else None
+            teacher = None if batch.response is None else share.of(batch.response)
+            states = None if batch.hidden is None else share.of(batch.hidden)
+            if after_another is None:
+                target = self._target("response", teacher, states)
+                factors = {"label_weight": label_weight * share.value, "weight": weight * share.value}
+                tasks.append(HeadTask(share.of(rows), labels, target, **factors))
+                of_tasks.append(share)
+                continue
+            if labels is not None:
+                tasks.append(HeadTask(share.of(rows), labels, label_weight=label_weight * share.value))
+                of_tasks.append(share)
+            kept = share.of(after_another).nonzero()[:, 0]
+            target = self._target(
+                "response",
+                None if teacher is None else teacher.at(kept),
+                None if states is None else states[kept],
+            )
+            tasks.append(HeadTask(share.of(rows)[kept], None, target, weight=weight * share.value))
+            of_tasks.append(share)
+        return tasks, of_tasks
+
+    @staticmethod
+    def _after_another(batch: Batch) -> Bool[Tensor, " r"]:
+        """False for the first row of each answer, which the published, unshifted mask does not distil.
+
+        It also distils the row after each answer's last token, which no cache has; the mean is over as many tokens.
+        """
+        after_another = torch.ones_like(batch.response_positions, dtype=torch.bool)
         after_another[:1] = False
         after_another[1:] = batch.response_positions.diff() == 1
-        kept = after_another.nonzero()[:, 0]
-        target = self._target(
-            "response",
-            None if batch.response is None else batch.response.at(kept),
-            None if batch.hidden is None else batch.hidden[kept],
-        )
-        of_labels = [] if labels is None else [HeadTask(rows, labels, label_weight=label_weight)]
-        return [*of_labels, HeadTask(rows[kept], None, target, weight=weight)]
+        return after_another
 
-    def _relation_part(self, hidden: Tensor, batch: Batch, total: int) -> dict[str, Tensor]:
+    def _relation_part(self, hidden: Tensor, batch: Batch, totals: RowCounts) -> dict[str, Tensor]:
         if self._losses.relation is None:
             return {}
         runs = self._visual_rows(hidden, batch)
@@ -195,16 +241,20 @@ class Objective(nn.Module):
         value = 0 * (hidden[:1].float().sum() + metric.sum())
         if self._losses.literal and len(runs) > 1:
             raise ConfigError("losses.literal is one cosine over a batch of equal images; set micro_batch: 1 for these")
+        weights = image_weights(self._losses.averaging, batch.image_counts if runs else (), totals=totals)
+        start = 0
         for (run, rows), teacher in zip(runs, batch.relation or (), strict=True):
             value = value + relation_loss(
                 rows,
                 metric,
                 teacher,
+                weights=rows.new_tensor(weights[start : start + run.num_images], dtype=torch.float32),
                 centered=self._teacher.centered,
                 resampling=_matrix(run, rows.device, self._teacher.pool),
                 literal=self._losses.literal,
             )
-        return {"relation": value / max(1, total)}
+            start += run.num_images
+        return {"relation": value}
 
     def _metric(self, weight: Tensor) -> Tensor:
         """W^T W; of a frozen head made once."""
@@ -232,6 +282,10 @@ class Objective(nn.Module):
         return [
             (run, piece.view(run.num_images, run.student, -1)) for run, piece in zip(batch.grids, pieces, strict=True)
         ]
+
+
+def _total(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
 
 
 def _resampled(rows: Float[Tensor, "i n d"], num_teacher: int) -> Float[Tensor, "s d"]:
@@ -275,12 +329,11 @@ def part_names(losses: LossesSection) -> tuple[str, ...]:
     """The parts that these losses compute, in the order of `Objective.forward`."""
     names: list[str] = []
     for name in LossesSection.model_fields:
-        if name not in _SWITCHES and getattr(losses, name):
+        if name not in SWITCHES and getattr(losses, name):
             names += _PARTS.get(name, (name,))
     return tuple(names)
 
 
-_SWITCHES = ("literal", "unshifted_mask")  # that change parts and are none
 _PARTS = {  # of the sections that give more than one
     "balance": ("balance", "router_z", "router_entropy", "expert_load_max", "expert_load_min"),
     "preference": ("preference", "preference_won", "preference_margin"),

@@ -70,9 +70,12 @@ def relation_loss(
     *,
     centered: bool = False,
     resampling: Float[Tensor, "m n"] | None = None,
+    weights: Float[Tensor, " i"] | None = None,
     literal: bool = False,
 ) -> Float[Tensor, ""]:
     """Sum over images of 1 - cosine between the teacher's and the student's relation matrix.
+
+    `weights`: of each image in the sum; default 1.
 
     The student's is G = H (W^T W) H^T = Z Z^T with `metric` W^T W and Z the raw logits of the visual rows,
     which are never formed. The cosine does not feel the scale of either matrix. With `centered` the mean visual
@@ -93,10 +96,12 @@ def relation_loss(
     product = hidden.mT @ hidden @ metric  # (i, d, d): ||H M H^T||^2 = tr(A M A M), with A = H^T H
     student = (product * product.mT).sum((1, 2))
     if not literal:
-        return (1 - _cosine(inner, student, teacher.squares())).sum()
+        losses = 1 - _cosine(inner, student, teacher.squares())
+        return losses.sum() if weights is None else (losses * weights).sum()
     norms = teacher.norms.double()
     raw = (teacher.squares().double() * norms**2).sum()
-    return hidden.shape[0] * (1 - _cosine((inner.double() * norms).sum(), student.double().sum(), raw)).float()
+    weight = hidden.shape[0] if weights is None else weights.sum()
+    return weight * (1 - _cosine((inner.double() * norms).sum(), student.double().sum(), raw)).float()
 
 
 def _cosine(inner: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -24,14 +24,17 @@ class RouterLosses:
     entropy: Float[Tensor, ""]  # nats, of a token's routing distribution; detached
 
 
-def router_losses(logits: Sequence[Float[Tensor, "t e"]], is_token: Bool[Tensor, " t"], *, top_k: int) -> RouterLosses:
+def router_losses(
+    logits: Sequence[Float[Tensor, "t e"]], is_token: Bool[Tensor, " t"], *, top_k: int, first_choice: bool = False
+) -> RouterLosses:
     """Load balance and z-loss of the routers' logits, in float32. `is_token`: False for padding.
 
     f_i is the share of assignments that expert i gets, over all k choices, and carries no gradient; P_i is its mean
-    routing probability. Without any token the losses are 0 and stay attached to the graph.
+    routing probability. With `first_choice` the balance takes for f_i the share of tokens whose first choice is i.
+    Without any token the losses are 0 and stay attached to the graph.
 
-    Sources: Switch Transformer (arXiv 2101.03961, eq. 4-6), which LLaVA-MoD takes over; ST-MoE (arXiv 2202.08906,
-    eq. 5).
+    Sources: Switch Transformer (arXiv 2101.03961, eq. 4-6), which LLaVA-MoD takes over; `first_choice` is what its
+    code runs, DeepSpeed's top2gating (sharded_moe.py); ST-MoE (arXiv 2202.08906, eq. 5).
     """
     weight = is_token.to(logits[0].device, torch.float32)[:, None]  # (t, 1)
     num_tokens = weight.sum().clamp(min=1)
@@ -40,13 +43,20 @@ def router_losses(logits: Sequence[Float[Tensor, "t e"]], is_token: Bool[Tensor,
     for layer in logits:
         logprobs = layer.float().log_softmax(1)
         probs = logprobs.exp()
-        chosen = torch.zeros_like(probs).scatter_(1, layer.topk(top_k, dim=1).indices, 1.0)
-        load = (chosen * weight).sum(0) / (num_tokens * top_k)
-        balance = balance + probs.shape[1] * (load * ((probs * weight).sum(0) / num_tokens)).sum()
+        choices = layer.topk(top_k, dim=1).indices
+        load = _shares_of_tokens(choices, weight, probs)
+        balanced = _shares_of_tokens(choices[:, :1], weight, probs) if first_choice else load
+        balance = balance + probs.shape[1] * (balanced * ((probs * weight).sum(0) / num_tokens)).sum()
         z = z + (layer.float().logsumexp(1).square() * weight[:, 0]).sum() / num_tokens
         entropy = entropy - (probs * logprobs * weight).sum().detach() / num_tokens
         loads.append(load)
     return RouterLosses(balance, z, torch.stack(loads), entropy / len(logits))
+
+
+def _shares_of_tokens(choices: Int[Tensor, "t k"], weight: Float[Tensor, "t 1"], like: Tensor) -> Float[Tensor, " e"]:
+    """The share of all choices of the weighted tokens that falls on each expert."""
+    chosen = torch.zeros_like(like).scatter_(1, choices, 1.0)
+    return (chosen * weight).sum(0) / (weight.sum().clamp(min=1) * choices.shape[1])
 
 
 def router_statistics(batches: Sequence[tuple[int, RouterLosses]]) -> dict[str, Any]:

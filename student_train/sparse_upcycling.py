@@ -11,6 +11,7 @@ four experts, two of them active.
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,6 +113,28 @@ def sparse_config(text_config: Any, experts: Experts) -> Any:
         mlp_only_layers=[layer for layer in range(num_layers) if layer not in sparse],
         architectures=[_ARCHITECTURE],  # by which vLLM finds it inside of a LLaVA
     )
+
+
+def route_in_float32(model: Any) -> None:
+    """Make the routers of a sparse LLaVA compute their logits and choices in float32, whatever the model's dtype.
+
+    In bfloat16 the logits of two experts that differ by less than one part in 256 are equal, and the choice is the
+    lower number. Weights, their names and the checkpoint stay as they are.
+    Source: DeepSpeed's TopKGate, which LLaVA-MoD's published code runs, keeps its router in float32.
+    """
+    for layer in model.model.language_model.layers:
+        if hasattr(layer.mlp, "gate") and hasattr(layer.mlp, "experts"):
+            layer.mlp.gate.forward = types.MethodType(_route_in_float32, layer.mlp.gate)
+
+
+def _route_in_float32(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (t, e), weights and numbers of the chosen experts (t, k), as transformers' Qwen2-MoE router gives them."""
+    tokens = hidden_states.reshape(-1, router.hidden_dim)
+    logits = torch.nn.functional.linear(tokens.float(), router.weight.float())
+    weights, chosen = logits.softmax(-1).topk(router.top_k, dim=-1)
+    if router.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights.to(hidden_states.dtype), chosen
 
 
 def is_sparse(config: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from storage.batches import read_ahead
+from storage.stop_signals import HeldSignals
 from student_train.batch import Batch, collate
 from student_train.config import StageSection
 from student_train.engine import Engine, Process, Update, peak_memory_bytes
@@ -23,7 +25,7 @@ from student_train.loader import MicroPlan, ReadAhead, plans
 from student_train.loss_watch import WINDOW, DivergedError, LossWatch, shortened
 from student_train.material import Material, loss_families
 from student_train.objective import part_names
-from student_train.stage_state import Progress, StageState, StoppedError, StopRequest
+from student_train.stage_state import Progress, StageState, StageStopped
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +91,11 @@ class Step:
     update: Update
 
 
-def run_steps(setup: Setup) -> Finished:
+def run_steps(setup: Setup, stop: HeldSignals) -> Finished:
     """The steps that are not done. A collective.
 
-    Errors: StoppedError when SIGTERM came, and all is saved; DivergedError.
+    Errors: StageStopped when SIGTERM or SIGINT has come to any rank before the last step, and all is saved;
+    DivergedError.
     """
     stage, engine, average = setup.stage, setup.engine, setup.checkpoints.average
     progress = setup.state.resume(engine, average)
@@ -108,7 +111,7 @@ def run_steps(setup: Setup) -> Finished:
     reader = setup.training.batches(
         stage, engine.process, size=stage.global_batch, steps=range(done, last), seed=stage.seed
     )
-    with journal, reader, StopRequest() as stop:
+    with journal, reader:
         items = iter(reader)
         for step in range(done + 1, last + 1):
             torch.manual_seed(dropout_seed(stage.seed, step, engine.process.rank))
@@ -119,11 +122,11 @@ def run_steps(setup: Setup) -> Finished:
             sums = engine.sum_over_ranks(
                 {
                     **{part: mine.parts[part] for part in ("loss", *part_names(stage.losses))},
-                    "tokens": mine.num_tokens, "positions": mine.num_positions, "stop": float(stop.heard),
+                    "tokens": mine.num_tokens, "positions": mine.num_positions, "stop": float(stop.event.is_set()),
                 }
             )  # fmt: skip
             tokens, positions, asked = (sums.pop(name) for name in ("tokens", "positions", "stop"))
-            journal.count(tokens, positions)
+            journal.count(tokens, positions, sums)
             _refuse_explosion(sums["loss"], watch, mine, step)
             watch.add(sums["loss"])
             held_out: dict[str, float] = {}
@@ -140,9 +143,10 @@ def run_steps(setup: Setup) -> Finished:
                 notes = {"watch": watch.state(), "best": asdict(best) if best else None, "judge": judge}
                 setup.state.save(engine, Progress(step, notes), average=average, keep=stage.keep_states)
             if step < last and asked:
-                raise StoppedError(
+                raise StageStopped(
+                    stop.number or signal.SIGTERM,  # of another rank
                     f"stage {setup.name} was asked to stop after step {step} of {last}; all is saved, "
-                    "and the same command goes on from there"
+                    "and the same command goes on from there",
                 )
     return Finished(done, final, best)
 

@@ -14,28 +14,27 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
-from storage.errors import ConfigError, StillhouseError
+from storage.disk import explain_write_errors
+from storage.errors import ConfigError, WriteError
+from storage.stop_signals import Interrupted
 from student_train.documents import write_json
 from student_train.engine import Engine, from_first
 from student_train.stage_inputs import changes_of_state
 from student_train.weight_average import WeightAverage
 
 _MARKER = "state.json"
+_NEW = "new-"  # begins the name of a state that is being written
 _FIELDS = {"step", "num_ranks", "notes"}
 _AVERAGE = "average.safetensors"
 
 
-class StoppedError(StillhouseError):
-    """A stage that was asked to stop and can be continued by the same command."""
-
-    stopped = True
+class StageStopped(Interrupted):
+    """A stage that was asked to stop, and whose state is saved."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +103,27 @@ class StageState:
         return progress
 
     def save(self, engine: Engine, progress: Progress, *, average: WeightAverage | None = None, keep: int = 1) -> None:
-        """Save, and delete all but the newest `keep`. A collective; whole or not there at all."""
+        """Save, and delete all but the newest `keep`. A collective; whole or not there at all.
+
+        WriteError, on the ranks that have seen it, and older states stay: a full disk.
+        """
         folder = self.folder / f"step-{progress.step:08d}"
-        new = folder.with_name(f"new-{folder.name}")
+        new = folder.with_name(f"{_NEW}{folder.name}")
+        try:
+            with explain_write_errors(new):
+                self._write(engine, progress, average, folder, new)
+        except WriteError:
+            shutil.rmtree(new, ignore_errors=True)  # its room may be what the next attempt needs
+            raise
         if engine.process.is_first:
-            for stale in (new, folder):
+            for older in sorted(self.folder.glob("step-*"))[:-keep]:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def _write(
+        self, engine: Engine, progress: Progress, average: WeightAverage | None, folder: Path, new: Path
+    ) -> None:
+        if engine.process.is_first:
+            for stale in (folder, *self.folder.glob(f"{_NEW}*")):  # and what a kill or a full disk left
                 shutil.rmtree(stale, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         engine.barrier()
@@ -122,30 +137,10 @@ class StageState:
             }  # fmt: skip
             write_json(new / _MARKER, said)
             new.rename(folder)
-            for older in sorted(self.folder.glob("step-*"))[:-keep]:
-                shutil.rmtree(older, ignore_errors=True)
 
     def clear(self) -> None:
         """Delete all states: the stage is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class StopRequest:
-    """Whether SIGTERM has come to this rank since this began. Use as a context manager."""
-
-    def __init__(self) -> None:
-        self.heard = False
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGTERM, self._hear)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _hear(self, _signal: int, _frame: FrameType | None) -> None:
-        self.heard = True
 
 
 def _read(path: Path) -> dict[str, Any] | None:

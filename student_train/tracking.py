@@ -11,17 +11,21 @@ import importlib
 import importlib.util
 import json
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from storage.errors import ConfigError
+from storage.disk import explain_write_errors, is_full
+from storage.errors import ConfigError, WriteError
 from student_train.config import Tracker
 from student_train.documents import write_json
 
 _PROJECT = "stillhouse"
 _FILE = "tracking.json"
+_EVENT_THREAD = "_AsyncWriterThread"  # TensorBoard's, which prints a traceback and lets go
 _Values = Mapping[str, float]
 
 
@@ -87,15 +91,35 @@ def _tensorboard(folder: Path, done: Sequence[Mapping[str, Any]]) -> _Sink:
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    events = SummaryWriter(str(folder), flush_secs=10)
+    before = threading.excepthook
+    threading.excepthook = partial(_report_thread, before)
+    with explain_write_errors(folder):
+        events = SummaryWriter(str(folder), flush_secs=10)
 
     def write(step: int, values: _Values) -> None:
-        for name, value in values.items():
-            events.add_scalar(name, value, step)
+        with explain_write_errors(folder):
+            for name, value in values.items():
+                events.add_scalar(name, value, step)
+
+    def close(failed: bool) -> None:
+        try:
+            with explain_write_errors(folder):
+                events.close()
+        except WriteError:
+            if not failed:  # else what has failed is told, not what it did to the last events
+                raise
+        finally:
+            threading.excepthook = before
 
     for values in done:
         write(int(values["step"]), _numbers(values))
-    return _Sink(None, write, lambda _failed: events.close())
+    return _Sink(None, write, close)
+
+
+def _report_thread(report: Callable[[Any], object], failure: Any) -> None:
+    """Threads' failures as before, but for a full disk in TensorBoard's own: the next event that is given tells it."""
+    if type(failure.thread).__name__ != _EVENT_THREAD or failure.exc_value is None or not is_full(failure.exc_value):
+        report(failure)
 
 
 def _wandb(output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Sink:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from storage.errors import ConfigError, StillhouseError
-from student_train.checkpoint import put_back
+from storage.errors import ConfigError, StillhouseError, WriteError
+from storage.stop_signals import hold_signals
+from student_train.checkpoint import check_room, put_back
 from student_train.config import StageSection
 from student_train.documents import write_json
 from student_train.engine import Engine, Process, peak_memory_bytes
 from student_train.expert_parallel import check_ranks
-from student_train.huggingface import holds_nothing
+from student_train.huggingface import holds_nothing, is_llava
 from student_train.images import FeatureStore, VisionSource
 from student_train.kept_checkpoints import KeptCheckpoints
 from student_train.loader import num_micro_batches
@@ -29,10 +30,11 @@ from student_train.mixture import Mixture
 from student_train.models import freeze, load_student
 from student_train.objective import Objective
 from student_train.parameter_groups import parameter_groups
-from student_train.sparse_upcycling import Experts, num_activated, upcycled
+from student_train.recomputation import enable_gradient_checkpointing
+from student_train.sparse_upcycling import Experts, is_sparse, num_activated, route_in_float32, upcycled
 from student_train.stage_inputs import write_record
 from student_train.stage_loop import Feed, Setup, run_steps
-from student_train.stage_state import StageState, StoppedError
+from student_train.stage_state import StageState
 from student_train.student import Student
 from student_train.tracking import check_trackers
 from student_train.weight_average import WeightAverage
@@ -129,6 +131,8 @@ def train(
     model = load_student(material.checkpoint, precision=stage.precision, device=process.device)
     model = _made_ready(model, stage)
     sizes = _sizes(model)
+    if process.is_first:  # hours of training should not end at a disk that was too small from the start
+        check_room(sizes["num_parameters"] * next(model.parameters()).element_size(), output)
     # Ranks that share parameters (ZeRO-3) must call the tower together, known features or not.
     keeps_features = "vision" not in stage.train and stage.zero_stage < 3
     half = (stage.memory_mb << 20) // 2
@@ -169,28 +173,33 @@ def train(
         state=StageState.of(output, name, inputs, num_ranks=process.num_ranks),
     )
     try:
-        finished = run_steps(setup)
-        setup.checkpoints.finish()
-        peak = engine.max_over_ranks({"bytes": peak_memory_bytes(process.device)})
-        if process.is_first:
-            run = {"stage": name, "seed": stage.seed, "steps": steps}
-            cost = {
-                "seconds": round(time.monotonic() - started, 3),
-                "peak_memory_bytes": int(peak["bytes"]),
-                "num_processes": process.num_ranks,
-            }
-            ended = {"resumed_at": finished.resumed_at, "final": finished.losses}
-            if finished.best is not None:
-                ended["best"] = asdict(finished.best)
-            write_json(output / "summary.json", {**run, **sizes, **cost, **ended})
-            setup.state.clear()
-        engine.barrier()
-    except (StoppedError, ConfigError):
+        with hold_signals(second_raises=False) as stop:  # torchrun repeats its own
+            finished = run_steps(setup, stop)
+            setup.checkpoints.finish()
+            peak = engine.max_over_ranks({"bytes": peak_memory_bytes(process.device)})
+            if process.is_first:
+                run = {"stage": name, "seed": stage.seed, "steps": steps}
+                cost = {
+                    "seconds": round(time.monotonic() - started, 3),
+                    "peak_memory_bytes": int(peak["bytes"]),
+                    "num_processes": process.num_ranks,
+                }
+                ended = {"resumed_at": finished.resumed_at, "final": finished.losses}
+                if finished.best is not None:
+                    ended["best"] = asdict(finished.best)
+                write_json(output / "summary.json", {**run, **sizes, **cost, **ended})
+                setup.state.clear()
+            engine.barrier()
+        stop.raise_interrupted()  # it came too late to stop before the end
+    except ConfigError:
         raise
     except DivergedError as error:
         path = output / f"diverged-{process.rank}.json"
-        write_json(path, error.batch)
-        message = f"{error} (all of them are in {path})"
+        try:
+            write_json(path, error.batch)
+            message = f"{error} (all of them are in {path})"
+        except WriteError as unwritten:
+            message = f"{error} ({unwritten})"
         raise StillhouseError(message) if error.everywhere else RankError(message) from error
     except StillhouseError as error:
         raise RankError(str(error)) from error
@@ -208,11 +217,13 @@ def _made_ready(model: Any, stage: StageSection) -> Any:
     if stage.moe is not None:
         experts = Experts(stage.moe.experts, stage.moe.top_k, stage.moe.every)
         model = upcycled(model, experts, seed=stage.seed)
+    if is_llava(model.config) and is_sparse(model.config):
+        route_in_float32(model)
     freeze(model, [module for module in stage.train if module != "llm" or stage.lora is None])
     if stage.lora is not None:
         add_adapters(model, stage.lora)
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     return model
 
 

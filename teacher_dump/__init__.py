@@ -1,1 +1,5 @@
 """Samples to signals: prompts, the teacher, its output head, Ray jobs. The way in is `python -m teacher_dump`."""
+
+from teacher_dump.torchvision_shim import install as _install_torchvision_hook
+
+_install_torchvision_hook()

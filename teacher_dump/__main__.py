@@ -1,46 +1,83 @@
 """`python -m teacher_dump [FILE] [section.field=value …]`: the dump, by itself or as a submitted Ray job.
 
-Exits 0 on success, 2 on a user's mistake, 1 on a failure, 143 (as shells have it) when SIGTERM has stopped it.
+Exits 0 on success, 2 on a user's mistake, 1 on a failure, 130 or 143 when SIGINT or SIGTERM has stopped it.
 """
 
 from __future__ import annotations
 
-import argparse
-import signal
 import sys
+from pathlib import Path
+
+# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
+    del sys.path[0]
+
+import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
-from teacher_dump.dump import DumpResult, DumpStoppedError, run_dump
-from teacher_dump.settings import read_settings
+from storage.stop_signals import exit_code, explain, interruptible, leave
+
+if TYPE_CHECKING:  # which takes a second, in which a signal would find nobody
+    from teacher_dump.dump import DumpResult, RetryOutcome
+    from teacher_dump.settings import DumpSettings
+
+RETRY_HELP = "attempt samples that had failed again, after their images or rows were mended"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the dump that a YAML file describes; returns the exit code."""
+    try:
+        with interruptible(adopt=arguments is None):
+            return _dump(arguments)
+    except KeyboardInterrupt as stop:
+        print(explain(stop), file=sys.stderr)
+        if arguments is None:
+            leave(exit_code(stop))
+        return exit_code(stop)
+
+
+def _dump(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m teacher_dump", description="Dump a teacher's signals.")
     parser.add_argument("file", nargs="?", default="pipeline.yaml", help="the experiment (pipeline.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parsed = parser.parse_args(arguments)
+    parser.add_argument("--retry-errors", action="store_true", help=RETRY_HELP)
+    parsed = parser.parse_intermixed_args(arguments)
     file, overrides = parsed.file, list(parsed.overrides)
     if "=" in file:  # only overrides were given
         file, overrides = "pipeline.yaml", [file, *overrides]
+    from teacher_dump.dump import run_dump
+    from teacher_dump.settings import read_settings
+
     try:
-        print(table(run_dump(read_settings(file, overrides))))
+        settings = read_settings(file, overrides)
+        warn_of_machine(settings)
+        print(table(run_dump(settings, retry_errors=parsed.retry_errors)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except DumpStoppedError as stop:
-        print(stop, file=sys.stderr)
-        return 128 + signal.SIGTERM
     except StillhouseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from here", file=sys.stderr)
+    except Exception as error:  # a disk may be full wherever a library writes
+        message = describe_full_disk(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 1
     return 0
+
+
+def warn_of_machine(settings: DumpSettings) -> None:
+    """Says on stderr what may become short on this machine. ConfigError for what keeps a dump from starting."""
+    from teacher_dump.machine import check_dump_machine
+
+    for line in check_dump_machine(settings):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def table(result: DumpResult) -> str:
@@ -51,7 +88,9 @@ def table(result: DumpResult) -> str:
         ("errors", f"{result.num_errors:,}"),
         ("parts", f"{result.num_parts:,}"),
     ]
-    summary = result.summary
+    summary, retried = result.summary, result.retried
+    if retried is not None:
+        rows.append(("retried", _describe_retry(retried)))
     if summary is None:
         rows.append(("written now", "nothing; the cache was complete"))
     else:
@@ -65,6 +104,16 @@ def table(result: DumpResult) -> str:
     if summary is not None:
         rows += [(f"{count:,} errors" if count > 1 else "1 error", kind) for kind, count in summary.error_kinds.items()]
     return "\n".join(f"{name:<12} {value}" for name, value in rows)
+
+
+def _describe_retry(retried: RetryOutcome) -> str:
+    if not retried.num_failed:
+        return "nothing; no sample of this plan has failed"
+    if not retried.num_attempted:
+        return f"nothing; {retried.num_failed:,} failed samples cannot be read yet, for the same reasons as before"
+    return (
+        f"{retried.num_attempted:,} of {retried.num_failed:,} failed samples; {retried.num_left:,} have no record now"
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 ```
 <run>/answers/<key>/part-00000.jsonl   the answered samples of a part of the questions' plan, written whole
 <run>/answers/<key>/<split>.jsonl      the data set that the dump reads in place of data.sources
-<run>/answers/<key>/answers.json       written last: the splits, the image root, the sampling
+<run>/answers/<key>/answers.json       written last: the splits, the sampling
 ```
 
 The key is a hash of questions, teacher and sampling. Whatever is there is not asked again, so a run that was
@@ -15,20 +15,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.config import CacheSection
+from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
+from storage.files import write_atomically
 from storage.records import SampleError
+from storage.search_path import module_command
+from storage.stop_signals import end_process, exit_code, explain, interruptible
 from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
 from teacher_dump.dump_plan import DumpPlan, plan_questions
 from teacher_dump.log_file import quiet
+from teacher_dump.machine import count_gpus, is_alone
 from teacher_dump.plan import Part
 from teacher_dump.prompt import IMAGE_MARKER
 from teacher_dump.samples import Sample, SampleRefusedError, Turn
@@ -55,7 +60,7 @@ def answered_settings(settings: DumpSettings, questions: DumpPlan) -> DumpSettin
     except FileNotFoundError:
         return None
     sources = tuple(
-        SourceSection(path=str(folder / name), format="json", images=done["image_root"], split=split)
+        SourceSection(path=str(folder / name), format="json", images=questions.identity.image_root, split=split)
         for split, name in done["splits"]
     )
     data = settings.data.model_copy(update={"sources": sources, "responses": "dataset"})
@@ -78,23 +83,27 @@ def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -
         commands = [
             ray_jobs.Command(
                 name=f"answers-{stripe}",
-                argv=(sys.executable, "-m", "teacher_dump.answers", str(folder / _JOB), str(stripe), str(count)),
+                argv=(*module_command("teacher_dump.answers"), str(folder / _JOB), str(stripe), str(count)),
                 log_path=settings.logs.resolve() / f"answers-{stripe}.log",
             )
             for stripe in range(count)
         ]
         gpus = settings.dump.gpus_per_actor
+        if gpus is None:
+            has_none = is_alone(settings.dump.ray_address) and not count_gpus()
+            gpus = 0 if has_none else settings.teacher.settings.get("tensor_parallel_size")
         with quiet(settings.logs / LOG_FILE) as screen:
             if progress:
                 print(f"answers: the teacher answers {missing:,} parts; logs are in {settings.logs}", file=screen)
             results = ray_jobs.run_commands(
                 commands,
                 settings.dump.cpus_per_actor,
-                settings.teacher.settings.get("tensor_parallel_size") if gpus is None else gpus,
+                gpus,
                 address=settings.dump.ray_address,
                 logs=settings.logs,
             )
-            failed = [result for result in results if result.returncode]
+            with closing(results):
+                failed = [result for result in results if result.returncode]
         if failed:
             kind = ConfigError if failed[0].returncode == 2 else StillhouseError
             raise kind(f"the teacher's answers: {_last_line(failed[0].log_path)} (see {failed[0].log_path})")
@@ -219,7 +228,6 @@ def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None
         _write(folder / name, "".join(f"{line}\n" for line in by_split[split]))
     done = {
         "splits": splits,
-        "image_root": questions.identity.image_root,
         "sampling": settings.data.sampling.model_dump(mode="json"),
     }
     _write(folder / _DONE, json.dumps(done, indent=1))
@@ -236,12 +244,7 @@ def _part_file(folder: Path, part: Part) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, text.encode())
 
 
 def _seed(seed: int, sample_id: str, turn: int) -> int:
@@ -273,13 +276,23 @@ def main(arguments: Sequence[str]) -> int:
     """Answer one stripe of a job's parts; returns the exit code."""
     job, stripe, num_stripes = arguments
     try:
-        settings = _settings(json.loads(Path(job).read_bytes()))
-        answer_parts(settings, stripe=int(stripe), num_stripes=int(num_stripes))
+        with interruptible():
+            settings = _settings(json.loads(Path(job).read_bytes()))
+            answer_parts(settings, stripe=int(stripe), num_stripes=int(num_stripes))
+    except KeyboardInterrupt as stop:  # between two parts or within one: a part is written whole
+        sys.stderr.write(f"{explain(stop)}\n")
+        return exit_code(stop)
     except StillhouseError as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:  # a disk may be full wherever a library writes
+        message = describe_full_disk(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"{message}\n")
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

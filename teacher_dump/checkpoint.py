@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from storage.disk import explain_write_errors
 from storage.errors import ConfigError, StillhouseError
 
 _INDEX = "model.safetensors.index.json"
@@ -130,7 +131,14 @@ def servable_view(folder: Path, *, into: Path) -> Path:
     if not shards or view.is_dir():
         return view if shards else folder
     temporary = into / f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary.mkdir(parents=True)
+    with explain_write_errors(into):
+        temporary.mkdir(parents=True)
+        _fill_view(folder, shards, view, temporary)
+    return view
+
+
+def _fill_view(folder: Path, shards: list[Path], view: Path, temporary: Path) -> None:
+    """Fill `temporary` and rename it to `view`, unless another process was first."""
     try:
         for path in folder.iterdir():
             if path in shards:
@@ -147,7 +155,6 @@ def servable_view(folder: Path, *, into: Path) -> Path:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return view
 
 
 def _nested(name: str) -> str:

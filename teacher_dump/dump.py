@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from signal import Signals
 
-from storage.errors import StillhouseError
+from storage.commit import SUMMARY_FILE
+from storage.errors import ConfigError, StillhouseError
+from storage.files import open_folder
 from storage.reader import Cache
 from storage.records import SampleError
+from storage.retries import families_of_parts, read_contents, retries_of
+from storage.segments import (
+    NewSegment,
+    Segment,
+    find_segment,
+    is_committed,
+    is_complete,
+    read_segments,
+    tokens_segments,
+)
+from storage.stop_signals import Interrupted
 from storage.writer import CacheWriter
 from teacher_dump.assignment import worker_settings
 from teacher_dump.budget_choice import with_budget
 from teacher_dump.config import DumpSection
 from teacher_dump.dump_plan import DumpPlan, plan_dump, plan_questions
 from teacher_dump.progress import DumpSummary, error_kinds
+from teacher_dump.retry import choose_failed, retry_identity, retry_plan
 from teacher_dump.settings import DumpSettings
 from teacher_dump.writing import write_parts
 
-SUMMARY_FILE = "dump.json"
 _SHOWN_ERRORS = 5
 _SHOWN_KINDS = 8
 
 
-class DumpStoppedError(StillhouseError):
+class DumpStopped(Interrupted):
     """The dump was told to stop, and did between two parts."""
 
 
@@ -38,13 +52,24 @@ class DumpResult:
     num_errors: int  # in the cache
     segments: tuple[int, ...]  # of the cache, that this dump was about
     summary: DumpSummary | None  # of the last segment that was written; None: every part was there already
+    retried: RetryOutcome | None = None  # None: no retry was asked for
 
 
-def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
+@dataclass(frozen=True)
+class RetryOutcome:
+    """What became of samples that had failed."""
+
+    num_failed: int  # before
+    num_attempted: int  # again
+    num_left: int  # that have no record now
+
+
+def run_dump(settings: DumpSettings, *, retry_errors: bool = False, progress: bool = True) -> DumpResult:
     """Write whatever parts and families a cache lacks, and seal it. A complete cache is left as it is.
 
     Over a cache of the same samples only the families that it lacks are dumped; with `cache.append` other samples
-    are added as new parts. A dump that was not finished is finished first.
+    are added as new parts. A dump that was not finished is finished first. With `retry_errors` samples of this plan
+    that had failed are attempted again; those that can be read no better than then are left as they are.
 
     With no families (but images) it writes tokens, in this process, and starts neither Ray nor a teacher.
     Errors: ConfigError; IdentityError where another cache lies in the place; StillhouseError, among others
@@ -52,12 +77,13 @@ def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
     """
     settings = _answered(settings, progress=progress)
     planned, cache = with_budget(plan_dump(settings), settings), settings.cache
-    summary: DumpSummary | None = None
+    retried, summary = _retry(planned, settings, progress=progress) if retry_errors else (None, None)
     finished: set[int] = set()
-    while (writer := _open_writer(planned, settings)).segment.number not in finished:
-        summary = _fill(writer, planned, settings, progress=progress) or summary
-        writer.seal()
-        finished.add(writer.segment.number)
+    for each in _plans(planned, settings):
+        while (writer := _open_writer(each, settings)).segment.number not in finished:
+            summary = _fill(writer, each, settings, progress=progress) or summary
+            writer.seal()
+            finished.add(writer.segment.number)
     whole = Cache.open(cache.path, families=())
     return DumpResult(
         cache=cache.path,
@@ -66,7 +92,56 @@ def run_dump(settings: DumpSettings, *, progress: bool = True) -> DumpResult:
         num_errors=len(whole.errors),
         segments=tuple(sorted(finished)),
         summary=summary,
+        retried=retried,
     )
+
+
+def _plans(planned: DumpPlan, settings: DumpSettings) -> Iterator[DumpPlan]:
+    """The plan, then, once it is dumped, those of its retries that are unfinished or lack families."""
+    yield planned
+    folder, cache = open_folder(settings.cache.path), settings.cache
+    segments = read_segments(folder)
+    for retry in retries_of(segments, _base(segments, planned)):
+        found, _ = find_segment(folder, retry_identity(retry, planned), cache.families, append=False)
+        if isinstance(found, NewSegment) or not is_complete(folder, found):
+            yield retry_plan(retry, planned, settings)
+
+
+def _retry(planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> tuple[RetryOutcome, DumpSummary | None]:
+    """Attempt failed samples of a plan again, after its parts were all written. Nothing is sealed yet.
+
+    A retry that lacks parts gets them, and no other is begun. Errors: as `run_dump`.
+    """
+    cache, folder = settings.cache, open_folder(settings.cache.path)
+    writer, summary = _open_writer(planned, settings), None
+    if writer.segment.has_tokens:
+        summary = _fill(writer, planned, settings, progress=progress, forgives=True)
+    segments = read_segments(folder)
+    base = _base(segments, planned)
+    _, failed = read_contents(folder, segments, base)
+    num_failed = sum(map(len, failed))
+    missing = [family for family in families_of_parts(segments, base) if family not in cache.families]
+    if missing:
+        raise ConfigError(
+            f"cache.families: lacks {', '.join(missing)}, which the samples beside those that failed have in "
+            f"{folder}; a retry needs them all"
+        )
+    begun = next((one for one in retries_of(segments, base) if not is_committed(folder, one)), None)
+    failed_ids = begun.failed_ids if begun is not None else choose_failed(planned, settings, failed)
+    if failed_ids:
+        writer = CacheWriter.begin_retry(
+            cache.path, planned.identity, base.number, failed_ids, zstd_level=cache.zstd_level
+        )
+        again = retry_plan(writer.segment, planned, settings)
+        summary = _fill(writer, again, settings, progress=progress) or summary
+    _, left = read_contents(folder, read_segments(folder), base)
+    return RetryOutcome(num_failed, sum(map(len, failed_ids)), sum(map(len, left))), summary
+
+
+def _base(segments: Sequence[Segment], planned: DumpPlan) -> Segment:
+    """The segment that holds the parts of a plan, which is in the cache."""
+    fingerprint = planned.identity.plan_fingerprint
+    return next(one for one in tokens_segments(segments) if one.identity.plan_fingerprint == fingerprint)
 
 
 def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:
@@ -82,16 +157,21 @@ def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:
     )
 
 
-def _fill(writer: CacheWriter, planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> DumpSummary | None:
+def _fill(
+    writer: CacheWriter, planned: DumpPlan, settings: DumpSettings, *, progress: bool, forgives: bool = False
+) -> DumpSummary | None:
     """Write the parts that a segment lacks, with its own families; None if it lacks none.
 
-    Errors: DumpStoppedError; StillhouseError for too many errors, as soon as it is sure that there will be.
+    `forgives`: samples that have failed already do not count against dump.max_error_fraction.
+    Errors: DumpStopped; StillhouseError for too many errors, as soon as it is sure that there will be.
     """
     committed = writer.committed_parts()
     missing = [part for part in planned.plan.parts if part.number not in committed]
     num_rows = planned.plan.num_samples + sum(len(part.errors) for part in planned.plan.parts)
-    max_errors = settings.dump.max_error_fraction * num_rows
     num_samples, errors = writer.contents()
+    max_errors = settings.dump.max_error_fraction * num_rows + (len(errors) if forgives else 0)
+    if writer.segment.retries is not None:
+        max_errors = math.inf  # they are counted with the segment whose samples they are
     _refuse_errors(num_samples, errors, settings.dump, max_errors, num_missing=len(missing))
     if not missing:
         return None
@@ -112,10 +192,11 @@ def _fill(writer: CacheWriter, planned: DumpPlan, settings: DumpSettings, *, pro
         writer.folder.write(SUMMARY_FILE, f"{json.dumps(asdict(summary), indent=1)}\n".encode())
     num_missing = len(planned.plan.parts) - len(writer.committed_parts())
     _refuse_errors(num_samples, errors, settings.dump, max_errors, num_missing=num_missing)
-    if num_missing and stopped:
-        raise DumpStoppedError(
-            f"stopped by SIGTERM: {done.num_parts:,} parts were written, {num_missing:,} are left; "
-            "run the same command again to go on from here"
+    if stopped is not None:
+        raise DumpStopped(
+            stopped,
+            f"stopped by {Signals(stopped).name}: {done.num_parts:,} parts were written, {num_missing:,} are left; "
+            "run the same command again to go on from here",
         )
     return summary
 
@@ -124,7 +205,7 @@ def _refuse_errors(
     num_samples: int, errors: Sequence[SampleError], dump: DumpSection, max_errors: float, *, num_missing: int
 ) -> None:
     """StillhouseError if too many samples of a segment, of which `num_missing` parts are to come, have no record."""
-    if len(errors) <= max_errors and (num_samples or num_missing):
+    if len(errors) <= max_errors and (num_samples or num_missing or math.isinf(max_errors)):
         return
     fraction = len(errors) / max(num_samples + len(errors), 1)
     kinds = "".join(f"\n  {count:,} × {kind}" for kind, count in list(error_kinds(errors).items())[:_SHOWN_KINDS])

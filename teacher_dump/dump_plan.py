@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from storage.config import CacheSection, SelectionSection
 from storage.errors import ConfigError
 from storage.identity import Identity
+from storage.records import SampleError
 from teacher_dump import checkpoint, fingerprint
 from teacher_dump.budget_choice import recorded_choices
+from teacher_dump.cached_plan import plan_as_cached
 from teacher_dump.config import TeacherSection
 from teacher_dump.plan import Plan, make_plan
 from teacher_dump.processor import load_processor
 from teacher_dump.reading import read_samples
+from teacher_dump.samples import Sample
 from teacher_dump.settings import DumpSettings
 
 
@@ -53,7 +57,8 @@ def _plan(settings: DumpSettings) -> DumpPlan:
     teacher, answers = settings.teacher, settings.data.responses == "teacher"
     asks_teacher = answers or _asks_teacher(settings.cache)
     extracted = Path(settings.data.extracted or settings.run / "images")
-    sample_set = read_samples(settings.data.sources, extracted=extracted, only_questions=answers, spool=settings.run)
+    read = partial(read_samples, settings.data.sources, extracted=extracted, only_questions=answers, spool=settings.run)
+    sample_set = read()
     if not sample_set.samples and not sample_set.errors:
         files = ", ".join(str(source.path) for source in settings.data.sources)
         raise ConfigError(f"data.sources: there is no sample in {files}; give files of conversations")
@@ -62,13 +67,19 @@ def _plan(settings: DumpSettings) -> DumpPlan:
     trust = bool(teacher.settings.get("trust_remote_code", False))
     facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust))
     max_length = min(teacher.max_length, _context_length(folder) or teacher.max_length)
-    plan = make_plan(
-        sample_set.samples,
-        errors=sample_set.errors,
-        samples_per_part=settings.dump.samples_per_part,
-        max_length=max_length,
-        too_long=settings.data.too_long,
-    )
+
+    def make(samples: Sequence[Sample], errors: Sequence[SampleError]) -> Plan:
+        return make_plan(
+            samples,
+            errors=errors,
+            samples_per_part=settings.dump.samples_per_part,
+            max_length=max_length,
+            too_long=settings.data.too_long,
+        )
+
+    plan = make(sample_set.samples, sample_set.errors)
+    if not answers:
+        plan = plan_as_cached(plan, settings.cache.path, read_again=lambda watched: read(watched=watched), make=make)
     is_folder = Path(teacher.model).is_dir()
     identity = Identity(
         teacher=str(folder) if is_folder else f"{teacher.model}@{teacher.revision or 'main'}",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from storage.disk import explain_write_errors
 from storage.errors import StillhouseError
+from storage.files import write_atomically
 from storage.identity import real_vocab_size, tokenizer_fingerprint
 from teacher_dump import checkpoint
 
@@ -118,10 +118,9 @@ class FingerprintMemory:
         return ProcessorFacts(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
 
     def _save(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-        temporary.write_text(json.dumps(self._known, indent=1, sort_keys=True), encoding="utf-8")
-        temporary.replace(self._path)
+        with explain_write_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, json.dumps(self._known, indent=1, sort_keys=True).encode())
 
 
 def _image_token_id(folder: Path, processor: Any) -> int:

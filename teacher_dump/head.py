@@ -30,6 +30,7 @@ from teacher_dump.selection import Selection, select_rows
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
+_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # of safetensors; any other needs a scale that lies elsewhere
 # Settings that change logits elsewhere than in `_after_the_head`, and models whose code does so.
 # Source: `lm_head(` in transformers and `compute_logits` in vLLM, of these models.
 _UNKNOWN_SETTINGS = ("dim_model_base", "output_multiplier", "logits_mup_width_multiplier", "norm_head")
@@ -177,12 +178,14 @@ class HeadPlace:
 def find_head(folder: Path, *, vocab_size: int) -> HeadPlace:
     """The output head of a checkpoint; no weights are read unless the config calls it tied and it is there.
 
-    A tied head is the input embedding. StillhouseError: no head, fewer rows than the vocabulary has, a head that
-    is called tied and differs from the embedding, or logits that are made in a way that is not known here.
+    A tied head is the input embedding. StillhouseError: no head, a quantised one, one whose shape does not fit the
+    vocabulary or the hidden states, one that is called tied and differs from the embedding, or logits that are
+    made in a way that is not known here.
     """
     config = checkpoint.read_json(folder / "config.json")
     settings = checkpoint.text_settings(config)
     files = checkpoint.tensor_files(folder)
+    _refuse_packed(folder, files, _HEAD)
     heads, embeddings = _ending(files, _HEAD), _ending(files, _EMBEDDING)
     flags = [part.get("tie_word_embeddings") for part in (config, settings)]
     found = heads or ([] if False in flags and True not in flags else embeddings)
@@ -192,7 +195,8 @@ def find_head(folder: Path, *, vocab_size: int) -> HeadPlace:
             f"found {', '.join(found) or 'none'}"
         )
     name = found[0]
-    num_rows = checkpoint.read_header(files[name])[name]["shape"][0]
+    _refuse_packed(folder, files, name)
+    num_rows = _rows_of_plain_matrix(folder, files, name, hidden_size=settings.get("hidden_size"))
     if num_rows < vocab_size:
         raise StillhouseError(
             f"{folder}: the output head has {num_rows} rows, the tokenizer {vocab_size} tokens; "
@@ -241,6 +245,36 @@ def _after_the_head(folder: Path, settings: Mapping[str, Any]) -> tuple[float, f
         if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
             raise StillhouseError(f"{folder}: config.json: a logit scale or soft-cap is {value!r}, expected a number")
     return float(scale), None if soft_cap is None else float(soft_cap)
+
+
+def _refuse_packed(folder: Path, files: Mapping[str, Path], weight: str) -> None:
+    """StillhouseError for tensors beside a matrix that say how it is packed: scales, zero points, a `qweight`."""
+    stem = weight.removesuffix("weight")
+    plain = (weight, f"{stem}bias")
+    beside = [name for name in files if (name.startswith(stem) or f".{stem}" in name) and not name.endswith(plain)]
+    if beside:
+        raise StillhouseError(
+            f"{folder}: the output head has {', '.join(sorted(beside))}, expected nothing but weight and bias; "
+            "a quantised or adapted head is not read: quantise the teacher with its head left out "
+            "(modules_to_not_convert or ignore: [lm_head]), or merge its adapter"
+        )
+
+
+def _rows_of_plain_matrix(folder: Path, files: Mapping[str, Path], name: str, *, hidden_size: Any) -> int:
+    """Rows of a matrix of floats as wide as the hidden states. StillhouseError for anything else."""
+    header = checkpoint.read_header(files[name])[name]
+    if header["dtype"] not in _PLAIN_DTYPES:
+        raise StillhouseError(
+            f"{folder}: {name} is stored as {header['dtype']}, expected one of {', '.join(_PLAIN_DTYPES)}; "
+            "its scale is not read: dump the checkpoint whose output head is not quantised"
+        )
+    shape = header["shape"]
+    if len(shape) != 2 or (isinstance(hidden_size, int) and shape[1] != hidden_size):
+        raise StillhouseError(
+            f"{folder}: {name} has the shape {shape}, expected [vocabulary, {hidden_size or 'hidden_size'}] "
+            "(hidden_size of config.json)"
+        )
+    return shape[0]
 
 
 def _ending(files: Mapping[str, Path], suffix: str) -> list[str]:

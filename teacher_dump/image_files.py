@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from storage.errors import StillhouseError
+from storage.disk import explain_write_errors
 from storage.records import check_image_path
 from teacher_dump.archives import Archive
 from teacher_dump.samples import SampleRefusedError
@@ -100,15 +100,16 @@ def _in_folder(files: ImageFiles, name: str, folder: Path) -> str:
 
 def _written(path: Path, content: bytes) -> str:
     """The path, once a file of this content is there. Its name is its hash: one of the same size is whole."""
-    try:
+    with explain_write_errors(path, needed_bytes=len(content)):
         if path.is_file() and path.stat().st_size == len(content):
             return str(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise StillhouseError(f"{path}: an image cannot be written: {error.strerror}; see data.extracted") from error
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return str(path)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+from storage.disk import explain_write_errors
 
 
 def send_output_to(path: Path) -> None:
@@ -33,8 +35,9 @@ def quiet(path: Path) -> Iterator[TextIO]:
         with os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding="utf-8", errors="replace") as screen:
             yield screen
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # a log on a full disk; the terminal must come back all the same
+                stream.flush()
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         for opened in (*saved, descriptor):
@@ -42,5 +45,6 @@ def quiet(path: Path) -> Iterator[TextIO]:
 
 
 def _open(path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,24 @@ class SampleSet:
     samples: Sequence[Sample]  # on disk, read as they are asked for
     errors: tuple[SampleError, ...]
     image_root: Path  # absolute; the folder that all images lie in
+    rows: Mapping[str, Row] = field(default_factory=dict)  # of the names in `watched`, those of usable samples
+
+
+@dataclass
+class Row:
+    """A row that became samples."""
+
+    place: str  # file and number
+    sample_ids: list[str]
 
 
 def read_samples(
-    sources: Sequence[SourceSection], *, extracted: Path, only_questions: bool = False, spool: Path | None = None
+    sources: Sequence[SourceSection],
+    *,
+    extracted: Path,
+    only_questions: bool = False,
+    spool: Path | None = None,
+    watched: Container[str] = (),
 ) -> SampleSet:
     """All samples of all sources.
 
@@ -41,15 +55,16 @@ def read_samples(
     and becomes a SampleError, under its id or, where that is unknown or taken, under its place in the file;
     a preference pair becomes two, under both of its ids. `extracted` is the folder for images that are bytes
     or lie in archives; `only_questions` leaves all answers out; `spool` is the folder of the samples' file.
+    `watched`: ids or places of rows whose samples are wanted in `rows`.
     ConfigError: no sources, one that is missing or cannot be read at all.
     """
     if not sources:
         raise ConfigError("data.sources: is empty; name at least one file of conversations, such as a LLaVA JSON")
-    reading = _Reading(ImageFiles(extracted.resolve()), only_questions=only_questions)
+    reading = _Reading(ImageFiles(extracted.resolve()), only_questions=only_questions, watched=watched)
     samples = SampleFile(_samples(sources, reading), folder=spool)
     root = _common_folder(list(reading.files.folders) or [_image_folder(sources[0])])
     samples.cut_paths(len(str(root).rstrip("/")) + 1)
-    return SampleSet(samples, _named_once(reading.errors, reading.first_place), root)
+    return SampleSet(samples, _named_once(reading.errors, reading.first_place), root, reading.rows)
 
 
 def _samples(sources: Sequence[SourceSection], reading: _Reading) -> Iterator[Sample]:
@@ -81,9 +96,11 @@ def _taken(source: SourceSection) -> Iterator[tuple[int, int, tuple[str, Any]]]:
 class _Reading:
     """Rows become samples or errors; ids are looked at once."""
 
-    def __init__(self, files: ImageFiles, *, only_questions: bool) -> None:
+    def __init__(self, files: ImageFiles, *, only_questions: bool, watched: Container[str] = ()) -> None:
         self.files = files
         self._only_questions = only_questions
+        self._watched = watched
+        self.rows: dict[str, Row] = {}  # by watched id or place
         self.errors: list[SampleError] = []
         self.first_place: dict[str, str] = {}  # by sample id
 
@@ -105,10 +122,16 @@ class _Reading:
                 self._refuse_known(name)
             names = of_row
             self.first_place.update(dict.fromkeys(names, place))
-            return self._parsed(names, fields, source.split, images)
+            samples = self._parsed(names, fields, source.split, images)
         except SampleRefusedError as refusal:
             self.errors += [SampleError(name, f"{place}: {refusal}") for name in names]
             return []
+        for name in names:
+            if name in self._watched:
+                self.rows[name] = Row(place, [name])
+            elif place in self._watched:
+                self.rows.setdefault(place, Row(place, [])).sample_ids.append(name)
+        return samples
 
     def _parsed(self, names: Sequence[str], fields: dict[str, Any], split: str, images: Path | Archive) -> list[Sample]:
         conversation = parse_conversation(fields, only_questions=self._only_questions)

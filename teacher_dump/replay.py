@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,8 +117,8 @@ def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) ->
     settings = replace(settings, cache=own)
     planned = plan_dump(settings)
     check_teacher(cache.identity, planned.identity, path)
-    if Path(cache.identity.image_root).is_dir():
-        there = planned.identity.model_copy(update={"image_root": cache.identity.image_root})
+    if (root := cache.image_root).is_dir():
+        there = planned.identity.model_copy(update={"image_root": str(root)})
         planned = replace(planned, identity=there)
     chosen = np.random.default_rng(seed).permutation(cache.num_samples)[:num_samples]
     task = ReplayTask(path, tuple(sorted(int(index) for index in chosen)))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import overload
 
+from storage.disk import FULL
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.samples import Sample
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Samples(Sequence[Sample], ABC):
@@ -62,7 +60,7 @@ class SampleFile(_Samples):
                 if self._starts[-1]:
                     self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise
             raise StillhouseError(f"{place}: has no room for the plan's samples; give another runs_dir") from error
 
@@ -77,6 +75,20 @@ class SampleFile(_Samples):
         row = json.loads(self._bytes[self._starts[place] : self._starts[place + 1]])
         row["images"] = [path[self._num_cut :] for path in row["images"]]
         return Sample.from_json(row)
+
+
+class Replaced(_Samples):
+    """A sequence's samples, with others at some places."""
+
+    def __init__(self, samples: Sequence[Sample], others: Mapping[int, Sample]) -> None:
+        self._samples = samples
+        self._others = others
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def _at(self, place: int) -> Sample:
+        return self._others[place] if place in self._others else self._samples[place]
 
 
 class Chosen(_Samples):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-import signal
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
+from storage.stop_signals import hold_signals
 from teacher_dump.config import DumpSection
 from teacher_dump.log_file import quiet
 from teacher_dump.plan import Part
@@ -34,15 +34,15 @@ def write_parts(
     committed: Callable[[], Collection[int]],
     max_errors: float,
     progress: bool,
-) -> tuple[Progress, bool]:
-    """Score and commit parts, in any order; what came of it, and whether SIGTERM has stopped it.
+) -> tuple[Progress, int | None]:
+    """Score and commit parts, in any order; what came of it, and the signal that has stopped it, if one has.
 
     `committed` tells which parts have their commits. It ends early, too, when more than `max_errors` samples have
     failed. Whatever is printed meanwhile goes to the log files in the run's folder.
     """
     sizes = {part.number: len(part.samples) for part in parts}
     so_far = Progress(num_samples_planned=sum(sizes.values()), num_parts_planned=len(parts))
-    with _on_sigterm() as stop, quiet(run / "logs" / LOG_FILE) as screen:
+    with hold_signals() as held, quiet(run / "logs" / LOG_FILE) as screen:
         if progress:
             print(f"dump: logs are in {run / 'logs'}", file=screen)
         interval = _TERMINAL_S if screen.isatty() else _LOG_S
@@ -51,9 +51,11 @@ def write_parts(
             mininterval=interval, maxinterval=interval,
         )  # fmt: skip
         if worker.request.needs_teacher:
-            outcomes = _by_ray(parts, worker, so_far, dump=dump, run=run, committed=committed, stop=stop, screen=screen)
+            outcomes = _by_ray(
+                parts, worker, so_far, dump=dump, run=run, committed=committed, stop=held.event, screen=screen
+            )
         else:
-            outcomes = _here(parts, worker, stop)
+            outcomes = _here(parts, worker, held.event)
         with closing(outcomes), bar:
             for outcome in outcomes:
                 so_far.add(outcome)
@@ -61,7 +63,7 @@ def write_parts(
                 bar.update(sizes[outcome.part])
                 if so_far.num_errors > max_errors:
                     break
-        return so_far, stop.is_set()
+        return so_far, held.number
 
 
 def _here(parts: Sequence[Part], worker: WorkerSettings, stop: threading.Event) -> Generator[PartOutcome, None, None]:
@@ -109,17 +111,3 @@ def _by_ray(
             yield outcome
             metrics = metrics or ray_jobs.DumpMetrics(run.name)  # there is a connection to Ray by now
             metrics.show(so_far)
-
-
-@contextmanager
-def _on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process; never set outside of the main thread."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)

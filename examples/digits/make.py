@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from examples.digits.claims import CHECKLIST, KINDS, ask_whether, checklist, lookalikes, misread
 from examples.digits.mosaics import CATEGORIES, WORDS, Originals, ask, draw_mosaics, load_originals, miswrite
+from storage.disk import describe_full_disk
 
 
 @dataclass(frozen=True)
@@ -239,4 +241,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        if (message := describe_full_disk(error)) is None:
+            raise
+        sys.exit(f"error: {message}")

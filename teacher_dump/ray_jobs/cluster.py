@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from storage.errors import StillhouseError
+from storage.child_process import descendants_end_with_this
+from storage.errors import ConfigError, StillhouseError
+from storage.search_path import shadowed_packages
+from storage.stop_signals import Interrupted
 
+GPUS_OF_ACTORS = "dump.gpus_per_actor or teacher.settings"  # by its ranks where nothing is said
 _OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray; parts travel as text and results as a few numbers
 
 
@@ -26,14 +31,16 @@ class Resources:
     num_gpus: float = 0  # without any, Ray hides all GPUs from it
 
 
-@contextmanager
-def cluster(address: str | None, *, local_cpus: int) -> Iterator[None]:
+@contextlib.contextmanager
+def cluster(address: str | None, *, local_cpus: int) -> Iterator[bool]:
     """A connection to Ray: the one that there is, a running cluster's, or a local Ray for as long as needed.
+
+    Yields True where Ray is this machine alone, and so will never have more room than it has now.
 
     A handler of SIGTERM that the caller has set stays; Ray's own would end the process at once.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -46,17 +53,62 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
+    folder = Path.cwd()
+    if shadowed := shadowed_packages(folder):
+        options["runtime_env"] = {"worker_process_setup_hook": _importing(shadowed, besides=str(folder))}
+    with contextlib.nullcontext() if address else descendants_end_with_this():
+        yield from _connection(address, options)
+
+
+def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
+    except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: of Ray's handler of SIGTERM
+        with contextlib.suppress(Exception):  # whatever half of it is there
+            ray.shutdown()
+        raise stop if isinstance(stop, KeyboardInterrupt) else Interrupted(signal.SIGTERM) from stop
     except (ConnectionError, ValueError, RayError, OSError) as error:
         raise StillhouseError(f"Ray cannot be had at {address or 'this machine'}: {last_line(error)}") from error
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
     try:
-        yield
+        yield not address
     finally:
         ray.shutdown()
+
+
+def refuse_without_room(resources: Resources, *, what: str, field: str) -> None:
+    """ConfigError if Ray, which will not grow, has no room for even one of `what`: it would wait for ever.
+
+    `field`: where its GPUs are asked for.
+    """
+    there = ray.cluster_resources().get("GPU", 0)
+    if resources.num_gpus > there:
+        raise ConfigError(
+            f"{field}: {what} wants {resources.num_gpus:g} GPUs and Ray has {there:g} on this machine; ask for fewer, "
+            "or give dump.ray_address (or RAY_ADDRESS) of a cluster that has them"
+        )
+
+
+def _importing(packages: Sequence[str], *, besides: str) -> Callable[[], None]:
+    """A worker's first step where files in the current folder, `besides`, have the names of packages of ours.
+
+    Ray puts that folder first on a worker's sys.path, before the first task or after this step. A function inside of
+    a function travels as code, so the worker needs no module of ours to run it.
+    """
+
+    def import_packages() -> None:
+        import importlib
+        import sys
+
+        kept = sys.path
+        sys.path = [entry for entry in kept if entry != besides]
+        for package in packages:
+            importlib.import_module(package)
+        sys.path = kept
+
+    return import_packages
 
 
 def gpus_or_default(wanted: float | None, default: float) -> float:

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from storage.errors import StillhouseError
 from teacher_dump.allocator import share_one_arena
 from teacher_dump.plan import Part
-from teacher_dump.ray_jobs.cluster import cluster, compare_room, last_line
+from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, compare_room, last_line, refuse_without_room
 from teacher_dump.ray_jobs.placement import Placement
 from teacher_dump.ray_jobs.teacher_actor import Said, log_to_file
 from teacher_dump.worker import PartOutcome, Worker, WorkerSettings
@@ -36,7 +36,8 @@ from teacher_dump.worker import PartOutcome, Worker, WorkerSettings
 PARTS_AT_ONCE = 3  # in an actor: one is written, one has the teacher, one waits for it with its first samples ready
 _NUM_RETRIES = 3  # of a part whose worker died: an accident may repeat, a part that always kills must not loop
 _IDLE_ROUNDS = 2  # over what is missing, in which no part at all was committed
-_GRACE_S = 20.0  # for parts in flight when the dump is told to stop: a spot node has 30 s in all
+_GRACE_S = 12.0  # for parts in flight when the dump is told to stop: all has to end within 20 s
+_GRACE_UNOPENED_S = 2.0  # while no teacher has scored anything yet
 _END_S = 60.0  # for Ray Data to end where outcomes are no longer wanted: a moment, but on a busy machine
 _POLL_S = 0.2
 
@@ -74,8 +75,10 @@ def score_parts(
     """
     most = min(pool.max_actors, len(parts))
     local_cpus = math.ceil(most * pool.num_cpus) + 1  # one for Ray Data itself
-    with cluster(pool.address, local_cpus=local_cpus):
+    with cluster(pool.address, local_cpus=local_cpus) as is_fixed:
         placement = Placement.of(settings.engine_settings, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)
+        if is_fixed:
+            refuse_without_room(placement.resources, what="an actor", field=GPUS_OF_ACTORS)
         compare_room(min(pool.min_actors, most), placement.resources, notify)
         gate = _Gate.start()
         missing, idle, at_once = list(parts), 0, PARTS_AT_ONCE
@@ -137,16 +140,17 @@ def _outcome_rows(
 
 def _outcomes(rows: _Rows, gate: Any, stop: threading.Event) -> Iterator[PartOutcome]:
     """Outcomes until there are no more, or until a stop has let those in flight come to their end."""
-    deadline = math.inf
+    deadline, grace_s = math.inf, _GRACE_UNOPENED_S
     while not rows.ended and time.monotonic() < deadline:
         if stop.is_set() and deadline == math.inf:
-            deadline = time.monotonic() + _GRACE_S  # Ray Data runs through the other parts, which find the gate closed
+            deadline = time.monotonic() + grace_s  # Ray Data runs through the other parts, which find the gate closed
         if stop.is_set():
             _close(gate)  # again and again, since a gate that was lost comes back open
         row = rows.next(timeout_s=_POLL_S)
         if row is None:
             continue
         Said(failure=row["failure"], is_config=row["is_config"]).raise_failure()
+        grace_s = _GRACE_S
         if row["part"] >= 0:
             yield PartOutcome(**{name: row[name] for name in PartOutcome.__dataclass_fields__})
 

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.log_file import send_output_to
-from teacher_dump.ray_jobs.cluster import cluster, last_line
+from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, last_line, refuse_without_room
 from teacher_dump.ray_jobs.placement import Placement
 from teacher_dump.scoring import PartScorer
 from teacher_dump.worker import WorkerSettings, open_scorer
@@ -65,8 +65,10 @@ def with_teacher(
     Resources as in `PartPool`. StillhouseError (or ConfigError): what the function or the teacher raised,
     or an actor that died.
     """
-    with cluster(address, local_cpus=math.ceil(num_cpus)):
+    with cluster(address, local_cpus=math.ceil(num_cpus)) as is_fixed:
         placement = Placement.of(settings.engine_settings, num_cpus=num_cpus, num_gpus=num_gpus)
+        if is_fixed:
+            refuse_without_room(placement.resources, what="an actor", field=GPUS_OF_ACTORS)
         kind: Any = ray.remote(_TeacherActor)  # Ray's types know no methods
         try:
             actor = kind.options(**placement.actor_options(), **placement.group_options()).remote(

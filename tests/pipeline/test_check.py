@@ -203,6 +203,55 @@ def test_every_cache_of_a_stage_is_looked_at(file: Path) -> None:
         lines()
 
 
+def test_a_clean_clone_s_experiment_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
+    """No folder is made, and what `prepare` has yet to make is named."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "check", "pipeline.yaml", f"runs_dir={tmp_path / 'runs'}"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "not checked yet: samples, prompts, teacher, cache and losses; examples/digits/make.py, which" in done.stdout
+    assert f"has yet to make {tmp_path}/runs/digits/data/train.jsonl" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def with_sections(file: Path, **sections: object) -> Path:
+    document = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**document, **sections}))
+    return file
+
+
+def test_prepare_may_make_what_is_not_there_but_must_be_there_itself(file: Path) -> None:
+    script = file.parent / "make.py"
+    with_sections(file, prepare={"script": str(script)})
+    override = ["data.sources=[{path: '{run}/data/train.jsonl', split: train}]"]
+    with pytest.raises(ConfigError, match=r"prepare\.script is .*make\.py, which is not a file"):
+        list(check(read_experiment(file, override)))
+    script.write_text("")
+    assert "has yet to make" in list(check(read_experiment(file, override)))[-1]
+    steps = read_experiment(file).run / "steps"
+    steps.mkdir(parents=True)
+    (steps / "prepare.json").write_text("{}")  # it ran, and did not make this
+    with pytest.raises(ConfigError, match=r"data/train\.jsonl"):
+        list(check(read_experiment(file, override)))
+
+
+def test_a_teacher_still_to_be_trained_is_stood_in_for(file: Path) -> None:
+    document = yaml.safe_load(file.read_text())
+    stages = {**document["stages"], "teacher": {
+        "init": document["teacher"]["model"], "output": "{run}/models/teacher", "cache": "{run}/data/teacher_cache",
+        "steps": 1,
+    }}  # fmt: skip
+    trained = {"stage": "teacher", "tokenizer": document["teacher"]["model"], "data": document["data"]}
+    teacher = {**document["teacher"], "model": "{run}/models/teacher"}
+    with_sections(file, stages=stages, train_teacher=trained, teacher=teacher)
+    lines = list(check(read_experiment(file)))
+    assert "samples: 4 in 1 parts" in lines
+    assert any(line.startswith("not checked yet: whether the cache fits") for line in lines)
+    assert any(line.endswith("student fits the teacher") for line in lines)
+
+
 def test_a_module_that_a_student_has_not_is_found(file: Path) -> None:
     document = yaml.safe_load(file.read_text())
     make_teacher(file.parent / "decoder", "llama")

@@ -8,8 +8,32 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
+from storage.reader import Cache
 from storage.writer import CacheWriter
 from tests.storage.synthetic_cache import make_identity, make_part, write_cache
+from tests.tiny import make_tiny_tokenizer
+
+# A verb whose libraries print, in Python and below it.
+NOISY = """
+import os, sys
+import pipeline.__main__ as command
+parse = command.build_parser
+def build_parser():
+    parser = parse()
+    for verb in parser._subparsers._group_actions[0].choices.values():
+        def act(arguments, act=verb.get_default("act")):
+            print("noise of Python")
+            os.write(1, b"noise of C\\n")
+            act(arguments)
+        verb.set_defaults(act=act)
+    return parser
+command.build_parser = build_parser
+sys.exit(command.main())
+"""
+TEXT_TEACHER = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 300, "hidden_size": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "torch_dtype": "float32",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -67,6 +91,18 @@ def test_a_reader_that_closes_the_pipe_is_no_failure(tmp_path):
     assert said == ""
 
 
+def test_an_output_that_goes_to_a_full_disk_is_one_sentence(tmp_path):
+    write_cache(tmp_path, families=("response",))
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", "inspect", str(tmp_path)],
+            cwd=Path(__file__).parents[2], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("stillhouse: a file cannot be written: No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_mistake_in_the_file_of_a_replay_is_found_before_the_scan(tmp_path, capsys):
     write_cache(tmp_path, families=("response",))
     (tmp_path / "manifest.json").write_text("damaged")
@@ -109,3 +145,32 @@ def test_inspect_shows_segments(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "tokens, response of parts 0 to 1" in said
     assert "visual of parts 0 to 1, added to segment 0" in said
+
+
+def test_json_is_alone_on_stdout_whatever_a_verb_prints_besides(tmp_path, capfd):
+    data = tmp_path / "data.jsonl"
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]
+    data.write_text("".join(json.dumps({"id": str(number), "conversations": turns}) + "\n" for number in range(4)))
+    make_tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(TEXT_TEACHER))
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        f"runs_dir: {tmp_path}\nname: run\nteacher: {{model: {tmp_path / 'teacher'}}}\n"
+        f"cache: {{families: []}}\ndata: {{sources: [{{path: {data}}}]}}\n"
+    )
+    write_cache(tmp_path / "cache", families=("response",))
+    cache = str(tmp_path / "cache")
+    sample = Cache.open(cache).sample_ids[0]
+    for command in (
+        ["verify", cache, "--json"],
+        ["inspect", cache, "--json", "--sample", sample],
+        ["plan", str(file), "--json"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", NOISY, *command],
+            cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert isinstance(json.loads(done.stdout), dict), command
+        assert "noise of Python" in done.stderr
+        assert "noise of C" in done.stderr

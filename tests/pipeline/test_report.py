@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.page import format_bytes, render_page
+from pipeline.page import _categories, format_bytes, render_page
+from pipeline.plots import category_plot
 from pipeline.report import build_report, mean_and_sd, paired_difference, verdict
+from pipeline.summary import describe_evaluation
 
 
 def entries(*values: float) -> list[dict]:
@@ -148,3 +150,15 @@ def test_claims_and_routers_of_a_grid_are_reported(tmp_path: Path):
     assert "Words without support" not in page
     assert "Yes/no questions" not in page
     assert "<b>" not in page
+
+
+def test_samples_without_a_category_have_a_name_in_every_table(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({
+        "exact_match": 0.5, "by_category": {"": {"exact_match": 0.25}, "sum": {"exact_match": 0.75}},
+        "kl_to_teacher": None,
+    }))  # fmt: skip
+    assert "no category  25.0 %" in " ".join(describe_evaluation(path).split("\n"))
+    runs = [{**run("sft", distilled=False, paired={}), "by_category": {"": {"mean": 0.5, "sd": 0.1}}}]
+    assert "<th>no category</th>" in _categories(runs)
+    assert "no category" in category_plot(runs)

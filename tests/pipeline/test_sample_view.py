@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.sample_text import _bars, label_words
 from pipeline.sample_view import (
     MIN_SHOWN,
     NUM_EXACT_ALWAYS,
     NUM_EXACT_SHOWN,
     NUM_SAMPLED_SHOWN,
+    Alternative,
+    AnswerToken,
+    Signal,
     find_sample,
     nearest_ids,
     relation_summary,
@@ -143,3 +149,20 @@ def test_improbable_alternatives_are_summed_beyond_the_first_two() -> None:
     assert first.hidden_mass == pytest.approx(0.0009, rel=1e-4)
     assert [entry.token_id for entry in second.alternatives] == [0, 1, 2]
     assert second.hidden_mass == pytest.approx(0.0004, rel=1e-4)
+
+
+def test_a_label_has_one_probability_wherever_it_is_shown() -> None:
+    """The exact one, though the stored entry is rounded; its row stands where that belongs."""
+    entries = (Alternative(1, "a", 0.075, False), Alternative(2, "b", 0.073, False), Alternative(2, "b", 0.3, True))
+    signal = Signal(entries, 2, 1, 0.0, 0.852, 1.0, math.log(0.079))
+    assert [(entry.text, round(shown, 6)) for entry, shown in signal.shown(2)] == [
+        ("b", 0.079),
+        ("a", 0.075),
+        ("b", 0.3),
+    ]
+    token = AnswerToken(2, "b", signal)
+    assert label_words(signal).startswith("7.9 %")
+    label = next(row for row in _bars(token, signal) if row[-1] == "◀ label")
+    assert label[1].strip() == "7.90 %"
+    assert [shown for _, shown in signal.shown(9)] == [0.075, 0.073, 0.3]
+    assert [shown for _, shown in replace(signal, label_logprob=None).shown(2)] == [0.075, 0.073, 0.3]

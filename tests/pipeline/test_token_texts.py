@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.token_texts import _by_transformers, _plain, mark_spaces, printable, token_texts
+from pipeline.token_texts import TokenTexts, _by_transformers, _plain, _shown_bytes, mark_spaces, printable, token_texts
 from storage.errors import ConfigError
 from storage.identity import Identity, tokenizer_fingerprint
 from tests.pipeline.hostile_cache import import_transformers
@@ -49,12 +49,25 @@ def test_tokenizer_json_alone_says_the_same_as_transformers(folder: Path, identi
     assert _plain(folder.parent, identity) is None
 
 
-def test_a_piece_of_a_character_is_spelt_as_the_tokenizer_does(identity: Identity) -> None:
+def test_a_piece_of_a_character_is_shown_as_bytes_and_an_answer_as_characters(identity: Identity) -> None:
     texts = token_texts(identity, None)
-    ids = make_tiny_tokenizer().encode("größe")
-    shown = [texts.one(token_id) for token_id in ids]
-    assert "".join(shown) == "grÃ¶ÃŁe"
-    assert texts.many(ids) == "größe"
+    ids = make_tiny_tokenizer().encode("größe 连")
+    assert "".join(texts.one(token_id) for token_id in ids) == "gr‹C3›‹B6›‹C3›‹9F›e·‹E8›‹BF›‹9E›"
+    assert "".join(texts.each(ids)) == "gr⋯ö⋯ße·⋯⋯连"
+    assert texts.many(ids) == "größe 连"
+    for cut in range(len(ids) + 1):  # an answer may end within a character, and begin within one
+        assert len(texts.each(ids[:cut])) == cut
+        assert len(texts.each(ids[cut:])) == len(ids) - cut
+    assert texts.each(ids[-3:-1]) == ["‹E8›", "‹BF›"]
+    assert TokenTexts(None, "").each([5, 6]) == ["#5", "#6"]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "shown"),
+    [("è¿", "‹E8 BF›"), ("Ġè¿", " ‹E8 BF›"), ("<0xe8>", "‹E8›"), ("ŀè", "‹9E›‹E8›"), ("▁�", "▁�")],
+)
+def test_spellings_of_both_kinds_of_vocabulary_become_bytes(spelling: str, shown: str) -> None:
+    assert _shown_bytes(spelling) == shown
 
 
 def test_a_folder_elsewhere_is_read_when_it_is_given(folder: Path, identity: Identity) -> None:

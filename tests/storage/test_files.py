@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from storage import files
-from storage.errors import CacheError
+from storage.errors import CacheError, WriteError
 
 
 def test_exclusive_creation_has_one_winner_and_leaves_nothing_behind(tmp_path):
@@ -31,7 +31,7 @@ def test_atomic_writing_replaces_and_leaves_nothing_behind(tmp_path):
         files.write_atomically(path, content)
         assert path.read_bytes() == content
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
+    with pytest.raises(WriteError, match="folder: cannot be written: Is a directory"):
         files.write_atomically(tmp_path / "folder", b"c")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["folder", "x"]
 

@@ -15,15 +15,22 @@ def test_tuples_in_a_selection_equal_their_json_lists():
 
 
 def test_every_field_that_differs_gets_a_line():
-    cache = make_identity(teacher="a", selection={"response": {"tau": 0.1}, "old": {"x": 1}})
-    run = make_identity(teacher="b", num_parts=3, selection={"response": {"tau": 0.2}, "new": {"y": 2}})
+    cache = make_identity(dtype="a", selection={"response": {"tau": 0.1}, "old": {"x": 1}})
+    run = make_identity(dtype="b", num_parts=3, selection={"response": {"tau": 0.2}, "new": {"y": 2}})
     assert difference(cache, run) == [
-        "teacher: cache has 'a', this run has 'b'",
+        "dtype: cache has 'a', this run has 'b'",
         "num_parts: cache has 2, this run has 3",
         "selection.response.tau: cache has 0.1, this run has 0.2",
         "selection.old: cache has {'x': 1}, this run has None",
         "selection.new: cache has None, this run has {'y': 2}",
     ]
+
+
+def test_places_decide_nothing():
+    one, other = (make_identity(teacher=f"/{place}/teacher", image_root=f"/{place}/images") for place in "ab")
+    assert difference(one, other) == []
+    assert one.content_json() == other.content_json()
+    assert one.content_json() != make_identity(teacher="/a/teacher", teacher_fingerprint="z").content_json()
 
 
 def test_tau_counts_only_where_something_is_sampled():

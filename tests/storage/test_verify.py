@@ -224,8 +224,8 @@ def test_another_format_version_is_named_before_anything_is_parsed(folder):
     place = folder / "cache.json"
     assert json.loads(place.read_text())["format_version"] == 3
     description = parse_document(place.read_bytes(), Description, "cache.json")
-    place.write_bytes(description.model_copy(update={"format_version": 4}).to_bytes())
-    assert "format version is 4, this Stillhouse reads 1, 2 and 3" in verify(folder).problems[0]
+    place.write_bytes(description.model_copy(update={"format_version": 99}).to_bytes())
+    assert "format version is 99, this Stillhouse reads 1, 2, 3 and 4" in verify(folder).problems[0]
 
 
 def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):
@@ -246,3 +246,10 @@ def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):
     reseal(folder, 0, "response", content)
     problems = verify(folder).problems
     assert any("sampled weights differ by" in problem for problem in problems), problems
+
+
+def test_the_dumps_own_summary_is_no_stranger(tmp_path):
+    write_cache(tmp_path)
+    for name in ("dump.json", "notes.txt"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    assert verify(tmp_path).notes == ["notes.txt: belongs to no part"]

@@ -188,14 +188,16 @@ def test_a_sample_id_in_two_parts_is_refused_at_sealing(tmp_path):
 def test_another_identity_is_refused_naming_each_field(tmp_path):
     write_cache(tmp_path)
     before = files_of(tmp_path)
-    other = make_identity(teacher="big", tau=0.5)
+    other = make_identity(teacher="big", teacher_fingerprint="z" * 8, tau=0.5)
     with pytest.raises(IdentityError) as caught:
         CacheWriter.open(tmp_path, other, ("response",))
     message = str(caught.value)
     assert str(tmp_path) in message
-    assert "teacher: cache has 'tiny', this run has 'big'" in message
+    assert "teacher_fingerprint: cache has 'aaaaaaaa', this run has 'zzzzzzzz'" in message
+    assert "'big'" not in message  # a place
     assert "selection.response.tau: cache has 0.03, this run has 0.5" in message
-    assert "delete it" in message
+    assert "delete" not in message
+    assert "undo the change, or give cache.path another folder" in message
     assert files_of(tmp_path) == before
 
 

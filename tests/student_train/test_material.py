@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from storage.files import open_folder
 from storage.reader import Cache
 from student_train.batch import layout
 from student_train.config import DistributionLossSection, LossesSection, StageSection
+from student_train.images import open_images
 from student_train.material import cached_teacher, prepare
 from tests.student_train.caches import make_cache
 
@@ -36,6 +38,21 @@ def test_the_samples_of_the_splits_are_counted(checkpoint: Path, cache: Path) ->
 def test_an_unknown_split_is_the_user_s_mistake(checkpoint: Path, cache: Path) -> None:
     with pytest.raises(ConfigError, match="no sample is in the splits trian; the cache has test, train"):
         prepare(stage(checkpoint, splits=("trian",)), str(cache))
+
+
+def test_a_moved_project_is_trained_on_as_before(checkpoint: Path, tmp_path: Path) -> None:
+    """No path is in what the data are, and images are found in the new folder."""
+    path = make_cache(tmp_path / "old", checkpoint, num_samples=4)
+    before = prepare(stage(checkpoint), str(path)).cache.identity
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "old", tmp_path / "elsewhere/new")
+    moved = tmp_path / "elsewhere/new" / path.relative_to(tmp_path / "old")
+    material = prepare(stage(checkpoint), str(moved))
+    assert material.cache.identity.content_json() == before.content_json()
+    assert material.cache.identity.image_root.startswith(str(tmp_path / "old"))
+    folder = open_images(material.cache, None, material.checkpoint.image_processor)
+    record = next(record for index in range(4) if (record := material.cache.read(index).tokens).images)
+    assert folder.picture(record.images[0], sample_id=record.sample_id).mode == "RGB"
 
 
 def test_a_family_that_the_cache_lacks_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -84,3 +84,28 @@ def test_statistics_of_batches_are_those_of_their_tokens_together():
     assert statistics["num_tokens"] == 12
     assert statistics["dropped"] == 0
     assert [sum(layer) for layer in statistics["load"]] == pytest.approx([1, 1])  # no assignment is lost
+
+
+def test_balance_by_the_first_choice_is_that_of_top2gating() -> None:
+    """E * sum_i (share of first choices) * (mean gate), from DeepSpeed's formula, with its gradient."""
+    draw = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(64, 4, generator=draw)).double().requires_grad_()
+    is_token = torch.arange(64) < 50
+    gates = logits[:50].softmax(1)
+    first = torch.nn.functional.one_hot(gates.argmax(1), 4).double()
+    expected = 4 * (first.mean(0) * gates.mean(0)).sum()
+    (slope,) = torch.autograd.grad(expected, logits)
+    ours = router_losses([logits], is_token, top_k=2, first_choice=True)
+    (gradient,) = torch.autograd.grad(ours.balance, logits)
+    torch.testing.assert_close(ours.balance.double(), expected, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(gradient, slope, rtol=1e-5, atol=1e-8)
+    both = router_losses([logits], is_token, top_k=2)
+    assert abs(float((both.balance - ours.balance).detach())) > 1e-3
+    torch.testing.assert_close(both.load, ours.load)  # what is watched stays the share of all choices
+
+
+def test_balance_by_the_first_choice_of_no_tokens_stays_attached() -> None:
+    logits = torch.randn(3, 4, requires_grad=True)
+    losses = router_losses([logits], torch.zeros(3, dtype=torch.bool), top_k=2, first_choice=True)
+    assert losses.balance.item() == 0
+    losses.balance.backward()

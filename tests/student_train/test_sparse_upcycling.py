@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from storage.errors import ConfigError
 from student_train.checkpoint import save_checkpoint
 from student_train.huggingface import load_weights, transformers_module
-from student_train.sparse_upcycling import Experts, is_sparse, sparse_config, upcycled
+from student_train.sparse_upcycling import Experts, is_sparse, route_in_float32, sparse_config, upcycled
 from tests.student_train.conftest import ROOT
 from tests.tiny import make_tiny_llava
 
@@ -131,3 +131,31 @@ def test_decoders_that_no_standard_architecture_continues_are_refused(dense, cha
 def test_more_active_experts_than_there_are_is_refused(dense):
     with pytest.raises(ConfigError, match="top_k is 5 of 4"):
         sparse_config(load_weights(dense).config.text_config, Experts(4, 5, 2))
+
+
+def test_a_bfloat16_router_chooses_in_float32(dense):
+    """Logits that differ by one part in a thousand are equal in bfloat16, which has eight bits."""
+    model = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0).to(torch.bfloat16)
+    router = model.model.language_model.layers[0].mlp.gate
+    with torch.no_grad():
+        router.weight.zero_()
+        router.weight[:, 0] = torch.tensor([1.0, 1.0, 1.0, 1.0])
+        router.weight[:, 1] = torch.tensor([1.0, 2.0, 3.0, 4.0]) * 2.0**-10
+    tokens = torch.zeros(1, router.hidden_dim, dtype=torch.bfloat16)
+    tokens[:, :2] = 1.0
+    logits, _, _ = router(tokens)
+    assert len(set(logits[0].tolist())) == 1
+    route_in_float32(model)
+    logits, weights, chosen = (each.detach() for each in router(tokens))
+    assert logits.dtype == torch.float32
+    assert weights.dtype == torch.bfloat16
+    assert sorted(chosen[0].tolist()) == [2, 3]
+    assert float(weights.sum()) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_routing_in_float32_changes_nothing_in_float32(dense):
+    model = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+    expected, names = logits_of(model), list(model.state_dict())
+    route_in_float32(model)
+    assert torch.equal(logits_of(model), expected)
+    assert list(model.state_dict()) == names

@@ -260,3 +260,52 @@ def test_a_checkpoint_without_a_fitting_head_is_refused(tmp_path: Path) -> None:
     untied = write_checkpoint(tmp_path, {"embed_tokens.weight": random(10, 4)}, tie_word_embeddings=False)
     with pytest.raises(StillhouseError, match="found none"):
         read_head(untied, vocab_size=10)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        (
+            {"lm_head.weight": random(10, 4).to(torch.float8_e4m3fn)},
+            {},
+            "lm_head.weight is stored as F8_E4M3, expected one of F64, F32, F16, BF16",
+        ),
+        (
+            {"lm_head.weight": random(10, 4).to(torch.float8_e4m3fn), "lm_head.weight_scale": random(10, 1)},
+            {},
+            "output head has lm_head.weight_scale, expected nothing but weight and bias",
+        ),
+        (  # GPTQ and AWQ, with an input embedding that looks like a tied head
+            {
+                "model.embed_tokens.weight": random(10, 4),
+                "lm_head.qweight": torch.zeros(1, 10, dtype=torch.int32),
+                "lm_head.scales": random(1, 10),
+            },
+            {},
+            "output head has lm_head.qweight, lm_head.scales",
+        ),
+        (
+            {"language_model.lm_head.weight": random(10, 4), "language_model.lm_head.lora_A.weight": random(2, 4)},
+            {},
+            "output head has language_model.lm_head.lora_A.weight",
+        ),
+        (
+            {"model.embed_tokens.weight": random(10, 4), "model.embed_tokens.weight_scale": random(10, 1)},
+            {"tie_word_embeddings": True},
+            "output head has model.embed_tokens.weight_scale",
+        ),
+        ({"lm_head.weight": random(10, 4)}, {"hidden_size": 8}, r"shape \[10, 4\], expected \[vocabulary, 8\]"),
+        ({"lm_head.weight": random(10)}, {}, r"shape \[10\], expected \[vocabulary, hidden_size\]"),
+        (
+            {"lm_head.weight": torch.zeros(10, 4, dtype=torch.int8)},
+            {},
+            "stored as I8",
+        ),
+    ],
+)
+def test_a_head_that_is_not_a_plain_matrix_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], message: str
+) -> None:
+    folder = write_checkpoint(tmp_path, tensors, **config)
+    with pytest.raises(StillhouseError, match=message):
+        find_head(folder, vocab_size=10)

@@ -4,10 +4,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from teacher_dump import torchvision_shim
 
 REPOSITORY = Path(__file__).parents[2]
 WORKING = "import torch\ndef nms(*_):\n    return 'the real one'\n"
+
+
+FAKE_TORCH = "defined = set()\n"
+FAKE_LIBRARY = "import torch\ndef define(name, schema):\n    torch.defined.add(name)\n"
+NEEDS_OPERATORS = (
+    "import torch\n"
+    "if torch.defined != {'torchvision::nms', 'torchvision::qnms'}:\n"
+    "    raise RuntimeError('operator torchvision::nms does not exist')\n"
+    "ready = True\n"
+)
 
 
 def run(code: str, folder: Path) -> str:
@@ -23,6 +35,8 @@ def run(code: str, folder: Path) -> str:
 def fake(folder: Path, package: str, code: str) -> Path:
     (folder / package).mkdir(parents=True)
     (folder / package / "__init__.py").write_text(code, encoding="utf-8")
+    if code is FAKE_TORCH:
+        (folder / package / "library.py").write_text(FAKE_LIBRARY, encoding="utf-8")
     return folder
 
 
@@ -66,6 +80,27 @@ def test_other_failures_are_not_hidden(tmp_path: Path) -> None:
     fake(tmp_path, "torchvision", "raise RuntimeError('something else')\n")
     code = "from teacher_dump import torchvision_shim; torchvision_shim.ensure()"
     assert run(code, tmp_path) == "RuntimeError: something else"
+
+
+@pytest.mark.parametrize(
+    "error", ["RuntimeError('no ffmpeg')", "ImportError('undefined symbol')", "OSError('libx.so')"]
+)
+def test_a_torchcodec_that_cannot_load_is_hidden_whatever_it_raises(tmp_path: Path, error: str) -> None:
+    for package in ("torchvision", "torchaudio"):
+        fake(tmp_path, package, "")
+    fake(tmp_path, "torchcodec", f"raise {error}\n")
+    code = (
+        "from teacher_dump import torchvision_shim; torchvision_shim.ensure()\n"
+        "import importlib.util; print(importlib.util.find_spec('torchcodec'), 'torchaudio' in sys.modules)"
+    )
+    assert run(code, tmp_path) == "None True"
+
+
+def test_importing_our_package_is_enough(tmp_path: Path) -> None:
+    fake(tmp_path, "torchvision", NEEDS_OPERATORS)
+    fake(tmp_path, "torch", FAKE_TORCH)
+    assert run("import teacher_dump, torchvision; print(torchvision.ready)", tmp_path) == "True"
+    assert run("import torchvision", tmp_path) == "RuntimeError: operator torchvision::nms does not exist"
 
 
 def test_absent_packages_are_no_matter(tmp_path: Path) -> None:

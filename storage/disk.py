@@ -1,0 +1,166 @@
+"""Room on disks: what is free, what can be written, and the one sentence for a write that failed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from storage.errors import ConfigError, StillhouseError, WriteError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ESTALE)
+# How libraries that raise no OSError name a full disk: safetensors and other Rust code; PyTorch's C++ writer, which
+# only notices that less was written than it gave.
+_FULL_TEXTS = tuple(text for number in FULL for text in (os.strerror(number), f"(os error {number})"))
+_SHORT_WRITES = ("PytorchStreamWriter failed", "inline_container.cc")
+LITTLE_BYTES = 1 << 20  # less than this free on a disk explains a failure without an error code
+
+
+def format_bytes(size: float) -> str:
+    """A size in the largest unit that leaves at least 1: 1,536 -> "1.5 kB" (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def existing_parent(path: str | Path) -> Path:
+    """The path itself, or the closest folder above it that exists."""
+    path = Path(path).absolute()
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return path
+
+
+def free_bytes(path: str | Path) -> int | None:
+    """What may still be written on the disk where `path` is or would be; None where the file system does not say."""
+    try:
+        found = os.statvfs(existing_parent(path))
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
+def check_writable(path: str | Path, *, field: str) -> None:
+    """ConfigError unless a folder at `path` exists, or can be made, and takes files. Leaves nothing behind.
+
+    `field`: what names the path, for the message.
+    """
+    place = existing_parent(path)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        if error.errno in FULL:
+            raise ConfigError(
+                f"{field} is {path}: its disk is full; free space there, or give another folder"
+            ) from error
+        reason = error.strerror if place.is_dir() else f"{place} is not a folder"
+        raise ConfigError(f"{field} is {path}: it cannot be written: {reason}; give another folder") from error
+
+
+@contextmanager
+def explain_write_errors(path: str | Path, *, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turns whatever a failed write raises within it into a WriteError that names `path`.
+
+    Errors that are not about writing pass, and so do StillhouseErrors.
+    """
+    try:
+        yield
+    except StillhouseError:
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise WriteError(_message(path, reason, is_full=is_full(error), needed_bytes=needed_bytes)) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """True if an error, or one that caused it, is a full disk, an exceeded quota or a limit on a file's size."""
+    return any(_is_full_itself(each) for each in _causes(error))
+
+
+def describe_full_disk(error: BaseException, places: Iterable[str | Path] = ()) -> str | None:
+    """A sentence for an error that a full disk has caused, wherever it came up; None for all other errors.
+
+    `places`: further paths whose disks may be the full ones.
+    """
+    if not is_full(error):
+        return None
+    found = next(each for each in _causes(error) if _is_full_itself(each))
+    if isinstance(found, OSError) and isinstance(found.filename, str):
+        return _message(found.filename, _words(found), is_full=True)
+    candidates = ["", *(os.environ.get(name, "") for name in ("TMPDIR", "HOME")), "/tmp", "/dev/shm", *places]
+    low = [f"{place or Path.cwd()} has {format_bytes(free)} free" for place, free in _low(candidates)]
+    where = f" ({', '.join(low)})" if low else ""
+    return f"a file cannot be written: {_words(found)}{where}; free space there, and run the same command again"
+
+
+def hint_of_full_disk(path: str | Path) -> str:
+    """What to add to the message of a failed process whose log is `path`, if its disk is full; else nothing."""
+    free = free_bytes(path)
+    if free is None or free >= LITTLE_BYTES:
+        return ""
+    return f"; {format_bytes(free)} are free on its disk: free space there, and run the same command again"
+
+
+def _low(places: Iterable[str | Path]) -> Iterator[tuple[str | Path, int]]:
+    devices: set[int] = set()
+    for place in places:
+        free = free_bytes(place)
+        device = existing_parent(place).stat().st_dev
+        if free is not None and free < LITTLE_BYTES and device not in devices:
+            devices.add(device)
+            yield place, free
+
+
+def _message(path: str | Path, reason: str, *, is_full: bool, needed_bytes: int | None = None) -> str:
+    if not is_full:
+        return (
+            f"{path}: cannot be written: {reason}; mend the folder or its permissions, and run the same command again"
+        )
+    free = free_bytes(path)
+    facts = [] if free is None else [f"{format_bytes(free)} are free there"]
+    facts += [] if needed_bytes is None else [f"{format_bytes(needed_bytes)} are needed"]
+    shown = f" ({', '.join(facts)})" if facts else ""
+    return f"{path}: cannot be written: {reason}{shown}; free space there, and run the same command again"
+
+
+def _reason(error: Exception) -> str | None:
+    """Why a write failed; None if the error is not about writing."""
+    if isinstance(error, OSError) and error.errno in (*FULL, *_REFUSED):
+        return error.strerror or str(error)
+    return _words(next(each for each in _causes(error) if _is_full_itself(each))) if is_full(error) else None
+
+
+def _words(full: BaseException) -> str:
+    if isinstance(full, OSError) and full.strerror:
+        return full.strerror
+    if any(text in str(full) for text in _SHORT_WRITES):
+        return "the disk took a part of the file only"
+    return _first_line(full)
+
+
+def _is_full_itself(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in FULL
+    return any(text in str(error) for text in (*_FULL_TEXTS, *_SHORT_WRITES))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

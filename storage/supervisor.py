@@ -1,0 +1,203 @@
+"""Runs a command and ends everything that the command started: `supervisor.py PARENT GRACE_S LAST_S ARGV…`.
+
+It stands between one of our processes (PARENT, a process id) and a command, in a session of its own, so that Ctrl-C
+in a terminal reaches PARENT alone. As the command's *subreaper* (prctl(2)) it inherits whatever the command leaves
+behind, grandchildren that changed their session too. It needs nothing but the standard library and Linux, and is
+started with `python -I -S`, which takes 20 ms.
+
+    SIGTERM or SIGINT     the command gets SIGTERM, and SIGKILL with all its descendants GRACE_S later ("inf": never)
+    a second one          SIGKILL at once
+    PARENT is gone        SIGTERM, and SIGKILL LAST_S later
+    the command ended     what it left behind gets SIGTERM, and SIGKILL LEFTOVERS_S later
+
+It ends as the command ended: with its exit code, or by the same signal.
+
+`supervisor.py --watch PARENT LAST_S` runs nothing: when PARENT is gone it kills, LAST_S later, what is left of the
+processes that were below PARENT. That is for a Ray that PARENT has started: two agents of a raylet that was killed
+wait more than a minute for a server that is gone as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+REPEATED_S = 1.0  # `timeout` and schedulers send a signal to a process and to its group: that is one request
+LEFTOVERS_S = 3.0
+POLL_S = 0.2
+_UNKILLABLE_S = 5.0  # a process in uninterruptible sleep is left to the kernel
+_CANNOT_START = 127  # as shells have it
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of every descendant whose own parent ends. Does nothing but on Linux."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send a signal to this process when the thread that started it ends. Linux alone can."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def descendants(ancestor: int) -> list[int]:
+    """Living processes below a process, parents before their children."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        if name.isdigit() and (parent := _living_child(name)):
+            children.setdefault(parent, []).append(int(name))
+    below = list(children.get(ancestor, ()))
+    for pid in below:  # it grows meanwhile
+        below += children.get(pid, ())
+    return below
+
+
+def kill_descendants(ancestor: int, *, patience_s: float = _UNKILLABLE_S) -> None:
+    """SIGKILL to every process below a process, until there is none; those that cannot be killed are left."""
+    deadline = time.monotonic() + patience_s
+    while (left := descendants(ancestor)) and time.monotonic() < deadline:
+        send_signal(left, signal.SIGKILL)
+        _reap()
+        time.sleep(0.01)
+
+
+def wait_for_descendants(ancestor: int, patience_s: float) -> None:
+    """Returns when no process is left below a process, or when patience is at its end."""
+    deadline = time.monotonic() + patience_s
+    while descendants(ancestor) and time.monotonic() < deadline:
+        _reap()
+        time.sleep(0.02)
+
+
+def send_signal(pids: Sequence[int], number: signal.Signals) -> None:
+    """Send a signal to processes of which some may be gone."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) -> int:
+    """Runs a command as this module says; returns its wait status."""
+    adopt_orphans()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS | {signal.SIGCHLD})  # the loop takes them one by one
+    command = _start(argv)
+    status: int | None = None
+    deadline, asked_at, is_orphan = math.inf, math.inf, False
+    while True:
+        heard = signal.sigtimedwait(_STOPS | {signal.SIGCHLD}, POLL_S)
+        now = time.monotonic()
+        ended = _reap()
+        if status is None and command in ended:
+            status = ended[command]
+            send_signal(descendants(os.getpid()), signal.SIGTERM)
+            deadline = min(deadline, now + LEFTOVERS_S)
+        if status is not None and not descendants(os.getpid()):
+            return status
+        if heard is not None and heard.si_signo in _STOPS:
+            if asked_at == math.inf:
+                asked_at, deadline = now, min(deadline, now + grace_s)
+                if status is None:
+                    send_signal([command], signal.SIGTERM)
+            elif now > asked_at + REPEATED_S:
+                deadline = now
+        if os.getppid() != parent and not is_orphan:
+            is_orphan, deadline = True, min(deadline, now + last_s)
+            if status is None and asked_at == math.inf:
+                send_signal([command], signal.SIGTERM)
+        if now >= deadline:
+            kill_descendants(os.getpid())
+            return signal.SIGKILL if status is None else status
+
+
+def watch(parent: int, *, last_s: float) -> None:
+    """Waits until `parent`, the process that started this one, is gone; then ends what was below it."""
+    below: dict[int, str] = {}
+    while os.getppid() == parent:
+        below = {pid: started for pid in descendants(parent) if (started := _start_time(pid))}
+        time.sleep(POLL_S)
+    time.sleep(last_s)
+    below.pop(os.getpid(), None)
+    send_signal([pid for pid, started in below.items() if _start_time(pid) == started], signal.SIGKILL)
+
+
+def _start_time(pid: int) -> str:
+    """When a process began, in the kernel's ticks: another one of the same id has another; empty: it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _start(argv: list[str]) -> int:
+    supervisor = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        die_with_parent()
+        for number in (signal.SIGINT, signal.SIGPIPE):  # which Python, or who started us, may have set
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if os.getppid() == supervisor:
+            os.execvp(argv[0], argv)
+    except OSError as error:
+        sys.stderr.write(f"{argv[0]} cannot be started: {error}\n")
+        sys.stderr.flush()
+    os._exit(_CANNOT_START)
+
+
+def _reap() -> dict[int, int]:
+    """Wait statuses of children that have ended, adopted ones too, by process id."""
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if not pid:
+            return ended
+        ended[pid] = status
+
+
+def _living_child(pid: str) -> int:
+    """The parent of a process; 0 if the process has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
+            state, parent = file.read().rpartition(b")")[2].split()[:2]
+    except (OSError, ValueError):
+        return 0
+    return 0 if state in (b"Z", b"X") else int(parent)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _end_as(status: int) -> None:
+    """End this process as another one has ended."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.kill(os.getpid(), number)
+    os._exit(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--watch":
+        watch(int(sys.argv[2]), last_s=float(sys.argv[3]))
+        sys.exit()
+    _end_as(supervise(int(sys.argv[1]), sys.argv[4:], grace_s=float(sys.argv[2]), last_s=float(sys.argv[3])))

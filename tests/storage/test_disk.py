@@ -1,0 +1,80 @@
+"""A write that fails is one sentence with the file, the reason and what to do; what was whole stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from storage.disk import check_writable, describe_full_disk, existing_parent, explain_write_errors, free_bytes
+from storage.errors import ConfigError, StillhouseError, WriteError
+from storage.files import write_atomically
+from tests.small_disk import small_disk
+
+
+def test_a_full_disk_keeps_the_old_file_and_says_what_is_needed(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        file = disk.folder / "report.json"
+        write_atomically(file, b"old")
+        disk.fill(free_bytes=4096)
+        with pytest.raises(WriteError) as failed:
+            write_atomically(file, bytes(50_000))
+        assert str(failed.value) == (
+            f"{file}: cannot be written: No space left on device (4.1 kB are free there, 50.0 kB are needed); free "
+            "space there, and run the same command again"
+        )
+        assert file.read_bytes() == b"old"
+        assert sorted(path.name for path in disk.folder.iterdir()) == ["ballast", "report.json"]
+        disk.make_room()
+        write_atomically(file, bytes(50_000))
+        assert file.read_bytes() == bytes(50_000)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "quota exceeded"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system; mend the folder"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "os error 28"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "a part of the file only"),
+    ],
+)
+def test_errors_of_libraries_that_write_are_explained(tmp_path: Path, error: Exception, words: str) -> None:
+    with pytest.raises(WriteError, match=f"^{tmp_path}: cannot be written: .*{words}"), explain_write_errors(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), FileNotFoundError(errno.ENOENT, "no"), StillhouseError("no")])
+def test_other_errors_are_left_as_they_are(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, explain_write_errors(tmp_path):
+        raise error
+    assert raised.value is error
+    assert describe_full_disk(error) is None
+
+
+def test_a_full_disk_is_found_among_the_causes() -> None:
+    try:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
+        except OSError as full:
+            raise RuntimeError("the library gave up") from full
+    except RuntimeError as error:
+        message = describe_full_disk(error)
+    assert message is not None
+    assert message.startswith("/disk/file: cannot be written: No space left on device")
+
+
+def test_a_folder_that_is_not_there_yet_is_looked_at_through_its_parents(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b"
+    assert existing_parent(deep) == tmp_path
+    assert free_bytes(deep) == free_bytes(tmp_path)
+    check_writable(deep, field="runs_dir")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(ConfigError, match=rf"runs_dir is {deep}: it cannot be written: {tmp_path}/a is not a folder"):
+        check_writable(deep, field="runs_dir")
+    with pytest.raises(ConfigError, match=r"cache\.path is /proc/x: it cannot be written"):
+        check_writable("/proc/x", field="cache.path")

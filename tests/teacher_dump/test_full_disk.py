@@ -1,0 +1,54 @@
+"""What a dump writes besides the cache, on a full disk: one sentence, nothing half, and the terminal comes back."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.errors import WriteError
+from teacher_dump.fingerprint import FingerprintMemory
+from teacher_dump.image_files import ImageFiles
+from teacher_dump.log_file import quiet
+from tests.small_disk import SmallDisk, small_disk
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    with small_disk(tmp_path / "disk", 1 << 20) as found:
+        yield found
+
+
+def test_an_image_that_does_not_fit_is_not_there_by_half(disk: SmallDisk) -> None:
+    files = ImageFiles(disk.folder / "images")
+    first = files.file(bytes(100), disk.folder)
+    disk.fill(free_bytes=8192)
+    with pytest.raises(WriteError, match=r"images/.*: cannot be written: No space left .*50\.0 kB are needed"):
+        files.file(bytes(50_000), disk.folder)
+    there = [path for path in (disk.folder / "images").rglob("*") if path.is_file()]
+    assert there == [Path(first)]
+    disk.make_room()
+    assert Path(files.file(bytes(50_000), disk.folder)).stat().st_size == 50_000
+
+
+def test_what_was_remembered_stays(disk: SmallDisk) -> None:
+    path, file = disk.folder / "fingerprints.json", disk.folder / "file"
+    file.write_bytes(b"1")
+    FingerprintMemory(path).recall("a", [file], lambda: "x")
+    before = path.read_bytes()
+    disk.fill()
+    with pytest.raises(WriteError, match=r"fingerprints\.json: cannot be written"):
+        FingerprintMemory(path).recall("b", [file], lambda: "x" * 9000)
+    assert path.read_bytes() == before
+
+
+def test_the_terminal_comes_back_from_a_log_on_a_full_disk(disk: SmallDisk, tmp_path: Path) -> None:
+    log, screen = disk.folder / "dump.log", os.fstat(1).st_ino
+    log.touch()
+    disk.fill()
+    with quiet(log):
+        sys.stdout.write("x" * 9000)
+    assert os.fstat(1).st_ino == screen
