@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.__main__ import main
 from pipeline.ablate import ablate, waves
 from pipeline.config import read_experiment
-from storage.errors import ConfigError
-from storage.lock import hold_lock
+from pipeline.run import run
+from storage.errors import ConfigError, StillhouseError
+from storage.lock import HeldError, hold_lock
 from teacher_dump.ray_jobs.cluster import cluster
 from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_llava
@@ -107,17 +108,17 @@ def test_a_chain_is_trained_link_by_link_and_again_when_its_start_changed(tmp_pa
         assert all(after[name] > before[name] for name in folders)
 
 
-@pytest.mark.parametrize("verb", ["run", "ablate"])
-def test_a_run_s_folder_has_one_command_at_a_time(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]):
-    path = write(tmp_path, {"first": CHAIN["first"]}, seeds=[0])
-    folder = tmp_path / "runs" / "chain"
-    with hold_lock(folder / "lock", "the run"):
-        assert main([verb, str(path)]) == 2
-        assert f"the run {folder} is in use by" in capsys.readouterr().err
-        assert not (folder / "steps").exists()
-    assert main([verb, str(path)]) != 0  # its data are missing, but nobody is there any more
-    assert "in use" not in capsys.readouterr().err
-    assert not (folder / "lock").exists()
+@pytest.mark.parametrize("verb", [run, ablate])
+def test_a_run_s_folder_has_one_command_at_a_time(tmp_path: Path, verb: Callable[..., object]):
+    experiment = read_experiment(write(tmp_path, {"first": CHAIN["first"]}, seeds=[0]))
+    with hold_lock(experiment.run / "lock", "the run"):
+        with pytest.raises(HeldError, match=f"the run {experiment.run} is in use by .*process"):
+            verb(experiment)
+        assert not (experiment.run / "steps").exists()
+    with pytest.raises(StillhouseError) as caught:  # its data are missing, but nobody is there any more
+        verb(experiment)
+    assert "in use" not in str(caught.value)
+    assert not (experiment.run / "lock").exists()
 
 
 def test_two_runs_do_not_compose_different_students_in_one_folder(tmp_path: Path):
