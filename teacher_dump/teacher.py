@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
-from PIL.Image import Image
 from torch import Tensor
 
+from storage.images.pixels import Picture
 from teacher_dump.config import SamplingSection
 
 
@@ -23,7 +23,7 @@ class TeacherPrompt:
     """Unexpanded token ids, one image token an image, and the images in that order."""
 
     token_ids: NDArray[np.int32]
-    images: tuple[Image, ...]  # RGB
+    images: tuple[Picture, ...]
     image_keys: tuple[str, ...] = ()  # each image's content hash; without them it shares nothing with other prompts
 
 

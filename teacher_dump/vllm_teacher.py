@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import ConfigError, StillhouseError
+from storage.images.settings import BACKEND
 from teacher_dump import checkpoint, torchvision_shim
 from teacher_dump.config import SamplingSection
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
@@ -245,6 +246,7 @@ def _open_engine(
             str(checkpoint.servable_view(folder, into=served)),
             dtype=dtype,
             max_model_len=max_length,
+            mm_processor_kwargs={"backend": BACKEND},  # the library that the dump's own processor and students use
             **{"limit_mm_per_prompt": _NOT_SHOWN, **ours, **defaults, **settings},
         )
     except Exception as error:  # an engine raises its own kinds

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from storage.documents import Commit
 from storage.errors import ConfigError
 from storage.identity import Identity
+from storage.images.settings import PixelSettings
 from storage.writer import CacheWriter
 from teacher_dump.fingerprint import ProcessorFacts
 from teacher_dump.lengths import TooLong
@@ -175,6 +176,7 @@ def open_preparer(settings: WorkerSettings) -> Preparer:
         grid=grid,
         image_token_id=facts.image_token_id,
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        pixels=facts.pixels or PixelSettings(),
         image_root=settings.image_root,
         max_length=settings.max_length,
         too_long=settings.too_long,
@@ -187,7 +189,7 @@ def open_scorer(settings: WorkerSettings) -> PartScorer:
     teacher = open_teacher(settings) if settings.request.needs_teacher else None
     scorer = PartScorer(preparer, settings.request, teacher)
     if teacher is not None and settings.check_samples:
-        check_sight(scorer, teacher.head, settings.check_samples)
+        check_sight(scorer, teacher.head, settings.check_samples, pixels=settings.facts.pixels)
     return scorer
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from storage.identity import Identity
+from storage.images.settings import PixelSettings
 from storage.records import (
     ImageRef,
     PartRecords,
@@ -46,6 +47,7 @@ def make_identity(*, num_parts: int = 2, vocab_size: int = VOCAB_SIZE, tau: floa
         "vocab_size": vocab_size,
         "chat_template_fingerprint": "c" * 8,
         "image_preprocessing_fingerprint": "d" * 8,
+        "pixels": PixelSettings(),
         "image_token_id": IMAGE_TOKEN,
         "eos_token_ids": (2,),
         "plan_fingerprint": "e" * 8,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from storage.images.settings import PixelSettings
 from teacher_dump import fingerprint
 from teacher_dump.config import SourceSection
 from teacher_dump.head import read_head
@@ -48,6 +49,7 @@ def make_scorer(
         grid=VisualGrid(processor, facts.image_token_id),
         image_token_id=facts.image_token_id,
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        pixels=PixelSettings(),
         image_root=image_root,
         max_length=max_length,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from storage.images.settings import PixelSettings
 from storage.reader import Cache
 from storage.records import SampleError
 from storage.verify import verify
@@ -61,6 +62,7 @@ def make_answerer(folder: Path, image_root: Path, generator: Any, sampling: Samp
         grid=VisualGrid(processor, facts.image_token_id),
         image_token_id=facts.image_token_id,
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        pixels=PixelSettings(),
         image_root=image_root,
         max_length=256,
     )
