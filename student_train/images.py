@@ -44,7 +44,8 @@ class ImageFolder:
     def __init__(self, root: str | Path, processor: Any, *, pixels: PixelSettings, cache: Cache | None = None) -> None:
         """`processor`: a transformers image processor that makes every image equally large, or ImageInputs.
 
-        `pixels`: how a file's bytes become pixels. `cache`: holds the files, which are then not looked for below the root.
+        `pixels`: how a file's bytes become pixels. `cache`: holds the files, which are then not looked for below the
+        root.
         """
         self._cache = cache
         self._settings = pixels

@@ -253,6 +253,9 @@ def test_the_blind_check_knows_seeing_from_blind(architecture: str, asked: Path)
     assert sight is not None
     assert sight.num_samples == 4
     assert sight.change > 0.01 > 1e-4 > sight.noise
+    assert sight.marked is not None
+    assert sight.turned is not None
+    assert sight.turned > 0.01 > 1e-4 > sight.marked  # a file that lies upside down, and pixels that do
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
     with pytest.raises(StillhouseError, match="the teacher is blind"):
         check_sight(

@@ -91,7 +91,7 @@ def picture_files() -> list[PictureFile]:
     def file(name: str, image: Image.Image, expected: np.ndarray, kind: str = "png", **options: object) -> PictureFile:
         return PictureFile(name, encoded(image, kind, **options), expected)
 
-    is_first, is_first_grey = (rgb == rgb[0, 0]).all(-1), grey == grey[0, 0]
+    is_first, is_dark, dark = (rgb == rgb[0, 0]).all(-1), grey == grey[0, 0], int(grey[0, 0])
     from_array = Image.fromarray
     files += [
         PictureFile("rgba", encoded(hidden), flattened(rgb, alpha), 1),
@@ -99,9 +99,7 @@ def picture_files() -> list[PictureFile]:
         PictureFile("la", encoded(grey_alpha), flattened(grey_rgb, alpha), 1),
         file("transparent-palette", palette, on_background(clear, seen), transparency=3),
         file("transparent-colour", key, on_background(is_first, rgb), transparency=first),
-        file(
-            "transparent-grey", from_array(grey), on_background(is_first_grey, grey_rgb), transparency=int(grey[0, 0])
-        ),
+        file("transparent-grey", from_array(grey), on_background(is_dark, grey_rgb), transparency=dark),
         file("palette", palette, seen),
         file("grey", from_array(grey), grey_rgb),
         file("bits", from_array(bits), np.repeat(np.where(bits, np.uint8(255), np.uint8(0))[..., None], 3, 2)),
