@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -40,6 +40,15 @@ class Teacher(Protocol):
 
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
         """The states of each prompt, in order. Raises whatever the engine raises; the engine stays usable."""
+        ...
+
+
+@runtime_checkable
+class ShowsPixels(Protocol):
+    """An engine that tells what its own processor makes of images."""
+
+    def pixel_values(self, prompt: TeacherPrompt) -> list[Tensor | None]:
+        """Of each image of a prompt; None where they are in no single tensor."""
         ...
 
 

@@ -112,6 +112,12 @@ class VllmTeacher:
             for prompt, ids, states in zip(prompts, token_ids, hidden, strict=True)
         ]
 
+    def pixel_values(self, prompt: TeacherPrompt) -> list[Tensor | None]:
+        """See ShowsPixels. Nothing is computed, and no image is remembered."""
+        (rendered,) = self._engine.renderer.render_cmpl([engine_prompt(prompt)], skip_mm_cache=True)
+        shown = [item.get_data().get("pixel_values") for item in rendered["mm_kwargs"].get("image", ())]
+        return [values if isinstance(values, Tensor) else None for values in shown]
+
     def _alone(self, prompt: TeacherPrompt) -> Tensor:
         """(t, d) All states of a prompt that has the engine for itself."""
         (ids,), (states,) = self._ask([prompt], [f"{self._num_calls}"], shares=False)

@@ -24,6 +24,7 @@ from storage.writer import CacheWriter
 from teacher_dump.fingerprint import ProcessorFacts
 from teacher_dump.lengths import TooLong
 from teacher_dump.open_teacher import OpenTeacher
+from teacher_dump.pixel_check import check_pixel_values
 from teacher_dump.plan import Part
 from teacher_dump.preparation import Preparer
 from teacher_dump.processor import load_processor
@@ -190,7 +191,18 @@ def open_scorer(settings: WorkerSettings) -> PartScorer:
     scorer = PartScorer(preparer, settings.request, teacher)
     if teacher is not None and settings.check_samples:
         check_sight(scorer, teacher.head, settings.check_samples, pixels=settings.facts.pixels)
+        _check_pixel_values(settings, scorer, teacher)
     return scorer
+
+
+def _check_pixel_values(settings: WorkerSettings, scorer: PartScorer, teacher: OpenTeacher) -> None:
+    trust = bool(settings.engine_settings.get("trust_remote_code", False))
+    check_pixel_values(
+        teacher.engine,
+        load_processor(settings.checkpoint, trust_remote_code=trust),
+        scorer.prepare(settings.check_samples, []),
+        image_token_id=settings.facts.image_token_id,
+    )
 
 
 def open_teacher(settings: WorkerSettings) -> OpenTeacher:

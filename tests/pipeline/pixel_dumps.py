@@ -72,19 +72,17 @@ def dump_pictures(folder: Path, engine: Teacher) -> Path:
 def main(folder: Path) -> None:
     """The cache, and the engine's pixel values by file."""
     from teacher_dump.teacher import TeacherPrompt
-    from teacher_dump.vllm_teacher import VllmTeacher, engine_prompt
+    from teacher_dump.vllm_teacher import VllmTeacher
 
-    settings = {"mm_processor_cache_gb": 0}  # or an image that the engine knows is rendered without its values
-    engine = VllmTeacher(
-        folder / "teacher", dtype="float32", max_length=256, settings=settings, served=folder / "served"
-    )
+    engine = VllmTeacher(folder / "teacher", dtype="float32", max_length=256, settings={}, served=folder / "served")
     dump_pictures(folder, engine)
     made: dict[str, Any] = {}
     for file in picture_files():
         pixels = load_image(folder / "data", file.name, PIXELS).pixels
         prompt = TeacherPrompt(np.array([5, 299, 6], np.int32), (pixels,), (file.name,))
-        (rendered,) = engine._engine.renderer.render_cmpl([engine_prompt(prompt)])
-        made[file.name] = rendered["mm_kwargs"]["image"][0].get_data()["pixel_values"].numpy()
+        (values,) = engine.pixel_values(prompt)
+        assert values is not None
+        made[file.name] = values.numpy()
     np.savez(folder / "pixel_values.npz", allow_pickle=False, **made)
 
 
