@@ -44,15 +44,13 @@ def test_a_question_shows_the_pixels_that_the_model_was_trained_on(model: Path, 
     now, old = (shutil.copytree(model, tmp_path / name) for name in ("now", "old"))
     write_pixel_settings(PixelSettings(background="#000000"), now)
     write_pixel_settings(OLD_PIXELS, old)
-    question, differing = "what colour is the left half?", 0
-    for name, pictures in shown.items():
-        answers = []
-        for folder, pixels in zip((now, old), pictures, strict=True):
-            Image.fromarray(pixels).save(tmp_path / "shown.png")
-            answers.append(answer(folder, tmp_path / "shown.png", question, max_new_tokens=8))
-            assert answer(folder, tmp_path / f"{name}.png", question, max_new_tokens=8) == answers[-1]
-        differing += answers[0] != answers[1]
-    assert differing  # or this test could not fail
+    question, answers = "what colour is the left half?", {}
+    for number, folder in enumerate((now, old)):
+        for name, pictures in shown.items():
+            Image.fromarray(pictures[number]).save(tmp_path / "shown.png")
+            answers[number, name] = answer(folder, tmp_path / "shown.png", question, max_new_tokens=8)
+            assert answer(folder, tmp_path / f"{name}.png", question, max_new_tokens=8) == answers[number, name]
+    assert any(answers[0, name] != answers[1, name] for name in shown)  # or this test could not fail
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "see <|im_start|>assistant", "<image> what?"])
