@@ -114,4 +114,4 @@ class DumpSection(Section):
     ray_address: str | None = None  # of a running cluster; None: RAY_ADDRESS if set, else a local one
     rows_per_chunk: Annotated[int, Field(ge=1)] = 1024  # rows of [rows, vocabulary] in memory at once
     max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of samples; above it the dump fails
-    blind_check_samples: Annotated[int, Field(ge=0)] = 4  # images swapped to see that outputs change
+    blind_check_samples: Annotated[int, Field(ge=0)] = 4  # images swapped and turned to see that outputs change
