@@ -171,6 +171,8 @@ def _in_place_of(image: LoadedImage, other: LoadedImage) -> LoadedImage:
 
 def _answers(scorer: PartScorer, head: OutputHead, samples: Sequence[Prepared]) -> dict[str, Tensor]:
     """Probabilities of the response rows by sample id, (r, v); without samples whose states are not finite."""
+    if not samples:
+        return {}
     taken, hidden = scorer.hidden_states(samples, [])
     return {
         sample.record.sample_id: head.logits(states[torch.from_numpy(sample.response_positions)]).softmax(dim=-1)
