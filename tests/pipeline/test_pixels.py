@@ -105,7 +105,7 @@ def test_pixels_of_older_caches_are_others(folder: Path) -> None:
 def test_the_engine_sees_the_students_pixels(tmp_path: Path) -> None:
     """One engine: pixel values to the bit, the vision check, and the distance of its own weights.
 
-    In short: every dump with vLLM compares some images' values and asks about turned ones (teacher_dump/pixel_check.py).
+    In short: every dump with vLLM compares some images' values and asks about turned ones.
     """
     make_tiny_llava(tmp_path / "teacher")
     write_data(tmp_path / "data")
