@@ -38,7 +38,8 @@ class Waiting:
 
     def __init__(
         self,
-        subject: str | Callable[[], str],  # such as "Ray to start"; a function is asked before each notice
+        subject: str | Callable[[], str],  # such as "Ray to start"; a function is asked before each notice, and its
+        # empty answer is none
         *,
         say: Say | None = None,
         first_s: float = _FIRST_S,
@@ -60,9 +61,10 @@ class Waiting:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
 
-    def reset(self) -> None:
-        """What was waited for came, and the next wait begins."""
+    def reset(self, *, first_s: float | None = None) -> None:
+        """What was waited for came, and the next wait begins; `first_s` is new from now on, if it is given."""
         with self._lock:
+            self._first_s = self._first_s if first_s is None else first_s
             self._begun = time.monotonic()
             self._due = self._begun + self._first_s
 
@@ -74,7 +76,8 @@ class Waiting:
                     self._due = now + self._every_s
             if now >= due:
                 subject = self._subject if isinstance(self._subject, str) else self._subject()
-                _tell(self._say, f"still waiting for {subject} ({_duration(now - begun)} so far)")
+                if subject and not self._ended.is_set():
+                    _tell(self._say, f"still waiting for {subject} ({_duration(now - begun)} so far)")
             elif self._ended.wait(due - now):
                 return
 

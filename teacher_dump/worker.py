@@ -10,7 +10,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from storage.documents import Commit
 from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
+from storage.waiting import Waiting
 from storage.writer import CacheWriter
 from teacher_dump.fingerprint import ProcessorFacts
 from teacher_dump.lengths import TooLong
@@ -64,6 +65,9 @@ class WorkerSettings:
     too_long: TooLong = "refuse"
 
 
+OpenEngine = Callable[[WorkerSettings], Teacher]
+
+
 @dataclass(frozen=True)
 class PartOutcome:
     """What became of one part."""
@@ -86,8 +90,10 @@ class Worker:
     at a time. So no more is in memory than a part that is written, one that is scored, and two chunks of samples.
     """
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, *, open_engine: OpenEngine | None = None) -> None:
+        """`open_engine` loads the teacher's engine; by default the one that the settings name."""
         self._settings = settings
+        self._open_engine = open_engine or _open_engine
         self._writer = CacheWriter.open(
             settings.cache,
             settings.identity,
@@ -120,8 +126,14 @@ class Worker:
             commit = self._writer.write_part(part.number, scored.records)
         return _outcome(part, commit, scored, started)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its teacher is loaded."""
+        return self._scorer is not None
+
     def _open_scorer(self) -> PartScorer:
-        scorer = open_scorer(self._settings)
+        with Waiting("the teacher to load"):
+            scorer = open_scorer(self._settings, self._open_engine)
         if scorer.teacher is not None and self._settings.request.hidden_limit is not None:
             self._writer.put_head(scorer.teacher.head.stored())
         return scorer
@@ -184,10 +196,10 @@ def open_preparer(settings: WorkerSettings) -> Preparer:
     )
 
 
-def open_scorer(settings: WorkerSettings) -> PartScorer:
+def open_scorer(settings: WorkerSettings, open_engine: OpenEngine | None = None) -> PartScorer:
     """A scorer with its teacher loaded, and seen to see. StillhouseError: the teacher cannot be used."""
     preparer = open_preparer(settings)
-    teacher = open_teacher(settings) if settings.request.needs_teacher else None
+    teacher = open_teacher(settings, open_engine) if settings.request.needs_teacher else None
     scorer = PartScorer(preparer, settings.request, teacher)
     if teacher is not None and settings.check_samples:
         check_sight(scorer, teacher.head, settings.check_samples, pixels=settings.facts.pixels)
@@ -205,7 +217,7 @@ def _check_pixel_values(settings: WorkerSettings, scorer: PartScorer, teacher: O
     )
 
 
-def open_teacher(settings: WorkerSettings) -> OpenTeacher:
+def open_teacher(settings: WorkerSettings, open_engine: OpenEngine | None = None) -> OpenTeacher:
     """Load the engine and the output head, the head on the GPU where there is one."""
     import torch
 
@@ -213,7 +225,7 @@ def open_teacher(settings: WorkerSettings) -> OpenTeacher:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     head = read_head(settings.checkpoint, vocab_size=settings.facts.vocab_size, device=device)
-    return OpenTeacher(_open_engine(settings), head)
+    return OpenTeacher((open_engine or _open_engine)(settings), head)
 
 
 def open_generator(settings: WorkerSettings) -> Generator:
