@@ -33,7 +33,6 @@ from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
 from teacher_dump.dump_plan import DumpPlan, plan_questions
 from teacher_dump.log_file import quiet
-from teacher_dump.machine import count_gpus, is_alone
 from teacher_dump.plan import Part
 from teacher_dump.prompt import IMAGE_MARKER
 from teacher_dump.samples import Sample, SampleRefusedError, Turn
@@ -85,20 +84,17 @@ def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -
                 name=f"answers-{stripe}",
                 argv=(*module_command("teacher_dump.answers"), str(folder / _JOB), str(stripe), str(count)),
                 log_path=settings.logs.resolve() / f"answers-{stripe}.log",
+                num_devices=ray_jobs.gpus_of_engine(settings.teacher.settings),
             )
             for stripe in range(count)
         ]
-        gpus = settings.dump.gpus_per_actor
-        if gpus is None:
-            has_none = is_alone(settings.dump.ray_address) and not count_gpus()
-            gpus = 0 if has_none else settings.teacher.settings.get("tensor_parallel_size")
         with quiet(settings.logs / LOG_FILE) as screen:
             if progress:
                 print(f"answers: the teacher answers {missing:,} parts; logs are in {settings.logs}", file=screen)
             results = ray_jobs.run_commands(
                 commands,
                 settings.dump.cpus_per_actor,
-                gpus,
+                settings.dump.gpus_per_actor,
                 address=settings.dump.ray_address,
                 logs=settings.logs,
             )

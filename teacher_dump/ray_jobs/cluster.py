@@ -160,14 +160,14 @@ def compare_room(num_actors: int, resources: Resources, notify: Callable[[str], 
             )
 
 
-def lacking_room(resources: Resources) -> str:
-    """What one actor or command asks for that no part of the cluster has now; empty if there is nothing."""
-    room = ray.cluster_resources()
-    lacks = [
-        f"{wanted:g} {kind}s where the whole cluster has {room.get(kind, 0):g}"
-        for kind, wanted in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus))
-        if room.get(kind, 0) < wanted
-    ]
+def lacking_room(resources: Resources, *, over_nodes: bool = False) -> str:
+    """What one actor or command asks for and no node has, or with `over_nodes` not the whole cluster; "" if nothing."""
+    nodes = [ray.cluster_resources()] if over_nodes else [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    lacks = []
+    for kind, wanted in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
+        most = max((node.get(kind, 0) for node in nodes), default=0)
+        if most < wanted:
+            lacks.append(f"{wanted:g} {kind}s, where {'the cluster' if over_nodes else 'a node'} has {most:g} at most")
     return " and ".join(lacks)
 
 

@@ -38,6 +38,7 @@ class Command:
     log_path: Path  # stdout and stderr, appended
     env: Mapping[str, str] = field(default_factory=dict)  # added to the worker's
     grace_s: float = GRACE_S  # between SIGTERM and SIGKILL; math.inf: it saves something and ends by itself
+    num_devices: int = 1  # how many GPUs it uses, where Ray has any
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,25 @@ def run_commands(
 ) -> Generator[CommandResult, None, None]:
     """Run commands as Ray tasks, as many at once as the cluster has room for; results as they end.
 
-    Each asks for `num_cpus` and `num_gpus` (None: one where Ray has any) and runs in this process's current
-    folder. A command dies with its worker. When this is interrupted, or closed, commands that wait are forgotten and
-    those that run get SIGTERM; it ends when they have. `logs` is where Ray's own output goes; default: beside the
-    first command's log.
+    Each asks for `num_cpus` and `num_gpus` (None: its `num_devices`, where Ray has any) and runs in this process's
+    current folder. A command dies with its worker. When this is interrupted, or closed, commands that wait are
+    forgotten and those that run get SIGTERM; it ends when they have. `logs` is where Ray's own output goes; default:
+    beside the first command's log.
     """
     if not commands:
         return
     logs = logs or commands[0].log_path.parent
     with cluster(address, local_cpus=math.ceil(num_cpus)) as is_fixed:
-        gpus = gpus_or_default(num_gpus, 1)
+        task = ray.remote(num_cpus=num_cpus, max_retries=0)(_run_command)
+        gpus = [gpus_or_default(num_gpus, command.num_devices) for command in commands]
+        most = Resources(num_cpus, max(gpus))
         if is_fixed:
-            refuse_without_room(Resources(num_cpus, gpus), what="a process", field=_GPUS_OF_COMMANDS)
-        task = ray.remote(num_cpus=num_cpus, num_gpus=gpus, max_retries=0)(_run_command)
-        room = _Room(commands, Resources(num_cpus, gpus))
-        waiting = [task.remote(command, str(Path.cwd())) for command in commands]
+            refuse_without_room(most, what="a process", field=_GPUS_OF_COMMANDS)
+        room = WaitingRoom(commands, most)
+        waiting = [
+            task.options(num_gpus=own).remote(command, str(Path.cwd()))
+            for command, own in zip(commands, gpus, strict=True)
+        ]
         try:
             while waiting:
                 with Waiting(room.subject):
@@ -98,7 +103,7 @@ def _cancel(tasks: list[ray.ObjectRef]) -> None:
     ray.wait(tasks, num_returns=len(tasks))
 
 
-class _Room:
+class WaitingRoom:
     """Tells which commands wait for room: those whose log nobody has opened or written to since."""
 
     def __init__(self, commands: Sequence[Command], resources: Resources) -> None:

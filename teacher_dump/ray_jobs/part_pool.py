@@ -33,7 +33,6 @@ from teacher_dump.device_failure import is_device_failure, is_out_of_memory
 from teacher_dump.plan import Part
 from teacher_dump.ray_jobs.cluster import (
     GPUS_OF_ACTORS,
-    Resources,
     cluster,
     compare_room,
     lacking_room,
@@ -109,7 +108,7 @@ def score_parts(
                 )
                 with (
                     _Rows(_outcome_rows(missing, strategy, placement, actor)) as rows,
-                    Waiting(_Subject(placement.resources, len(missing), logs), say=notify) as waiting,
+                    Waiting(_Subject(placement, len(missing), logs), say=notify) as waiting,
                 ):
                     for outcome in _outcomes(rows, gate, stop):
                         waiting.reset(first_s=_LONG_PART_S)
@@ -179,12 +178,12 @@ def _outcomes(rows: _Rows, gate: Any, stop: threading.Event) -> Iterator[PartOut
 class _Subject:
     """What the driver waits for."""
 
-    resources: Resources
+    placement: Placement
     num_parts: int
     logs: Path
 
     def __call__(self) -> str:
-        lacks = lacking_room(self.resources)
+        lacks = lacking_room(self.placement.resources, over_nodes=self.placement.makes_groups)
         if lacks:
             return f"Ray to place a teacher, which asks for {lacks}; Ctrl-C ends the wait"
         return f"a teacher to load, or to finish one of {self.num_parts:,} parts; its log is in {self.logs}"

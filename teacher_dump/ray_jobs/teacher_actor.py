@@ -17,14 +17,7 @@ from ray.exceptions import RayError
 from storage.errors import ConfigError, StillhouseError
 from storage.waiting import Waiting
 from teacher_dump.log_file import send_output_to
-from teacher_dump.ray_jobs.cluster import (
-    GPUS_OF_ACTORS,
-    Resources,
-    cluster,
-    lacking_room,
-    last_line,
-    refuse_without_room,
-)
+from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, lacking_room, last_line, refuse_without_room
 from teacher_dump.ray_jobs.placement import Placement
 from teacher_dump.scoring import PartScorer
 from teacher_dump.worker import WorkerSettings, open_scorer
@@ -82,7 +75,7 @@ def with_teacher(
             actor = kind.options(**placement.actor_options(), **placement.group_options()).remote(
                 settings, logs.resolve()
             )
-            with Waiting(lambda: _subject(placement.resources, logs)):
+            with Waiting(lambda: _subject(placement, logs)):
                 said: Said = ray.get(actor.call.remote(function, argument))
             ray.kill(actor)
         except RayError as error:
@@ -93,8 +86,8 @@ def with_teacher(
     return said.result
 
 
-def _subject(resources: Resources, logs: Path) -> str:
-    lacks = lacking_room(resources)
+def _subject(placement: Placement, logs: Path) -> str:
+    lacks = lacking_room(placement.resources, over_nodes=placement.makes_groups)
     if lacks:
         return f"Ray to place the teacher, which asks for {lacks}; Ctrl-C ends the wait"
     return f"the teacher's process; its log is in {logs}"
