@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from storage.errors import StillhouseError
 from storage.images.settings import PixelSettings
 from storage.reader import Cache
 from storage.records import SampleError
@@ -16,6 +20,7 @@ from teacher_dump import fingerprint
 from teacher_dump.answers import Answerer
 from teacher_dump.assignment import prompt_errors
 from teacher_dump.config import SamplingSection, SourceSection
+from teacher_dump.device_failure import PromptRefusedError
 from teacher_dump.dump import run_dump
 from teacher_dump.dump_plan import plan_dump
 from teacher_dump.preparation import Preparer
@@ -96,6 +101,46 @@ def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_tea
     later = f"{opened}red<|im_end|>\n<|im_start|>user\n{questions[1]}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(teacher.asked[4]) == later
     assert teacher.num_images == [1] * 6
+
+
+class Picky(Scripted):
+    """Refuses every call in which one prompt is asked."""
+
+    def __init__(self, refused: list[int], script: list[list[int]], error: Exception) -> None:
+        super().__init__(script)
+        self.refused = refused
+        self.error = error
+
+    def generate(self, prompts: Sequence[TeacherPrompt], **options: Any) -> list[list[int]]:
+        if any(prompt.token_ids.tolist() == self.refused or not self.refused for prompt in prompts):
+            raise self.error
+        return super().generate(prompts, **options)
+
+
+def test_a_prompt_that_the_engine_refuses_costs_its_own_answer_only(tiny_teacher: Path, tiny_data: Path) -> None:
+    tokenizer = load_processor(tiny_teacher).tokenizer
+    spoken = [*tokenizer("red", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    samples = questions_of(tiny_data, limit=4)
+    listener = Scripted([spoken] * 8)
+    make_answerer(tiny_teacher, tiny_data.parent, listener).answered(samples, [])
+    for error, reason in (
+        (PromptRefusedError("At most 1 image(s)"), "the teacher refuses this sample: At most 1 image(s)"),
+        (RuntimeError("no"), "the teacher failed: no"),
+    ):
+        errors: list[SampleError] = []
+        picky = Picky(listener.asked[1], [spoken] * 8, error)
+        answered = make_answerer(tiny_teacher, tiny_data.parent, picky).answered(samples, errors)
+        refused = [sample.id for at, sample in enumerate(samples) if listener.asked[at] == listener.asked[1]]
+        assert [sample.id for sample in answered] == [sample.id for sample in samples if sample.id not in refused]
+        assert errors == [SampleError(sample_id, reason) for sample_id in refused]
+
+
+def test_an_engine_that_answers_nothing_ends_the_answers(tiny_teacher: Path, tiny_data: Path) -> None:
+    samples = questions_of(tiny_data, limit=4)
+    for error in (RuntimeError("the weights are gone"), torch.AcceleratorError("CUDA error: the weights are gone")):
+        answerer = make_answerer(tiny_teacher, tiny_data.parent, Picky([], [], error))
+        with pytest.raises((StillhouseError, torch.AcceleratorError), match="the weights are gone"):
+            answerer.answered(samples, [])
 
 
 def test_questions_need_no_answer_and_pairs_are_refused(tmp_path: Path) -> None:
