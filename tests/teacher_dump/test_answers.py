@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from storage.errors import StillhouseError
 from storage.images.settings import PixelSettings
@@ -104,15 +105,15 @@ def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_tea
 
 
 class Picky(Scripted):
-    """Refuses every call in which one prompt is asked."""
+    """Refuses every call that shows one of these pictures."""
 
-    def __init__(self, refused: list[int], script: list[list[int]], error: Exception) -> None:
+    def __init__(self, refused: Sequence[bytes], script: list[list[int]], error: Exception) -> None:
         super().__init__(script)
         self.refused = refused
         self.error = error
 
     def generate(self, prompts: Sequence[TeacherPrompt], **options: Any) -> list[list[int]]:
-        if any(prompt.token_ids.tolist() == self.refused or not self.refused for prompt in prompts):
+        if any(image.tobytes() in self.refused for prompt in prompts for image in prompt.images):
             raise self.error
         return super().generate(prompts, **options)
 
@@ -121,24 +122,28 @@ def test_a_prompt_that_the_engine_refuses_costs_its_own_answer_only(tiny_teacher
     tokenizer = load_processor(tiny_teacher).tokenizer
     spoken = [*tokenizer("red", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     samples = questions_of(tiny_data, limit=4)
-    listener = Scripted([spoken] * 8)
-    make_answerer(tiny_teacher, tiny_data.parent, listener).answered(samples, [])
+    refused = pixels_of(tiny_data, samples[1])
     for error, reason in (
         (PromptRefusedError("At most 1 image(s)"), "the teacher refuses this sample: At most 1 image(s)"),
         (RuntimeError("no"), "the teacher failed: no"),
     ):
         errors: list[SampleError] = []
-        picky = Picky(listener.asked[1], [spoken] * 8, error)
+        picky = Picky([refused], [spoken] * 8, error)
         answered = make_answerer(tiny_teacher, tiny_data.parent, picky).answered(samples, errors)
-        refused = [sample.id for at, sample in enumerate(samples) if listener.asked[at] == listener.asked[1]]
-        assert [sample.id for sample in answered] == [sample.id for sample in samples if sample.id not in refused]
-        assert errors == [SampleError(sample_id, reason) for sample_id in refused]
+        assert [sample.id for sample in answered] == [samples[at].id for at in (0, 2, 3)]
+        assert errors == [SampleError(samples[1].id, reason)]
+
+
+def pixels_of(file: Path, sample: Sample) -> bytes:
+    with Image.open(file.parent / sample.images[0]) as image:
+        return image.convert("RGB").tobytes()
 
 
 def test_an_engine_that_answers_nothing_ends_the_answers(tiny_teacher: Path, tiny_data: Path) -> None:
     samples = questions_of(tiny_data, limit=4)
     for error in (RuntimeError("the weights are gone"), torch.AcceleratorError("CUDA error: the weights are gone")):
-        answerer = make_answerer(tiny_teacher, tiny_data.parent, Picky([], [], error))
+        picky = Picky([pixels_of(tiny_data, sample) for sample in samples], [], error)
+        answerer = make_answerer(tiny_teacher, tiny_data.parent, picky)
         with pytest.raises((StillhouseError, torch.AcceleratorError), match="the weights are gone"):
             answerer.answered(samples, [])
 
