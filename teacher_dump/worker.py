@@ -32,7 +32,7 @@ from teacher_dump.processor import load_processor
 from teacher_dump.prompt import PromptBuilder
 from teacher_dump.request import SignalRequest
 from teacher_dump.samples import Sample
-from teacher_dump.scoring import PartScorer, Scored
+from teacher_dump.scoring import Chunk, PartScorer, Scored
 from teacher_dump.sight import check_sight
 from teacher_dump.teacher import Generator, Teacher
 from teacher_dump.visual_grid import VisualGrid
@@ -106,6 +106,9 @@ class Worker:
         self._teaching = ThreadPoolExecutor(1, "teacher")
         self._preparing = ThreadPoolExecutor(1, "samples")
         self._writing = threading.Lock()
+        self._changed = threading.Condition()
+        self._num_unwritten = 0  # parts that are scored and not yet committed
+        self._num_written = 0
 
     def run(self, part: Part) -> PartOutcome:
         """Score a part and commit it; one that is committed already is left alone.
@@ -121,10 +124,33 @@ class Worker:
                 self._scorer = self._teaching.submit(self._open_scorer).result()
         started = time.time()
         chunks = ahead(self._scorer.chunks(part), self._preparing)
-        scored = self._teaching.submit(self._scorer.score, part, chunks).result()
-        with self._writing:
-            commit = self._writer.write_part(part.number, scored.records)
+        scored = self._teaching.submit(self._score, part, chunks).result()
+        commit = None
+        try:
+            with self._writing:
+                commit = self._writer.write_part(part.number, scored.records)
+        finally:
+            with self._changed:
+                self._num_unwritten -= 1
+                self._num_written += commit is not None
+                self._changed.notify_all()
         return _outcome(part, commit, scored, started)
+
+    def finish_writing(self, *, limit_s: float) -> int:
+        """Wait until the parts that are scored by now are committed, or cannot be; how many this worker has committed.
+
+        For a process that is about to end.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_unwritten == 0, timeout=limit_s)
+            return self._num_written
+
+    def _score(self, part: Part, chunks: Iterator[Chunk]) -> Scored:
+        assert self._scorer is not None
+        scored = self._scorer.score(part, chunks)
+        with self._changed:  # in the teacher's thread, so that it is counted before a later part can fail
+            self._num_unwritten += 1
+        return scored
 
     @property
     def is_open(self) -> bool:

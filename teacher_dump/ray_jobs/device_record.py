@@ -6,7 +6,7 @@ import os
 import socket
 from collections import Counter
 
-LOSSES_IN_A_ROW = 3  # of one device, with no part done in between: an accident may repeat, this is none
+LOSSES_IN_A_ROW = 3  # processes of one device that did no part: an accident may repeat, this is none
 
 
 class DeviceRecord:
@@ -28,10 +28,10 @@ class DeviceRecord:
         """A part came to its end on a device."""
         self._losses[device] = 0
 
-    def note_loss(self, device: str) -> bool:
-        """A process leaves a device that failed; whether there is no hope left."""
+    def note_loss(self, device: str, *, num_parts: int = 0) -> bool:
+        """A process that did `num_parts` leaves a device that failed; whether there is no hope left."""
         self._known.add(device)
-        self._losses[device] += 1
+        self._losses[device] = 0 if num_parts else self._losses[device] + 1
         return all(self._losses[known] >= LOSSES_IN_A_ROW for known in self._known)
 
 

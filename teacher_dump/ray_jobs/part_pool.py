@@ -264,8 +264,8 @@ class _Gate:
     def note_part(self, device: str) -> None:
         self._devices.note_part(device)
 
-    def note_loss(self, device: str) -> bool:
-        return self._devices.note_loss(device)
+    def note_loss(self, device: str, num_parts: int) -> bool:
+        return self._devices.note_loss(device, num_parts=num_parts)
 
     def close(self) -> None:
         self._open = False
@@ -312,11 +312,15 @@ class _PartActor:
         return is_device_failure(error) or (is_loaded and is_out_of_memory(error))
 
     def _leave(self, error: Exception) -> Said:
-        """Ends this process, which Ray then starts again; an answer only where that has failed too often."""
+        """Ends this process, which Ray then starts again; an answer only where that has failed too often.
+
+        Parts that are scored already are written first.
+        """
         with self._leaving:  # so that parts that fail beside this one count as the same loss
             _log.error("the teacher's device failed on %s", self._device, exc_info=error)
+            num_parts = 0 if self._worker is None else self._worker.finish_writing(limit_s=_GRACE_S)
             try:
-                is_hopeless = ray.get(self._gate.note_loss.remote(self._device))
+                is_hopeless = ray.get(self._gate.note_loss.remote(self._device, num_parts))
             except RayError:  # a gate that is lost comes back, and counts anew
                 is_hopeless = False
             if not is_hopeless:
