@@ -268,6 +268,7 @@ def dump(config: Path, kind: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_dump_survives_a_device_that_fails_until_its_process_ends(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(dump={"samples_per_part": 12, "blind_check_samples": 0})
     assert dump(config, "third") == {"failure": "", "parts": [0, 1]}
