@@ -125,14 +125,13 @@ class Worker:
         started = time.time()
         chunks = ahead(self._scorer.chunks(part), self._preparing)
         scored = self._teaching.submit(self._score, part, chunks).result()
-        commit = None
         try:
             with self._writing:
                 commit = self._writer.write_part(part.number, scored.records)
+                self._num_written += 1
         finally:
             with self._changed:
                 self._num_unwritten -= 1
-                self._num_written += commit is not None
                 self._changed.notify_all()
         return _outcome(part, commit, scored, started)
 
