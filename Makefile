@@ -13,10 +13,16 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 COMMA := ,
 install = $(PIP) --editable '.[$(1)]' $(if $(HAS_GPU),,|| $(PIP) --extra-index-url $(TORCH_CPU_INDEX) --editable '.[$(1)]')
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test test-all test-ci check lint bench clean
+
+# Long forms of tests that continuous integration has time for besides `make test`.
+LONG_IN_CI := tests/pipeline/test_run.py tests/storage/test_crashes.py
 
 demo: $(VENV)/runtime ; $(BIN)/stillhouse run pipeline.yaml
-test: $(VENV)/installed ; $(BIN)/pytest
+# Every kind of test, with the same examples in every run; all tests, with new examples; some long ones.
+test: $(VENV)/installed ; $(BIN)/pytest -m "not slow"
+test-all: $(VENV)/installed ; $(BIN)/pytest --hypothesis-profile=fresh
+test-ci: $(VENV)/installed ; $(BIN)/pytest -m slow $(LONG_IN_CI)
 check: test lint
 bench: $(VENV)/bench ; set -e; for name in codec verify loader dump loss moe step "retention --short"; do $(BIN)/python -m benchmarks.$$name --json; done
 

@@ -15,6 +15,7 @@ from student_train.batch import teacher_rows
 from student_train.config import TREATMENTS, Divergence, Treatment
 from student_train.fused_head import SparseTarget
 from student_train.losses import Against, Rule, TailProfile, TeacherRows, row_losses_
+from tests.hypothesis_profiles import examples
 from tests.student_train.caches import log_softmax, sparse_rows
 from tests.student_train.references import dense_loss, sparse_loss
 
@@ -79,7 +80,7 @@ def tail_profile(vocab: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("divergence", "treatment"), SPARSE)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12))
 @given(
     rows=st.integers(1, 5), vocab=st.integers(2, 40), k=st.integers(0, 40), seed=st.integers(0, 10**6),
     temperature=st.sampled_from([1.0, 0.5, 3.0]), beta=st.sampled_from([None, 0.3, 0.9]), sharp=st.booleans(),
@@ -105,7 +106,7 @@ def test_every_treatment_agrees_with_its_events_spelt_out(
 
 
 @pytest.mark.parametrize(("divergence", "treatment"), SPARSE)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8))
 @given(rows=st.integers(1, 5), vocab=st.integers(2, 40), seed=st.integers(0, 10**6))
 def test_with_every_entry_stored_it_is_the_dense_divergence(
     divergence: Divergence, treatment: Treatment, rows: int, vocab: int, seed: int
@@ -131,7 +132,7 @@ def test_whole_rows_of_the_teacher_give_the_dense_divergence(divergence: Diverge
 
 
 @pytest.mark.parametrize("divergence", [d for d in TREATMENTS if d != "cross_entropy"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 @given(vocab=st.integers(2, 40), k=st.integers(0, 39), seed=st.integers(0, 10**6))
 def test_the_bucket_is_a_lower_bound_of_the_dense_divergence(
     divergence: Divergence, vocab: int, k: int, seed: int
