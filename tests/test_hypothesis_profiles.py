@@ -51,4 +51,3 @@ def test_the_fresh_profile_draws_anew_and_more(tmp_path: Path) -> None:
     first, second = (drawn(tmp_path, "--hypothesis-profile=fresh") for _ in range(2))
     assert len(first) == len(second) == 10 * FRESH_FACTOR
     assert set(first) != set(second)
-
