@@ -10,6 +10,7 @@ import itertools
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--noise", type=int, default=0)
     parser.add_argument("--die-at", type=int, default=0)
     parser.add_argument("--start-when", type=Path, default=None)  # this file exists
+    parser.add_argument("--wait-before-part", type=int, default=None)  # for ever: it is to be killed
     arguments = parser.parse_args()
     records = [make_part(part, noise=arguments.noise) for part in range(arguments.parts)]
     if arguments.die_at:
@@ -218,6 +220,8 @@ def main() -> None:
             pass
     writer = CacheWriter.open(arguments.folder, make_identity(num_parts=arguments.parts), FAMILIES)
     for part in sorted(set(range(arguments.parts)) - writer.committed_parts()):
+        while part == arguments.wait_before_part:
+            time.sleep(1)
         writer.write_part(part, records[part])
     writer.seal()
 

@@ -19,7 +19,7 @@ def test_an_engine_gets_the_gpus_of_its_ranks() -> None:
     """In one node the actor has them all; with vLLM's Ray backend each rank has a bundle of the actor's group."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.teacher_dump.placement_script"], cwd=REPOSITORY,
-        env={**os.environ, "RAY_worker_niceness": "0"}, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "RAY_worker_niceness": "0"}, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     in_one_node, in_a_group = json.loads(done.stdout.splitlines()[-1])
