@@ -1,7 +1,7 @@
 """What every architecture's teacher is asked in the tests, and vLLM's answers, from one process for all of them.
 
-`python -m tests.teacher_dump.architectures FOLDER` starts an engine on each FOLDER/<architecture>/teacher, one after
-another, asks it in several ways and leaves its hidden states in FOLDER/<architecture>/<way>.npz.
+`python -m tests.teacher_dump.architectures FOLDER NAME…` starts an engine on FOLDER/<name>/teacher for one architecture
+after another, asks it in several ways and leaves its hidden states in FOLDER/<name>/<way>.npz.
 """
 
 from __future__ import annotations
@@ -159,6 +159,6 @@ def _run_engine(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in ARCHITECTURES:
+    for name in sys.argv[2:]:
         _run_engine(Path(sys.argv[1]) / name)
         gc.collect()  # an engine that is let go of takes the process's groups with it: not those of the next one

@@ -34,6 +34,7 @@ from teacher_dump.teacher import TeacherPrompt
 from teacher_dump.transformers_teacher import TransformersTeacher
 from teacher_dump.visual_grid import VisualGrid
 from tests.teacher_dump.conftest import WriteConfig
+from tests.teacher_dump.ray_head import RayHead
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLING = SamplingSection(temperature=1.0, max_new_tokens=24, seed=3)
@@ -213,7 +214,9 @@ def test_an_answer_depends_on_its_own_seed_and_on_nothing_beside_it(talker: Path
     assert together != said(samples, 1)
 
 
-def test_a_dump_of_the_teachers_own_answers(write_config: WriteConfig, talker: Path, tiny_data: Path) -> None:
+def test_a_dump_of_the_teachers_own_answers(
+    ray_head: RayHead, write_config: WriteConfig, talker: Path, tiny_data: Path
+) -> None:
     sampling = {"temperature": 1.0, "max_new_tokens": 24, "seed": 5}
     config = write_config(
         data={"sources": [{"path": str(tiny_data), "split": "own"}], "responses": "teacher", "sampling": sampling},
@@ -226,7 +229,9 @@ def test_a_dump_of_the_teachers_own_answers(write_config: WriteConfig, talker: P
     assert before.plan.num_samples == 24
     assert prompt_errors(settings, before, progress=False) == []
     command = [sys.executable, "-m", "teacher_dump", str(config)]  # Ray's own warnings are no errors there
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=ray_head.environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     cache = Cache.open(settings.cache.path)
     assert cache.num_samples > 0
