@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.digits_run import SHORT_STEPS, digits_run
 from benchmarks.text_rows import NUM_ROWS, TeacherRows, make_student, noise_for_kl, noisy
+from storage.identity import stored_pixels
 from storage.reader import Cache
 from student_train.batch import collate
 from student_train.images import FeatureStore, ImageFolder, VisionSource
@@ -28,7 +29,7 @@ def read(demo: Path, report: Callable[[str], None]) -> TeacherRows:
     run = digits_run(demo, teacher_steps=SHORT_STEPS, report=report)
     cache = Cache.open(run / "data/teacher_cache", ())
     checkpoint = read_checkpoint(run / "models/teacher")
-    folder = ImageFolder(cache.image_root, checkpoint.image_processor)
+    folder = ImageFolder(cache.image_root, checkpoint.image_processor, pixels=stored_pixels(cache.identity))
     vision = VisionSource(folder, features=FeatureStore(1 << 30), pixels=FeatureStore(0))
     student = load_for_inference(checkpoint, vocab_size=cache.identity.vocab_size)
     batches = _batches(cache, checkpoint.grid, vision.gather)

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.online import teacher_head, teacher_states
 from storage.config import CacheSection, SelectionSection
 from storage.head import make_head
-from storage.identity import FORMAT_VERSION, Identity
+from storage.identity import FORMAT_VERSION, Identity, stored_pixels
 from storage.reader import Cache
 from storage.records import ImageRef, PartRecords, RelationMatrix, SampleRecord
 from storage.rows import SparseRows
@@ -48,7 +48,7 @@ class Asked:
     def open(cache: Path, teacher: Path) -> Asked:
         """The samples of a cache and a teacher, with a store for the features of a tower that all models share."""
         tokens, checkpoint, features = Cache.open(cache, ()), read_checkpoint(teacher), FeatureStore(1 << 30)
-        folder = ImageFolder(tokens.image_root, checkpoint.image_processor)
+        folder = ImageFolder(tokens.image_root, checkpoint.image_processor, pixels=stored_pixels(tokens.identity))
         vision = VisionSource(folder, features=features, pixels=FeatureStore(0))
         return Asked(tokens, checkpoint, vision, features)
 

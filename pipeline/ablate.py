@@ -128,6 +128,7 @@ def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any
             env=training_environment(round(experiment.ablations.cpus_per_run / run.section.num_processes)),
             log_path=experiment.run / "logs" / f"{run.label}.log",
             grace_s=math.inf,  # it saves its state, however long that takes, and ends
+            num_devices=run.section.num_processes,
         )
         for run in waiting.values()
     ]

@@ -7,8 +7,9 @@ forbids scripts and the network besides.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -17,10 +18,12 @@ import numpy as np
 from pipeline.cache_facts import CacheFacts
 from pipeline.cache_style import STYLE
 from pipeline.page import format_bytes
-from pipeline.pictures import HeatMap, embedded_image, heat_map
+from pipeline.pictures import HeatMap, Picture, embedded_image, heat_map
 from pipeline.sample_text import budgets_table, counted, label_words, losses_table, sharing_sentence
 from pipeline.sample_view import AnswerToken, ImageView, SampleView, Segment, Signal, relation_summary
 from pipeline.token_texts import printable
+from storage.images.settings import PixelSettings
+from storage.records import ImageRef
 
 KEY = (
     '<p class="key dim"><span class="fill exact"></span>exact <span class="fill sampled"></span>sampled '
@@ -44,8 +47,11 @@ class Group:
     views: Sequence[SampleView]
 
 
-def render_cache_page(facts: CacheFacts, groups: Sequence[Group], *, image_root: Path, note: str) -> str:
-    """The page as text. `note` says where the texts of tokens come from."""
+def render_cache_page(
+    facts: CacheFacts, groups: Sequence[Group], *, image_root: Path, pixels: PixelSettings, note: str
+) -> str:
+    """The page as text. `note` says where the texts of tokens come from, `pixels` how the teacher saw the images."""
+    embed = partial(embedded_image, image_root, pixels=pixels)
     title = "/".join(facts.path.rstrip("/").split("/")[-2:])
     state = "sealed" if facts.sealed else f"not sealed: {facts.num_parts:,} of {facts.num_planned_parts:,} parts"
     lead = f"{state} · teacher {facts.identity['teacher']} · {note}"
@@ -60,7 +66,7 @@ def render_cache_page(facts: CacheFacts, groups: Sequence[Group], *, image_root:
         number += len(group.views)
         if len(group.views) > 1:
             body.append(_contents(group.views, first))
-        body += [_sample(view, first + place, image_root) for place, view in enumerate(group.views)]
+        body += [_sample(view, first + place, embed) for place, view in enumerate(group.views)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -157,12 +163,12 @@ def _doubt(view: SampleView) -> str:
     return f"<code>{escape(_short(worst.text, 16))}</code> – teacher: {said}"
 
 
-def _sample(view: SampleView, number: int, image_root: Path) -> str:
+def _sample(view: SampleView, number: int, embed: Callable[[ImageRef], Picture]) -> str:
     facts = [f"split {view.split}" if view.split else "", view.category, counted(len(view.tokens), "answer token")]
     if view.mean_entropy is not None:
         facts.append(f"mean entropy {view.mean_entropy:.3f} nats")
     meta = " · ".join(fact for fact in facts if fact)
-    figures = "".join(_figure(image, place, image_root) for place, image in enumerate(view.images, 1))
+    figures = "".join(_figure(image, place, embed) for place, image in enumerate(view.images, 1))
     talk = "".join(_segment(segment) for segment in view.segments)
     left = f'<div class="figures">{figures}</div>' if figures else ""
     signals = "".join(_image_signals(image, place) for place, image in enumerate(view.images, 1))
@@ -175,8 +181,8 @@ def _sample(view: SampleView, number: int, image_root: Path) -> str:
     )
 
 
-def _figure(view: ImageView, number: int, image_root: Path) -> str:
-    picture = embedded_image(image_root, view.image)
+def _figure(view: ImageView, number: int, embed: Callable[[ImageRef], Picture]) -> str:
+    picture = embed(view.image)
     shared = "this sample alone" if view.num_sharing == 1 else counted(view.num_sharing, "sample")
     if picture.uri:
         small = ' class="pixels"' if max(picture.width, picture.height) <= 128 else ""

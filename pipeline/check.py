@@ -158,10 +158,15 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
             continue
         paths = [source.path for source in stage.sources(experiment.cache.path)]
         if all(has_cache(open_folder(path)) for path in paths):
-            fitting_checkpoint(stage, experiment.cache.path)
-            yield f"stages.{name}: {stage.init} fits the {'cache' if len(paths) == 1 else 'caches'}"
+            notes = fitting_checkpoint(stage, experiment.cache.path).notes
+            yield f"stages.{name}: {stage.init} fits the {'cache' if len(paths) == 1 else 'caches'}{_shown(notes)}"
         elif experiment.cache.path in paths:
             checkpoint = read_checkpoint(stage.init)
             check_architecture(checkpoint, stage)
-            check_fit(checkpoint, identity)
-            yield f"stages.{name}: {stage.init} fits the teacher"
+            notes = check_fit(checkpoint, identity)
+            yield f"stages.{name}: {stage.init} fits the teacher{_shown(notes)}"
+
+
+def _shown(notes: Sequence[str]) -> str:
+    """Lines below a line."""
+    return "".join(f"\n  {note}" for note in notes)

@@ -53,7 +53,7 @@ class AblationsSection(Section):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)  # every run once a seed
     controls: tuple[str, ...] = ()  # runs that distillation must beat; paired differences are taken to them
     cpus_per_run: Annotated[float, Field(gt=0)] = 1  # as many runs at once as the machine (or cluster) holds
-    gpus_per_run: Annotated[float, Field(ge=0)] | None = None  # None: 1 where Ray has GPUs, or 0
+    gpus_per_run: Annotated[float, Field(ge=0)] | None = None  # None: one a process where Ray has GPUs, or 0
 
     @field_validator("runs")
     @classmethod
@@ -150,7 +150,8 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     )
     for name, run in experiment.ablations.runs.items():
         experiment.stage(run.stage, asked_by=f"ablations.runs.{name}.stage")
-        read_sections(path, {"stages": Named(StageSection)}, (*overrides, *run.overrides()))
+        stages = read_sections(path, {"stages": Named(StageSection)}, (*overrides, *run.overrides()))["stages"]
+        _refuse_shared_gpus(path, name, stages[run.stage].num_processes, experiment.ablations.gpus_per_run)
         for control in experiment.ablations.controls_of(name):
             if control not in experiment.ablations.runs:
                 raise ConfigError(f"{path}: controls of {name}: {control!r} is not one of ablations.runs")
@@ -167,3 +168,14 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
                 "of its own, made from train_teacher.data"
             )
     return experiment
+
+
+def _refuse_shared_gpus(path: Path, run: str, num_processes: int, gpus: float | None) -> None:
+    """ConfigError for a run whose processes would have fewer GPUs than there are of them; 0 means CPUs."""
+    if gpus and gpus < num_processes and num_processes > 1:
+        raise ConfigError(
+            f"{path}: ablations.gpus_per_run is {gpus:g}, but run {run!r} has {num_processes} processes and each needs "
+            "a GPU of its own; leave gpus_per_run out, or set num_processes to 1"
+        )
+    if gpus and gpus > 1 and gpus != int(gpus):
+        raise ConfigError(f"{path}: ablations.gpus_per_run is {gpus:g}; beyond 1, Ray gives whole GPUs only")

@@ -15,6 +15,7 @@ from pipeline.sample_text import facts_text, sample_text
 from pipeline.token_texts import token_texts
 from storage.errors import ConfigError
 from storage.files import write_atomically
+from storage.identity import stored_pixels
 from storage.reader import Cache
 
 NUM_LEAST_SURE = 10
@@ -80,7 +81,9 @@ def _write_page(cache: Cache, indices: Sequence[int], tokenizer: Path | None, im
             groups.append(group("Where the teacher was least sure", note, doubtful))
         if size:
             groups.append(group("At random", "drawn with a fixed seed", sorted(map(int, drawn))))
-    page = render_cache_page(facts_of(cache), groups, image_root=images, note=texts.note)
+    page = render_cache_page(
+        facts_of(cache), groups, image_root=images, pixels=stored_pixels(cache.identity), note=texts.note
+    )
     try:
         write_atomically(html, page.encode())
     except OSError as error:

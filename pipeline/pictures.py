@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
-from PIL import Image
 
+from storage.images import pixels as image_pixels
+from storage.images.pictures import encode_picture, picture_of, shrink_picture
+from storage.images.settings import PixelSettings
 from storage.records import ImageRef
 
 MAX_FILE_BYTES = 64 << 20  # a larger file is not opened
@@ -49,9 +51,14 @@ class HeatMap:
 
 
 def embedded_image(
-    root: Path, image: ImageRef, *, max_file_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_PIXELS
+    root: Path,
+    image: ImageRef,
+    *,
+    pixels: PixelSettings,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    max_pixels: int = MAX_PIXELS,
 ) -> Picture:
-    """The image below `root` if it is the one that the teacher saw, decoded and encoded anew; never an error.
+    """The image below `root` if it is the one that the teacher saw, as the teacher's pixels were made; never an error.
 
     What is embedded is our own encoding of its pixels, so nothing hidden in the file reaches the page.
     """
@@ -64,18 +71,14 @@ def embedded_image(
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != image.sha256:
             return Picture("", reason="the file there is not the image that the teacher saw (another sha256)")
-        with Image.open(io.BytesIO(content)) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                return Picture("", reason=f"it has {width} × {height} pixels")
-            picture = opened.convert("RGB")
+        picture = image_pixels.make_pixels(content, pixels, max_pixels=max_pixels)
     except OSError as error:
         return Picture("", reason=f"not found below {root}" if isinstance(error, FileNotFoundError) else str(error))
-    except (SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except image_pixels.ImageDecodeError as error:
         return Picture("", reason=f"cannot be decoded: {error}")
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    kind = "png" if max(picture.size) <= MAX_LOSSLESS_SIDE else "jpeg"
-    return Picture(_uri(picture, kind), width, height)
+    width, height = picture.size
+    small = shrink_picture(picture, MAX_SIDE)
+    return Picture(_uri(small, "png" if max(small.size) <= MAX_LOSSLESS_SIDE else "jpeg"), width, height)
 
 
 def heat_map(values: NDArray[np.float32]) -> HeatMap:
@@ -95,11 +98,9 @@ def heat_map(values: NDArray[np.float32]) -> HeatMap:
     stops = ", ".join(to_hex(colours(place)) for place in np.linspace(0, 1, 9))
     is_large = max(places.shape) > MAX_SMALL_HEAT_SIDE
     clipped = bool(values.min() < low or values.max() > high)
-    uri = _uri(Image.fromarray(pixels), "png")
+    uri = _uri(picture_of(pixels), "png")
     return HeatMap(uri, low, high, f"linear-gradient(90deg, {stops})", clipped, step, is_large)
 
 
-def _uri(picture: Image.Image, kind: str) -> str:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **({"quality": 88} if kind == "jpeg" else {"optimize": True}))
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+def _uri(picture: image_pixels.Picture, kind: Literal["png", "jpeg"]) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(encode_picture(picture, kind)).decode()}"

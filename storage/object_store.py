@@ -14,14 +14,16 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
+from fsspec.asyn import AsyncFileSystem
 from fsspec.core import strip_protocol
 
 from storage.errors import CacheError
+from storage.waiting import Waiting
 
 # Stores whose whole-object writes are atomic and may be conditional; `memory` is fsspec's own, for tests.
 _ATOMIC_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
@@ -29,6 +31,13 @@ _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # between attempts: a minute,
 _PATIENCE = 2  # attempts more at a store that nobody is at, and that never answered: it is the wrong address
 _TRANSIENT_STATUS = (408, 409, 425, 429)  # 409: S3 asks to repeat a conditional PUT that met another one
 _TRANSIENT_ERRORS = ("HTTPClientError", "ResponseParserError", "ClientConnectionError", "ClientPayloadError")
+_CONNECT_S = 10.0  # to open a connection
+_ATTEMPT_S = 30.0  # for one attempt of a request, besides its bytes
+_LISTING_S = 600.0  # for one attempt of a listing, which may have a thousand pages
+_TOTAL_S = 180.0  # for all attempts of a request together, besides its bytes: a throttled prefix calms down in a minute
+_TOTAL_OF_A_STRANGER_S = 75.0  # the same for a store that never answered this process
+_NOTICE_S = 30.0
+_SLOWEST_BYTES_PER_S = 256 << 10  # of a connection that is still of use
 _HASH_BLOCK_BYTES = 16 << 20
 _DRIVERS = {"s3": "stillhouse[s3]", "s3a": "stillhouse[s3]", "gs": "gcsfs", "gcs": "gcsfs"}
 
@@ -54,6 +63,9 @@ class ObjectFolder:
 
     url: str  # s3://bucket/prefix, without a final slash
     pauses_s: tuple[float, ...] = _PAUSES_S  # before each further attempt when the store is busy or fails
+    attempt_s: float = _ATTEMPT_S  # and some more for large objects and for listings
+    total_s: float = _TOTAL_S  # of all attempts of a request; no attempt begins later
+    notice_s: float = _NOTICE_S  # until a long wait is told of
 
     def __str__(self) -> str:
         return self.url
@@ -73,11 +85,13 @@ class ObjectFolder:
             raise CacheError(f"{self.url}: a cache can be written to a local folder or {known}, not to {protocol}://")
 
     def read(self, name: str) -> bytes:
-        return self._ask(name, lambda store, path: store.cat_file(path))
+        return self._ask(name, lambda store, path: store.cat_file(path), is_long=True)
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start : stop of an object. Errors as `read`."""
-        content = self._ask(name, lambda store, path: store.cat_file(path, start=start, end=stop))
+        content = self._ask(
+            name, lambda store, path: store.cat_file(path, start=start, end=stop), num_bytes=stop - start
+        )
         if len(content) != stop - start:
             raise OSError(f"{self.place(name)}: bytes {start}:{stop} were asked for, {len(content)} came")
         return content
@@ -108,7 +122,7 @@ class ObjectFolder:
 
     def names(self, sub: str = "", *, deep: bool = False) -> list[str]:
         try:
-            found = self._ask(sub, lambda store, path: _listed(store, path, deep=deep))
+            found = self._ask(sub, lambda store, path: _listed(store, path, deep=deep), is_long=True)
         except FileNotFoundError:
             return []
         return sorted(f"{sub}/{name}" if sub else name for name in found)
@@ -121,35 +135,55 @@ class ObjectFolder:
 
     def _put(self, name: str, content: bytes, mode: str) -> None:
         try:
-            self._ask(name, lambda store, path: store.pipe_file(path, content, mode=mode))
+            self._ask(name, lambda store, path: store.pipe_file(path, content, mode=mode), num_bytes=len(content))
         except FileNotFoundError as error:
             raise CacheError(f"{self.place(name)}: cannot be written: {error}; make the bucket first") from error
 
-    def _ask(self, name: str, request: Callable[[Any, str], T]) -> T:
-        """The store's answer. Busy or failing stores are asked again, with growing pauses.
+    def _ask(self, name: str, request: Callable[[Any, str], T], *, num_bytes: int = 0, is_long: bool = False) -> T:
+        """The store's answer. Busy or failing stores are asked again, with growing pauses, until the time is over.
 
-        Errors: FileNotFoundError, FileExistsError, CacheError for all else.
+        `num_bytes` go either way; `is_long`: nobody knows how many do. Errors: FileNotFoundError, FileExistsError,
+        CacheError for all else.
         """
-        place, attempts = self.place(name), 0
+        place, attempts, begun = self.place(name), 0, time.monotonic()
         contact = _contact(self.url, os.getpid())
-        while True:
-            try:
-                store = shared_store(self.url, os.getpid())
-                answer = request(store, strip_protocol(place.rstrip("/")))
-                contact.has_answered = True
-                return answer
-            except (FileNotFoundError, FileExistsError, TypeError, AttributeError):
-                raise
-            except Exception as error:  # each driver has its own kinds
-                if _status(error) == 412:  # the object of a conditional PUT exists
-                    raise FileExistsError(place) from error
-                attempts += 1
-                contact.has_answered |= _status(error) is not None
-                patience = len(self.pauses_s) if contact.has_answered or not _is_nobody(error) else _PATIENCE
-                if not _is_transient(error) or attempts > min(patience, len(self.pauses_s)):
-                    raise CacheError(_failure(place, error, attempts)) from error
-                _log.warning("%s: the store fails, asked again: %s", place, _text(error))
-            time.sleep(self.pauses_s[attempts - 1] * random.uniform(0.7, 1.3))
+        transfer_s = num_bytes / _SLOWEST_BYTES_PER_S
+        attempt_s = max(self.attempt_s, _LISTING_S) if is_long else self.attempt_s + transfer_s
+        with Waiting(lambda: f"an answer of {place}, attempt {attempts + 1}", first_s=self.notice_s):
+            while True:
+                try:
+                    store = _Impatient(shared_store(self.url, os.getpid()), attempt_s)
+                    answer = request(store, strip_protocol(place.rstrip("/")))
+                    contact.has_answered = True
+                    return answer
+                except (FileNotFoundError, FileExistsError, TypeError, AttributeError):
+                    raise
+                except Exception as error:  # each driver has its own kinds
+                    if _status(error) == 412:  # the object of a conditional PUT exists
+                        raise FileExistsError(place) from error
+                    attempts += 1
+                    contact.has_answered |= _status(error) is not None
+                    patience = len(self.pauses_s) if contact.has_answered or not _is_nobody(error) else _PATIENCE
+                    total_s = min(self.total_s, _TOTAL_OF_A_STRANGER_S) if not contact.has_answered else self.total_s
+                    waited_s = time.monotonic() - begun
+                    is_over = attempts > min(patience, len(self.pauses_s)) or waited_s >= total_s + transfer_s
+                    if not _is_transient(error) or is_over:
+                        raise CacheError(_failure(place, error, attempts, waited_s)) from error
+                    _log.warning("%s: the store fails, asked again: %s", place, _text(error))
+                time.sleep(self.pauses_s[attempts - 1] * random.uniform(0.7, 1.3))
+
+
+class _Impatient:
+    """A driver whose requests end with TimeoutError after a time, where it can be told so."""
+
+    def __init__(self, store: Any, limit_s: float) -> None:
+        self._store = store
+        self._limit_s = limit_s
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+        is_asynchronous = isinstance(self._store, AsyncFileSystem)  # all drivers of real stores; `memory` is not
+        return partial(method, timeout=self._limit_s) if is_asynchronous else method
 
 
 class _RangeFile(io.RawIOBase):
@@ -200,7 +234,11 @@ def shared_store(url: str, process: int) -> Any:
     # Never a remembered listing: other writers commit meanwhile. On S3 the attempts are counted here alone.
     options: dict[str, Any] = {"use_listings_cache": False}
     if url.startswith(("s3://", "s3a://")):
-        options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 1}}
+        options["config_kwargs"] = {
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            "connect_timeout": _CONNECT_S,
+            "read_timeout": _ATTEMPT_S,
+        }
     return fsspec.url_to_fs(url, **options)[0]
 
 
@@ -232,11 +270,11 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _failure(place: str, error: BaseException, attempts: int) -> str:
+def _failure(place: str, error: BaseException, attempts: int, waited_s: float) -> str:
     if _is_transient(error):
         return (
-            f"{place}: the store fails, {attempts} attempts long: {_text(error)}; run the same command again when "
-            "it answers: what is committed stays"
+            f"{place}: the store fails, {attempts} attempts long: {_text(error)} ({waited_s:.0f} s in all); "
+            "run the same command again when it answers: what is committed stays"
         )
     return (
         f"{place}: the store refuses: {_text(error)}; check the credentials and the endpoint in the environment "
@@ -259,4 +297,4 @@ def _is_nobody(error: BaseException) -> bool:
 
 
 def _text(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)

@@ -11,6 +11,7 @@ import numpy as np
 
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import real_vocab_size
+from storage.images.settings import PixelSettings
 from storage.records import ImageRef, TokensRecord
 from student_train.batch import collate_prompts
 from student_train.generation import greedy
@@ -32,7 +33,8 @@ def answer(model_dir: str | Path, image_path: str | Path, question: str, max_new
     if spelt:
         raise ConfigError(f"the question spells the special token {spelt[0]}, which is no text; leave it out")
     tokens = _prompt(processor, checkpoint, Path(image_path), question)
-    folder = ImageFolder(Path(image_path).parent, checkpoint.image_processor)
+    pixels = checkpoint.pixels or PixelSettings()  # those it was trained with, where it says so
+    folder = ImageFolder(Path(image_path).parent, checkpoint.image_processor, pixels=pixels)
     vision = VisionSource(folder, features=None, pixels=FeatureStore(0))
     prompts = collate_prompts([tokens], checkpoint.grid, vision.gather)
     (ids,) = greedy(

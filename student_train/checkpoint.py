@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from storage.disk import explain_write_errors, format_bytes, free_bytes
 from storage.errors import ConfigError, StillhouseError
 from storage.files import sync
+from storage.images.settings import PIXELS_FILE, PixelSettings, write_pixel_settings
 from student_train.huggingface import holds_nothing
 from student_train.sparse_upcycling import experts_apart
 
@@ -41,7 +42,7 @@ _LEGACY_TYPES = ("llava", "llava_onevision")
 PROCESSOR_FILES = (  # tokenizer, chat template, image preprocessing
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
     "*.tiktoken", "chat_template*", "additional_chat_templates/*", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", PIXELS_FILE,
 )  # fmt: skip
 _OWN_FILES = ("*.safetensors", _INDEX, "config.json", "generation_config.json", *PROCESSOR_FILES)
 
@@ -52,13 +53,15 @@ def save_checkpoint(
     processor_source: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
+    pixels: PixelSettings | None = None,
     beside: Callable[[Path], object] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> Path:
     """Make `folder` a checkpoint of a model with the tokenizer and processor of `processor_source`.
 
     Either the old folder or the new one is there, never a mixture; other files in it stay. `state_dict`: the
-    model's whole weights, where its parameters are sharded. `beside` writes more into the new folder.
+    model's whole weights, where its parameters are sharded. `pixels`: what it was trained with; None: as the source
+    says. `beside` writes more into the new folder.
     StillhouseError: no tokenizer in the source; WriteError: a full disk, a folder that cannot be written.
     """
     folder = Path(folder)
@@ -68,7 +71,7 @@ def save_checkpoint(
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
         new.mkdir()
-        _fill_and_swap(model, folder, new, processor_source, weights, beside, max_shard_bytes)
+        _fill_and_swap(model, folder, new, processor_source, weights, pixels, beside, max_shard_bytes)
     return folder
 
 
@@ -78,6 +81,7 @@ def _fill_and_swap(
     new: Path,
     processor_source: str | Path,
     weights: Mapping[str, Tensor],
+    pixels: PixelSettings | None,
     beside: Callable[[Path], object] | None,
     max_shard_bytes: int,
 ) -> None:
@@ -90,6 +94,8 @@ def _fill_and_swap(
             _write_config(model, new)
             _write_weights(model, weights, new, max_shard_bytes)
         copy_processor(processor_source, new)
+        if pixels is not None:
+            write_pixel_settings(pixels, new)
         if beside is not None:
             beside(new)
         _replace_folder(folder, new)

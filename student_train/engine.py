@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import ConfigError, StillhouseError
+from storage.waiting import Waiting
 from student_train.config import StageSection
 from student_train.expert_parallel import autoep_settings, standard_names
 from student_train.parameter_groups import ParameterGroup
@@ -251,7 +252,8 @@ class Engine:
     def barrier(self) -> None:
         """Wait for the other ranks."""
         if self.process.num_ranks > 1:
-            torch.distributed.barrier()
+            with Waiting("the other ranks"):
+                torch.distributed.barrier()
 
     def close(self) -> None:
         """Let go of the module. The ranks stay joined, so that this process may train another stage."""

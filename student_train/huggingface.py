@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StillhouseError
+from storage.images.settings import BACKEND, PIXELS_FILE, PixelSettings, read_pixel_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +85,23 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 def load_image_processor(folder: str | Path) -> Any:
     """A checkpoint's image processor on Pillow. StillhouseError if there is no readable one."""
-    return _load("image processor", transformers_module().AutoImageProcessor.from_pretrained, folder, backend="pil")
+    return _load("image processor", transformers_module().AutoImageProcessor.from_pretrained, folder, backend=BACKEND)
+
+
+def load_pixel_settings(folder: str | Path) -> PixelSettings | None:
+    """The pixels that a checkpoint was trained with, None where it does not say. StillhouseError: a broken file."""
+    if not Path(folder).is_dir():  # a hub id, whose files are fetched one by one
+        file = transformers_module().utils.cached_file(
+            str(folder),
+            PIXELS_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is None:
+            return None
+        folder = Path(file).parent
+    return read_pixel_settings(folder)
 
 
 def load_processor(folder: str | Path) -> Any:
@@ -94,7 +111,7 @@ def load_processor(folder: str | Path) -> Any:
     except StillhouseError:  # a folder of a processor alone has no config.json
         kind = None
     if kind is None or "video_processor" not in kind.get_attributes():
-        return _load("processor", transformers_module().AutoProcessor.from_pretrained, folder, backend="pil")
+        return _load("processor", transformers_module().AutoProcessor.from_pretrained, folder, backend=BACKEND)
     return _load("processor", lambda place: _without_videos(kind, place), folder)
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from storage.errors import StillhouseError
+from storage.images.pictures import blank_picture
+from storage.images.pixels import Picture
 
 _OF_TEXT = ("input_ids", "attention_mask")
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is
@@ -54,11 +55,16 @@ class ImageInputs:
         self._by_size: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._lock = threading.Lock()
 
-    def of(self, pictures: Sequence[Image.Image]) -> ModelInputs:
+    @property
+    def image_processor(self) -> Any:
+        """The transformers image processor; None for a model without images."""
+        return getattr(self._processor, "image_processor", None)
+
+    def of(self, pictures: Sequence[Picture]) -> ModelInputs:
         """The inputs of some images in order. StillhouseError: the processor refuses one."""
         if self._image_token_id < 0:
             return ModelInputs({}, (), (), None)
-        shown = pictures or [Image.new("RGB", _BLANK)]
+        shown = pictures or [blank_picture(_BLANK)]
         made = self._ask(shown)
         ids = tuple(self.ids(picture.size) for picture in shown)
         return ModelInputs(
@@ -74,7 +80,7 @@ class ImageInputs:
             if size not in self._by_size:
                 if len(self._by_size) == _REMEMBERED_SIZES:
                     del self._by_size[next(iter(self._by_size))]
-                self._by_size[size] = self._ask([Image.new("RGB", size)])["input_ids"][0].numpy().astype(np.int64)
+                self._by_size[size] = self._ask([blank_picture(size)])["input_ids"][0].numpy().astype(np.int64)
             return self._by_size[size]
 
     def fixed_count(self) -> int | None:
@@ -82,7 +88,7 @@ class ImageInputs:
         counts = {int(np.count_nonzero(self.ids(size) == self._image_token_id)) for size in _PROBED_SIZES}
         return counts.pop() if len(counts) == 1 else None
 
-    def _ask(self, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    def _ask(self, pictures: Sequence[Picture]) -> dict[str, Any]:
         token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
         text = [token * len(pictures)]
         try:

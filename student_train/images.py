@@ -8,7 +8,6 @@ known, p images whose pixels are needed, c h w channels, height and width.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +15,13 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
 from storage.errors import StillhouseError
+from storage.identity import stored_pixels
+from storage.images.pictures import blank_picture
+from storage.images.pixels import ImageDecodeError, Picture, make_pixels
+from storage.images.settings import PixelSettings
 from storage.reader import Cache
 from storage.records import ImageRef
 from student_train.image_inputs import ImageInputs, ModelInputs
@@ -33,18 +35,20 @@ def open_images(cache: Cache, configured: str | None, processor: Any) -> ImageFo
     """
     root = cache.image_root if configured is None else Path(configured)
     travels = configured is None and "images" in cache.families and not root.is_dir()
-    return ImageFolder(root, processor, cache=cache if travels else None)
+    return ImageFolder(root, processor, pixels=stored_pixels(cache.identity), cache=cache if travels else None)
 
 
 class ImageFolder:
     """The images below a root, as the student's own preprocessing shows them to its vision tower."""
 
-    def __init__(self, root: str | Path, processor: Any, *, cache: Cache | None = None) -> None:
+    def __init__(self, root: str | Path, processor: Any, *, pixels: PixelSettings, cache: Cache | None = None) -> None:
         """`processor`: a transformers image processor that makes every image equally large, or ImageInputs.
 
-        `cache`: holds the files, which are then not looked for below the root.
+        `pixels`: how a file's bytes become pixels. `cache`: holds the files, which are then not looked for below the
+        root.
         """
         self._cache = cache
+        self._settings = pixels
         self.root = Path(root)
         self._resolved_root = self.root.resolve()
         self.processor = processor
@@ -53,7 +57,7 @@ class ImageFolder:
         """One image, ready for the tower. Errors as `picture`."""
         return self._processed(self.picture(image, sample_id=sample_id))
 
-    def picture(self, image: ImageRef, *, sample_id: str) -> Image.Image:
+    def picture(self, image: ImageRef, *, sample_id: str) -> Picture:
         """One image in RGB.
 
         Errors: StillhouseError naming sample and file, for a file that is missing, lies outside of the root,
@@ -71,16 +75,15 @@ class ImageFolder:
                 "give the folder of the original images, or dump again"
             )
         try:
-            with Image.open(io.BytesIO(content)) as opened:
-                return opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return make_pixels(content, self._settings)
+        except ImageDecodeError as error:
             raise StillhouseError(f"{place}: cannot be decoded: {error}") from error
 
     def blank(self) -> Float[Tensor, "1 c h w"]:
         """A black image, for a batch without images: parameters then get a gradient (of 0) on every rank."""
-        return self._processed(Image.new("RGB", (32, 32)))[None]
+        return self._processed(blank_picture((32, 32)))[None]
 
-    def _processed(self, picture: Image.Image) -> Float[Tensor, "c h w"]:
+    def _processed(self, picture: Picture) -> Float[Tensor, "c h w"]:
         return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
     def _content(self, image: ImageRef, place: str) -> bytes:
@@ -101,7 +104,7 @@ class Pictures(Protocol):
     @property
     def processor(self) -> Any: ...
 
-    def picture(self, image: ImageRef, *, sample_id: str) -> Image.Image: ...
+    def picture(self, image: ImageRef, *, sample_id: str) -> Picture: ...
 
     def pixels(self, image: ImageRef, *, sample_id: str) -> Tensor: ...
 

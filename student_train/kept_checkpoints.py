@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from storage.images.settings import PixelSettings
 from student_train import lora
 from student_train.checkpoint import put_back, save_checkpoint
 from student_train.config import StageSection
@@ -42,6 +43,7 @@ class KeptCheckpoints:
     model: Any
     stage: StageSection  # resolved
     average: WeightAverage | None = None
+    pixels: PixelSettings | None = None  # that it trains on; None: its caches hold no images
 
     @property
     def _folder(self) -> Path:
@@ -90,7 +92,7 @@ class KeptCheckpoints:
                 adapters, base = weights, self.stage.init
                 beside = partial(_save_adapter, adapters, section, base)
                 weights = lora.merged(weights, section)
-            save_checkpoint(self.model, folder, self.stage.init, state_dict=weights, beside=beside)
+            save_checkpoint(self.model, folder, self.stage.init, state_dict=weights, pixels=self.pixels, beside=beside)
 
 
 def _save_adapter(weights: Mapping[str, Any], section: Any, base: str, folder: Path) -> None:

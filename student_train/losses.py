@@ -169,14 +169,15 @@ class TailProfile:
 
     mass: Float[Tensor, " v"]
     log_mass: Float[Tensor, " v"]
+    exact_log_mass: Float[Tensor, " v"]  # float64: 1 minus the mass of stored tokens loses digits in float32
 
     @staticmethod
     def of(profile: Float[Tensor, " v"], *, temperature: float = 1.0, dtype: torch.dtype) -> TailProfile:
         """A profile of any sum with `PROFILE_FLOOR` spread evenly, p^(1/T) of it where T is not 1."""
         wide = profile.double()
         log_mass = ((1 - PROFILE_FLOOR) * wide / wide.sum() + PROFILE_FLOOR / len(wide)).log() / temperature
-        log_mass = log_mass.log_softmax(0).to(dtype)
-        return TailProfile(log_mass.exp(), log_mass)
+        exact = log_mass.log_softmax(0)
+        return TailProfile(exact.exp().to(dtype), exact.to(dtype), exact)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +256,8 @@ def _block_(
     if rule.temperature != 1:
         z /= rule.temperature
     weights = (0.0 if labels is None else label_weight, weight * rule.temperature)
-    if events is not None and (events.spread is None or rule.divergence in LINEAR):
+    # Below temperature 1 a profile's floor is raised to a power; what it leaves to other tokens may underflow.
+    if events is not None and (events.spread is None or (rule.divergence in LINEAR and rule.temperature >= 1)):
         sums = _events_step_(z, labels, events, against, weights, gradient)
     else:
         sums = _dense_step_(z, labels, _log_p(against), rule.term, weights, gradient)
@@ -344,21 +346,23 @@ def _log_p(against: Against) -> Float[Tensor, "r v"]:
     assert profile is not None
     counts = events.counts()
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(events.ids))
-    shape = _shape(events.spread, profile, events.ids, counts)
-    rows = shape.log()[:, None] + profile.log_mass
+    rows = profile.log_mass.repeat(len(counts), 1)
+    rows[row, events.ids] = -torch.inf
+    rows = rows.log_softmax(1).add_(events.spread.log()[:, None])
     rows[row, events.ids] = events.log_p
     return rows
 
 
 def _shape(spread: Tensor, profile: TailProfile, ids: Tensor, counts: Tensor) -> Float[Tensor, " r"]:
     """What the profile is multiplied by to be the teacher's probability of tokens that are not stored."""
-    return torch.where(spread > 0, spread / (1 - _sums(profile.mass[ids], counts)), 0)
+    outside = 1 - _sums(profile.exact_log_mass[ids].exp(), counts)
+    return torch.where(spread > 0, spread / outside, 0).to(spread.dtype)
 
 
 def _spread_logs(events: Events, profile: TailProfile, shape: Tensor, counts: Tensor) -> Tensor:
     """Sum over rows and other tokens of t log t, with t = shape * profile."""
-    mass_log = profile.mass * profile.log_mass
-    outside = mass_log.sum() - _sums(mass_log[events.ids], counts)
+    mass_log = profile.exact_log_mass.exp() * profile.exact_log_mass
+    outside = (mass_log.sum() - _sums(mass_log[events.ids], counts)).to(shape.dtype)
     assert events.spread is not None
     return (torch.special.xlogy(events.spread, shape) + shape * outside).sum()
 

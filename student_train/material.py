@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from storage.errors import CacheError, ConfigError, IdentityError
-from storage.identity import Identity, stored_relation, stored_temperatures
+from storage.identity import Identity, stored_pixels, stored_relation, stored_temperatures
 from storage.image_root import find_image_root
 from storage.narrowing import Narrowing
 from storage.reader import Cache, first_sample_with_images, read_identity
@@ -118,8 +118,8 @@ def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
     identities = {section.path: read_identity(section.path) for section in sections}
     checkpoint = read_checkpoint(stage.init)
     check_architecture(checkpoint, stage)
-    for identity in identities.values():
-        check_fit(checkpoint, identity)
+    notes = [note for identity in identities.values() for note in check_fit(checkpoint, identity)]
+    checkpoint = replace(checkpoint, notes=tuple(dict.fromkeys(notes)))
     check_together(stage.losses, identities)
     if stage.losses.visual or stage.losses.relation:
         for section in sections:
@@ -167,7 +167,7 @@ def _counts_of_sizes(
     root = section.images or find_image_root([identity.image_root], section.path, example=path)
     if not isinstance(inputs, ImageInputs) or not all(image.file(root).is_file() for image in example.images):
         return None
-    folder = ImageFolder(root, inputs)
+    folder = ImageFolder(root, inputs, pixels=stored_pixels(identity))
     pictures = [folder.picture(image, sample_id=example.sample_id) for image in example.images]
     return [int(np.count_nonzero(inputs.ids(each.size) == checkpoint.grid.image_token_id)) for each in pictures]
 
@@ -175,6 +175,9 @@ def _counts_of_sizes(
 def check_together(losses: LossesSection, identities: Mapping[str, Identity]) -> None:
     """IdentityError naming each field in which caches differ that one loss must read alike. By their paths."""
     asked: dict[str, Callable[[Identity], Any]] = {}
+    if all(identity.image_token_id >= 0 for identity in identities.values()):
+        for field in ("version", "background"):  # one student sees one kind of pixels
+            asked[f"pixels.{field}"] = lambda each, field=field: getattr(stored_pixels(each), field)
     for family in ("response", "visual"):
         section: DistributionLossSection | None = getattr(losses, family)
         if section:

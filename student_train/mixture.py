@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from storage.identity import Identity
+from storage.images.pixels import Picture
 from storage.reader import Cache
 from storage.records import ImageRef, SampleRecord
 from storage.shuffle import Shuffle, piece
@@ -145,7 +145,7 @@ class _Folders:
     def processor(self) -> Any:
         return self._folders[0].processor
 
-    def picture(self, image: ImageRef, *, sample_id: str) -> Image.Image:
+    def picture(self, image: ImageRef, *, sample_id: str) -> Picture:
         number, _, own_id = sample_id.partition(":")
         return self._folders[int(number)].picture(image, sample_id=own_id)
 

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from storage.errors import ConfigError, IdentityError, StillhouseError
-from storage.identity import Identity, real_vocab_size, tokenizer_fingerprint
+from storage.identity import Identity, real_vocab_size, stored_pixels, tokenizer_fingerprint
+from storage.images.settings import PixelSettings, processor_backend, processor_settings, settings_differences
 from student_train.batch import Grid
 from student_train.config import Module, Precision
 from student_train.huggingface import (
@@ -26,6 +27,7 @@ from student_train.huggingface import (
     is_llava,
     load_config,
     load_image_processor,
+    load_pixel_settings,
     load_processor,
     load_tokenizer,
     load_weights,
@@ -61,6 +63,8 @@ class Checkpoint:
     tokenizer: Any
     image_processor: Any  # of a LLaVA, else ImageInputs
     grid: Grid
+    pixels: PixelSettings | None = None  # that it was trained with, where it says so
+    notes: tuple[str, ...] = ()  # see `check_fit`
 
     @property
     def is_llava(self) -> bool:
@@ -106,7 +110,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         pad_token_id=0 if pad is None else pad,
         max_length=text.max_position_embeddings,
     )
-    return Checkpoint(str(folder), config, tokenizer, image_processor, grid)
+    return Checkpoint(str(folder), config, tokenizer, image_processor, grid, load_pixel_settings(folder))
 
 
 def _image_inputs(config: Any, folder: str | Path) -> tuple[ImageInputs, int | None]:
@@ -139,8 +143,12 @@ def visual_tokens_per_image(config: Any, image_processor: Any, folder: str | Pat
     return num_patches + CLASS_TOKENS[vision.model_type] - dropped
 
 
-def check_fit(checkpoint: Checkpoint, identity: Identity) -> None:
-    """IdentityError naming each field in which a student does not fit a cache, both values and what to do."""
+def check_fit(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
+    """Notes on the image processor: a line for each setting in which the student's differs from the teacher's.
+
+    Another size or mean is the student's own affair; its visual tokens are resampled. IdentityError naming each
+    field in which a student does not fit a cache, both values and what to do.
+    """
     vocabulary = checkpoint.tokenizer.get_vocab()
     rows = checkpoint.config.get_text_config().vocab_size
     problems = []
@@ -158,6 +166,33 @@ def check_fit(checkpoint: Checkpoint, identity: Identity) -> None:
             "this student does not fit this cache; give it the teacher's tokenizer, or dump with a teacher "
             "of its own family:" + "".join(f"\n  {problem}" for problem in problems)
         )
+    return _check_pixels(checkpoint, identity)
+
+
+def _check_pixels(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
+    """See `check_fit`."""
+    processor = checkpoint.image_processor
+    if isinstance(processor, ImageInputs):
+        processor = processor.image_processor
+    if processor is None or checkpoint.grid.image_token_id < 0:
+        return ()
+    theirs, backend = stored_pixels(identity), processor_backend(processor)
+    trained = checkpoint.pixels or theirs.model_copy(update={"backend": backend})
+    differing = {name: (cache, own) for name, cache, own in theirs.differences(trained)}
+    if theirs.backend not in (None, backend):  # what is at hand, whatever it was trained with
+        differing["backend"] = (theirs.backend, backend)
+    if differing:
+        lines = "".join(
+            f"\n  pixels.{name}: the cache has {cache}, {checkpoint.folder} has {own}"
+            for name, (cache, own) in differing.items()
+        )
+        raise IdentityError(
+            "this student does not see the pixels that this cache's teacher saw; dump again with data.background as "
+            f"the student's, or start from a student that was not trained on other pixels:{lines}"
+        )
+    if identity.image_processor is None:
+        return ()
+    return tuple(settings_differences(identity.image_processor, processor_settings(processor)))
 
 
 def check_parts(checkpoint: Checkpoint, trained: Sequence[Module], *, place: str = "train") -> None:

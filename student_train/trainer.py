@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from storage.errors import ConfigError, StillhouseError, WriteError
+from storage.identity import stored_pixels
 from storage.stop_signals import hold_signals
 from student_train.checkpoint import check_room, put_back
 from student_train.config import StageSection
@@ -40,6 +42,7 @@ from student_train.tracking import check_trackers
 from student_train.weight_average import WeightAverage
 
 LOG_FILE = "deepspeed.log"
+_log = logging.getLogger(__name__)
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
@@ -117,6 +120,8 @@ def train(
     check_ranks(process.num_ranks, stage.expert_parallel, stage=name)
     output = Path(stage.output)
     if process.is_first:
+        for note in material.checkpoint.notes:
+            _log.warning("stage %s: %s", name, note)
         put_back(output)
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -169,7 +174,9 @@ def train(
         engine=engine,
         training=feed(material),
         held_out=None if held_out is None else feed(held_out),
-        checkpoints=KeptCheckpoints(engine, model, stage, average),
+        checkpoints=KeptCheckpoints(
+            engine, model, stage, average, stored_pixels(identity) if identity.image_token_id >= 0 else None
+        ),
         state=StageState.of(output, name, inputs, num_ranks=process.num_ranks),
     )
     try:

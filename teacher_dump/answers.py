@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -33,7 +34,6 @@ from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
 from teacher_dump.dump_plan import DumpPlan, plan_questions
 from teacher_dump.log_file import quiet
-from teacher_dump.machine import count_gpus, is_alone
 from teacher_dump.plan import Part
 from teacher_dump.prompt import IMAGE_MARKER
 from teacher_dump.samples import Sample, SampleRefusedError, Turn
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from teacher_dump.preparation import Preparer
     from teacher_dump.teacher import Generator, TeacherPrompt
 
+_log = logging.getLogger(__name__)
 _PARTS, _DONE, _JOB = "part-{:05d}.jsonl", "answers.json", "job.json"
 _SAMPLES_PER_CALL = 32  # of the engine
 _SEED_BITS = 0x7FFF_FFFF  # engines take seeds of 31 bits
@@ -85,20 +86,17 @@ def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -
                 name=f"answers-{stripe}",
                 argv=(*module_command("teacher_dump.answers"), str(folder / _JOB), str(stripe), str(count)),
                 log_path=settings.logs.resolve() / f"answers-{stripe}.log",
+                num_devices=ray_jobs.gpus_of_engine(settings.teacher.settings),
             )
             for stripe in range(count)
         ]
-        gpus = settings.dump.gpus_per_actor
-        if gpus is None:
-            has_none = is_alone(settings.dump.ray_address) and not count_gpus()
-            gpus = 0 if has_none else settings.teacher.settings.get("tensor_parallel_size")
         with quiet(settings.logs / LOG_FILE) as screen:
             if progress:
                 print(f"answers: the teacher answers {missing:,} parts; logs are in {settings.logs}", file=screen)
             results = ray_jobs.run_commands(
                 commands,
                 settings.dump.cpus_per_actor,
-                gpus,
+                settings.dump.gpus_per_actor,
                 address=settings.dump.ray_address,
                 logs=settings.logs,
             )
@@ -177,12 +175,12 @@ class Answerer:
                     except SampleRefusedError as refusal:
                         errors.append(SampleError(sample.id, str(refusal)))
             seeds = [_seed(self.sampling.seed, active[place].id, number) for place, _ in asked]
-            answers = self.generator.generate(
-                [prompt for _, prompt in asked], sampling=self.sampling, seeds=seeds, stop_ids=self.eos_token_ids
-            )
-            for (place, _), token_ids in zip(asked, answers, strict=True):
+            answers = self._generate([prompt for _, prompt in asked], seeds)
+            for (place, _), answer in zip(asked, answers, strict=True):
                 try:
-                    turn = Turn("assistant", self._text(token_ids, number))
+                    if isinstance(answer, SampleRefusedError):
+                        raise answer
+                    turn = Turn("assistant", self._text(answer, number))
                     turns = active[place].turns
                     active[place] = replace(active[place], turns=(*turns[:number], turn, *turns[number + 1 :]))
                 except SampleRefusedError as refusal:
@@ -190,6 +188,37 @@ class Answerer:
             failed = {error.sample_id for error in errors}
             active = [sample for sample in active if sample.id not in failed]
         return active
+
+    def _generate(self, prompts: Sequence[TeacherPrompt], seeds: Sequence[int]) -> list[list[int] | SampleRefusedError]:
+        """The tokens of each answer, or why there is none. When a call fails, its prompts are tried one by one."""
+        from teacher_dump.device_failure import PromptRefusedError, is_device_failure
+
+        def generate(start: int, stop: int) -> list[list[int]]:
+            return self.generator.generate(
+                prompts[start:stop], sampling=self.sampling, seeds=seeds[start:stop], stop_ids=self.eos_token_ids
+            )
+
+        try:
+            return [*generate(0, len(prompts))]
+        except Exception as error:  # an engine raises its own kinds
+            if isinstance(error, StillhouseError) or is_device_failure(error):
+                raise
+            _log.warning("the teacher failed on %d prompts together: %s", len(prompts), error)
+        answers: list[list[int] | SampleRefusedError] = []
+        failure: Exception | None = None
+        for at in range(len(prompts)):
+            try:
+                answers += generate(at, at + 1)
+            except PromptRefusedError as error:
+                answers.append(SampleRefusedError(f"the teacher refuses this sample: {error}"))
+            except Exception as error:
+                if isinstance(error, StillhouseError) or is_device_failure(error):
+                    raise
+                failure = error
+                answers.append(SampleRefusedError(f"the teacher failed: {error}"))
+        if failure is not None and len(answers) > 1 and all(isinstance(one, SampleRefusedError) for one in answers):
+            raise StillhouseError(f"the teacher fails on every prompt; {failure}") from failure
+        return answers
 
     def _prompt(self, sample: Sample, number: int) -> TeacherPrompt:
         """What the teacher sees before its answer at turn `number`: the ids up to where an answer would start."""

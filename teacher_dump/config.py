@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from storage.config import Section
+from storage.images.settings import WHITE, Background
 from teacher_dump.lengths import TooLong
 
 
@@ -54,6 +55,7 @@ class DataSection(Section):
 
     sources: tuple[SourceSection, ...] = ()
     extracted: str | None = None  # folder for images that are no files of their own; None: images/ in the run's folder
+    background: Background = WHITE  # that transparent pixels show, as #rrggbb
     too_long: TooLong = "refuse"  # what becomes of a sample beyond max_length:
     # cut_turns leaves out whole questions with their answers from the end; cut_answer ends the answer at max_length
 
@@ -112,4 +114,4 @@ class DumpSection(Section):
     ray_address: str | None = None  # of a running cluster; None: RAY_ADDRESS if set, else a local one
     rows_per_chunk: Annotated[int, Field(ge=1)] = 1024  # rows of [rows, vocabulary] in memory at once
     max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of samples; above it the dump fails
-    blind_check_samples: Annotated[int, Field(ge=0)] = 4  # images swapped to see that outputs change
+    blind_check_samples: Annotated[int, Field(ge=0)] = 4  # images swapped and turned to see that outputs change

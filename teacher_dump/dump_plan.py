@@ -11,6 +11,7 @@ from typing import Any
 from storage.config import CacheSection, SelectionSection
 from storage.errors import ConfigError
 from storage.identity import Identity
+from storage.images.settings import PIXELS_FILE, read_pixel_settings
 from storage.records import SampleError
 from teacher_dump import checkpoint, fingerprint
 from teacher_dump.budget_choice import recorded_choices
@@ -66,6 +67,8 @@ def _plan(settings: DumpSettings) -> DumpPlan:
     memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
     trust = bool(teacher.settings.get("trust_remote_code", False))
     facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust))
+    facts = facts.with_background(settings.data.background)
+    _check_background(folder, facts)
     max_length = min(teacher.max_length, _context_length(folder) or teacher.max_length)
 
     def make(samples: Sequence[Sample], errors: Sequence[SampleError]) -> Plan:
@@ -90,6 +93,8 @@ def _plan(settings: DumpSettings) -> DumpPlan:
         vocab_size=facts.vocab_size,
         chat_template_fingerprint=facts.chat_template_fingerprint,
         image_preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        pixels=facts.pixels,
+        image_processor=facts.image_processor,
         image_token_id=facts.image_token_id,
         eos_token_ids=facts.eos_token_ids,
         plan_fingerprint=plan.fingerprint,
@@ -99,6 +104,17 @@ def _plan(settings: DumpSettings) -> DumpPlan:
         | ({"tokens": settings.answered} if settings.answered else {}),
     )
     return DumpPlan(plan, identity, folder, facts, max_length)
+
+
+def _check_background(folder: Path, facts: fingerprint.ProcessorFacts) -> None:
+    """ConfigError: a teacher that was trained here, on transparent pixels that showed something else."""
+    trained = read_pixel_settings(folder)
+    for name, theirs, ours in [] if trained is None or facts.pixels is None else trained.differences(facts.pixels):
+        if name == "background":
+            raise ConfigError(
+                f"data.background is {ours}, but {folder} was trained with {theirs} ({PIXELS_FILE}); "
+                f"set data.background to {theirs!r}"
+            )
 
 
 def _asks_teacher(cache: CacheSection) -> bool:

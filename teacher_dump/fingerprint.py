@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from storage.disk import explain_write_errors
 from storage.errors import StillhouseError
 from storage.files import write_atomically
 from storage.identity import real_vocab_size, tokenizer_fingerprint
+from storage.images.settings import PixelSettings, processor_backend, processor_settings
 from teacher_dump import checkpoint
 
 NONE = "none"  # where a cache has no teacher at all
@@ -38,6 +39,16 @@ class ProcessorFacts:
     image_preprocessing_fingerprint: str
     image_token_id: int  # -1 for a teacher without images
     eos_token_ids: tuple[int, ...]  # the tokenizer's own first
+    image_processor: dict[str, Any] | None = None  # see `processor_settings`; None without images
+    pixels: PixelSettings | None = None  # None without images
+
+    def with_background(self, background: str) -> ProcessorFacts:
+        """The same of pixels on another background, which is part of their preprocessing."""
+        if self.pixels is None:
+            return self
+        pixels = self.pixels.model_copy(update={"background": background})
+        preprocessing = _hash([self.image_preprocessing_fingerprint, pixels.model_dump()])
+        return replace(self, image_preprocessing_fingerprint=preprocessing, pixels=pixels)
 
 
 def processor_facts(folder: Path, processor: Any) -> ProcessorFacts:
@@ -59,6 +70,8 @@ def processor_facts(folder: Path, processor: Any) -> ProcessorFacts:
         image_preprocessing_fingerprint=_hash({"image_processor": settings, "grid": grid}),
         image_token_id=_image_token_id(folder, processor),
         eos_token_ids=_eos_token_ids(folder, tokenizer),
+        image_processor=None if image_processor is None else processor_settings(image_processor),
+        pixels=None if image_processor is None else PixelSettings(backend=processor_backend(image_processor)),
     )
 
 
@@ -114,13 +127,20 @@ class FingerprintMemory:
         """The processor's facts; `load_processor` is called only if they are not remembered."""
         files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
         version = metadata.version("transformers")
-        values = self.recall(f"processor {version}", files, lambda: asdict(processor_facts(folder, load_processor())))
-        return ProcessorFacts(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
+        values = self.recall(
+            f"processor 2 {version}", files, lambda: _as_values(processor_facts(folder, load_processor()))
+        )
+        pixels = None if values["pixels"] is None else PixelSettings(**values["pixels"])
+        return ProcessorFacts(**{**values, "eos_token_ids": tuple(values["eos_token_ids"]), "pixels": pixels})
 
     def _save(self) -> None:
         with explain_write_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, json.dumps(self._known, indent=1, sort_keys=True).encode())
+
+
+def _as_values(facts: ProcessorFacts) -> dict[str, Any]:
+    return asdict(facts) | {"pixels": None if facts.pixels is None else facts.pixels.model_dump()}
 
 
 def _image_token_id(folder: Path, processor: Any) -> int:

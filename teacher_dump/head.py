@@ -8,11 +8,12 @@ Legend: r rows, n visual rows of one image, v real vocabulary, d hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from storage.head import StoredHead, make_head
 from storage.records import RelationMatrix
 from storage.rows import SparseRows
 from teacher_dump import checkpoint
+from teacher_dump.device_failure import free_memory, is_out_of_memory
 from teacher_dump.selection import Selection, select_rows
 
 _HEAD = "lm_head.weight"
@@ -45,6 +47,19 @@ _UNKNOWN_KINDS = {
 _CPU_ROWS = 128
 _VOCABULARY_CHUNK = 8192  # columns of [n, v] at once, where logits are not linear in the hidden states
 
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class ChunkLimit:
+    """How many of the rows that a caller allows at once a device has room for; halved once, for good."""
+
+    is_halved: bool = False
+
+    def of(self, rows_per_chunk: int) -> int:
+        return max(1, rows_per_chunk // 2) if self.is_halved else rows_per_chunk
+
 
 @dataclass(frozen=True, eq=False)
 class OutputHead:
@@ -54,6 +69,7 @@ class OutputHead:
     bias: Float[Tensor, " v"] | None = None
     scale: float = 1.0
     soft_cap: float | None = None
+    chunk_limit: ChunkLimit = field(default_factory=ChunkLimit)
 
     @property
     def vocab_size(self) -> int:
@@ -94,13 +110,13 @@ class OutputHead:
         """The rows' distributions as a cache keeps them; no more than [rows_per_chunk, v] in memory at once.
 
         `uniforms` (r, sets) and `tail_total`: see selection.select_rows. ValueError: logits that are not finite.
+        Where memory is short, rows_per_chunk is halved once; torch.OutOfMemoryError: that was not enough.
         """
-        parts = []
-        rows_per_chunk = min(rows_per_chunk, _CPU_ROWS) if self._packed is not None else rows_per_chunk
-        for start in range(0, max(hidden.shape[0], 1), rows_per_chunk):
-            chunk = slice(start, start + rows_per_chunk)
-            parts.append(
-                select_rows(
+
+        def select(chunk: slice) -> SparseRows:
+            tail_before = None if tail_total is None else tail_total.clone()
+            try:
+                return select_rows(
                     self.logits(hidden[chunk]),
                     labels=None if labels is None else labels[chunk].to(self.weight.device),
                     selection=selection,
@@ -108,20 +124,45 @@ class OutputHead:
                     temperatures=temperatures,
                     tail_total=tail_total,
                 )
-            )
-        return SparseRows.concatenate(parts)
+            except BaseException:  # rows that are selected again must not count twice
+                if tail_total is not None and tail_before is not None:
+                    tail_total.copy_(tail_before)
+                raise
+
+        rows_per_chunk = min(rows_per_chunk, _CPU_ROWS) if self._packed is not None else rows_per_chunk
+        return SparseRows.concatenate(self._chunks(max(hidden.shape[0], 1), rows_per_chunk, select))
 
     def label_logprobs(
         self, hidden: Float[Tensor, "r d"], labels: Int[Tensor, " r"], *, rows_per_chunk: int
     ) -> Float[Tensor, " r"]:
         """Each row's logprob of its label at temperature 1, float32; [rows_per_chunk, v] in memory at once."""
         labels = labels.to(self.weight.device)
-        found = [hidden.new_zeros(0, dtype=torch.float32, device=self.weight.device)]
-        for start in range(0, hidden.shape[0], rows_per_chunk):
-            chunk = slice(start, start + rows_per_chunk)
+
+        def take_labels(chunk: slice) -> Tensor:
             logits = self.logits(hidden[chunk])
-            found.append(logits.gather(1, labels[chunk, None])[:, 0] - logits.logsumexp(dim=1))
-        return torch.cat(found)
+            return logits.gather(1, labels[chunk, None])[:, 0] - logits.logsumexp(dim=1)
+
+        none = hidden.new_zeros(0, dtype=torch.float32, device=self.weight.device)
+        return torch.cat([none, *self._chunks(hidden.shape[0], rows_per_chunk, take_labels)])
+
+    def _chunks(self, num_rows: int, rows_per_chunk: int, compute: Callable[[slice], T]) -> list[T]:
+        """`compute` of one stretch of rows after another; where memory is short, of stretches half as long."""
+        results: list[T] = []
+        start = 0
+        while start < num_rows:
+            num = self.chunk_limit.of(rows_per_chunk)
+            try:
+                results.append(compute(slice(start, start + num)))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.chunk_limit.is_halved or rows_per_chunk == 1:
+                    raise
+                _log.warning("no memory for %d rows of logits; from now on half as many at once: %s", num, error)
+            else:
+                start += num
+                continue
+            self.chunk_limit.is_halved = True
+            free_memory()  # here, where no traceback keeps the tensors of the failed attempt
+        return results
 
     def relation(self, hidden: Float[Tensor, "n d"], *, centered: bool) -> RelationMatrix:
         """G / ||G|| with G = Z Z^T, Z the raw logits of an image's visual rows; float32.

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
-from PIL.Image import Image
-
+from storage.images.pixels import ImageDecodeError, Picture, make_pixels
+from storage.images.settings import PixelSettings
 from teacher_dump.samples import SampleRefusedError
 
 MAX_IMAGE_BYTES = 256 * 2**20  # of a file; an image of as many pixels as Pillow trusts is smaller
@@ -22,15 +19,12 @@ class LoadedImage:
 
     path: str  # relative to the image root
     sha256: str  # of the file's bytes
-    pixels: Image  # RGB
+    pixels: Picture
     content: bytes  # of the file
 
 
-def load_image(root: Path, path: str) -> LoadedImage:
-    """Read and decode one image. SampleRefusedError: outside of the root, unreadable, no image, too large to trust.
-
-    Pillow's own limit against decompression bombs holds (about 179 million pixels).
-    """
+def load_image(root: Path, path: str, settings: PixelSettings) -> LoadedImage:
+    """Read and decode one image. SampleRefusedError: outside of the root, unreadable, no image, too large to trust."""
     try:
         file = (root / path).resolve()
         if not file.is_relative_to(root.resolve()):
@@ -45,12 +39,7 @@ def load_image(root: Path, path: str) -> LoadedImage:
     except (OSError, ValueError, RuntimeError) as error:
         raise SampleRefusedError(f"image {path!r}: cannot be read: {error}") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # palettes, odd metadata, and bombs below the limit
-            with PIL.Image.open(io.BytesIO(content)) as image:
-                pixels = image.convert("RGB")
-    except PIL.UnidentifiedImageError as error:  # whose own message holds a memory address
-        raise SampleRefusedError(f"image {path!r}: cannot be decoded: is of no image format") from error
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        pixels = make_pixels(content, settings)
+    except ImageDecodeError as error:
         raise SampleRefusedError(f"image {path!r}: cannot be decoded: {error}") from error
     return LoadedImage(path, hashlib.sha256(content).hexdigest(), pixels, content)

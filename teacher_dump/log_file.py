@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from storage.disk import explain_write_errors
+from storage.waiting import notices_to
 
 
 def send_output_to(path: Path) -> None:
@@ -32,7 +33,10 @@ def quiet(path: Path) -> Iterator[TextIO]:
     try:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        with os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding="utf-8", errors="replace") as screen:
+        with (
+            os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding="utf-8", errors="replace") as screen,
+            notices_to(lambda notice: print(notice, file=screen)),
+        ):
             yield screen
     finally:
         for stream in (sys.stdout, sys.stderr):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from storage.images.settings import PixelSettings
 from storage.records import ImageRef, TokensRecord, image_key
 from teacher_dump.images import LoadedImage, load_image
 from teacher_dump.lengths import TooLong, kept_length
@@ -49,6 +50,7 @@ class Preparer:
         grid: VisualGrid,
         image_token_id: int,
         preprocessing_fingerprint: str,
+        pixels: PixelSettings,
         image_root: Path,
         max_length: int,  # tokens, visual tokens included
         too_long: TooLong = "refuse",
@@ -57,13 +59,14 @@ class Preparer:
         self._grid = grid
         self._image_token_id = image_token_id
         self._preprocessing = preprocessing_fingerprint
+        self._pixels = pixels
         self._image_root = image_root
         self._max_length = max_length
         self._too_long: TooLong = too_long
 
     def prepare(self, sample: Sample) -> Prepared:
         """SampleRefusedError: a bad image, a prompt that cannot be made, more than `max_length` tokens."""
-        images = tuple(load_image(self._image_root, path) for path in sample.images)
+        images = tuple(load_image(self._image_root, path, self._pixels) for path in sample.images)
         prompt = self._prompts.build(sample)
         grids = [self._grid.ids(image.pixels) for image in images]
         expansion = expand(prompt.token_ids, grids, self._image_token_id)
@@ -102,7 +105,7 @@ class Preparer:
 
     def restore(self, record: TokensRecord) -> Prepared:
         """A sample of a cache, ready for the teacher again. SampleRefusedError: an image is not what it was."""
-        images = tuple(load_image(self._image_root, ref.path) for ref in record.images)
+        images = tuple(load_image(self._image_root, ref.path, self._pixels) for ref in record.images)
         for image, ref in zip(images, record.images, strict=True):
             if image.sha256 != ref.sha256:
                 raise SampleRefusedError(

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import StillhouseError
+from storage.images.settings import BACKEND
 from teacher_dump import torchvision_shim
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The processor of a checkpoint, or its tokenizer where it takes no images."""
+    """The processor of a checkpoint, or its tokenizer where it takes no images.
+
+    Images are resized by the library that every student uses, whatever else is installed.
+    """
     torchvision_shim.ensure()
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, backend=BACKEND)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StillhouseError(f"{folder}: its processor or tokenizer cannot be loaded: {error}") from error

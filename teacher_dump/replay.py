@@ -33,7 +33,7 @@ _SECOND_BATCH = 5
 # Of what decides a teacher's answer; `engine` may be newer, and then replay says what that changed.
 _COMPARED = (
     "teacher_fingerprint", "dtype", "tokenizer_fingerprint", "vocab_size", "chat_template_fingerprint",
-    "image_preprocessing_fingerprint", "image_token_id", "eos_token_ids",
+    "image_preprocessing_fingerprint", "pixels", "image_processor", "image_token_id", "eos_token_ids",
 )  # fmt: skip
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
-from PIL.Image import Image
 from torch import Tensor
 
+from storage.images.pixels import Picture
 from teacher_dump.config import SamplingSection
 
 
@@ -23,7 +23,7 @@ class TeacherPrompt:
     """Unexpanded token ids, one image token an image, and the images in that order."""
 
     token_ids: NDArray[np.int32]
-    images: tuple[Image, ...]  # RGB
+    images: tuple[Picture, ...]
     image_keys: tuple[str, ...] = ()  # each image's content hash; without them it shares nothing with other prompts
 
 
@@ -40,6 +40,15 @@ class Teacher(Protocol):
 
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
         """The states of each prompt, in order. Raises whatever the engine raises; the engine stays usable."""
+        ...
+
+
+@runtime_checkable
+class ShowsPixels(Protocol):
+    """An engine that tells what its own processor makes of images."""
+
+    def pixel_values(self, prompt: TeacherPrompt) -> list[Tensor | None]:
+        """Of each image of a prompt; None where they are in no single tensor."""
         ...
 
 

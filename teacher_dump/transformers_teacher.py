@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from storage.errors import ConfigError, StillhouseError
+from storage.images.pixels import Picture
 from teacher_dump import torchvision_shim
 from teacher_dump.config import SamplingSection
 from teacher_dump.processor import load_processor
@@ -97,7 +97,7 @@ class TransformersTeacher:
             for name, value in inputs.items()
         }
 
-    def _image_inputs(self, images: Sequence[Image], is_visual: Tensor) -> dict[str, Tensor]:
+    def _image_inputs(self, images: Sequence[Picture], is_visual: Tensor) -> dict[str, Tensor]:
         """What the processor makes of a sample's images, and which positions are theirs where the model asks that."""
         token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
         inputs = dict(self._processor(images=list(images), text=[token * len(images)], return_tensors="pt"))

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from storage.errors import StillhouseError
+from storage.images.pictures import blank_picture
+from storage.images.pixels import Picture
 from teacher_dump.samples import SampleRefusedError
 
 _PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # a grid that knows sizes differs between them
@@ -75,7 +76,7 @@ class VisualGrid:
         self._image_token_id = image_token_id
         self._by_size: dict[tuple[int, int], NDArray[np.int64]] = {}
 
-    def ids(self, image: Image.Image) -> NDArray[np.int64]:
+    def ids(self, image: Picture) -> NDArray[np.int64]:
         """The tokens that stand for this image, separators included.
 
         SampleRefusedError: a size that the processor refuses. StillhouseError: it gives no visual tokens.
@@ -96,7 +97,7 @@ class VisualGrid:
         text = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
         try:
             asked = self._processor(
-                images=[Image.new("RGB", size)], text=[text], add_special_tokens=False, return_tensors="np"
+                images=[blank_picture(size)], text=[text], add_special_tokens=False, return_tensors="np"
             )
         except ValueError as error:
             raise SampleRefusedError(f"the processor refuses an image of {size[0]} x {size[1]}: {error}") from error

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import ConfigError, StillhouseError
+from storage.images.settings import BACKEND
 from teacher_dump import checkpoint, torchvision_shim
 from teacher_dump.config import SamplingSection
+from teacher_dump.device_failure import (
+    DeviceLostError,
+    PromptRefusedError,
+    free_memory,
+    is_device_failure,
+    is_out_of_memory,
+)
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 
 _log = logging.getLogger(__name__)
@@ -47,6 +55,8 @@ _NOT_SHOWN = {"video": 0, "audio": 0}  # or the engine keeps memory for the long
 _CPU_KV_CACHE_BYTES = 256 * 2**20  # the default takes 92 % of the memory, which the head and others need
 _CPU_BLOCK_SIZE = 32  # tokens, of which a shared prefix is made; the default of 128 is longer than many a prompt
 _GPU_MEMORY_FRACTION = 0.8  # leaves room for the output head and a chunk of logits beside the engine
+_PROBE = {"prompt_token_ids": [0]}  # what every engine can answer
+T = TypeVar("T")
 
 
 class VllmTeacher:
@@ -111,6 +121,12 @@ class VllmTeacher:
             for prompt, ids, states in zip(prompts, token_ids, hidden, strict=True)
         ]
 
+    def pixel_values(self, prompt: TeacherPrompt) -> list[Tensor | None]:
+        """See ShowsPixels. Nothing is computed, and no image is remembered."""
+        (rendered,) = self._engine.renderer.render_cmpl([engine_prompt(prompt)], skip_mm_cache=True)
+        shown = [item.get_data().get("pixel_values") for item in rendered["mm_kwargs"].get("image", ())]
+        return [values if isinstance(values, Tensor) else None for values in shown]
+
     def _alone(self, prompt: TeacherPrompt) -> Tensor:
         """(t, d) All states of a prompt that has the engine for itself."""
         (ids,), (states,) = self._ask([prompt], [f"{self._num_calls}"], shares=False)
@@ -122,16 +138,22 @@ class VllmTeacher:
         self, prompts: Sequence[TeacherPrompt], salts: Sequence[str], *, shares: bool
     ) -> tuple[list[NDArray[np.int64]], list[Tensor | None]]:
         """Token ids, (t,) each, and the states that were computed: of the last positions, or of all."""
-        outputs = self._engine.encode(
-            [{**engine_prompt(prompt), "cache_salt": salt} for prompt, salt in zip(prompts, salts, strict=True)],
-            pooling_params=self._vllm.PoolingParams(use_activation=False, skip_reading_prefix_cache=not shares),
-            pooling_task=_TASK,
-            use_tqdm=False,
+        asked = [{**engine_prompt(prompt), "cache_salt": salt} for prompt, salt in zip(prompts, salts, strict=True)]
+        outputs = call_engine(
+            self._engine, lambda: self._encode(asked, shares=shares), probe=lambda: self._encode([_PROBE], shares=False)
         )
         if len(outputs) != len(prompts):
             raise RuntimeError(f"vLLM gives {len(outputs)} answers to {len(prompts)} prompts")
         token_ids = [np.asarray(output.prompt_token_ids, np.int64) for output in outputs]
         return token_ids, [computed_states(output) for output in outputs]
+
+    def _encode(self, asked: Sequence[Any], *, shares: bool) -> list[Any]:
+        return self._engine.encode(
+            asked,
+            pooling_params=self._vllm.PoolingParams(use_activation=False, skip_reading_prefix_cache=not shares),
+            pooling_task=_TASK,
+            use_tqdm=False,
+        )
 
 
 def _families(prompts: Sequence[TeacherPrompt]) -> list[str]:
@@ -209,8 +231,56 @@ class VllmGenerator:
             for seed in seeds
         ]
         asked = [engine_prompt(prompt) for prompt in prompts]
-        outputs = self._engine.generate(asked, parameters, use_tqdm=False) if asked else []
+        if not asked:
+            return []
+        short = self._vllm.SamplingParams(max_tokens=1, detokenize=False)
+        outputs = call_engine(
+            self._engine,
+            lambda: self._engine.generate(asked, parameters, use_tqdm=False),
+            probe=lambda: self._engine.generate([_PROBE], short, use_tqdm=False),
+        )
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def call_engine(engine: Any, call: Callable[[], T], *, probe: Callable[[], Any]) -> T:
+    """The answer of a vllm.LLM to `call`. A call that fails leaves no request and no cached picture behind.
+
+    vLLM remembers a picture once it has made its tensors, also where the call then fails before the engine has got
+    them. Every later prompt with that picture would fail, and its request would stay in a list that `encode` waits for.
+    `probe` is a small call: it waits for the pictures of the failed call that are still being prepared, and shows
+    that the engine still works.
+
+    Errors: PromptRefusedError where the prompt is at fault; DeviceLostError where this process is of no more use;
+    else what the call raised.
+    """
+    first = engine.request_counter.counter
+    try:
+        return call()
+    except Exception as error:  # an engine raises its own kinds
+        failure = error
+    if is_device_failure(failure):
+        raise DeviceLostError(f"vLLM's device or engine failed: {_first_line(failure)}") from failure
+    if is_out_of_memory(failure):
+        failure = failure.with_traceback(None)  # its frames hold the tensors
+        free_memory()
+    try:
+        inner = engine.llm_engine
+        inner.abort_request([str(number) for number in range(first, engine.request_counter.counter)])
+        probe()
+        engine.reset_mm_cache()
+        inner.reset_encoder_cache()  # a picture may be listed there whose features were never computed
+        engine.reset_prefix_cache()
+    except Exception as error:
+        raise DeviceLostError(
+            f"vLLM does not recover from a failed call: {_first_line(failure)}; then: {_first_line(error)}"
+        ) from failure
+    if any(kind.__name__ == "VLLMClientError" for kind in type(failure).__mro__):
+        raise PromptRefusedError(_first_line(failure)) from failure
+    raise failure
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _import_vllm() -> Any:
@@ -245,6 +315,7 @@ def _open_engine(
             str(checkpoint.servable_view(folder, into=served)),
             dtype=dtype,
             max_model_len=max_length,
+            mm_processor_kwargs={"backend": BACKEND},  # the library that the dump's own processor and students use
             **{"limit_mm_per_prompt": _NOT_SHOWN, **ours, **defaults, **settings},
         )
     except Exception as error:  # an engine raises its own kinds

@@ -10,7 +10,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from storage.documents import Commit
 from storage.errors import ConfigError
 from storage.identity import Identity
+from storage.images.settings import PixelSettings
+from storage.waiting import Waiting
 from storage.writer import CacheWriter
 from teacher_dump.fingerprint import ProcessorFacts
 from teacher_dump.lengths import TooLong
 from teacher_dump.open_teacher import OpenTeacher
+from teacher_dump.pixel_check import check_pixel_values
 from teacher_dump.plan import Part
 from teacher_dump.preparation import Preparer
 from teacher_dump.processor import load_processor
 from teacher_dump.prompt import PromptBuilder
 from teacher_dump.request import SignalRequest
 from teacher_dump.samples import Sample
-from teacher_dump.scoring import PartScorer, Scored
+from teacher_dump.scoring import Chunk, PartScorer, Scored
 from teacher_dump.sight import check_sight
 from teacher_dump.teacher import Generator, Teacher
 from teacher_dump.visual_grid import VisualGrid
@@ -62,6 +65,9 @@ class WorkerSettings:
     too_long: TooLong = "refuse"
 
 
+OpenEngine = Callable[[WorkerSettings], Teacher]
+
+
 @dataclass(frozen=True)
 class PartOutcome:
     """What became of one part."""
@@ -84,8 +90,10 @@ class Worker:
     at a time. So no more is in memory than a part that is written, one that is scored, and two chunks of samples.
     """
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, *, open_engine: OpenEngine | None = None) -> None:
+        """`open_engine` loads the teacher's engine; by default the one that the settings name."""
         self._settings = settings
+        self._open_engine = open_engine or _open_engine
         self._writer = CacheWriter.open(
             settings.cache,
             settings.identity,
@@ -98,6 +106,9 @@ class Worker:
         self._teaching = ThreadPoolExecutor(1, "teacher")
         self._preparing = ThreadPoolExecutor(1, "samples")
         self._writing = threading.Lock()
+        self._changed = threading.Condition()
+        self._num_unwritten = 0  # parts that are scored and not yet committed
+        self._num_written = 0
 
     def run(self, part: Part) -> PartOutcome:
         """Score a part and commit it; one that is committed already is left alone.
@@ -113,13 +124,41 @@ class Worker:
                 self._scorer = self._teaching.submit(self._open_scorer).result()
         started = time.time()
         chunks = ahead(self._scorer.chunks(part), self._preparing)
-        scored = self._teaching.submit(self._scorer.score, part, chunks).result()
-        with self._writing:
-            commit = self._writer.write_part(part.number, scored.records)
+        scored = self._teaching.submit(self._score, part, chunks).result()
+        try:
+            with self._writing:
+                commit = self._writer.write_part(part.number, scored.records)
+                self._num_written += 1
+        finally:
+            with self._changed:
+                self._num_unwritten -= 1
+                self._changed.notify_all()
         return _outcome(part, commit, scored, started)
 
+    def finish_writing(self, *, limit_s: float) -> int:
+        """Wait until the parts that are scored by now are committed, or cannot be; how many this worker has committed.
+
+        For a process that is about to end.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_unwritten == 0, timeout=limit_s)
+            return self._num_written
+
+    def _score(self, part: Part, chunks: Iterator[Chunk]) -> Scored:
+        assert self._scorer is not None
+        scored = self._scorer.score(part, chunks)
+        with self._changed:  # in the teacher's thread, so that it is counted before a later part can fail
+            self._num_unwritten += 1
+        return scored
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its teacher is loaded."""
+        return self._scorer is not None
+
     def _open_scorer(self) -> PartScorer:
-        scorer = open_scorer(self._settings)
+        with Waiting("the teacher to load"):
+            scorer = open_scorer(self._settings, self._open_engine)
         if scorer.teacher is not None and self._settings.request.hidden_limit is not None:
             self._writer.put_head(scorer.teacher.head.stored())
         return scorer
@@ -175,23 +214,35 @@ def open_preparer(settings: WorkerSettings) -> Preparer:
         grid=grid,
         image_token_id=facts.image_token_id,
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        pixels=facts.pixels or PixelSettings(),
         image_root=settings.image_root,
         max_length=settings.max_length,
         too_long=settings.too_long,
     )
 
 
-def open_scorer(settings: WorkerSettings) -> PartScorer:
+def open_scorer(settings: WorkerSettings, open_engine: OpenEngine | None = None) -> PartScorer:
     """A scorer with its teacher loaded, and seen to see. StillhouseError: the teacher cannot be used."""
     preparer = open_preparer(settings)
-    teacher = open_teacher(settings) if settings.request.needs_teacher else None
+    teacher = open_teacher(settings, open_engine) if settings.request.needs_teacher else None
     scorer = PartScorer(preparer, settings.request, teacher)
     if teacher is not None and settings.check_samples:
-        check_sight(scorer, teacher.head, settings.check_samples)
+        check_sight(scorer, teacher.head, settings.check_samples, pixels=settings.facts.pixels)
+        _check_pixel_values(settings, scorer, teacher)
     return scorer
 
 
-def open_teacher(settings: WorkerSettings) -> OpenTeacher:
+def _check_pixel_values(settings: WorkerSettings, scorer: PartScorer, teacher: OpenTeacher) -> None:
+    trust = bool(settings.engine_settings.get("trust_remote_code", False))
+    check_pixel_values(
+        teacher.engine,
+        load_processor(settings.checkpoint, trust_remote_code=trust),
+        scorer.prepare(settings.check_samples, []),
+        image_token_id=settings.facts.image_token_id,
+    )
+
+
+def open_teacher(settings: WorkerSettings, open_engine: OpenEngine | None = None) -> OpenTeacher:
     """Load the engine and the output head, the head on the GPU where there is one."""
     import torch
 
@@ -199,7 +250,7 @@ def open_teacher(settings: WorkerSettings) -> OpenTeacher:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     head = read_head(settings.checkpoint, vocab_size=settings.facts.vocab_size, device=device)
-    return OpenTeacher(_open_engine(settings), head)
+    return OpenTeacher((open_engine or _open_engine)(settings), head)
 
 
 def open_generator(settings: WorkerSettings) -> Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,11 @@ from storage.child_process import descendants_end_with_this
 from storage.errors import ConfigError, StillhouseError
 from storage.search_path import shadowed_packages
 from storage.stop_signals import Interrupted
+from storage.waiting import Waiting
 
 GPUS_OF_ACTORS = "dump.gpus_per_actor or teacher.settings"  # by its ranks where nothing is said
+_HOST_PORT = re.compile(r"[^/:]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
+_ANSWER_S = 60.0  # for a Ray head to answer a first connection
 _OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray; parts travel as text and results as a few numbers
 
 
@@ -62,13 +66,16 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[bool]:
 
 def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
     handler = signal.getsignal(signal.SIGTERM)
+    if address:
+        check_answers(address)
     try:
-        ray.init(**options)
+        with Waiting(f"Ray at {address}" if address else "Ray to start on this machine"):
+            ray.init(**options)
     except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: of Ray's handler of SIGTERM
         with contextlib.suppress(Exception):  # whatever half of it is there
             ray.shutdown()
         raise stop if isinstance(stop, KeyboardInterrupt) else Interrupted(signal.SIGTERM) from stop
-    except (ConnectionError, ValueError, RayError, OSError) as error:
+    except (ConnectionError, ValueError, RayError, OSError, RuntimeError) as error:
         raise StillhouseError(f"Ray cannot be had at {address or 'this machine'}: {last_line(error)}") from error
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
@@ -111,6 +118,25 @@ def _importing(packages: Sequence[str], *, besides: str) -> Callable[[], None]:
     return import_packages
 
 
+def check_answers(address: str, *, limit_s: float = _ANSWER_S) -> None:
+    """StillhouseError where nobody answers at host:port as a Ray head does; Ray itself would wait without a word.
+
+    Other kinds of address (auto, ray://…) and encrypted ones are left to Ray, which gives those up by itself.
+    """
+    if not _HOST_PORT.fullmatch(address) or os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return
+    import grpc
+
+    with Waiting(f"an answer of a Ray head at {address}"), grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=limit_s)
+        except grpc.FutureTimeoutError as error:
+            raise StillhouseError(
+                f"Ray cannot be had at {address}: nobody answered within {limit_s:g} s; check dump.ray_address, or "
+                "RAY_ADDRESS, and that `ray status --address …` answers from this machine"
+            ) from error
+
+
 def gpus_or_default(wanted: float | None, default: float) -> float:
     """What is wanted; where nothing is said, `default` in a cluster that has GPUs and 0 in one that has none."""
     if wanted is not None:
@@ -132,6 +158,17 @@ def compare_room(num_actors: int, resources: Resources, notify: Callable[[str], 
                 f"Ray has {room.get(kind, 0):g} {kind}s and the {num_actors} actors want {num_actors * wanted:g}; "
                 "those that find no room wait for the cluster to grow"
             )
+
+
+def lacking_room(resources: Resources, *, over_nodes: bool = False) -> str:
+    """What one actor or command asks for and no node has, or with `over_nodes` not the whole cluster; "" if nothing."""
+    nodes = [ray.cluster_resources()] if over_nodes else [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    lacks = []
+    for kind, wanted in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
+        most = max((node.get(kind, 0) for node in nodes), default=0)
+        if most < wanted:
+            lacks.append(f"{wanted:g} {kind}s, where {'the cluster' if over_nodes else 'a node'} has {most:g} at most")
+    return " and ".join(lacks)
 
 
 def last_line(error: BaseException) -> str:

@@ -15,7 +15,15 @@ from ray.exceptions import RayError
 
 from storage.child_process import GRACE_S, run_child
 from storage.errors import StillhouseError
-from teacher_dump.ray_jobs.cluster import Resources, cluster, gpus_or_default, last_line, refuse_without_room
+from storage.waiting import Waiting
+from teacher_dump.ray_jobs.cluster import (
+    Resources,
+    cluster,
+    gpus_or_default,
+    lacking_room,
+    last_line,
+    refuse_without_room,
+)
 
 _GPUS_OF_COMMANDS = "ablations.gpus_per_run or dump.gpus_per_actor"
 _log = logging.getLogger(__name__)
@@ -30,6 +38,7 @@ class Command:
     log_path: Path  # stdout and stderr, appended
     env: Mapping[str, str] = field(default_factory=dict)  # added to the worker's
     grace_s: float = GRACE_S  # between SIGTERM and SIGKILL; math.inf: it saves something and ends by itself
+    num_devices: int = 1  # how many GPUs it uses, where Ray has any
 
 
 @dataclass(frozen=True)
@@ -52,23 +61,29 @@ def run_commands(
 ) -> Generator[CommandResult, None, None]:
     """Run commands as Ray tasks, as many at once as the cluster has room for; results as they end.
 
-    Each asks for `num_cpus` and `num_gpus` (None: one where Ray has any) and runs in this process's current
-    folder. A command dies with its worker. When this is interrupted, or closed, commands that wait are forgotten and
-    those that run get SIGTERM; it ends when they have. `logs` is where Ray's own output goes; default: beside the
-    first command's log.
+    Each asks for `num_cpus` and `num_gpus` (None: its `num_devices`, where Ray has any) and runs in this process's
+    current folder. A command dies with its worker. When this is interrupted, or closed, commands that wait are
+    forgotten and those that run get SIGTERM; it ends when they have. `logs` is where Ray's own output goes; default:
+    beside the first command's log.
     """
     if not commands:
         return
     logs = logs or commands[0].log_path.parent
     with cluster(address, local_cpus=math.ceil(num_cpus)) as is_fixed:
-        gpus = gpus_or_default(num_gpus, 1)
+        task = ray.remote(num_cpus=num_cpus, max_retries=0)(_run_command)
+        gpus = [gpus_or_default(num_gpus, command.num_devices) for command in commands]
+        most = Resources(num_cpus, max(gpus))
         if is_fixed:
-            refuse_without_room(Resources(num_cpus, gpus), what="a process", field=_GPUS_OF_COMMANDS)
-        task = ray.remote(num_cpus=num_cpus, num_gpus=gpus, max_retries=0)(_run_command)
-        waiting = [task.remote(command, str(Path.cwd())) for command in commands]
+            refuse_without_room(most, what="a process", field=_GPUS_OF_COMMANDS)
+        room = WaitingRoom(commands, most)
+        waiting = [
+            task.options(num_gpus=own).remote(command, str(Path.cwd()))
+            for command, own in zip(commands, gpus, strict=True)
+        ]
         try:
             while waiting:
-                done, waiting = ray.wait(waiting, num_returns=1)
+                with Waiting(room.subject):
+                    done, waiting = ray.wait(waiting, num_returns=1)
                 try:
                     result: CommandResult = ray.get(done[0])
                 except RayError as error:
@@ -86,6 +101,32 @@ def _cancel(tasks: list[ray.ObjectRef]) -> None:
         ray.cancel(task, force=False)
     _log.warning("waiting until the commands that run have saved their states; a second signal ends them at once")
     ray.wait(tasks, num_returns=len(tasks))
+
+
+class WaitingRoom:
+    """Tells which commands wait for room: those whose log nobody has opened or written to since."""
+
+    def __init__(self, commands: Sequence[Command], resources: Resources) -> None:
+        self._logs = {command.log_path: _log_state(command.log_path) for command in commands}
+        self._resources = resources
+
+    def subject(self) -> str:
+        """What is waited for; nothing while a command runs."""
+        num_waiting = sum(_log_state(path) == state for path, state in self._logs.items())
+        if num_waiting < len(self._logs):
+            return ""
+        asked = f"{self._resources.num_cpus:g} CPUs and {self._resources.num_gpus:g} GPUs"
+        lacks = lacking_room(self._resources)
+        why = f"asks for {lacks}; Ctrl-C ends the wait" if lacks else f"asks for {asked}"
+        return f"Ray to find room for {num_waiting} commands, each of which {why}"
+
+
+def _log_state(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _run_command(command: Command, folder: str) -> CommandResult:

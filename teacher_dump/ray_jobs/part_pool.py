@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import queue
 import threading
 import time
@@ -26,12 +27,22 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from storage.errors import StillhouseError
+from storage.waiting import Waiting
 from teacher_dump.allocator import share_one_arena
+from teacher_dump.device_failure import is_device_failure, is_out_of_memory
 from teacher_dump.plan import Part
-from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, compare_room, last_line, refuse_without_room
+from teacher_dump.ray_jobs.cluster import (
+    GPUS_OF_ACTORS,
+    cluster,
+    compare_room,
+    lacking_room,
+    last_line,
+    refuse_without_room,
+)
+from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord, this_device
 from teacher_dump.ray_jobs.placement import Placement
 from teacher_dump.ray_jobs.teacher_actor import Said, log_to_file
-from teacher_dump.worker import PartOutcome, Worker, WorkerSettings
+from teacher_dump.worker import OpenEngine, PartOutcome, Worker, WorkerSettings
 
 PARTS_AT_ONCE = 3  # in an actor: one is written, one has the teacher, one waits for it with its first samples ready
 _NUM_RETRIES = 3  # of a part whose worker died: an accident may repeat, a part that always kills must not loop
@@ -40,6 +51,8 @@ _GRACE_S = 12.0  # for parts in flight when the dump is told to stop: all has to
 _GRACE_UNOPENED_S = 2.0  # while no teacher has scored anything yet
 _END_S = 60.0  # for Ray Data to end where outcomes are no longer wanted: a moment, but on a busy machine
 _POLL_S = 0.2
+_LONG_PART_S = 300.0  # without any part: then it is told, since someone may think that all hangs
+_EXIT_CODE = 75  # of a process that leaves its device to another: try again, in sysexits.h
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +77,7 @@ def score_parts(
     stop: threading.Event,
     logs: Path,
     notify: Callable[[str], None],
+    open_engine: OpenEngine | None = None,
 ) -> Generator[PartOutcome, None, None]:
     """Score and commit parts; outcomes as they come.
 
@@ -71,7 +85,7 @@ def score_parts(
     their commits. Once `stop` is set no part is begun; those in flight have some seconds to end, then the
     outcomes end too. `notify` is told once if the cluster has no room yet, since an autoscaler may still make it.
     StillhouseError: what a worker says of its teacher, a worker that fails in a way nobody foresaw, or parts
-    that no worker survives.
+    that no worker survives. `open_engine`: see Worker.
     """
     most = min(pool.max_actors, len(parts))
     local_cpus = math.ceil(most * pool.num_cpus) + 1  # one for Ray Data itself
@@ -81,6 +95,7 @@ def score_parts(
             refuse_without_room(placement.resources, what="an actor", field=GPUS_OF_ACTORS)
         compare_room(min(pool.min_actors, most), placement.resources, notify)
         gate = _Gate.start()
+        actor = {"settings": settings, "gate": gate, "logs": logs.resolve(), "open_engine": open_engine}
         missing, idle, at_once = list(parts), 0, PARTS_AT_ONCE
         try:
             while missing and not stop.is_set():
@@ -91,8 +106,14 @@ def score_parts(
                     max_concurrent_calls_per_actor=at_once,
                     enable_true_multi_threading=True,
                 )
-                with _Rows(_outcome_rows(missing, settings, strategy, placement, gate, logs)) as rows:
-                    yield from _outcomes(rows, gate, stop)
+                with (
+                    _Rows(_outcome_rows(missing, strategy, placement, actor)) as rows,
+                    Waiting(_Subject(placement, len(missing), logs), say=notify) as waiting,
+                ):
+                    for outcome in _outcomes(rows, gate, stop):
+                        waiting.reset(first_s=_LONG_PART_S)
+                        yield outcome
+                        waiting.reset()
                 placement.remove_groups()
                 if stop.is_set():
                     return
@@ -111,11 +132,9 @@ def score_parts(
 
 def _outcome_rows(
     parts: Sequence[Part],
-    settings: WorkerSettings,
     strategy: ray.data.ActorPoolStrategy,
     placement: Placement,
-    gate: Any,
-    logs: Path,
+    actor: Mapping[str, Any],
 ) -> Iterator[Mapping[str, Any]]:
     """Ray Data's rows, one a part that came to an end. Parts travel compressed, and one is one block."""
     context = ray.data.DataContext.get_current()
@@ -125,7 +144,7 @@ def _outcome_rows(
     rows = [{"part": zstandard.compress(part.to_text().encode())} for part in parts]
     outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _PartActor,
-        fn_constructor_kwargs={"settings": settings, "gate": gate, "logs": logs.resolve()},
+        fn_constructor_kwargs=dict(actor),
         batch_size=1,
         batch_format="numpy",
         compute=strategy,
@@ -153,6 +172,21 @@ def _outcomes(rows: _Rows, gate: Any, stop: threading.Event) -> Iterator[PartOut
         grace_s = _GRACE_S
         if row["part"] >= 0:
             yield PartOutcome(**{name: row[name] for name in PartOutcome.__dataclass_fields__})
+
+
+@dataclass
+class _Subject:
+    """What the driver waits for."""
+
+    placement: Placement
+    num_parts: int
+    logs: Path
+
+    def __call__(self) -> str:
+        lacks = lacking_room(self.placement.resources, over_nodes=self.placement.makes_groups)
+        if lacks:
+            return f"Ray to place a teacher, which asks for {lacks}; Ctrl-C ends the wait"
+        return f"a teacher to load, or to finish one of {self.num_parts:,} parts; its log is in {self.logs}"
 
 
 class _Rows:
@@ -214,6 +248,7 @@ class _Gate:
 
     def __init__(self) -> None:
         self._open = True
+        self._devices = DeviceRecord()
 
     @staticmethod
     def start() -> Any:
@@ -221,8 +256,16 @@ class _Gate:
         kind = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(_Gate)
         return kind.remote()
 
-    def is_open(self) -> bool:
+    def is_open(self, device: str) -> bool:
+        if self._open:
+            self._devices.begin(device)
         return self._open
+
+    def note_part(self, device: str) -> None:
+        self._devices.note_part(device)
+
+    def note_loss(self, device: str, num_parts: int) -> bool:
+        return self._devices.note_loss(device, num_parts=num_parts)
 
     def close(self) -> None:
         self._open = False
@@ -238,26 +281,57 @@ def _close(gate: Any) -> None:
 class _PartActor:
     """A Worker as Ray Data calls it, from several threads."""
 
-    def __init__(self, *, settings: WorkerSettings, gate: Any, logs: Path) -> None:
+    def __init__(self, *, settings: WorkerSettings, gate: Any, logs: Path, open_engine: OpenEngine | None) -> None:
         share_one_arena()
         self._log_path = log_to_file(logs)
         self._settings = settings
         self._gate = gate
+        self._open_engine = open_engine
+        self._device = this_device()
         self._worker: Worker | None = None
         self._making = threading.Lock()
+        self._leaving = threading.Lock()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         part = Part.from_text(zstandard.decompress(bytes(batch["part"][0])).decode())
         said, outcome = Said(), _NOTHING
-        if ray.get(self._gate.is_open.remote()):
+        if ray.get(self._gate.is_open.remote(self._device)):
             try:
                 with self._making:
-                    self._worker = self._worker or Worker(self._settings)
+                    self._worker = self._worker or Worker(self._settings, open_engine=self._open_engine)
                 outcome = self._worker.run(part)
+                self._gate.note_part.remote(self._device)
             except Exception as error:
-                said = Said.of(error, self._log_path)
+                said = self._leave(error) if self._needs_new_process(error) else Said.of(error, self._log_path)
         row = {"failure": said.failure, "is_config": said.is_config, **asdict(outcome)}
         return {name: np.array([value]) for name, value in row.items()}
+
+    def _needs_new_process(self, error: Exception) -> bool:
+        """Whether another process may do what this one cannot. A teacher that was never loaded may be too large."""
+        is_loaded = self._worker is not None and self._worker.is_open
+        return is_device_failure(error) or (is_loaded and is_out_of_memory(error))
+
+    def _leave(self, error: Exception) -> Said:
+        """Ends this process, which Ray then starts again; an answer only where that has failed too often.
+
+        Parts that are scored already are written first.
+        """
+        with self._leaving:  # so that parts that fail beside this one count as the same loss
+            _log.error("the teacher's device failed on %s", self._device, exc_info=error)
+            num_parts = 0 if self._worker is None else self._worker.finish_writing(limit_s=_GRACE_S)
+            try:
+                is_hopeless = ray.get(self._gate.note_loss.remote(self._device, num_parts))
+            except RayError:  # a gate that is lost comes back, and counts anew
+                is_hopeless = False
+            if not is_hopeless:
+                _log.error("this process ends, and Ray starts another")
+                logging.shutdown()
+                os._exit(_EXIT_CODE)
+        return Said(
+            failure=f"the teacher's device fails again and again ({LOSSES_IN_A_ROW} processes in a row on each device; "
+            f"the last one on {self._device}): {error}; the traceback is in {self._log_path}. What is committed stays: "
+            "mend or leave out the device, or give it less to hold (dump.rows_per_chunk, teacher.settings)"
+        )
 
 
 _NOTHING = PartOutcome(-1, 0, 0, 0, 0, 0.0, 0.0, 0)

@@ -15,8 +15,9 @@ import ray
 from ray.exceptions import RayError
 
 from storage.errors import ConfigError, StillhouseError
+from storage.waiting import Waiting
 from teacher_dump.log_file import send_output_to
-from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, last_line, refuse_without_room
+from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, lacking_room, last_line, refuse_without_room
 from teacher_dump.ray_jobs.placement import Placement
 from teacher_dump.scoring import PartScorer
 from teacher_dump.worker import WorkerSettings, open_scorer
@@ -74,7 +75,8 @@ def with_teacher(
             actor = kind.options(**placement.actor_options(), **placement.group_options()).remote(
                 settings, logs.resolve()
             )
-            said: Said = ray.get(actor.call.remote(function, argument))
+            with Waiting(lambda: _subject(placement, logs)):
+                said: Said = ray.get(actor.call.remote(function, argument))
             ray.kill(actor)
         except RayError as error:
             raise StillhouseError(f"the teacher's process failed; see {logs}: {last_line(error)}") from error
@@ -82,6 +84,13 @@ def with_teacher(
             placement.remove_groups()
     said.raise_failure()
     return said.result
+
+
+def _subject(placement: Placement, logs: Path) -> str:
+    lacks = lacking_room(placement.resources, over_nodes=placement.makes_groups)
+    if lacks:
+        return f"Ray to place the teacher, which asks for {lacks}; Ctrl-C ends the wait"
+    return f"the teacher's process; its log is in {logs}"
 
 
 class _TeacherActor:

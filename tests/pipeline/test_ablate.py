@@ -63,6 +63,30 @@ def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("gpus", "num_processes", "words"),
+    [
+        (1, 2, "gpus_per_run is 1, but run 'first' has 2 processes"),
+        (0.5, 2, "gpus_per_run is 0.5, but run 'first' has 2 processes"),
+        (2.5, 2, "gpus_per_run is 2.5; beyond 1"),
+        (0.5, 1, None),  # two runs share a GPU
+        (0, 2, None),  # on CPUs
+        (4, 2, None),
+        (None, 2, None),
+    ],
+)
+def test_processes_that_would_share_a_gpu_are_refused(
+    tmp_path: Path, gpus: float | None, num_processes: int, words: str | None
+):
+    path = write(tmp_path, {"first": {"stage": "all", "set": {"num_processes": num_processes}}}, seeds=[0])
+    overrides = [] if gpus is None else [f"ablations.gpus_per_run={gpus}"]
+    if words is None:
+        assert read_experiment(path, overrides).ablations.gpus_per_run == gpus
+    else:
+        with pytest.raises(ConfigError, match=words):
+            read_experiment(path, overrides)
+
+
+@pytest.mark.parametrize(
     ("runs", "words"),
     [
         ({"a": {"stage": "all", "after": "a"}}, ["a.after is 'a'", "none"]),

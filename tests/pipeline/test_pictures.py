@@ -11,7 +11,10 @@ import numpy as np
 from PIL import Image
 
 from pipeline.pictures import embedded_image, heat_map
+from storage.images.settings import PixelSettings
 from storage.records import ImageRef
+
+NOW = PixelSettings()
 
 
 def decoded(uri: str) -> np.ndarray:
@@ -30,14 +33,14 @@ def reference(file: Path, root: Path, **changes: str) -> ImageRef:
 def test_a_small_image_is_embedded_to_the_pixel(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    found = embedded_image(tmp_path, reference(tmp_path / "a.png", tmp_path))
+    found = embedded_image(tmp_path, reference(tmp_path / "a.png", tmp_path), pixels=NOW)
     assert (found.width, found.height) == (30, 20)
     assert np.array_equal(decoded(found.uri), pixels)
 
 
 def test_a_large_image_is_made_small(tmp_path: Path) -> None:
     Image.effect_noise((3000, 1500), 90).save(tmp_path / "a.png")
-    found = embedded_image(tmp_path, reference(tmp_path / "a.png", tmp_path))
+    found = embedded_image(tmp_path, reference(tmp_path / "a.png", tmp_path), pixels=NOW)
     assert (found.width, found.height) == (3000, 1500)
     assert decoded(found.uri).shape == (256, 512, 3)
     assert len(found.uri) < 300_000 < (tmp_path / "a.png").stat().st_size
@@ -48,16 +51,16 @@ def test_what_cannot_be_shown_says_why(tmp_path: Path) -> None:
     root.mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
     (root / "link.png").symlink_to(tmp_path / "outside.png")
-    assert "leads out" in embedded_image(root, reference(root / "link.png", root)).reason
+    assert "leads out" in embedded_image(root, reference(root / "link.png", root), pixels=NOW).reason
     (root / "text.png").write_text("<svg onload='alert(1)'/>")
-    assert "cannot identify" in embedded_image(root, reference(root / "text.png", root)).reason
+    assert "is of no image format" in embedded_image(root, reference(root / "text.png", root), pixels=NOW).reason
     Image.new("RGB", (8, 8)).save(root / "a.png")
-    assert "another sha256" in embedded_image(root, reference(root / "a.png", root, sha256="1" * 64)).reason
-    assert "not found below" in embedded_image(root, reference(root / "a.png", root, path="b.png")).reason
+    assert "another sha256" in embedded_image(root, reference(root / "a.png", root, sha256="1" * 64), pixels=NOW).reason
+    assert "not found below" in embedded_image(root, reference(root / "a.png", root, path="b.png"), pixels=NOW).reason
     image = reference(root / "a.png", root)
-    assert "8 × 8 pixels" in embedded_image(root, image, max_pixels=63).reason
-    assert "more than 10 bytes" in embedded_image(root, image, max_file_bytes=10).reason
-    assert embedded_image(root, image, max_pixels=64).uri
+    assert "8 × 8 pixels" in embedded_image(root, image, max_pixels=63, pixels=NOW).reason
+    assert "more than 10 bytes" in embedded_image(root, image, max_file_bytes=10, pixels=NOW).reason
+    assert embedded_image(root, image, max_pixels=64, pixels=NOW).uri
 
 
 def test_a_heat_map_has_a_pixel_a_value_and_orders_them() -> None:

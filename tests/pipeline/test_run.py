@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,16 @@ import yaml
 
 from storage.reader import Cache
 from storage.verify import verify
+from tests.teacher_dump.ray_head import RayHead
 from tests.tiny import make_tiny_dataset, make_tiny_llava
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+PATIENCE_S = 1200.0  # with a command that takes a minute or two on an idle machine
 NUM_SAMPLES = {"train": 24, "test": 8}
 
 
-def write_experiment(folder: Path) -> Path:
+def write_experiment(folder: Path, *, is_long: bool) -> Path:
     data = {
         split: make_tiny_dataset(folder / split, num_samples=num, num_images=4, splits=(split,))[split]
         for split, num in NUM_SAMPLES.items()
@@ -54,16 +57,20 @@ def write_experiment(folder: Path) -> Path:
             "runs": {"sft": {"stage": "sft"}, "kd_full": {"stage": "dft", "set": {"losses.visual.weight": 0.5}}},
         },
     }
+    if not is_long:
+        document["teacher"]["backend"] = "transformers"
+        document["ablations"] |= {"seeds": [0], "controls": []}
+        del document["ablations"]["runs"]["sft"]
     path = folder / "pipeline.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
 
 
-def stillhouse(*arguments: str) -> subprocess.Popen[str]:
+def stillhouse(*arguments: str, environment: Mapping[str, str] = ENVIRONMENT) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", *arguments],
         cwd=REPOSITORY,
-        env=ENVIRONMENT,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -71,7 +78,7 @@ def stillhouse(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_a_commit(run: subprocess.Popen[str], cache: Path, *, patience_s: float = 240) -> None:
+def wait_for_a_commit(run: subprocess.Popen[str], cache: Path, *, patience_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + patience_s
     while not list((cache / "commits").glob("*.json")):
         assert run.poll() is None, run.communicate()[0]
@@ -79,9 +86,27 @@ def wait_for_a_commit(run: subprocess.Popen[str], cache: Path, *, patience_s: fl
         time.sleep(0.02)
 
 
+def test_an_experiment_of_one_run_ends_in_its_report(ray_head: RayHead, tmp_path: Path) -> None:
+    """The short form of the next test: the reference teacher, one run of one seed, nothing killed."""
+    run = stillhouse(
+        "run", str(write_experiment(tmp_path, is_long=False)), environment={**ENVIRONMENT, **ray_head.environment}
+    )
+    said, _ = run.communicate(timeout=PATIENCE_S)
+    assert run.returncode == 0, said
+    assert "report.html" in said.splitlines()[-1]
+    folder = tmp_path / "runs" / "tiny"
+    assert Cache.open(folder / "cache").num_samples == sum(NUM_SAMPLES.values())
+    assert verify(folder / "cache").ok
+    report = json.loads((folder / "report.json").read_bytes())
+    assert [(run["name"], run["num_seeds"]) for run in report["runs"]] == [("kd_full", 1)]
+    assert report["cache"]["num_rows"] > 0
+    assert report["dump"]["tokens_per_s"] > 0
+    assert "<svg" in (folder / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_the_whole_road(tmp_path: Path) -> None:
-    config = write_experiment(tmp_path)
+    config = write_experiment(tmp_path, is_long=True)
     folder = tmp_path / "runs" / "tiny"
 
     killed = stillhouse("run", str(config))
@@ -90,7 +115,7 @@ def test_the_whole_road(tmp_path: Path) -> None:
     killed.communicate()
 
     second = stillhouse("run", str(config))
-    said, _ = second.communicate(timeout=600)
+    said, _ = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 0, said
     assert "report.html" in said.splitlines()[-1]
 
@@ -109,12 +134,12 @@ def test_the_whole_road(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.glob("models/**/summary.json")}
     assert len(before) == 4
     third = stillhouse("run", str(config))
-    said, _ = third.communicate(timeout=120)
+    said, _ = third.communicate(timeout=PATIENCE_S)
     assert third.returncode == 0, said
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("models/**/summary.json")}
 
     image = next((tmp_path / "test" / "images").iterdir())
     model = folder / "models" / "kd_full" / "seed0"
     asked = stillhouse("ask", "--model", str(model), "--image", str(image), "--max-new-tokens", "3", "what colour?")
-    said, _ = asked.communicate(timeout=120)
+    said, _ = asked.communicate(timeout=PATIENCE_S)
     assert asked.returncode == 0, said

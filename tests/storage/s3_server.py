@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import socket
 import threading
 import time
 from collections import Counter
@@ -98,5 +99,21 @@ def s3_environment() -> Iterator[Trouble]:
         fsspec.filesystem("s3").mkdir(BUCKET)
         trouble.calm()
         yield trouble
+        for forget in (driver.clear_instance_cache, shared_store.cache_clear):
+            forget()
+
+
+@contextmanager
+def silent_s3() -> Iterator[socket.socket]:
+    """An endpoint in the environment that takes connections and never answers; its listening socket."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        driver = fsspec.get_filesystem_class("s3")
+        for forget in (driver.clear_instance_cache, shared_store.cache_clear):
+            forget()
+        yield listener
         for forget in (driver.clear_instance_cache, shared_store.cache_clear):
             forget()

@@ -10,12 +10,14 @@ import itertools
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from storage.identity import Identity
+from storage.images.settings import PixelSettings
 from storage.records import (
     ImageRef,
     PartRecords,
@@ -46,6 +48,7 @@ def make_identity(*, num_parts: int = 2, vocab_size: int = VOCAB_SIZE, tau: floa
         "vocab_size": vocab_size,
         "chat_template_fingerprint": "c" * 8,
         "image_preprocessing_fingerprint": "d" * 8,
+        "pixels": PixelSettings(),
         "image_token_id": IMAGE_TOKEN,
         "eos_token_ids": (2,),
         "plan_fingerprint": "e" * 8,
@@ -206,6 +209,7 @@ def main() -> None:
     parser.add_argument("--noise", type=int, default=0)
     parser.add_argument("--die-at", type=int, default=0)
     parser.add_argument("--start-when", type=Path, default=None)  # this file exists
+    parser.add_argument("--wait-before-part", type=int, default=None)  # for ever: it is to be killed
     arguments = parser.parse_args()
     records = [make_part(part, noise=arguments.noise) for part in range(arguments.parts)]
     if arguments.die_at:
@@ -216,6 +220,8 @@ def main() -> None:
             pass
     writer = CacheWriter.open(arguments.folder, make_identity(num_parts=arguments.parts), FAMILIES)
     for part in sorted(set(range(arguments.parts)) - writer.committed_parts()):
+        while part == arguments.wait_before_part:
+            time.sleep(1)
         writer.write_part(part, records[part])
     writer.seal()
 

@@ -21,6 +21,7 @@ from storage.records import SampleRecord
 from storage.rows import SparseRows
 from storage.sample_batch import SampleBatch
 from storage.token_rows import decode_tokens
+from tests.hypothesis_profiles import examples
 from tests.storage.family_cache import write_family_cache
 from tests.storage.synthetic_cache import SAMPLES_PER_PART, write_cache
 
@@ -51,7 +52,7 @@ def assert_same(ours: SampleRecord, theirs: SampleRecord) -> None:
 
 
 @given(indices=st.lists(st.integers(0, NUM_PARTS * SAMPLES - 1), min_size=1, max_size=30))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=examples(15))
 def test_many_are_as_each_alone(folder: Path, indices: list[int]) -> None:
     cache = Cache.open(folder)
     batch = cache.read_many(indices)
@@ -121,7 +122,7 @@ def test_wrong_tokens_are_found_in_a_row_group_too(folder: Path, column: str, wr
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=examples(25))
 def test_gathered_rows_are_slices_one_after_another(folder: Path, data: st.DataObject) -> None:
     cache = Cache.open(folder)
     rows = cache.read_many([data.draw(st.integers(0, 300)) for _ in range(5)]).response
@@ -152,7 +153,7 @@ def test_order_is_of_seed_and_position_not_of_threads_memory_or_ranks(folder: Pa
 
 
 @given(stop=st.integers(0, 23))
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=examples(3))
 def test_going_on_gives_what_would_have_come(folder: Path, stop: int) -> None:
     whole = read_ids(folder, range(24), seed=1)
     assert read_ids(folder, range(stop), seed=1) + read_ids(folder, range(stop, 24), seed=1) == whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.bits import MAX_WIDTH, pack_bits, packed_size, unpack_bits
@@ -30,7 +30,6 @@ def test_nothing_packs_to_nothing():
     assert pack_bits(np.zeros(5, np.int32), np.zeros(5, np.uint8)) == b""
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, MAX_WIDTH), st.integers(0, 2**MAX_WIDTH - 1)), max_size=200))
 def test_fields_come_back(fields):
     widths = np.array([width for width, _ in fields], np.uint8)

@@ -19,6 +19,7 @@ from storage.blocks import EncodedBlock, check_block, decode_block, encode_block
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
 from storage.rows import SparseRows, check_sampled_total, check_scalars
+from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import VOCAB_SIZE, make_logits, select, top_k
 
 TAU = 0.02
@@ -227,7 +228,7 @@ def test_other_groups_or_scalars_are_noticed():
         decode(encoded.block, groups, replace(rows, tail_mass=rows.tail_mass - 2))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(st.data())
 def test_any_damage_to_a_block_is_an_error_or_valid_rows(data):
     rows = make_sets(7, data.draw(st.integers(1, 3)), 12)
@@ -258,7 +259,7 @@ def damaged_planes(block: bytes, data: st.DataObject) -> bytes:
     return b"".join([block[:28], struct.pack("<4I", *sizes[:4]), block[44:48], struct.pack("<4I", *sizes[4:]), *packed])
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600))
 @given(st.data(), st.sampled_from([0, 5e-4]), st.booleans(), st.booleans())
 def test_a_block_is_found_good_without_its_rows_just_if_its_rows_are_good(data, rounding_kl, repeated, changes_tail):
     tau = 0.05 if repeated else TAU
@@ -309,7 +310,7 @@ def sampled_rows(count: int, tau: float) -> SparseRows:
     )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(st.sampled_from([2, 3]), st.binary(max_size=400))
 def test_arbitrary_bytes_are_no_block(version, content):
     rows = SparseRows.empty(with_labels=True)

@@ -1,6 +1,6 @@
 import numpy as np
 import pyarrow as pa
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.columns import tokens_columns, tokens_record
@@ -9,7 +9,6 @@ from storage.schema import SCHEMAS
 from tests.storage.synthetic_cache import make_identity
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=40), st.text(max_size=5))
 def test_any_response_mask_comes_back(bits, sample_id):
     mask = np.array(bits, bool)

@@ -19,7 +19,7 @@ from storage.verify import verify
 from tests.storage.nursery import NUM_APPENDED, NUM_PARTS, grow
 
 REPOSITORY = Path(__file__).parents[2]
-NUM_KILLS = 200
+PATIENCE_S = 600.0  # with a writer that takes a second on an idle machine
 NUM_FULL_DISKS = 30
 DISK_BYTES = 1 << 20
 
@@ -52,8 +52,8 @@ def count_whole_commits(folder: Path) -> int:
     return num_commits
 
 
-@pytest.mark.slow
-def test_200_kills_at_random_moments_lose_and_double_nothing(tmp_path, undisturbed):
+@pytest.mark.parametrize("num_kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_lose_and_double_nothing(tmp_path, undisturbed, num_kills):
     rng, rounds, kills, kills_of_round, seen = random.Random(0), 0, 0, [0], set()
     nursery = subprocess.Popen(
         [sys.executable, "-m", "tests.storage.nursery", tmp_path], cwd=REPOSITORY, stdin=subprocess.PIPE,
@@ -62,11 +62,11 @@ def test_200_kills_at_random_moments_lose_and_double_nothing(tmp_path, undisturb
     assert nursery.stdin is not None
     assert nursery.stdout is not None
     before, started, whole_s = 0, 0.0, 0.0
-    while kills < NUM_KILLS or before:
+    while kills < num_kills or before:
         patience = 1 + kills_of_round[-1] / 10  # a machine that has become slower gets on all the same
         limit_s = rng.uniform(0, 0.5 * whole_s * patience)
-        if (kills == 1 and rounds == 0) or kills >= NUM_KILLS:  # the second is left alone, and its time taken
-            started, limit_s = time.monotonic(), 60.0
+        if (kills == 1 and rounds == 0) or kills >= num_kills:  # the second is left alone, and its time taken
+            started, limit_s = time.monotonic(), PATIENCE_S
         nursery.stdin.write(f"{limit_s}\n")
         nursery.stdin.flush()
         answer = nursery.stdout.readline().strip()
@@ -85,11 +85,14 @@ def test_200_kills_at_random_moments_lose_and_double_nothing(tmp_path, undisturb
         before = now
         seen.add(now)
     nursery.stdin.close()
-    assert nursery.wait(60) == 0
+    assert nursery.wait(PATIENCE_S) == 0
     nursery.stdout.close()
-    assert rounds >= 3
-    assert max(kills_of_round) >= 5
-    assert len(seen) >= 2 * NUM_PARTS + NUM_APPENDED - 2  # they fell into nearly every part of every segment
+    assert rounds >= 2
+    assert len(seen) >= 2
+    if num_kills == 200:
+        assert rounds >= 3
+        assert max(kills_of_round) >= 5
+        assert len(seen) >= 2 * NUM_PARTS + NUM_APPENDED - 2  # they fell into nearly every part of every segment
 
 
 def problem_of_growing(folder: Path) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import distributions
@@ -75,7 +75,6 @@ def test_the_same_rows_make_the_same_bytes():
     assert write(make_samples([3, 4])) == write(make_samples([3, 4]))
 
 
-@settings(deadline=None)
 @given(st.floats(-100, 100, width=32))
 def test_a_rounded_scalar_is_within_one_part_in_2048_and_ends_in_zeros(value):
     (got,) = rounded(np.array([value], np.float32))

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.documents import Description, parse_document
@@ -16,7 +16,6 @@ def test_a_document_comes_back_and_is_ascii():
     assert parse_document(content, Description, "x") == DESCRIPTION
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_changed_byte_is_refused(data):
     content = bytearray(DESCRIPTION.to_bytes())
@@ -26,7 +25,6 @@ def test_any_changed_byte_is_refused(data):
         parse_document(bytes(content), Description, "x")
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=100) | st.text(max_size=100).map(str.encode))
 def test_arbitrary_bytes_are_refused(content):
     with pytest.raises(CorruptPartError):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from storage.errors import CorruptPartError
 from storage.head import StoredHead, decode_head, encode_head, make_head
+from tests.hypothesis_profiles import examples
 
 FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"
 
@@ -94,13 +95,13 @@ def assert_valid_or_refused(content):
 
 
 @given(st.binary(max_size=100) | st.binary(max_size=100).map(lambda text: len(text).to_bytes(8, "little") + text))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_arbitrary_bytes_never_do_worse_than_being_refused(content):
     assert_valid_or_refused(content)
 
 
 @given(st.sampled_from(HEADS), st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400))
 def test_damaged_files_never_do_worse_than_being_refused(head, data):
     content = bytearray(encode_head(head))
     for _ in range(data.draw(st.integers(1, 3))):

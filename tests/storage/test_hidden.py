@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from storage.errors import CorruptPartError
 from storage.hidden import decode_hidden, encode_hidden, relative_errors
+from tests.hypothesis_profiles import examples
 
 FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"
 EXAMPLE = np.array([[0.5, -1, 2], [0, 0, 0]], np.float32)
@@ -17,7 +18,6 @@ EXAMPLE = np.array([[0.5, -1, 2], [0, 0, 0]], np.float32)
 
 @pytest.mark.parametrize(("encoding", "bound"), [("float16", 2**-11), ("int8", 0.03)])
 @given(num_rows=st.integers(0, 6), width=st.integers(1, 40), scale=st.floats(0.1, 1000), seed=st.integers(0, 10**6))
-@settings(deadline=None)
 def test_states_come_back_within_a_bound_a_row(encoding, bound, num_rows, width, scale, seed):
     states = (np.random.default_rng(seed).normal(size=(num_rows, width)) * scale).astype(np.float32)
     got = decode_hidden(encode_hidden(states, encoding))
@@ -67,20 +67,20 @@ def assert_valid_or_refused(payload):
 
 
 @given(st.binary(max_size=80))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400))
 def test_arbitrary_bytes_never_do_worse_than_being_refused(payload):
     assert_valid_or_refused(payload)
 
 
 @given(st.integers(0, 1), st.integers(0, 3), st.integers(1, 4), st.binary(min_size=40, max_size=40))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400))
 def test_arbitrary_content_under_a_right_header_is_valid_or_refused(kind, num_rows, width, content):
     size = 2 * num_rows * width if kind == 0 else num_rows * (4 + width)
     assert_valid_or_refused(struct.pack("<BBxxII", 1, kind, num_rows, width) + content[:size])
 
 
 @given(st.sampled_from(["float16", "int8"]), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_damaged_payloads_never_do_worse_than_being_refused(encoding, data):
     payload = bytearray(encode_hidden(EXAMPLE, encoding))
     for _ in range(data.draw(st.integers(1, 4))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import CorruptPartError
@@ -20,7 +20,6 @@ def test_frequent_ids_come_first_and_alone():
     assert sorted(groups.ids.tolist()) == [1, 2, 3, 4, 5, 6]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=3000))
 def test_every_stored_id_has_one_rank_and_fits_its_group(counts):
     groups = IdGroups.of_counts(np.array(counts))

@@ -7,7 +7,20 @@ FORBIDDEN = ("torch", "ray", "vllm", "deepspeed", "transformers", "pipeline", "t
 
 
 def test_storage_imports_nothing_of_teacher_or_student():
-    modules = [f"storage.{path.stem}" for path in (REPOSITORY / "storage").glob("*.py") if path.stem != "__init__"]
-    code = f"import sys, {', '.join(modules)}; print([name for name in {FORBIDDEN!r} if name in sys.modules])"
+    assert imported_with("**/*.py", FORBIDDEN) == "[]"
+
+
+def test_storage_needs_pillow_for_pixels_alone():
+    assert imported_with("*.py", ("PIL",)) == "[]"
+    assert imported_with("images/settings.py", ("PIL",)) == "[]"
+    assert imported_with("images/pixels.py", ("PIL",)) == "['PIL']"
+
+
+def imported_with(pattern: str, names: tuple[str, ...]) -> str:
+    """Which of some packages are imported by the modules of storage that a pattern names."""
+    files = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "storage").glob(pattern)]
+    modules = [".".join(path.with_suffix("").parts) for path in files if path.stem != "__init__"]
+    assert modules
+    code = f"import sys, {', '.join(modules)}; print([name for name in {names!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    return result.stdout.strip()

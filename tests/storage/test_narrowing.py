@@ -13,6 +13,7 @@ from storage.errors import ConfigError
 from storage.narrowing import Narrowing, narrowed
 from storage.reader import Cache
 from storage.rows import SparseRows, check_sampled_total
+from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select, top_k, write_cache
 
 SMALL = SparseRows(  # one row: 0.5 and 0.2 exactly, 0.1 twice and 0.2 once drawn of a tail of 0.3
@@ -49,7 +50,7 @@ def test_what_falls_below_a_higher_threshold_is_drawn_with_its_weight(uniform: f
     assert rows.tail_mass.tolist() == pytest.approx([0.5])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(seed=st.integers(0, 10**6), num_rows=st.integers(0, 12), tau=st.floats(TAU, 0.9))
 def test_narrowed_rows_are_rows_that_a_cache_may_hold(seed: int, num_rows: int, tau: float):
     rng = np.random.default_rng(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +16,11 @@ import pytest
 
 from storage.errors import CacheError, CorruptPartError
 from storage.files import open_folder
-from storage.object_store import ObjectFolder
+from storage.object_store import ObjectFolder, shared_store
 from storage.reader import Cache
 from storage.records import PartRecords, TokensRecord
 from storage.verify import verify
+from storage.waiting import notices_to
 from storage.writer import CacheWriter
 from tests.storage.family_cache import image_file, make_output_head, write_family_cache
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
@@ -26,9 +28,10 @@ from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_ident
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
-from tests.storage.s3_server import BUCKET, Trouble, s3_environment
+from tests.storage.s3_server import BUCKET, Trouble, s3_environment, silent_s3
 
 REPOSITORY = Path(__file__).parents[2]
+PATIENCE_S = 600.0  # with a process that takes some seconds on an idle machine
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +184,7 @@ def test_two_writers_with_different_bytes_leave_one_record_for_each_sample(url, 
         time.sleep(0.01)
     signal.touch()
     for process in processes:
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, stderr.decode()
     report = verify(url)
     assert report.problems == report.notes == []
@@ -245,10 +248,9 @@ def test_a_missing_bucket_and_refused_credentials_are_named(url, tmp_path):
 
 
 def test_an_address_where_nobody_is_is_not_asked_for_a_minute():
-    """Two attempts more, some seconds; a store that once answered is waited for."""
+    """Two attempts more, some seconds apart; a store that once answered is waited for, a minute and more."""
     code = "from storage.verify import verify; print(verify('s3://bucket/x').problems[0])"
     nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
@@ -258,7 +260,47 @@ def test_an_address_where_nobody_is_is_not_asked_for_a_minute():
         check=True,
     )
     assert "the store fails, 3 attempts long: Could not connect" in done.stdout
-    assert time.monotonic() - started < 40  # with imports on a busy machine; a minute and more of pauses otherwise
+
+
+def test_a_store_that_never_answers_is_given_up_after_a_time(trouble):
+    """Reads, writes (which wait for `100 Continue`), conditional writes and listings, by attempts and in all."""
+    steps = {
+        "write": lambda folder: folder.write("x", b"1" * 100),
+        "create": lambda folder: folder.create("x", b"1"),
+        "range": lambda folder: folder.read_range("x", 0, 8),
+        "size": lambda folder: folder.size("x"),
+        "remove": lambda folder: folder.remove("x"),
+    }
+    with silent_s3():
+        for number, step in enumerate(steps.values()):
+            url, started = f"s3://{BUCKET}/silent-{number}", time.monotonic()
+            with pytest.raises(
+                CacheError, match=r"the store fails, \d attempts long: no answer in time .*when it answers"
+            ):
+                step(ObjectFolder(url, pauses_s=(0.01,) * 9, attempt_s=0.2, total_s=0.5))
+            assert 0.5 <= time.monotonic() - started < 60
+
+
+def test_a_read_of_unknown_length_ends_too(trouble, monkeypatch):
+    """Its time is long, so the connection's own limit has to end it."""
+    with silent_s3():
+        store = shared_store(f"s3://{BUCKET}/silent", os.getpid())
+        limits = store.config_kwargs
+        assert 0 < limits["read_timeout"] <= 60
+        assert 0 < limits["connect_timeout"] <= 60
+        limits["read_timeout"] = 0.2
+        with pytest.raises(CacheError, match=r"the store fails, 2 attempts long: Read timeout"):
+            ObjectFolder(f"s3://{BUCKET}/silent", pauses_s=(0.01,)).read("x")
+
+
+def test_whoever_waits_for_a_store_says_so(trouble):
+    notices = []
+    with silent_s3(), notices_to(notices.append):
+        folder = ObjectFolder(f"s3://{BUCKET}/quiet", pauses_s=(), attempt_s=3.0, total_s=3.0, notice_s=0.1)
+        with pytest.raises(CacheError, match="the store fails"):
+            folder.size("x")
+    assert notices
+    assert notices[0].startswith(f"still waiting for an answer of s3://{BUCKET}/quiet/x, attempt 1 (")
 
 
 def test_damage_in_a_bucket_is_found(url):
@@ -278,21 +320,22 @@ def test_damage_in_a_bucket_is_found(url):
 
 def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(url, tmp_path):
     num_parts, rng = 12, random.Random(2)
-    folder, seen, kills = open_folder(url), 0, 0
+    folder, seen = open_folder(url), 0
     for _ in range(5):
-        process = start_writer(url, "--parts", num_parts)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None and len(folder.names("commits")) <= seen:
+        process = start_writer(url, "--parts", num_parts, "--wait-before-part", num_parts - 1)
+        deadline = time.monotonic() + PATIENCE_S
+        while len(folder.names("commits")) <= min(seen, num_parts - 2):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "nothing was committed"
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
-        kills += process.poll() is None
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
         seen = len(folder.names("commits"))
         problems = verify(url).problems
         assert all("manifest.json: is missing" in problem for problem in problems), problems
-    assert kills >= 3
-    _, stderr = (process := start_writer(url, "--parts", num_parts)).communicate(timeout=120)
+    _, stderr = (process := start_writer(url, "--parts", num_parts)).communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, stderr.decode()
     write_cache(tmp_path, num_parts=num_parts)
     assert objects(url) == files_of(tmp_path)

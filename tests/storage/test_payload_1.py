@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from storage.errors import CorruptPartError
 from storage.payload_1 import decode_rows
 from storage.rows import SparseRows, check_sampled_total
+from tests.hypothesis_profiles import examples
 from tests.storage.payload_1 import encode_rows
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select, top_k
 
@@ -45,7 +46,6 @@ def head_sums(rows):
 
 
 @given(VOCAB_SIZES, st.integers(0, 6), st.integers(0, 10**6), st.floats(1e-3, 0.9), st.booleans())
-@settings(deadline=None)
 def test_threshold_rows_come_back(vocab_size, num_rows, seed, tau, labels):
     rng = np.random.default_rng(seed)
     rows = select(make_logits(rng, num_rows, vocab_size), tau=tau, rng=rng, labels=labels)
@@ -59,7 +59,6 @@ def test_threshold_rows_come_back(vocab_size, num_rows, seed, tau, labels):
 
 
 @given(st.sampled_from([2, 300, 65537]), st.integers(1, 4), st.integers(0, 10**6), st.integers(1, 300))
-@settings(deadline=None)
 def test_top_k_rows_come_back(vocab_size, num_rows, seed, k):
     k = min(k, vocab_size)
     rows = top_k(make_logits(np.random.default_rng(seed), num_rows, vocab_size), k, labels=True)
@@ -176,13 +175,13 @@ def assert_valid_or_refused(payload, num_rows, vocab_size):
 
 @given(st.binary(max_size=200), st.integers(0, 4))
 @example(b"\x01\x02\x01\x01" + b"\xff" * 12 + b"\0" * 8, 2)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_arbitrary_bytes_never_do_worse_than_being_refused(payload, num_rows):
     assert_valid_or_refused(payload, num_rows, 300)
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_damaged_payloads_never_do_worse_than_being_refused(data):
     rows, written = worked_example()
     payload = bytearray(written["rows"])

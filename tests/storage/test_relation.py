@@ -23,6 +23,7 @@ from storage.relation import (
     num_blocks,
     stored_norm,
 )
+from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import make_relation
 
 FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"
@@ -67,7 +68,7 @@ def spread(got):
 
 @pytest.mark.parametrize(("section", "bound"), list(zip(SECTIONS, BOUNDS, strict=True)))
 @given(side=st.integers(1, 7), seed=st.integers(0, 10**6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 def test_matrices_come_back_with_the_stated_error(section, bound, side, seed):
     matrix = low_rank_matrix(np.random.default_rng(seed), side * side)
     payload = encode_relation(matrix, section)
@@ -243,7 +244,7 @@ def assert_valid_or_refused(payload, n, norm):
 
 
 @given(st.binary(max_size=200), st.integers(0, 5), st.sampled_from([0.0, 1.0, float("nan"), -1.0]))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500))
 def test_arbitrary_bytes_never_do_worse_than_being_refused(payload, n, norm):
     assert_valid_or_refused(payload, n, norm)
 
@@ -252,7 +253,7 @@ def test_arbitrary_bytes_never_do_worse_than_being_refused(payload, n, norm):
     st.sampled_from([1, 2]), st.integers(0, 5), st.integers(0, 3), st.integers(1, 5), st.integers(0, 3),
     st.floats(0, 1, width=32), st.binary(max_size=60),
 )  # fmt: skip
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500))
 def test_arbitrary_content_under_a_plausible_header_is_valid_or_refused(version, kind, pool, n, rank, error, content):
     header = struct.pack("<BBBxIIf", 2, kind, pool, n, rank, error) if version == 2 else struct.pack("<B3xI", 1, n)
     m = num_blocks(n, pool) if kind == 4 and pool >= 2 and n in (1, 4) else n
@@ -263,7 +264,7 @@ def test_arbitrary_content_under_a_plausible_header_is_valid_or_refused(version,
 
 @pytest.mark.parametrize("section", SECTIONS)
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_damaged_payloads_never_do_worse_than_being_refused(section, data):
     matrix = low_rank_matrix(np.random.default_rng(5), 9)
     payload = bytearray(encode_relation(matrix, section))

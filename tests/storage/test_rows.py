@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.rows import SparseRows
@@ -15,7 +15,6 @@ def make_rows(num_rows=5, seed=0, labels=True):
     return select(make_logits(rng, num_rows), tau=TAU, rng=rng, labels=labels)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), max_size=5), st.booleans())
 def test_concatenated_slices_are_the_whole(sizes, labels):
     rows = make_rows(sum(sizes), labels=labels)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from storage.distributions import ROWS_PER_GROUP, RowFormat, encode_groups
 from storage.rows import SparseRows
 from storage.shuffle import BLOCK_ROWS, Shuffle, cut_blocks
+from tests.hypothesis_profiles import examples
 
 
 @st.composite
@@ -51,7 +52,7 @@ def test_what_fits_into_a_window_is_a_plain_permutation() -> None:
 
 
 @given(seed=st.integers(0, 1000), window=st.integers(4, 40))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_a_block_is_read_within_one_window(seed: int, window: int) -> None:
     """Of equal blocks, those begun and not finished are never many more rows than the window."""
     num_blocks, samples = 100, 20
@@ -81,7 +82,7 @@ def test_nothing_to_shuffle_is_refused() -> None:
 
 
 @given(counts=st.lists(st.integers(0, 3 * ROWS_PER_GROUP), min_size=1, max_size=40), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 def test_blocks_are_whole_row_groups_of_a_part(counts: list[int], data: st.DataObject) -> None:
     parts = np.sort(np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(counts), max_size=len(counts)))))
     visual = np.array(data.draw(st.lists(st.integers(0, 2000), min_size=len(counts), max_size=len(counts))))

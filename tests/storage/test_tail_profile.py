@@ -27,12 +27,12 @@ from storage.tail_profile import (
 )
 from storage.verify import verify
 from storage.writer import CacheWriter
+from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import FAMILIES, VOCAB_SIZE, make_identity, make_part, write_cache
 
 V = 50
 
 
-@settings(deadline=None)
 @given(arrays(np.float64, V, elements=st.floats(0, 1e3)), st.floats(-200, 0))
 def test_mass_is_exact_and_each_value_within_its_step(values, exponent):
     total = values * 2.0**exponent
@@ -86,7 +86,7 @@ def test_what_is_no_sum_of_tails_is_refused(total):
         encode_tail_total(TailTotal(np.array(total), 10))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(st.data())
 def test_any_damage_is_an_error_or_a_sum_of_tails(data):
     content = bytearray(base64.b64decode(encode_tail_total(TailTotal(np.linspace(0, 1, V), 40))))

@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from storage import commit as layout
 from storage.errors import CacheError, CorruptPartError, IdentityError
-from storage.files import LocalFolder
+from storage.files import LocalFolder, is_temporary
 from storage.reader import Cache
 from storage.records import PartRecords, SampleError
 from storage.segments import read_segments
@@ -27,6 +28,7 @@ from tests.storage.synthetic_cache import (
 )
 
 REPOSITORY = Path(__file__).parents[2]
+PATIENCE_S = 600.0  # with a process that takes two seconds on an idle machine
 
 
 def start_writer(folder, *options):
@@ -40,7 +42,7 @@ def files_of(folder):
 
 
 def assert_succeeds(process):
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, stderr.decode()
 
 
@@ -65,7 +67,7 @@ def test_a_writer_killed_before_any_file_operation_loses_and_doubles_nothing(tmp
     deaths = 0
     while True:
         process = start_writer(folder, "--parts", num_parts, "--die-at", rng.randint(1, 40))
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
         assert_commits_are_whole(folder)
         if process.returncode == 0:
             break
@@ -82,13 +84,16 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
     folder = tmp_path / "cache"
     seen = 0
     for _ in range(3):
-        process = start_writer(folder, "--parts", num_parts)
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and process.poll() is None and count_commits(folder) <= seen:
+        process = start_writer(folder, "--parts", num_parts, "--wait-before-part", num_parts - 1)
+        deadline = time.monotonic() + PATIENCE_S
+        while count_commits(folder) <= min(seen, num_parts - 2):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "nothing was committed"
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
         seen = assert_commits_are_whole(folder)
     assert 0 < seen < num_parts
     assert_succeeds(start_writer(folder, "--parts", num_parts))
@@ -98,7 +103,8 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
 
 
 def count_commits(folder):
-    return len(LocalFolder(folder).names("commits"))
+    """Without those that are being written: a writer that is killed now leaves them behind."""
+    return sum(not is_temporary(name) for name in LocalFolder(folder).names("commits"))
 
 
 def test_two_writers_with_different_bytes_leave_one_record_for_each_sample(tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from storage.head import make_head
 from storage.identity import Identity, tokenizer_fingerprint
+from storage.images.settings import PixelSettings
 from storage.records import ImageRef, PartRecords, RelationMatrix, SequenceLogprob, TokensRecord, image_key
 from storage.rows import SparseRows
 from storage.writer import CacheWriter
@@ -123,6 +124,7 @@ def make_cache(
             "vocab_size": vocab_size,
             "chat_template_fingerprint": "test",
             "image_preprocessing_fingerprint": "test",
+            "pixels": PixelSettings(),
             "image_token_id": load_config(checkpoint).image_token_id,
             "eos_token_ids": (tokenizer.eos_token_id,),
             "plan_fingerprint": "test",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +26,7 @@ with install_import_hook(
     import student_train.relation
     import student_train.student  # noqa: F401
 
+from tests.free_port import free_port
 from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_llava
 
@@ -137,15 +135,6 @@ class Runner:
             [sys.executable, *arguments], env=environment, cwd=self.folder,
             capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
-
-
-def free_port() -> int:
-    """A port that nobody listens on, and from which no connection goes out: those are taken from 32768 on."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as found, contextlib.suppress(OSError):
-            found.bind(("127.0.0.1", port))
-            return port
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,11 @@ def sparse_loss(
         stop = start + int(rows.num_exact[row])
         ids = rows.ids[start:stop].astype(np.int64)
         p = np.exp(rows.logprobs[start:stop].astype(np.float64) / rule.temperature - log_sum_exp[row])
-        rest = float(rows.tail_mass[row]) if rule.temperature == 1 else 1 - p.sum()
+        if rule.temperature == 1:
+            rest = float(rows.tail_mass[row])
+        else:  # stored logprobs are float32, so the entries may sum to more than 1
+            p = p / max(1.0, p.sum())
+            rest = max(0.0, 1 - p.sum())
         others = np.setdiff1d(np.arange(len(q)), ids)
         if rule.treatment == "renormalise":
             p, rest = p / p.sum(), 0.0

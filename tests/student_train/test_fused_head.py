@@ -15,6 +15,7 @@ from student_train.batch import teacher_rows
 from student_train.config import TREATMENTS, Divergence, Treatment
 from student_train.fused_head import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
 from student_train.losses import Rule, TailProfile
+from tests.hypothesis_profiles import examples
 from tests.student_train.caches import sparse_rows
 from tests.student_train.references import dense_loss, sparse_loss
 
@@ -74,7 +75,7 @@ class Case:
 
 
 @pytest.mark.parametrize(("divergence", "treatment"), ALL)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6))
 @given(
     rows=st.integers(1, 9), seed=st.integers(0, 10**6), temperature=st.sampled_from([1.0, 2.0]),
     chunk=st.sampled_from([1, 2 * V, 5 * V, 1 << 20]),

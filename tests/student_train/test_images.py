@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from storage.errors import StillhouseError
+from storage.images.settings import PixelSettings
 from storage.reader import Cache
 from storage.records import ImageRef
 from student_train.huggingface import load_image_processor
@@ -30,7 +31,7 @@ def reference(path: Path) -> ImageRef:
 
 @pytest.fixture
 def folder(tmp_path: Path, checkpoint: Path) -> ImageFolder:
-    return ImageFolder(tmp_path / "images", load_image_processor(checkpoint))
+    return ImageFolder(tmp_path / "images", load_image_processor(checkpoint), pixels=PixelSettings())
 
 
 def test_pixels_are_those_of_the_processor(folder: ImageFolder, checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import StillhouseError
@@ -53,7 +53,6 @@ def test_grouping_by_length_keeps_sizes_and_sorts(size: int, micro: int, num_ran
     assert (np.diff(lengths[found]) <= 0).all()
 
 
-@settings(deadline=None)
 @given(
     size=st.integers(1, 20), batch=st.integers(1, 24), micro=st.integers(1, 8), num_ranks=st.integers(1, 4),
     groups=st.booleans(),

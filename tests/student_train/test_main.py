@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from storage.images.settings import PixelSettings, read_pixel_settings
 from storage.reader import Cache
 from student_train import evaluate
 from student_train.ask import answer
@@ -84,6 +85,7 @@ def test_a_student_trains_where_the_teacher_s_packages_are_absent(alone: Alone) 
         "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja",
         "metrics.jsonl", "summary.json", "deepspeed.log",
     }  # fmt: skip
+    assert read_pixel_settings(folder) == PixelSettings()  # those of the cache
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] < lines[0]["loss"]

@@ -7,6 +7,7 @@ import pytest
 
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.files import open_folder
+from storage.images.settings import PixelSettings
 from storage.reader import Cache
 from student_train.batch import layout
 from student_train.config import DistributionLossSection, LossesSection, StageSection
@@ -201,3 +202,19 @@ def test_caches_that_ask_for_different_treatments_are_refused(checkpoint: Path, 
     with pytest.raises(IdentityError, match=r"treatment of response: .* has unbiased, .* has bucket"):
         prepare(stage, "")
     prepare(StageSection.model_validate({**both, "losses": {"response": {"treatment": "bucket"}}}), "")
+
+
+def test_caches_of_different_pixels_are_refused_together(checkpoint: Path, tmp_path: Path) -> None:
+    white = make_cache(tmp_path / "white", checkpoint, num_samples=4, families=("response",))
+    black = make_cache(
+        tmp_path / "black",
+        checkpoint,
+        num_samples=4,
+        families=("response",),
+        pixels=PixelSettings(background="#000000"),
+    )
+    old = make_cache(tmp_path / "old", checkpoint, num_samples=4, families=("response",), pixels=None)
+    for other, field in ((black, "pixels.background"), (old, "pixels.version")):
+        both = {"init": str(checkpoint), "steps": 1, "caches": [{"path": str(white)}, {"path": str(other)}]}
+        with pytest.raises(IdentityError, match=field):
+            prepare(StageSection.model_validate({**both, "losses": {"response": {}}}), "")

@@ -24,6 +24,7 @@ from student_train.evaluation import evaluate_model
 from student_train.material import Material, prepare
 from student_train.mixture import Interleaving
 from student_train.stage_inputs import changes_of_state, stage_inputs
+from tests.hypothesis_profiles import examples
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Runner
 from tests.student_train.test_stage_state import STOP_AT
@@ -62,7 +63,7 @@ def test_a_weight_is_how_often_each_sample_comes(checkpoint: Path, cache: Path, 
     assert first.tolist() != second.tolist()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     weights=st.lists(st.sampled_from([0.2, 0.5, 1.0, 1.5, 3.0]), min_size=4, max_size=4),

@@ -9,6 +9,7 @@ import torch
 
 from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.identity import Identity
+from storage.images.settings import PixelSettings, processor_settings, write_pixel_settings
 from storage.reader import Cache
 from student_train.config import Precision
 from student_train.models import (
@@ -61,6 +62,53 @@ def test_a_field_that_differs_is_named_with_both_values(
     assert f"{field}: the cache has {value}" in message
     assert str(getattr(identity, field)) in message
     assert "teacher's tokenizer" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 0, "backend": None}, "pixels.version: the cache has 1, .* has 0"),
+        ({"background": "#000000"}, "pixels.background: the cache has #ffffff, .* has #000000"),
+        ({"backend": "torchvision"}, "pixels.backend: the cache has pil, .* has torchvision"),
+    ],
+)
+def test_a_student_of_other_pixels_is_refused_by_field(
+    checkpoint: Path, identity: Identity, tmp_path: Path, change: dict, said: str
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "student")
+    write_pixel_settings(PixelSettings(**change), folder)
+    with pytest.raises(IdentityError, match=said):
+        check_fit(read_checkpoint(folder), identity)
+
+
+def test_a_cache_resized_by_another_library_is_refused(checkpoint: Path, identity: Identity) -> None:
+    other = identity.model_copy(update={"pixels": PixelSettings(backend="torchvision")})
+    with pytest.raises(IdentityError, match=r"pixels.backend: the cache has torchvision, .* has pil"):
+        check_fit(read_checkpoint(checkpoint), other)
+
+
+def test_an_older_cache_takes_a_student_that_was_not_trained_on_newer_pixels(
+    checkpoint: Path, identity: Identity, tmp_path: Path
+) -> None:
+    old = identity.model_copy(update={"pixels": None})
+    assert check_fit(read_checkpoint(checkpoint), old) == ()
+    folder = shutil.copytree(checkpoint, tmp_path / "student")
+    write_pixel_settings(PixelSettings(), folder)
+    with pytest.raises(IdentityError, match=r"pixels.version: the cache has 0, .* has 1"):
+        check_fit(read_checkpoint(folder), old)
+
+
+def test_another_size_or_mean_is_reported_and_not_refused(checkpoint: Path, identity: Identity) -> None:
+    found = read_checkpoint(checkpoint)
+    own = processor_settings(found.image_processor)
+    assert own["size"] == {"height": 32, "width": 32}
+    same = identity.model_copy(update={"image_processor": own})
+    assert check_fit(found, same) == ()
+    theirs = {**own, "size": {"height": 336, "width": 336}, "image_mean": [0.1, 0.2, 0.3]}
+    notes = check_fit(found, identity.model_copy(update={"image_processor": theirs}))
+    assert [note.split(":")[0] for note in notes] == ["image_processor.size", "image_processor.image_mean"]
+    assert "336" in notes[0]
+    assert "32" in notes[0]
 
 
 def test_a_head_smaller_than_the_vocabulary_is_refused_without_reading_weights(

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.preference_losses import Rewards, dpo, ipo, kto_pair, mean_of
+from tests.hypothesis_profiles import examples
 
 RATIOS = st.lists(st.tuples(st.floats(-40, 40), st.floats(-40, 40)), min_size=1, max_size=6)
 
@@ -60,7 +61,7 @@ def test_a_mean_pulls_every_pair_with_its_share():
     assert gradient.tolist() == pytest.approx([1 / 3] * 3)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(RATIOS, st.floats(0.01, 1.0))
 def test_the_right_order_is_cheaper_than_the_wrong_one(pairs, beta):
     right = rewards([(max(pair), min(pair)) for pair in pairs])
@@ -73,7 +74,7 @@ def test_the_right_order_is_cheaper_than_the_wrong_one(pairs, beta):
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(RATIOS)
 def test_gradients_lift_the_chosen_and_lower_the_rejected(pairs):
     both = rewards(pairs)

@@ -71,9 +71,14 @@ def log_of(runner: Runner, stage: str) -> list[dict]:
     [
         (1, {"zero_stage": 0, "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}),
         (2, {"zero_stage": 2, "ema": 0.9, "checkpoints": {"every": 2, "keep_last": 2, "splits": ["test"]}}),
-        (2, {"zero_stage": 3, "offload": ["optimizer"]}),
-        (2, {"zero_stage": 1, "precision": "bf16"}),  # DeepSpeed takes another optimizer for these two together
-        (2, {"zero_stage": 2, "expert_parallel": 2, "moe": {"every": 1}, "losses": {"response": {}, "balance": {}}}),
+        pytest.param(2, {"zero_stage": 3, "offload": ["optimizer"]}, marks=pytest.mark.slow),
+        # DeepSpeed takes another optimizer for these two together.
+        pytest.param(2, {"zero_stage": 1, "precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            {"zero_stage": 2, "expert_parallel": 2, "moe": {"every": 1}, "losses": {"response": {}, "balance": {}}},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_stopped_stage_resumes_to_the_bit(make_runner: Callable[..., Runner], ranks: int, options: dict) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from storage.images.settings import PixelSettings
 from storage.reader import Cache
 from student_train.batch import Batch, collate, collate_prompts, prompt_of
 from student_train.generation import greedy
@@ -24,7 +25,7 @@ def samples(cache: Path) -> Cache:
 
 
 def source(description: Checkpoint, samples: Cache, features: FeatureStore | None = None) -> VisionSource:
-    folder = ImageFolder(samples.identity.image_root, description.image_processor)
+    folder = ImageFolder(samples.identity.image_root, description.image_processor, pixels=PixelSettings())
     return VisionSource(folder, features=features, pixels=FeatureStore(0))
 
 

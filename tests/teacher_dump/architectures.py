@@ -1,7 +1,7 @@
 """What every architecture's teacher is asked in the tests, and vLLM's answers, from one process for all of them.
 
-`python -m tests.teacher_dump.architectures FOLDER` starts an engine on each FOLDER/<architecture>/teacher, one after
-another, asks it in several ways and leaves its hidden states in FOLDER/<architecture>/<way>.npz.
+`python -m tests.teacher_dump.architectures FOLDER NAME…` starts an engine on FOLDER/<name>/teacher for one architecture
+after another, asks it in several ways and leaves its hidden states in FOLDER/<name>/<way>.npz.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 from PIL import Image
 
 from teacher_dump.head import read_head
+from teacher_dump.pixel_check import check_pixel_values
 from teacher_dump.plan import Part
 from teacher_dump.preparation import Prepared
+from teacher_dump.processor import load_processor
 from teacher_dump.request import RowRequest, SignalRequest
 from teacher_dump.scoring import PartScorer
 from teacher_dump.selection import Threshold, TopK
@@ -149,11 +151,14 @@ def _run_engine(folder: Path) -> None:
         assert (engine.num_shared > before) == (way != "alone" and (folder.name, way) != SCARCE), way
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
     sight = check_sight(scorer, head, choose_samples(part.samples, 4))
+    processor = load_processor(folder / "teacher")
+    num_compared = check_pixel_values(engine, processor, ready, image_token_id=VOCAB_SIZE - 1)
+    assert num_compared == sum(len(sample.images) for sample in ready), num_compared
     (folder / "sight.json").write_text(json.dumps(None if sight is None else asdict(sight)), encoding="utf-8")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in ARCHITECTURES:
+    for name in sys.argv[2:]:
         _run_engine(Path(sys.argv[1]) / name)
         gc.collect()  # an engine that is let go of takes the process's groups with it: not those of the next one

@@ -28,7 +28,7 @@ class Engine:
             for index in range(len(group.bundle_specs)):
                 where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
                 rank = ray.remote(num_cpus=0, num_gpus=float(share), scheduling_strategy=where)(visible)
-                found["ranks"].append(ray.get(rank.remote(), timeout=60))
+                found["ranks"].append(ray.get(rank.remote(), timeout=600))
         return found
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     for settings in ({"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}):
         placement = Placement.of(settings, num_cpus=1, num_gpus=None)
         engine = kind.options(**placement.actor_options(), **placement.group_options()).remote()
-        answers.append(ray.get(engine.place.remote(), timeout=120))
+        answers.append(ray.get(engine.place.remote(), timeout=600))
         ray.kill(engine)
         placement.remove_groups()
     sys.stdout.write(json.dumps(answers) + "\n")

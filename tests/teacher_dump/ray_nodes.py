@@ -69,7 +69,7 @@ def ray_nodes(num_nodes: int) -> Iterator[RayNodes]:
         yield nodes
     finally:
         process.stdin.close()
-        process.wait(timeout=60)
+        process.wait(timeout=600)
         process.stdout.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from storage.images.settings import PixelSettings
 from teacher_dump import fingerprint
 from teacher_dump.config import SourceSection
 from teacher_dump.head import read_head
@@ -38,7 +39,13 @@ def reference_teacher(folder: Path) -> TransformersTeacher:
 
 
 def make_scorer(
-    folder: Path, image_root: Path, request: SignalRequest, engine: Teacher | None, *, max_length: int = 256
+    folder: Path,
+    image_root: Path,
+    request: SignalRequest,
+    engine: Teacher | None,
+    *,
+    max_length: int = 256,
+    pixels: PixelSettings | None = None,
 ) -> PartScorer:
     """A scorer with an engine of the test's choice."""
     processor = load_processor(folder)
@@ -48,6 +55,7 @@ def make_scorer(
         grid=VisualGrid(processor, facts.image_token_id),
         image_token_id=facts.image_token_id,
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        pixels=pixels or PixelSettings(),
         image_root=image_root,
         max_length=max_length,
     )

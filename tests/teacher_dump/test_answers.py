@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from PIL import Image
+
+from storage.errors import StillhouseError
+from storage.images.settings import PixelSettings
 from storage.reader import Cache
 from storage.records import SampleError
 from storage.verify import verify
@@ -15,6 +21,7 @@ from teacher_dump import fingerprint
 from teacher_dump.answers import Answerer
 from teacher_dump.assignment import prompt_errors
 from teacher_dump.config import SamplingSection, SourceSection
+from teacher_dump.device_failure import PromptRefusedError
 from teacher_dump.dump import run_dump
 from teacher_dump.dump_plan import plan_dump
 from teacher_dump.preparation import Preparer
@@ -27,6 +34,7 @@ from teacher_dump.teacher import TeacherPrompt
 from teacher_dump.transformers_teacher import TransformersTeacher
 from teacher_dump.visual_grid import VisualGrid
 from tests.teacher_dump.conftest import WriteConfig
+from tests.teacher_dump.ray_head import RayHead
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLING = SamplingSection(temperature=1.0, max_new_tokens=24, seed=3)
@@ -61,6 +69,7 @@ def make_answerer(folder: Path, image_root: Path, generator: Any, sampling: Samp
         grid=VisualGrid(processor, facts.image_token_id),
         image_token_id=facts.image_token_id,
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
+        pixels=PixelSettings(),
         image_root=image_root,
         max_length=256,
     )
@@ -94,6 +103,50 @@ def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_tea
     later = f"{opened}red<|im_end|>\n<|im_start|>user\n{questions[1]}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(teacher.asked[4]) == later
     assert teacher.num_images == [1] * 6
+
+
+class Picky(Scripted):
+    """Refuses every call that shows one of these pictures."""
+
+    def __init__(self, refused: Sequence[bytes], script: list[list[int]], error: Exception) -> None:
+        super().__init__(script)
+        self.refused = refused
+        self.error = error
+
+    def generate(self, prompts: Sequence[TeacherPrompt], **options: Any) -> list[list[int]]:
+        if any(image.tobytes() in self.refused for prompt in prompts for image in prompt.images):
+            raise self.error
+        return super().generate(prompts, **options)
+
+
+def test_a_prompt_that_the_engine_refuses_costs_its_own_answer_only(tiny_teacher: Path, tiny_data: Path) -> None:
+    tokenizer = load_processor(tiny_teacher).tokenizer
+    spoken = [*tokenizer("red", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    samples = questions_of(tiny_data, limit=4)
+    refused = pixels_of(tiny_data, samples[1])
+    for error, reason in (
+        (PromptRefusedError("At most 1 image(s)"), "the teacher refuses this sample: At most 1 image(s)"),
+        (RuntimeError("no"), "the teacher failed: no"),
+    ):
+        errors: list[SampleError] = []
+        picky = Picky([refused], [spoken] * 8, error)
+        answered = make_answerer(tiny_teacher, tiny_data.parent, picky).answered(samples, errors)
+        assert [sample.id for sample in answered] == [samples[at].id for at in (0, 2, 3)]
+        assert errors == [SampleError(samples[1].id, reason)]
+
+
+def pixels_of(file: Path, sample: Sample) -> bytes:
+    with Image.open(file.parent / sample.images[0]) as image:
+        return image.convert("RGB").tobytes()
+
+
+def test_an_engine_that_answers_nothing_ends_the_answers(tiny_teacher: Path, tiny_data: Path) -> None:
+    samples = questions_of(tiny_data, limit=4)
+    for error in (RuntimeError("the weights are gone"), torch.AcceleratorError("CUDA error: the weights are gone")):
+        picky = Picky([pixels_of(tiny_data, sample) for sample in samples], [], error)
+        answerer = make_answerer(tiny_teacher, tiny_data.parent, picky)
+        with pytest.raises((StillhouseError, torch.AcceleratorError), match="the weights are gone"):
+            answerer.answered(samples, [])
 
 
 def test_questions_need_no_answer_and_pairs_are_refused(tmp_path: Path) -> None:
@@ -161,7 +214,9 @@ def test_an_answer_depends_on_its_own_seed_and_on_nothing_beside_it(talker: Path
     assert together != said(samples, 1)
 
 
-def test_a_dump_of_the_teachers_own_answers(write_config: WriteConfig, talker: Path, tiny_data: Path) -> None:
+def test_a_dump_of_the_teachers_own_answers(
+    ray_head: RayHead, write_config: WriteConfig, talker: Path, tiny_data: Path
+) -> None:
     sampling = {"temperature": 1.0, "max_new_tokens": 24, "seed": 5}
     config = write_config(
         data={"sources": [{"path": str(tiny_data), "split": "own"}], "responses": "teacher", "sampling": sampling},
@@ -174,7 +229,9 @@ def test_a_dump_of_the_teachers_own_answers(write_config: WriteConfig, talker: P
     assert before.plan.num_samples == 24
     assert prompt_errors(settings, before, progress=False) == []
     command = [sys.executable, "-m", "teacher_dump", str(config)]  # Ray's own warnings are no errors there
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=ray_head.environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     cache = Cache.open(settings.cache.path)
     assert cache.num_samples > 0

@@ -40,6 +40,12 @@ IMAGE_TOKEN_ID = VOCAB_SIZE - 1
 SEEING = [name for name in ARCHITECTURES if name not in ("llama", "qwen2")]
 TOLERANCE = 5e-5  # of hidden states of size 1, in nats and in probability; measured: 6e-6
 
+QUICK = ("llava_onevision",)  # an engine takes ten seconds to start: of the others the long tests have one
+
+
+def in_engine(architectures: Sequence[str]) -> list[Any]:
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in architectures]
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,10 +56,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(root: Path) -> Path:
-    """The same folder with vLLM's answers in it, from one process for all architectures."""
+def asked(root: Path, request: pytest.FixtureRequest) -> Path:
+    """The same folder with vLLM's answers in it, from one process for all architectures that tests were chosen of."""
+    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    chosen = {
+        item.callspec.params["architecture"]
+        for item in functions
+        if item.path == request.path and "asked" in item.fixturenames
+    }
+    names = [name for name in ARCHITECTURES if name in chosen]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.teacher_dump.architectures", str(root)],
+        [sys.executable, "-m", "tests.teacher_dump.architectures", str(root), *names],
         cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -71,7 +84,7 @@ def prepared(folder: Path) -> dict[str, Prepared]:
     return {sample.record.sample_id: sample for sample in ready}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", in_engine(list(ARCHITECTURES)))
 def test_both_teachers_give_the_same_signals(architecture: str, asked: Path) -> None:
     folder = asked / architecture
     part = samples_of(folder)
@@ -114,7 +127,7 @@ def assert_same(ours: PartRecords, theirs: PartRecords) -> None:
         np.testing.assert_allclose(one, other, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("architecture", SEEING)
+@pytest.mark.parametrize("architecture", in_engine(SEEING))
 def test_a_prefix_that_was_seen_before_changes_nothing(architecture: str, asked: Path) -> None:
     """Equal ids before the answer, equal pictures or others of their size: each prompt gets its own rows."""
     folder = asked / architecture
@@ -246,13 +259,16 @@ class Blindfolded:
         )
 
 
-@pytest.mark.parametrize("architecture", SEEING)
+@pytest.mark.parametrize("architecture", in_engine(SEEING))
 def test_the_blind_check_knows_seeing_from_blind(architecture: str, asked: Path) -> None:
     folder = asked / architecture
     sight = recorded_sight(folder)  # in vLLM itself
     assert sight is not None
     assert sight.num_samples == 4
     assert sight.change > 0.01 > 1e-4 > sight.noise
+    assert sight.marked is not None
+    assert sight.turned is not None
+    assert sight.turned > 0.01 > 1e-4 > sight.marked  # a file that lies upside down, and pixels that do
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
     with pytest.raises(StillhouseError, match="the teacher is blind"):
         check_sight(

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_dump.draws import Draws, independent_draws, systematic_draws
+from tests.hypothesis_profiles import examples
 
 
 def by_hand(weights: np.ndarray, unit: float, uniform: float) -> dict[int, int]:
@@ -25,7 +26,7 @@ def as_dictionary(draws: Draws, row: int) -> dict[int, int]:
     return dict(zip(draws.ids[mine].tolist(), draws.counts[mine].tolist(), strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.integers(0, 10_000), st.sampled_from([1, 63, 64, 65, 200]), st.floats(0.0, 0.999), st.floats(0.05, 3.0))
 def test_systematic_draws_are_those_of_the_definition(seed: int, vocab: int, uniform: float, unit: float) -> None:
     draw = np.random.default_rng(seed)

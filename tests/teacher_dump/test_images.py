@@ -8,13 +8,14 @@ import PIL.Image
 import pytest
 from PIL import Image
 
+from storage.images.settings import PixelSettings
 from teacher_dump.images import load_image
 from teacher_dump.samples import SampleRefusedError
 
 
 def test_pixels_are_rgb_and_the_hash_is_of_the_file(tmp_path: Path) -> None:
     Image.new("LA", (3, 2), (128, 0)).save(tmp_path / "grey.png")
-    image = load_image(tmp_path, "grey.png")
+    image = load_image(tmp_path, "grey.png", PixelSettings())
     assert (image.pixels.mode, image.pixels.size) == ("RGB", (3, 2))
     assert image.content == (tmp_path / "grey.png").read_bytes()
     assert image.sha256 == hashlib.sha256(image.content).hexdigest()
@@ -28,16 +29,16 @@ def test_files_that_are_no_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("short.png", "text.png", "empty.png"):
         with pytest.raises(SampleRefusedError, match=f"{name}.*cannot be decoded"):
-            load_image(tmp_path, name)
+            load_image(tmp_path, name, PixelSettings())
     with pytest.raises(SampleRefusedError, match="cannot be read"):
-        load_image(tmp_path, "gone.png")
+        load_image(tmp_path, "gone.png", PixelSettings())
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(SampleRefusedError, match="bomb"):
-        load_image(tmp_path, "bomb.png")
+        load_image(tmp_path, "bomb.png", PixelSettings())
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "link.png", "folder/../../secret.png"])
@@ -46,7 +47,7 @@ def test_an_image_outside_of_the_root_is_refused(tmp_path: Path, path: str) -> N
     (tmp_path / "root/folder").mkdir(parents=True)
     (tmp_path / "root/link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(SampleRefusedError, match="outside"):
-        load_image(tmp_path / "root", path)
+        load_image(tmp_path / "root", path, PixelSettings())
 
 
 def test_what_is_no_plain_file_or_far_too_large_is_refused_unread(tmp_path: Path) -> None:
@@ -55,4 +56,4 @@ def test_what_is_no_plain_file_or_far_too_large_is_refused_unread(tmp_path: Path
         file.truncate(10 * 2**30)  # takes no room
     for name, said in (("pipe.png", "no such file"), ("huge.png", "10,737,418,240 bytes")):
         with pytest.raises(SampleRefusedError, match=said):
-            load_image(tmp_path, name)
+            load_image(tmp_path, name, PixelSettings())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from storage.rows import SparseRows
 from teacher_dump.selection import Mass, Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
+from tests.hypothesis_profiles import examples
 
 
 def random_logits(rows: int, vocab: int, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -76,7 +77,7 @@ def test_rows_sum_to_one_with_their_tail_even_when_the_tail_is_tiny() -> None:
         np.testing.assert_allclose(head + rows.tail_mass, 1, atol=2e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(st.integers(0, 10_000), st.sampled_from([0.5, 0.1, 0.01, 0.003]), st.floats(0.0, 6.0))
 def test_total_of_a_sampled_row_is_within_tau_of_one(seed: int, tau: float, scale: float) -> None:
     logits = random_logits(20, 200, seed=seed, scale=scale)

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from storage.errors import StillhouseError
+from storage.images.pictures import turn_picture
+from storage.images.settings import OLD_PIXELS
 from teacher_dump.head import OutputHead, read_head
 from teacher_dump.samples import Sample
 from teacher_dump.sight import check_sight, choose_samples
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 from teacher_dump.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher
+from tests.tiny import make_tiny_dataset
 
 
 class Blindfolded:
@@ -48,9 +52,66 @@ def test_a_teacher_that_sees_passes_and_a_blind_one_does_not(
     assert sight is not None
     assert sight.num_samples == num_samples
     assert sight.change > 0.01 > 1e-4 > sight.noise
+    assert sight.marked is not None
+    assert sight.turned is not None
+    assert sight.turned > 0.01 > 1e-4 > sight.marked
     blind = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Blindfolded(reference))
     with pytest.raises(StillhouseError, match=r"the teacher is blind.*blind_check_samples=0"):
         check_sight(blind, head, samples)
+
+
+class Turner:
+    """Turns pictures by itself, as an engine does that reads EXIF once more: some, or every second time it is asked."""
+
+    def __init__(self, teacher: TransformersTeacher, turns: Callable[[str], bool]) -> None:
+        self._teacher, self._turns = teacher, turns
+
+    def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+        return self._teacher.hidden_states(
+            [
+                replace(
+                    prompt,
+                    images=tuple(
+                        turn_picture(image) if self._turns(key) else image
+                        for image, key in zip(prompt.images, prompt.image_keys, strict=True)
+                    ),
+                )
+                for prompt in prompts
+            ]
+        )
+
+
+def test_an_engine_that_turns_pictures_by_itself_is_refused(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher, head: OutputHead
+) -> None:
+    samples = choose_samples(part_of(tiny_data).samples, 2)
+    cases = (("marked", "the teacher sees other pixels than were made for it"), ("turned", "where things are"))
+    for key_begins, said in cases:  # a turn that the file asked for was made twice; one that nobody asked for
+        engine = Turner(reference, lambda key, begins=key_begins: key.startswith(begins))
+        with pytest.raises(StillhouseError, match=rf"{said}.*blind_check_samples=0"):
+            check_sight(make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, engine), head, samples)
+
+
+def test_pixels_that_ignore_orientation_are_refused(
+    tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher, head: OutputHead
+) -> None:
+    """Version 0 of the pixels leaves them as they lie in the file."""
+    samples = choose_samples(part_of(tiny_data).samples, 2)
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference)
+    with pytest.raises(StillhouseError, match="other pixels than were made for it"):
+        check_sight(scorer, head, samples, pixels=OLD_PIXELS)
+
+
+def test_pictures_that_no_turn_changes_are_not_asked_about(
+    tmp_path: Path, tiny_teacher: Path, reference: TransformersTeacher, head: OutputHead
+) -> None:
+    data = make_tiny_dataset(tmp_path, num_samples=2, num_images=2)["train"]
+    for number, shade in enumerate((20, 200)):
+        Image.new("RGB", (32, 32), (shade, shade, shade)).save(tmp_path / f"images/train-{number:03d}.png")
+    scorer = make_scorer(tiny_teacher, tmp_path, EVERYTHING, reference)
+    sight = check_sight(scorer, head, choose_samples(part_of(data).samples, 2))
+    assert sight is not None
+    assert sight.marked is sight.turned is None
 
 
 def test_noise_does_not_pass_for_sight(

@@ -132,6 +132,26 @@ def test_states_of_a_prompt_that_was_begun_again_are_not_taken() -> None:
         assert (computed_states(output) is not None) == is_taken, (num_states, num_cached)
 
 
+@pytest.mark.slow
+def test_a_call_that_fails_costs_the_engine_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
+    """Its short form, with an engine in small, is in test_device_failure."""
+    done = run_python("-m", "tests.teacher_dump.engine_calls", str(tiny_teacher), str(tmp_path / "served"))
+    assert done.returncode == 0, done.stderr
+    length = 24  # tokens of a prompt with one picture
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "one": [length],
+        "two pictures": "PromptRefusedError",
+        "mixed": "PromptRefusedError",
+        "after mixed": [length],
+        "also after mixed": [length] * 3,
+        "too long": "PromptRefusedError",
+        "no tokens": "PromptRefusedError",
+        "no such token": "PromptRefusedError",
+        "a picture without a place": "AssertionError",
+        "all": [length] * 10,
+    }
+
+
 def test_settings_that_vllm_does_not_have_are_refused_by_name() -> None:
     code = (
         "from storage.errors import ConfigError\n"

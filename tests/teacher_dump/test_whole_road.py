@@ -17,15 +17,16 @@ from storage.verify import verify
 from teacher_dump.__main__ import main
 from teacher_dump.processor import load_processor
 from tests.teacher_dump.conftest import WriteConfig
+from tests.teacher_dump.ray_head import RayHead
 from tests.teacher_dump.test_ray_jobs import PATIENCE_S, commits, dump_here, start_dump
 from tests.tiny import END_OF_TURN, make_tiny_dataset
 
 VOCAB_SIZE = 300
 
 
-def run_dump(config: Path, *overrides: str) -> str:
+def run_dump(config: Path, *, ray: RayHead) -> str:
     """What a dump that ends well says."""
-    dump = start_dump(config, *overrides)
+    dump = start_dump(config, environment=ray.environment)
     said, complained = dump.communicate(timeout=PATIENCE_S)
     assert dump.returncode == 0, complained
     assert "Traceback" not in complained
@@ -65,12 +66,13 @@ class Model:
 
 
 def test_a_dump_by_a_budget_is_a_dump_of_what_the_budget_has_chosen(
-    write_config: WriteConfig, tiny_teacher: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    ray_head: RayHead, write_config: WriteConfig, tiny_teacher: Path, tiny_data: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """With three sets of draws a row; the tail profile is the mean of what the model puts outside the exact entries."""
     budget = {"gradient_error": 0.3, "rows": 256, "samples": 8}
     config = write_config(cache={"families": ["response"], "budget": budget, "response": {"draw_sets": 3}})
-    run_dump(config)
+    run_dump(config, ray=ray_head)
     assert verify(tmp_path / "cache").problems == []
     cache = Cache.open(tmp_path / "cache")
     chosen = cache.identity.selection["response"]
@@ -114,7 +116,7 @@ def test_a_dump_by_a_budget_is_a_dump_of_what_the_budget_has_chosen(
 
 
 def test_the_teachers_own_answers_are_those_of_generate_and_are_scored(
-    write_config: WriteConfig, talker: Path, tmp_path: Path
+    ray_head: RayHead, write_config: WriteConfig, talker: Path, tmp_path: Path
 ) -> None:
     """Two turns a sample, each answered after the teacher's own earlier answer; what does not end is an error."""
     file = make_tiny_dataset(tmp_path / "data", num_samples=12, num_images=12, turns=2)["train"]
@@ -124,7 +126,7 @@ def test_the_teachers_own_answers_are_those_of_generate_and_are_scored(
         cache={"families": ["sequence"]},
         dump={"max_error_fraction": 0.99},
     )
-    run_dump(config)
+    run_dump(config, ray=ray_head)
     model, expected = Model(talker), {}
     for line in file.read_text(encoding="utf-8").splitlines():
         sample = json.loads(line)

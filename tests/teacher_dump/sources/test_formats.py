@@ -21,6 +21,7 @@ from storage.errors import ConfigError
 from teacher_dump.config import SourceSection
 from teacher_dump.reading import SampleSet, read_samples
 from teacher_dump.sources.formats import format_of
+from tests.hypothesis_profiles import examples
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
 
@@ -305,7 +306,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.lists(values, max_size=6), st.sampled_from([None, 1, 4]), st.booleans())
 def test_json_arrays_are_parsed_as_the_standard_library_does(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any], indent: int | None, ascii_only: bool
@@ -345,7 +346,7 @@ rows_of_anything = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(st.lists(rows_of_anything | values, max_size=6))
 def test_every_row_becomes_samples_or_named_errors(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     folder = tmp_path_factory.mktemp("rows")

@@ -1,0 +1,58 @@
+"""Pictures that are not read from a file, and what is done to pixels after they were made."""
+
+from __future__ import annotations
+
+import io
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from storage.images.pixels import ORIENTATION, Picture
+
+_UPSIDE_DOWN = 3  # EXIF orientation: the picture lies on its head in the file
+
+
+def blank_picture(size: tuple[int, int]) -> Picture:
+    """A black picture of this width and height."""
+    return Image.new("RGB", size)
+
+
+def picture_of(values: NDArray[np.uint8]) -> Picture:
+    """(h, w, 3) bytes as a picture."""
+    return Image.fromarray(values)
+
+
+def invert_picture(picture: Picture) -> Picture:
+    """Every channel's complement."""
+    return ImageOps.invert(picture)
+
+
+def resize_picture(picture: Picture, size: tuple[int, int]) -> Picture:
+    """The picture stretched to this width and height."""
+    return picture.resize(size)
+
+
+def shrink_picture(picture: Picture, max_side: int) -> Picture:
+    """The picture, its longer side at most `max_side` pixels."""
+    small = picture.copy()
+    small.thumbnail((max_side, max_side))
+    return small
+
+
+def turn_picture(picture: Picture) -> Picture:
+    """The picture upside down, which is of the same size."""
+    return picture.transpose(Image.Transpose.ROTATE_180)
+
+
+def encode_picture(picture: Picture, kind: Literal["png", "jpeg"], *, is_upside_down: bool = False) -> bytes:
+    """A file of the pixels; `is_upside_down` has its EXIF say that they are to be turned by 180 degrees."""
+    stream = io.BytesIO()
+    options: dict[str, Any] = {"quality": 88} if kind == "jpeg" else {"compress_level": 1 if is_upside_down else 9}
+    if is_upside_down:
+        exif = Image.Exif()
+        exif[ORIENTATION] = _UPSIDE_DOWN
+        options["exif"] = exif
+    picture.save(stream, kind, **options)
+    return stream.getvalue()

@@ -1,0 +1,95 @@
+"""Notices of long waits: whoever waits for something says for what, so that nobody takes a wait for a hang."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Self
+
+Say = Callable[[str], None]
+
+_FIRST_S = 30.0
+_EVERY_S = 60.0
+
+_log = logging.getLogger(__name__)
+_listeners: list[Say] = []  # the newest one hears the notices of this process
+
+
+@contextmanager
+def notices_to(say: Say) -> Iterator[None]:
+    """Give all notices of this process to `say` while the block runs, such as a terminal that logs do not reach."""
+    _listeners.append(say)
+    try:
+        yield
+    finally:
+        _listeners.remove(say)
+
+
+class Waiting:
+    """Says what is waited for after `first_s` seconds, and again every `every_s`, until its end.
+
+    Use as a context manager around calls that may block: a daemon thread speaks meanwhile. Notices go to `say`; by
+    default to where `notices_to` sends them, else to the log (which Python shows on standard error unless told
+    otherwise).
+    """
+
+    def __init__(
+        self,
+        subject: str | Callable[[], str],  # such as "Ray to start"; a function is asked before each notice, and its
+        # empty answer is none
+        *,
+        say: Say | None = None,
+        first_s: float = _FIRST_S,
+        every_s: float = _EVERY_S,
+    ) -> None:
+        self._subject = subject
+        self._say = say
+        self._first_s = first_s
+        self._every_s = every_s
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._begun = self._due = 0.0
+
+    def __enter__(self) -> Self:
+        self.reset()
+        threading.Thread(target=self._speak, name="waiting", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def reset(self, *, first_s: float | None = None) -> None:
+        """What was waited for came, and the next wait begins; `first_s` is new from now on, if it is given."""
+        with self._lock:
+            self._first_s = self._first_s if first_s is None else first_s
+            self._begun = time.monotonic()
+            self._due = self._begun + self._first_s
+
+    def _speak(self) -> None:
+        while True:
+            with self._lock:
+                now, begun, due = time.monotonic(), self._begun, self._due
+                if now >= due:
+                    self._due = now + self._every_s
+            if now >= due:
+                subject = self._subject if isinstance(self._subject, str) else self._subject()
+                if subject and not self._ended.is_set():
+                    _tell(self._say, f"still waiting for {subject} ({_duration(now - begun)} so far)")
+            elif self._ended.wait(due - now):
+                return
+
+
+def _tell(say: Say | None, notice: str) -> None:
+    if say is None and _listeners:
+        say = _listeners[-1]
+    try:
+        _log.warning("%s", notice) if say is None else say(notice)
+    except (OSError, ValueError):  # a terminal that has gone away must not end the wait
+        _log.warning("%s", notice)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

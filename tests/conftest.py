@@ -1,0 +1,35 @@
+"""For all tests: how hypothesis draws, the order of files, and one running Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.hypothesis_profiles import register_profiles
+from tests.teacher_dump.ray_head import RayHead, running_ray_head
+
+LONGEST_FILES = (  # come first, so that two processes that share the files end at about the same time
+    "test_ray_jobs.py",
+    "test_stage_state.py",
+    "test_expert_parallel.py",
+    "test_run.py",
+    "test_architectures.py",
+    "test_whole_road.py",
+    "test_answers.py",
+    "test_vllm_teacher.py",
+)
+
+register_profiles()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayHead]:
+    """A Ray that is running already: a command that is told of it starts some ten seconds sooner."""
+    with running_ray_head() as head:
+        yield head
