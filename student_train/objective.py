@@ -103,7 +103,8 @@ class Objective(nn.Module):
         if section.literal and self._losses.preference:  # chosen and rejected answers alternate
             is_chosen = torch.arange(len(is_token), device=is_token.device)[:, None] % 2 == 0
             sides = [(is_token & (is_chosen == side)).flatten() for side in (True, False)]
-            balance = sum(router_losses(logits, side, top_k=top_k, first_choice=True).balance for side in sides)
+            chosen, rejected = (router_losses(logits, side, top_k=top_k, first_choice=True) for side in sides)
+            balance = chosen.balance + rejected.balance
         if self._losses.averaging == "micro_batch":
             share = batch.counted / max(1, totals.micro_batches)
         else:
