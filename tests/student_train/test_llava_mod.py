@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from storage.errors import ConfigError
 from storage.reader import Cache
 from student_train.batch import collate
-from student_train.config import EvaluationSection, LossesSection, PreferenceLossSection, SourceSection, StageSection
+from student_train.config import (
+    EvaluationSection,
+    LossesSection,
+    MoeSection,
+    PreferenceLossSection,
+    SourceSection,
+    StageSection,
+)
 from student_train.evaluation import evaluate_model
 from student_train.images import FeatureStore, VisionSource, open_images
 from student_train.loader import RowCounts, plans
@@ -125,6 +132,30 @@ def test_balance_counts_once_and_literally_twice(dense: Path, pairs: Path) -> No
     assert literal["balance"] != pytest.approx(totals["balance"], rel=1e-3)  # of first choices alone
     assert 0 <= totals["expert_load_min"] <= 0.25 <= totals["expert_load_max"] <= 0.5
     assert totals["balance"] >= 2 * 1 - 0.1  # two layers
+
+
+def test_literal_balance_of_pairs_is_added_side_by_side_and_averaged_over_micro_batches(
+    dense: Path, pairs: Path
+) -> None:
+    """An oracle one answer at a time: E * sum_i (share of first choices) * (mean gate), chosen plus rejected."""
+    losses = {"cross_entropy": 0, "preference": {}, "balance": {"literal": True}, "mean": "micro_batch"}
+    section = LossesSection.model_validate(losses)
+    stage = StageSection(init=str(dense), steps=1, group_by_length=False, moe=MoeSection(), losses=section)
+    material = prepare(stage, str(pairs))
+    totals, _ = summed(material, losses, ranks=1, micro=1, sparse=True)
+    objective, vision = objective_of(material, losses, sparse=True)
+    (plan,) = plans(material.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
+    expected = 0.0
+    for index in material.table.indices[plan.rows].flat:
+        batch = collate([material.cache.read(int(index))], material.checkpoint.grid, vision.gather)
+        with torch.no_grad():
+            _, routers = objective.student.hidden_and_routers(batch.input_ids, batch.visual_positions, batch.vision)
+        for layer in routers:
+            gates = layer.double().softmax(1)
+            first = torch.nn.functional.one_hot(gates.argmax(1), gates.shape[1]).double()
+            expected += float(gates.shape[1] * (first.mean(0) * gates.mean(0)).sum()) / 6  # micro-batches
+    assert totals["balance"] == pytest.approx(expected, rel=1e-5)
+    assert totals["loss"] == pytest.approx(totals["preference"] + 0.02 * totals["balance"], rel=1e-5)
 
 
 def test_balance_leaves_padding_out_and_is_the_mean_over_samples(dense: Path, pairs: Path) -> None:
