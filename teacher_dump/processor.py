@@ -16,9 +16,22 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Images are resized by the library that every student uses, whatever else is installed.
     """
     torchvision_shim.ensure()
+    keep_videos_loadable()
     from transformers import AutoProcessor
 
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, backend=BACKEND)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StillhouseError(f"{folder}: its processor or tokenizer cannot be loaded: {error}") from error
+
+
+def keep_videos_loadable() -> None:
+    """Let a processor's images be made by Pillow although transformers makes its videos by torchvision alone.
+
+    transformers hands one `backend` to all parts of a processor, and refuses "pil" for the part that makes videos.
+    vLLM calls this in each of its processes (pyproject.toml, vllm.general_plugins), for workers load processors too.
+    """
+    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+
+    for classes in VIDEO_PROCESSOR_MAPPING_NAMES.values():
+        classes.setdefault(BACKEND, classes.get("torchvision"))

@@ -30,6 +30,7 @@ from teacher_dump.device_failure import (
     is_device_failure,
     is_out_of_memory,
 )
+from teacher_dump.processor import keep_videos_loadable
 from teacher_dump.teacher import TeacherPrompt, TeacherStates
 
 _log = logging.getLogger(__name__)
@@ -300,6 +301,7 @@ def _open_engine(
     from vllm.platforms import current_platform
 
     check_settings(settings)
+    keep_videos_loadable()
     config = checkpoint.read_json(folder / "config.json")
     if current_platform.is_cpu():
         register_in_process(config.get("architectures", []))
