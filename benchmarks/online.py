@@ -35,6 +35,8 @@ class OnlineObjective(Objective):
         """
         if losses.relation or losses.preference:
             raise ValueError("the live teacher has response and visual losses alone")
+        if losses.averaging == "samples":
+            raise ValueError("the live teacher does not know which visual rows are a sample's; take another mean")
         exact: dict[str, Treatment] = {"response": "exact", "visual": "exact"}
         known = CachedTeacher(treatments=exact, head=head)
         super().__init__(student, losses, known, chunk_logits=chunk_logits)

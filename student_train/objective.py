@@ -167,7 +167,7 @@ class Objective(nn.Module):
         if losses.visual is not None:
             runs = [_resampled(rows, run.teacher) for run, rows in self._visual_rows(hidden, batch)]
             rows = torch.cat(runs) if runs else hidden[:0]
-            counts = batch.teacher_visual_counts if runs else []
+            counts = batch.teacher_visual_counts if runs and losses.averaging == "samples" else [len(rows)]
             weight = _weight(losses, "visual")
             for share in row_shares(losses.averaging, counts, total_rows=totals.visual, totals=totals):
                 target = self._target("visual", None if batch.visual is None else share.of(batch.visual))
