@@ -39,6 +39,8 @@ def test_what_a_rank_would_refuse_at_its_start_is_refused_before_torchrun(
 ) -> None:
     if has_cache:
         write_cache(tmp_path / "cache", families=("response",))
+    else:
+        (tmp_path / "student").mkdir()  # or it would be missed first
     assert main(["train", str(write_experiment(tmp_path, **fields)), "--stage", "kd"]) == 2
     *before, last = capfd.readouterr().err.splitlines()
     assert words in last

@@ -49,13 +49,14 @@ def make_scorer(
 ) -> PartScorer:
     """A scorer with an engine of the test's choice."""
     processor = load_processor(folder)
-    facts = fingerprint.processor_facts(folder, processor)
+    pixels = pixels or PixelSettings()
+    facts = fingerprint.processor_facts(folder, processor).with_background(pixels.background)
     preparer = Preparer(
         prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
         grid=VisualGrid(processor, facts.image_token_id),
         image_token_id=facts.image_token_id,
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,
-        pixels=pixels or PixelSettings(),
+        pixels=pixels,
         image_root=image_root,
         max_length=max_length,
     )
