@@ -39,13 +39,30 @@ make_tiny_llava(out / "models" / "student_init", num_layers=1, seed=1)
 """
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How one run was ended."""
+
+    after_s: float
+    code: int
+    seconds_left: float  # between the signal and the end of the last process
+    num_processes: int  # when the signal came
+    last_line: str  # of its output, before the signal
+
+    def __str__(self) -> str:
+        return (
+            f"after {self.after_s:5.1f} s, {self.num_processes} processes, {self.last_line!r}: "
+            f"code {self.code}, none left after {self.seconds_left:.1f} s"
+        )
+
+
 @dataclass
 class Experiment:
     """A YAML in a folder of its own, and how runs of it ended."""
 
     folder: Path
     config: Path
-    seconds_left: list[float] = field(default_factory=list)  # between a signal and the end of the last process
+    endings: list[Ending] = field(default_factory=list)
 
     @property
     def run(self) -> Path:
@@ -64,12 +81,17 @@ class Experiment:
                 assert command.wait(1200) == 0, command.text()
                 assert command.processes() == {}
                 return True
+            num_processes, lines = len(command.processes()), command.text().split()
             sent = time.monotonic()
             command.process.send_signal(number)
             left = command.wait_until_gone(LEFT_S)
-            self.seconds_left.append(time.monotonic() - sent)
+            seconds_left = time.monotonic() - sent
             assert left == {}, command.text()
             code = command.wait(LEFT_S)
+            ending = Ending(seconds, code, seconds_left, num_processes, " ".join(lines[-12:]))
+            self.endings.append(ending)
+            sys.stdout.write(f"{number.name} {ending}\n")
+            sys.stdout.flush()
             if code != 0:  # else it had come to its end
                 assert code in (-number, 128 + number), command.text()
             return code == 0
@@ -146,12 +168,10 @@ def test_ten_moments(
     moments = [(tenth + draw.random()) / NUM_MOMENTS * seconds for tenth in range(NUM_MOMENTS)]
     draw.shuffle(moments)
     experiment = write_experiment(tmp_path)
-    while len(experiment.seconds_left) < NUM_MOMENTS:
-        if experiment.end_after(moments[len(experiment.seconds_left)], number):
+    while len(experiment.endings) < NUM_MOMENTS:
+        if experiment.end_after(moments[len(experiment.endings)], number):
             assert experiment.table() == expected
             experiment.clear()
-            moments[len(experiment.seconds_left)] *= 0.9  # the machine may be less busy than it was
+            moments[len(experiment.endings)] *= 0.9  # the machine may be less busy than it was
     assert experiment.end_after(math.inf, None)
     assert experiment.table() == expected
-    seconds_left = [round(seconds, 1) for seconds in experiment.seconds_left]
-    sys.stdout.write(f"{number.name}: seconds until the last process had ended: {seconds_left}\n")
