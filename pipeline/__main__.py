@@ -23,6 +23,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import ConfigError, StillhouseError
+from storage.standard_streams import drop_output, open_closed_streams
 from storage.stop_signals import exit_code, explain, interruptible, leave
 
 if TYPE_CHECKING:  # which import torch
@@ -36,6 +37,8 @@ Action = Callable[[argparse.Namespace], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code. Without `argv` this process is the verb's, and a signal ends it."""
+    if argv is None:
+        open_closed_streams()
     try:
         with interruptible(adopt=argv is None):
             return _run_verb(argv)
@@ -58,7 +61,7 @@ def _run_verb(argv: Sequence[str] | None) -> int:
             arguments.act(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough, such as `head`
-        _drop_output()
+        drop_output(sys.stdout, sys.stderr)
         return PIPE_CLOSED
     except ConfigError as error:
         print(f"stillhouse: {error}", file=sys.stderr)
@@ -73,7 +76,7 @@ def _run_verb(argv: Sequence[str] | None) -> int:
         if message is None:
             raise
         print(f"stillhouse: {message}", file=sys.stderr)
-        _drop_output()  # of which the rest would fail likewise, if it goes to that disk
+        drop_output(sys.stdout)  # of which the rest would fail likewise, if it goes to that disk
         return 1
     return 0
 
@@ -103,13 +106,6 @@ def _json_alone(arguments: argparse.Namespace) -> Iterator[None]:
 
 def _print_json(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
     print(json.dumps(document), file=arguments.output)
-
-
-def _drop_output() -> None:
-    """What is still to be printed goes nowhere, so that the interpreter's last flush finds no closed pipe."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from storage.config import CacheSection
 from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.sections import read_sections
+from storage.standard_streams import open_closed_streams
 from storage.stop_signals import end_process, exit_code, explain, interruptible
 from student_train.config import EvaluationSection, SourceSection
 
@@ -57,4 +58,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    open_closed_streams()
     end_process(main())

@@ -1,6 +1,7 @@
 """`python -m teacher_dump [FILE] [section.field=value …]`: the dump, by itself or as a submitted Ray job.
 
-Exits 0 on success, 2 on a user's mistake, 1 on a failure, 130 or 143 when SIGINT or SIGTERM has stopped it.
+Exits 0 on success, 2 on a user's mistake, 1 on a failure, 130 or 143 when SIGINT or SIGTERM has stopped it,
+141 when nobody reads its output any more.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ from tqdm import tqdm
 
 from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
+from storage.standard_streams import drop_output, open_closed_streams
 from storage.stop_signals import exit_code, explain, interruptible, leave
 
 if TYPE_CHECKING:  # which takes a second, in which a signal would find nobody
     from teacher_dump.dump import DumpResult, RetryOutcome
     from teacher_dump.settings import DumpSettings
 
+PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell would say it
 RETRY_HELP = "attempt samples that had failed again, after their images or rows were mended"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the dump that a YAML file describes; returns the exit code."""
+    if arguments is None:
+        open_closed_streams()
     try:
         with interruptible(adopt=arguments is None):
             return _dump(arguments)
@@ -56,7 +61,10 @@ def _dump(arguments: Sequence[str] | None) -> int:
     try:
         settings = read_settings(file, overrides)
         warn_of_machine(settings)
-        print(table(run_dump(settings, retry_errors=parsed.retry_errors)))
+        print(table(run_dump(settings, retry_errors=parsed.retry_errors)), flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough
+        drop_output(sys.stdout, sys.stderr)
+        return PIPE_CLOSED
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -174,3 +174,28 @@ def test_json_is_alone_on_stdout_whatever_a_verb_prints_besides(tmp_path, capfd)
         assert isinstance(json.loads(done.stdout), dict), command
         assert "noise of Python" in done.stderr
         assert "noise of C" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "code"),
+    [
+        ("pipeline", ["verify", "CACHE", "--json"], 0),
+        ("pipeline", ["verify", "CACHE"], 0),
+        ("pipeline", ["check", "missing.yaml"], 2),
+        ("teacher_dump", ["missing.yaml"], 2),
+        ("student_train.evaluate", ["missing.yaml", "--model", "."], 2),
+    ],
+)
+def test_standard_streams_that_are_closed_change_no_exit_code(module, words, code, tmp_path):
+    """As a service may start it. A file that is opened does not get the number of one of them."""
+    write_cache(tmp_path, families=("response",))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    argv = [sys.executable, "-m", module, *(str(tmp_path) if word == "CACHE" else word for word in words)]
+    for closed in (">&-", "<&- >&- 2>&-"):
+        done = subprocess.run(
+            ["bash", "-c", f'exec "$@" {closed}', "bash", *argv],
+            cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
