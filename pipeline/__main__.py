@@ -23,6 +23,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import ConfigError, StillhouseError
+from storage.search_path import check_current_folder
 from storage.standard_streams import drop_output, open_closed_streams
 from storage.stop_signals import exit_code, explain, interruptible, leave
 
@@ -56,6 +57,7 @@ def _run_verb(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     try:
+        check_current_folder()
         _take_overrides(arguments, rest)
         with _json_alone(arguments):
             arguments.act(arguments)

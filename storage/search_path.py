@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from storage.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parent.parent  # holds all four packages
 PACKAGES = ("pipeline", "storage", "student_train", "teacher_dump")
 
@@ -12,6 +14,14 @@ PACKAGES = ("pipeline", "storage", "student_train", "teacher_dump")
 def module_command(module: str) -> tuple[str, ...]:
     """The argv of `python -m MODULE`; the current folder is not on sys.path, unless our packages lie there."""
     return (sys.executable, *(() if Path.cwd() == ROOT else ("-P",)), "-m", module)
+
+
+def check_current_folder() -> None:
+    """ConfigError where it was removed: relative paths lead nowhere, and PyTorch's libraries end the process."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder does not exist any more; change to another one first") from error
 
 
 def shadowed_packages(folder: Path) -> list[str]:

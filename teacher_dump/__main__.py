@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
+from storage.search_path import check_current_folder
 from storage.standard_streams import drop_output, open_closed_streams
 from storage.stop_signals import exit_code, explain, interruptible, leave
 
@@ -55,10 +56,11 @@ def _dump(arguments: Sequence[str] | None) -> int:
     file, overrides = parsed.file, list(parsed.overrides)
     if "=" in file:  # only overrides were given
         file, overrides = "pipeline.yaml", [file, *overrides]
-    from teacher_dump.dump import run_dump
-    from teacher_dump.settings import read_settings
-
     try:
+        check_current_folder()
+        from teacher_dump.dump import run_dump
+        from teacher_dump.settings import read_settings
+
         settings = read_settings(file, overrides)
         warn_of_machine(settings)
         print(table(run_dump(settings, retry_errors=parsed.retry_errors)), flush=True)

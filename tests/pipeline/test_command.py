@@ -1,6 +1,7 @@
 """The command line: exit codes, one clear message, no traceback for a user's mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,19 @@ def test_json_is_alone_on_stdout_whatever_a_verb_prints_besides(tmp_path, capfd)
         assert isinstance(json.loads(done.stdout), dict), command
         assert "noise of Python" in done.stderr
         assert "noise of C" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["pipeline", "teacher_dump"])
+def test_a_current_folder_that_was_removed_is_one_sentence(module, tmp_path):
+    words = {"pipeline": "check", "teacher_dump": "pipeline.yaml"}[module]
+    done = subprocess.run(
+        ["bash", "-c", 'rmdir "$PWD"; exec "$@"', "bash", sys.executable, "-m", module, words],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "the current folder does not exist any more" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
