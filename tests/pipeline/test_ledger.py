@@ -19,11 +19,11 @@ def test_a_step_is_done_only_with_the_same_inputs_and_existing_outputs(tmp_path)
     assert not ledger.is_done("train", {"lr": 1}, [output])
 
 
-def test_a_torn_entry_counts_as_not_done(tmp_path):
+@pytest.mark.parametrize("left", [b'{"step": "', b"", b"\0" * 100, b"\xff\xfe\xfd", b"[]", b"null"])
+def test_a_torn_entry_counts_as_not_done(tmp_path, left):
     ledger = Ledger(tmp_path)
     ledger.record("train", {"lr": 1})
-    entry = tmp_path / "train.json"
-    entry.write_bytes(entry.read_bytes()[:10])
+    (tmp_path / "train.json").write_bytes(left)
     assert not ledger.is_done("train", {"lr": 1}, [])
 
 
