@@ -17,10 +17,11 @@ from typing import Any
 from scipy import stats
 
 from pipeline.page import render_page
-from storage.errors import ConfigError
+from storage.errors import ConfigError, StillhouseError
 from storage.files import open_folder, write_atomically
 from storage.reader import Cache
 
+_AGAIN = "remove it, and run `stillhouse run` or `stillhouse ablate` again"
 DISTILLED = ("response", "visual", "relation", "preference")  # parts of a loss that come from the teacher
 
 
@@ -43,6 +44,8 @@ def build_report(folder: Path) -> dict[str, Any]:
     listing = _read(folder / "ablations.json")
     if listing is None:
         raise ConfigError(f"{folder}: ablations.json is missing; run `stillhouse run` or `stillhouse ablate` first")
+    if not {"runs", "controls"} <= listing.keys():
+        raise StillhouseError(f"{folder / 'ablations.json'} is damaged: it has no runs or controls; {_AGAIN}")
     by_name: dict[str, list[dict[str, Any]]] = {}
     for entry in listing["runs"]:
         by_name.setdefault(entry["name"], []).append(_read_run(Path(entry["folder"]), entry))
@@ -231,15 +234,18 @@ def _read_cache(path: str) -> dict[str, Any]:
 
 def _read_dump(path: str) -> dict[str, Any]:
     try:
-        return json.loads(open_folder(path).read("dump.json"))
+        return _parse(open_folder(path).read("dump.json"), f"{path}/dump.json")
     except FileNotFoundError:
         return {}
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The logged steps of one run, oldest first."""
+    """The logged steps of one run, oldest first; without a last line that is still being written."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_parse(line, path) for line in lines if line]
 
 
 def describe_machine() -> str:
@@ -253,5 +259,15 @@ def describe_machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_bytes()) if path.exists() else None
+def _read(path: Path) -> dict[str, Any] | None:
+    return _parse(path.read_bytes(), path) if path.exists() else None
+
+
+def _parse(text: bytes, path: Path | str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise StillhouseError(f"{path} is damaged: {error}; {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise StillhouseError(f"{path} is damaged: it holds a {type(found).__name__}, expected an object; {_AGAIN}")
+    return found

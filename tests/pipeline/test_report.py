@@ -7,8 +7,9 @@ import pytest
 
 from pipeline.page import _categories, format_bytes, render_page
 from pipeline.plots import category_plot
-from pipeline.report import build_report, mean_and_sd, paired_difference, verdict
+from pipeline.report import build_report, mean_and_sd, paired_difference, read_metrics, verdict
 from pipeline.summary import describe_evaluation
+from storage.errors import StillhouseError
 
 
 def entries(*values: float) -> list[dict]:
@@ -162,3 +163,19 @@ def test_samples_without_a_category_have_a_name_in_every_table(tmp_path: Path) -
     runs = [{**run("sft", distilled=False, paired={}), "by_category": {"": {"mean": 0.5, "sd": 0.1}}}]
     assert "<th>no category</th>" in _categories(runs)
     assert "no category" in category_plot(runs)
+
+
+@pytest.mark.parametrize("text", ['{"runs": [', "[]", "null", "{}", "\0\0\0\0"])
+def test_a_damaged_list_of_runs_is_named(tmp_path, text):
+    (tmp_path / "ablations.json").write_text(text)
+    with pytest.raises(StillhouseError, match=r"ablations\.json is damaged: .*; remove it, and run `stillhouse run`"):
+        build_report(tmp_path)
+
+
+def test_a_log_of_steps_that_is_still_written_is_read_as_far_as_it_goes(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(StillhouseError, match=r"metrics\.jsonl is damaged"):
+        read_metrics(tmp_path)
