@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, er
 # only notices that less was written than it gave.
 _FULL_TEXTS = tuple(text for number in FULL for text in (os.strerror(number), f"(os error {number})"))
 _SHORT_WRITES = ("PytorchStreamWriter failed", "inline_container.cc")
+_RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
+_NOT_OPENED = "open file failed with strerror: "  # PyTorch's writer, of a file that it could not begin
 LITTLE_BYTES = 1 << 20  # less than this free on a disk explains a failure without an error code
 
 
@@ -136,13 +139,16 @@ def _reason(error: Exception) -> str | None:
     """Why a write failed; None if the error is not about writing."""
     if isinstance(error, OSError) and error.errno in (*FULL, *_REFUSED):
         return error.strerror or str(error)
-    return _words(next(each for each in _causes(error) if _is_full_itself(each))) if is_full(error) else None
+    if is_full(error):
+        return _words(next(each for each in _causes(error) if _is_full_itself(each)))
+    numbers = map(_number_in_text, _causes(error))
+    return next((os.strerror(number) for number in numbers if number in _REFUSED), None)
 
 
 def _words(full: BaseException) -> str:
     if isinstance(full, OSError) and full.strerror:
         return full.strerror
-    if any(text in str(full) for text in _SHORT_WRITES):
+    if _number_in_text(full) is None and any(text in str(full) for text in _SHORT_WRITES):
         return "the disk took a part of the file only"
     return _first_line(full)
 
@@ -150,7 +156,17 @@ def _words(full: BaseException) -> str:
 def _is_full_itself(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
+    if (number := _number_in_text(error)) is not None:
+        return number in FULL
     return any(text in str(error) for text in (*_FULL_TEXTS, *_SHORT_WRITES))
+
+
+def _number_in_text(error: BaseException) -> int | None:
+    """The system's error number that a library's text names; None if it names none of those known here."""
+    text = str(error)
+    if (found := _RUST_NUMBER.search(text)) is not None:
+        return int(found[1])
+    return next((number for number in (*FULL, *_REFUSED) if _NOT_OPENED + os.strerror(number) in text), None)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

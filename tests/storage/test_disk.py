@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from storage.disk import check_writable, describe_full_disk, existing_parent, explain_write_errors, free_bytes
@@ -78,3 +79,18 @@ def test_a_folder_that_is_not_there_yet_is_looked_at_through_its_parents(tmp_pat
         check_writable(deep, field="runs_dir")
     with pytest.raises(ConfigError, match=r"cache\.path is /proc/x: it cannot be written"):
         check_writable("/proc/x", field="cache.path")
+
+
+def test_a_place_that_cannot_be_written_is_no_full_disk_whichever_library_says_so(tmp_path: Path) -> None:
+    """Here a folder lies where the file belongs; a disk that turns read-only is told in the same way."""
+    torch = pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    (tmp_path / "taken").mkdir()
+    for write in (
+        lambda place: safetensors.save_file({"one": np.ones(3)}, place),
+        lambda place: torch.save({"one": 1}, place),
+    ):
+        expected = "place: cannot be written: Is a directory; mend the folder"
+        with pytest.raises(WriteError, match=expected) as caught, explain_write_errors("place"):
+            write(tmp_path / "taken")
+        assert describe_full_disk(caught.value) is None
