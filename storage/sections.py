@@ -26,7 +26,7 @@ TOP_LEVEL_KEYS = (
     "evaluation", "ablations",
 )  # fmt: skip
 _LISTS = {"data": "sources"}  # a section that may be a list: of that field of its own
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # file systems take 255 bytes, with what we append
 DEFAULT_NAME = "digits"
 DEFAULT_RUNS_DIR = "runs"
 
@@ -76,7 +76,9 @@ def read_sections(
     _refuse_unknown(str(path), "top-level key", document, TOP_LEVEL_KEYS)
     name = _text(path, document, "name", DEFAULT_NAME)
     if not _FOLDER_NAME.fullmatch(name):
-        raise ConfigError(f"{path}: name: got {name!r}, expected a folder's name of letters, digits, . _ -")
+        raise ConfigError(
+            f"{path}: name: got {name!r}, expected a folder's name of letters, digits, . _ -, at most 200"
+        )
     runs_dir = Path(_text(path, document, "runs_dir", DEFAULT_RUNS_DIR))
     document = _replace_run(document, str(runs_dir / name))
     problems: list[str] = []
@@ -212,7 +214,7 @@ def _section(key: str, schema: type[Section] | Named, value: Any, problems: list
         return None
     for name in value:
         if not _FOLDER_NAME.fullmatch(str(name)):
-            problems.append(f"{key}.{name}: got {name!r}, expected a name of letters, digits, . _ -")
+            problems.append(f"{key}.{name}: got {name!r}, expected a name of letters, digits, . _ -, at most 200")
     return {
         str(name): _validate(f"{key}.{name}", schema.schema, {} if item is None else item, problems)
         for name, item in value.items()

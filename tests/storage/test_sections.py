@@ -176,6 +176,7 @@ def test_overrides_reach_the_other_fields_of_a_section_that_is_a_list(path):
         (["cache.path=[1"], ["override 'cache.path=[1': is not valid YAML"]),
         (["name=../x"], ["name: got '../x', expected a folder's name"]),
         (["stages.a/b.init=x"], ["stages.a/b: got 'a/b', expected a name of letters"]),
+        ([f"name={'a' * 201}"], ["expected a folder's name of letters, digits, . _ -, at most 200"]),
         (["name=3"], ["name: got 3 (int), expected text"]),
         (["runs_dir=[]"], ["runs_dir: got [] (list), expected text"]),
     ],
