@@ -38,6 +38,7 @@ from teacher_dump.plan import Part
 from teacher_dump.prompt import IMAGE_MARKER
 from teacher_dump.samples import Sample, SampleRefusedError, Turn
 from teacher_dump.settings import DumpSettings
+from teacher_dump.unread_fields import IGNORABLE
 from teacher_dump.writing import LOG_FILE
 
 if TYPE_CHECKING:
@@ -61,7 +62,13 @@ def answered_settings(settings: DumpSettings, questions: DumpPlan) -> DumpSettin
     except FileNotFoundError:
         return None
     sources = tuple(
-        SourceSection(path=str(folder / name), format="json", images=questions.identity.image_root, split=split)
+        SourceSection(
+            path=str(folder / name),
+            format="json",
+            images=questions.identity.image_root,
+            split=split,
+            ignore=IGNORABLE,  # what the data's own sources do not ignore is refused by now
+        )
         for split, name in done["splits"]
     )
     data = settings.data.model_copy(update={"sources": sources, "responses": "dataset"})
@@ -158,7 +165,10 @@ class Answerer:
             for sample in samples:
                 row = {"split": sample.split, "id": sample.id, "category": sample.category}
                 if sample.id in answered:
-                    turns = [{"role": turn.role, "content": turn.text} for turn in answered[sample.id].turns]
+                    turns = [
+                        {"role": turn.role, "content": turn.text, **({} if turn.is_trained else {"loss": False})}
+                        for turn in answered[sample.id].turns
+                    ]
                     yield {**row, "images": list(sample.images), "messages": turns}
                 else:
                     yield {**row, "refused": reasons[sample.id]}
@@ -180,8 +190,8 @@ class Answerer:
                 try:
                     if isinstance(answer, SampleRefusedError):
                         raise answer
-                    turn = Turn("assistant", self._text(answer, number))
                     turns = active[place].turns
+                    turn = replace(turns[number], text=self._text(answer, number))
                     active[place] = replace(active[place], turns=(*turns[:number], turn, *turns[number + 1 :]))
                 except SampleRefusedError as refusal:
                     errors.append(SampleError(active[place].id, str(refusal)))

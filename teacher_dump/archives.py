@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from storage.errors import ConfigError
-from teacher_dump.samples import SampleRefusedError
+from teacher_dump.samples import SampleRefusedError, shorten
 from teacher_dump.sources.row import Broken, printable
 from teacher_dump.sources.tar_rows import MAX_MEMBER_BYTES, read_member
 
@@ -48,15 +48,19 @@ class ZipArchive:
         try:
             info = self._zip.getinfo(name)
             if info.file_size > MAX_MEMBER_BYTES:
-                raise SampleRefusedError(f"image {name!r} has {info.file_size:,} bytes, more than {MAX_MEMBER_BYTES:,}")
+                raise SampleRefusedError(
+                    f"image {shorten(name)} has {info.file_size:,} bytes, more than {MAX_MEMBER_BYTES:,}"
+                )
             with self._zip.open(info) as file:
                 content = file.read(MAX_MEMBER_BYTES + 1)
         except KeyError as error:
-            raise SampleRefusedError(f"image {name!r} is missing in {self._zip.filename}") from error
+            raise SampleRefusedError(f"image {shorten(name)} is missing in {self._zip.filename}") from error
         except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, zlib.error) as error:
-            raise SampleRefusedError(f"image {name!r}: cannot be read: {error}") from error  # RuntimeError: encrypted
+            raise SampleRefusedError(
+                f"image {shorten(name)}: cannot be read: {error}"
+            ) from error  # RuntimeError: encrypted
         if len(content) > MAX_MEMBER_BYTES:
-            raise SampleRefusedError(f"image {name!r} has more than {MAX_MEMBER_BYTES:,} bytes")
+            raise SampleRefusedError(f"image {shorten(name)} has more than {MAX_MEMBER_BYTES:,} bytes")
         return content
 
 
@@ -72,8 +76,8 @@ class TarArchive:
         """See Archive."""
         member = self._members.get(name.removeprefix("./"))
         if member is None:
-            raise SampleRefusedError(f"image {printable(name)!r} is missing in {self._path}")
+            raise SampleRefusedError(f"image {shorten(printable(name))} is missing in {self._path}")
         content = read_member(self._tar, member)
         if isinstance(content, Broken):
-            raise SampleRefusedError(f"image {printable(name)!r}: {content.reason}")
+            raise SampleRefusedError(f"image {shorten(printable(name))}: {content.reason}")
         return content

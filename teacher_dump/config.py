@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from storage.config import Section
 from storage.images.settings import WHITE, Background
 from teacher_dump.lengths import TooLong
+from teacher_dump.unread_fields import Ignorable
 
 
 class SourceSection(Section):
@@ -24,8 +25,10 @@ class SourceSection(Section):
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0  # 0.25: a random quarter of the rows; 2: every row twice
     seed: Annotated[int, Field(ge=0)] = 0  # of the rows that `weight` leaves out
     limit: Annotated[int, Field(ge=1)] | None = None  # rows, from the start, of those that `weight` takes
-    ids: Literal["given", "position"] = "given"  # position: file name and row number, where ids repeat or are missing
+    ids: Literal["given", "position"] = "given"  # position: file name and row number, where ids repeat or are missing;
+    # of several sources of one file name the second is name@2, and so on
     columns: dict[str, str] = {}  # our field: the source's own name for it, such as {id: idx}
+    ignore: tuple[Ignorable, ...] = ()  # of what is not read and refuses its sample: teacher_dump/unread_fields.py
     subset: str | None = None  # of a hub data set that has several; datasets only
     hub_split: str = "train"  # the data set's own name for what is read; datasets only
     revision: str | None = None  # of a hub data set; datasets only

@@ -83,6 +83,8 @@ class PromptBuilder:
             sample.turns, len(sample.images), special_texts=self._special, as_items=self._takes_items
         )
         pieces = cut_pieces(messages, self._render, stops=self._stops)
+        trained = iter([turn.is_trained for turn in sample.turns if turn.role == "assistant"])
+        pieces = [replace(piece, is_response=next(trained)) if piece.is_response else piece for piece in pieces]
         if sample.id.endswith((CHOSEN, REJECTED)):
             pieces = [*(replace(piece, is_response=False) for piece in pieces[:-1]), *pieces[-1:]]
         prompt = tokenise(pieces, self._encode, stop_ids=self._stops.ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,9 +19,12 @@ from teacher_dump.config import SourceSection
 from teacher_dump.conversation import encodable, is_pair, parse_conversation
 from teacher_dump.image_files import ImageFiles
 from teacher_dump.sample_file import SampleFile
-from teacher_dump.samples import Sample, SampleRefusedError
+from teacher_dump.samples import Sample, SampleRefusedError, shorten
 from teacher_dump.sources.formats import read_rows
 from teacher_dump.sources.row import Broken
+
+_MAX_ID = 1000  # characters
+_MAX_REASON = 1000  # whatever a library puts into its message
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,56 @@ def read_samples(
 
 
 def _samples(sources: Sequence[SourceSection], reading: _Reading) -> Iterator[Sample]:
-    for source in sources:
+    for source, name in zip(sources, _position_names(sources), strict=True):
         images = _image_place(source)
         number = None
+        columns = _Columns(source)
         for number, copy, (place, row) in islice(_taken(source), source.limit):
-            yield from reading.take(row, place=place, number=number, copy=copy, source=source, images=images)
+            given = f"{name}:{number}" if source.ids == "position" else None
+            yield from reading.take(row, place=place, given=given, copy=copy, columns=columns, images=images)
         if number is None and (num_rows := sum(1 for _ in read_rows(source))):
             raise ConfigError(
                 f"data.sources: {source.path}: weight {source.weight:g} takes none of its {num_rows:,} rows; "
                 "give a larger weight, or another seed"
+            )
+        if source.limit is None and source.weight >= 1:  # every row was seen
+            columns.check_all_seen()
+
+
+def _position_names(sources: Sequence[SourceSection]) -> list[str]:
+    """What `ids: position` calls each source: its file's name, and from the second of one name on its count."""
+    counts: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        stem = Path(source.path).stem
+        counts[stem] += source.ids == "position"
+        names.append(stem if counts[stem] < 2 else f"{stem}@{counts[stem]}")
+    return names
+
+
+class _Columns:
+    """A source's own names for our fields."""
+
+    def __init__(self, source: SourceSection) -> None:
+        self.source = source
+        self._unseen = set(source.columns.values())
+        self._fields: dict[str, None] = {}  # of the first row
+
+    def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row under our names; what a name is mapped from is left out."""
+        if not self.source.columns:
+            return dict(row)
+        self._unseen.difference_update(row)
+        self._fields = self._fields or dict.fromkeys(row)
+        kept = {name: value for name, value in row.items() if name not in self.source.columns.values()}
+        return {**kept, **{ours: row.get(theirs) for ours, theirs in self.source.columns.items()}}
+
+    def check_all_seen(self) -> None:
+        """ConfigError: a name that no row has."""
+        if self._unseen and self._fields:
+            raise ConfigError(
+                f"data.sources: {self.source.path}: columns names {', '.join(sorted(self._unseen))}, which no row has; "
+                f"the first row has {', '.join(f'{name!s:.40}' for name in list(self._fields)[:20])}"
             )
 
 
@@ -105,26 +150,26 @@ class _Reading:
         self.first_place: dict[str, str] = {}  # by sample id
 
     def take(
-        self, row: Any, *, place: str, number: int, copy: int, source: SourceSection, images: Path | Archive
+        self, row: Any, *, place: str, given: str | None, copy: int, columns: _Columns, images: Path | Archive
     ) -> list[Sample]:
-        """The samples of a row; none of one that is an error."""
+        """The samples of a row; none of one that is an error. `given`: its id, or None: the row's own."""
         names = [place]
         try:
             if isinstance(row, Broken):
                 raise SampleRefusedError(row.reason)
             if not isinstance(row, dict):
                 raise SampleRefusedError(f"row is {type(row).__name__}, expected an object")
-            fields = {**row, **{ours: row.get(theirs) for ours, theirs in source.columns.items()}}
-            given = f"{Path(source.path).stem}:{number}" if source.ids == "position" else _id(fields)
-            given += f"~{copy + 1}" if copy else ""
-            of_row = [given + CHOSEN, given + REJECTED] if is_pair(fields) else [given]
+            fields = columns.rename(row)
+            name = (given or _id(fields)) + (f"~{copy + 1}" if copy else "")
+            of_row = [name + CHOSEN, name + REJECTED] if is_pair(fields) else [name]
             for name in of_row:
                 self._refuse_known(name)
             names = of_row
             self.first_place.update(dict.fromkeys(names, place))
-            samples = self._parsed(names, fields, source.split, images)
+            samples = self._parsed(names, fields, columns.source, images)
         except SampleRefusedError as refusal:
-            self.errors += [SampleError(name, f"{place}: {refusal}") for name in names]
+            reason = str(refusal) if len(str(refusal)) <= _MAX_REASON else f"{str(refusal)[:_MAX_REASON]}…"
+            self.errors += [SampleError(name, f"{place}: {reason}") for name in names]
             return []
         for name in names:
             if name in self._watched:
@@ -133,20 +178,23 @@ class _Reading:
                 self.rows.setdefault(place, Row(place, [])).sample_ids.append(name)
         return samples
 
-    def _parsed(self, names: Sequence[str], fields: dict[str, Any], split: str, images: Path | Archive) -> list[Sample]:
-        conversation = parse_conversation(fields, only_questions=self._only_questions)
+    def _parsed(
+        self, names: Sequence[str], fields: dict[str, Any], source: SourceSection, images: Path | Archive
+    ) -> list[Sample]:
+        ignored = frozenset(source.ignore)
+        conversation = parse_conversation(fields, only_questions=self._only_questions, ignored=ignored)
         category = _category(fields)
         paths = tuple(self.files.file(value, images) for value in conversation.images)
         turns = conversation.turns
-        samples = [Sample(names[0], split, category, paths, turns)]
+        samples = [Sample(names[0], source.split, category, paths, turns)]
         if conversation.rejected is not None:
-            samples.append(Sample(names[1], split, category, paths, (*turns[:-1], conversation.rejected)))
+            samples.append(Sample(names[1], source.split, category, paths, (*turns[:-1], conversation.rejected)))
         return samples
 
     def _refuse_known(self, name: str) -> None:
         if name in self.first_place:
             raise SampleRefusedError(
-                f"duplicate id {name!r}, first seen at {self.first_place[name]}; that one is kept "
+                f"duplicate id {shorten(name)}, first seen at {self.first_place[name]}; that one is kept "
                 "(`ids: position` numbers the rows of a source instead)"
             )
 
@@ -169,14 +217,19 @@ def _named_once(errors: Sequence[SampleError], taken: Container[str]) -> tuple[S
 def _id(fields: dict[str, Any]) -> str:
     value = fields.get("id")
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise SampleRefusedError(f"id is {value!r}, expected text or a number (`ids: position` numbers the rows)")
-    return encodable(str(value), "id")
+        raise SampleRefusedError(
+            f"id is {shorten(value)}, expected text or a number (`ids: position` numbers the rows)"
+        )
+    text = encodable(str(value), "id")
+    if len(text) > _MAX_ID:
+        raise SampleRefusedError(f"id is {shorten(text)}, expected at most {_MAX_ID:,} characters")
+    return text
 
 
 def _category(fields: dict[str, Any]) -> str:
     value = fields.get("category")
     if not isinstance(value, str | None):
-        raise SampleRefusedError(f"category is {value!r}, expected text")
+        raise SampleRefusedError(f"category is {shorten(value)}, expected text")
     return encodable(value or "", "category")
 
 

@@ -10,6 +10,21 @@ from storage.errors import StillhouseError
 Role = Literal["system", "user", "assistant"]
 
 
+MAX_SHOWN = 60  # characters of a user's value in a reason
+
+
+def shorten(value: Any) -> str:
+    """A value as a reason shows it: its repr, of which at most `MAX_SHOWN` characters."""
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    cut = value[: MAX_SHOWN + 1] if isinstance(value, str | list | tuple) else value
+    shown = repr(cut)
+    if len(shown) <= MAX_SHOWN and cut == value:
+        return shown
+    size = f" ({len(value):,} characters)" if isinstance(value, str) else ""
+    return f"{shown[: MAX_SHOWN - 1]}…{size}"
+
+
 class SampleRefusedError(StillhouseError):
     """One sample that cannot be used; the message is the reason that its SampleError carries."""
 
@@ -20,6 +35,11 @@ class Turn:
 
     role: Role
     text: str
+    is_trained: bool = True  # of an answer: whether its tokens are labels
+
+    def as_json(self) -> list[Any]:
+        """Plain data; an answer that is trained on looks as it did before there were others."""
+        return [self.role, self.text] if self.is_trained else [self.role, self.text, False]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +59,11 @@ class Sample:
             "split": self.split,
             "category": self.category,
             "images": list(self.images),
-            "turns": [[turn.role, turn.text] for turn in self.turns],
+            "turns": [turn.as_json() for turn in self.turns],
         }
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> Sample:
         """The inverse of `as_json`."""
-        turns = tuple(Turn(role, text) for role, text in row["turns"])
+        turns = tuple(Turn(*turn) for turn in row["turns"])
         return Sample(row["id"], row["split"], row["category"], tuple(row["images"]), turns)

@@ -13,7 +13,7 @@ from teacher_dump.sources.hub_rows import hub_rows
 from teacher_dump.sources.json_rows import json_rows
 from teacher_dump.sources.parquet_rows import parquet_rows
 from teacher_dump.sources.row import Rows
-from teacher_dump.sources.tar_rows import tar_rows
+from teacher_dump.sources.tar_rows import TarReader
 
 Format = Literal["json", "parquet", "webdataset", "datasets"]
 
@@ -26,11 +26,6 @@ _BY_SUFFIX: Mapping[str, Format] = {
     ".tgz": "webdataset",
     ".tar.gz": "webdataset",
 }
-_READERS: Mapping[Format, Callable[[Path], Rows]] = {
-    "json": json_rows,
-    "parquet": parquet_rows,
-    "webdataset": tar_rows,
-}
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into its folder
 
 
@@ -40,8 +35,13 @@ def read_rows(source: SourceSection) -> Rows:
     if kind == "datasets":
         yield from hub_rows(source.path, subset=source.subset, hub_split=source.hub_split, revision=source.revision)
         return
+    readers: Mapping[Format, Callable[[Path], Rows]] = {
+        "json": json_rows,
+        "parquet": parquet_rows,
+        "webdataset": TarReader(frozenset(source.ignore)).rows,
+    }
     for path in _files(source.path):
-        yield from _READERS[kind](path)
+        yield from readers[kind](path)
 
 
 def format_of(source: SourceSection) -> Format:

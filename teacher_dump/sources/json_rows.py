@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from storage.errors import ConfigError
+from teacher_dump.samples import MAX_SHOWN, shorten
 from teacher_dump.sources.row import Broken, Rows, short_place
 
 _MAX_ROW_BYTES = 64 * 2**20  # a longer line is no conversation
 _CHUNK_BYTES = 2**20
+_LOOKED_AT = 100  # lines of a file that does not begin as an array
 _LINES = (".jsonl", ".ndjson")  # where a row that is a list is a broken row
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -24,14 +26,18 @@ def json_rows(path: Path) -> Rows:
 
     A broken line is a Broken.
 
-    ConfigError: a file that cannot be read, an array that is no JSON.
+    ConfigError: a file that cannot be read, an array that is no JSON, a file that is neither.
     """
     try:
         with path.open("rb") as file:
             start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
             file.seek(0)
             is_array = start == b"[" and path.suffix.lower() not in _LINES
-            yield from _array(path, file) if is_array else _lines(path, file)
+            if is_array:
+                yield from _array(path, file)
+            else:
+                _check_lines(path, file)
+                yield from _lines(path, file)
     except OSError as error:
         raise ConfigError(f"data.sources: {path}: {error.strerror}") from error
 
@@ -42,6 +48,36 @@ def parse_json(content: bytes) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         return Broken(f"is not valid JSON: {error}")
+
+
+def _check_lines(path: Path, file: BinaryIO) -> None:
+    """ConfigError: most of the first lines, the very first among them, are no JSON; `file` stays at its start."""
+    results: list[bool] = []
+    looked_at = 0
+    while len(results) < _LOOKED_AT and looked_at < _CHUNK_BYTES and (line := file.readline(_CHUNK_BYTES)):
+        looked_at += len(line)
+        if line.strip():
+            is_whole = line.endswith(b"\n") or len(line) < _CHUNK_BYTES
+            results.append(not isinstance(parse_json(line), Broken) if is_whole else True)
+        if results[:1] == [True]:
+            break
+    file.seek(0)
+    if len(results) > 1 and not results[0] and sum(results) < len(results) / 2:
+        raise ConfigError(
+            f"data.sources: {path}: is neither a JSON array nor JSON lines, but {_describe(file)}; expected "
+            "[{…}, {…}] or one {…} a line"
+        )
+
+
+def _describe(file: BinaryIO) -> str:
+    """What a file begins with, for a message; `file` stays at its start."""
+    start = file.read(4096).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").lstrip()
+    file.seek(0)
+    field = re.match(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*(.)', start, re.DOTALL)
+    if field is not None:
+        kind = {"[": "a list", "{": "an object", '"': "text"}.get(field[2], "a plain value")
+        return f"one object over several lines, whose first field is {shorten(field[1])} ({kind})"
+    return f"text that begins with {shorten(start[: MAX_SHOWN // 2])}"
 
 
 def _lines(path: Path, file: BinaryIO) -> Rows:

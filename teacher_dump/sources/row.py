@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teacher_dump.samples import MAX_SHOWN
+
 Rows = Iterator[tuple[str, Any]]  # (place, fields as plain data or a Broken)
 
 
@@ -25,3 +27,9 @@ def short_place(path: Path) -> str:
 def printable(name: str) -> str:
     """A name that any file can hold: bytes of file names that are no UTF-8 become question marks."""
     return name.encode("utf-8", "replace").decode()
+
+
+def shown_name(name: str) -> str:
+    """A name as a reason shows it."""
+    text = printable(name)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

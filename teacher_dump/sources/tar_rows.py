@@ -1,10 +1,13 @@
 """WebDataset tars: the members of one base name are one row, its JSON with its images' bytes.
 
+Where the JSON names members, the row's images are those, in that order; else all of them, in the tar's order.
 Members are read one after another and never become files by their own name.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,38 +16,63 @@ from typing import Any
 
 from storage.errors import ConfigError
 from teacher_dump.images import MAX_IMAGE_BYTES
+from teacher_dump.message_lists import as_list
+from teacher_dump.samples import shorten
 from teacher_dump.sources.json_rows import parse_json
-from teacher_dump.sources.row import Broken, Rows, printable, short_place
+from teacher_dump.sources.row import Broken, Rows, printable, short_place, shown_name
+from teacher_dump.unread_fields import Ignored
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_LOGGER = logging.getLogger(__name__)
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 MAX_MEMBER_BYTES = MAX_IMAGE_BYTES
 _BLOCK = 512
+_MAX_KEY = 200  # characters of a place
 
 
-def tar_rows(path: Path) -> Rows:
-    """Rows of one tar, compressed or not. A row that cannot be used is a Broken, as is the end of one that was cut.
+class TarReader:
+    """Reads the tars of one source."""
 
-    ConfigError: no tar.
-    """
-    try:
-        tar = tarfile.open(path, "r:*")  # noqa: SIM115
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise ConfigError(f"data.sources: {path}: cannot be read as a tar: {error}") from error
-    with tar:
-        group: _Group | None = None
-        for member in _members(tar):
-            if isinstance(member, Broken):
-                if group is not None:  # nobody knows whether more of it was to come
-                    group.broken = member.reason
-                yield from _finish(path, group)
-                yield f"{short_place(path)}/(end)", member
-                return
-            key, _, suffix = _split(member.name)
-            if group is None or group.key != key:
-                yield from _finish(path, group)
-                group = _Group(key)
-            group.take(tar, member, suffix)
-        yield from _finish(path, group)
+    def __init__(self, ignored: Ignored = frozenset()) -> None:
+        self._ignores_media = "media" in ignored
+        self._has_warned = False
+
+    def rows(self, path: Path) -> Rows:
+        """Rows of one tar, compressed or not.
+
+        A row that cannot be used is a Broken, as is the end of one that was cut. ConfigError: no tar.
+        """
+        try:
+            tar = tarfile.open(path, "r:*")  # noqa: SIM115
+        except (OSError, tarfile.TarError, EOFError) as error:
+            raise ConfigError(f"data.sources: {path}: cannot be read as a tar: {error}") from error
+        with tar:
+            group: _Group | None = None
+            for member in _members(tar):
+                if isinstance(member, Broken):
+                    if group is not None:  # nobody knows whether more of it was to come
+                        group.broken = member.reason
+                    yield from self._finish(path, group)
+                    yield f"{short_place(path)}/(end)", member
+                    return
+                key, _, suffix = _split(member.name)
+                if group is None or group.key != key:
+                    yield from self._finish(path, group)
+                    group = _Group(key)
+                group.take(tar, member, suffix, ignores_media=self._ignores_media)
+            yield from self._finish(path, group)
+
+    def _finish(self, path: Path, group: _Group | None) -> Rows:
+        if group is None or group.is_ignored:
+            return
+        row = group.finished(ignores_media=self._ignores_media)
+        if group.is_unordered and not self._has_warned and not isinstance(row, Broken):
+            self._has_warned = True
+            _LOGGER.warning(
+                "data.sources: %s: the images of %s lie in the order %s, which is not that of their numbers; the order "
+                "of the archive is kept: name the members in the JSON's images to have another",
+                path, shown_name(group.key), ", ".join(shown_name(name) for name in list(group.images)[:5]),
+            )  # fmt: skip
+        yield f"{short_place(path)}/{printable(group.key)[:_MAX_KEY]}", row
 
 
 @dataclass
@@ -52,42 +80,117 @@ class _Group:
     """The members of one row."""
 
     key: str
-    row: Any = None
-    images: list[bytes] = field(default_factory=list)
+    documents: dict[str, Any] = field(default_factory=dict)  # by suffix: JSON, parsed
+    images: dict[str, bytes] = field(default_factory=dict)  # by name
     broken: str = ""
+    num_left_out: int = 0
+    is_unordered: bool = False  # images are in the tar's order, and their numbers say another
 
-    def take(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
+    def take(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, *, ignores_media: bool) -> None:
+        """Read one member."""
         kind = suffix.rpartition(".")[2].lower()
         if kind != "json" and kind not in IMAGE_SUFFIXES:
+            self.num_left_out += 1
+            if not ignores_media:
+                self._break(
+                    f"member {shown_name(member.name)} is neither JSON nor an image ({', '.join(IMAGE_SUFFIXES)}); "
+                    "`ignore: [media]` of its source leaves such members out"
+                )
             return
         content = read_member(tar, member)
         if isinstance(content, Broken):
-            self.broken = self.broken or content.reason
+            self._break(content.reason)
         elif kind == "json":
-            self.row = parse_json(content)
+            self.documents[suffix] = parse_json(content)
+        elif member.name in self.images:
+            self._break(f"member {shown_name(member.name)} is there twice")
         else:
-            self.images.append(content)
+            self.images[member.name] = content
 
+    @property
+    def is_ignored(self) -> bool:
+        """Whether the source's `ignore` leaves nothing of it."""
+        return not self.broken and not self.documents and not self.images and self.num_left_out > 0
 
-def _finish(path: Path, group: _Group | None) -> Rows:
-    if group is None:
-        return
-    place = f"{short_place(path)}/{printable(group.key)}"
-    if group.broken:
-        yield place, Broken(group.broken)
-    elif group.row is None:
-        yield place, Broken("has no .json member")
-    elif isinstance(group.row, dict):
-        own = {name: value for name, value in group.row.items() if name not in ("image", "images")}
-        images = {"images": list(group.images)} if group.images else {}
-        yield place, {"id": printable(group.key), **(own if images else group.row), **images}
-    else:
-        yield place, group.row
+    def finished(self, *, ignores_media: bool) -> Any:
+        """The row, its images as bytes, or a Broken."""
+        if self.broken:
+            return Broken(self.broken)
+        if not self.documents:
+            return Broken("has no .json member")
+        row = next(iter(self.documents.values()))
+        if len(self.documents) > 1:
+            if not (ignores_media and "json" in self.documents):
+                names = ", ".join(shown_name(suffix) for suffix in self.documents)
+                return Broken(f"has {len(self.documents)} JSON members ({names}), expected one")
+            row = self.documents["json"]
+        if not isinstance(row, dict):
+            return row
+        row = {"id": printable(self.key), **row}
+        return self._with_images(row) if self.images else row
+
+    def _with_images(self, row: dict[str, Any]) -> Any:
+        given = row.get("images") if row.get("images") is not None else row.get("image")
+        listed = as_list(given, "images") if isinstance(given, str) else given
+        named = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        own = {name: value for name, value in row.items() if name not in ("image", "images")}
+        if not named:
+            replaced = self._items_replaced(own)
+            return replaced if replaced != own else {**own, "images": self._in_tar_order()}
+        found = [self._find(value) for value in named]
+        if all(content is not None for content in found):
+            return {**own, "images": found}
+        if any(content is not None for content in found):
+            missing = next(value for value, content in zip(named, found, strict=True) if content is None)
+            return Broken(f"image {shorten(missing)} is none of its members")
+        if len(named) != len(self.images):
+            return Broken(f"names {len(named)} images and has {len(self.images)} members, none of them by that name")
+        return {**own, "images": self._in_tar_order()}  # names of where the images came from
+
+    def _find(self, value: Any) -> bytes | None:
+        """The member that a value names: in full, beside the JSON, or by what follows the key."""
+        name = value.get("path") if isinstance(value, dict) else value
+        if not isinstance(name, str):
+            return None
+        name = name.removeprefix("./")
+        folder = self.key.rpartition("/")[0]
+        names = {stored.removeprefix("./"): stored for stored in self.images}
+        prefixes = ("", f"{folder}/".removeprefix("./") if folder else "", f"{self.key}.".removeprefix("./"))
+        stored = next((names[prefix + name] for prefix in prefixes if prefix + name in names), None)
+        if stored is None:
+            bases = [stored for short, stored in names.items() if short.rpartition("/")[2] == name.rpartition("/")[2]]
+            stored = bases[0] if len(bases) == 1 else None
+        return None if stored is None else self.images[stored]
+
+    def _items_replaced(self, value: Any) -> Any:
+        """The value, with the members' bytes where an item of a message names one."""
+        if isinstance(value, list):
+            return [self._items_replaced(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if value.get("type") in ("image", "image_url", "input_image"):
+            for name in ("image", "path", "url", "image_url"):
+                inner = value.get(name)
+                content = self._find(inner.get("url") if isinstance(inner, dict) else inner)
+                if content is not None:
+                    return {**value, name: content}
+            return value
+        return {name: self._items_replaced(item) for name, item in value.items()}
+
+    def _in_tar_order(self) -> list[bytes]:
+        numbers = [re.findall(r"[0-9]+", name.removeprefix(self.key).rpartition(".")[0]) for name in self.images]
+        if all(numbers):
+            ordered = [[int(number) for number in each] for each in numbers]
+            self.is_unordered = ordered != sorted(ordered)
+        return list(self.images.values())
+
+    def _break(self, reason: str) -> None:
+        self.broken = self.broken or reason
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Broken:
     """The content of a member that is a plain file of a sensible size."""
-    name = printable(member.name)
+    name = shown_name(member.name)
     if not member.isreg():
         return Broken(f"member {name} is no plain file")
     if member.size > MAX_MEMBER_BYTES:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def test_a_conversation_that_a_pair_tells_twice_is_taken_once(told: dict[str, An
             "messages and chosen begin alike",
         ),
         ({}, "conversations is missing"),
-        ({"messages": "text"}, "messages is missing or empty"),
+        ({"messages": "text"}, "messages is 'text', expected a list"),
         ({"texts": ["text"]}, r"texts\[0\] is str"),
         ({"question": "what?"}, "answer is None"),
         ({"question": "what?", "chosen": "red"}, "rejected is None"),
@@ -124,3 +125,109 @@ def test_broken_rows_say_why(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(SampleRefusedError, match=reason) as raised:
         parse_conversation(row)
     assert len(str(raised.value)) < 300
+
+
+QUESTION = {"role": "user", "content": "<image>what?"}
+ANSWER = {"role": "assistant", "content": "red"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": json.dumps(FROM_VALUE)},
+        {"messages": json.dumps(ROLE_CONTENT)},
+        {"conversations": {"from": ["human", "gpt"], "value": ["<image>what?", "red"]}},
+        {"messages": json.dumps({"role": ["user", "assistant"], "content": ["<image>what?", "red"]})},
+        {"texts": {"user": ["<image>what?"], "assistant": ["red"], "source": None}},
+        {"prompt": "<image>what?", "completion": "red"},
+        {"prompt": [QUESTION], "completion": [ANSWER]},
+        {"prompt": json.dumps([QUESTION]), "completion": ANSWER, "label": True},
+    ],
+)
+def test_lists_in_other_forms_and_completions_are_read(row: dict[str, Any]) -> None:
+    for image in ("a.png", ["a.png"], '["a.png"]'):
+        assert parse_conversation({**row, "images": image}) == Conversation((USER, ASSISTANT), ("a.png",))
+
+
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_a_system_field_is_the_system_turn(field: str) -> None:
+    system = Turn("system", "be brief")
+    row = {"question": "q", "answer": "a", field: "be brief"}
+    assert parse_conversation(row).turns == (system, Turn("user", "q"), Turn("assistant", "a"))
+    assert parse_conversation(row, only_questions=True).turns[0] == system
+    assert parse_conversation({"question": "q", "chosen": "a", "rejected": "b", field: "be brief"}).turns[0] == system
+    said_twice = {"messages": [{"role": "system", "content": "be brief"}, *ROLE_CONTENT], field: "be brief"}
+    assert [turn.role for turn in parse_conversation(said_twice).turns] == ["system", "user", "assistant"]
+    with pytest.raises(SampleRefusedError, match="differ"):
+        parse_conversation({**said_twice, field: "be long"})
+    with pytest.raises(SampleRefusedError, match=f"{field} is 7"):
+        parse_conversation({**row, field: 7})
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss": False, "weight": 1}])
+def test_an_answer_without_weight_is_no_label(flag: dict[str, Any]) -> None:
+    first = [QUESTION, {**ANSWER, **flag}]
+    got = parse_conversation({"messages": [*first, *SURE_YES]}).turns
+    assert [turn.is_trained for turn in got] == [True, False, True, True]
+    asked = parse_conversation({"messages": [*first, *SURE_YES]}, only_questions=True).turns
+    assert [turn.is_trained for turn in asked] == [True, False, True, True]
+    for row in ({"messages": first}, {"prompt": [QUESTION], "chosen": [{**ANSWER, **flag}], "rejected": "blue"}):
+        with pytest.raises(SampleRefusedError, match="no answer is a label"):
+            parse_conversation(row)
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0.5}, {"weight": "0"}, {"loss": 2}, {"loss": "last"}])
+def test_a_weight_that_is_neither_0_nor_1_is_refused(flag: dict[str, Any]) -> None:
+    with pytest.raises(SampleRefusedError, match=f"turn 1 has the {next(iter(flag))} "):
+        parse_conversation({"messages": [QUESTION, {**ANSWER, **flag}]})
+
+
+def unread(place: str, value: Any) -> dict[str, Any]:
+    if place == "row":
+        return {"messages": ROLE_CONTENT, **value}
+    if place == "text":
+        return {"question": f"look {value} here", "answer": "red"}
+    if place == "answer":
+        return {"messages": [QUESTION, {**ANSWER, **value}]}
+    return {"messages": [{"role": "user", "content": [value, {"type": "text", "text": "what?"}]}, ANSWER]}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("video", unread("row", {"video": "a.mp4"})),
+        ("video", unread("row", {"videos": ["a.mp4"]})),
+        ("video", unread("item", {"type": "video", "video": "a.mp4"})),
+        ("video", unread("item", {"type": "video_url", "video_url": {"url": "a.mp4"}})),
+        ("audio", unread("row", {"audio": {"bytes": b"x"}})),
+        ("audio", unread("row", {"audios": ["a.wav"]})),
+        ("audio", unread("item", {"type": "input_audio", "input_audio": {"data": "x"}})),
+        ("tools", unread("row", {"tools": [{"name": "f"}]})),
+        ("tools", unread("row", {"tools": '[{"name": "f"}]'})),
+        ("tools", unread("answer", {"tool_calls": [{"name": "f"}]})),
+        ("tools", unread("answer", {"function_call": {"name": "f"}})),
+        ("reasoning_content", unread("answer", {"reasoning_content": "hm"})),
+        ("reasoning_content", unread("answer", {"thinking": "hm"})),
+        ("<video>", unread("text", "<video>")),
+        ("<audio>", unread("text", "<audio>")),
+        ("<img>", unread("text", "<img>a/b.png</img>")),
+        ("<image 1>", unread("text", "<image 1>")),
+        ("<image 1>", unread("text", "<image_12>")),
+        ("<ImageHere>", unread("text", "<ImageHere>")),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name_unless_the_source_ignores_it(name: Any, row: dict[str, Any]) -> None:
+    with pytest.raises(SampleRefusedError, match="which is not read") as raised:
+        parse_conversation(row)
+    shown = f'"{name}"' if name.startswith("<") else name
+    assert f"ignore: [{shown}]" in str(raised.value)
+    got = parse_conversation(row, ignored=frozenset([name]))
+    assert [turn.role for turn in got.turns] == ["user", "assistant"]
+    assert parse_conversation({**row, "videos": [], "tools": None, "audio": ""}, ignored=frozenset([name])) == got
+
+
+def test_images_of_a_message_and_unwanted_completions_are_refused() -> None:
+    with pytest.raises(SampleRefusedError, match="turn 0 has images of its own"):
+        parse_conversation({"messages": [{**QUESTION, "images": ["a.png"]}, ANSWER]})
+    with pytest.raises(SampleRefusedError, match="label is false"):
+        parse_conversation({"prompt": "q", "completion": "a", "label": False})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,15 @@ def test_duplicate_ids_are_found_across_sources_and_positions_avoid_them(tmp_pat
     assert [sample.id for sample in numbered.samples] == ["one:0", "two:0"]
 
 
-@pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "inside/../../secret.png", "link.png", "a\0b"])
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "/etc/hostname", "inside/../../secret.png", "link/../../secret.png", "a\0b"]
+)
 def test_an_image_outside_of_its_folder_is_refused(tmp_path: Path, path: str) -> None:
     write_image(tmp_path, "secret.png")
     root = tmp_path / "images"
     (root / "inside").mkdir(parents=True)
-    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
     rows = write_rows(tmp_path / "rows.jsonl", [{"id": "x", "image": path, "conversations": TURNS}])
     got = read(rows, images=str(root))
     assert not got.samples
@@ -228,3 +232,113 @@ def test_a_list_of_sources_is_a_section_too() -> None:
     assert DataSection.model_validate(sources) == DataSection.model_validate({"sources": sources})
     with pytest.raises(ValueError, match="subset belongs to format"):
         SourceSection(path="a.json", format="json", subset="x")
+
+
+def test_links_that_lead_out_of_a_local_folder_are_followed_under_their_own_names(tmp_path: Path) -> None:
+    write_image(tmp_path / "disk", "deep/a.png")
+    root = tmp_path / "playground"
+    root.mkdir()
+    (root / "data").symlink_to(tmp_path / "disk")
+    (root / "b.png").symlink_to(tmp_path / "disk/deep/a.png")
+    (root / "gone.png").symlink_to(tmp_path / "disk/gone.png")
+    names = ["data/deep/a.png", "b.png", "gone.png", "data/../b.png", str(tmp_path / "disk/deep/a.png")]
+    rows = [{"id": str(number), "image": name, "conversations": TURNS} for number, name in enumerate(names)]
+    got = read(write_rows(tmp_path / "r.jsonl", rows), images=str(root))
+    assert [sample.images for sample in got.samples] == [("data/deep/a.png",), ("b.png",)]
+    assert (got.image_root / got.samples[0].images[0]).is_file()
+    assert [error.sample_id for error in got.errors] == ["2", "3", "4"]
+
+
+def test_addresses_that_hold_or_name_a_local_image_are_read(tmp_path: Path) -> None:
+    write_image(tmp_path, "deep/a b.png")
+    content = (tmp_path / "deep/a b.png").read_bytes()
+    data = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+    def asked(item: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"role": "user", "content": [item, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "red"},
+        ]
+
+    rows = [
+        {"id": "0", "messages": asked({"type": "image_url", "image_url": {"url": data}})},
+        {"id": "1", "messages": asked({"type": "image_url", "image_url": data})},
+        {"id": "2", "messages": asked({"type": "image", "image": data.replace("image/png", "image")})},
+        {"id": "3", "messages": asked({"type": "image", "image": f"file://{tmp_path}/deep/a%20b.png"})},
+        {"id": "4", "image": data, "conversations": TURNS},
+        {"id": "5", "messages": asked({"type": "image_url", "image_url": {"url": "https://example.org/a.png"}})},
+        {"id": "6", "messages": asked({"type": "image", "image": "file:///etc/hostname"})},
+        {"id": "7", "image": data[:-3] + "!!!", "conversations": TURNS},
+        {"id": "8", "image": base64.b64encode(content * 999).decode(), "conversations": TURNS},
+    ]
+    got = read(write_rows(tmp_path / "r.jsonl", rows))
+    assert [sample.id for sample in got.samples] == ["0", "1", "2", "3", "4"]
+    shown = [(got.image_root / sample.images[0]).read_bytes() for sample in got.samples]
+    assert shown == [content] * 5
+    assert "is an address" in got.errors[0].reason
+    assert "outside" in got.errors[1].reason
+    assert "base64 is broken" in got.errors[2].reason
+    assert len(got.errors[3].reason) < 200
+
+
+@pytest.mark.parametrize("field", ["id", "category", "image", "conversations", "messages", "question", "role", "value"])
+def test_a_reason_shows_no_more_than_sixty_characters_of_a_value(tmp_path: Path, field: str) -> None:
+    long = ["z" * 500_000]
+    row: dict[str, Any] = {"id": "x", "conversations": TURNS, field: long}
+    if field == "question":
+        row = {"id": "x", "question": long, "answer": "a"}
+    if field in ("role", "value"):
+        row = {"id": "x", "messages": [{"role": "user", "content": "q", field: long}]}
+    for one in (row, {key: value[0] if value is long else value for key, value in row.items()}):
+        for error in read(write_rows(tmp_path / "r.jsonl", [one])).errors:
+            assert "z" * 61 not in error.reason
+            assert "z" * 61 not in error.sample_id
+
+
+def test_columns_leave_out_the_name_they_map_from(tmp_path: Path) -> None:
+    rows = [{"id": "x", "prompt": "what?", "text": "red", "answer": "not this"}]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    got = read(path, columns={"question": "prompt", "answer": "text"})
+    assert [[turn.text for turn in sample.turns] for sample in got.samples] == [["what?", "red"]]
+    swapped = read(path, columns={"question": "answer", "answer": "prompt"}).samples
+    assert [turn.text for turn in swapped[0].turns] == ["not this", "what?"]
+    with pytest.raises(ConfigError, match=r"columns names sytem, which no row has; the first row has id, prompt, text"):
+        read(path, columns={"question": "prompt", "answer": "text", "system": "sytem"})
+
+
+def test_positions_are_those_of_a_source_where_files_share_a_name(tmp_path: Path) -> None:
+    rows = [{"id": "same", "conversations": TURNS}] * 2
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+    paths = [write_rows(tmp_path / name / "train.jsonl", rows) for name in ("one", "two", "three")]
+    got = read(*paths, ids="position")
+    assert [sample.id for sample in got.samples] == [
+        "train:0", "train:1", "train@2:0", "train@2:1", "train@3:0", "train@3:1",
+    ]  # fmt: skip
+    assert got.errors == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            json.dumps({"data": [{"id": str(n), "conversations": TURNS} for n in range(500)]}, indent=1),
+            "'data' (a list)",
+        ),
+        (json.dumps({"x1": {"id": "x1", "conversations": TURNS}}, indent=2), "'x1' (an object)"),
+        ("id,question\n1,what?\n2,who?\n", "begins with 'id,question"),
+        ("<html>\n<body>\n" + "<p>\n" * 300, "begins with '<html>"),
+    ],
+)
+def test_json_that_is_neither_list_nor_lines_is_one_error(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        read(tmp_path / "rows.json")
+    assert said in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+def test_lines_of_which_the_first_is_broken_are_lines_still(tmp_path: Path) -> None:
+    rows = [{"id": str(number), "conversations": TURNS} for number in range(3)]
+    got = read(write_rows(tmp_path / "r.json", ["{broken", *rows]))
+    assert [len(got.samples), len(got.errors)] == [3, 1]

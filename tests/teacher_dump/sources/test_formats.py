@@ -359,3 +359,110 @@ def test_every_row_becomes_samples_or_named_errors(tmp_path_factory: pytest.Temp
     for error in got.errors:
         assert os.fsencode(error.reason).decode()
         assert error.reason.count("rows.jsonl:") >= 1
+
+
+def write_members(path: Path, members: dict[str, Any]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            add(tar, name, content if isinstance(content, bytes) else json.dumps(content).encode())
+    return path
+
+
+def shades(got: SampleSet) -> list[list[int]]:
+    opened = [[Image.open(got.image_root / name) for name in sample.images] for sample in got.samples]
+    return [[image.getpixel((0, 0))[0] for image in images] for images in opened]  # type: ignore[index]
+
+
+SORTED = ("0", "1", "10", "11", "2")  # as an upload sorts names
+
+
+@pytest.mark.parametrize("named", ["in full", "beside", "by suffix", "in items"])
+def test_the_members_that_a_tars_json_names_are_its_images_in_that_order(named: str, tmp_path: Path) -> None:
+    order = ["2", "0", "11", "10"]
+    names = {"in full": "set/a.{}.png", "beside": "a.{}.png", "by suffix": "{}.png", "in items": "a.{}.png"}[named]
+    row: dict[str, Any] = {"images": [names.format(number) for number in order], "conversations": TURNS}
+    if named == "in items":
+        items: list[dict[str, Any]] = [{"type": "image", "image": name} for name in row["images"]]
+        content = [*items, {"type": "text", "text": "what?"}]
+        row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]}
+    pictures = {f"set/a.{number}.png": picture(int(number)) for number in SORTED}
+    got = read(write_members(tmp_path / "rows.tar", {"set/a.json": row, **pictures}), tmp_path)
+    assert got.errors == ()
+    assert shades(got) == [[2, 0, 11, 10]]
+
+
+def test_a_tars_own_order_is_kept_and_said_once_where_numbers_say_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members: dict[str, Any] = {}
+    for key in ("a", "b"):
+        members[f"{key}.json"] = {"conversations": TURNS}
+        members |= {f"{key}.{number}.png": picture(int(number)) for number in SORTED}
+    got = read(write_members(tmp_path / "rows.tar", members), tmp_path)
+    assert shades(got) == [[0, 1, 10, 11, 2]] * 2
+    (record,) = caplog.records
+    assert "a.0.png, a.1.png, a.10.png, a.11.png, a.2.png" in record.getMessage()
+    caplog.clear()
+    read(write_members(tmp_path / "rows.tar", dict(list(members.items())[:4])), tmp_path)
+    assert not caplog.records
+
+
+def test_names_that_a_tars_members_do_not_have_are_refused_or_taken_for_origins(tmp_path: Path) -> None:
+    members = {
+        "a.json": {"images": ["0.png", "7.png"], "conversations": TURNS},
+        "a.0.png": picture(0),
+        "a.1.png": picture(1),
+        "b.json": {"images": ["coco/x.jpg", "coco/y.jpg", "coco/z.jpg"], "conversations": TURNS},
+        "b.0.png": picture(0),
+        "c.json": {"image": "coco/x.jpg", "conversations": TURNS},
+        "c.png": picture(3),
+    }
+    got = read(write_members(tmp_path / "rows.tar", members), tmp_path)
+    assert [sample.id for sample in got.samples] == ["c"]
+    assert shades(got) == [[3]]
+    assert "image '7.png' is none of its members" in got.errors[0].reason
+    assert "names 3 images and has 1 members" in got.errors[1].reason
+
+
+def test_members_of_a_tar_that_are_not_read_are_refused_unless_ignored(tmp_path: Path) -> None:
+    members = {
+        "README.md": b"hello",
+        "a.json": {"conversations": TURNS},
+        "a.mp4": b"film",
+        "b.json": {"conversations": TURNS},
+        "b.meta.json": {"width": 4},
+        "c.json": {"conversations": TURNS},
+    }
+    path = write_members(tmp_path / "rows.tar", members)
+    got = read(path, tmp_path)
+    assert [sample.id for sample in got.samples] == ["c"]
+    assert "member a.mp4 is neither JSON nor an image" in got.errors[1].reason
+    assert "ignore: [media]" in got.errors[1].reason
+    assert "2 JSON members (json, meta.json)" in got.errors[2].reason
+    ignoring = read(path, tmp_path, ignore=("media",))
+    assert [sample.id for sample in ignoring.samples] == ["a", "b", "c"]
+    assert ignoring.errors == ()
+
+
+@pytest.mark.parametrize("form", ["text", "struct"])
+def test_conversations_of_parquet_may_be_json_text_or_a_struct_of_lists(form: str, tmp_path: Path) -> None:
+    struct = {"from": ["human", "gpt"], "value": ["what?", "red"]}
+    rows = [{"id": "x", "conversations": json.dumps(TURNS) if form == "text" else struct}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (sample,) = read(tmp_path / "rows.parquet", tmp_path).samples
+    assert [turn.text for turn in sample.turns] == ["what?", "red"]
+
+
+def test_an_extracted_image_is_no_link(tmp_path: Path) -> None:
+    content = IMAGES["a.png"]
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"s" * len(content))
+    row = {"id": "x", "image": {"bytes": content, "path": None}, "question": "q", "answer": "a"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    (sample,) = read(tmp_path / "rows.parquet", tmp_path).samples
+    file = tmp_path / "extracted" / sample.images[0].removeprefix("extracted/")
+    file.unlink()
+    file.symlink_to(secret)
+    read(tmp_path / "rows.parquet", tmp_path)
+    assert not file.is_symlink()
+    assert file.read_bytes() == content
