@@ -8,6 +8,7 @@ from pathlib import Path
 
 from storage.images.pixels import ImageDecodeError, Picture, make_pixels
 from storage.images.settings import PixelSettings
+from storage.records import check_image_path
 from teacher_dump.samples import SampleRefusedError
 
 MAX_IMAGE_BYTES = 256 * 2**20  # of a file; an image of as many pixels as Pillow trusts is smaller
@@ -24,11 +25,16 @@ class LoadedImage:
 
 
 def load_image(root: Path, path: str, settings: PixelSettings) -> LoadedImage:
-    """Read and decode one image. SampleRefusedError: outside of the root, unreadable, no image, too large to trust."""
+    """Read and decode one image. SampleRefusedError: outside of the root, unreadable, no image, too large to trust.
+
+    The root is a folder of this machine, so links below it are followed wherever they lead.
+    """
     try:
-        file = (root / path).resolve()
-        if not file.is_relative_to(root.resolve()):
-            raise SampleRefusedError(f"image {path!r} lies outside of {root}")
+        check_image_path(path)
+    except ValueError as error:
+        raise SampleRefusedError(f"image {path!r} lies outside of {root}: {error}") from error
+    try:
+        file = root / path
         if not file.is_file():  # a pipe would be waited for
             raise SampleRefusedError(f"image {path!r}: cannot be read: there is no such file")
         if file.stat().st_size > MAX_IMAGE_BYTES:
