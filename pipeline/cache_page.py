@@ -48,10 +48,19 @@ class Group:
 
 
 def render_cache_page(
-    facts: CacheFacts, groups: Sequence[Group], *, image_root: Path, pixels: PixelSettings, note: str
+    facts: CacheFacts,
+    groups: Sequence[Group],
+    *,
+    image_root: Path,
+    follows_links: bool,
+    pixels: PixelSettings,
+    note: str,
 ) -> str:
-    """The page as text. `note` says where the texts of tokens come from, `pixels` how the teacher saw the images."""
-    embed = partial(embedded_image, image_root, pixels=pixels)
+    """The page as text. `note` says where the texts of tokens come from, `pixels` how the teacher saw the images.
+
+    `follows_links`: whether links below `image_root` may lead out of it.
+    """
+    embed = partial(embedded_image, image_root, pixels=pixels, follows_links=follows_links)
     title = "/".join(facts.path.rstrip("/").split("/")[-2:])
     state = "sealed" if facts.sealed else f"not sealed: {facts.num_parts:,} of {facts.num_planned_parts:,} parts"
     lead = f"{state} · teacher {facts.identity['teacher']} · {note}"

@@ -23,7 +23,7 @@ from student_train.expert_parallel import check_ranks
 from student_train.material import check_architecture, check_losses, fitting_checkpoint
 from student_train.models import check_fit, read_checkpoint
 from student_train.trainer import resolved
-from teacher_dump.assignment import prompt_errors
+from teacher_dump.assignment import inspect_data
 from teacher_dump.budget_choice import comparable
 from teacher_dump.dump_plan import DumpPlan, plan_dump
 from teacher_dump.settings import DumpSettings, read_settings
@@ -53,7 +53,7 @@ def check(experiment: Experiment) -> Iterator[str]:
         settings = replace(settings, teacher=teacher)
     planned = plan_dump(settings)
     yield f"samples: {planned.plan.num_samples:,} in {len(planned.plan.parts):,} parts"
-    yield _check_prompts(experiment, settings, planned)
+    yield from _check_prompts(experiment, settings, planned)
     yield check_teacher(planned, settings.teacher)
     if trained is None:
         yield _check_cache(experiment.cache, planned.identity)
@@ -86,8 +86,8 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-def _check_prompts(experiment: Experiment, settings: DumpSettings, planned: DumpPlan) -> str:
-    errors = prompt_errors(settings, planned)
+def _check_prompts(experiment: Experiment, settings: DumpSettings, planned: DumpPlan) -> Iterator[str]:
+    errors, report = inspect_data(settings, planned)
     total = planned.plan.num_samples + sum(len(part.errors) for part in planned.plan.parts)
     allowed = experiment.dump.max_error_fraction
     named = "\n  ".join(map(str, errors[:10]))
@@ -96,7 +96,8 @@ def _check_prompts(experiment: Experiment, settings: DumpSettings, planned: Dump
             f"{len(errors):,} of {total:,} samples cannot be used, dump.max_error_fraction allows "
             f"{allowed:.1%}:\n  {named}"
         )
-    return f"prompts: {len(errors):,} of {total:,} samples cannot be used" + (f":\n  {named}" if errors else "")
+    yield f"prompts: {len(errors):,} of {total:,} samples cannot be used" + (f":\n  {named}" if errors else "")
+    yield from report.lines()
 
 
 def _check_experts(experiment: Experiment) -> None:

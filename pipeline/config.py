@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from storage.config import CacheSection, Section
+from storage.config import CacheSection, LocalPath, Section
 from storage.errors import ConfigError
 from storage.sections import Named, read_sections
 from student_train.config import EvaluationSection, StageSection
@@ -20,7 +20,7 @@ from teacher_dump.config import DataSection, DumpSection, TeacherSection
 class PrepareSection(Section):
     """A script that makes data and untrained models before anything else; trusted code of the user's own."""
 
-    script: str
+    script: LocalPath
     arguments: dict[str, str | int | float] = {}  # passed as --name value
 
 
@@ -28,7 +28,7 @@ class TrainTeacherSection(Section):
     """Trains the teacher itself, for experiments that start without one."""
 
     stage: str  # of `stages:`; its output must be teacher.model
-    tokenizer: str  # checkpoint folder whose tokenizer, template and image processor prepare the samples
+    tokenizer: LocalPath  # checkpoint folder whose tokenizer, template and image processor prepare the samples
     data: DataSection  # tokenised into the stage's own cache, without a teacher
     min_exact_match: Annotated[float, Field(ge=0, le=1)] = 0.0  # on the evaluation splits; below it the run fails
 

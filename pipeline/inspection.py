@@ -41,7 +41,7 @@ def inspect(
     cache = Cache.open(path, checksums=False)
     indices = [sample_view.find_sample(cache, sample_id) for sample_id in sample_ids]
     if html is not None:
-        _write_page(cache, indices, tokenizer, images or cache.image_root, html)
+        _write_page(cache, indices, tokenizer, images, html)
     if as_json:
         document = cache_facts.as_json(facts_of(cache))
         if indices:
@@ -58,7 +58,7 @@ def inspect(
     return "\n\n\n".join([f"({texts.note})", *shown])
 
 
-def _write_page(cache: Cache, indices: Sequence[int], tokenizer: Path | None, images: Path, html: Path) -> None:
+def _write_page(cache: Cache, indices: Sequence[int], tokenizer: Path | None, images: Path | None, html: Path) -> None:
     from pipeline.cache_page import Group, render_cache_page
 
     texts = token_texts(cache.identity, tokenizer)
@@ -82,7 +82,12 @@ def _write_page(cache: Cache, indices: Sequence[int], tokenizer: Path | None, im
         if size:
             groups.append(group("At random", "drawn with a fixed seed", sorted(map(int, drawn))))
     page = render_cache_page(
-        facts_of(cache), groups, image_root=images, pixels=stored_pixels(cache.identity), note=texts.note
+        facts_of(cache),
+        groups,
+        image_root=images or cache.image_root,
+        follows_links=images is not None or cache.follows_image_links,
+        pixels=stored_pixels(cache.identity),
+        note=texts.note,
     )
     try:
         write_atomically(html, page.encode())

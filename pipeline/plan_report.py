@@ -22,7 +22,10 @@ def as_table(expected: Forecast) -> str:
     tried = (
         f"{expected.calibration_samples:,} samples were tried, {expected.calibration_errors:,} of them cannot be used"
     )
-    return "\n".join([*(f"{name:<20} {value}" for name, value in rows), tried])
+    data = (
+        [] if expected.data is None else ["of these, and of the rows that could not be read:", *expected.data.lines()]
+    )
+    return "\n".join([*(f"{name:<20} {value}" for name, value in rows), tried, *data])
 
 
 def _duration(seconds: float) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from storage.home_paths import expand_path
 
 Family = Literal["response", "visual", "relation", "sequence", "hidden", "images"]  # that a dump can make
+LocalPath = Annotated[str, AfterValidator(expand_path)]  # `~` and `$VAR` become what they stand for on this machine
 
 
 class Section(BaseModel):
@@ -117,7 +120,7 @@ class CacheSection(Section):
     samples adds those as new parts; without it they are refused.
     """
 
-    path: str = "{run}/cache"  # a local folder, or s3://bucket/prefix
+    path: LocalPath = "{run}/cache"  # a local folder, or s3://bucket/prefix
     append: bool = False
     families: tuple[Family, ...] = ("response", "visual", "relation")  # besides `tokens`, always there
     response: SelectionSection = SelectionSection()

@@ -28,6 +28,11 @@ def find_image_root(recorded: Sequence[str], cache: str | Path, *, example: str 
     return Path(recorded[0])
 
 
+def follows_links(root: Path, recorded: Sequence[str]) -> bool:
+    """Whether links below a cache's image root may lead out of it: not of one that came along with the cache."""
+    return root in map(Path, recorded)
+
+
 def is_moved_root(old: str, new: str, cache: str | Path) -> bool:
     """Whether `new` may be the folder `old` in another place: `old` is gone, or a project was copied with its cache.
 

@@ -19,7 +19,7 @@ from storage.errors import CacheError, CorruptPartError, MissingFamilyError
 from storage.files import Folder, open_folder
 from storage.head import StoredHead
 from storage.identity import Identity
-from storage.image_root import find_image_root
+from storage.image_root import find_image_root, follows_links
 from storage.losses import KINDS
 from storage.narrowing import Narrowing
 from storage.part_files import PartFiles
@@ -128,8 +128,16 @@ class Cache:
             entry = self._parts[int(self._part_of[index])].families["tokens"]
             rows, at = self._files.token_rows(entry, int(self._row_of[index]), self.identity)
             example = rows.images[at][0].path
-        recorded = [segment.identity.image_root for segment in reversed(tokens_segments(self.segments))]
-        return find_image_root(recorded, self.folder.place(""), example=example)
+        return find_image_root(self._recorded_roots, self.folder.place(""), example=example)
+
+    @property
+    def follows_image_links(self) -> bool:
+        """Whether links below `image_root` may lead out of it: that is the folder that was dumped, on this machine."""
+        return follows_links(self.image_root, self._recorded_roots)
+
+    @property
+    def _recorded_roots(self) -> list[str]:
+        return [segment.identity.image_root for segment in reversed(tokens_segments(self.segments))]
 
     def index_of(self, sample_id: str) -> int:
         """The position of a sample. Errors: KeyError."""

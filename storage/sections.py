@@ -20,6 +20,7 @@ from yaml.constructor import ConstructorError
 
 from storage.config import Section
 from storage.errors import ConfigError
+from storage.home_paths import expand_path
 
 TOP_LEVEL_KEYS = (
     "name", "runs_dir", "prepare", "data", "teacher", "dump", "cache", "train_teacher", "stages",
@@ -79,7 +80,10 @@ def read_sections(
         raise ConfigError(
             f"{path}: name: got {name!r}, expected a folder's name of letters, digits, . _ -, at most 200"
         )
-    runs_dir = Path(_text(path, document, "runs_dir", DEFAULT_RUNS_DIR))
+    try:
+        runs_dir = Path(expand_path(_text(path, document, "runs_dir", DEFAULT_RUNS_DIR)))
+    except ValueError as error:
+        raise ConfigError(f"{path}: runs_dir: {error}") from error
     document = _replace_run(document, str(runs_dir / name))
     problems: list[str] = []
     checked = {key: _section(key, schema, document.get(key), problems) for key, schema in schemas.items()}

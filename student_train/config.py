@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from storage.config import Section
+from storage.config import LocalPath, Section
 from storage.narrowing import Narrowing
 from storage.shuffle import WINDOW_ROWS
 from student_train.sample_filter import Condition, check_condition
@@ -197,9 +197,9 @@ class MoeSection(Section):
 class CompositionSection(Section):
     """Parts of a student: folders or hub ids. The projector between them, two layers with GELU, is new."""
 
-    vision: str  # SigLIP or CLIP; a whole model or its tower
-    llm: str  # a causal decoder
-    processor: str  # tokenizer, chat template and image preprocessing: the teacher's, most often
+    vision: LocalPath  # SigLIP or CLIP; a whole model or its tower
+    llm: LocalPath  # a causal decoder
+    processor: LocalPath  # tokenizer, chat template and image preprocessing: the teacher's, most often
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     feature_layer: int = -2  # of the tower, whose output the projector reads
     select: Literal["full", "default"] = "full"  # default drops the first position, which is CLIP's class token
@@ -218,11 +218,11 @@ Filter = Annotated[tuple[Condition, ...], AfterValidator(_checked)]
 class SourceSection(Section):
     """One of several caches that a stage trains on. What is left out is as the stage says."""
 
-    path: str
+    path: LocalPath
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0  # times that each of its samples comes in an epoch
     splits: tuple[str, ...] | None = None
     filter: Filter | None = None
-    images: str | None = None
+    images: LocalPath | None = None
 
 
 class CheckpointsSection(Section):
@@ -255,14 +255,14 @@ class LoraSection(Section):
 class StageSection(Section):
     """One training stage: start, data, trained modules, losses, schedule."""
 
-    init: str  # checkpoint folder or hub id; `{seed}` becomes the stage's seed
+    init: LocalPath  # checkpoint folder or hub id; `{seed}` becomes the stage's seed
     compose: CompositionSection | None = None  # makes the checkpoint at `init`, where it is not there yet
-    output: str = "{run}/models/{stage}"  # checkpoint, metrics.jsonl, summary.json
-    cache: str | None = None  # default: cache.path
+    output: LocalPath = "{run}/models/{stage}"  # checkpoint, metrics.jsonl, summary.json
+    cache: LocalPath | None = None  # default: cache.path
     caches: Annotated[tuple[SourceSection, ...], Field(min_length=1)] | None = None  # in place of `cache`
     splits: tuple[str, ...] = ("train",)
     filter: Filter = ()  # samples that are trained on
-    images: str | None = None  # folder of images; default: the one that the cache names
+    images: LocalPath | None = None  # folder of images; default: the one that the cache names
     train: Annotated[tuple[Module, ...], Field(min_length=1)] = ("projector", "llm")  # everything else is frozen
     moe: MoeSection | None = None  # makes the dense student of `init` sparse
     lora: LoraSection | None = None  # trains adapters where `train` says llm
@@ -401,6 +401,6 @@ class EvaluationSection(Section):
     """Held-out test: generation against the reference answers, and fidelity to the cached teacher."""
 
     splits: tuple[str, ...] = ("test",)  # of cache.path, or after a stage of any of its caches
-    images: str | None = None  # folder of images; default: the one that the cache names
+    images: LocalPath | None = None  # folder of images; default: the one that the cache names
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     batch: Annotated[int, Field(ge=1)] = 64  # samples

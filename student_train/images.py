@@ -35,18 +35,33 @@ def open_images(cache: Cache, configured: str | None, processor: Any) -> ImageFo
     """
     root = cache.image_root if configured is None else Path(configured)
     travels = configured is None and "images" in cache.families and not root.is_dir()
-    return ImageFolder(root, processor, pixels=stored_pixels(cache.identity), cache=cache if travels else None)
+    return ImageFolder(
+        root,
+        processor,
+        pixels=stored_pixels(cache.identity),
+        cache=cache if travels else None,
+        follows_links=configured is not None or cache.follows_image_links,
+    )
 
 
 class ImageFolder:
     """The images below a root, as the student's own preprocessing shows them to its vision tower."""
 
-    def __init__(self, root: str | Path, processor: Any, *, pixels: PixelSettings, cache: Cache | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        processor: Any,
+        *,
+        pixels: PixelSettings,
+        cache: Cache | None = None,
+        follows_links: bool = True,
+    ) -> None:
         """`processor`: a transformers image processor that makes every image equally large, or ImageInputs.
 
         `pixels`: how a file's bytes become pixels. `cache`: holds the files, which are then not looked for below the
-        root.
+        root. `follows_links`: also to where they lead out of the root, as links of a folder of this machine may.
         """
+        self._follows_links = follows_links
         self._cache = cache
         self._settings = pixels
         self.root = Path(root)
@@ -89,7 +104,7 @@ class ImageFolder:
     def _content(self, image: ImageRef, place: str) -> bytes:
         file = image.file(self.root)
         try:
-            if not file.resolve().is_relative_to(self._resolved_root):
+            if not self._follows_links and not file.resolve().is_relative_to(self._resolved_root):
                 raise StillhouseError(f"{place}: leads out of {self.root}; copy the image into it")
             return file.read_bytes()
         except OSError as error:

@@ -23,6 +23,7 @@ from teacher_dump.settings import DumpSettings
 from teacher_dump.writing import LOG_FILE
 
 if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does without
+    from teacher_dump.data_report import DataReport
     from teacher_dump.request import RowRequest, SignalRequest
     from teacher_dump.scoring import PartScorer
     from teacher_dump.worker import WorkerSettings
@@ -86,22 +87,32 @@ def with_teacher(
 
 
 def prompt_errors(settings: DumpSettings, planned: DumpPlan, *, progress: bool = True) -> list[SampleError]:
+    """Every row of the sources that a dump would count as an error. See `inspect_data`."""
+    return inspect_data(settings, planned, progress=progress)[0]
+
+
+def inspect_data(
+    settings: DumpSettings, planned: DumpPlan, *, progress: bool = True
+) -> tuple[list[SampleError], DataReport]:
     """Every row of the sources that a dump would count as an error, as far as that shows without a teacher.
 
-    Builds all prompts and decodes all images: a few milliseconds a sample.
+    And what is unusual about the others. Builds all prompts and decodes all images: a few milliseconds a sample.
     """
+    from teacher_dump.data_report import DataWatch
     from teacher_dump.worker import open_preparer
 
     preparer = open_preparer(worker_settings(planned, settings))
     errors = [error for part in planned.plan.parts for error in part.errors]
     samples = (sample for part in planned.plan.parts for sample in part.samples)
     total = planned.plan.num_samples
+    watch = DataWatch()
     for sample in tqdm(samples, total=total, unit=" samples", desc="prompts", disable=not progress, leave=False):
         try:
-            preparer.prepare(sample)
+            watch.add(preparer.prepare(sample))
         except SampleRefusedError as refusal:
             errors.append(SampleError(sample.id, str(refusal)))
-    return errors
+    watch.add_errors(errors)
+    return errors, watch.report
 
 
 def _whole_path(path: str) -> str:

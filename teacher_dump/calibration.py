@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,15 @@ from storage.records import PartRecords, SampleError
 from storage.schema import parquet_bytes
 from teacher_dump.assignment import with_teacher, worker_settings
 from teacher_dump.budget_choice import with_budget
+from teacher_dump.data_report import DataReport, DataWatch
 from teacher_dump.dump_plan import plan_dump
 from teacher_dump.forecast import Asked, Calibration, Forecast, Slice, Work, forecast
 from teacher_dump.plan import Part, image_groups
-from teacher_dump.samples import Sample
+from teacher_dump.preparation import Preparer
+from teacher_dump.samples import Sample, SampleRefusedError
 from teacher_dump.scoring import PartScorer, Scored
 from teacher_dump.settings import DumpSettings
-from teacher_dump.worker import ahead, open_scorer
+from teacher_dump.worker import ahead, open_preparer, open_scorer
 
 NUM_SAMPLES = 256
 _WARM_UP = 32  # samples, as many as an engine is given at once: its first calls are slow
@@ -85,7 +87,20 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
         head_bytes=tried.head_bytes,
     )
     asked = Asked.of(sample for part in planned.plan.parts for sample in part.samples)
-    return forecast(calibration, asked, num_parts=len(planned.plan.parts), num_actors=settings.dump.actors.max)
+    expected = forecast(calibration, asked, num_parts=len(planned.plan.parts), num_actors=settings.dump.actors.max)
+    return replace(expected, data=_data_report(planned.plan.parts, halves, open_preparer(worker)))
+
+
+def _data_report(parts: Sequence[Part], tried: Sequence[Part], preparer: Preparer) -> DataReport:
+    watch = DataWatch()
+    for sample in (sample for part in tried for sample in part.samples):
+        try:
+            watch.add(preparer.prepare(sample))
+        except SampleRefusedError as refusal:
+            watch.add_errors([SampleError(sample.id, str(refusal))])
+    for part in parts:
+        watch.add_errors(part.errors)
+    return watch.report
 
 
 def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from storage.config import Section
+from storage.config import LocalPath, Section
 from storage.images.settings import WHITE, Background
 from teacher_dump.lengths import TooLong
 from teacher_dump.unread_fields import Ignorable
@@ -18,9 +18,9 @@ class SourceSection(Section):
     Every format may hold every shape of conversation that teacher_dump/conversation.py lists.
     """
 
-    path: str  # a file, a pattern, a folder of save_to_disk, or a hub id where `format: datasets` says so
+    path: LocalPath  # a file, a pattern, a folder of save_to_disk, or a hub id where `format: datasets` says so
     format: Literal["json", "parquet", "webdataset", "datasets"] | None = None  # None: by suffix; json: lines too
-    images: str | None = None  # folder, zip or tar that image names are relative to; None: the file's own folder
+    images: LocalPath | None = None  # folder, zip or tar that image names are relative to; None: the file's own folder
     split: str = "train"  # a name that stages and evaluation select by
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0  # 0.25: a random quarter of the rows; 2: every row twice
     seed: Annotated[int, Field(ge=0)] = 0  # of the rows that `weight` leaves out
@@ -57,7 +57,9 @@ class DataSection(Section):
     """
 
     sources: tuple[SourceSection, ...] = ()
-    extracted: str | None = None  # folder for images that are no files of their own; None: images/ in the run's folder
+    extracted: LocalPath | None = (
+        None  # folder for images that are no files of their own; None: images/ in the run's folder
+    )
     background: Background = WHITE  # that transparent pixels show, as #rrggbb
     too_long: TooLong = "refuse"  # what becomes of a sample beyond max_length:
     # cut_turns leaves out whole questions with their answers from the end; cut_answer ends the answer at max_length
@@ -74,7 +76,7 @@ class DataSection(Section):
 class TeacherSection(Section):
     """The teacher's checkpoint and how it is served."""
 
-    model: str  # local folder or hub id
+    model: LocalPath  # local folder or hub id
     revision: str | None = None
     backend: Literal["vllm", "transformers"] = "vllm"  # transformers is the slow reference
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"

@@ -82,7 +82,8 @@ def parse_conversation(
     turns = _with_system(row, turns)
     _check_order(turns)
     _check_labels(turns, rejected)
-    for number, turn in enumerate([*turns, *([] if rejected is None else [rejected])]):
+    said = turns if rejected is None else [*turns, rejected]
+    for number, turn in enumerate(said):
         check_markers(turn.text, ignored, f"turn {number}")
     return Conversation(tuple(turns), _shown(row, parsing.images), rejected)
 

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from storage.schema import FAMILIES
 from teacher_dump.samples import Sample
+
+if TYPE_CHECKING:
+    from teacher_dump.data_report import DataReport
 
 _UNITS = {  # what a family's bytes grow with, a field of Work
     "tokens": "text_tokens",
@@ -101,6 +105,7 @@ class Forecast:
     start_s: float  # of Ray and a teacher, before that
     calibration_samples: int
     calibration_errors: int
+    data: DataReport | None = None  # of the samples that were tried, and of all that could not be read
 
     @property
     def total_bytes(self) -> int:

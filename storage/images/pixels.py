@@ -58,7 +58,7 @@ def make_pixels(content: bytes, settings: PixelSettings, *, max_pixels: int | No
                 if settings.version == 0:
                     return _bare(image.convert("RGB"))
                 image.load()  # some formats name orientation or transparency behind the pixels
-                return _bare(_upright(_flattened(image, settings.background), _orientation(image)))
+                return _bare(_upright(_flattened(image, settings.background), read_orientation(image)))
     except ImageDecodeError:
         raise
     except UnidentifiedImageError as error:  # whose own message holds a memory address
@@ -67,7 +67,7 @@ def make_pixels(content: bytes, settings: PixelSettings, *, max_pixels: int | No
         raise ImageDecodeError(str(error) or type(error).__name__) from error
 
 
-def _orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """1 to 8 as EXIF counts; 1 where nothing can be read."""
     try:
         found = image.getexif().get(ORIENTATION, 1)
@@ -86,14 +86,17 @@ def _flattened(image: Image.Image, background: str) -> Picture:
         return _grey(image, background)
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert("LA" if image.mode == "La" else "RGBA")
-    if "A" not in image.getbands() and "transparency" not in image.info and not _has_palette_alpha(image):
+    if not has_alpha(image):
         return image.convert("RGB")
     seen = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, background), seen).convert("RGB")
 
 
-def _has_palette_alpha(image: Image.Image) -> bool:
-    return image.palette is not None and image.palette.mode.endswith("A")
+def has_alpha(image: Image.Image) -> bool:
+    """Whether some of an opened file's pixels may be transparent."""
+    has_palette_alpha = image.palette is not None and image.palette.mode.endswith("A")
+    bands = [band.upper() for band in image.getbands()]
+    return "A" in bands or "transparency" in image.info or has_palette_alpha
 
 
 def _grey(image: Image.Image, background: str) -> Picture:

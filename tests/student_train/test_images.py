@@ -76,12 +76,18 @@ def test_a_truncated_image_is_named(folder: ImageFolder) -> None:
         folder.pixels(reference(folder.root / "a.png"), sample_id="s")
 
 
-def test_a_link_out_of_the_root_is_refused(folder: ImageFolder, tmp_path: Path) -> None:
+def test_a_link_out_of_the_root_is_followed_in_a_folder_of_this_machine_alone(
+    folder: ImageFolder, tmp_path: Path
+) -> None:
     image = picture(tmp_path / "elsewhere" / "a.png", 40)
     folder.root.mkdir()
     (folder.root / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    own = ImageFolder(folder.root, folder.processor, pixels=PixelSettings(), follows_links=False)
     with pytest.raises(StillhouseError, match="leads out of"):
-        folder.pixels(image, sample_id="s")
+        own.pixels(image, sample_id="s")
+    assert (
+        folder.picture(image, sample_id="s").size == own.picture(picture(folder.root / "b.png", 40), sample_id="s").size
+    )
 
 
 def test_a_store_keeps_what_came_first_within_its_bytes() -> None:

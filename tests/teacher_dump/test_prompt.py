@@ -123,6 +123,19 @@ def test_response_mask_covers_the_answers_and_their_stop_tokens_only() -> None:
     assert prompt.token_ids.dtype == np.int32
 
 
+def test_an_answer_that_is_no_label_is_masked_and_its_ids_stay() -> None:
+    prompts, _ = builder()
+    asked = sample("what?", "red", "sure?", "yes")
+    untrained = replace(asked.turns[1], is_trained=False)
+    got = prompts.build(replace(asked, turns=(asked.turns[0], untrained, *asked.turns[2:])))
+    whole = prompts.build(asked)
+    assert got.token_ids.tolist() == whole.token_ids.tolist()
+    starts = np.flatnonzero(np.diff(whole.response_mask.astype(int)) == 1) + 1
+    assert len(starts) == 2
+    assert not got.response_mask[: starts[1]].any()
+    assert got.response_mask[starts[1] :].tolist() == whole.response_mask[starts[1] :].tolist()
+
+
 def test_of_half_of_a_pair_only_the_last_answer_counts() -> None:
     built, tokenizer = builder(VICUNA)
     whole = sample("<image>\nwhat?", "red", "and?", "blue", num_images=1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from storage.errors import ConfigError
 from teacher_dump.config import DataSection, SourceSection
 from teacher_dump.reading import SampleSet, read_samples
-from teacher_dump.samples import Sample
+from teacher_dump.samples import Sample, Turn
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
 
@@ -144,6 +145,10 @@ def test_a_sample_survives_the_way_to_another_process(tmp_path: Path) -> None:
     rows = [{"id": "x", "category": "c", "conversations": TURNS}]
     (sample,) = read(write_rows(tmp_path / "r.jsonl", rows)).samples
     assert Sample.from_json(json.loads(json.dumps(sample.as_json()))) == sample
+    assert sample.as_json()["turns"] == [["user", "what?"], ["assistant", "red"]]  # as plans before had it
+    turns = (*sample.turns, Turn("user", "sure?"), Turn("assistant", "no", is_trained=False))
+    masked = replace(sample, turns=turns)
+    assert Sample.from_json(json.loads(json.dumps(masked.as_json()))) == masked
 
 
 def test_weight_takes_a_stable_share_of_the_rows_or_repeats_them(tmp_path: Path) -> None:
