@@ -88,6 +88,7 @@ def _list(names: Sequence[str]) -> str:
 
 def _check_prompts(experiment: Experiment, settings: DumpSettings, planned: DumpPlan) -> Iterator[str]:
     errors, report = inspect_data(settings, planned)
+    yield from report.lines()
     total = planned.plan.num_samples + sum(len(part.errors) for part in planned.plan.parts)
     allowed = experiment.dump.max_error_fraction
     named = "\n  ".join(map(str, errors[:10]))
@@ -97,7 +98,6 @@ def _check_prompts(experiment: Experiment, settings: DumpSettings, planned: Dump
             f"{allowed:.1%}:\n  {named}"
         )
     yield f"prompts: {len(errors):,} of {total:,} samples cannot be used" + (f":\n  {named}" if errors else "")
-    yield from report.lines()
 
 
 def _check_experts(experiment: Experiment) -> None:

@@ -21,6 +21,7 @@ from storage.records import check_image_path
 from teacher_dump.archives import Archive
 from teacher_dump.samples import SampleRefusedError, shorten
 
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://|data:", re.IGNORECASE)
 _DIGITS = 2  # of the hash that name a folder
 
 
@@ -80,12 +81,13 @@ class ImageFiles:
 
 def _of_url(value: str) -> str | bytes:
     """The bytes of a data: URL, the name in a file: URL, any other text as it is. SampleRefusedError: another URL."""
-    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):(?://|(?<=data:))", value)
+    scheme = _ADDRESS.match(value)
     if scheme is None:
         return value
-    kind = scheme[1].lower()
+    kind = (scheme[1] or "data").lower()
     if kind == "file":
-        return unquote(value[len("file://") :].removeprefix("localhost/" if "localhost//" in value else ""))
+        name = value[len("file://") :]
+        return unquote(name.removeprefix("localhost") if name.startswith("localhost/") else name)
     if kind != "data":
         raise SampleRefusedError(f"image {shorten(value)} is an address; expected a file, bytes, or a data: URL")
     head, comma, payload = value.partition(",")

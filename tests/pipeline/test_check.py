@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from pipeline.check import check
 from pipeline.config import read_experiment
@@ -55,6 +57,35 @@ def test_a_student_that_does_not_fit_the_cache_is_found(file: Path) -> None:
     (student / "config.json").write_text(json.dumps(config))
     with pytest.raises(IdentityError, match=r"vocab_size: the cache has 300, the head of .*student 299 rows"):
         list(check(experiment))
+
+
+def test_check_reports_what_is_unusual_about_the_data(file: Path) -> None:
+    source = json.loads(json.dumps(yaml.safe_load(file.read_text())["data"]["sources"][0]))
+    path = Path(source["path"])
+    rows = (
+        json.loads(path.read_text()) if path.suffix == ".json" else list(map(json.loads, path.read_text().splitlines()))
+    )
+    image = Path(source["images"]) / rows[0]["image"]
+    Image.new("RGB", (32, 32), "red").save(image)
+    shutil.copy(image, image.with_name("copy.png"))
+    rows[1]["image"] = str(image.with_name("copy.png").relative_to(source["images"]))
+    rows.append(
+        {
+            **rows[0],
+            "id": "mute",
+            "conversations": [rows[0]["conversations"][0], {"from": "gpt", "value": "x", "weight": 0}],
+        }
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = []
+    with pytest.raises(ConfigError, match="mute"):
+        lines += check(read_experiment(file))
+    for line in check(read_experiment(file, ("dump.max_error_fraction=0.9",))):
+        lines.append(line)
+    said = [line for line in lines if line.startswith("data: ")]
+    assert any("are of one colour" in line and rows[0]["image"] in line for line in said)
+    assert any(f"copy.png = {rows[0]['image']}" in line for line in said)
+    assert f"data: 1 of {len(rows)} samples have no label: mute" in said
 
 
 def test_a_student_with_another_tokenizer_is_found_before_there_is_a_cache(file: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from storage.errors import IdentityError
-from storage.image_root import find_image_root, is_moved_root
+from storage.image_root import find_image_root, follows_links, is_moved_root
 from storage.reader import Cache
 from storage.records import ImageRef, PartRecords, TokensRecord, image_key
 from storage.writer import CacheWriter
@@ -67,3 +67,9 @@ def test_a_copied_project_keeps_its_image_root(tmp_path):
     assert is_moved_root(old, str(tmp_path / "copy/data/images"), cache)
     assert not is_moved_root(old, str(tmp_path / "copy/data/pictures"), cache)
     assert is_moved_root(str(tmp_path / "gone"), "/anywhere", cache)
+
+
+def test_links_lead_out_of_the_folder_that_was_dumped_alone(tmp_path: Path) -> None:
+    recorded = [str(tmp_path / "data")]
+    assert follows_links(tmp_path / "data", recorded)
+    assert not follows_links(tmp_path / "moved/data", recorded)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.plan_report import as_table
 from storage.commit import commit_numbers, read_commits
 from storage.files import open_folder
 from storage.segments import read_segments
@@ -59,6 +60,9 @@ def test_tokens_are_forecast_without_a_teacher(write_config: WriteConfig) -> Non
     assert found.calibration_samples == 24
     assert set(found.family_bytes) == {"tokens"}
     assert set(found.stage_s) == {"prompts", "encoding", "scoring"}
+    assert found.data is not None
+    assert (found.data.num_samples, found.data.num_images) == (24, 8)
+    assert as_table(found).splitlines()[-1].startswith("data: 24 samples, 8 images: no image is ")
 
 
 def test_a_slice_has_whole_groups_of_images_and_is_always_the_same(write_config: WriteConfig) -> None:

@@ -271,15 +271,17 @@ def test_addresses_that_hold_or_name_a_local_image_are_read(tmp_path: Path) -> N
         {"id": "2", "messages": asked({"type": "image", "image": data.replace("image/png", "image")})},
         {"id": "3", "messages": asked({"type": "image", "image": f"file://{tmp_path}/deep/a%20b.png"})},
         {"id": "4", "image": data, "conversations": TURNS},
+        {"id": "4b", "image": f"file://localhost{tmp_path}/deep/a b.png", "conversations": TURNS},
+        {"id": "4c", "image": "file://deep/a b.png", "conversations": TURNS},
         {"id": "5", "messages": asked({"type": "image_url", "image_url": {"url": "https://example.org/a.png"}})},
         {"id": "6", "messages": asked({"type": "image", "image": "file:///etc/hostname"})},
         {"id": "7", "image": data[:-3] + "!!!", "conversations": TURNS},
         {"id": "8", "image": base64.b64encode(content * 999).decode(), "conversations": TURNS},
     ]
     got = read(write_rows(tmp_path / "r.jsonl", rows))
-    assert [sample.id for sample in got.samples] == ["0", "1", "2", "3", "4"]
+    assert [sample.id for sample in got.samples] == ["0", "1", "2", "3", "4", "4b", "4c"]
     shown = [(got.image_root / sample.images[0]).read_bytes() for sample in got.samples]
-    assert shown == [content] * 5
+    assert shown == [content] * 7
     assert "is an address" in got.errors[0].reason
     assert "outside" in got.errors[1].reason
     assert "base64 is broken" in got.errors[2].reason
