@@ -44,7 +44,7 @@ class Identity(BaseModel):
     plan_fingerprint: str
     num_parts: Annotated[int, Field(ge=0, le=10**7)]
     image_root: str  # a place; Cache.image_root also finds a folder that was moved together with the cache
-    selection: dict[str, dict[str, Any]]  # by family; of tokens: how a teacher answered
+    selection: dict[str, dict[str, Any]]  # by family; of tokens: how they were made, and how a teacher answered
 
     def content_json(self) -> str:
         """The identity as JSON without its places: text to compare, or to make a fingerprint of."""

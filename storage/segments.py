@@ -32,6 +32,7 @@ _OF_THE_TEACHER = ("teacher", "teacher_fingerprint", "dtype")
 # Of each segment by itself. `engine`: months later another version runs, and within a segment there is one.
 _OF_A_SEGMENT = ("format_version", "engine")
 _OF_A_PLAN = ("plan_fingerprint", "num_parts")
+_OF_TOKENS = ("tokenisation", "chat_template_arguments")  # of `selection.tokens`: one throughout a cache
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,8 @@ def disagreement(
         same += _OF_THE_TEACHER
     held = {family for one in segments for family in one.families}
     both = [family for family in families if family in held]
-    theirs = {"selection": {family: _selection(cache, family) for family in both}}
-    ours = {"selection": {family: _selection(identity, family) for family in both}}
+    theirs = {"selection": {family: _selection(cache, family) for family in ("tokens", *both)}}
+    ours = {"selection": {family: _selection(identity, family) for family in ("tokens", *both)}}
     plan = {name: getattr(identity if plan_of is None else plan_of.identity, name) for name in _OF_A_PLAN}
     return difference(
         cache.model_copy(update={**theirs, **plan}),
@@ -203,7 +204,12 @@ def disagreement(
 
 
 def _selection(identity: Identity, family: str) -> dict[str, Any] | None:
-    """What an identity says of a family; of relation matrices in full, as version 1 did not name their encoding."""
+    """What an identity says of a family; of relation matrices in full, as version 1 did not name their encoding.
+
+    Of tokens only how a conversation became ids: each segment may have been answered in its own way.
+    """
+    if family == "tokens":
+        return {name: identity.selection.get("tokens", {}).get(name) for name in _OF_TOKENS}
     if family == "relation":
         return stored_relation(identity).model_dump(mode="json", exclude_none=True)
     return identity.selection.get(family)
@@ -240,8 +246,7 @@ def _new(
     if len(segments) > MAX_SEGMENTS:
         raise CacheError(f"a cache has at most {MAX_SEGMENTS} segments after the first")
     end = max(segment.parts.stop for segment in segments)
-    named = ("tokens", *families) if adds_to is None else families
-    selection = {family: identity.selection[family] for family in named if family in identity.selection}
+    selection = {name: identity.selection[name] for name in ("tokens", *families) if name in identity.selection}
     document = SegmentDescription(
         format_version=FORMAT_VERSION,
         cache_sha256=segments[0].sha256,

@@ -12,6 +12,7 @@ import numpy as np
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import real_vocab_size
 from storage.images.settings import PixelSettings
+from storage.prompt_ids import leading_special_ids, with_leading_ids
 from storage.records import ImageRef, TokensRecord
 from student_train.batch import collate_prompts
 from student_train.generation import greedy
@@ -41,7 +42,7 @@ def answer(model_dir: str | Path, image_path: str | Path, question: str, max_new
         student,
         prompts.to(next(student.parameters()).device),
         max_new_tokens=max_new_tokens,
-        eos_token_ids=_eos_token_ids(checkpoint, student),
+        eos_token_ids=_eos_token_ids(checkpoint, student) | _written_stop_ids(processor, checkpoint),
     )
     return checkpoint.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -65,10 +66,7 @@ def _prompt(processor: Any, checkpoint: Checkpoint, image: Path, question: str) 
     except Exception as error:  # templates raise whatever they like through Jinja
         raise StillhouseError(f"{checkpoint.folder}: the chat template refuses it: {error}") from error
     ids = checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
-    first = checkpoint.tokenizer("")["input_ids"]  # what the tokenizer puts before every text
-    if ids[: len(first)] != first:
-        ids = [*first, *ids]
-    token_ids = np.array(ids, np.int32)
+    token_ids = np.array(with_leading_ids(ids, leading_special_ids(checkpoint.tokenizer)), np.int32)
     found = int(np.count_nonzero(token_ids == checkpoint.grid.image_token_id))
     if found != 1:
         raise StillhouseError(
@@ -90,3 +88,16 @@ def _eos_token_ids(checkpoint: Checkpoint, student: Student) -> set[int]:
     configured = getattr(student.model.generation_config, "eos_token_id", None)
     ids = {checkpoint.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     return {token_id for token_id in ids if token_id is not None}
+
+
+def _written_stop_ids(processor: Any, checkpoint: Checkpoint) -> set[int]:
+    """The token that the chat template writes after an answer, with which a student was taught to end its own."""
+    items = {role: [{"type": "text", "text": text}] for role, text in (("user", "a"), ("assistant", "0"))}
+    messages = [{"role": role, "content": content} for role, content in items.items()]
+    try:
+        text = processor.apply_chat_template(messages, tokenize=False)
+    except Exception:  # templates raise whatever they like; this one needs an image
+        return set()
+    closing = text.rpartition("0")[2].lstrip()
+    added = checkpoint.tokenizer.added_tokens_decoder
+    return {token_id for token_id, token in added.items() if closing.startswith(token.content)}

@@ -6,9 +6,10 @@
 <run>/answers/<key>/answers.json       written last: the splits, the sampling
 ```
 
-The key is a hash of questions, teacher and sampling. Whatever is there is not asked again, so a run that was
-stopped goes on. `python -m teacher_dump.answers JOB STRIPE NUM` answers every NUM-th part; Ray starts those.
-An answer that does not end within `max_new_tokens`, or is empty, makes its sample an error.
+The key is a hash of questions, teacher, tokenisation and sampling. Whatever is there is not asked again, so a run that
+was stopped resumes. `python -m teacher_dump.answers JOB STRIPE NUM` answers every NUM-th part; Ray starts those.
+An answer keeps its token ids, which its text need not spell; the text is for a person. An answer that does not end
+within `max_new_tokens`, or is empty, makes its sample an error.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from storage.search_path import module_command
 from storage.stop_signals import end_process, exit_code, explain, interruptible
 from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
+from teacher_dump.conversation import GENERATED_IDS
 from teacher_dump.dump_plan import DumpPlan, plan_questions
 from teacher_dump.log_file import quiet
 from teacher_dump.plan import Part
@@ -136,6 +138,7 @@ def answer_parts(settings: DumpSettings, *, stripe: int, num_stripes: int) -> No
         image_token_id=worker.facts.image_token_id,
         eos_token_ids=worker.facts.eos_token_ids,
         sampling=settings.data.sampling,
+        vocab_size=worker.facts.vocab_size,
     )
     for part in todo:
         rows = [json.dumps(row) for row in answerer.rows(part)]
@@ -152,6 +155,7 @@ class Answerer:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     sampling: SamplingSection
+    vocab_size: int  # the tokenizer's real one; a padded head can say ids beyond it
 
     def rows(self, part: Part) -> Iterator[dict[str, Any]]:
         """A part's samples as rows of a data set; one that has no answers says why."""
@@ -165,11 +169,8 @@ class Answerer:
             for sample in samples:
                 row = {"split": sample.split, "id": sample.id, "category": sample.category}
                 if sample.id in answered:
-                    turns = [
-                        {"role": turn.role, "content": turn.text, **({} if turn.is_trained else {"loss": False})}
-                        for turn in answered[sample.id].turns
-                    ]
-                    yield {**row, "images": list(sample.images), "messages": turns}
+                    messages = [_message(turn) for turn in answered[sample.id].turns]
+                    yield {**row, "images": list(sample.images), "messages": messages}
                 else:
                     yield {**row, "refused": reasons[sample.id]}
 
@@ -191,7 +192,7 @@ class Answerer:
                     if isinstance(answer, SampleRefusedError):
                         raise answer
                     turns = active[place].turns
-                    turn = replace(turns[number], text=self._text(answer, number))
+                    turn = replace(turns[number], text=self._text(answer, number), token_ids=tuple(answer))
                     active[place] = replace(active[place], turns=(*turns[:number], turn, *turns[number + 1 :]))
                 except SampleRefusedError as refusal:
                     errors.append(SampleError(active[place].id, str(refusal)))
@@ -234,13 +235,11 @@ class Answerer:
         """What the teacher sees before its answer at turn `number`: the ids up to where an answer would start."""
         from teacher_dump.teacher import TeacherPrompt
 
-        turns = (*sample.turns[:number], Turn("assistant", "?"))
+        turns = (*sample.turns[:number], Turn("assistant", "", token_ids=self.eos_token_ids[:1]))
         has_markers = any(IMAGE_MARKER in turn.text for turn in sample.turns)
         shown = sum(turn.text.count(IMAGE_MARKER) for turn in turns) if has_markers else len(sample.images)
         prepared = self.preparer.prepare(replace(sample, turns=turns, images=sample.images[:shown]))
-        is_prompt = ~prepared.record.response_mask
-        start = int(is_prompt.nonzero()[0][-1]) + 1  # of the last stretch that is an answer
-        return TeacherPrompt(prepared.record.token_ids[:start], prepared.prompt.images)
+        return TeacherPrompt(prepared.record.token_ids[:-1], prepared.prompt.images)  # without that stop token
 
     def _text(self, token_ids: Sequence[int], number: int) -> str:
         if not token_ids or token_ids[-1] not in self.eos_token_ids:
@@ -248,10 +247,23 @@ class Answerer:
                 f"the teacher's answer at turn {number} does not end within {len(token_ids)} tokens; "
                 "data.sampling.max_new_tokens and teacher.max_length limit them"
             )
-        text = self.tokenizer.decode(list(token_ids[:-1]), skip_special_tokens=True).strip()
-        if not text:
+        if max(token_ids) >= self.vocab_size:
+            raise SampleRefusedError(
+                f"the teacher's answer at turn {number} holds token {max(token_ids)}, which the tokenizer does not have"
+            )
+        if self.image_token_id in token_ids:
+            raise SampleRefusedError(f"the teacher's answer at turn {number} holds its own image token")
+        text = self.tokenizer.decode(list(token_ids[:-1]), skip_special_tokens=False)
+        if not text.strip():
             raise SampleRefusedError(f"the teacher's answer at turn {number} is empty")
         return text
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": turn.text}
+    if not turn.is_trained:
+        message["loss"] = False
+    return message if turn.token_ids is None else {**message, GENERATED_IDS: list(turn.token_ids)}
 
 
 def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None:
@@ -274,7 +286,8 @@ def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None
 
 def _folder(settings: DumpSettings, questions: DumpPlan) -> Path:
     identity = questions.identity.model_dump(mode="json", exclude={"selection", "image_root", "teacher"})
-    key = json.dumps([identity, settings.data.sampling.model_dump(mode="json")], sort_keys=True)
+    sampling = settings.data.sampling.model_dump(mode="json")
+    key = json.dumps([identity, questions.identity.selection["tokens"], sampling], sort_keys=True)
     return (settings.run / "answers" / hashlib.sha256(key.encode()).hexdigest()[:16]).resolve()
 
 

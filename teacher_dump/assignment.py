@@ -56,6 +56,7 @@ def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings
         zstd_level=cache.zstd_level,
         check_samples=choose_samples(samples, settings.dump.blind_check_samples),
         too_long=settings.data.too_long,
+        template_arguments=dict(teacher.chat_template_arguments),
     )
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from storage.config import LocalPath, Section
 from storage.images.settings import WHITE, Background
 from teacher_dump.lengths import TooLong
 from teacher_dump.unread_fields import Ignorable
+
+_NOT_OF_A_TEMPLATE = frozenset(
+    {
+        "messages", "conversation", "conversations", "chat_template", "add_generation_prompt", "tokenize", "padding",
+        "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "processor_kwargs",
+        "return_assistant_tokens_mask", "tokenizer_kwargs", "tools", "documents", "strftime_now", "raise_exception",
+    }
+)  # fmt: skip
 
 
 class SourceSection(Section):
@@ -82,6 +91,20 @@ class TeacherSection(Section):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     max_length: Annotated[int, Field(ge=2)] = 2048  # tokens, visual tokens included
     settings: dict[str, Any] = {}  # passed to vllm.LLM by name, such as tensor_parallel_size
+    # passed to the chat template by name, such as {enable_thinking: false}; part of the cache's identity
+    chat_template_arguments: dict[str, Any] = {}
+
+    @field_validator("chat_template_arguments")
+    @classmethod
+    def _refuse_reserved(cls, given: dict[str, Any]) -> dict[str, Any]:
+        reserved = sorted(set(given) & _NOT_OF_A_TEMPLATE)
+        if reserved:
+            raise ValueError(f"{reserved[0]} is set by the dump itself; leave it out")
+        try:
+            json.dumps(given)
+        except TypeError as error:
+            raise ValueError(f"expected text, numbers, true or false, lists of them: {error}") from error
+        return given
 
 
 class ActorRange(Section):

@@ -12,7 +12,8 @@
 
 The first of them that a row has counts. Lists may be JSON text, or structs of lists. `image` and `images` hold the
 row's images, `system` or `system_prompt` its system turn. A message with `weight: 0` or `loss: false` is no label.
-What is not read (teacher_dump/unread_fields.py) is refused by name.
+An answer's message may bring `generated_token_ids`, its stop token last: the ids that a teacher generated, which
+count in place of its text. What is not read (teacher_dump/unread_fields.py) is refused by name.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from teacher_dump.unread_fields import Ignored, check_markers, check_message_fie
 
 NO_LABEL = "no answer is a label: each has weight 0 or loss false"
 UNANSWERED = "?"  # in place of an answer that the teacher is to give
+GENERATED_IDS = "generated_token_ids"  # of a message: an answer's own ids
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -225,9 +227,11 @@ class _Parsing:
         place = f"turn {number}"
         check_message_fields(message, self.ignored, place)
         content = message.get("value") if message.get("value") is not None else message.get("content")
+        ids = _generated_ids(message, number, role)
         if isinstance(content, list):
             content = "".join(self._item(place, item) for item in content)
-        return Turn(role, _text(content, place), role != "assistant" or _is_trained(message, place))
+        is_trained = role != "assistant" or _is_trained(message, place)
+        return Turn(role, _text(content, place), is_trained, ids)
 
     def _item(self, place: str, item: Any) -> str:
         if isinstance(item, str):
@@ -256,6 +260,18 @@ def _is_trained(message: Mapping[str, Any], place: str) -> bool:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise SampleRefusedError(f"{place} has the {name} {shorten(value)}, expected 0 or 1 (false or true)")
     return all(given.values())
+
+
+def _generated_ids(message: Mapping[str, Any], number: int, role: Role) -> tuple[int, ...] | None:
+    ids = message.get(GENERATED_IDS)
+    if ids is None:
+        return None
+    is_list = isinstance(ids, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
+    if not is_list or role != "assistant":
+        raise SampleRefusedError(
+            f"turn {number} has {GENERATED_IDS} {shorten(ids)}, expected a list of token ids of an answer"
+        )
+    return tuple(ids)
 
 
 def _shown(row: Mapping[str, Any], in_items: list[Any]) -> tuple[Any, ...]:

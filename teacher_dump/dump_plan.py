@@ -19,6 +19,7 @@ from teacher_dump.cached_plan import plan_as_cached
 from teacher_dump.config import TeacherSection
 from teacher_dump.plan import Plan, make_plan
 from teacher_dump.processor import load_processor
+from teacher_dump.prompt import TOKENISATION
 from teacher_dump.reading import read_samples
 from teacher_dump.samples import Sample
 from teacher_dump.settings import DumpSettings
@@ -66,7 +67,8 @@ def _plan(settings: DumpSettings) -> DumpPlan:
     folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=asks_teacher)
     memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
     trust = bool(teacher.settings.get("trust_remote_code", False))
-    facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust))
+    arguments = teacher.chat_template_arguments
+    facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust), arguments)
     facts = facts.with_background(settings.data.background)
     _check_background(folder, facts)
     max_length = min(teacher.max_length, _context_length(folder) or teacher.max_length)
@@ -101,7 +103,7 @@ def _plan(settings: DumpSettings) -> DumpPlan:
         num_parts=len(plan.parts),
         image_root=str(sample_set.image_root),
         selection=_selection(settings.cache, recorded_choices(settings.cache))
-        | ({"tokens": settings.answered} if settings.answered else {}),
+        | {"tokens": _tokens_selection(settings)},
     )
     return DumpPlan(plan, identity, folder, facts, max_length)
 
@@ -115,6 +117,13 @@ def _check_background(folder: Path, facts: fingerprint.ProcessorFacts) -> None:
                 f"data.background is {ours}, but {folder} was trained with {theirs} ({PIXELS_FILE}); "
                 f"set data.background to {theirs!r}"
             )
+
+
+def _tokens_selection(settings: DumpSettings) -> dict[str, Any]:
+    """What decides a sample's token ids, besides tokenizer and template."""
+    arguments = settings.teacher.chat_template_arguments
+    given = {"chat_template_arguments": arguments} if arguments else {}
+    return {"tokenisation": TOKENISATION, **given, **settings.answered}
 
 
 def _asks_teacher(cache: CacheSection) -> bool:

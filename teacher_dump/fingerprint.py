@@ -21,6 +21,7 @@ from storage.files import write_atomically
 from storage.identity import real_vocab_size, tokenizer_fingerprint
 from storage.images.settings import PixelSettings, processor_backend, processor_settings
 from teacher_dump import checkpoint
+from teacher_dump.chat_template import ChatTemplate, written_stop_id
 
 NONE = "none"  # where a cache has no teacher at all
 _SETTINGS = ("config.json", "generation_config.json")
@@ -38,7 +39,7 @@ class ProcessorFacts:
     chat_template_fingerprint: str
     image_preprocessing_fingerprint: str
     image_token_id: int  # -1 for a teacher without images
-    eos_token_ids: tuple[int, ...]  # the tokenizer's own first
+    eos_token_ids: tuple[int, ...]  # the tokenizer's own first; with the one that the template writes after an answer
     image_processor: dict[str, Any] | None = None  # see `processor_settings`; None without images
     pixels: PixelSettings | None = None  # None without images
 
@@ -51,7 +52,9 @@ class ProcessorFacts:
         return replace(self, image_preprocessing_fingerprint=preprocessing, pixels=pixels)
 
 
-def processor_facts(folder: Path, processor: Any) -> ProcessorFacts:
+def processor_facts(
+    folder: Path, processor: Any, template_arguments: Mapping[str, Any] | None = None
+) -> ProcessorFacts:
     """The facts of a loaded transformers processor (or tokenizer)."""
     tokenizer = getattr(processor, "tokenizer", processor)
     image_processor = getattr(processor, "image_processor", None)
@@ -63,13 +66,14 @@ def processor_facts(folder: Path, processor: Any) -> ProcessorFacts:
     grid |= {name: getattr(processor, name) for name in _GRID_SETTINGS if hasattr(processor, name)}
     settings = {key: value for key, value in preprocessing.items() if key not in _VOLATILE}
     vocabulary = tokenizer.get_vocab()
+    image_token_id = _image_token_id(folder, processor)
     return ProcessorFacts(
         tokenizer_fingerprint=tokenizer_fingerprint(vocabulary),
         vocab_size=real_vocab_size(vocabulary),
         chat_template_fingerprint=_hash(str(getattr(processor, "chat_template", None))),
         image_preprocessing_fingerprint=_hash({"image_processor": settings, "grid": grid}),
-        image_token_id=_image_token_id(folder, processor),
-        eos_token_ids=_eos_token_ids(folder, tokenizer),
+        image_token_id=image_token_id,
+        eos_token_ids=_eos_token_ids(folder, processor, image_token_id, template_arguments or {}),
         image_processor=None if image_processor is None else processor_settings(image_processor),
         pixels=None if image_processor is None else PixelSettings(backend=processor_backend(image_processor)),
     )
@@ -123,12 +127,14 @@ class FingerprintMemory:
             self._save()
         return self._known[key]
 
-    def facts(self, folder: Path, load_processor: Callable[[], Any]) -> ProcessorFacts:
+    def facts(
+        self, folder: Path, load_processor: Callable[[], Any], template_arguments: Mapping[str, Any] | None = None
+    ) -> ProcessorFacts:
         """The processor's facts; `load_processor` is called only if they are not remembered."""
         files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
-        version = metadata.version("transformers")
+        what = f"processor 3 {metadata.version('transformers')} {_hash(dict(template_arguments or {}))}"
         values = self.recall(
-            f"processor 2 {version}", files, lambda: _as_values(processor_facts(folder, load_processor()))
+            what, files, lambda: _as_values(processor_facts(folder, load_processor(), template_arguments))
         )
         pixels = None if values["pixels"] is None else PixelSettings(**values["pixels"])
         return ProcessorFacts(**{**values, "eos_token_ids": tuple(values["eos_token_ids"]), "pixels": pixels})
@@ -155,16 +161,27 @@ def _image_token_id(folder: Path, processor: Any) -> int:
     return -1
 
 
-def _eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def _eos_token_ids(
+    folder: Path, processor: Any, image_token_id: int, template_arguments: Mapping[str, Any]
+) -> tuple[int, ...]:
+    tokenizer = getattr(processor, "tokenizer", processor)
     found: list[Any] = [tokenizer.eos_token_id]
     path = folder / "generation_config.json"
     if path.is_file():
         value = checkpoint.read_json(path).get("eos_token_id")
         found += value if isinstance(value, list) else [value]
-    ids = tuple(dict.fromkeys(value for value in found if isinstance(value, int)))
+    ids = [value for value in found if isinstance(value, int)]
+    if getattr(processor, "chat_template", None) is not None:
+        template = ChatTemplate(processor, template_arguments)
+        image_token = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id >= 0 else ""
+        written = written_stop_id(template, tokenizer, tuple(dict.fromkeys(ids)), image_token=image_token)
+        ids += [] if written is None else [written]
     if not ids:
-        raise StillhouseError(f"{folder}: neither the tokenizer nor generation_config.json names an eos token")
-    return ids
+        raise StillhouseError(
+            f"{folder}: neither the tokenizer nor generation_config.json names an eos token, and the chat template "
+            "writes none after an answer"
+        )
+    return tuple(dict.fromkeys(ids))
 
 
 def _sha256(path: Path) -> str:

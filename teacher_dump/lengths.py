@@ -1,8 +1,8 @@
 """Prompts that are longer than the teacher takes: refused, or cut by a rule with a name.
 
 A cut falls at the end of an answer, or inside of one; never inside an image, and never leaves a question without
-its answer. Since a conversation is tokenised piece by piece, a prompt that is cut after an answer is the prompt
-of the shorter conversation.
+its answer. A prompt that is cut after an answer is the prompt of the shorter conversation: the next answer's prompt
+begins with the same ids (see teacher_dump/prompt.py), and a stop token keeps what follows it apart.
 
 Legend: t unexpanded tokens.
 """

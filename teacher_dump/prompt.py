@@ -1,37 +1,42 @@
 """Prompts: a conversation through the teacher's own chat template, as token ids and a response mask.
 
-The text is cut where a model starts and stops speaking, and each piece is tokenised by itself, so the
-prompt's last token and the response's first are the ones that generation would have seen.
+The ids are those of the whole rendered conversation, whatever the tokenizer: no piece of it is tokenised alone. The
+ids of each prompt that generation sees (`add_generation_prompt`) must be a prefix of them, which tells where an
+answer's tokens start; they stop with its stop token. An answer that the teacher generated keeps its own ids.
 
 Ids are unexpanded: one image token stands for each image. Legend: t tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.errors import StillhouseError
+from storage.errors import ConfigError, StillhouseError
+from storage.identity import real_vocab_size
 from storage.preference import CHOSEN, REJECTED
+from storage.prompt_ids import leading_special_ids, with_leading_ids
+from teacher_dump.chat_template import (
+    ChatTemplate,
+    Message,
+    RenderedConversation,
+    StopTokens,
+    TemplateRefusedError,
+    locate_answers,
+)
 from teacher_dump.samples import Sample, SampleRefusedError, Turn
 
 IMAGE_MARKER = "<image>"  # LLaVA's, in the conversation's text
+TOKENISATION = 2  # the version of how a conversation becomes ids; in a cache's identity, absent there for version 1
 
-Message = dict[str, Any]
-Render = Callable[[list[Message], bool], str]  # messages, whether to open the assistant's turn
+# Texts that stand for an answer whose ids are known, tried in this order: tokenizers join some of them with a prompt.
+_STAND_INS = ("?", "0", "A", "The")
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of the rendered conversation that is tokenised by itself."""
-
-    text: str
-    is_response: bool
-    stop_id: int | None = None  # an end of turn that the template leaves out, appended to the ids
+Encode = Callable[[list[str]], list[list[int]]]  # texts to their ids, without what a tokenizer adds
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,35 +47,35 @@ class Prompt:
     response_mask: NDArray[np.bool_]  # (t,) True for answers, their stop token included
 
 
-@dataclass(frozen=True)
-class StopTokens:
-    """The tokens that end an assistant's turn, the tokenizer's own first."""
-
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
-
-    def cut(self, text: str) -> int | None:
-        """Where the first stop token in `text` ends, or None."""
-        ends = [(text.index(stop), len(stop)) for stop in self.texts if stop in text]
-        return sum(min(ends)) if ends else None
-
-
 class PromptBuilder:
     """Renders and tokenises conversations with a teacher's processor."""
 
-    def __init__(self, processor: Any, *, image_token_id: int, eos_token_ids: Sequence[int]) -> None:
-        """`processor` is a transformers processor, or a tokenizer for a teacher without images."""
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_token_id: int,
+        eos_token_ids: Sequence[int],
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`processor` is a transformers processor, or a tokenizer for a teacher without images.
+
+        Errors: those of ChatTemplate; ConfigError for a teacher of which every conversation would be refused.
+        """
         tokenizer = getattr(processor, "tokenizer", processor)
         self._processor = processor
-        # SmolVLM's processor puts settings of its own among the template's, with a warning a call, unless it gets some.
-        self._render_settings = {} if tokenizer is processor else {"processor_kwargs": {"images_kwargs": {}}}
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         self._image_token: str = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id >= 0 else ""
-        self._stops = StopTokens(tuple(eos_token_ids), tuple(tokenizer.convert_ids_to_tokens(list(eos_token_ids))))
-        self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self._first_ids = _leading_special_ids(tokenizer)
-        self._takes_items, self._takes_images = self._probe()
+        self._stops = StopTokens.of(tokenizer, eos_token_ids, image_token=self._image_token)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = tuple(dict.fromkeys([*special, *(token.text for token in self._stops.known)]))
+        self._first_ids = leading_special_ids(tokenizer)
+        self._vocab_size = real_vocab_size(tokenizer.get_vocab())
+        self._template = ChatTemplate(processor, template_arguments)
+        self._takes_items = self._template.takes_items()
+        self._takes_images = self._takes_items and self._template.takes_images(self._image_token)
+        self._stand_in = self._find_stand_in()
 
     def build(self, sample: Sample) -> Prompt:
         """Ids and mask of a sample; of half of a preference pair only the last answer is masked, which is its own.
@@ -79,40 +84,59 @@ class PromptBuilder:
         """
         if sample.images and not self._takes_images:
             raise StillhouseError(self._no_place())
+        turns = [self._standing_in(number, turn) for number, turn in enumerate(sample.turns)]
         messages = conversation_messages(
-            sample.turns, len(sample.images), special_texts=self._special, as_items=self._takes_items
+            turns, len(sample.images), special_texts=self._special, as_items=self._takes_items
         )
-        pieces = cut_pieces(messages, self._render, stops=self._stops)
-        trained = iter([turn.is_trained for turn in sample.turns if turn.role == "assistant"])
-        pieces = [replace(piece, is_response=next(trained)) if piece.is_response else piece for piece in pieces]
-        if sample.id.endswith((CHOSEN, REJECTED)):
-            pieces = [*(replace(piece, is_response=False) for piece in pieces[:-1]), *pieces[-1:]]
-        prompt = tokenise(pieces, self._encode, stop_ids=self._stops.ids)
+        rendered = locate_answers(messages, self._template.render, stops=self._stops)
+        generated = {number: turn.token_ids for number, turn in enumerate(sample.turns) if turn.token_ids is not None}
+        prompt = tokenise(rendered, self._encode, generated=generated, labels=_label_turns(sample))
         found = int(np.count_nonzero(prompt.token_ids == self._image_token_id)) if self._image_token else 0
         if found != len(sample.images):
             raise SampleRefusedError(f"the template gave {found} image tokens for {len(sample.images)} images")
         return self._with_first_ids(prompt)
 
-    def _render(self, messages: list[Message], open_turn: bool) -> str:
-        try:
-            return self._processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=open_turn, **self._render_settings
-            )
-        except Exception as error:  # templates raise whatever they like through Jinja
-            raise SampleRefusedError(f"the chat template refuses the conversation: {error}") from error
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _standing_in(self, number: int, turn: Turn) -> Turn:
+        """The turn, or one with a text for the template in place of ids. SampleRefusedError: impossible ids."""
+        if turn.token_ids is None:
+            return turn
+        ids = turn.token_ids
+        if not ids or ids[-1] not in (token.id for token in self._stops.known):
+            raise SampleRefusedError(f"the token ids of turn {number} do not end with a stop token of the teacher")
+        if self._image_token_id in ids:
+            raise SampleRefusedError(f"the token ids of turn {number} hold the image token {self._image_token}")
+        if not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            raise SampleRefusedError(
+                f"the token ids of turn {number} reach {max(ids)}; the tokenizer has {self._vocab_size} tokens"
+            )
+        return Turn(turn.role, self._stand_in)
+
+    def _find_stand_in(self) -> str:
+        """A text that this tokenizer keeps apart from the prompt before it.
+
+        ConfigError: there is none, so that the teacher's every conversation would be refused.
+        """
+        refusal: SampleRefusedError | None = None
+        for text in _STAND_INS:
+            turns = [Turn("user", "probe"), Turn("assistant", text)]
+            messages = conversation_messages(turns, 0, as_items=self._takes_items)
+            try:
+                tokenise(locate_answers(messages, self._template.render, stops=self._stops), self._encode)
+                return text
+            except TemplateRefusedError:
+                return _STAND_INS[0]  # it may take other conversations than this one
+            except SampleRefusedError as error:
+                refusal = refusal or error
+        raise ConfigError(f"every conversation of this teacher would be refused: {refusal}") from refusal
 
     def _with_first_ids(self, prompt: Prompt) -> Prompt:
         """The prompt, with the ids that the tokenizer puts first unless the template wrote them already."""
-        first = self._first_ids
-        if not first or prompt.token_ids[: len(first)].tolist() == first:
-            return prompt
-        return Prompt(
-            np.concatenate([np.array(first, np.int32), prompt.token_ids]),
-            np.concatenate([np.zeros(len(first), np.bool_), prompt.response_mask]),
-        )
+        ids = with_leading_ids(prompt.token_ids.tolist(), self._first_ids)
+        num_added = len(ids) - len(prompt.token_ids)
+        return Prompt(np.array(ids, np.int32), np.concatenate([np.zeros(num_added, np.bool_), prompt.response_mask]))
 
     def _no_place(self) -> str:
         placeholder = str(getattr(self._processor, "image_token", self._image_token))
@@ -127,26 +151,14 @@ class PromptBuilder:
             f"{self._image_token or 'image token'}; use a checkpoint with a multimodal template"
         )
 
-    def _probe(self) -> tuple[bool, bool]:
-        """Whether the template takes content as a list of items, and whether an image item leaves its token."""
-        if getattr(self._processor, "chat_template", None) is None:
-            raise StillhouseError("the teacher has no chat template; add chat_template.jinja to its folder")
-        items = [{"type": "image"}, {"type": "text", "text": "probe"}]
-        try:
-            text = self._render([{"role": "user", "content": items[1:]}], True)
-            takes_items = "probe" in text and "'type'" not in text and '"type"' not in text
-            seen = self._render([{"role": "user", "content": items}], True) if takes_items else ""
-        except SampleRefusedError:
-            return False, False
-        return takes_items, bool(self._image_token) and seen.count(self._image_token) == 1
-
 
 def conversation_messages(
     turns: Sequence[Turn], num_images: int, *, special_texts: Sequence[str] = (), as_items: bool = True
 ) -> list[Message]:
     """Chat-template messages; each `<image>` marker of a question becomes an image item in its place.
 
-    A conversation with images and no marker shows them all before its first question, as LLaVA does.
+    A conversation with images and no marker shows them all before its first question, as LLaVA does. White space
+    stays as it is, but for one line break between a marker that begins or ends a question and its text.
     SampleRefusedError: an empty answer, markers in an answer or of another number than the images,
     text that spells a special token.
     """
@@ -168,72 +180,68 @@ def conversation_messages(
         if turn.role == "user":
             items += [{"type": "image"}] * unplaced
             unplaced = 0
-        for position, stretch in enumerate(stretches):
+        for position, text in enumerate(_without_line_breaks(stretches)):
             if position:
                 items.append({"type": "image"})
-            text = stretch.strip() if len(stretches) > 1 else stretch
             if text or len(stretches) == 1:
                 items.append({"type": "text", "text": text})
         messages.append({"role": turn.role, "content": items if as_items else turn.text})
     return messages
 
 
-def cut_pieces(messages: Sequence[Message], render: Render, *, stops: StopTokens) -> list[Piece]:
-    """The rendered conversation as alternating prompt and response pieces, up to the last stop token.
+def _label_turns(sample: Sample) -> set[int]:
+    """The turns whose answers are trained on; of half of a preference pair the last one alone, which is its own."""
+    labels = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant" and turn.is_trained]
+    return set(labels[-1:] if sample.id.endswith((CHOSEN, REJECTED)) else labels)
 
-    A response piece ends with its stop token; what the template writes after it belongs to the next
-    prompt piece, as in generation. Where the template ends an answer with no stop token, the first of
-    `stops.ids` is appended. SampleRefusedError: a template that rewrites earlier turns or the answer.
+
+def tokenise(
+    rendered: RenderedConversation,
+    encode: Encode,
+    *,
+    generated: Mapping[int, Sequence[int]] | None = None,
+    labels: Collection[int] | None = None,
+) -> Prompt:
+    """The ids of the whole conversation up to its last stop token, and which of them are answers.
+
+    `generated` holds ids by turn that replace those of a turn's text, stop token included. `labels`: the turns whose
+    answers are labels; None: all of them. SampleRefusedError: the ids of a prompt that generation sees are no prefix
+    of the whole's; an answer without tokens.
     """
-    pieces: list[Piece] = []
-    done = ""  # rendered text that the pieces so far cover
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        opened = render(list(messages[:number]), True)
-        whole = render(list(messages[: number + 1]), False)
-        if not opened.startswith(done) or not whole.startswith(opened):
-            raise SampleRefusedError(f"the chat template rewrites what comes before turn {number}")
-        spoken = whole[len(opened) :]
-        answer = _text_of(message).strip()
-        start = spoken.find(answer)
-        if start < 0 or spoken[:start].strip():
-            raise SampleRefusedError(f"the chat template changes the answer of turn {number}")
-        after = start + len(answer)
-        stop = stops.cut(spoken[after:])
-        end = after if stop is None else after + stop
-        pieces.append(Piece(opened[len(done) :], is_response=False))
-        pieces.append(Piece(spoken[:end], is_response=True, stop_id=stops.ids[0] if stop is None else None))
-        done = opened + spoken[:end]
-    return pieces
-
-
-def tokenise(pieces: Sequence[Piece], encode: Callable[[str], list[int]], *, stop_ids: Sequence[int]) -> Prompt:
-    """The pieces' ids one after another, each piece encoded by itself.
-
-    SampleRefusedError: an answer that is nothing but stop tokens, since its text has no token in the vocabulary.
-    """
+    whole, *openings = encode([rendered.text, *(rendered.text[: span.start] for span in rendered.spans)])
     ids: list[int] = []
     mask: list[bool] = []
-    for piece in pieces:
-        piece_ids = encode(piece.text) + ([] if piece.stop_id is None else [piece.stop_id])
-        if piece.is_response and set(piece_ids) <= set(stop_ids):
-            raise SampleRefusedError(f"the tokenizer makes no tokens of the answer {piece.text!r:.80}")
-        ids += piece_ids
-        mask += [piece.is_response] * len(piece_ids)
+    done = 0  # ids of `whole` that `ids` covers
+    for span, opening in zip(rendered.spans, openings, strict=True):
+        start = len(opening)
+        answer = rendered.text[span.start :].partition(span.stop_token.text)[0]
+        if whole[:start] != opening or start < done:
+            raise SampleRefusedError(
+                f"the tokenizer joins the answer of turn {span.turn}, {answer!r:.60}, with the prompt before it, "
+                f"{rendered.text[: span.start][-20:]!r}: generation never sees these tokens"
+            )
+        if span.stop_token.id not in whole[start:]:
+            raise SampleRefusedError(f"the tokenizer does not make one token of {span.stop_token.text!r}")
+        stop = whole.index(span.stop_token.id, start)
+        if stop == start:
+            raise SampleRefusedError(f"the tokenizer makes no tokens of the answer {answer!r:.80}")
+        response = list((generated or {}).get(span.turn, whole[start : stop + 1]))
+        ids += whole[done:start] + response
+        is_label = labels is None or span.turn in labels
+        mask += [False] * (start - done) + [is_label] * len(response)
+        done = stop + 1
     return Prompt(np.array(ids, np.int32), np.array(mask, np.bool_))
 
 
-def _text_of(message: Message) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(item.get("text", "") for item in content)
-
-
-def _leading_special_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before any text, such as a beginning-of-sequence token."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(dressed) - len(plain) + 1):
-        if dressed[start : start + len(plain)] == plain:
-            return dressed[:start]
-    return []
+def _without_line_breaks(stretches: Sequence[str]) -> list[str]:
+    """The texts around markers, without the line break between a leading or trailing marker and its text."""
+    texts = list(stretches)
+    for position in range(1, len(texts)):  # markers with no text before them
+        if any(texts[:position]):
+            break
+        texts[position] = texts[position].removeprefix("\n")
+    for position in range(len(texts) - 2, -1, -1):  # and with none after them
+        if any(texts[position + 1 :]):
+            break
+        texts[position] = texts[position].removesuffix("\n")
+    return texts

@@ -36,10 +36,20 @@ class Turn:
     role: Role
     text: str
     is_trained: bool = True  # of an answer: whether its tokens are labels
+    token_ids: tuple[int, ...] | None = None  # of an answer that the teacher generated, its stop token last
 
     def as_json(self) -> list[Any]:
-        """Plain data; an answer that is trained on looks as it did before there were others."""
-        return [self.role, self.text] if self.is_trained else [self.role, self.text, False]
+        """Plain data; whether it is trained on and its ids only where they say something."""
+        row: list[Any] = [self.role, self.text]
+        if self.token_ids is not None:
+            return [*row, self.is_trained, list(self.token_ids)]
+        return row if self.is_trained else [*row, False]
+
+    @staticmethod
+    def from_json(row: list[Any]) -> Turn:
+        """The inverse of `as_json`."""
+        role, text, is_trained, ids = [*row, *(True, None)[len(row) - 2 :]]
+        return Turn(role, text, is_trained, None if ids is None else tuple(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,5 +75,5 @@ class Sample:
     @staticmethod
     def from_json(row: dict[str, Any]) -> Sample:
         """The inverse of `as_json`."""
-        turns = tuple(Turn(*turn) for turn in row["turns"])
+        turns = tuple(Turn.from_json(turn) for turn in row["turns"])
         return Sample(row["id"], row["split"], row["category"], tuple(row["images"]), turns)

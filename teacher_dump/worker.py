@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,6 +63,7 @@ class WorkerSettings:
     zstd_level: int
     check_samples: tuple[Sample, ...]  # for the blind check; none: no check
     too_long: TooLong = "refuse"
+    template_arguments: dict[str, Any] = field(default_factory=dict)  # of the chat template
 
 
 OpenEngine = Callable[[WorkerSettings], Teacher]
@@ -210,7 +211,12 @@ def open_preparer(settings: WorkerSettings) -> Preparer:
             "image's size; leave it out"
         )
     return Preparer(
-        prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
+        prompts=PromptBuilder(
+            processor,
+            image_token_id=facts.image_token_id,
+            eos_token_ids=facts.eos_token_ids,
+            template_arguments=settings.template_arguments,
+        ),
         grid=grid,
         image_token_id=facts.image_token_id,
         preprocessing_fingerprint=facts.image_preprocessing_fingerprint,

@@ -11,7 +11,9 @@ from PIL import Image
 
 from storage.errors import ConfigError
 from storage.images.settings import OLD_PIXELS, PixelSettings, write_pixel_settings
-from student_train.ask import answer
+from student_train.ask import _prompt, _written_stop_ids, answer
+from student_train.huggingface import load_processor
+from student_train.models import read_checkpoint
 from tests.storage.images.picture_files import LAID, encoded, random_rgb, turned_file
 from tests.tiny import make_tiny_llava
 
@@ -57,3 +59,17 @@ def test_a_question_shows_the_pixels_that_the_model_was_trained_on(model: Path, 
 def test_a_question_that_spells_a_special_token_is_refused(model: Path, image: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="the question spells the special token <"):
         answer(model, image, text)
+
+
+def test_a_question_begins_and_ends_as_the_tokenizer_and_the_template_say(model: Path, image: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    checkpoint, processor = read_checkpoint(model), load_processor(model)
+    begin, end, turn = checkpoint.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    checkpoint.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A <|im_start|>", special_tokens=[("<|endoftext|>", begin), ("<|im_start|>", end)]
+    )
+    ids = _prompt(processor, checkpoint, image, "what?").token_ids.tolist()
+    assert checkpoint.tokenizer.decode(ids).startswith("<|endoftext|><|im_start|>user")
+    checkpoint.tokenizer.eos_token = "<|endoftext|>"
+    assert _written_stop_ids(processor, checkpoint) == {turn}

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,17 @@ from teacher_dump import fingerprint
 from teacher_dump.answers import Answerer
 from teacher_dump.assignment import prompt_errors
 from teacher_dump.config import SamplingSection, SourceSection
+from teacher_dump.conversation import parse_conversation
 from teacher_dump.device_failure import PromptRefusedError
 from teacher_dump.dump import run_dump
 from teacher_dump.dump_plan import plan_dump
+from teacher_dump.head import read_head
+from teacher_dump.plan import Part
 from teacher_dump.preparation import Preparer
 from teacher_dump.processor import load_processor
 from teacher_dump.prompt import PromptBuilder
 from teacher_dump.reading import read_samples
-from teacher_dump.samples import Sample
+from teacher_dump.samples import Sample, SampleRefusedError, Turn
 from teacher_dump.settings import read_settings
 from teacher_dump.teacher import TeacherPrompt
 from teacher_dump.transformers_teacher import TransformersTeacher
@@ -73,7 +76,15 @@ def make_answerer(folder: Path, image_root: Path, generator: Any, sampling: Samp
         image_root=image_root,
         max_length=256,
     )
-    return Answerer(preparer, generator, processor.tokenizer, facts.image_token_id, facts.eos_token_ids, sampling)
+    return Answerer(
+        preparer=preparer,
+        generator=generator,
+        tokenizer=processor.tokenizer,
+        image_token_id=facts.image_token_id,
+        eos_token_ids=facts.eos_token_ids,
+        sampling=sampling,
+        vocab_size=facts.vocab_size,
+    )
 
 
 def questions_of(file: Path, **fields: Any) -> Sequence[Sample]:
@@ -147,6 +158,67 @@ def test_an_engine_that_answers_nothing_ends_the_answers(tiny_teacher: Path, tin
         answerer = make_answerer(tiny_teacher, tiny_data.parent, picky)
         with pytest.raises((StillhouseError, torch.AcceleratorError), match="the weights are gone"):
             answerer.answered(samples, [])
+
+
+def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
+    tiny_teacher: Path, tiny_data: Path
+) -> None:
+    tokenizer = load_processor(tiny_teacher).tokenizer
+    begin, end, pad = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "red"]
+    assert tokenizer("red", add_special_tokens=False)["input_ids"] != letters
+    first, second = [*letters, begin, end], [pad, *letters, end]
+    samples = questions_of(tiny_data, limit=1)
+    teacher = Scripted([first, second])
+    answerer = make_answerer(tiny_teacher, tiny_data.parent, teacher)
+    (answered,) = answerer.answered(samples, [])
+    assert [turn.text for turn in answered.turns[1::2]] == ["red<|im_start|>", "<|endoftext|>red"]
+    at = len(teacher.asked[0])
+    assert teacher.asked[1][: at + len(first)] == [*teacher.asked[0], *first]
+    teacher.script += [first, second]
+    (row,) = answerer.rows(Part(0, samples))
+    (again,) = [Sample.from_json(json.loads(json.dumps(one.as_json()))) for one in [answered]]
+    assert parse_conversation(row).turns == again.turns == answered.turns
+    record = answerer.preparer.prepare(again).record
+    assert record.token_ids[record.response_mask].tolist() == [*first, *second]
+    assert record.token_ids[: len(teacher.asked[1])].tolist() == teacher.asked[1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([5, 299, 298], "hold the image token <image>"),
+        ([5, 310, 298], "reach 310; the tokenizer has 300 tokens"),
+        ([-1, 298], "reach 298"),
+        ([5, 6], "do not end with a stop token"),
+        ([], "do not end with a stop token"),
+    ],
+)
+def test_impossible_generated_ids_are_refused(
+    tiny_teacher: Path, tiny_data: Path, ids: list[int], message: str
+) -> None:
+    (sample,) = questions_of(tiny_data, limit=1)
+    broken = replace(sample, turns=(sample.turns[0], Turn("assistant", "red", token_ids=tuple(ids))))
+    preparer = make_answerer(tiny_teacher, tiny_data.parent, Scripted([])).preparer
+    with pytest.raises(SampleRefusedError, match=message):
+        preparer.prepare(broken)
+
+
+def test_every_label_of_a_greedy_answer_is_the_teachers_first_choice(talker: Path, tiny_data: Path) -> None:
+    samples = questions_of(tiny_data)
+    teacher = TransformersTeacher(talker, dtype="float32", image_token_id=299, settings={})
+    sampling = SamplingSection(temperature=0.0, max_new_tokens=48)
+    answerer = make_answerer(talker, tiny_data.parent, teacher, sampling)
+    errors: list[SampleError] = []
+    answered = answerer.answered(samples, errors)
+    assert answered
+    assert all("the teacher's answer at turn" in error.reason for error in errors)
+    prepared = [answerer.preparer.prepare(sample) for sample in answered]
+    head = read_head(talker, vocab_size=320)  # with its padding, which generation can choose as well
+    for one, states in zip(prepared, teacher.hidden_states([one.prompt for one in prepared]), strict=True):
+        rows = torch.from_numpy(one.response_positions)
+        first = (states.hidden[rows] @ head.weight.float().T).argmax(1)
+        assert first.tolist() == one.record.token_ids[one.record.response_mask].tolist()
 
 
 def test_questions_need_no_answer_and_pairs_are_refused(tmp_path: Path) -> None:
@@ -236,7 +308,9 @@ def test_a_dump_of_the_teachers_own_answers(
     cache = Cache.open(settings.cache.path)
     assert cache.num_samples > 0
     assert cache.num_samples + len(cache.errors) == 24
-    assert cache.identity.selection["tokens"] == {"responses": "teacher", **sampling, "top_p": 1.0}
+    assert cache.identity.selection["tokens"] == {
+        "tokenisation": 2, "responses": "teacher", **sampling, "top_p": 1.0
+    }  # fmt: skip
     assert verify(settings.cache.path).problems == []
     assert plan_dump(settings).identity.plan_fingerprint == cache.identity.plan_fingerprint
     assert all("the teacher's answer at turn" in error.reason for error in cache.errors)
@@ -247,9 +321,15 @@ def test_a_dump_of_the_teachers_own_answers(
     tokenizer = load_processor(talker).tokenizer
     rows = [json.loads(line) for path in answers for line in path.read_text(encoding="utf-8").splitlines()]
     said = {row["id"]: row["messages"][1]["content"] for row in rows if "messages" in row}
+    ids = {
+        row["id"]: [one for message in row["messages"] for one in message.get("generated_token_ids", [])]
+        for row in rows
+        if "messages" in row
+    }
     assert set(said) == set(cache.sample_ids)
     for number, sample_id in enumerate(cache.sample_ids):
         tokens = cache.read(number).tokens
         assert tokens.split == "own"
+        assert tokens.token_ids[tokens.response_mask].tolist() == ids[sample_id]
         spoken = tokenizer.decode(tokens.token_ids[tokens.response_mask])
         assert spoken.startswith(f"{said[sample_id]}<|im_end|>")

@@ -23,7 +23,7 @@ from teacher_dump.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.worker import Worker
 from tests.teacher_dump.conftest import WriteConfig
-from tests.tiny import make_tiny_dataset
+from tests.tiny import CHAT_TEMPLATE, make_tiny_dataset
 
 REPOSITORY = Path(__file__).parents[2]
 TOKENS_ONLY: dict[str, Any] = {"families": []}
@@ -148,12 +148,35 @@ def test_identity_follows_what_is_dumped(write_config: WriteConfig) -> None:
         "response": {"method": "threshold", "tau": 0.01, "seed": 0, **kept},
         "visual": {"method": "threshold", "tau": 0.01, "seed": 0, **kept},
         "relation": {"centered": False, "encoding": "triangle_fp16"},
+        "tokens": {"tokenisation": 2},
     }
     assert identity("cache.families=[response]", "cache.response.method=topk").selection == {
-        "response": {"method": "topk", "k": 64, **kept}
+        "response": {"method": "topk", "k": 64, **kept},
+        "tokens": {"tokenisation": 2},
     }
     assert len(base.teacher_fingerprint) == 64
     assert identity("cache.families=[]").teacher_fingerprint == "none"
+
+
+def test_a_cache_of_another_tokenisation_or_of_other_template_arguments_is_not_continued(
+    write_config: WriteConfig, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_teacher, tmp_path / "arguing")
+    template = "{%- if shouting %}LOUD {% endif -%}" + CHAT_TEMPLATE
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config = write_config(cache=TOKENS_ONLY, teacher={"model": str(folder)})
+    settings = read_settings(config)
+    planned = plan_dump(settings)
+    older = planned.identity.model_copy(update={"selection": {}})  # as every dump before this version
+    CacheWriter.open(tmp_path / "cache", older, ())
+    for append in (False, True):
+        with pytest.raises(IdentityError, match=r"tokens\.tokenisation: cache has None, this run has 2"):
+            CacheWriter.open(tmp_path / "cache", planned.identity, ("response",), append=append)
+    CacheWriter.open(tmp_path / "new", planned.identity, ())
+    loud = plan_dump(read_settings(config, ["teacher.chat_template_arguments={shouting: true}"]))
+    assert loud.identity.selection["tokens"] == {"tokenisation": 2, "chat_template_arguments": {"shouting": True}}
+    with pytest.raises(IdentityError, match=r"chat_template_arguments: cache has None, this run has .*shouting"):
+        CacheWriter.open(tmp_path / "new", loud.identity, ())
 
 
 def test_max_length_is_never_beyond_the_models_own(write_config: WriteConfig) -> None:

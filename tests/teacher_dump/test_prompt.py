@@ -8,19 +8,13 @@ import pytest
 
 from storage.errors import StillhouseError
 from teacher_dump import torchvision_shim
-from teacher_dump.prompt import (
-    Message,
-    Piece,
-    PromptBuilder,
-    StopTokens,
-    conversation_messages,
-    cut_pieces,
-    tokenise,
-)
+from teacher_dump.chat_template import AnswerSpan, Message, RenderedConversation, StopToken, StopTokens, locate_answers
+from teacher_dump.prompt import PromptBuilder, conversation_messages, tokenise
 from teacher_dump.samples import Sample, SampleRefusedError, Turn
 from tests.tiny import CHAT_TEMPLATE, END_OF_TURN, IMAGE_TOKEN, make_tiny_tokenizer
 
-STOPS = StopTokens((9,), ("$",))
+STOP = StopToken(9, "$")
+STOPS = StopTokens((STOP,))
 VICUNA = (  # as llava-hf/llava-1.5-7b-hf has it: no stop token after an answer
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for item in message['content'] %}{{ '<image>\n' if item['type'] == 'image' else item['text'] + ' ' }}"
@@ -58,47 +52,48 @@ def sample(*texts: str, num_images: int = 0) -> Sample:
     return Sample("x", "train", "", tuple(f"{number}.png" for number in range(num_images)), tuple(conversation(*texts)))
 
 
-def test_pieces_by_hand_for_two_turns() -> None:
+def test_answers_are_located_by_hand_in_two_turns() -> None:
     messages = conversation_messages(conversation("<image>\nq1", "r1", "q2", "r2"), 1)
-    assert cut_pieces(messages, render, stops=STOPS) == [
-        Piece("[u:#q1][a:", is_response=False),
-        Piece("r1$", is_response=True),
-        Piece("]\n[u:q2][a:", is_response=False),
-        Piece("r2$", is_response=True),
-    ]
+    rendered = locate_answers(messages, render, stops=STOPS)
+    assert rendered.text == "[u:#q1][a:r1$]\n[u:q2][a:r2$]\n"
+    assert rendered.spans == (AnswerSpan(1, 10, STOP), AnswerSpan(3, 24, STOP))
+
+
+def by_letters(texts: list[str]) -> list[list[int]]:
+    return [["abcdef###$".index(letter) for letter in text if letter != "?"] for text in texts]
 
 
 def test_ids_and_mask_by_hand() -> None:
-    pieces = [Piece("ab", False), Piece("c$", True), Piece("d", False), Piece("ef", True, stop_id=9)]
-    prompt = tokenise(pieces, lambda text: ["abcdef###$".index(letter) for letter in text], stop_ids=(9,))
+    rendered = RenderedConversation("abc$def$a", (AnswerSpan(1, 2, STOP), AnswerSpan(3, 5, STOP)))
+    prompt = tokenise(rendered, by_letters)
     assert prompt.token_ids.tolist() == [0, 1, 2, 9, 3, 4, 5, 9]
     assert prompt.response_mask.tolist() == [False, False, True, True, False, True, True, True]
+    spliced = tokenise(rendered, by_letters, generated={1: [7, 5, 9]}, labels={3})
+    assert spliced.token_ids.tolist() == [0, 1, 7, 5, 9, 3, 4, 5, 9]
+    assert spliced.response_mask.tolist() == [False] * 6 + [True] * 3
 
 
 def test_an_answer_without_tokens_is_refused() -> None:
-    def encode(text: str) -> list[int]:
-        return [9 if letter == "$" else 1 for letter in text if letter != "?"]
-
-    for answer in (Piece("??$", True), Piece("?", True, stop_id=9)):
-        with pytest.raises(SampleRefusedError, match=r"makes no tokens of the answer '\?"):
-            tokenise([Piece("ab", False), answer], encode, stop_ids=(9,))
+    rendered = RenderedConversation("ab??$", (AnswerSpan(1, 2, STOP),))
+    with pytest.raises(SampleRefusedError, match=r"makes no tokens of the answer '\?\?'"):
+        tokenise(rendered, by_letters)
 
 
 def test_a_template_without_stop_token_gets_one() -> None:
     def plain(messages: list[Message], open_turn: bool) -> str:
-        return " ".join([text_of(message) for message in messages] + (["A:"] if open_turn else []))
+        return " ".join([text_of(message) for message in messages] + ([""] if open_turn else []))
 
     def rewriting(messages: list[Message], open_turn: bool) -> str:
         return f"{len(messages)} {plain(messages, open_turn)}"
 
     def speaking(messages: list[Message], open_turn: bool) -> str:
-        return plain(messages, False) if open_turn else plain(messages, False).upper()
+        return plain(messages, open_turn).replace("r", "R")
 
     messages = conversation_messages(conversation("q", "r"), 0)
-    with pytest.raises(SampleRefusedError, match="rewrites"):
-        cut_pieces(messages, rewriting, stops=STOPS)
-    with pytest.raises(SampleRefusedError, match=r"rewrites|changes"):
-        cut_pieces(messages, speaking, stops=STOPS)
+    with pytest.raises(SampleRefusedError, match="for generation where turn 1 starts, and '2 q r' where"):
+        locate_answers(messages, rewriting, stops=STOPS)
+    with pytest.raises(SampleRefusedError, match="changes the answer of turn 1: it writes 'R' for 'r'"):
+        locate_answers(messages, speaking, stops=STOPS)
     built, tokenizer = builder(VICUNA)
     prompt = built.build(sample("<image>\nwhat?", "red", "and?", "blue", num_images=1))
     assert tokenizer.decode(prompt.token_ids) == (
@@ -148,18 +143,6 @@ def test_of_half_of_a_pair_only_the_last_answer_counts() -> None:
     assert one.response_mask.tolist() == other.response_mask.tolist()
 
 
-def test_boundaries_are_those_of_generation_even_where_joint_tokenisation_merges() -> None:
-    built, tokenizer = builder(
-        "{{ messages[0]['content'][0]['text'] }}"
-        "{% if messages | length > 1 %}{{ messages[1]['content'][0]['text'] }}<|im_end|>{% endif %}"
-    )
-    prompt = built.build(sample("the le", "ft half"))
-    response = tokenizer("ft half", add_special_tokens=False)["input_ids"]
-    assert prompt.token_ids[prompt.response_mask].tolist() == [*response, tokenizer.eos_token_id]
-    joint = tokenizer("the left half", add_special_tokens=False)["input_ids"]
-    assert prompt.token_ids[:-1].tolist() != joint
-
-
 def test_images_stay_where_their_markers_are_and_one_without_marker_comes_first() -> None:
     built, tokenizer = builder()
 
@@ -168,7 +151,7 @@ def test_images_stay_where_their_markers_are_and_one_without_marker_comes_first(
         return decoded.removeprefix("<|im_start|>user\n").split(END_OF_TURN)[0]
 
     assert asked("what?\n<image>", 1) == "what?<image>\n"
-    assert asked("<image>\nor\n<image>\nthis?", 2) == "<image>\nor<image>\nthis?"
+    assert asked("<image>\nor\n<image>\nthis?", 2) == "<image>\nor\n<image>\n\nthis?"
     assert asked("what?", 1) == "<image>\nwhat?"
 
 
@@ -195,9 +178,9 @@ def test_templates_that_cannot_be_used_are_a_clear_error() -> None:
     blind, _ = builder("{% for m in messages %}{% for i in m['content'] %}{{ i['text'] }}{% endfor %}{% endfor %}")
     with pytest.raises(StillhouseError, match="no place for an image"):
         blind.build(sample("what?", "red", num_images=1))
-    strings, tokenizer = builder("{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}")
-    prompt = strings.build(sample("what?", "red"))
-    assert tokenizer.decode(prompt.token_ids) == f"what?|red{END_OF_TURN}"
+    strings, tokenizer = builder("{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}")
+    prompt = strings.build(sample("what?", "0"))
+    assert tokenizer.decode(prompt.token_ids) == f"what? 0{END_OF_TURN}"
 
 
 def test_a_teacher_whose_placeholder_is_no_visual_token_is_named_and_can_still_read() -> None:
