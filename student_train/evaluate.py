@@ -34,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, which is later
     try:
-        schemas = {"cache": CacheSection, "evaluation": EvaluationSection}
-        sections = read_sections(options.file, schemas, options.overrides)
-        source = SourceSection(path=sections["cache"].path)
         with interruptible():
+            schemas = {"cache": CacheSection, "evaluation": EvaluationSection}
+            sections = read_sections(options.file, schemas, options.overrides)
+            source = SourceSection(path=sections["cache"].path)
             from student_train.evaluation import evaluate_model
 
             document = evaluate_model(options.model, [source], sections["evaluation"])
