@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ def keep_videos_loadable() -> None:
     transformers hands one `backend` to all parts of a processor, and refuses "pil" for the part that makes videos.
     vLLM calls this in each of its processes (pyproject.toml, vllm.general_plugins), for workers load processors too.
     """
-    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
-
-    for classes in VIDEO_PROCESSOR_MAPPING_NAMES.values():
+    mapping = importlib.import_module("transformers.models.auto.video_processing_auto").VIDEO_PROCESSOR_MAPPING_NAMES
+    for classes in mapping.values():
         classes.setdefault(BACKEND, classes.get("torchvision"))
