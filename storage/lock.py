@@ -138,9 +138,10 @@ def hold_lock(path: Path, what: str, *, patience_s: float = 0, heartbeat: Heartb
         path.parent.mkdir(parents=True, exist_ok=True)
         _acquire(path, what, content, heartbeat, patience_s=patience_s)
     except OSError as error:
+        is_file = isinstance(error, FileExistsError)  # of mkdir: a folder of the path is a file
         raise ConfigError(
-            f"{path}: this lock on {what} cannot be written: {error.strerror}; free space or mend the folder's "
-            "permissions, or write elsewhere"
+            f"{path}: this lock on {what} cannot be written: {'Not a directory' if is_file else error.strerror}; "
+            "free space or mend the folder's permissions, or write elsewhere"
         ) from error
     lock = Lock(path, content, heartbeat)
     try:

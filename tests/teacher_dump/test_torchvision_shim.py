@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,10 @@ NEEDS_OPERATORS = (
 
 
 def run(code: str, folder: Path) -> str:
+    """What a Python says that the environment's own repair (a .pth file) has not touched: `-S` reads none."""
+    paths = [str(folder), str(REPOSITORY), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(folder)!r}, {str(REPOSITORY)!r}]\n{code}"],
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {paths}\n{code}"],
         capture_output=True,
         text=True,
         check=False,
