@@ -208,16 +208,17 @@ def test_two_jobs_share_a_growing_pool_and_show_metrics(
 ) -> None:
     """A job that is submitted twice scores hardly more than once; Ray's endpoint shows how far it is.
 
-    The first job's only actor is halted until its pool has grown, so that it must grow however fast the machine is.
+    The first job's only actor is halted until its pool has grown, so that it must grow however fast the machine is;
+    but not before it has written a part: Ray waits for an actor that is halted while it is made, and starts no other.
     """
     file = make_tiny_dataset(tmp_path / "data", num_samples=960, num_images=480, turns=2)["train"]
     config = write_config(data={"sources": [{"path": str(file)}]}, dump={"actors": {"min": 1, "max": 2}})
     first = start_dump(config, environment=ray_head.environment)
-    wait_until(lambda: len(teacher_processes(tmp_path)) == 1, first)
-    (halted,) = teacher_processes(tmp_path)
+    wait_until(lambda: len(commits(tmp_path / "cache")) > 0, first)
+    halted, *others = teacher_processes(tmp_path)
     os.kill(halted, signal.SIGSTOP)
     try:
-        wait_until(lambda: len(teacher_processes(tmp_path)) == 2, first)
+        wait_until(lambda: bool(others) or len(teacher_processes(tmp_path)) == 2, first)
     finally:
         os.kill(halted, signal.SIGCONT)
     second = start_dump(config, environment=ray_head.environment)
