@@ -174,7 +174,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = _write_temporary(path, content)
+    temporary = write_temporary(path, content)
     try:
         temporary.replace(path)
     except BaseException:
@@ -185,7 +185,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 def create_exclusively(path: Path, content: bytes) -> bool:
     """Like write_atomically, but False and no change if the file exists: of many writers one wins."""
-    temporary = _write_temporary(path, content)
+    temporary = write_temporary(path, content)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -205,7 +205,8 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def _write_temporary(path: Path, content: bytes) -> Path:
+def write_temporary(path: Path, content: bytes) -> Path:
+    """A synced file with that content beside `path`, to be renamed or linked to it; none is left after an error."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
     try:
         with temporary.open("xb") as file:

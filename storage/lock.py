@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import ConfigError, StillhouseError
-from storage.files import sync, write_atomically
+from storage.files import sync, write_atomically, write_temporary
 
 _POLL_S = 0.2
 _SAY_EVERY_S = 60.0
@@ -196,12 +196,8 @@ def _take_over(path: Path, dead: _Seen, content: bytes, heartbeat: Heartbeat) ->
 
 def _create(path: Path, content: bytes) -> bool:
     """Make the file with its content; False if there is one."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
+    temporary = write_temporary(path, content)
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
         os.link(temporary, path)
     except FileExistsError:
         seen = _read(path)

@@ -29,7 +29,7 @@ class Shower:
         self._processor, self._change = processor, change
 
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
-        raise NotImplementedError
+        raise AssertionError("only pixel values are asked for")
 
     def pixel_values(self, prompt: TeacherPrompt) -> list[Tensor | None]:
         values = self._processor.image_processor(images=list(prompt.images), return_tensors="pt")["pixel_values"]
@@ -85,7 +85,7 @@ def test_values_in_another_form_are_logged(
 def test_an_engine_that_shows_nothing_is_not_asked(tiny_teacher: Path, ready: list[Prepared]) -> None:
     class Quiet:
         def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
-            raise NotImplementedError
+            raise AssertionError("only pixel values are asked for")
 
     processor = load_processor(tiny_teacher)
     assert check_pixel_values(Quiet(), processor, ready, image_token_id=IMAGE_TOKEN_ID) == 0
