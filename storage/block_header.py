@@ -16,17 +16,21 @@ from numpy.typing import NDArray
 from storage.bits import packed_size, unpack_bits
 from storage.errors import CorruptPartError
 
-BLOCK_VERSION = 3
-READABLE_VERSIONS = (2, 3)
+BLOCK_VERSION = 4
+READABLE_VERSIONS = (2, 3, 4)
 MAX_ROWS = 1 << 16
 MAX_SETS = 64  # of draws
-MAX_LEVEL = 255
+BYTE_LEVEL = 255  # the largest level that is a byte
+WIDE_LEVEL = 65535  # of levels of two bytes, from version 4 on
 _MAX_ENTRIES = 1 << 27  # of a block; what a reader will allocate for
 _START = struct.Struct("<BBBBII")
-_EXACT = struct.Struct("<dff4I")
+_EXACT = {3: struct.Struct("<dff4I"), 4: struct.Struct("<dff5I")}
 _SET = struct.Struct("<5I")
 _HEADER_2 = struct.Struct("<BBBBIIIdff7I")
-_EXACT_PLANES = ("num_exact", "exact_groups", "exact_places", "values")
+_EXACT_PLANES = {
+    3: ("num_exact", "exact_groups", "exact_places", "values"),
+    4: ("num_exact", "exact_groups", "exact_places", "values", "first_choices"),
+}
 _SET_PLANES = ("num_sampled", "sampled_groups", "sampled_places", "draws")
 _PLANES_2 = ("num_exact", "num_sampled", "exact_groups", "sampled_groups", "places", "values", "draws")
 
@@ -48,6 +52,11 @@ class Header:
     planes: Mapping[str, slice]  # where in the block: those of the exact entries and of the set
 
 
+def level_type(step: float) -> tuple[str, int]:
+    """How levels of such a step of sqrt(p) are written, and the largest: sqrt(1) must have one."""
+    return ("u1", BYTE_LEVEL) if step >= 1 / BYTE_LEVEL else ("<u2", WIDE_LEVEL)
+
+
 def pack_header(
     length_bytes: int,
     draw_bytes: int,
@@ -62,7 +71,7 @@ def pack_header(
 ) -> bytes:
     """A header's bytes."""
     header = _START.pack(BLOCK_VERSION, length_bytes, draw_bytes, len(num_sampled), num_rows, num_exact)
-    header += _EXACT.pack(tau if any(num_sampled) else 0.0, step, lowest, *plane_bytes[0])
+    header += _EXACT[BLOCK_VERSION].pack(tau if any(num_sampled) else 0.0, step, lowest, *plane_bytes[0])
     return header + b"".join(
         _SET.pack(count, *sizes) for count, sizes in zip(num_sampled, plane_bytes[1:], strict=True)
     )
@@ -74,7 +83,7 @@ def read_header(view: memoryview, draw_set: int = 0) -> Header:
         version = view[0]
         if version not in READABLE_VERSIONS:
             raise CorruptPartError(f"the block has version {version}, expected one of {READABLE_VERSIONS}")
-        header, end = (_header_2 if version == 2 else _header_3)(view, draw_set)
+        header, end = (_header_2 if version == 2 else _header_of_sets)(view, draw_set)
     except (struct.error, IndexError) as error:
         raise CorruptPartError(f"a block of {len(view)} bytes is shorter than its header") from error
     if header.length_bytes not in (1, 2, 4) or header.draw_bytes not in (1, 2, 4):
@@ -82,27 +91,33 @@ def read_header(view: memoryview, draw_set: int = 0) -> Header:
     if len(view) != end:
         raise CorruptPartError(f"the block has {len(view)} bytes, its header needs {end}")
     num_entries = header.num_exact + header.num_sampled
+    least_step = 1 / (BYTE_LEVEL if version < 4 else WIDE_LEVEL)
     if header.num_rows > MAX_ROWS or num_entries > _MAX_ENTRIES:
         raise CorruptPartError(f"the block claims {header.num_rows} rows and {num_entries} entries")
     if not (0 < header.tau < 1 or (header.tau == 0 and header.num_sampled == 0)):
         raise CorruptPartError(f"the block has {header.num_sampled} sampled entries and tau {header.tau}")
-    if not (header.step == 0 or 1 / MAX_LEVEL <= header.step <= 1) or not 0 <= header.lowest <= 1:
+    largest_lowest = header.step**2 if header.step else 0.0  # or levels would not fall with probabilities
+    if not (header.step == 0 or least_step <= header.step <= 1) or not 0 <= header.lowest <= largest_lowest:
         raise CorruptPartError(f"the block has the step {header.step} and the lowest probability {header.lowest}")
     return header
 
 
-def _header_3(view: memoryview, draw_set: int) -> tuple[Header, int]:
+def _header_of_sets(view: memoryview, draw_set: int) -> tuple[Header, int]:
     """The header, and where the block must end."""
     version, length_bytes, draw_bytes, num_sets, num_rows, num_exact = _START.unpack_from(view)
     if not 1 <= num_sets <= MAX_SETS:
         raise CorruptPartError(f"the block has {num_sets} sets of draws, expected 1 to {MAX_SETS}")
-    tau, step, lowest, *exact_sizes = _EXACT.unpack_from(view, _START.size)
-    first = _START.size + _EXACT.size
+    exact = _EXACT[version]
+    tau, step, lowest, *exact_sizes = exact.unpack_from(view, _START.size)
+    first = _START.size + exact.size
     sets = [_SET.unpack_from(view, first + number * _SET.size) for number in range(num_sets)]
     number = draw_set % num_sets
     end = first + num_sets * _SET.size
     planes = {}
-    for names, sizes in ((_EXACT_PLANES, exact_sizes), *((_SET_PLANES, each[1:]) for each in sets[: number + 1])):
+    for names, sizes in (
+        (_EXACT_PLANES[version], exact_sizes),
+        *((_SET_PLANES, each[1:]) for each in sets[: number + 1]),
+    ):
         for name, size in zip(names, sizes, strict=True):
             planes[name] = slice(end, end + size)  # of the last set that is gone through: the one asked for
             end += size

@@ -1,8 +1,9 @@
 """Blocks: the entries of many sparse rows as one small byte string. FORMAT.md has the bytes.
 
 Each row's entries are written as two sets, exact and sampled, in the order of `IdGroups`; so an id costs
-what its set leaves open, and no more. A probability is a step of its square root: rounding then costs
-about step^2 / 6 nats an entry, large or small. Each plane of bytes is compressed by itself.
+what its set leaves open, and no more. A probability is a step of its square root, rounded up or down at random
+so that its mean is the probability: that costs about step^2 / 3 nats an entry, large or small. Each row's most
+probable entry is marked, since rounding makes ties. Each plane of bytes is compressed by itself.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import zstandard
 from numpy.typing import NDArray
 
 from storage.bits import pack_bits
-from storage.block_header import MAX_LEVEL, MAX_ROWS, MAX_SETS, Header, Planes, pack_header, read_header
+from storage.block_header import MAX_ROWS, MAX_SETS, WIDE_LEVEL, Header, Planes, level_type, pack_header, read_header
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
 from storage.rows import HEAD_TOLERANCE, SparseRows, check_sampled_total, check_sampled_weights
 
 _LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)  # an entry is never decoded to 0
-_LEAST_STEP, _LARGEST_STEP = 1 / MAX_LEVEL, 1 / 16
+_LEAST_STEP, _LARGEST_STEP = 1 / WIDE_LEVEL, 1 / 16
 _ID_MASK = (1 << 31) - 1
+_LEAD = np.float32(1e-6)  # nats of a first choice over entries that rounding made equal; float32 keeps it
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +35,12 @@ class EncodedBlock:
     errors: NDArray[np.float64]  # (r,) KL(exact entries || decoded ones) in nats; what is not exact cancels
 
 
-def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl: float) -> EncodedBlock:
+def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl: float, seed: int = 0) -> EncodedBlock:
     """The block of rows that are valid (see SparseRows.validate); their scalars are not in it.
 
-    `tau` is the weight of one draw. `rounding_kl` (nats a row) bounds what rounding probabilities costs
-    on average; with 0 they are kept as float32. ValueError for rows that a block cannot hold.
+    `tau` is the weight of one draw. `rounding_kl` (nats) is what rounding probabilities costs a row on average;
+    single rows lose several times as much. With 0 they are kept as float32. `seed` decides which are rounded up.
+    ValueError for rows that a block cannot hold.
     """
     sets = (rows, *rows.other_sets)
     if rows.num_rows > MAX_ROWS or len(sets) > MAX_SETS:
@@ -46,11 +49,17 @@ def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl:
     exact, logprobs = rows.is_exact(), np.minimum(rows.logprobs, 0)
     entries = _in_order(rows, exact, groups)
     step = _step(rows, rounding_kl)
-    lowest, values, errors = _rounded_head(logprobs[exact][entries.order], entries.row, rows, step)
+    is_first = np.zeros(rows.num_entries, np.bool_)
+    is_first[rows.offsets[:-1][rows.num_exact > 0]] = True
+    head = _Head(logprobs[exact][entries.order], entries.row, is_first[exact][entries.order], rows.num_rows)
+    lowest, values, errors = _rounded_head(head, step, seed)
+    first_choices = _places_of_first(head, values, rows.ids[exact][entries.order], step)
     num_sampled = [np.diff(each.offsets) - each.num_exact for each in sets]
     length_bytes = _width(max(rows.num_exact.max(initial=0), *(counts.max(initial=0) for counts in num_sampled)))
     draw_bytes = _width(max(int(draws.max(initial=1)) - 1 for draws in sampled))
-    planes = [_packed((rows.num_exact.astype(f"<u{length_bytes}"), *entries.planes(rows.num_exact), values))]
+    lengths = rows.num_exact.astype(f"<u{length_bytes}")
+    first_choices = first_choices.astype(f"<u{length_bytes}")
+    planes = [_packed((lengths, *entries.planes(rows.num_exact), values, first_choices))]
     for each, counts, draws in zip(sets, num_sampled, sampled, strict=True):
         drawn = _in_order(each, ~each.is_exact(), groups)
         shown = (draws[drawn.order] - 1).astype(f"<u{draw_bytes}")
@@ -105,7 +114,8 @@ def decode_block(
     label_logprob: NDArray[np.float32] | None = None,
     draw_set: int = 0,
 ) -> SparseRows:
-    """The rows of a block, beside their scalars. The exact entries of each row sum to 1 - tail_mass.
+    """The rows of a block, beside their scalars. The exact entries of each row sum to 1 - tail_mass, and
+    the first is the most probable one, also where rounding made others as large (from block version 4 on).
 
     Sampled entries are those of `draw_set`, modulo the number of sets; the others are not decompressed.
     Errors: CorruptPartError for any bytes that are not the block of as many valid rows.
@@ -120,6 +130,7 @@ def decode_block(
     exact_ids, exact_logprobs = _sorted_exact(np.repeat(rows, num_exact), sets.values, ids[:split])
     sampled_ids, weights = _sorted_sampled(np.repeat(rows, num_sampled), ids[split:], sets.draws, sets.tau)
     exact_logprobs += np.repeat(sets.shift, num_exact)
+    _put_first(exact_ids, exact_logprobs, sets)
     # Row by row: its exact entries, then its sampled ones.
     counts = np.stack([num_exact, num_sampled], axis=1).ravel()
     is_exact = np.repeat(np.tile(np.array([True, False]), len(num_exact)), counts)
@@ -164,6 +175,7 @@ class _Sets:
     tau: float
     values: _Values
     shift: NDArray[np.float32]  # (r,) what to add to exact logprobs
+    first_choices: NDArray[np.int64] | None  # (r,) places of the most probable entries; None before version 4
 
 
 def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[np.float32], draw_set: int) -> _Sets:
@@ -198,7 +210,12 @@ def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[n
         raise CorruptPartError(f"the block has {int(draws.max()) + 1} draws of weight {header.tau} for one entry")
     values = _values(planes, header, num_exact)
     shift = _shift(values, tail_mass, num_exact)
-    return _Sets(num_exact, num_sampled, ranks, draws, header.tau, values, shift)
+    first_choices = None
+    if header.version >= 4:
+        first_choices = planes.take("first_choices", f"<u{header.length_bytes}", header.num_rows).astype(np.int64)
+        if (first_choices >= np.maximum(_ties(values.falling, num_exact), 1)).any():
+            raise CorruptPartError("the block's first choice of a row is none of its most probable entries")
+    return _Sets(num_exact, num_sampled, ranks, draws, header.tau, values, shift, first_choices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,6 +225,7 @@ class _Values:
     logprobs: NDArray[np.float32]
     falling: NDArray  # unsigned, sorts by falling probability
     falling_bits: int
+    step: float
     present: NDArray[np.float64]  # (r,) what a row's entries sum to
     tolerance: NDArray[np.float64]  # (r,) how far rounding may have moved that
 
@@ -219,17 +237,18 @@ def _values(planes: Planes, header: Header, num_exact: NDArray[np.int32]) -> _Va
             raise CorruptPartError("the block has an exact logprob above 0 or not finite")
         present = _row_sums(np.exp(logprobs.astype(np.float64)), num_exact)
         falling = np.abs(logprobs).view(np.uint32)  # floats of one sign sort as their bits
-        return _Values(logprobs, falling, 31, present, np.full(header.num_rows, HEAD_TOLERANCE * 2))
-    levels = planes.take("values", "u1", header.num_exact)
-    table: NDArray[np.float64] = (np.arange(MAX_LEVEL + 1, dtype=np.float64) * header.step) ** 2
-    table[0] = header.lowest
+        return _Values(logprobs, falling, 31, 0.0, present, np.full(header.num_rows, HEAD_TOLERANCE * 2))
+    kind, max_level = level_type(header.step)
+    levels = planes.take("values", kind, header.num_exact)
+    table = _level_table(header.step, header.lowest)
     if header.lowest == 0 and levels.min(initial=1) == 0:
         raise CorruptPartError("the block has an exact entry of probability 0")
     with np.errstate(divide="ignore"):
         logs = np.log(table).astype(np.float32)
-    tolerance = header.step * np.sqrt(num_exact) + header.step**2 * num_exact + HEAD_TOLERANCE
+    most = 1 if header.version < 4 else 2  # halves of a step that rounding may move a root by
+    tolerance = most * header.step * np.sqrt(num_exact) + header.step**2 * num_exact + HEAD_TOLERANCE
     present = _row_sums(table.take(levels), num_exact)
-    return _Values(logs.take(levels), MAX_LEVEL - levels, 8, present, tolerance)
+    return _Values(logs.take(levels), max_level - levels, 8 if max_level < 256 else 16, header.step, present, tolerance)
 
 
 def _row_sums(values: NDArray[np.float64], counts: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -256,12 +275,12 @@ def _shift(values: _Values, tail_mass: NDArray[np.float32], num_exact: NDArray[n
 
 def _sorted_exact(row: NDArray, values: _Values, ids: NDArray) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Ids and logprobs by row, by falling probability, by id. `row` is shifted by 31 bits."""
-    if values.falling_bits == 8:  # all of the key fits into 64 bits: sorting it is the whole work
-        keys = (row << 8) | (values.falling.astype(np.int64) << 31) | ids
+    if values.step > 0:  # all of the key fits into 63 bits: sorting it is the whole work
+        keys = (row << values.falling_bits) | (values.falling.astype(np.int64) << 31) | ids
         keys.sort()
-        by_falling = np.zeros(MAX_LEVEL + 1, np.float32)
+        by_falling = np.zeros(1 << values.falling_bits, np.float32)
         by_falling[values.falling] = values.logprobs
-        return (keys & _ID_MASK).astype(np.int32), by_falling.take((keys >> 31) & 0xFF)
+        return (keys & _ID_MASK).astype(np.int32), by_falling.take((keys >> 31) & (len(by_falling) - 1))
     order = np.lexsort((ids, values.falling, row))
     return ids[order], values.logprobs[order]
 
@@ -276,22 +295,105 @@ def _sorted_sampled(row: NDArray, ids: NDArray, draws: NDArray, tau: float) -> t
     return ids[order], np.log((draws[order] + 1.0) * tau).astype(np.float32)
 
 
-def _rounded_head(
-    logprobs: NDArray[np.float32], row: NDArray[np.int64], rows: SparseRows, step: float
-) -> tuple[float, NDArray, NDArray[np.float64]]:
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """The exact entries of some rows, each row's in the order of ranks."""
+
+    logprobs: NDArray[np.float32]
+    row: NDArray[np.int64]
+    is_first: NDArray[np.bool_]  # the most probable entry of its row
+    num_rows: int
+
+
+def _rounded_head(head: _Head, step: float, seed: int) -> tuple[float, NDArray, NDArray[np.float64]]:
     """The probability of level 0, the values as a block holds them, and the cost of rounding each row."""
     if step == 0:
-        return 0.0, logprobs.astype("<f4"), np.zeros(rows.num_rows)
-    probs = np.maximum(np.exp(logprobs.astype(np.float64)), _LEAST_PROBABILITY)
-    levels = np.minimum(np.rint(np.sqrt(probs) / step), MAX_LEVEL).astype(np.uint8)
-    low = levels == 0
-    lowest = float(np.float32(max(probs[low].mean(), _LEAST_PROBABILITY))) if low.any() else 0.0
-    decoded = np.where(low, lowest, (levels * step) ** 2)
-    head = np.bincount(row, probs, rows.num_rows)
-    ratio = np.divide(head, np.bincount(row, decoded, rows.num_rows), out=np.ones(rows.num_rows), where=head > 0)
-    decoded *= ratio[row]
-    divergence = np.bincount(row, probs * np.log(probs / decoded), rows.num_rows)
-    return lowest, levels, np.maximum(divergence, 0.0)
+        return 0.0, head.logprobs.astype("<f4"), np.zeros(head.num_rows)
+    row, num_rows = head.row, head.num_rows
+    probs = np.maximum(np.exp(head.logprobs.astype(np.float64)), _LEAST_PROBABILITY)
+    kind, max_level = level_type(step)
+    below = np.minimum(np.floor(np.sqrt(probs) / step), max_level - 1).astype(np.int64)
+    low = below == 0
+    lowest = max(_float32_below(float(probs[low].min())), _LEAST_PROBABILITY) if low.any() else 0.0
+    table = _level_table(step, lowest)
+    share = np.clip((probs - table[below]) / (table[below + 1] - table[below]), 0, 1)  # of the step that lies below
+    levels = below + _rounds_up(head, below, share, seed)
+    decoded = table[levels]
+    mass = np.bincount(row, probs, num_rows)
+    ratio = np.divide(mass, np.bincount(row, decoded, num_rows), out=np.ones(num_rows), where=mass > 0)
+    divergence = np.bincount(row, probs * np.log(probs / (decoded * ratio[row])), num_rows)
+    return lowest, levels.astype(kind), np.maximum(divergence, 0.0)
+
+
+def _level_table(step: float, lowest: float) -> NDArray[np.float64]:
+    """The probability of each level."""
+    table = (np.arange(level_type(step)[1] + 1, dtype=np.float64) * step) ** 2
+    table[0] = lowest
+    return table
+
+
+def _rounds_up(head: _Head, below: NDArray[np.int64], share: NDArray[np.float64], seed: int) -> NDArray[np.bool_]:
+    """True for each entry with the probability `share`, and for none that would then exceed its row's first choice.
+
+    Entries within the first choice's step rise only if it does, and then with share / its share: their own
+    probability is `share` again. All others are independent.
+    """
+    uniforms = np.random.Generator(np.random.PCG64(seed)).random(len(share))
+    up = uniforms < share
+    first = np.zeros(head.num_rows, np.int64)  # of each row the first choice's entry
+    first[head.row[head.is_first]] = np.flatnonzero(head.is_first)
+    of_row = first[head.row]
+    beside = ~head.is_first & (below == below[of_row])
+    bound = share[of_row[beside]]
+    up[beside] = up[of_row[beside]] & (uniforms[beside] * bound < share[beside])
+    return up
+
+
+def _float32_below(value: float) -> float:
+    """The largest float32 that is not above it."""
+    rounded = np.float32(value)
+    return float(rounded if rounded <= value else np.nextafter(rounded, np.float32(0)))
+
+
+def _places_of_first(head: _Head, values: NDArray, ids: NDArray[np.int32], step: float) -> NDArray[np.int64]:
+    """(r,) how many of a row's entries come before its first choice by falling value, then id; 0 in an empty row."""
+    falling = np.abs(values).view(np.uint32) if step == 0 else level_type(step)[1] - values
+    first_ids, first_falling = np.zeros(head.num_rows, np.int64), np.zeros(head.num_rows, np.int64)
+    row = head.row[head.is_first]
+    first_ids[row], first_falling[row] = ids[head.is_first], falling[head.is_first]
+    tied = falling == first_falling[head.row]  # none falls less: see _rounds_up
+    before = tied & (ids < first_ids[head.row])
+    return np.bincount(head.row[before], minlength=head.num_rows)
+
+
+def _ties(falling: NDArray, num_exact: NDArray[np.int32]) -> NDArray[np.int64]:
+    """(r,) how many of a row's entries are as probable as its most probable one; 0 in an empty row."""
+    starts = (np.cumsum(num_exact, dtype=np.int64) - num_exact)[num_exact > 0]
+    if not len(starts):
+        return np.zeros(len(num_exact), np.int64)
+    ties = np.zeros(len(num_exact), np.int64)
+    least = np.minimum.reduceat(falling, starts)
+    equal = falling == np.repeat(least, num_exact[num_exact > 0])
+    ties[num_exact > 0] = np.add.reduceat(equal, starts, dtype=np.int64)
+    return ties
+
+
+def _put_first(ids: NDArray[np.int32], logprobs: NDArray[np.float32], sets: _Sets) -> None:
+    """Moves each row's first choice before the entries that rounding made as probable, and raises it above them."""
+    if sets.first_choices is None:
+        return
+    starts = np.cumsum(sets.num_exact, dtype=np.int64) - sets.num_exact
+    moves = sets.first_choices > 0
+    place, start = sets.first_choices[moves], starts[moves]
+    if len(start):
+        # Each run of tied entries up to the first choice turns by one place.
+        within = np.arange(int((place + 1).sum())) - np.repeat(np.cumsum(place + 1) - place - 1, place + 1)
+        to = np.repeat(start, place + 1) + within
+        ids[to] = ids[np.where(within == 0, np.repeat(start + place, place + 1), to - 1)]
+    if sets.values.step > 0:
+        several = starts[sets.num_exact > 1]
+        tied = several[logprobs[several] == logprobs[several + 1]]
+        logprobs[tied] += np.maximum(_LEAD, 4 * np.spacing(np.abs(logprobs[tied])))
 
 
 def _draws_of(rows: SparseRows, tau: float) -> NDArray[np.int64]:
@@ -347,11 +449,11 @@ def _has_twice(
 
 
 def _step(rows: SparseRows, rounding_kl: float) -> float:
-    """The step of sqrt(p) whose rounding costs `rounding_kl` a row: e entries cost e * step^2 / 6."""
+    """The step of sqrt(p) whose rounding costs `rounding_kl` a row on average: e entries cost e * step^2 / 3."""
     if rounding_kl == 0 or rows.num_rows == 0:
         return 0.0
     entries = max(1.0, float(rows.num_exact.mean()))
-    step = np.sqrt(6 * rounding_kl / entries)
+    step = np.sqrt(3 * rounding_kl / entries)
     return float(np.float32(np.clip(step, _LEAST_STEP, _LARGEST_STEP)))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,14 @@ from storage.block_header import read_header
 from storage.blocks import check_block, decode_block, encode_block
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
-from storage.identity import Identity, stored_draw_sets, stored_rounding_kl, stored_tau, stored_temperatures
+from storage.identity import (
+    Identity,
+    stored_draw_sets,
+    stored_rounding_kl,
+    stored_seed,
+    stored_tau,
+    stored_temperatures,
+)
 from storage.rows import SparseRows, check_scalars
 
 ROWS_PER_GROUP = 4096  # distribution rows: some milliseconds to decode
@@ -36,9 +44,11 @@ class RowFormat:
 
     vocab_size: int
     tau: float  # the weight of one draw; 0 where nothing is sampled
-    rounding_kl: float  # nats a row; 0 where probabilities and scalars are float32
+    rounding_kl: float  # nats a row, on average; 0 where probabilities and scalars are float32
     num_temperatures: int  # besides 1
     num_sets: int = 1  # of draws
+    seed: int = 0  # of draws and of rounding
+    family: str = "response"
 
     @staticmethod
     def of(identity: Identity, family: str) -> RowFormat:
@@ -49,6 +59,8 @@ class RowFormat:
             rounding_kl=stored_rounding_kl(identity, family),
             num_temperatures=len(stored_temperatures(identity, family)),
             num_sets=stored_draw_sets(identity, family),
+            seed=stored_seed(identity, family),
+            family=family,
         )
 
 
@@ -72,7 +84,8 @@ def encode_groups(keys: Sequence[Columns], rows: Sequence[SparseRows], kept: Row
     id_groups = IdGroups.of_counts(counts)
     groups, errors = [], []
     for start, stop, together in parts:
-        encoded = encode_block(together, id_groups, tau=kept.tau, rounding_kl=kept.rounding_kl)
+        seed = _rounding_seed(kept, keys[start])
+        encoded = encode_block(together, id_groups, tau=kept.tau, rounding_kl=kept.rounding_kl, seed=seed)
         errors += encoded.errors.tolist()
         blocks = [encoded.block] + [b""] * (stop - start - 1)
         scalars = _scalars(together, [each.num_rows for each in rows[start:stop]], kept)
@@ -156,6 +169,13 @@ def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
     bits = values.view(np.uint32)
     half = np.uint32((1 << int(spare) - 1) - 1) + ((bits >> spare) & np.uint32(1))
     return ((bits + half) >> spare << spare).view(np.float32)
+
+
+def _rounding_seed(kept: RowFormat, keys: Columns) -> int:
+    """Of a row group's rounding: of the selection's seed, the family, and the group's first sample or image."""
+    first = next(iter(keys.values()))
+    digest = hashlib.sha256(f"stillhouse rounding 1\0{kept.seed}\0{kept.family}\0{first}".encode()).digest()
+    return int.from_bytes(digest[:16], "little")
 
 
 def _validate(together: SparseRows, rows: Sequence[SparseRows], kept: RowFormat) -> None:

@@ -118,6 +118,11 @@ def stored_temperatures(identity: Identity, family: str) -> tuple[float, ...]:
     return tuple(float(temperature) for temperature in identity.selection.get(family, {}).get("temperatures", ()))
 
 
+def stored_seed(identity: Identity, family: str) -> int:
+    """The seed of a family's draws and of its rounding; 0 where its selection records none."""
+    return int(identity.selection.get(family, {}).get("seed", 0))
+
+
 def stored_rounding_kl(identity: Identity, family: str) -> float:
-    """What rounding a family's probabilities may cost, in nats a row; 0 where they are float32."""
+    """What rounding a family's probabilities costs on average, in nats a row; 0 where they are float32."""
     return float(identity.selection.get(family, {}).get("rounding_kl", 0.0))
