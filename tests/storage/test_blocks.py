@@ -80,6 +80,61 @@ def test_rounding_costs_what_was_allowed_and_says_so(bound):
     assert got.mean() >= 0.2 * min(bound, 1e-3)  # a bound that is not used would waste bytes
 
 
+def exact_probabilities(rows: SparseRows) -> np.ndarray:
+    """Probabilities of the exact entries, by row and by id."""
+    exact = rows.is_exact()
+    order = np.argsort(rows.row_of_entry()[exact] * VOCAB_SIZE + rows.ids[exact])
+    return np.exp(rows.logprobs[exact][order].astype(np.float64))
+
+
+def test_the_mean_of_decoded_probabilities_is_the_probability():
+    rows = make_rows(0, 30)
+    groups = IdGroups.of_counts(np.bincount(rows.ids, minlength=VOCAB_SIZE))
+    decoded = []
+    for seed in range(400):
+        block = encode_block(rows, groups, tau=TAU, rounding_kl=5e-3, seed=seed).block
+        decoded.append(exact_probabilities(decode(block, groups, rows)))
+    mean, error = np.mean(decoded, axis=0), np.std(decoded, axis=0) / np.sqrt(len(decoded))
+    step = read_header(memoryview(block)).step
+    given = exact_probabilities(rows)
+    head = np.repeat(1 - rows.tail_mass.astype(np.float64), rows.num_exact)
+    several = np.repeat(rows.num_exact, rows.num_exact) > 1
+    assert error[several].min() > 1e-5  # rounding is random, or this shows nothing
+    # What scaling the head leaves is within step^2 / (1 - tail), as FORMAT.md says; the rest is chance.
+    assert (np.abs(mean - given) <= 5 * error + given * step**2 / head + 1e-6).all()
+    assert (np.abs(mean - given) / np.maximum(error, 1e-9))[several].mean() < 1.5  # of chance alone 0.8
+
+
+@pytest.mark.parametrize("rounding_kl", [0.0, 5e-5, 5e-3, 0.1])
+def test_the_first_entry_of_a_decoded_row_is_the_first_choice_and_larger_than_others(rounding_kl):
+    rows = make_rows(0, 400)
+    close = rows.logprobs.copy()  # also where the second entry is almost as probable
+    at = rows.offsets[:-1][(rows.num_exact > 1) & (np.arange(400) % 2 == 0)]
+    middle = np.log((np.exp(close[at]) + np.exp(close[at + 1])) / 2)
+    close[at], close[at + 1] = middle + 1e-3, middle - 1e-3
+    rows = replace(rows, logprobs=close.astype(np.float32))
+    for seed in range(5):
+        groups = IdGroups.of_counts(np.bincount(rows.ids, minlength=VOCAB_SIZE))
+        block = encode_block(rows, groups, tau=TAU, rounding_kl=rounding_kl, seed=seed).block
+        got = decode(block, groups, rows)
+        got.validate(VOCAB_SIZE)
+        filled, several = rows.num_exact > 0, got.offsets[:-1][rows.num_exact > 1]
+        assert got.ids[got.offsets[:-1][filled]].tolist() == rows.ids[rows.offsets[:-1][filled]].tolist()
+        probs = np.exp(got.logprobs)
+        assert (probs[several] > probs[several + 1]).all()
+
+
+def test_a_mark_on_an_entry_that_is_not_the_most_probable_is_refused():
+    rows = make_rows(3, 12)
+    encoded, groups = encode(rows)
+    at = read_header(memoryview(encoded.block)).planes["first_choices"]
+    marks = np.frombuffer(zstandard.ZstdDecompressor().decompress(encoded.block[at]), np.uint8) + np.uint8(1)
+    plane = zstandard.ZstdCompressor().compress(marks.tobytes())
+    block = encoded.block[:44] + struct.pack("<I", len(plane)) + encoded.block[48 : at.start] + plane
+    with pytest.raises(CorruptPartError, match="first choice"):
+        decode(block + encoded.block[at.stop :], groups, rows)
+
+
 def test_without_rounding_the_rows_come_back_to_float32():
     rows = make_rows(1)
     encoded, groups = encode(rows, rounding_kl=0)
@@ -170,19 +225,19 @@ def test_sampled_weights_must_be_whole_draws_and_add_up_to_the_tail():
 
 
 FIELDS = ("version", "length_bytes", "draw_bytes", "num_sets", "num_rows", "exact", "tau", "step", "lowest")
-FIXED = struct.Struct("<BBBBIIdff")  # what comes before the planes' sizes: 28 bytes, then 16 of the exact entries'
+FIXED = struct.Struct("<BBBBIIdff")  # what comes before the planes' sizes: 28 bytes, then 20 of the exact entries'
 
 
 def respelled(block: bytes, **changes: Any) -> bytes:
     fields = dict(zip(FIELDS, FIXED.unpack_from(block), strict=True)) | changes
-    sampled = fields.pop("sampled", struct.unpack_from("<I", block, 44)[0])
-    return FIXED.pack(*fields.values()) + block[28:44] + struct.pack("<I", sampled) + block[48:]
+    sampled = fields.pop("sampled", struct.unpack_from("<I", block, 48)[0])
+    return FIXED.pack(*fields.values()) + block[28:48] + struct.pack("<I", sampled) + block[52:]
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"version": 4}, "version 4"),
+        ({"version": 5}, "version 5"),
         ({"version": 2}, "the byte 1 for 0"),
         ({"length_bytes": 3}, "widths"),
         ({"num_sets": 0}, "0 sets of draws"),
@@ -197,6 +252,7 @@ def respelled(block: bytes, **changes: Any) -> bytes:
         ({"step": 2.0}, "the step"),
         ({"step": float("nan")}, "the step"),
         ({"lowest": -1.0}, "the step"),
+        ({"lowest": 0.5}, "the step"),
     ],
 )
 def test_a_wrong_header_is_refused(changes, problem):
@@ -256,7 +312,8 @@ def damaged_planes(block: bytes, data: st.DataObject) -> bytes:
         plane[data.draw(st.integers(0, len(plane) - 1))] = data.draw(st.integers(0, 255))
     packed = [zstandard.ZstdCompressor().compress(bytes(plane)) if plane else b"" for plane in planes]
     sizes = [len(plane) for plane in packed]
-    return b"".join([block[:28], struct.pack("<4I", *sizes[:4]), block[44:48], struct.pack("<4I", *sizes[4:]), *packed])
+    exact, drawn = struct.pack("<5I", *sizes[:5]), struct.pack("<4I", *sizes[5:])
+    return b"".join([block[:28], exact, block[48:52], drawn, *packed])
 
 
 @settings(max_examples=examples(600))
@@ -311,12 +368,12 @@ def sampled_rows(count: int, tau: float) -> SparseRows:
 
 
 @settings(max_examples=examples(300))
-@given(st.sampled_from([2, 3]), st.binary(max_size=400))
+@given(st.sampled_from([2, 3, 4]), st.binary(max_size=400))
 def test_arbitrary_bytes_are_no_block(version, content):
     rows = SparseRows.empty(with_labels=True)
     groups = IdGroups.of_counts(np.ones(VOCAB_SIZE, int))
     with pytest.raises(CorruptPartError):
-        decode(struct.pack("<BBBB", version, 1, 1, version - 2) + content, groups, rows)
+        decode(struct.pack("<BBBB", version, 1, 1, min(version - 2, 1)) + content, groups, rows)
 
 
 def written_example(name: str) -> bytes:
@@ -327,7 +384,11 @@ def written_example(name: str) -> bytes:
 
 @pytest.mark.parametrize(
     ("name", "draw_set", "drawn"),
-    [("block", 0, 12), ("block", 1, 40), ("block", 2, 12), ("block_version_2", 0, 12), ("block_version_2", 7, 12)],
+    [
+        *((name, number, drawn) for name in ("block", "block_version_3") for number, drawn in enumerate((12, 40, 12))),
+        ("block_version_2", 0, 12),
+        ("block_version_2", 7, 12),
+    ],
 )
 def test_the_worked_examples_of_the_specification_are_read(name, draw_set, drawn):
     stored = [3, 7, 12, 900] if name == "block_version_2" else [3, 7, 12, 40, 900]
@@ -359,8 +420,8 @@ def test_the_worked_example_is_what_is_written():
     ]  # fmt: skip
     groups = IdGroups.of_counts(np.bincount([3, 7, 12, 40, 900], minlength=1000))
     rows = replace(sets[0], other_sets=(sets[1],))
-    got = encode_block(rows, groups, tau=0.25, rounding_kl=1.5 / 32**2 / 6).block
-    assert got[:84] == written_example("block")[:84]
+    got = encode_block(rows, groups, tau=0.25, rounding_kl=1.5 / 32**2 / 3).block
+    assert got[:88] == written_example("block")[:88]
     for draw_set in (0, 1):
         assert decode(got, groups, rows, draw_set).equals(decode(written_example("block"), groups, rows, draw_set))
 
