@@ -63,6 +63,11 @@ def _nats(value: dict[str, float] | None) -> str:
     return "–" if value is None else f"{value['mean']:.3f} ± {value['sd']:.3f}"
 
 
+def judged_turns(runs: list[dict[str, Any]]) -> str:
+    """Which of a conversation's answers the runs were judged by; evaluations of before judged first answers."""
+    return " and ".join(sorted({f"{run.get('turns') or 'first'} answers" for run in runs}))
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -79,13 +84,14 @@ def _names(runs: list[dict[str, Any]]) -> dict[str, str]:
 def _results(report: dict[str, Any]) -> str:
     runs, teacher = report["runs"], report["teacher"]
     header = [
-        "run", "exact match", "KL to the teacher", "agreement", "steps", "seconds", "peak memory",
+        "run", "exact match", "cross-entropy", "KL to the teacher", "agreement", "steps", "seconds", "peak memory",
         "parameters, M",
     ]  # fmt: skip
     rows = [
         [
             _names(runs)[run["name"]],
             percent(run["exact_match"]),
+            _nats(run.get("cross_entropy")),
             _nats(run["kl_to_teacher"]),
             percent(run["top1_agreement"]),
             str(run["steps"]),
@@ -101,6 +107,7 @@ def _results(report: dict[str, Any]) -> str:
             [
                 "teacher",
                 f"{100 * teacher['exact_match']:.1f} %",
+                "–" if teacher.get("cross_entropy") is None else f"{teacher['cross_entropy']:.3f}",
                 "–" if kl is None else f"{kl:.3f}",
                 "–" if teacher.get("top1_agreement") is None else f"{100 * teacher['top1_agreement']:.1f} %",
                 "–",
@@ -111,8 +118,9 @@ def _results(report: dict[str, Any]) -> str:
         )
     num_seeds = max((run["num_seeds"] for run in runs), default=0)
     note = (
-        f'<p class="dim">Mean ± standard deviation over {num_seeds} seeds, of held-out samples. Agreement: the most '
-        "probable token is the teacher's.</p>"
+        f'<p class="dim">Mean ± standard deviation over {num_seeds} seeds, of held-out samples. Exact match: of '
+        f"{judged_turns(runs)}. Cross-entropy: nats a token of the references. Agreement: the most probable token is "
+        "the teacher's.</p>"
     )
     return _table(header, rows) + note
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy import stats
 
-from pipeline.page import render_page
+from pipeline.page import judged_turns, render_page
 from storage.errors import ConfigError, StillhouseError
 from storage.files import open_folder, write_atomically
 from storage.reader import Cache
@@ -51,10 +51,16 @@ def build_report(folder: Path) -> dict[str, Any]:
         by_name.setdefault(entry["name"], []).append(_read_run(Path(entry["folder"]), entry))
     runs = [_summarise(name, entries) for name, entries in by_name.items()]
     supported = {run["name"] for run in runs if run["unsupported_rate"] is not None}
+    compared = {run["name"] for run in runs if run["kl_to_teacher"] is not None}
     claims = {run["name"] for run in runs if "hallucination_rate" in (run["yes_no"] or {})}
     for run in runs:
         controls = listing["controls"].get(run["name"], [])
         run["paired"] = {control: paired_difference(by_name[run["name"]], by_name[control]) for control in controls}
+        run["paired_kl_to_teacher"] = {
+            control: paired_difference(by_name[run["name"]], by_name[control], "kl_to_teacher")
+            for control in controls
+            if {run["name"], control} <= compared
+        }
         run["paired_unsupported_rate"] = {
             control: paired_difference(by_name[run["name"]], by_name[control], "unsupported_rate")
             for control in controls
@@ -96,7 +102,8 @@ def paired_difference(
 
 
 def verdict(runs: Sequence[dict[str, Any]]) -> str:
-    """One sentence: which distilled runs beat all of their controls, judged by the paired 95 % intervals."""
+    """Which distilled runs beat all of their controls, judged by the paired 95 % intervals, and which are closer to
+    the teacher: the one may be true without the other."""
     distilled = [run for run in runs if run["distilled"] and run["paired"]]
     if not distilled:
         return "There is nothing to compare: no distilled run has a control."
@@ -108,7 +115,38 @@ def verdict(runs: Sequence[dict[str, Any]]) -> str:
     if losses:
         opening = "but not" if wins else "Distillation did not beat its controls"
         parts.append(f"{opening} by more than the seeds' spread in {_gains(losses)}")
-    return ", ".join(parts) + ". Exact match, paired by seed, with 95 % intervals." + _unlike(runs)
+    judged = f"Exact match of {judged_turns(runs)}, paired by seed, with 95 % intervals."
+    return f"{', '.join(parts)}. {judged}{_closeness(distilled)}{_unlike(runs)}"
+
+
+def _closeness(distilled: Sequence[dict[str, Any]]) -> str:
+    """Which runs have a lower KL to the teacher than all of their controls, held out; empty where none has both."""
+    measured = [run for run in distilled if run.get("paired_kl_to_teacher")]
+    lower = [run for run in measured if all(_is_below(each) for each in run["paired_kl_to_teacher"].values())]
+    higher = [run for run in measured if any(_is_above(each) for each in run["paired_kl_to_teacher"].values())]
+    rest = [run for run in measured if run not in lower and run not in higher]
+    parts = [
+        f"{verb} in {'; '.join(_nat_gains(run) for run in some)}"
+        for verb, some in (("lower", lower), ("higher", higher), ("not shown to differ", rest))
+        if some
+    ]
+    return f" KL to the teacher: {', '.join(parts)}." if parts else ""
+
+
+def _is_below(difference: dict[str, float | None]) -> bool:
+    return difference["high"] is not None and difference["high"] < 0
+
+
+def _is_above(difference: dict[str, float | None]) -> bool:
+    return difference["low"] is not None and difference["low"] > 0
+
+
+def _nat_gains(run: dict[str, Any]) -> str:
+    found = []
+    for control, each in run["paired_kl_to_teacher"].items():
+        interval = "" if each["low"] is None else f" [{each['low']:+.3f}, {each['high']:+.3f}]"
+        found.append(f"{each['mean']:+.3f} nats{interval} to {control}")
+    return f"{run['name']} ({', '.join(found)})"
 
 
 def _unlike(runs: Sequence[dict[str, Any]]) -> str:
@@ -164,6 +202,8 @@ def _summarise(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": [entry["seed"] for entry in entries],
         "num_seeds": len(entries),
         "num_held_out": entries[0].get("num_samples"),
+        "turns": entries[0].get("turns", "first"),  # earlier evaluations judged first answers alone
+        "num_answers": entries[0].get("num_answers", entries[0].get("num_samples")),
         "num_parameters": entries[0]["num_parameters"],
         "num_activated_parameters": entries[0].get("num_activated_parameters", entries[0]["num_parameters"]),
         "exact_match": mean_and_sd([entry["exact_match"] for entry in entries]),
@@ -175,6 +215,7 @@ def _summarise(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
         "unsupported_rate": _optional(entries, "unsupported_rate"),
         "yes_no": _yes_no([entry.get("yes_no") for entry in entries]),
         "routers": _routers([entry.get("routers") for entry in entries]),
+        "cross_entropy": _optional(entries, "cross_entropy"),
         "kl_to_teacher": _optional(entries, "kl_to_teacher"),
         "top1_agreement": _optional(entries, "top1_agreement"),
         "seconds": fmean([entry["seconds"] for entry in entries]),
@@ -205,8 +246,8 @@ def _routers(statistics: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 
 def _optional(entries: list[dict[str, Any]], key: str) -> dict[str, float] | None:
-    values = [entry[key] for entry in entries]
-    return None if any(value is None for value in values) else mean_and_sd(values)
+    values = [entry[key] for entry in entries if entry.get(key) is not None]
+    return mean_and_sd(values) if len(values) == len(entries) else None
 
 
 def _read_teacher(folder: str | None) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from pipeline.plots import NO_CATEGORY
 def print_summary(folder: Path) -> None:
     """Prints the table of <folder>/report.json, its verdict, and where the page lies."""
     report = json.loads((folder / "report.json").read_bytes())
-    header = ("run", "exact match", "KL to teacher", "seconds", "peak memory")
+    header = ("run", "exact match", "cross-entropy", "KL to teacher", "seconds", "peak memory")
     rows = [
         (
             run["name"],
             percent(run["exact_match"]),
+            "–" if run.get("cross_entropy") is None else f"{run['cross_entropy']['mean']:.3f}",
             "–" if run["kl_to_teacher"] is None else f"{run['kl_to_teacher']['mean']:.3f}",
             f"{run['seconds']:.0f}",
             format_bytes(run["peak_memory_bytes"]),
@@ -25,7 +26,7 @@ def print_summary(folder: Path) -> None:
         for run in report["runs"]
     ]
     if report["teacher"]:
-        rows.append(("teacher", f"{100 * report['teacher']['exact_match']:.1f} %", "", "", ""))
+        rows.append(("teacher", f"{100 * report['teacher']['exact_match']:.1f} %", "", "", "", ""))
     print(f"\n{columns([header, *rows])}\n\n{report['verdict']}\n{folder / 'report.html'}")
 
 
@@ -42,6 +43,10 @@ def describe_evaluation(path: Path) -> str:
     hallucinated = (evaluation.get("yes_no") or {}).get("hallucination_rate")
     if hallucinated is not None:
         rows.append(("yes where it is no", f"{100 * hallucinated:.1f} %"))
+    if evaluation.get("turns"):
+        rows.append(("judged", f"{evaluation['turns']} answers: {evaluation['num_answers']}"))
+    if evaluation.get("cross_entropy") is not None:
+        rows.append(("cross-entropy", f"{evaluation['cross_entropy']:.4f} nats"))
     if evaluation["kl_to_teacher"] is not None:
         rows.append(("KL to the teacher", f"{evaluation['kl_to_teacher']:.4f} nats"))
         rows.append(("top-1 agreement", f"{100 * evaluation['top1_agreement']:.1f} %"))

@@ -214,16 +214,16 @@ def collate(
     )
 
 
-def prompt_of(tokens: TokensRecord, *, image_token_id: int) -> TokensRecord:
-    """A sample up to its first response token, with the images shown until then.
+def prompt_of(tokens: TokensRecord, *, image_token_id: int, answer: int = 0) -> TokensRecord:
+    """A sample up to the first token of one of its answers, with the images shown and the answers given until then.
 
     Errors: StillhouseError for a sample without a response, or that starts with it.
     """
-    responses = np.flatnonzero(tokens.response_mask)
-    if not responses.size or responses[0] == 0:
-        found = "no response token" if not responses.size else "a response token first"
+    spans = answer_spans(tokens)
+    if not spans or spans[0][0] == 0:
+        found = "a response token first" if spans else "no response token"
         raise StillhouseError(f"sample {tokens.sample_id!r} has {found}, so there is nothing to answer")
-    stop = int(responses[0])
+    stop = spans[answer][0]
     num_images = int(np.count_nonzero(tokens.token_ids[:stop] == image_token_id))
     return replace(
         tokens,
@@ -233,11 +233,10 @@ def prompt_of(tokens: TokensRecord, *, image_token_id: int) -> TokensRecord:
     )
 
 
-def first_answer(tokens: TokensRecord) -> NDArray[np.int32]:
-    """The ids of a sample's first response, its end-of-turn token included; empty without a response."""
-    responses = np.flatnonzero(tokens.response_mask)
-    breaks = np.flatnonzero(np.diff(responses) > 1)
-    return tokens.token_ids[responses[: breaks[0] + 1] if breaks.size else responses]
+def answer_spans(tokens: TokensRecord) -> list[tuple[int, int]]:
+    """Start and stop of each answer in a sample's ids, its end-of-turn token included; none without a response."""
+    edges = np.flatnonzero(np.diff(tokens.response_mask.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def collate_prompts(prompts: Sequence[TokensRecord], grid: Grid, gather: Gather) -> PromptBatch:

@@ -404,3 +404,4 @@ class EvaluationSection(Section):
     images: LocalPath | None = None  # folder of images; default: the one that the cache names
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     batch: Annotated[int, Field(ge=1)] = 64  # samples
+    turns: Literal["all", "first", "last"] = "all"  # answers judged; the sample's own earlier answers stand before each

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {message}\n")
         return 1
-    sys.stdout.write(f"{options.model}: exact match {document['exact_match']:.1%} of {document['num_samples']}\n")
+    sys.stdout.write(f"{options.model}: exact match {document['exact_match']:.1%} of {document['num_answers']}\n")
     return 0
 
 

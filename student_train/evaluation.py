@@ -1,7 +1,7 @@
 """How good a model is: generated answers against references, and closeness to the cached teacher, held out.
 
-A sample is asked once: its prompt ends before its first response token, so of several turns only the
-first is judged.
+Of several turns all are judged, or the first or last: `evaluation.turns`. A prompt ends before the answer that is
+judged, and holds the sample's own earlier answers.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from storage.reader import Cache, read_identity
 from storage.records import TokensRecord
-from student_train.batch import Batch, collate, collate_prompts, first_answer, prompt_of
+from student_train.batch import Batch, answer_spans, collate, collate_prompts, prompt_of
 from student_train.config import EvaluationSection, SourceSection
 from student_train.documents import write_json
 from student_train.fused_head import SparseTarget
@@ -34,18 +34,39 @@ from student_train.student import Student
 from student_train.yes_no import unsupported_rate, yes_no_scores
 
 MEMORY_BYTES = 512 << 20  # of image features, which the second pass needs again
+Item = TypeVar("Item")
 CHUNK_LOGITS = 1 << 25  # of the head in memory at once
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Closeness to the cached teacher, over held-out response rows."""
+    """Closeness to the references and to the cached teacher, over held-out response rows."""
 
+    cross_entropy_sum: float  # nats, of the references' tokens
+    num_labels: int
     kl_sum: float  # nats, bucketed on the exact entries
     num_agreeing: int  # rows whose most probable token is the teacher's
-    num_rows: int
+    num_rows: int  # with a distribution of the teacher
     num_topped: int  # rows whose most probable token of the teacher is stored
     routers: tuple[tuple[int, RouterLosses], ...] = ()  # of a sparse model: each batch's number of tokens and these
+
+    @staticmethod
+    def total(parts: Sequence[Fidelity]) -> Fidelity:
+        """Of several batches."""
+        return Fidelity(
+            cross_entropy_sum=sum(part.cross_entropy_sum for part in parts),
+            num_labels=sum(part.num_labels for part in parts),
+            kl_sum=sum(part.kl_sum for part in parts),
+            num_agreeing=sum(part.num_agreeing for part in parts),
+            num_rows=sum(part.num_rows for part in parts),
+            num_topped=sum(part.num_topped for part in parts),
+            routers=tuple(router for part in parts for router in part.routers),
+        )
+
+    @property
+    def cross_entropy(self) -> float | None:
+        """Mean over the references' tokens, None without any."""
+        return self.cross_entropy_sum / self.num_labels if self.num_labels else None
 
     @property
     def kl(self) -> float | None:
@@ -87,21 +108,25 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
         for index, owner in zip(tokens, data.owners(list(tokens)).tolist(), strict=True)
         if "response" in data.sources[owner].cache.families
     ]
-    fidelity = judge.fidelity(scored) if scored else None
+    others = sorted(set(tokens) - set(scored))
+    fidelity = Fidelity.total([*judge.fidelity(scored, ("response",)), *judge.fidelity(others, ())])
     by_category: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
         by_category[sample["category"]].append(sample["correct"])
     document = {
-        "num_samples": len(samples),
+        "num_samples": len(tokens),
+        "turns": section.turns,
+        "num_answers": len(samples),
         "exact_match": _mean([sample["correct"] for sample in samples]),
         "by_category": {
             name: {"num": len(hits), "exact_match": _mean(hits)} for name, hits in sorted(by_category.items())
         },
         "unsupported_rate": unsupported_rate((sample["answer"], sample["reference"]) for sample in samples),
         "yes_no": yes_no_scores((sample["answer"], sample["reference"]) for sample in samples),
-        "routers": router_statistics(fidelity.routers) if fidelity and fidelity.routers else None,
-        "kl_to_teacher": fidelity.kl if fidelity else None,
-        "top1_agreement": fidelity.agreement if fidelity else None,
+        "routers": router_statistics(fidelity.routers) if fidelity.routers else None,
+        "cross_entropy": fidelity.cross_entropy,
+        "kl_to_teacher": fidelity.kl,
+        "top1_agreement": fidelity.agreement,
         "seconds": round(time.monotonic() - started, 3),
         "settings": section.model_dump(mode="json"),
         "samples": samples,
@@ -147,17 +172,19 @@ class _Judge:
     section: EvaluationSection
 
     def answers(self) -> list[dict[str, Any]]:
-        """What the model answers to each sample, in the order of `tokens`."""
+        """What the model answers at each judged turn of each sample, in the order of `tokens`."""
         grid, tokenizer = self.checkpoint.grid, self.checkpoint.tokenizer
         prompts = {
-            index: prompt_of(record, image_token_id=grid.image_token_id) for index, record in self.tokens.items()
+            (index, turn): prompt_of(record, image_token_id=grid.image_token_id, answer=turn)
+            for index, record in self.tokens.items()
+            for turn in _judged_turns(record, self.section.turns)
         }
-        order = sorted(prompts, key=lambda index: (len(prompts[index].token_ids), index))  # little padding
+        order = sorted(prompts, key=lambda place: (len(prompts[place].token_ids), place))  # little padding
         device = next(self.student.parameters()).device
-        answers: dict[int, list[int]] = {}
-        with tqdm(total=len(order), desc="answering", unit="sample", mininterval=1.0, leave=False) as bar:
+        answers: dict[tuple[int, int], list[int]] = {}
+        with tqdm(total=len(order), desc="answering", unit="answer", mininterval=1.0, leave=False) as bar:
             for batch in _pieces(order, self.section.batch):
-                prompt_batch = collate_prompts([prompts[index] for index in batch], grid, self.vision.gather)
+                prompt_batch = collate_prompts([prompts[place] for place in batch], grid, self.vision.gather)
                 continued = greedy(
                     self.student,
                     prompt_batch.to(device),
@@ -167,12 +194,15 @@ class _Judge:
                 answers.update(zip(batch, continued, strict=True))
                 bar.update(len(batch))
         results = []
-        for index, record in self.tokens.items():
-            answer = normalised(tokenizer.decode(answers[index], skip_special_tokens=True))
-            reference = normalised(tokenizer.decode(first_answer(record), skip_special_tokens=True))
+        for index, turn in prompts:
+            record = self.tokens[index]
+            start, stop = answer_spans(record)[turn]
+            answer = normalised(tokenizer.decode(answers[index, turn], skip_special_tokens=True))
+            reference = normalised(tokenizer.decode(record.token_ids[start:stop], skip_special_tokens=True))
             results.append(
                 {
                     "sample_id": record.sample_id,
+                    "turn": turn,
                     "category": record.category,
                     "answer": answer,
                     "reference": reference,
@@ -182,24 +212,21 @@ class _Judge:
         return results
 
     @torch.inference_mode()
-    def fidelity(self, indices: Sequence[int]) -> Fidelity:
-        """KL to the teacher and agreement with its first choice, over all response rows of the samples."""
+    def fidelity(self, indices: Sequence[int], families: tuple[str, ...]) -> list[Fidelity]:
+        """Cross-entropy of all response tokens of the samples, by batch.
+
+        With the family `response`, KL to the teacher and agreement with its first choice, too.
+        """
         order = sorted(indices, key=lambda index: (len(self.tokens[index].token_ids), index))
         device = next(self.student.parameters()).device
-        kl_sum, num_agreeing, num_rows, num_topped = 0.0, 0, 0, 0
-        routers: list[tuple[int, RouterLosses]] = []
+        parts = []
         for indices_of_batch in tqdm(
             _pieces(order, self.section.batch), desc="comparing", unit="batch", mininterval=1.0, leave=False
         ):
             records = self.data.read_many(indices_of_batch)
-            batch = collate(records, self.checkpoint.grid, self.vision.gather, families=("response",)).to(device)
-            part = _fidelity(self.student, batch)
-            kl_sum += part.kl_sum
-            num_agreeing += part.num_agreeing
-            num_rows += part.num_rows
-            num_topped += part.num_topped
-            routers += part.routers
-        return Fidelity(kl_sum, num_agreeing, num_rows, num_topped, tuple(routers))
+            batch = collate(records, self.checkpoint.grid, self.vision.gather, families=families).to(device)
+            parts.append(_fidelity(self.student, batch))
+        return parts
 
 
 def normalised(text: str) -> str:
@@ -207,8 +234,12 @@ def normalised(text: str) -> str:
     return " ".join(text.split())
 
 
+def _judged_turns(tokens: TokensRecord, turns: str) -> Sequence[int]:
+    count = max(1, len(answer_spans(tokens)))  # of none, `prompt_of` says so
+    return {"all": range(count), "first": [0], "last": [count - 1]}[turns]
+
+
 def _fidelity(student: Student, batch: Batch) -> Fidelity:
-    assert batch.response is not None
     inputs = batch.input_ids, batch.visual_positions, batch.vision
     routers = ()
     if is_sparse(student.model.config):
@@ -219,20 +250,25 @@ def _fidelity(student: Student, batch: Batch) -> Fidelity:
         hidden = student.hidden(*inputs)
     rows = hidden.index_select(0, batch.response_positions)
     per_chunk = max(1, CHUNK_LOGITS // student.vocab_size)
-    kl_sum, num_agreeing, num_topped = 0.0, 0, 0
+    cross_entropy_sum, kl_sum, num_agreeing, num_topped = 0.0, 0.0, 0, 0
     for start in range(0, len(rows), per_chunk):
         stop = min(start + per_chunk, len(rows))
-        logits, teacher = student.logits(rows[start:stop]).float(), batch.response.slice(start, stop)
+        logits, labels = student.logits(rows[start:stop]).float(), batch.labels[start:stop]
+        cross_entropy_sum += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        if batch.response is None:
+            continue
+        teacher = batch.response.slice(start, stop)
         topped = teacher.num_exact > 0  # entries fall, so the first is the most probable
         tops = teacher.ids[teacher.offsets[:-1][topped]]
         num_agreeing += int((logits.argmax(1)[topped] == tops).sum())
         num_topped += int(topped.sum())
         against = SparseTarget(teacher).against(0, teacher.num_rows, logits)
         kl_sum += float(row_losses_(logits, None, against, gradient=False).divergence)
-    return Fidelity(kl_sum, num_agreeing, len(rows), num_topped, routers)
+    num_rows = 0 if batch.response is None else len(rows)
+    return Fidelity(cross_entropy_sum, len(rows), kl_sum, num_agreeing, num_rows, num_topped, routers)
 
 
-def _pieces(items: list[int], size: int) -> list[list[int]]:
+def _pieces(items: list[Item], size: int) -> list[list[Item]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 

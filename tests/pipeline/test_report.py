@@ -70,6 +70,18 @@ def test_verdict_is_honest_either_way():
     assert "nothing to compare" in verdict([run("sft", distilled=False, paired={"x": better})])
 
 
+def test_the_verdict_says_which_answers_were_judged_and_who_is_closer_to_the_teacher():
+    better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
+    lower = {"mean": -0.2, "sd": 0.01, "low": -0.25, "high": -0.15}
+    unsure = {"mean": -0.2, "sd": 0.5, "low": -0.7, "high": 0.3}
+    wins = {**run("kd", distilled=True, paired={"sft": better}), "turns": "all"}
+    for difference, said in ((lower, "lower in"), (better, "higher in"), (unsure, "not shown to differ in")):
+        sentence = verdict([{**wins, "paired_kl_to_teacher": {"sft": difference}}])
+        assert f"KL to the teacher: {said} kd ({difference['mean']:+.3f} nats" in sentence
+        assert "Exact match of all answers" in sentence
+    assert "KL" not in verdict([{**wins, "paired_kl_to_teacher": {}}])
+
+
 def test_runs_that_were_judged_on_other_samples_are_said_to_be():
     """A run is judged on the held-out samples of all caches of its stage, which its control may not read."""
     better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}

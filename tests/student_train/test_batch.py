@@ -17,7 +17,7 @@ from storage.records import (
     SampleRecord,
     TokensRecord,
 )
-from student_train.batch import Grid, collate, collate_prompts, first_answer, layout, prompt_of
+from student_train.batch import Grid, answer_spans, collate, collate_prompts, layout, prompt_of
 from student_train.images import VisionInput
 from tests.student_train.caches import sparse_rows
 
@@ -181,8 +181,11 @@ def test_prompts_end_together_before_the_first_response_token() -> None:
     prompts = [prompt_of(tokens, image_token_id=IMAGE) for tokens in (first, second)]
     assert prompts[0].token_ids.tolist() == [1, IMAGE, 2]
     assert [ref.path for ref in prompts[0].images] == ["a"]
-    assert first_answer(first).tolist() == [7, 8]
-    assert first_answer(second).tolist() == [7]
+    assert answer_spans(first) == [(3, 5), (7, 8)]
+    assert answer_spans(second) == [(6, 7)]
+    last = prompt_of(first, image_token_id=IMAGE, answer=1)  # the first answer stands before the second
+    assert last.token_ids.tolist() == [1, IMAGE, 2, 7, 8, IMAGE, 3]
+    assert [ref.path for ref in last.images] == ["a", "b"]
     batch = collate_prompts(prompts, GRID, gather)
     assert batch.input_ids.tolist() == [[0, 1, IMAGE, IMAGE, IMAGE, 2], [1, 2, 3, 4, 5, 6]]
     assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]

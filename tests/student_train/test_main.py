@@ -159,8 +159,9 @@ def test_an_evaluation_holds_what_the_contract_says(alone: Alone) -> None:
     assert set(document["by_category"]) == {"left", "right", "caption"}
     assert sum(category["num"] for category in document["by_category"].values()) == 6
     assert 0 < document["kl_to_teacher"] < 2
+    assert 0 < document["cross_entropy"] < 0.1  # it answers every question rightly
     assert document["top1_agreement"] == pytest.approx(top_is_label(path))  # it gives each label the most
-    assert set(document["samples"][0]) == {"sample_id", "category", "answer", "reference", "correct"}
+    assert set(document["samples"][0]) == {"sample_id", "turn", "category", "answer", "reference", "correct"}
     assert [sample["sample_id"] for sample in document["samples"]] == [f"train-{n:03d}" for n in range(6)]
 
 
@@ -177,6 +178,7 @@ def test_the_evaluation_s_command_line(alone: Alone, capsys: pytest.CaptureFixtu
 def test_a_cache_of_tokens_alone_gives_no_fidelity(checkpoint: Path, tmp_path: Path) -> None:
     path = make_cache(tmp_path, checkpoint, num_samples=3, families=())
     document = evaluate_model(checkpoint, [SourceSection(path=str(path))], EvaluationSection(max_new_tokens=3))
+    assert document["cross_entropy"] > 0
     assert document["kl_to_teacher"] is None
     assert document["top1_agreement"] is None
     (checkpoint / "evaluation.json").unlink()

@@ -1,0 +1,77 @@
+"""Which answers of a conversation are judged, and the held-out cross-entropy by another road."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from storage.identity import stored_pixels
+from storage.reader import Cache
+from storage.records import PartRecords
+from storage.writer import CacheWriter
+from student_train.batch import collate
+from student_train.config import EvaluationSection, SourceSection
+from student_train.evaluation import evaluate_model
+from student_train.images import FeatureStore, ImageFolder, VisionSource
+from student_train.models import load_for_inference, read_checkpoint
+from tests.student_train.caches import make_cache
+
+
+@pytest.fixture(scope="module")
+def two_turns(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """Three samples with a second question, about the first one's image, and another answer; tokens only."""
+    one = Cache.open(make_cache(tmp_path_factory.mktemp("one"), checkpoint, num_samples=3, families=()))
+    path = tmp_path_factory.mktemp("two") / "cache"
+    writer = CacheWriter.open(path, one.identity.model_copy(update={"num_parts": 1}), ())
+    records = []
+    for index in range(3):
+        tokens, other = one.read(index).tokens, one.read((index + 1) % 3).tokens
+        asks_again = other.token_ids != one.identity.image_token_id
+        records.append(
+            replace(
+                tokens,
+                token_ids=np.concatenate([tokens.token_ids, other.token_ids[asks_again]]),
+                response_mask=np.concatenate([tokens.response_mask, other.response_mask[asks_again]]),
+            )
+        )
+    writer.write_part(0, PartRecords(tokens=records))
+    writer.seal()
+    return path
+
+
+@pytest.mark.parametrize(("turns", "judged"), [("all", [0, 1]), ("first", [0]), ("last", [1])])
+def test_the_turns_that_were_asked_for_are_judged_and_named(two_turns, checkpoint, turns, judged):
+    section = EvaluationSection(splits=("train",), max_new_tokens=1, turns=turns)
+    document = evaluate_model(checkpoint, [SourceSection(path=str(two_turns))], section)
+    assert document["turns"] == turns
+    assert (document["num_samples"], document["num_answers"]) == (3, 3 * len(judged))
+    assert [sample["turn"] for sample in document["samples"]] == judged * 3
+    references = {(sample["sample_id"], sample["turn"]): sample["reference"] for sample in document["samples"]}
+    if turns == "all":  # each sample's second answer is the first one of the sample after it
+        ids = sorted({sample_id for sample_id, _ in references})
+        assert [references[name, 1] for name in ids] == [references[name, 0] for name in (*ids[1:], ids[0])]
+    (checkpoint / "evaluation.json").unlink()
+
+
+def test_held_out_cross_entropy_is_that_of_every_reference_token(two_turns, checkpoint):
+    document = evaluate_model(
+        checkpoint, [SourceSection(path=str(two_turns))], EvaluationSection(splits=("train",), max_new_tokens=1)
+    )
+    (checkpoint / "evaluation.json").unlink()
+    cache, opened = Cache.open(two_turns), read_checkpoint(checkpoint)
+    folder = ImageFolder(cache.image_root, opened.image_processor, pixels=stored_pixels(cache.identity))
+    vision = VisionSource(folder, features=FeatureStore(1 << 20), pixels=FeatureStore(0))
+    student = load_for_inference(opened, vocab_size=cache.identity.vocab_size)
+    surprises = []
+    for index in range(3):  # one by one: no padding
+        batch = collate([cache.read(index)], opened.grid, vision.gather)
+        with torch.inference_mode():
+            hidden = student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+            logprobs = student.logits(hidden[batch.response_positions]).double().log_softmax(1)
+        surprises += (-logprobs[torch.arange(len(batch.labels)), batch.labels]).tolist()
+    assert len(surprises) == sum(cache.read(index).tokens.num_response_tokens for index in range(3))
+    assert document["cross_entropy"] == pytest.approx(np.mean(surprises), rel=1e-4)
