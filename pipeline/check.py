@@ -63,6 +63,29 @@ def check(experiment: Experiment) -> Iterator[str]:
             f"to train; {trained.tokenizer} stood in for it"
         )
     yield from _check_stages(experiment, planned.identity)
+    yield _not_looked_at(experiment)
+
+
+def _not_looked_at(experiment: Experiment) -> str:
+    """What only the work itself, or another verb, can tell: nobody shall think that it was checked."""
+    unseen = ["weights, of teacher and students alike, and whether they fit into memory (`dump` and `train` load them)"]
+    if experiment.teacher.backend == "vllm":
+        unseen.append("whether vLLM starts and says what the model says (`dump`)")
+    unseen.append("whether the teacher sees its images (`dump` asks)")
+    if has_cache(open_folder(experiment.cache.path)):
+        unseen.append(
+            "the bytes of the cache (`verify`) and whether its rows are still the teacher's (`verify --replay`)"
+        )
+    for name, section in experiment.stages.items():
+        stage = resolved(section, name)
+        sources = [source.path for source in stage.sources(experiment.cache.path)]
+        if not Path(stage.init).is_dir():
+            unseen.append(f"whether the student of stages.{name} fits: {stage.init} is not there yet")
+        elif experiment.cache.path not in sources and not all(has_cache(open_folder(path)) for path in sources):
+            unseen.append(
+                f"whether the student of stages.{name} fits: a cache of {', '.join(sources)} is not there yet"
+            )
+    return "not looked at:" + _shown(unseen)
 
 
 def _unprepared(experiment: Experiment) -> list[str]:

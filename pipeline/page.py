@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -63,7 +64,7 @@ def _nats(value: dict[str, float] | None) -> str:
     return "–" if value is None else f"{value['mean']:.3f} ± {value['sd']:.3f}"
 
 
-def judged_turns(runs: list[dict[str, Any]]) -> str:
+def judged_turns(runs: Sequence[dict[str, Any]]) -> str:
     """Which of a conversation's answers the runs were judged by; evaluations of before judged first answers."""
     return " and ".join(sorted({f"{run.get('turns') or 'first'} answers" for run in runs}))
 

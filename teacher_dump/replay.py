@@ -26,7 +26,9 @@ from teacher_dump.samples import SampleRefusedError
 from teacher_dump.scoring import PartScorer
 from teacher_dump.settings import DumpSettings
 
-NOISE_FACTOR = 4.0  # as the blind check takes it: two of a few hundred numbers of one kind seldom differ by more
+# As the blind check takes it: two of a few hundred numbers of one kind seldom differ by more. Of two equal sets of
+# numbers either has the larger maximum as often, so a factor of 1 would refuse every second good cache.
+NOISE_FACTOR = 4.0
 FROM_THE_TEACHER = ("response", "visual", "relation", "sequence", "hidden")
 _SAMPLES_AT_ONCE = 32  # whose hidden states are in memory together; the second time the batches are smaller
 _SECOND_BATCH = 5
@@ -240,7 +242,8 @@ def check_drift(found: Replay, path: str) -> None:
             shown = ", ".join(one.samples[:10]) + (", …" if len(one.samples) > 10 else "")
             lines.append(
                 f"  {one.family} {one.measure}: up to {one.drift.max:.3g} from the teacher, {one.excess.max:.3g} more "
-                f"than encoding cost; its own noise is {one.noise.max:.3g} at most; samples {shown}"
+                f"than encoding cost; allowed are {NOISE_FACTOR:g} times its own noise, {one.noise.max:.3g} at most; "
+                f"samples {shown}"
             )
     raise StillhouseError(
         f"{path}: of {found.num_samples} samples some are not what the teacher says (seed {found.seed}); "

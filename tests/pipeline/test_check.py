@@ -47,11 +47,16 @@ def file(tmp_path: Path) -> Path:
 def test_a_student_that_does_not_fit_the_cache_is_found(file: Path) -> None:
     experiment = read_experiment(file)
     student = Path(experiment.stages["kd"].init)
-    assert list(check(experiment))[-1] == f"stages.kd: {student} fits the teacher"  # there is no cache yet
+    assert list(check(experiment))[-2] == f"stages.kd: {student} fits the teacher"  # there is no cache yet
     settings = read_settings(file)
     CacheWriter.open(experiment.cache.path, plan_dump(settings).identity, ("response", "visual"))
     lines = list(check(experiment))
-    assert lines[-1] == f"stages.kd: {student} fits the cache"  # the stage `later` starts from what is not there yet
+    assert lines[-2] == f"stages.kd: {student} fits the cache"
+    assert lines[-1].startswith("not looked at:\n  weights")
+    later = experiment.stages["later"].init
+    assert f"whether the student of stages.later fits: {later} is not there yet" in lines[-1]
+    assert "stages.kd" not in lines[-1]
+    assert "verify --replay" in lines[-1]
     config = json.loads((student / "config.json").read_text())
     config["text_config"]["vocab_size"] = 299
     (student / "config.json").write_text(json.dumps(config))

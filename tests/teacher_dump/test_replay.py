@@ -20,8 +20,9 @@ from storage.rows import SparseRows
 from storage.verify import verify
 from storage.writer import CacheWriter
 from teacher_dump.assignment import worker_settings
+from teacher_dump.comparison import Measured
 from teacher_dump.dump_plan import plan_dump
-from teacher_dump.replay import Replay, check_drift, replay
+from teacher_dump.replay import NOISE_FACTOR, Replay, check_drift, replay, summarised
 from teacher_dump.settings import DumpSettings, read_settings
 from teacher_dump.worker import open_scorer
 from tests.teacher_dump.conftest import WriteConfig
@@ -74,6 +75,18 @@ def test_a_cache_is_what_its_teacher_says(write_config: WriteConfig, section, fa
         assert one.noise.max <= 1e-6  # this teacher takes one prompt at a time
         assert one.excess.max == 0
     check_drift(found, "cache")
+
+
+@pytest.mark.parametrize(("factor", "is_drift"), [(0.9, False), (1.1, True)])
+def test_the_documented_multiple_of_the_noise_is_allowed_and_no_more(factor, is_drift):
+    noise, zero = np.array([0.0, 2e-3]), np.zeros(2)
+    allowed = np.full(2, 1e-2)  # by the encoding
+    drift = allowed + np.array([0.0, factor * NOISE_FACTOR * 2e-3])
+    quiet = [Measured(f"quiet {number}", "response", "entropy", zero, zero, allowed) for number in range(9)]
+    (found,) = summarised([*quiet, Measured("s", "response", "entropy", noise, drift, allowed)])
+    assert found.samples == (("s",) if is_drift else ())
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"{NOISE_FACTOR:g} times the largest\ndifference between the two scorings" in readme
 
 
 def swap_answers(records: PartRecords) -> PartRecords:
