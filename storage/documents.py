@@ -69,6 +69,15 @@ class HeadEntry(Entry):
     sha256: Sha256
 
 
+class NamedFile(Entry):
+    """A file that the cache carries: of the tokenizer, of the processor, an index."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]  # what it was called
+    file: str  # relative to the cache
+    file_bytes: Count
+    sha256: Sha256
+
+
 class ErrorSummary(Entry):
     """Errors of one kind in a family, one for each row or matrix that was measured."""
 
@@ -86,6 +95,7 @@ class Losses(Document):
     selection_errors: dict[str, ErrorSummary] | None = None  # what the selection left of each dense row
     dropped_mass: dict[str, ErrorSummary] | None = None  # of selections that draw nothing from the tail
     errors_by_family: dict[str, ErrorSummary] | None = None  # of lossy encodings
+    engine_check: dict[str, ErrorSummary] | None = None  # the engine against the model itself, of a slice of samples
 
 
 class Description(Document):
@@ -94,6 +104,7 @@ class Description(Document):
     format_version: int
     families: tuple[str, ...]  # besides tokens
     identity: Identity
+    processor_files: tuple[NamedFile, ...] | None = None  # of the teacher's tokenizer and processor; None before
 
 
 class SegmentDescription(Document):
@@ -142,6 +153,7 @@ class Manifest(Losses):
     bytes_by_family: dict[str, Count]  # and those of the head
     commits: tuple[CommitEntry, ...]  # by part
     head: HeadEntry | None = None
+    index: NamedFile | None = None  # where samples lie, so that a reader need not read every part's ids
 
 
 Kind = TypeVar("Kind", bound=Document)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from storage.documents import Description, Document, SegmentDescription, parse_document
+from storage.documents import Description, Document, NamedFile, SegmentDescription, parse_document
 from storage.errors import CacheError, CorruptPartError, IdentityError, NoCacheError
 from storage.files import Folder
 from storage.identity import FORMAT_VERSION, NO_TEACHER, RETRY_VERSION, Identity, difference, stored_relation
@@ -48,6 +48,7 @@ class Segment:
     sha256: str  # of its document's bytes
     retries: int | None = None  # the segment whose failed samples its parts take up
     failed_ids: tuple[tuple[str, ...], ...] = ()  # of the errors that it takes up, by part
+    processor_files: tuple[NamedFile, ...] = ()  # that segment 0 names
 
     @property
     def has_tokens(self) -> bool:
@@ -280,7 +281,16 @@ def _first_segment(folder: Folder) -> Segment:
     description = parse_document(content, Description, place)
     _check_families(place, description.families)
     sha256 = hashlib.sha256(content).hexdigest()
-    return Segment(0, description.families, description.identity, description.format_version, None, 0, sha256)
+    return Segment(
+        number=0,
+        families=description.families,
+        identity=description.identity,
+        format_version=description.format_version,
+        adds_to=None,
+        first_part=0,
+        sha256=sha256,
+        processor_files=description.processor_files or (),
+    )
 
 
 def _later_segment(folder: Folder, number: int, earlier: Sequence[Segment]) -> Segment:

@@ -17,6 +17,7 @@ from storage.identity import Identity
 from storage.losses import KINDS
 from storage.part_scan import Advance, PartFindings, scan_part
 from storage.parts import Part, join_parts
+from storage.processor_files import load_processor_files
 from storage.retries import problems_of_retries
 from storage.segments import Segment, merged_identity, read_segments
 
@@ -64,6 +65,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     parts = join_parts(segments, commits)
     report.num_parts = len(parts)
     report.num_errors = sum(len(part.errors) for part in parts)
+    _check_processor_files(folder, segments, report)
     width = _head_width(folder, segments, commits, report)
     bar = _Bytes(progress, sum(entry.file_bytes for part in parts for entry in part.families.values()))
     holders: dict[str, int] = {}
@@ -206,12 +208,21 @@ def _head_width(
         return None
 
 
+def _check_processor_files(folder: Folder, segments: Sequence[Segment], report: VerifyReport) -> None:
+    for segment in segments:
+        try:
+            contents = load_processor_files(folder, segment.processor_files)
+            report.num_bytes += sum(map(len, contents.values()))
+        except CacheError as error:
+            report.problems.append(str(error))
+
+
 def _note_strangers(
     folder: Folder, segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]], report: VerifyReport
 ) -> None:
     named = {layout.SUMMARY_FILE}
     for segment in segments:
-        named |= {segment.file, segment.manifest_file}
+        named |= {segment.file, segment.manifest_file, *(entry.file for entry in segment.processor_files)}
         for part, commit in commits[segment.number].items():
             named |= {layout.commit_file(segment, part), *(entry.file for entry in commit.families.values())}
             named |= {commit.head.file} if commit.head is not None else set()

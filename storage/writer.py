@@ -12,7 +12,7 @@ import numpy as np
 
 from storage import commit as layout
 from storage.columns import Columns, tokens_columns
-from storage.documents import Commit, ErrorEntry, ErrorSummary, FileEntry, HeadEntry, Manifest
+from storage.documents import Commit, Description, ErrorEntry, ErrorSummary, FileEntry, HeadEntry, Manifest
 from storage.errors import CacheError, CorruptPartError
 from storage.files import Folder, open_folder
 from storage.head import StoredHead, encode_head
@@ -21,6 +21,7 @@ from storage.losses import DROPPED, NOISE, SELECTION, summarize, summary
 from storage.part_files import PartFiles
 from storage.part_rows import FamilyRows, part_rows
 from storage.preference import check_pairs
+from storage.processor_files import write_processor_files
 from storage.record_checks import check_records
 from storage.records import PartRecords, SampleError, TokensRecord
 from storage.retries import FailedIds, find_or_begin_retry, read_contents, taken_up_later
@@ -58,12 +59,14 @@ class CacheWriter:
         append: bool = False,
         sample_ids: Collection[str] = (),
         zstd_level: int = 9,
+        processor_files: Mapping[str, bytes] | None = None,
     ) -> CacheWriter:
         """The segment that a dump of `families` has to write, created if need be; see segments.find_segment.
 
         It may have fewer families than were asked for, when an earlier dump was not finished: then there is
         more to do once this one is sealed. `families` come besides tokens. `sample_ids` of the plan, where they
-        are given, are compared with those of the cache before anything is appended. Errors: IdentityError naming
+        are given, are compared with those of the cache before anything is appended. A new cache carries
+        `processor_files`, by name. Errors: IdentityError naming
         each field that differs; CacheError, among others for an unknown family or a sample that is there.
         """
         folder = open_folder(path)
@@ -73,7 +76,11 @@ class CacheWriter:
                 files = PartFiles(folder, max_bytes=0, checksums=False)
                 _refuse_known(folder, _holders(folder, segments, files), sample_ids)
             folder.make([found.file.rpartition("/")[0]])
-            folder.create(found.file, found.document.to_bytes())  # ours, or that of a writer that was faster
+            document = found.document
+            if processor_files and isinstance(document, Description):
+                entries = write_processor_files(folder, processor_files)
+                document = document.model_copy(update={"processor_files": entries})
+            folder.create(found.file, document.to_bytes())  # ours, or that of a writer that was faster
             found, segments = find_segment(folder, identity, families, append=append)
         folder.make([*found.stored_families, found.commits_folder])
         return cls(folder, segments, found.number, zstd_level)

@@ -11,6 +11,7 @@ from signal import Signals
 from storage.commit import SUMMARY_FILE
 from storage.errors import ConfigError, StillhouseError
 from storage.files import open_folder
+from storage.processor_files import read_processor_files
 from storage.reader import Cache
 from storage.records import SampleError
 from storage.retries import families_of_parts, read_contents, retries_of
@@ -154,6 +155,7 @@ def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:
         append=cache.append,
         sample_ids=[sample.id for part in planned.plan.parts for sample in part.samples] if cache.append else (),
         zstd_level=cache.zstd_level,
+        processor_files=read_processor_files(planned.checkpoint),
     )
 
 
