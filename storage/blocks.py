@@ -16,13 +16,12 @@ import zstandard
 from numpy.typing import NDArray
 
 from storage.bits import pack_bits
-from storage.block_header import MAX_ROWS, MAX_SETS, WIDE_LEVEL, Header, Planes, level_type, pack_header, read_header
+from storage.block_header import MAX_ROWS, MAX_SETS, Header, Planes, level_type, pack_header, read_header
 from storage.errors import CorruptPartError
 from storage.id_groups import IdGroups
+from storage.rounding import Head, choose_step, count_ties, level_table, places_of_first, round_head
 from storage.rows import HEAD_TOLERANCE, SparseRows, check_sampled_total, check_sampled_weights
 
-_LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)  # an entry is never decoded to 0
-_LEAST_STEP, _LARGEST_STEP = 1 / WIDE_LEVEL, 1 / 16
 _ID_MASK = (1 << 31) - 1
 _LEAD = np.float32(1e-6)  # nats of a first choice over entries that rounding made equal; float32 keeps it
 
@@ -48,12 +47,12 @@ def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl:
     sampled = [_draws_of(each, tau) for each in sets]
     exact, logprobs = rows.is_exact(), np.minimum(rows.logprobs, 0)
     entries = _in_order(rows, exact, groups)
-    step = _step(rows, rounding_kl)
+    step = choose_step(rows, rounding_kl)
     is_first = np.zeros(rows.num_entries, np.bool_)
     is_first[rows.offsets[:-1][rows.num_exact > 0]] = True
-    head = _Head(logprobs[exact][entries.order], entries.row, is_first[exact][entries.order], rows.num_rows)
-    lowest, values, errors = _rounded_head(head, step, seed)
-    first_choices = _places_of_first(head, values, rows.ids[exact][entries.order], step)
+    head = Head(logprobs[exact][entries.order], entries.row, is_first[exact][entries.order], rows.num_rows)
+    lowest, values, errors = round_head(head, step, seed)
+    first_choices = places_of_first(head, values, rows.ids[exact][entries.order], step)
     num_sampled = [np.diff(each.offsets) - each.num_exact for each in sets]
     length_bytes = _width(max(rows.num_exact.max(initial=0), *(counts.max(initial=0) for counts in num_sampled)))
     draw_bytes = _width(max(int(draws.max(initial=1)) - 1 for draws in sampled))
@@ -213,7 +212,7 @@ def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[n
     first_choices = None
     if header.version >= 4:
         first_choices = planes.take("first_choices", f"<u{header.length_bytes}", header.num_rows).astype(np.int64)
-        if (first_choices >= np.maximum(_ties(values.falling, num_exact), 1)).any():
+        if (first_choices >= np.maximum(count_ties(values.falling, num_exact), 1)).any():
             raise CorruptPartError("the block's first choice of a row is none of its most probable entries")
     return _Sets(num_exact, num_sampled, ranks, draws, header.tau, values, shift, first_choices)
 
@@ -240,7 +239,7 @@ def _values(planes: Planes, header: Header, num_exact: NDArray[np.int32]) -> _Va
         return _Values(logprobs, falling, 31, 0.0, present, np.full(header.num_rows, HEAD_TOLERANCE * 2))
     kind, max_level = level_type(header.step)
     levels = planes.take("values", kind, header.num_exact)
-    table = _level_table(header.step, header.lowest)
+    table = level_table(header.step, header.lowest)
     if header.lowest == 0 and levels.min(initial=1) == 0:
         raise CorruptPartError("the block has an exact entry of probability 0")
     with np.errstate(divide="ignore"):
@@ -293,89 +292,6 @@ def _sorted_sampled(row: NDArray, ids: NDArray, draws: NDArray, tau: float) -> t
         return (keys & _ID_MASK).astype(np.int32), np.full(len(ids), np.log(tau) if len(ids) else 0, np.float32)
     order = np.argsort(keys)
     return ids[order], np.log((draws[order] + 1.0) * tau).astype(np.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class _Head:
-    """The exact entries of some rows, each row's in the order of ranks."""
-
-    logprobs: NDArray[np.float32]
-    row: NDArray[np.int64]
-    is_first: NDArray[np.bool_]  # the most probable entry of its row
-    num_rows: int
-
-
-def _rounded_head(head: _Head, step: float, seed: int) -> tuple[float, NDArray, NDArray[np.float64]]:
-    """The probability of level 0, the values as a block holds them, and the cost of rounding each row."""
-    if step == 0:
-        return 0.0, head.logprobs.astype("<f4"), np.zeros(head.num_rows)
-    row, num_rows = head.row, head.num_rows
-    probs = np.maximum(np.exp(head.logprobs.astype(np.float64)), _LEAST_PROBABILITY)
-    kind, max_level = level_type(step)
-    below = np.minimum(np.floor(np.sqrt(probs) / step), max_level - 1).astype(np.int64)
-    low = below == 0
-    lowest = max(_float32_below(float(probs[low].min())), _LEAST_PROBABILITY) if low.any() else 0.0
-    table = _level_table(step, lowest)
-    share = np.clip((probs - table[below]) / (table[below + 1] - table[below]), 0, 1)  # of the step that lies below
-    levels = below + _rounds_up(head, below, share, seed)
-    decoded = table[levels]
-    mass = np.bincount(row, probs, num_rows)
-    ratio = np.divide(mass, np.bincount(row, decoded, num_rows), out=np.ones(num_rows), where=mass > 0)
-    divergence = np.bincount(row, probs * np.log(probs / (decoded * ratio[row])), num_rows)
-    return lowest, levels.astype(kind), np.maximum(divergence, 0.0)
-
-
-def _level_table(step: float, lowest: float) -> NDArray[np.float64]:
-    """The probability of each level."""
-    table = (np.arange(level_type(step)[1] + 1, dtype=np.float64) * step) ** 2
-    table[0] = lowest
-    return table
-
-
-def _rounds_up(head: _Head, below: NDArray[np.int64], share: NDArray[np.float64], seed: int) -> NDArray[np.bool_]:
-    """True for each entry with the probability `share`, and for none that would then exceed its row's first choice.
-
-    Entries within the first choice's step rise only if it does, and then with share / its share: their own
-    probability is `share` again. All others are independent.
-    """
-    uniforms = np.random.Generator(np.random.PCG64(seed)).random(len(share))
-    up = uniforms < share
-    first = np.zeros(head.num_rows, np.int64)  # of each row the first choice's entry
-    first[head.row[head.is_first]] = np.flatnonzero(head.is_first)
-    of_row = first[head.row]
-    beside = ~head.is_first & (below == below[of_row])
-    bound = share[of_row[beside]]
-    up[beside] = up[of_row[beside]] & (uniforms[beside] * bound < share[beside])
-    return up
-
-
-def _float32_below(value: float) -> float:
-    """The largest float32 that is not above it."""
-    rounded = np.float32(value)
-    return float(rounded if rounded <= value else np.nextafter(rounded, np.float32(0)))
-
-
-def _places_of_first(head: _Head, values: NDArray, ids: NDArray[np.int32], step: float) -> NDArray[np.int64]:
-    """(r,) how many of a row's entries come before its first choice by falling value, then id; 0 in an empty row."""
-    falling = np.abs(values).view(np.uint32) if step == 0 else level_type(step)[1] - values
-    first_ids, first_falling = np.zeros(head.num_rows, np.int64), np.zeros(head.num_rows, np.int64)
-    row = head.row[head.is_first]
-    first_ids[row], first_falling[row] = ids[head.is_first], falling[head.is_first]
-    tied = falling == first_falling[head.row]  # none falls less: see _rounds_up
-    before = tied & (ids < first_ids[head.row])
-    return np.bincount(head.row[before], minlength=head.num_rows)
-
-
-def _ties(falling: NDArray, num_exact: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(r,) how many of a row's entries are as probable as its most probable one; 0 in an empty row."""
-    starts = (np.cumsum(num_exact, dtype=np.int64) - num_exact)[num_exact > 0]
-    if not len(starts):
-        return np.zeros(len(num_exact), np.int64)
-    ties = np.zeros(len(num_exact), np.int64)
-    least = np.minimum.reduceat(falling, starts)
-    equal = falling == np.repeat(least, num_exact[num_exact > 0])
-    ties[num_exact > 0] = np.add.reduceat(equal, starts, dtype=np.int64)
-    return ties
 
 
 def _put_first(ids: NDArray[np.int32], logprobs: NDArray[np.float32], sets: _Sets) -> None:
@@ -446,15 +362,6 @@ def _has_twice(
     keys += ranks
     keys.sort(kind="stable")  # two ascending runs: one merge
     return bool((keys[1:] == keys[:-1]).any())
-
-
-def _step(rows: SparseRows, rounding_kl: float) -> float:
-    """The step of sqrt(p) whose rounding costs `rounding_kl` a row on average: e entries cost e * step^2 / 3."""
-    if rounding_kl == 0 or rows.num_rows == 0:
-        return 0.0
-    entries = max(1.0, float(rows.num_exact.mean()))
-    step = np.sqrt(3 * rounding_kl / entries)
-    return float(np.float32(np.clip(step, _LEAST_STEP, _LARGEST_STEP)))
 
 
 def _width(largest: int) -> int:

@@ -90,7 +90,7 @@ def exact_probabilities(rows: SparseRows) -> np.ndarray:
 def test_the_mean_of_decoded_probabilities_is_the_probability():
     rows = make_rows(0, 30)
     groups = IdGroups.of_counts(np.bincount(rows.ids, minlength=VOCAB_SIZE))
-    decoded = []
+    decoded, block = [], b""
     for seed in range(400):
         block = encode_block(rows, groups, tau=TAU, rounding_kl=5e-3, seed=seed).block
         decoded.append(exact_probabilities(decode(block, groups, rows)))
