@@ -34,7 +34,7 @@ class SelectionSection(Section):
     seed: Annotated[int, Field(ge=0)] = 0  # of the draws, threshold and sampled only
     draw_sets: Annotated[int, Field(ge=1, le=64)] = 1  # independent ones a row: epoch e trains on set e mod draw_sets
     temperatures: tuple[Annotated[float, Field(ge=0.01, le=100)], ...] = ()  # besides 1, whose log-sum-exp is kept
-    rounding_kl: Annotated[float, Field(ge=0, le=0.1)] = 5e-4  # nats that rounding costs a row on average; 0: float32
+    rounding_kl: Annotated[float, Field(ge=0, le=0.1)] = 1e-3  # nats that rounding costs a row on average; 0: float32
 
     @field_validator("temperatures")
     @classmethod

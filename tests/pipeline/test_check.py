@@ -212,7 +212,10 @@ def test_every_cache_of_a_stage_is_looked_at(file: Path) -> None:
         file.write_text(yaml.safe_dump(document))
         return list(check(read_experiment(file)))
 
-    assert lines()[-1] == f"stages.kd: {file.parent / 'student'} fits the teacher"
+    *_, fits, unseen = lines()
+    assert fits == f"stages.kd: {file.parent / 'student'} fits the teacher"
+    assert unseen.startswith("not looked at:")
+    assert "stages.later" in unseen
     stage["caches"][0]["splits"] = ["typo"]
     with pytest.raises(ConfigError, match=r"stages\.kd\.caches\.0\.splits names typo"):
         lines()

@@ -143,7 +143,7 @@ def test_identity_follows_what_is_dumped(write_config: WriteConfig) -> None:
     assert base.engine.startswith("transformers ")
     assert identity("teacher.backend=vllm").engine.startswith("vllm ")
     assert identity("teacher.dtype=bfloat16").dtype == "bfloat16"
-    kept = {"temperatures": [], "rounding_kl": 5e-4}
+    kept = {"temperatures": [], "rounding_kl": 1e-3}
     assert base.selection == {
         "response": {"method": "threshold", "tau": 0.01, "seed": 0, **kept},
         "visual": {"method": "threshold", "tau": 0.01, "seed": 0, **kept},
