@@ -156,6 +156,7 @@ def make_manifest(segment: Segment, commits: Sequence[tuple[Commit, str]]) -> Ma
         },
         commits=tuple(entries),
         head=head,
+        index=None,
         **totals([commit for commit, _ in commits]),
     )
 
