@@ -19,15 +19,15 @@ import torch
 
 from benchmarks import loader_peers, text_rows
 from benchmarks.results import Results, table, wants_json
-from storage.batches import shuffled_batches
 from storage.config import SelectionSection
-from storage.distributions import decode_group, decode_id_groups
+from storage.encoding.distributions import decode_group, decode_id_groups
 from storage.identity import FORMAT_VERSION, Identity
-from storage.reader import Cache
-from storage.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, image_key
-from storage.rows import SparseRows
-from storage.shuffle import WINDOW_ROWS
-from storage.writer import CacheWriter
+from storage.reader.batches import shuffled_batches
+from storage.reader.reader import Cache
+from storage.reader.shuffle import WINDOW_ROWS
+from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, image_key
+from storage.records.rows import SparseRows
+from storage.writer.writer import CacheWriter
 from teacher_dump.selection import Threshold, row_uniforms, select_rows
 
 NUM_ROWS = 2048  # of the model; answers are runs of them

@@ -23,9 +23,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import ConfigError, StillhouseError
-from storage.search_path import check_current_folder
-from storage.standard_streams import drop_output, open_closed_streams
-from storage.stop_signals import exit_code, explain, interruptible, leave
+from storage.processes.search_path import check_current_folder
+from storage.processes.standard_streams import drop_output, open_closed_streams
+from storage.processes.stop_signals import exit_code, explain, interruptible, leave
 
 if TYPE_CHECKING:  # which import torch
     from teacher_dump.replay import Replay
@@ -72,7 +72,7 @@ def _run_verb(argv: Sequence[str] | None) -> int:
         print(f"stillhouse: {error}", file=sys.stderr)
         return 1
     except Exception as error:  # a disk may be full wherever a library writes
-        from storage.disk import describe_full_disk
+        from storage.backends.disk import describe_full_disk
 
         message = describe_full_disk(error)
         if message is None:
@@ -190,9 +190,9 @@ def _need_folder(path: Path, name: str) -> None:
 
 
 def _need_cache(path: str) -> None:
+    from storage.backends.files import is_url, open_folder
     from storage.errors import NoCacheError
-    from storage.files import is_url, open_folder
-    from storage.segments import has_cache
+    from storage.layout.segments import has_cache
 
     if not is_url(path):
         _need_folder(Path(path), "CACHE")

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from pipeline.config import Experiment
 from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
 from pipeline.training import training_command, training_environment, training_flags
-from storage.disk import explain_write_errors, hint_of_full_disk
+from storage.backends.disk import explain_write_errors, hint_of_full_disk
+from storage.backends.files import write_atomically
 from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import changed_fields
-from storage.files import write_atomically
 from storage.sections import Named, read_sections
 from student_train.config import StageSection
 from student_train.stage_inputs import init_inputs

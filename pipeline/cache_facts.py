@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CacheError
-from storage.losses import KINDS
-from storage.reader import Cache
-from storage.segments import Segment, tokens_segments
+from storage.layout.losses import KINDS
+from storage.layout.segments import Segment, tokens_segments
+from storage.reader.reader import Cache
 
 IMAGE_FAMILIES = ("visual", "relation")
 

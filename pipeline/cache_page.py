@@ -23,7 +23,7 @@ from pipeline.sample_text import budgets_table, counted, label_words, losses_tab
 from pipeline.sample_view import AnswerToken, ImageView, SampleView, Segment, Signal, relation_summary
 from pipeline.token_texts import printable
 from storage.images.settings import PixelSettings
-from storage.records import ImageRef
+from storage.records.records import ImageRef
 
 KEY = (
     '<p class="key dim"><span class="fill exact"></span>exact <span class="fill sampled"></span>sampled '

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.disk import explain_write_errors
+from storage.backends.disk import explain_write_errors
+from storage.backends.files import open_folder, write_atomically
+from storage.backends.lock import Lock, hold_lock
 from storage.field_changes import changed_fields
-from storage.files import open_folder, write_atomically
-from storage.lock import Lock, hold_lock
-from storage.segments import read_segments
+from storage.layout.segments import read_segments
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from pipeline.plots import NO_CATEGORY, accuracy_plot, category_plot, colour_of, loss_plots
-from storage.disk import format_bytes
+from storage.backends.disk import format_bytes
 
 STYLE = """
 :root { color-scheme: light; }

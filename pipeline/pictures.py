@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from storage.images import pixels as image_pixels
 from storage.images.pictures import encode_picture, picture_of, shrink_picture
 from storage.images.settings import PixelSettings
-from storage.records import ImageRef
+from storage.records.records import ImageRef
 
 MAX_FILE_BYTES = 64 << 20  # a larger file is not opened
 MAX_PIXELS = 50_000_000  # a larger picture is not decoded

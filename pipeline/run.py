@@ -19,11 +19,11 @@ from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_ru
 from pipeline.preflight import warn_first
 from pipeline.report import write_report
 from pipeline.training import check_start, num_ranks, training_command, training_environment, training_flags
-from storage.child_process import GRACE_S, run_child
 from storage.errors import ConfigError, StillhouseError
-from storage.search_path import module_command
-from storage.stop_signals import Interrupted, stopped_by
-from storage.verify import VerifyReport, verify
+from storage.processes.child_process import GRACE_S, run_child
+from storage.processes.search_path import module_command
+from storage.processes.stop_signals import Interrupted, stopped_by
+from storage.verify.verify import VerifyReport, verify
 from student_train.stage_inputs import init_inputs
 from teacher_dump.__main__ import table
 from teacher_dump.dump import run_dump

@@ -11,7 +11,7 @@ from pipeline.page import format_bytes
 from pipeline.sample_view import AnswerToken, ImageView, SampleView, Segment, Signal, relation_summary
 from pipeline.summary import columns
 from pipeline.token_texts import printable
-from storage.records import SampleError
+from storage.records.records import SampleError
 
 WIDTH = 100
 BAR_WIDTH = 30

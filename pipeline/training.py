@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import student_train
-from storage.search_path import module_command
+from storage.processes.search_path import module_command
 from student_train.config import StageSection
 
 MAIN = Path(student_train.__file__).with_name("main.py")

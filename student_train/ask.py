@@ -12,8 +12,8 @@ import numpy as np
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import real_vocab_size
 from storage.images.settings import PixelSettings
-from storage.prompt_ids import leading_special_ids, with_leading_ids
-from storage.records import ImageRef, TokensRecord
+from storage.records.prompt_ids import leading_special_ids, with_leading_ids
+from storage.records.records import ImageRef, TokensRecord
 from student_train.batch import collate_prompts
 from student_train.generation import greedy
 from student_train.huggingface import load_processor

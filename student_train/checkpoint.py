@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from storage.disk import explain_write_errors, format_bytes, free_bytes
+from storage.backends.disk import explain_write_errors, format_bytes, free_bytes
+from storage.backends.files import sync
 from storage.errors import ConfigError, StillhouseError
-from storage.files import sync
 from storage.images.settings import PIXELS_FILE, PixelSettings, write_pixel_settings
 from student_train.huggingface import holds_nothing
 from student_train.sparse_upcycling import experts_apart

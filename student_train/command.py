@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storage.backends.disk import describe_full_disk
+from storage.backends.lock import Lock
 from storage.config import CacheSection
-from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
-from storage.lock import Lock
+from storage.processes.stop_signals import exit_code, explain, interruptible
+from storage.processes.supervisor import die_with_parent
 from storage.sections import Named, Sections, read_sections
-from storage.stop_signals import exit_code, explain, interruptible
-from storage.supervisor import die_with_parent
 from student_train.config import EvaluationSection, StageSection
 from student_train.stage_request import Request
 

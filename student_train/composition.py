@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from storage.backends.lock import hold_lock
 from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import changed_fields
-from storage.lock import hold_lock
 from student_train.checkpoint import put_back, save_checkpoint
 from student_train.config import CompositionSection
 from student_train.documents import write_json

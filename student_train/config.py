@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from storage.config import LocalPath, Section
-from storage.narrowing import Narrowing
-from storage.shuffle import WINDOW_ROWS
+from storage.reader.narrowing import Narrowing
+from storage.reader.shuffle import WINDOW_ROWS
 from student_train.sample_filter import Condition, check_condition
 
 Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from storage.disk import explain_write_errors
-from storage.files import write_atomically
+from storage.backends.disk import explain_write_errors
+from storage.backends.files import write_atomically
 
 
 class MetricsLog:

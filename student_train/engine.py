@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import ConfigError, StillhouseError
-from storage.waiting import Waiting
+from storage.processes.waiting import Waiting
 from student_train.config import StageSection
 from student_train.expert_parallel import autoep_settings, standard_names
 from student_train.parameter_groups import ParameterGroup

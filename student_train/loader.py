@@ -1,6 +1,6 @@
 """Sample order, who gets which sample, how many rows a global batch has, and reading ahead.
 
-Order depends only on (seed, epoch, position): storage/shuffle.py makes it. A global batch is the next
+Order depends only on (seed, epoch, position): storage/reader/shuffle.py makes it. A global batch is the next
 `global_batch` samples of the endless sequence of shuffled epochs; each rank takes a share of it and cuts that into
 micro-batches, as many on every rank. Samples of like length share a micro-batch, so there is little padding; a
 global batch stays what it is, and with it the loss, since that is a mean over all of its rows. Row counts come
@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.shuffle import Shuffle
+from storage.reader.shuffle import Shuffle
 
 T = TypeVar("T")
 _END = object()
@@ -37,7 +37,7 @@ class RowCounts:
 
 
 class Order(Protocol):
-    """An endless sequence of epochs, as storage.shuffle.Shuffle and mixture.Interleaving make it."""
+    """An endless sequence of epochs, as storage.reader.shuffle.Shuffle and mixture.Interleaving make it."""
 
     def __len__(self) -> int: ...
 

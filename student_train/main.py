@@ -15,8 +15,8 @@ if __name__ == "__main__":
     # This folder comes first on sys.path, where our modules would pass for packages of the same name.
     # With PYTHONSAFEPATH set it is not there.
     sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parent.parent)]
-    from storage.standard_streams import open_closed_streams
-    from storage.stop_signals import end_process
+    from storage.processes.standard_streams import open_closed_streams
+    from storage.processes.stop_signals import end_process
     from student_train.command import main
 
     open_closed_streams()

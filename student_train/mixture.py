@@ -3,7 +3,7 @@
 A weight says how often a cache's samples come in an epoch: 2 is twice each, 0.5 half of them, other halves in turn,
 so that over the epochs every sample of a cache comes equally often. Order depends only on caches, weights, seed,
 epoch and window: an epoch takes from each cache the next pieces of its own endless shuffled sequence
-(storage/shuffle.py), and mixes the caches evenly over the epoch without changing the order within any. So each
+(storage/reader/shuffle.py), and mixes the caches evenly over the epoch without changing the order within any. So each
 cache is still read through a window, and one of several costs no more than one alone.
 
 Legend: s samples of all caches, one cache after another.
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from storage.identity import Identity
 from storage.images.pixels import Picture
-from storage.reader import Cache
-from storage.records import ImageRef, SampleRecord
-from storage.shuffle import Shuffle, piece
+from storage.reader.reader import Cache
+from storage.reader.shuffle import Shuffle, piece
+from storage.records.records import ImageRef, SampleRecord
 from student_train.images import Pictures, open_images
 
 _KEPT_EPOCHS = 2  # a batch may run over the end of one

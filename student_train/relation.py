@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from storage.records import Relation, RelationFactor
+from storage.records.records import Relation, RelationFactor
 
 _LEAST_NORM = 1e-8  # product of two norms: a matrix that is zero has the cosine 0
 _LEAST_SQUARE = 1e-30  # under a root, whose slope at 0 is infinite
@@ -114,8 +114,8 @@ def resampling(num_student: int, num_teacher: int, *, pool: int | None = None) -
     """What brings an image's rows from the student's square grid to the teacher's; None where they are the same.
 
     Each row is the mean over the area of a cell of the teacher's grid, or of a block of pool x pool cells (see
-    storage.relation.blocks_of_grid). Logits are linear in hidden states, so resampling these resamples those: no
-    row of the teacher is changed, left out or invented. ValueError for numbers of tokens that are no squares.
+    storage.encoding.relation.blocks_of_grid). Logits are linear in hidden states, so resampling these resamples those:
+    no row of the teacher is changed, left out or invented. ValueError for numbers of tokens that are no squares.
     """
     if num_student == num_teacher and pool is None:
         return None

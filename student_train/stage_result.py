@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.backends.files import sync
+from storage.backends.lock import Lock, hold_lock
 from storage.errors import ConfigError
-from storage.files import sync
-from storage.lock import Lock, hold_lock
 from student_train.checkpoint import put_back
 from student_train.config import StageSection
 from student_train.stage_inputs import changes_of_result, read_record

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storage.disk import explain_write_errors
+from storage.backends.disk import explain_write_errors
 from storage.errors import ConfigError, WriteError
-from storage.stop_signals import Interrupted
+from storage.processes.stop_signals import Interrupted
 from student_train.documents import write_json
 from student_train.engine import Engine, from_first
 from student_train.stage_inputs import changes_of_state

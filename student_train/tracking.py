@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from storage.disk import explain_write_errors, is_full
+from storage.backends.disk import explain_write_errors, is_full
 from storage.errors import ConfigError, WriteError
 from student_train.config import Tracker
 from student_train.documents import write_json

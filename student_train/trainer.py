@@ -15,7 +15,7 @@ import torch
 
 from storage.errors import ConfigError, StillhouseError, WriteError
 from storage.identity import stored_pixels
-from storage.stop_signals import hold_signals
+from storage.processes.stop_signals import hold_signals
 from student_train.checkpoint import check_room, put_back
 from student_train.config import StageSection
 from student_train.documents import write_json

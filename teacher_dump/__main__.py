@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from storage.disk import describe_full_disk
+from storage.backends.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
-from storage.search_path import check_current_folder
-from storage.standard_streams import drop_output, open_closed_streams
-from storage.stop_signals import exit_code, explain, interruptible, leave
+from storage.processes.search_path import check_current_folder
+from storage.processes.standard_streams import drop_output, open_closed_streams
+from storage.processes.stop_signals import exit_code, explain, interruptible, leave
 
 if TYPE_CHECKING:  # which takes a second, in which a signal would find nobody
     from teacher_dump.dump import DumpResult, RetryOutcome

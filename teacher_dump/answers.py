@@ -24,13 +24,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storage.backends.disk import describe_full_disk
+from storage.backends.files import write_atomically
 from storage.config import CacheSection
-from storage.disk import describe_full_disk
 from storage.errors import ConfigError, StillhouseError
-from storage.files import write_atomically
-from storage.records import SampleError
-from storage.search_path import module_command
-from storage.stop_signals import end_process, exit_code, explain, interruptible
+from storage.processes.search_path import module_command
+from storage.processes.stop_signals import end_process, exit_code, explain, interruptible
+from storage.records.records import SampleError
 from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
 from teacher_dump.conversation import GENERATED_IDS

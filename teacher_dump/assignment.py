@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
+from storage.backends.files import is_url
 from storage.config import CacheSection, SelectionSection
-from storage.files import is_url
-from storage.hidden import MAX_FLOAT16
+from storage.encoding.hidden import MAX_FLOAT16
+from storage.encoding.tail_profile import tail_parts
 from storage.identity import Identity
-from storage.records import SampleError
-from storage.tail_profile import tail_parts
+from storage.records.records import SampleError
 from teacher_dump.dump_plan import DumpPlan
 from teacher_dump.log_file import quiet
 from teacher_dump.samples import SampleRefusedError

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.blocks import decode_block, encode_block
 from storage.config import BudgetSection
-from storage.distributions import RowFormat, encode_groups
+from storage.encoding.blocks import decode_block, encode_block
+from storage.encoding.distributions import RowFormat, encode_groups
+from storage.encoding.id_groups import IdGroups
+from storage.encoding.schema import parquet_bytes
 from storage.errors import ConfigError
-from storage.id_groups import IdGroups
-from storage.rows import SparseRows
-from storage.schema import parquet_bytes
+from storage.records.rows import SparseRows
 from teacher_dump.head import OutputHead
 from teacher_dump.selection import Threshold, row_uniforms, select_rows
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from storage.backends.files import open_folder
 from storage.config import BudgetSection, CacheSection
-from storage.files import open_folder
 from storage.identity import Identity
-from storage.segments import find_segment, has_cache, merged_identity, read_segments
+from storage.layout.segments import find_segment, has_cache, merged_identity, read_segments
 
 if TYPE_CHECKING:
     from teacher_dump.dump_plan import DumpPlan

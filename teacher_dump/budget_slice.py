@@ -11,7 +11,7 @@ from torch import Tensor
 
 from storage.config import BudgetSection, SelectionSection
 from storage.errors import StillhouseError
-from storage.records import SampleError
+from storage.records.records import SampleError
 from teacher_dump.budget import MAX_ROWS, Choice, Rows, choose
 from teacher_dump.samples import Sample
 from teacher_dump.scoring import PartScorer

@@ -11,11 +11,11 @@ from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from storage import commit as layout
-from storage.documents import ErrorEntry
-from storage.files import open_folder
-from storage.records import SampleError
-from storage.segments import has_cache, read_segments, tokens_segments
+from storage.backends.files import open_folder
+from storage.layout import commit as layout
+from storage.layout.documents import ErrorEntry
+from storage.layout.segments import has_cache, read_segments, tokens_segments
+from storage.records.records import SampleError
 from teacher_dump.plan import Plan
 from teacher_dump.reading import SampleSet
 from teacher_dump.sample_file import Chosen, Replaced

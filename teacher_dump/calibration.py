@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from storage.encoding.head import encode_head
+from storage.encoding.part_rows import part_rows
+from storage.encoding.schema import parquet_bytes
 from storage.errors import ConfigError, StillhouseError
-from storage.head import encode_head
 from storage.identity import Identity
-from storage.part_rows import part_rows
-from storage.records import PartRecords, SampleError
-from storage.schema import parquet_bytes
+from storage.records.records import PartRecords, SampleError
 from teacher_dump.assignment import with_teacher, worker_settings
 from teacher_dump.budget_choice import with_budget
 from teacher_dump.data_report import DataReport, DataWatch

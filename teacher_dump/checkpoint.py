@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.disk import explain_write_errors
+from storage.backends.disk import explain_write_errors
 from storage.errors import ConfigError, StillhouseError
 
 _INDEX = "model.safetensors.index.json"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from storage.images.traits import read_traits
-from storage.records import SampleError
+from storage.records.records import SampleError
 from teacher_dump.conversation import NO_LABEL
 from teacher_dump.images import LoadedImage
 from teacher_dump.preparation import Prepared

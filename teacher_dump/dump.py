@@ -8,14 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from signal import Signals
 
-from storage.commit import SUMMARY_FILE
+from storage.backends.files import open_folder
 from storage.errors import ConfigError, StillhouseError
-from storage.files import open_folder
-from storage.processor_files import read_processor_files
-from storage.reader import Cache
-from storage.records import SampleError
-from storage.retries import families_of_parts, read_contents, retries_of
-from storage.segments import (
+from storage.layout.commit import SUMMARY_FILE
+from storage.layout.processor_files import read_processor_files
+from storage.layout.retries import families_of_parts, read_contents, retries_of
+from storage.layout.segments import (
     NewSegment,
     Segment,
     find_segment,
@@ -24,8 +22,10 @@ from storage.segments import (
     read_segments,
     tokens_segments,
 )
-from storage.stop_signals import Interrupted
-from storage.writer import CacheWriter
+from storage.processes.stop_signals import Interrupted
+from storage.reader.reader import Cache
+from storage.records.records import SampleError
+from storage.writer.writer import CacheWriter
 from teacher_dump.assignment import worker_settings
 from teacher_dump.budget_choice import with_budget
 from teacher_dump.config import DumpSection

@@ -12,7 +12,7 @@ from storage.config import CacheSection, SelectionSection
 from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.images.settings import PIXELS_FILE, read_pixel_settings
-from storage.records import SampleError
+from storage.records.records import SampleError
 from teacher_dump import checkpoint, fingerprint
 from teacher_dump.budget_choice import recorded_choices
 from teacher_dump.cached_plan import plan_as_cached

@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from storage.disk import explain_write_errors
+from storage.backends.disk import explain_write_errors
+from storage.backends.files import write_atomically
 from storage.errors import StillhouseError
-from storage.files import write_atomically
 from storage.identity import real_vocab_size, tokenizer_fingerprint
 from storage.images.settings import PixelSettings, processor_backend, processor_settings
 from teacher_dump import checkpoint

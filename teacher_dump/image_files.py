@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
-from storage.disk import explain_write_errors
-from storage.records import check_image_path
+from storage.backends.disk import explain_write_errors
+from storage.records.records import check_image_path
 from teacher_dump.archives import Archive
 from teacher_dump.samples import SampleRefusedError, shorten
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from storage.disk import explain_write_errors
-from storage.waiting import notices_to
+from storage.backends.disk import explain_write_errors
+from storage.processes.waiting import notices_to
 
 
 def send_output_to(path: Path) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.disk import check_writable, format_bytes, free_bytes
+from storage.backends.disk import check_writable, format_bytes, free_bytes
+from storage.backends.files import open_folder
 from storage.errors import ConfigError
-from storage.files import open_folder
-from storage.reader import Cache
-from storage.segments import has_cache
+from storage.layout.segments import has_cache
+from storage.reader.reader import Cache
 from teacher_dump.settings import DumpSettings
 
 _FEW_FILES, _MANY_FILES = 256, 4096  # descriptors: without the first Ray may never start, large dumps want the second

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from storage.documents import LARGEST_ERROR
+from storage.layout.documents import LARGEST_ERROR
 from teacher_dump.head import OutputHead
 from teacher_dump.open_teacher import OpenTeacher
 from teacher_dump.preparation import Prepared

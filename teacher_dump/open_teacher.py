@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from storage.errors import StillhouseError
-from storage.records import SampleError
+from storage.records.records import SampleError
 from teacher_dump.device_failure import (
     DeviceLostError,
     PromptRefusedError,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from storage.preference import CHOSEN, REJECTED, check_pairs, other_half
-from storage.records import PartRecords, SampleError, TokensRecord
+from storage.records.preference import CHOSEN, REJECTED, check_pairs, other_half
+from storage.records.records import PartRecords, SampleError, TokensRecord
 
 _Aligned = TypeVar("_Aligned")
 

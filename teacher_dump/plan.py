@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from storage.preference import CHOSEN, REJECTED
-from storage.records import SampleError
+from storage.records.preference import CHOSEN, REJECTED
+from storage.records.records import SampleError
 from teacher_dump.lengths import TooLong
 from teacher_dump.sample_file import Chosen
 from teacher_dump.samples import Sample

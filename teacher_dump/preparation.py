@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from storage.images.settings import PixelSettings
-from storage.records import ImageRef, TokensRecord, image_key
+from storage.records.records import ImageRef, TokensRecord, image_key
 from teacher_dump.images import LoadedImage, load_image
 from teacher_dump.lengths import TooLong, kept_length
 from teacher_dump.prompt import Prompt, PromptBuilder

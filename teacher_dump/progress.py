@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from storage.records import SampleError
+from storage.records.records import SampleError
 
 if TYPE_CHECKING:  # imports torch
     from teacher_dump.worker import PartOutcome

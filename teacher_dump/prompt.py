@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import real_vocab_size
-from storage.preference import CHOSEN, REJECTED
-from storage.prompt_ids import leading_special_ids, with_leading_ids
+from storage.records.preference import CHOSEN, REJECTED
+from storage.records.prompt_ids import leading_special_ids, with_leading_ids
 from teacher_dump.chat_template import (
     ChatTemplate,
     Message,

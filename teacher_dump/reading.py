@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import ConfigError
-from storage.preference import CHOSEN, REJECTED
-from storage.records import SampleError, check_image_path
+from storage.records.preference import CHOSEN, REJECTED
+from storage.records.records import SampleError, check_image_path
 from teacher_dump.archives import Archive, open_archive
 from teacher_dump.config import SourceSection
 from teacher_dump.conversation import encodable, is_pair, parse_conversation

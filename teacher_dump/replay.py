@@ -16,8 +16,8 @@ from torch import Tensor
 
 from storage.errors import CacheError, IdentityError, StillhouseError
 from storage.identity import Identity, difference
-from storage.reader import Cache
-from storage.records import SampleError, SampleRecord
+from storage.reader.reader import Cache
+from storage.records.records import SampleError, SampleRecord
 from teacher_dump.assignment import with_teacher, worker_settings
 from teacher_dump.comparison import Comparison, Measured
 from teacher_dump.dump_plan import DumpPlan, plan_dump

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.documents import ErrorEntry
 from storage.identity import Identity
-from storage.preference import CHOSEN, REJECTED, other_half
-from storage.records import PartRecords, SampleError, TokensRecord
-from storage.retries import plan_of_retry
-from storage.segments import Segment
+from storage.layout.documents import ErrorEntry
+from storage.layout.retries import plan_of_retry
+from storage.layout.segments import Segment
+from storage.records.preference import CHOSEN, REJECTED, other_half
+from storage.records.records import PartRecords, SampleError, TokensRecord
 from teacher_dump.assignment import worker_settings
 from teacher_dump.dump_plan import DumpPlan
 from teacher_dump.pairs import without_lone_halves

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import overload
 
-from storage.disk import FULL
+from storage.backends.disk import FULL
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.samples import Sample
 

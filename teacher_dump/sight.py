@@ -19,7 +19,7 @@ from storage.errors import StillhouseError
 from storage.images.pictures import encode_picture, invert_picture, resize_picture, turn_picture
 from storage.images.pixels import make_pixels
 from storage.images.settings import PixelSettings
-from storage.records import SampleError
+from storage.records.records import SampleError
 from teacher_dump.head import OutputHead
 from teacher_dump.images import LoadedImage
 from teacher_dump.preparation import Prepared

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from storage.documents import Commit
 from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
-from storage.waiting import Waiting
-from storage.writer import CacheWriter
+from storage.layout.documents import Commit
+from storage.processes.waiting import Waiting
+from storage.writer.writer import CacheWriter
 from teacher_dump.fingerprint import ProcessorFacts
 from teacher_dump.lengths import TooLong
 from teacher_dump.open_teacher import OpenTeacher

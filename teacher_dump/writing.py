@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from storage.stop_signals import hold_signals
+from storage.processes.stop_signals import hold_signals
 from teacher_dump.config import DumpSection
 from teacher_dump.log_file import quiet
 from teacher_dump.plan import Part

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.training import training_command
-from storage.search_path import PACKAGES, ROOT, shadowed_packages
+from storage.processes.search_path import PACKAGES, ROOT, shadowed_packages
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("stillhouse"))
 

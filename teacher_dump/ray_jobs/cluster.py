@@ -15,11 +15,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from storage.child_process import descendants_end_with_this
 from storage.errors import ConfigError, StillhouseError
-from storage.search_path import shadowed_packages
-from storage.stop_signals import Interrupted
-from storage.waiting import Waiting
+from storage.processes.child_process import descendants_end_with_this
+from storage.processes.search_path import shadowed_packages
+from storage.processes.stop_signals import Interrupted
+from storage.processes.waiting import Waiting
 
 GPUS_OF_ACTORS = "dump.gpus_per_actor or teacher.settings"  # by its ranks where nothing is said
 _HOST_PORT = re.compile(r"[^/:]+:\d+|\[[0-9a-fA-F:]+\]:\d+")

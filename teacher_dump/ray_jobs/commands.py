@@ -13,9 +13,9 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from storage.child_process import GRACE_S, run_child
 from storage.errors import StillhouseError
-from storage.waiting import Waiting
+from storage.processes.child_process import GRACE_S, run_child
+from storage.processes.waiting import Waiting
 from teacher_dump.ray_jobs.cluster import (
     Resources,
     cluster,

@@ -27,7 +27,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from storage.errors import StillhouseError
-from storage.waiting import Waiting
+from storage.processes.waiting import Waiting
 from teacher_dump.allocator import share_one_arena
 from teacher_dump.device_failure import is_device_failure, is_out_of_memory
 from teacher_dump.plan import Part

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 
 from storage.errors import ConfigError, StillhouseError
-from storage.waiting import Waiting
+from storage.processes.waiting import Waiting
 from teacher_dump.log_file import send_output_to
 from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, lacking_room, last_line, refuse_without_room
 from teacher_dump.ray_jobs.placement import Placement

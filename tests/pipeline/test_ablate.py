@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from pipeline.ablate import ablate, waves
 from pipeline.config import read_experiment
 from pipeline.run import run
+from storage.backends.lock import HeldError, hold_lock
 from storage.errors import ConfigError, StillhouseError
-from storage.lock import HeldError, hold_lock
 from teacher_dump.ray_jobs.cluster import cluster
 from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_llava

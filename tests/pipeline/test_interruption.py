@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.stop_signals import Interrupted, exit_code, hold_signals, interruptible, stopped_by
+from storage.processes.stop_signals import Interrupted, exit_code, hold_signals, interruptible, stopped_by
 from tests.processes import MarkedCommand, start_marked
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.pictures import embedded_image, heat_map
 from storage.images.settings import PixelSettings
-from storage.records import ImageRef
+from storage.records.records import ImageRef
 
 NOW = PixelSettings()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from storage.payload_1 import _ROWS_HEADER, PAYLOAD_VERSION
-from storage.rows import SparseRows
+from storage.encoding.payload_1 import _ROWS_HEADER, PAYLOAD_VERSION
+from storage.records.rows import SparseRows
 
 
 def encode_rows(rows: SparseRows, *, vocab_size: int, tau: float) -> bytes:

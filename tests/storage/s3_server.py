@@ -18,7 +18,7 @@ import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from storage.object_store import shared_store
+from storage.backends.object_store import shared_store
 
 BUCKET = "test-bucket"
 _BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"

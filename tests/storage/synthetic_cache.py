@@ -18,7 +18,7 @@ import numpy as np
 
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
-from storage.records import (
+from storage.records.records import (
     ImageRef,
     PartRecords,
     RelationMatrix,
@@ -26,8 +26,8 @@ from storage.records import (
     TokensRecord,
     image_key,
 )
-from storage.rows import SparseRows
-from storage.writer import CacheWriter
+from storage.records.rows import SparseRows
+from storage.writer.writer import CacheWriter
 
 VOCAB_SIZE = 300
 IMAGE_TOKEN = 7

@@ -14,11 +14,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import blocks
-from storage.blocks import EncodedBlock, check_block, decode_block, encode_block, read_header
+from storage.encoding import blocks
+from storage.encoding.blocks import EncodedBlock, check_block, decode_block, encode_block, read_header
+from storage.encoding.id_groups import IdGroups
 from storage.errors import CorruptPartError
-from storage.id_groups import IdGroups
-from storage.rows import SparseRows, check_sampled_total, check_scalars
+from storage.records.rows import SparseRows, check_sampled_total, check_scalars
 from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import VOCAB_SIZE, make_logits, select, top_k
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.child_process import run_child
+from storage.processes.child_process import run_child
 from tests.processes import MarkedCommand, start_marked
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +47,8 @@ IGNORES = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAI
 # A program of ours: runs a command and says how it ended.
 PARENT = """
 import math, sys
-from storage.child_process import run_child
-from storage.stop_signals import exit_code, interruptible, leave
+from storage.processes.child_process import run_child
+from storage.processes.stop_signals import exit_code, interruptible, leave
 try:
     with interruptible(adopt=True):
         print("ended with", run_child([sys.executable, "-c", sys.argv[1], sys.argv[2]], grace_s=float(sys.argv[3])))
@@ -143,8 +143,8 @@ def test_what_nobody_supervises_ends_with_a_watched_parent(tmp_path: Path) -> No
     """As Ray's agents, whose own parent is killed with ours."""
     parent = (
         "import subprocess, sys, time\n"
-        "from storage.child_process import descendants_end_with_this\n"
-        "from storage.supervisor import adopt_orphans\n"
+        "from storage.processes.child_process import descendants_end_with_this\n"
+        "from storage.processes.supervisor import adopt_orphans\n"
         "adopt_orphans()\n"
         "with descendants_end_with_this():\n"
         "    subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]])\n"

@@ -3,9 +3,9 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.columns import tokens_columns, tokens_record
-from storage.records import TokensRecord
-from storage.schema import SCHEMAS
+from storage.encoding.columns import tokens_columns, tokens_record
+from storage.encoding.schema import SCHEMAS
+from storage.records.records import TokensRecord
 from tests.storage.synthetic_cache import make_identity
 
 

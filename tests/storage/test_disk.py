@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.disk import check_writable, describe_full_disk, existing_parent, explain_write_errors, free_bytes
+from storage.backends.disk import check_writable, describe_full_disk, existing_parent, explain_write_errors, free_bytes
+from storage.backends.files import write_atomically
 from storage.errors import ConfigError, StillhouseError, WriteError
-from storage.files import write_atomically
 from tests.small_disk import small_disk
 
 

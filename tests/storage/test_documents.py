@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.documents import Description, parse_document
 from storage.errors import CacheError, CorruptPartError
+from storage.layout.documents import Description, parse_document
 from tests.storage.synthetic_cache import make_identity
 
 DESCRIPTION = Description(format_version=1, families=("response",), identity=make_identity(teacher="größe \u2028"))

@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage import commit as layout
-from storage.documents import Commit, ErrorSummary, Manifest, parse_document
+from storage.backends.files import LocalFolder
+from storage.encoding.hidden import encode_hidden
 from storage.errors import CacheError, CorruptPartError
-from storage.files import LocalFolder
-from storage.hidden import encode_hidden
-from storage.reader import Cache
-from storage.records import RelationFactor, SequenceLogprob
-from storage.segments import read_segments
-from storage.verify import verify
-from storage.writer import CacheWriter
+from storage.layout import commit as layout
+from storage.layout.documents import Commit, ErrorSummary, Manifest, parse_document
+from storage.layout.segments import read_segments
+from storage.reader.reader import Cache
+from storage.records.records import RelationFactor, SequenceLogprob
+from storage.verify.verify import verify
+from storage.writer.writer import CacheWriter
 from tests.storage.damage import all_files, flips, read_everything, set_value
 from tests.storage.family_cache import (
     FAMILIES,

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from storage import files
+from storage.backends import files
 from storage.errors import CacheError, WriteError
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.encoding.head import StoredHead, decode_head, encode_head, make_head
 from storage.errors import CorruptPartError
-from storage.head import StoredHead, decode_head, encode_head, make_head
 from tests.hypothesis_profiles import examples
 
 FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"

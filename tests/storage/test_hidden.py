@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.encoding.hidden import decode_hidden, encode_hidden, relative_errors
 from storage.errors import CorruptPartError
-from storage.hidden import decode_hidden, encode_hidden, relative_errors
 from tests.hypothesis_profiles import examples
 
 FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"

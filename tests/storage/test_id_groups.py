@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.encoding.id_groups import MAX_GROUPS, IdGroups
 from storage.errors import CorruptPartError
-from storage.id_groups import MAX_GROUPS, IdGroups
 
 
 def test_frequent_ids_come_first_and_alone():

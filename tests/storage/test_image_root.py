@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from storage.errors import IdentityError
-from storage.image_root import find_image_root, follows_links, is_moved_root
-from storage.reader import Cache
-from storage.records import ImageRef, PartRecords, TokensRecord, image_key
-from storage.writer import CacheWriter
+from storage.images.image_root import find_image_root, follows_links, is_moved_root
+from storage.reader.reader import Cache
+from storage.records.records import ImageRef, PartRecords, TokensRecord, image_key
+from storage.writer.writer import CacheWriter
 from tests.storage.synthetic_cache import IMAGE_TOKEN, make_identity
 
 NEW = {"plan_fingerprint": "f" * 8, "num_parts": 1}

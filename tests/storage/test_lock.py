@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from storage.lock import Heartbeat, HeldError, hold_lock, process_start
+from storage.backends.lock import Heartbeat, HeldError, hold_lock, process_start
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from storage.lock import hold_lock
+from storage.backends.lock import hold_lock
 with hold_lock(Path(sys.argv[1]), "the run"):
     print("held", flush=True)
     time.sleep(600)
@@ -30,7 +30,7 @@ with hold_lock(Path(sys.argv[1]), "the run"):
 TAKER = """
 import sys, time
 from pathlib import Path
-from storage.lock import HeldError, hold_lock
+from storage.backends.lock import HeldError, hold_lock
 path, log = Path(sys.argv[1]), Path(sys.argv[2])
 sys.stdin.readline()
 try:

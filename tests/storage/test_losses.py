@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from storage.documents import Commit
-from storage.losses import summary, total
+from storage.layout.documents import Commit
+from storage.layout.losses import summary, total
 
 
 def commit_of(part, **errors):

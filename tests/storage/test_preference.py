@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from storage.preference import PreferencePair, check_pairs, check_sequence, pairs_of
-from storage.records import SequenceLogprob
+from storage.records.preference import PreferencePair, check_pairs, check_sequence, pairs_of
+from storage.records.records import SequenceLogprob
 from tests.storage.family_cache import make_family_part
 
 TEXT, _, SHARED, CHOSEN, REJECTED = make_family_part(0).tokens

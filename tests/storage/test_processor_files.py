@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from storage.documents import Commit, Manifest, NamedFile, parse_document
+from storage.backends.files import open_folder
 from storage.errors import CorruptPartError
-from storage.files import open_folder
-from storage.losses import summarize
-from storage.processor_files import load_processor_files, read_processor_files
-from storage.segments import read_segments
-from storage.verify import verify
-from storage.writer import CacheWriter
+from storage.layout.documents import Commit, Manifest, NamedFile, parse_document
+from storage.layout.losses import summarize
+from storage.layout.processor_files import load_processor_files, read_processor_files
+from storage.layout.segments import read_segments
+from storage.verify.verify import verify
+from storage.writer.writer import CacheWriter
 from tests.storage.synthetic_cache import make_identity
 
 CONTENTS = {"tokenizer.json": b"{}", "preprocessor_config.json": b'{"size": 3}'}

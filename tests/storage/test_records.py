@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from storage.records import ImageRef, check_image_path, image_key
+from storage.records.records import ImageRef, check_image_path, image_key
 
 SHA = "0" * 64
 

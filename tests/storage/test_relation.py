@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from storage.config import RelationSection
-from storage.errors import CorruptPartError
-from storage.records import PooledRelation, RelationFactor, RelationMatrix
-from storage.relation import (
+from storage.encoding.relation import (
     blocks_of_grid,
     check_encoding,
     check_payload,
@@ -23,6 +21,8 @@ from storage.relation import (
     num_blocks,
     stored_norm,
 )
+from storage.errors import CorruptPartError
+from storage.records.records import PooledRelation, RelationFactor, RelationMatrix
 from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import make_relation
 

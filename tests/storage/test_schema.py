@@ -3,8 +3,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from storage.encoding.schema import FAMILIES, ROW_GROUP_BYTES, SCHEMAS, check_schema, parquet_bytes, row_groups
 from storage.errors import CorruptPartError
-from storage.schema import FAMILIES, ROW_GROUP_BYTES, SCHEMAS, check_schema, parquet_bytes, row_groups
 
 
 def relation_rows(count, payload_bytes):

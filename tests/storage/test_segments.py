@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from storage.backends.files import LocalFolder
 from storage.errors import CacheError, CorruptPartError, IdentityError
-from storage.files import LocalFolder
-from storage.reader import Cache
-from storage.records import PartRecords, SampleError
-from storage.segments import NewSegment, find_segment, read_segments
-from storage.verify import verify
-from storage.writer import CacheWriter
+from storage.layout.segments import NewSegment, find_segment, read_segments
+from storage.reader.reader import Cache
+from storage.records.records import PartRecords, SampleError
+from storage.verify.verify import verify
+from storage.writer.writer import CacheWriter
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
 
 V1 = Path(__file__).parent / "golden" / "v1"

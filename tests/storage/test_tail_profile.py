@@ -14,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from storage import tail_profile
-from storage.errors import CacheError, CorruptPartError
-from storage.reader import Cache
-from storage.tail_profile import (
+from storage.encoding import tail_profile
+from storage.encoding.tail_profile import (
     TAIL_TOTAL_KEY,
     TailTotal,
     decode_tail_total,
@@ -25,8 +23,10 @@ from storage.tail_profile import (
     mean_profile,
     tail_parts,
 )
-from storage.verify import verify
-from storage.writer import CacheWriter
+from storage.errors import CacheError, CorruptPartError
+from storage.reader.reader import Cache
+from storage.verify.verify import verify
+from storage.writer.writer import CacheWriter
 from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import FAMILIES, VOCAB_SIZE, make_identity, make_part, write_cache
 

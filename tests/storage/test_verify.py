@@ -9,16 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage import commit as layout
-from storage.distributions import ID_GROUPS_KEY, RowFormat, encode_groups
-from storage.documents import Commit, Description, Manifest, parse_document
+from storage.backends.files import LocalFolder
+from storage.encoding.distributions import ID_GROUPS_KEY, RowFormat, encode_groups
+from storage.encoding.schema import parquet_bytes
 from storage.errors import CacheError
-from storage.files import LocalFolder
-from storage.reader import Cache
-from storage.schema import parquet_bytes
-from storage.segments import read_segments
-from storage.verify import verify
-from storage.writer import CacheWriter
+from storage.layout import commit as layout
+from storage.layout.documents import Commit, Description, Manifest, parse_document
+from storage.layout.segments import read_segments
+from storage.reader.reader import Cache
+from storage.verify.verify import verify
+from storage.writer.writer import CacheWriter
 from tests.storage.damage import all_files, flips, read_everything, set_value
 from tests.storage.synthetic_cache import (
     FAMILIES,

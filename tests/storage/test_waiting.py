@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from storage.waiting import Waiting, notices_to
+from storage.processes.waiting import Waiting, notices_to
 
 
 class Notices:
@@ -69,7 +69,7 @@ def test_notices_go_where_a_person_looks(caplog: pytest.LogCaptureFixture) -> No
     told = threading.Event()
     handler = logging.Handler()
     handler.emit = lambda record: told.set()  # type: ignore[method-assign]
-    logger = logging.getLogger("storage.waiting")
+    logger = logging.getLogger("storage.processes.waiting")
     logger.addHandler(handler)
     try:
         with Waiting("Ray", say=gone, first_s=0.01, every_s=0.01):

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import commit as layout
+from storage.backends.files import LocalFolder, is_temporary
 from storage.errors import CacheError, CorruptPartError, IdentityError
-from storage.files import LocalFolder, is_temporary
-from storage.reader import Cache
-from storage.records import PartRecords, SampleError
-from storage.segments import read_segments
-from storage.verify import verify
-from storage.writer import CacheWriter
+from storage.layout import commit as layout
+from storage.layout.segments import read_segments
+from storage.reader.reader import Cache
+from storage.records.records import PartRecords, SampleError
+from storage.verify.verify import verify
+from storage.writer.writer import CacheWriter
 from tests.storage.synthetic_cache import (
     FAMILIES,
     SAMPLES_PER_PART,

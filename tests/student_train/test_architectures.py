@@ -17,8 +17,8 @@ from torch import Tensor
 from storage.errors import ConfigError, IdentityError
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
-from storage.records import SampleRecord
-from storage.writer import CacheWriter
+from storage.records.records import SampleRecord
+from storage.writer.writer import CacheWriter
 from student_train.ask import answer
 from student_train.batch import collate, collate_prompts, prompt_of
 from student_train.checkpoint import save_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from storage.errors import IdentityError, StillhouseError
-from storage.records import (
+from storage.records.records import (
     ImageRef,
     PooledRelation,
     Relation,

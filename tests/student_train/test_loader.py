@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import StillhouseError
-from storage.shuffle import Shuffle
+from storage.reader.shuffle import Shuffle
 from student_train.loader import (
     ReadAhead,
     RowCounts,

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from storage.records import PooledRelation, Relation, RelationFactor, RelationMatrix
-from storage.relation import blocks_of_grid
+from storage.encoding.relation import blocks_of_grid
+from storage.records.records import PooledRelation, Relation, RelationFactor, RelationMatrix
 from student_train.relation import (
     TeacherRelations,
     head_metric,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from storage.backends.lock import HeldError
 from storage.errors import ConfigError
-from storage.lock import HeldError
 from student_train.config import StageSection
 from student_train.stage_inputs import write_record
 from student_train.stage_request import Request

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from storage.errors import StillhouseError
-from storage.records import PartRecords
+from storage.records.records import PartRecords
 from teacher_dump.head import read_head
 from teacher_dump.preparation import Prepared
 from teacher_dump.processor import load_processor

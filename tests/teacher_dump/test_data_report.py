@@ -10,7 +10,7 @@ from PIL import Image
 from storage.images.pixels import make_pixels
 from storage.images.settings import PixelSettings
 from storage.images.traits import ImageTraits, read_traits
-from storage.records import SampleError, TokensRecord
+from storage.records.records import SampleError, TokensRecord
 from teacher_dump.conversation import NO_LABEL
 from teacher_dump.data_report import DataWatch
 from teacher_dump.images import LoadedImage, load_image

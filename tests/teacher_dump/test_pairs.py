@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from storage.preference import check_pairs, pairs_of
-from storage.records import PartRecords, SampleError
+from storage.records.preference import check_pairs, pairs_of
+from storage.records.records import PartRecords, SampleError
 from teacher_dump.processor import load_processor
 from teacher_dump.request import SignalRequest
 from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher

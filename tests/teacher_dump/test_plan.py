@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.records import SampleError
+from storage.records.records import SampleError
 from teacher_dump.plan import Part, make_plan
 from teacher_dump.samples import Sample, Turn
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from storage.records import SampleError
+from storage.records.records import SampleError
 from teacher_dump.progress import DumpSummary, Progress, error_kinds
 from teacher_dump.worker import PartOutcome
 

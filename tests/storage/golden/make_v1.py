@@ -118,9 +118,9 @@ def main(folder: str) -> None:
     import numpy as np
 
     from storage.identity import Identity
-    from storage.records import ImageRef, PartRecords, RelationMatrix, SampleError, TokensRecord, image_key
-    from storage.rows import SparseRows
-    from storage.writer import CacheWriter
+    from storage.records.records import ImageRef, PartRecords, RelationMatrix, SampleError, TokensRecord, image_key
+    from storage.records.rows import SparseRows
+    from storage.writer.writer import CacheWriter
 
     def rows(contents: list[dict[str, Any]], *, labels: bool) -> SparseRows:
         ids = [number for row in contents for number in (*row["exact"], *row["sampled"])]

@@ -1,0 +1,228 @@
+"""The cache's only access to files: a folder that is local or in an object store, whole reads, whole writes,
+exclusive creation. A local folder needs hard links; an object store needs conditional writes (object_store.py)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import pyarrow as pa
+
+from storage.backends.disk import FULL, explain_write_errors
+from storage.errors import CacheError
+
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+_TEMPORARY = re.compile(r".+\.tmp-\d+-[0-9a-f]+")
+_NUM_SWEEPS = 3  # how often a temporary file may be taken for a dead writer's before something else is wrong
+
+T = TypeVar("T")
+
+
+class Folder(Protocol):
+    """A cache's folder. Names are relative to it, with forward slashes; `str()` of it is for messages."""
+
+    @property
+    def is_remote(self) -> bool:
+        """True where each access costs a round trip and bytes cost money."""
+        ...
+
+    def place(self, name: str) -> str:
+        """A file's whole path or URL, for messages."""
+        ...
+
+    def make(self, subs: Iterable[str]) -> None:
+        """Make the folder and these folders in it, where folders exist at all. Errors: CacheError."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """A file's content. Errors: FileNotFoundError, NotADirectoryError, other OSError, CacheError."""
+        ...
+
+    def size(self, name: str) -> int:
+        """A file's bytes. Errors as `read`."""
+        ...
+
+    def sha256(self, name: str) -> str:
+        """sha256 of a file's content, in hex. Errors as `read`."""
+        ...
+
+    def open_for_arrow(self, name: str, num_bytes: int) -> pa.NativeFile:
+        """A file of a known size that Arrow reads at random places. Errors as `read`."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Make a file hold `content`: whoever looks sees all of it or none. Errors: CacheError."""
+        ...
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Like `write`, but False and no change if the file exists: of many writers one wins. Errors: CacheError."""
+        ...
+
+    def names(self, sub: str = "", *, deep: bool = False) -> list[str]:
+        """Files in a sub-folder (and, if deep, below it), as names in this folder, sorted; none if it is missing."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        ...
+
+
+def open_folder(path: str | Path) -> Folder:
+    """The folder at a path or URL; nothing is touched. CacheError: no driver for the URL is installed."""
+    protocol, separator, rest = str(path).partition("://")
+    if not separator:
+        return LocalFolder(Path(path))
+    if protocol in ("file", "local"):
+        return LocalFolder(Path(rest))
+    from storage.backends.object_store import open_object_folder  # fsspec, which local caches need not load
+
+    return open_object_folder(str(path))
+
+
+def is_url(path: str | Path) -> bool:
+    """True for a path such as s3://bucket/prefix."""
+    return "://" in str(path)
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder of this machine, or of a file system mounted in it."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def is_remote(self) -> bool:
+        return False
+
+    def place(self, name: str) -> str:
+        return str(self.path / name)
+
+    def make(self, subs: Iterable[str]) -> None:
+        try:
+            for sub in ("", *subs):
+                (self.path / sub).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def sha256(self, name: str) -> str:
+        with (self.path / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def open_for_arrow(self, name: str, num_bytes: int) -> pa.NativeFile:
+        return pa.OSFile(str(self.path / name))
+
+    def write(self, name: str, content: bytes) -> None:
+        self._written(self.path / name, lambda path: _replace(path, content))
+
+    def create(self, name: str, content: bytes) -> bool:
+        return self._written(self.path / name, lambda path: create_exclusively(path, content))
+
+    def names(self, sub: str = "", *, deep: bool = False) -> list[str]:
+        found = (self.path / sub).glob("**/*" if deep else "*")
+        return sorted(path.relative_to(self.path).as_posix() for path in found if path.is_file())
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def _written(self, path: Path, step: Callable[[Path], T]) -> T:
+        problem: OSError | None = None
+        for _ in range(_NUM_SWEEPS):
+            try:
+                return step(path)
+            except FileNotFoundError as error:
+                problem = error
+                if not path.parent.is_dir():
+                    break
+                # a writer that sealed the cache took our temporary file for a dead writer's: once more
+            except OSError as error:
+                raise _cannot_write(path, error) from error
+        assert problem is not None
+        raise _cannot_write(path, problem) from problem
+
+
+def _cannot_write(path: Path, error: OSError) -> CacheError:
+    advice = "free space there" if error.errno in FULL else "mend the folder or its permissions"
+    return CacheError(
+        f"{path}: cannot be written: {error.strerror}; {advice}, or give cache.path another folder, and run the "
+        "same command again: what is committed stays"
+    )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Make `path` hold `content`: whoever looks, even after a power failure, sees all of it or none.
+
+    WriteError, and what was there before stays: a full disk, a folder that cannot be written.
+    """
+    with explain_write_errors(path, needed_bytes=len(content)):
+        _replace(path, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = write_temporary(path, content)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def create_exclusively(path: Path, content: bytes) -> bool:
+    """Like write_atomically, but False and no change if the file exists: of many writers one wins."""
+    temporary = write_temporary(path, content)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        raise CacheError(f"{path}: this file system has no hard links, which commits need") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+    return True
+
+
+def is_temporary(name: str) -> bool:
+    """True for what a killed writer may leave behind."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def write_temporary(path: Path, content: bytes) -> Path:
+    """A synced file with that content beside `path`, to be renamed or linked to it; none is left after an error."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

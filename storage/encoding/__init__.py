@@ -1,0 +1,1 @@
+"""How records become bytes and Arrow columns, and back. Pure; uses records."""

@@ -1,0 +1,185 @@
+"""Between records and the Parquet columns of schema.py: one mapping of columns for each Parquet row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.config import HiddenSection, RelationSection
+from storage.encoding.hidden import decode_hidden, encode_hidden, encoding_of, relative_errors
+from storage.encoding.payload_1 import decode_rows
+from storage.encoding.relation import cosine_error, decode_relation, encode_relation, stored_norm
+from storage.errors import CorruptPartError
+from storage.identity import Identity
+from storage.records.records import ImageRef, Relation, RelationMatrix, SequenceLogprob, TokensRecord
+from storage.records.rows import SparseRows
+
+Columns = Mapping[str, Any]
+
+
+def tokens_columns(record: TokensRecord) -> Columns:
+    """A tokens row. The response mask becomes spans."""
+    starts, stops = _spans(record.response_mask)
+    return {
+        "sample_id": record.sample_id,
+        "split": record.split,
+        "category": record.category,
+        "num_tokens": len(record.token_ids),
+        "num_response_tokens": record.num_response_tokens,
+        "token_ids": record.token_ids,
+        "response_starts": starts,
+        "response_stops": stops,
+        "image_paths": [image.path for image in record.images],
+        "image_sha256s": [image.sha256 for image in record.images],
+        "image_visual_tokens": np.array([image.num_visual_tokens for image in record.images], np.int32),
+        "image_keys": [image.key for image in record.images],
+    }
+
+
+def tokens_record(table: pa.Table, row: int, identity: Identity) -> TokensRecord:
+    """The record of a tokens row. CorruptPartError (or ValueError) for spans, ids or paths out of bounds."""
+    token_ids = _numbers(table, "token_ids", row)
+    starts, stops = _numbers(table, "response_starts", row), _numbers(table, "response_stops", row)
+    mask = _mask(starts, stops, len(token_ids))
+    check_token_ids(token_ids, identity)
+    if table["num_tokens"][row].as_py() != len(token_ids):
+        raise CorruptPartError(f"num_tokens is not the number of token ids, {len(token_ids)}")
+    if table["num_response_tokens"][row].as_py() != np.count_nonzero(mask):
+        raise CorruptPartError(f"num_response_tokens is not what the spans hold, {np.count_nonzero(mask)}")
+    placeholders = int(np.count_nonzero(token_ids == identity.image_token_id))
+    names = ("image_paths", "image_sha256s", "image_visual_tokens", "image_keys")
+    images = [ImageRef(*image) for image in zip(*(table[name][row].as_py() for name in names), strict=True)]
+    if placeholders != len(images):
+        raise CorruptPartError(f"{placeholders} image placeholders for {len(images)} images")
+    return TokensRecord(
+        sample_id=table["sample_id"][row].as_py(),
+        split=table["split"][row].as_py(),
+        category=table["category"][row].as_py(),
+        token_ids=token_ids,
+        response_mask=mask,
+        images=tuple(images),
+    )
+
+
+def check_token_ids(token_ids: NDArray[np.int32], identity: Identity) -> None:
+    """ValueError unless every id is one of the vocabulary, or the image placeholder."""
+    known = (token_ids >= 0) & (token_ids < identity.vocab_size) | (token_ids == identity.image_token_id)
+    if not known.all():
+        raise ValueError(f"token id {token_ids[~known][0]} is outside 0..{identity.vocab_size - 1}")
+
+
+def sparse_rows(table: pa.Table, row: int, *, vocab_size: int) -> SparseRows:
+    """The rows of a response or visual row of format version 1. CorruptPartError unless counts and payload agree.
+
+    Its column log_sum_exp is of the raw logits at temperature 1, which nothing needs: it is not read.
+    """
+    labels = _numbers(table, "label_logprob", row) if "label_logprob" in table.column_names else None
+    rows = decode_rows(
+        _payload(table, row),
+        vocab_size=vocab_size,
+        tail_mass=_numbers(table, "tail_mass", row),
+        entropy=_numbers(table, "entropy", row),
+        label_logprob=labels,
+    )
+    got = (rows.num_rows, rows.num_entries, int(rows.num_exact.sum()))
+    stated = tuple(table[name][row].as_py() for name in ("num_rows", "num_entries", "num_exact"))
+    if got != stated:
+        raise CorruptPartError(f"payload has (rows, entries, exact) {got}, its columns say {stated}")
+    return rows
+
+
+def relation_columns(matrix: RelationMatrix, section: RelationSection) -> Columns:
+    """A relation row but for its key. ValueError for a matrix that a cache may not hold."""
+    payload = encode_relation(matrix, section)
+    return {"num_rows": len(matrix.values), "norm": np.float32(stored_norm(matrix, section)), "payload": payload}
+
+
+def relation_matrix(table: pa.Table, row: int, num_visual_tokens: int) -> Relation:
+    """The matrix of a relation row. CorruptPartError unless count and payload are those of the image."""
+    norm = table["norm"][row].as_py()
+    matrix = decode_relation(_payload(table, row), norm=norm, num_visual_tokens=num_visual_tokens)
+    if table["num_rows"][row].as_py() != num_visual_tokens:
+        raise CorruptPartError(f"relation payload has n = {num_visual_tokens}, its column says otherwise")
+    return matrix
+
+
+def hidden_columns(states: NDArray[np.float32], section: HiddenSection) -> Columns:
+    """A hidden row but for its sample. ValueError for states that a cache may not hold."""
+    payload = encode_hidden(states, section.encoding)
+    errors = relative_errors(states, decode_hidden(payload))
+    return {"num_rows": len(states), "width": states.shape[1], "relative_error": errors, "payload": payload}
+
+
+def hidden_states(table: pa.Table, row: int, section: HiddenSection) -> NDArray[np.float32]:
+    """(r, d) the states of a hidden row. CorruptPartError unless columns, payload and section agree."""
+    states = decode_hidden(_payload(table, row))
+    if encoding_of(_payload(table, row)) != section.encoding:
+        raise CorruptPartError(f"hidden payload is not in the cache's encoding, {section.encoding}")
+    stated = (table["num_rows"][row].as_py(), table["width"][row].as_py())
+    errors = _numbers(table, "relative_error", row)
+    if states.shape != stated or len(errors) != len(states) or not (np.isfinite(errors) & (errors >= 0)).all():
+        raise CorruptPartError(f"hidden payload is {states.shape}, its columns say {stated} and {len(errors)} errors")
+    return states
+
+
+def sequence_columns(sequence: SequenceLogprob) -> Columns:
+    """A sequence row but for its sample."""
+    return {"num_tokens": sequence.num_tokens, "logprob": np.float32(sequence.logprob)}
+
+
+def sequence_logprob(table: pa.Table, row: int) -> SequenceLogprob:
+    """What a sequence row says."""
+    return SequenceLogprob(table["logprob"][row].as_py(), table["num_tokens"][row].as_py())
+
+
+def image_columns(sha256: str, content: bytes) -> Columns:
+    """An images row."""
+    return {"sha256": sha256, "num_bytes": len(content), "payload": content}
+
+
+def image_content(table: pa.Table, row: int) -> bytes:
+    """The file of an images row. CorruptPartError unless hash and size are those of its columns."""
+    content = table["payload"][row].as_py()
+    stated, got = table["sha256"][row].as_py(), hashlib.sha256(content).hexdigest()
+    if got != stated or len(content) != table["num_bytes"][row].as_py():
+        raise CorruptPartError(f"image {stated} has {len(content)} bytes of the sha256 {got}")
+    return content
+
+
+def family_errors(family: str, rows: Iterable[Columns]) -> list[float]:
+    """The errors that some rows' encoding made, in their order; none for a family that has no measure."""
+    if family == "relation":
+        errors = [cosine_error(row["payload"]) for row in rows]
+        return [error for error in errors if error is not None]
+    return [float(error) for row in rows for error in row["relative_error"]] if family == "hidden" else []
+
+
+def _payload(table: pa.Table, row: int) -> memoryview:
+    return memoryview(table["payload"][row].as_buffer())
+
+
+def _numbers(table: pa.Table, name: str, row: int) -> NDArray:
+    # A copy: a view would keep the whole row group in memory, and could not be written to.
+    return table[name][row].values.to_numpy(zero_copy_only=False, writable=True)
+
+
+def _spans(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    edges = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
+    return np.flatnonzero(edges == 1).astype(np.int32), np.flatnonzero(edges == -1).astype(np.int32)
+
+
+def _mask(starts: NDArray[np.int32], stops: NDArray[np.int32], num_tokens: int) -> NDArray[np.bool_]:
+    if len(starts) != len(stops):
+        raise CorruptPartError(f"{len(starts)} response spans start and {len(stops)} stop")
+    bounds = np.stack([starts, stops], axis=1).ravel()
+    if bounds.size and (bounds[0] < 0 or bounds[-1] > num_tokens or (np.diff(bounds) <= 0).any()):
+        raise CorruptPartError(f"response spans are not ascending within {num_tokens} tokens")
+    edges = np.zeros(num_tokens + 1, np.int8)
+    edges[starts] = 1
+    edges[stops] = -1
+    return np.cumsum(edges[:-1], dtype=np.int8).astype(bool)

@@ -1,0 +1,384 @@
+"""The payload of a relation matrix: a triangle, a low-rank factor or a pooled grid. FORMAT.md has the bytes.
+
+Each payload carries the cosine error that its encoding made. A decoder knows how many visual tokens the
+image has, and the payload's length must be exactly what its header says before anything is allocated.
+Little-endian throughout.
+
+Legend: n visual tokens, k rank of a factor, m blocks of a pooled grid.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.config import RelationSection
+from storage.errors import CorruptPartError
+from storage.records.records import PooledRelation, Relation, RelationFactor, RelationMatrix
+
+PAYLOAD_VERSION = 2
+MAX_RELATION_ROWS = 65535
+NORM_TOLERANCE = 1e-3  # how far a matrix's Frobenius norm may lie from 1 before it is refused at writing
+DECODED_NORM_TOLERANCE = 0.02  # the same at reading: float16 moves the norm a little
+NOTHING_LEFT = 1e-6  # norm of a pooled G / ||G|| that is float32 rounding: centred rows that cancel out
+
+_HEADER_1 = struct.Struct("<B3xI")  # version 1: a float16 triangle without an error; version, n
+_HEADER = struct.Struct("<BBBxIIf")  # version, kind, pool, n, k, cosine error
+_TRIANGLE_FP16, _TRIANGLE_INT8, _FACTOR_FP16, _FACTOR_INT8, _POOLED_FP16 = range(5)
+_KINDS = (RelationMatrix, RelationMatrix, RelationFactor, RelationFactor, PooledRelation)
+
+
+def encode_relation(matrix: RelationMatrix, section: RelationSection) -> bytes:
+    """The payload of a matrix in the section's encoding. ValueError for a matrix that it cannot hold.
+
+    Its norm is not in it: see stored_norm. An int8 factor that would be no smaller than the float16 factor,
+    and a factor that would be no smaller than the float16 triangle, are replaced by those.
+    """
+    check_relation(matrix)
+    if section.encoding == "triangle_int8":
+        return _encode_triangle_int8(matrix)
+    if section.encoding == "low_rank":
+        assert section.max_cosine_error is not None
+        return _encode_low_rank(matrix, section.max_cosine_error, int8=section.factor_dtype == "int8")
+    if section.encoding == "pooled":
+        assert section.pool is not None
+        return _encode_pooled(matrix, section.pool)
+    return _encode_triangle(matrix)
+
+
+def stored_norm(matrix: RelationMatrix, section: RelationSection) -> float:
+    """The Frobenius norm of what is stored of G: of G itself, or of the pooled G."""
+    if section.encoding != "pooled" or matrix.norm == 0:
+        return matrix.norm
+    assert section.pool is not None
+    pooled_norm = float(np.linalg.norm(_pool(matrix.values, section.pool)))
+    return matrix.norm * pooled_norm if pooled_norm > NOTHING_LEFT else 0.0
+
+
+def decode_relation(payload: bytes | memoryview, *, norm: float, num_visual_tokens: int) -> Relation:
+    """What a payload holds, rescaled to a Frobenius norm of 1: a matrix, a factor or a pooled matrix.
+
+    Errors: CorruptPartError for any bytes that are not the payload of an image with so many visual tokens.
+    """
+    kind, pool, n, values, frobenius = _checked_values(payload, norm, num_visual_tokens)
+    if kind in (_FACTOR_FP16, _FACTOR_INT8):
+        return RelationFactor((values / math.sqrt(frobenius)).astype(np.float32), float(norm))
+    values /= np.float32(frobenius)
+    matrix = _mirrored(values, num_blocks(n, pool) if pool else n)
+    if kind == _POOLED_FP16:
+        return PooledRelation(matrix, float(norm), num_visual_tokens=n, pool=pool)
+    return RelationMatrix(matrix, float(norm))
+
+
+def check_payload(
+    payload: bytes | memoryview, *, norm: float, num_visual_tokens: int, section: RelationSection
+) -> None:
+    """All that `decode_relation` and `check_encoding` find, without making the matrix. Errors: CorruptPartError."""
+    kind, pool, *_ = _checked_values(payload, norm, num_visual_tokens)
+    _check_kind(_KINDS[kind], pool or None, section)
+
+
+def _checked_values(
+    payload: bytes | memoryview, norm: float, num_visual_tokens: int
+) -> tuple[int, int, int, NDArray[Any], float]:
+    """Kind, pool, n, the factor or the packed triangle, and the Frobenius norm that it is to be divided by."""
+    view = memoryview(payload).cast("B")
+    kind, pool, n, k, _, start = _read_header(view)
+    if n != num_visual_tokens:
+        raise CorruptPartError(f"relation payload has n = {n} for {num_visual_tokens} visual tokens")
+    if not np.isfinite(norm) or norm < 0:
+        raise CorruptPartError(f"the norm of a relation matrix is {norm}, not a finite number of at least 0")
+    content = view[start:]
+    if kind in (_FACTOR_FP16, _FACTOR_INT8):
+        values = _read_factor(content, n, k, int8=kind == _FACTOR_INT8)
+        frobenius = float(np.linalg.norm(values.T @ values))
+    else:
+        size = num_blocks(n, pool) if kind == _POOLED_FP16 else n
+        values = _read_int8(content, n) if kind == _TRIANGLE_INT8 else _read_fp16(content)
+        size = num_blocks(n, pool) if kind == _POOLED_FP16 else n
+        wide = values.astype(np.float64)
+        diagonal = wide[_diagonal(size)]  # all else is there twice in the matrix
+        frobenius = math.sqrt(2 * float(wide @ wide) - float(diagonal @ diagonal))
+    return kind, pool, n, values, _checked_norm(frobenius, norm)
+
+
+def cosine_error(payload: bytes | memoryview) -> float | None:
+    """1 - cosine to the matrix that was encoded, as its writer measured it; None in payloads of version 1."""
+    return _read_header(memoryview(payload).cast("B"))[4]
+
+
+def check_encoding(relation: Relation, section: RelationSection) -> None:
+    """CorruptPartError unless a cache of this encoding may hold such a matrix."""
+    _check_kind(type(relation), relation.pool if isinstance(relation, PooledRelation) else None, section)
+
+
+def _check_kind(kind: type[Relation], pool: int | None, section: RelationSection) -> None:
+    expected = {"low_rank": (RelationFactor, RelationMatrix), "pooled": (PooledRelation,)}
+    if kind not in expected.get(section.encoding, (RelationMatrix,)) or pool != section.pool:
+        got = f"{kind.__name__}{'' if pool is None else f' of pool {pool}'}"
+        raise CorruptPartError(f"relation payload is a {got}, the cache's encoding is {section.encoding!r}")
+
+
+def blocks_of_grid(num_visual_tokens: int, pool: int) -> NDArray[np.int64]:
+    """(n,) the block that each visual token belongs to when a square grid is cut into pool x pool blocks.
+
+    Tokens lie row by row, blocks too. Where `pool` does not divide the grid's side, the last blocks of
+    a row or column are smaller. ValueError for a number of tokens that is no square.
+    """
+    side = math.isqrt(num_visual_tokens)
+    if side * side != num_visual_tokens or side == 0:
+        raise ValueError(f"{num_visual_tokens} visual tokens are no square grid, which encoding 'pooled' needs")
+    line = np.arange(side) // pool
+    return (line[:, None] * math.ceil(side / pool) + line).ravel()
+
+
+def num_blocks(num_visual_tokens: int, pool: int) -> int:
+    """m, the blocks of a square grid. ValueError as blocks_of_grid."""
+    side = math.isqrt(num_visual_tokens)
+    if side * side != num_visual_tokens or side == 0:
+        raise ValueError(f"{num_visual_tokens} visual tokens are no square grid, which encoding 'pooled' needs")
+    return math.ceil(side / pool) ** 2
+
+
+def check_relation(matrix: RelationMatrix) -> None:
+    """ValueError unless this is G / ||G|| of a symmetric G, with the norm of G."""
+    values, n = matrix.values, len(matrix.values)
+    if values.shape != (n, n) or values.dtype != np.float32 or not 1 <= n <= MAX_RELATION_ROWS:
+        raise ValueError(f"a relation matrix must be float32 and square, got {values.dtype}{values.shape}")
+    if not np.isfinite(values).all() or not np.allclose(values, values.T, rtol=1e-3, atol=1e-6):
+        raise ValueError("a relation matrix must be finite and symmetric")
+    if not np.isfinite(matrix.norm) or matrix.norm < 0 or matrix.norm > float(np.finfo(np.float32).max):
+        raise ValueError(f"the norm of a relation matrix is {matrix.norm}, expected a float32 of at least 0")
+    frobenius = float(np.linalg.norm(values.astype(np.float64)))
+    if abs(frobenius - (1.0 if matrix.norm > 0 else 0.0)) > NORM_TOLERANCE:
+        raise ValueError(f"relation values have the norm {frobenius:.6g}, expected 1 (0 if norm is 0)")
+
+
+def _encode_triangle(matrix: RelationMatrix) -> bytes:
+    content = matrix.values[_triangle(len(matrix.values))].astype("<f2").tobytes()
+    decoded = _mirrored(_read_fp16(memoryview(content)), len(matrix.values))
+    return _with_header(_TRIANGLE_FP16, matrix, content, _error(matrix.values, decoded))
+
+
+def _encode_triangle_int8(matrix: RelationMatrix) -> bytes:
+    """Values as codes * s_i * s_j with s_i ~ sqrt(G_ii / 127): a Gram matrix has |G_ij| <= sqrt(G_ii G_jj)."""
+    values, n = matrix.values.astype(np.float64), len(matrix.values)
+    scales = np.sqrt(np.maximum(np.diag(values), 0) / 127)
+    row, column = _triangle(n)
+    unit = scales[row] * scales[column]
+    codes = np.rint(np.divide(values[row, column], unit, out=np.zeros(len(unit)), where=unit > 0))
+    codes = np.clip(codes, -127, 127).astype(np.int8)
+    frobenius = float(np.linalg.norm(_mirrored(codes * unit, n)))
+    if matrix.norm > 0 and frobenius == 0:
+        raise ValueError("the relation matrix has no positive diagonal: it is no Gram matrix")
+    scales = (scales / math.sqrt(frobenius or 1.0)).astype("<f4")  # so that the decoded norm is 1
+    content = scales.tobytes() + codes.tobytes()
+    decoded = _mirrored(_read_int8(memoryview(content), n), n)
+    return _with_header(_TRIANGLE_INT8, matrix, content, _error(matrix.values, decoded))
+
+
+def _encode_low_rank(matrix: RelationMatrix, max_cosine_error: float, *, int8: bool) -> bytes:
+    """The smallest of the int8 factor (if wanted), the float16 factor and the float16 triangle."""
+    if matrix.norm == 0:
+        return _with_header(_FACTOR_INT8 if int8 else _FACTOR_FP16, matrix, b"", 0.0)
+    values = matrix.values.astype(np.float64)
+    eigenvalues, vectors = np.linalg.eigh((values + values.T) / 2)
+    eigenvalues, vectors = np.maximum(eigenvalues[::-1], 0), vectors[:, ::-1]
+    largest = np.abs(vectors).argmax(axis=0)
+    vectors = vectors * np.sign(vectors[largest, np.arange(len(values))])  # else a column's sign is LAPACK's choice
+    roots = vectors * np.sqrt(eigenvalues)  # (n, n) the first k columns are the best F of rank k
+    kinds = (True, False) if int8 else (False,)
+    factors = [_encode_factor(matrix, roots, max_cosine_error, int8=kind) for kind in kinds]
+    payloads = [factor for factor in factors if factor is not None]
+    return min(payloads, key=len) if payloads else _encode_triangle(matrix)
+
+
+def _encode_factor(
+    matrix: RelationMatrix, roots: NDArray[np.float64], max_cosine_error: float, *, int8: bool
+) -> bytes | None:
+    """F with F F^T within the error, of the least rank that bisection finds; None if the triangle is better.
+
+    The best F of a rank has the largest eigenvalues of G: its cosine is the root of the sum of their squares.
+    """
+    values, n = matrix.values.astype(np.float64), len(matrix.values)
+    kind, bytes_per_value = (_FACTOR_INT8, 1) if int8 else (_FACTOR_FP16, 2)
+    eigenvalues = (roots**2).sum(axis=0)
+    cosines = np.sqrt(np.cumsum(eigenvalues**2)) / np.linalg.norm(values)
+    least = int(np.searchsorted(cosines, 1 - max_cosine_error)) + 1
+    most = min(n, (n * (n + 1) - 1) // (bytes_per_value * n + (4 if int8 else 0)))  # smaller than the triangle
+    if least > most or eigenvalues[0] <= 0:
+        return None
+
+    def attempt(rank: int) -> tuple[bytes, float]:
+        factor = roots[:, :rank]
+        content = _factor_content(factor / math.sqrt(np.linalg.norm(factor.T @ factor)), int8=int8)
+        decoded = _read_factor(memoryview(content), n, rank, int8=int8)
+        return content, _factor_error(values, decoded)
+
+    content, error = attempt(least)
+    rank = least
+    if error > max_cosine_error:  # rounding costs something too
+        low, rank = least, most
+        content, error = attempt(most)
+        if error > max_cosine_error:
+            return None
+        while rank - low > 1:
+            middle = (low + rank) // 2
+            tried = attempt(middle)
+            if tried[1] > max_cosine_error:
+                low = middle
+            else:
+                rank, (content, error) = middle, tried
+    return _with_header(kind, matrix, content, error, rank=rank)
+
+
+def _factor_content(factor: NDArray[np.float64], *, int8: bool) -> bytes:
+    if not int8:
+        return factor.astype("<f2").tobytes()
+    scales = np.abs(factor).max(axis=0) / 127
+    codes = np.rint(np.divide(factor, scales, out=np.zeros_like(factor), where=scales > 0)).astype(np.int8)
+    decoded = codes * scales
+    frobenius = float(np.linalg.norm(decoded.T @ decoded))
+    scales = (scales / math.sqrt(frobenius)).astype("<f4")  # so that the decoded norm is 1
+    return scales.tobytes() + codes.tobytes()
+
+
+def _encode_pooled(matrix: RelationMatrix, pool: int) -> bytes:
+    n, pooled = len(matrix.values), _pool(matrix.values, pool)
+    frobenius = float(np.linalg.norm(pooled))
+    pooled = pooled / frobenius if frobenius > NOTHING_LEFT else np.zeros_like(pooled)
+    content = pooled[_triangle(len(pooled))].astype("<f2").tobytes()
+    block = blocks_of_grid(n, pool)
+    spread = _mirrored(_read_fp16(memoryview(content)), len(pooled))[block][:, block]
+    return _with_header(_POOLED_FP16, matrix, content, _error(matrix.values, spread), pool=pool)
+
+
+def _pool(values: NDArray[np.float32], pool: int) -> NDArray[np.float64]:
+    """(m, m) P G P^T in float64, where P averages the rows of each block."""
+    block = blocks_of_grid(len(values), pool)
+    mean = np.zeros((int(block[-1]) + 1, len(values)))
+    mean[block, np.arange(len(values))] = 1 / np.bincount(block)[block]
+    return mean @ values.astype(np.float64) @ mean.T
+
+
+def _with_header(
+    kind: int, matrix: RelationMatrix, content: bytes, error: float, *, rank: int = 0, pool: int = 0
+) -> bytes:
+    return _HEADER.pack(PAYLOAD_VERSION, kind, pool, len(matrix.values), rank, error) + content
+
+
+def _read_header(view: memoryview) -> tuple[int, int, int, int, float | None, int]:
+    """Kind, pool, n, k, error and where the content starts, if the payload is as long as they say."""
+    if len(view) < _HEADER_1.size or view[0] not in (1, PAYLOAD_VERSION):
+        got = f"version {view[0]}" if len(view) else "no bytes"
+        raise CorruptPartError(f"relation payload of {len(view)} bytes has {got}, expected version 1 or 2")
+    if view[0] == 1:
+        _, n = _HEADER_1.unpack_from(view)
+        kind, pool, k, error, start, spare = _TRIANGLE_FP16, 0, 0, None, _HEADER_1.size, any(view[1:4])
+    else:
+        if len(view) < _HEADER.size:
+            raise CorruptPartError(f"relation payload of {len(view)} bytes is shorter than a header, {_HEADER.size}")
+        _, kind, pool, n, k, error = _HEADER.unpack_from(view)
+        start, spare = _HEADER.size, view[3] != 0
+    if kind > _POOLED_FP16 or spare or not 1 <= n <= MAX_RELATION_ROWS:
+        raise CorruptPartError(f"relation payload has no valid header: kind {kind}, n = {n}")
+    pooled, ranked = kind == _POOLED_FP16, kind in (_FACTOR_FP16, _FACTOR_INT8)
+    if not (pool >= 2 if pooled else pool == 0) or not (k <= n if ranked else k == 0):
+        raise CorruptPartError(f"relation payload of kind {kind} has pool {pool} and rank {k}")
+    if error is not None and not 0 <= error <= 2:
+        raise CorruptPartError(f"relation payload states a cosine error of {error}")
+    expected = start + _content_bytes(kind, pool, n, k)
+    if len(view) != expected:
+        raise CorruptPartError(f"relation payload has {len(view)} bytes, n = {n} needs {expected}")
+    return kind, pool, n, k, error, start
+
+
+def _content_bytes(kind: int, pool: int, n: int, k: int) -> int:
+    if kind == _POOLED_FP16:
+        try:
+            m = num_blocks(n, pool)
+        except ValueError as error:
+            raise CorruptPartError(f"relation payload: {error}") from error
+        return m * (m + 1)
+    triangle = n * (n + 1)
+    return (triangle, 4 * n + triangle // 2, 2 * n * k, 4 * k + n * k)[kind]
+
+
+def _read_fp16(content: memoryview) -> NDArray[np.float32]:
+    """The packed triangle."""
+    return _finite(np.frombuffer(content, "<f2").astype(np.float32))
+
+
+def _read_int8(content: memoryview, n: int) -> NDArray[np.float32]:
+    """The packed triangle."""
+    scales = _scales(content[: 4 * n])
+    row, column = _triangle(n)
+    return np.frombuffer(content[4 * n :], np.int8) * scales.take(row) * scales.take(column)
+
+
+def _read_factor(content: memoryview, n: int, k: int, *, int8: bool) -> NDArray[np.float64]:
+    if not int8:
+        return _finite(np.frombuffer(content, "<f2")).astype(np.float64).reshape(n, k)
+    return np.frombuffer(content[4 * k :], np.int8).reshape(n, k) * _scales(content[: 4 * k]).astype(np.float64)
+
+
+def _scales(content: memoryview) -> NDArray[np.float32]:
+    """Scales of a matrix of norm 1, or of its factor, are below 1."""
+    scales = _finite(np.frombuffer(content, "<f4"))
+    if ((scales < 0) | (scales > 1)).any():
+        raise CorruptPartError("relation payload has a scale outside 0..1")
+    return scales
+
+
+def _finite(values: NDArray) -> NDArray:
+    if not np.isfinite(values).all():
+        raise CorruptPartError("relation payload holds a value that is not a finite number")
+    return values
+
+
+def _mirrored(triangle: NDArray, n: int) -> NDArray:
+    """The symmetric matrix of an upper triangle, in its dtype."""
+    values = np.empty((n, n), triangle.dtype)
+    upper = _triangle(n)
+    values[upper] = triangle
+    values.T[upper] = triangle
+    return values
+
+
+def _checked_norm(frobenius: float, norm: float) -> float:
+    """What to divide by; CorruptPartError unless the norm is 1, or 0 where that of G is."""
+    if abs(frobenius - (1.0 if norm > 0 else 0.0)) > DECODED_NORM_TOLERANCE or (norm == 0 and frobenius > 0):
+        raise CorruptPartError(f"relation payload has the Frobenius norm {frobenius:.6g}, norm is {norm:.6g}")
+    return frobenius if norm > 0 else 1.0
+
+
+def _error(original: NDArray, decoded: NDArray) -> float:
+    """1 - cosine: half the squared distance of the two at norm 1. 0 for two zeros, 1 where one is zero."""
+    a, b = original.astype(np.float64), decoded.astype(np.float64)
+    norm_a, norm_b = np.linalg.norm(a), np.linalg.norm(b)
+    if norm_a == 0 or norm_b == 0:
+        return 0.0 if norm_a == norm_b else 1.0
+    return float(((a / norm_a - b / norm_b) ** 2).sum() / 2)
+
+
+def _factor_error(values: NDArray[np.float64], factor: NDArray[np.float64]) -> float:
+    """_error(values, F F^T), without forming F F^T."""
+    norms = np.linalg.norm(values) * np.linalg.norm(factor.T @ factor)
+    return max(0.0, 1.0 - float(((values @ factor) * factor).sum() / norms))
+
+
+@lru_cache(maxsize=4)
+def _triangle(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of each value of an upper triangle: one size serves most images of a cache."""
+    return np.triu_indices(n)
+
+
+@lru_cache(maxsize=4)
+def _diagonal(n: int) -> NDArray[np.int64]:
+    """Where the diagonal lies in an upper triangle."""
+    return np.arange(n) * n - np.arange(n) * (np.arange(n) - 1) // 2

@@ -1,0 +1,1 @@
+"""Processes: starting and ending them, signals, standard streams, long waits. Uses the errors alone."""

@@ -1,0 +1,111 @@
+"""Commands that our processes start: each under a supervisor that leaves none of its processes behind."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from storage.processes import supervisor
+
+GRACE_S = 8.0  # between SIGTERM and SIGKILL, for a command that has nothing to save
+LAST_S = 6.0  # the same once whoever started the command is gone
+_POLL_S = 0.2  # an interruption that is no signal (Ray's cancel) does not end a wait
+_HURRY_S = 10.0
+_log = logging.getLogger(__name__)
+
+
+def run_child(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    output: IO[bytes] | None = None,
+    grace_s: float = GRACE_S,
+) -> int:
+    """Runs a command to its end; returns its exit code, negative if a signal ended it, 127 if it cannot be started.
+
+    When this process is interrupted (any exception here) the command gets SIGTERM, and SIGKILL with all of its
+    descendants `grace_s` later; math.inf is for a command that saves something and ends by itself. The exception
+    goes on once all of them have ended. A second interruption kills them at once.
+    When this process is killed, they end within 10 s. `output`: a file for stdout and stderr.
+    """
+    if sys.platform != "linux":  # nothing there inherits orphans
+        return subprocess.run(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, check=False).returncode
+    watching = [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), str(grace_s), str(LAST_S)]
+    process = subprocess.Popen(
+        [*watching, *argv],
+        env=env,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we pass it on in order
+    )
+    try:
+        return _wait(process)
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        if grace_s == math.inf:
+            _log.warning("waiting until what was started has saved its state; a second signal ends it at once")
+        try:
+            _wait(process)
+        except BaseException:
+            _hurry(process)
+            raise
+        raise
+
+
+@contextmanager
+def descendants_end_with_this() -> Iterator[None]:
+    """Within it all processes below this one end within 10 s when this one is killed, whoever has started them."""
+    if sys.platform != "linux":
+        yield
+        return
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", supervisor.__file__, "--watch", str(os.getpid()), str(LAST_S + 1)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def end_descendants(*, grace_s: float = 3.0) -> None:
+    """Ends every process below this one: SIGTERM, and SIGKILL after some seconds. For a process that ends itself."""
+    if sys.platform != "linux":
+        return
+    left = supervisor.descendants(os.getpid())
+    supervisor.send_signal(left, signal.SIGTERM)
+    supervisor.wait_for_descendants(os.getpid(), grace_s)
+    supervisor.kill_descendants(os.getpid())
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    while True:
+        try:
+            return process.wait(timeout=_POLL_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _hurry(process: subprocess.Popen[bytes]) -> None:
+    """Have the supervisor kill what it watches, now."""
+    below = supervisor.descendants(process.pid)
+    supervisor.send_signal(below, signal.SIGKILL)
+    try:
+        process.wait(timeout=_HURRY_S)
+    except subprocess.TimeoutExpired:
+        process.kill()

@@ -1,0 +1,1 @@
+"""Opening, reading and iterating a cache. Uses layout and encoding."""

@@ -1,0 +1,96 @@
+"""Fewer entries than a cache stores: one dump serves every smaller k and every higher threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import ConfigError
+from storage.records.rows import SparseRows
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What is left of each row: one of the two is given."""
+
+    k: int | None = None  # at most so many exact entries, the most probable ones, and none that is sampled
+    tau: float | None = None  # entries of a probability of at least tau; of the others draws of weight tau
+
+    @staticmethod
+    def of(*, k: int | None, tau: float | None) -> Narrowing | None:
+        """None where nothing is asked for. ValueError for both, or for numbers that select nothing."""
+        if k is not None and tau is not None:
+            raise ValueError(f"k is {k} and tau {tau:g}; rows are narrowed by one of them")
+        if k is not None and k < 1:
+            raise ValueError(f"k is {k}, expected 1 or more")
+        if tau is not None and not 0 < tau < 1:
+            raise ValueError(f"tau is {tau:g}, expected a probability")
+        return None if k is None and tau is None else Narrowing(k, tau)
+
+    def check(self, selection: Mapping[str, Any], place: str) -> None:
+        """ConfigError for rows, of an identity's `selection`, that hold no such smaller ones."""
+        method = selection.get("method")
+        if self.k is not None and method == "sampled":
+            raise ConfigError(f"{place}: k is {self.k}, but rows selected by 'sampled' keep no entry exactly")
+        if self.k is not None and method == "topk" and self.k > selection["k"]:
+            raise ConfigError(f"{place}: k is {self.k}, but the cache keeps the {selection['k']} largest of a row")
+        if self.tau is not None and method != "threshold":
+            raise ConfigError(f"{place}: tau is {self.tau:g}, but the cache's rows were selected by {method!r}")
+        if self.tau is not None and self.tau < selection["tau"]:
+            raise ConfigError(f"{place}: tau is {self.tau:g}, but the cache was dumped with {selection['tau']:g}")
+
+
+def narrowed(rows: SparseRows, to: Narrowing, uniforms: NDArray[np.float64]) -> SparseRows:
+    """The rows with fewer entries. What is no longer exact counts as tail; the other scalars stay what they are.
+
+    `uniforms`, (r,) in [0, 1), shift the draws of weight `to.tau`: systematic ones, over the entries that are left over
+    by their weights, so that their mean is what the rows' own draws are the mean of: the dense row.
+    """
+    exact, row = rows.is_exact(), rows.row_of_entry()
+    if to.k is not None:
+        place = np.arange(rows.num_entries) - rows.offsets[row]
+        return _with(rows, exact & (place < to.k), np.zeros(rows.num_entries, np.int64), weight=1.0)
+    assert to.tau is not None
+    weights = np.exp(rows.logprobs.astype(np.float64))
+    kept = exact & (weights >= to.tau)
+    return _with(rows, kept, _draws(np.where(kept, 0.0, weights), rows, to.tau, uniforms), weight=to.tau)
+
+
+def _draws(
+    weights: NDArray[np.float64], rows: SparseRows, tau: float, uniforms: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """(k,) how often each entry is drawn, at the multiples of tau of its row's weights, shifted by its uniform."""
+    sums = np.concatenate([np.zeros(1), np.cumsum(weights)])
+    sizes = np.diff(rows.offsets)
+    before = np.repeat(sums[rows.offsets[:-1]], sizes)
+    shift = np.repeat(uniforms, sizes)
+    until, up_to = (np.ceil((each - before) / tau - shift) for each in (sums[:-1], sums[1:]))
+    return (np.maximum(up_to, 0) - np.maximum(until, 0)).astype(np.int64)
+
+
+def _with(rows: SparseRows, kept: NDArray[np.bool_], counts: NDArray[np.int64], *, weight: float) -> SparseRows:
+    """Rows of the kept exact entries, and of those drawn `counts` times."""
+    row, drawn = rows.row_of_entry(), counts > 0
+    head, tail = np.flatnonzero(kept), np.flatnonzero(drawn)
+    tail = tail[np.argsort((row[tail] << 31) | rows.ids[tail])]
+    order = np.argsort(np.concatenate([row[head] * 2, row[tail] * 2 + 1]), kind="stable")
+    logprobs = np.concatenate([rows.logprobs[head], np.log(counts[tail] * weight).astype(np.float32)])
+    num_exact = np.bincount(row[head], minlength=rows.num_rows)
+    num_sampled = np.bincount(row[tail], minlength=rows.num_rows)
+    lost = rows.is_exact() & ~kept
+    lost_mass = np.bincount(row[lost], np.exp(rows.logprobs[lost].astype(np.float64)), rows.num_rows)
+    tail_mass = np.where(num_exact > 0, np.minimum(rows.tail_mass + lost_mass, 1 - 2.0**-24), 1.0)
+    return replace(
+        rows,
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(num_exact + num_sampled)]),
+        ids=np.concatenate([rows.ids[head], rows.ids[tail]])[order],
+        logprobs=logprobs[order],
+        num_exact=num_exact.astype(np.int32),
+        tail_mass=tail_mass.astype(np.float32),
+        other_sets=(),
+        selection_error=None,
+    )

@@ -1,0 +1,68 @@
+"""Preference pairs: two samples `<id>#chosen` and `<id>#rejected` of one part, with one prompt.
+
+Each is an ordinary sample, so every other family, and a reader of single answers (KTO), needs nothing new;
+a reader of pairs (DPO) joins the two by id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.records.records import SequenceLogprob, TokensRecord
+from storage.records.rows import LOGPROB_TOLERANCE
+
+CHOSEN, REJECTED = "#chosen", "#rejected"
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two samples of a cache, by position."""
+
+    pair_id: str
+    chosen: int
+    rejected: int
+
+
+def pairs_of(sample_ids: Sequence[str]) -> list[PreferencePair]:
+    """The pairs among sample ids, in the order of their chosen answers; a lone half is no pair."""
+    rejected = {name.removesuffix(REJECTED): at for at, name in enumerate(sample_ids) if name.endswith(REJECTED)}
+    chosen = [(name.removesuffix(CHOSEN), at) for at, name in enumerate(sample_ids) if name.endswith(CHOSEN)]
+    return [PreferencePair(pair_id, at, rejected[pair_id]) for pair_id, at in chosen if pair_id in rejected]
+
+
+def check_pairs(records: Iterable[TokensRecord]) -> None:
+    """ValueError unless each half of a pair lies beside the other, with the same prompt and images."""
+    halves = {record.sample_id: record for record in records if record.sample_id.endswith((CHOSEN, REJECTED))}
+    for sample_id, record in halves.items():
+        other_id = other_half(sample_id)
+        other = halves.get(other_id)
+        if other is None:
+            raise ValueError(f"sample {sample_id}: its part holds no {other_id}; leave both out, or keep both")
+        if record.images != other.images or not np.array_equal(_prompt(record), _prompt(other)):
+            raise ValueError(f"sample {sample_id}: its prompt or images differ from those of {other_id}")
+
+
+def check_sequence(sequence: SequenceLogprob, record: TokensRecord) -> None:
+    """ValueError unless a sequence logprob may be that of a sample's response."""
+    place, count = f"sample {record.sample_id}", record.num_response_tokens
+    if sequence.num_tokens != count:
+        raise ValueError(f"{place}: a sequence logprob over {sequence.num_tokens} tokens for {count} response tokens")
+    logprob = sequence.logprob
+    if not -float(np.finfo(np.float32).max) <= logprob <= LOGPROB_TOLERANCE * count:  # nor may it be NaN
+        raise ValueError(f"{place}: its sequence logprob is {logprob}, expected at most 0")
+
+
+def other_half(sample_id: str) -> str:
+    """The id of the other half of the pair that a sample's id ends as one of."""
+    if sample_id.endswith(CHOSEN):
+        return sample_id.removesuffix(CHOSEN) + REJECTED
+    return sample_id.removesuffix(REJECTED) + CHOSEN
+
+
+def _prompt(record: TokensRecord) -> np.ndarray:
+    """The token ids before the first response token."""
+    first = int(np.argmax(record.response_mask)) if record.response_mask.any() else len(record.token_ids)
+    return record.token_ids[:first]

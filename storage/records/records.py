@@ -1,0 +1,176 @@
+"""What one sample holds, what one part holds, and the key under which an image's signals are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.encoding.tail_profile import TailTotal
+from storage.records.rows import SparseRows
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def check_image_path(path: str) -> str:
+    """The path itself, if it is relative, posix, and stays below its root; ValueError otherwise."""
+    if not path or "\0" in path or "\\" in path or path.startswith("/") or _DRIVE.match(path):
+        raise ValueError(f"image path {path!r} must be relative, with forward slashes")
+    parts = path.split("/")
+    if ".." in parts or all(part in ("", ".") for part in parts):
+        raise ValueError(f"image path {path!r} must stay inside its image root")
+    return path
+
+
+def image_key(prefix_ids: Iterable[int], image_sha256s: Sequence[str], preprocessing_fingerprint: str) -> str:
+    """The key of an image's visual rows and relation matrix: sha256 in hex.
+
+    In a causal teacher they depend on nothing else: the token ids up to and including the image's own
+    placeholder, the content of every image so far (this one last), and the preprocessing.
+    """
+    ids = np.asarray(list(prefix_ids), dtype="<i4")
+    digest = hashlib.sha256(b"stillhouse image key 1\0")
+    digest.update(struct.pack("<Q", len(ids)) + ids.tobytes())
+    digest.update(struct.pack("<Q", len(image_sha256s)) + "".join(image_sha256s).encode())
+    digest.update(preprocessing_fingerprint.encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One image of a sample. ValueError for a path outside of the root or a malformed hash."""
+
+    path: str  # relative to the image root
+    sha256: str  # of the file's bytes, in hex
+    num_visual_tokens: int  # positions that the teacher's grid gives it
+    key: str  # see image_key
+
+    def __post_init__(self) -> None:
+        check_image_path(self.path)
+        for name in ("sha256", "key"):
+            if not _SHA256.fullmatch(getattr(self, name)):
+                got = getattr(self, name)
+                raise ValueError(f"{name} of image {self.path} is {got!r}, expected 64 hex digits")
+        if self.num_visual_tokens < 1:
+            raise ValueError(f"image {self.path} has {self.num_visual_tokens} visual tokens, expected some")
+
+    def file(self, root: str | Path) -> Path:
+        """Where the image lies below a root."""
+        return Path(root) / self.path
+
+
+@dataclass(frozen=True, eq=False)
+class TokensRecord:
+    """A sample's conversation as token ids. One placeholder token stands for each image."""
+
+    sample_id: str
+    split: str
+    category: str
+    token_ids: NDArray[np.int32]  # (t,)
+    response_mask: NDArray[np.bool_]  # (t,) True where a loss counts
+    images: tuple[ImageRef, ...] = ()
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(np.count_nonzero(self.response_mask))
+
+
+@dataclass(frozen=True, eq=False)
+class RelationMatrix:
+    """The Gram matrix G of an image's visual rows of raw logits, divided by its Frobenius norm."""
+
+    values: NDArray[np.float32]  # (n, n), symmetric, of norm 1 (all zero if G is)
+    norm: float  # of G
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class RelationFactor:
+    """G / ||G|| as F F^T, for a trainer that needs no (n, n): <G, A> = sum(F * (A F)) / norms."""
+
+    factor: NDArray[np.float32]  # (n, k); F F^T has norm 1 (k is 0 if G is zero)
+    norm: float  # of G
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return len(self.factor)
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """(n, n) F F^T, made anew at each call."""
+        return self.factor @ self.factor.T
+
+
+@dataclass(frozen=True, eq=False)
+class PooledRelation:
+    """The Gram matrix of visual rows averaged over pool x pool blocks of the square grid, at norm 1.
+
+    It compares with a student whose visual rows are averaged likewise: see relation.blocks_of_grid.
+    """
+
+    values: NDArray[np.float32]  # (m, m), symmetric, of norm 1 (all zero if the pooled G is)
+    norm: float  # of the pooled G
+    num_visual_tokens: int  # n, before pooling
+    pool: int
+
+
+Relation = RelationMatrix | RelationFactor | PooledRelation  # as a reader gives it; a dump gives RelationMatrix
+
+
+@dataclass(frozen=True)
+class SequenceLogprob:
+    """The teacher's log-probability of a sample's whole response."""
+
+    logprob: float  # float32 sum over response tokens, nats; 0 for an empty response
+    num_tokens: int  # response tokens
+
+
+@dataclass(frozen=True, eq=False)
+class SampleRecord:
+    """Everything a reader was asked for about one sample."""
+
+    tokens: TokensRecord
+    response: SparseRows | None = None  # row r is the distribution of response token r
+    visual: Mapping[str, SparseRows] = field(default_factory=dict)  # by image key
+    relation: Mapping[str, Relation] = field(default_factory=dict)  # by image key
+    hidden: NDArray[np.float32] | None = None  # (r, d) final-norm states; OutputHead.logits makes row r of them
+    sequence: SequenceLogprob | None = None
+
+
+@dataclass(frozen=True)
+class SampleError:
+    """A sample of the plan that has no record, and why."""
+
+    sample_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Both in one line; a row without an id is named by its place, with which its reason begins."""
+        place = self.sample_id.removeprefix("row ")
+        return self.reason if self.reason.startswith(f"{place}: ") else f"{self.sample_id}: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class PartRecords:
+    """What a dump hands to the writer for one part; None for each family that the cache does not hold."""
+
+    tokens: Sequence[TokensRecord]
+    response: Sequence[SparseRows] | None = None  # aligned with tokens, a row for each response token
+    visual: Mapping[str, SparseRows] | None = None  # by the keys of the samples' images
+    relation: Mapping[str, RelationMatrix] | None = None  # likewise
+    errors: Sequence[SampleError] = ()
+    hidden: Sequence[NDArray[np.float32]] | None = None  # aligned with tokens, (r, d) for its r response tokens
+    sequence: Sequence[SequenceLogprob] | None = None  # aligned with tokens
+    images: Mapping[str, bytes] | None = None  # the images' files by their sha256
+    tail_totals: Mapping[str, TailTotal] = field(default_factory=dict)  # by family, of the parts that keep them
+    teacher_noise: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by family: nats a row scored twice

@@ -1,0 +1,361 @@
+"""One part's scan: every byte hashed, and every row of it checked, from one reading of each file.
+
+Whole row groups are checked as arrays; no row, matrix or record is made of them. What a reader's decoders refuse
+is refused here too (tests compare the two on damaged files). Memory is bounded: a file of up to WHOLE_BYTES is
+read once and parsed where it lies; of a larger one the bytes are hashed first and its row groups read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from storage.backends.files import Folder
+from storage.encoding.columns import (
+    family_errors,
+    hidden_states,
+    image_content,
+    sequence_logprob,
+    sparse_rows,
+    tokens_record,
+)
+from storage.encoding.distributions import RowFormat, check_group, decode_id_groups
+from storage.encoding.relation import check_payload
+from storage.encoding.schema import check_schema
+from storage.encoding.tail_profile import tail_total_of
+from storage.errors import CacheError, CorruptPartError
+from storage.identity import Identity, stored_hidden, stored_relation
+from storage.layout import commit as layout
+from storage.layout.documents import Commit, FileEntry
+from storage.layout.losses import summary
+from storage.layout.parts import Part
+from storage.reader.part_files import check_sizes, validated
+from storage.records.preference import check_pairs, check_sequence
+from storage.records.records import ImageRef, TokensRecord
+from storage.records.rows import check_sampled_total
+
+WHOLE_BYTES = 256 << 20  # of a file that is read once; each scan at a time holds one
+_BLOCK_BYTES = 4 << 20
+_BAD = (CacheError, ValueError, OSError, pa.ArrowException)
+
+Advance = Callable[[int], None]  # bytes that were read
+
+
+@dataclass
+class PartFindings:
+    """What a part holds, and what is wrong with it."""
+
+    number: int
+    problems: list[str] = field(default_factory=list)
+    sample_ids: list[str] = field(default_factory=list)  # records, then the errors that count
+    num_samples: int = 0
+    num_images: int = 0
+    num_rows: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """What the other families of a part are compared with."""
+
+    sample_ids: list[str]
+    num_response_tokens: NDArray[np.int64]
+    images: dict[str, int]  # visual tokens by image key
+    image_sha256s: set[str]
+    records: list[TokensRecord]  # only where there is a family `sequence`
+
+
+def scan_part(
+    folder: Folder, identity: Identity, part: Part, *, head_width: int | None, advance: Advance
+) -> PartFindings:
+    """Everything that can be found wrong with a part by itself. It raises nothing of a broken file.
+
+    `head_width` is that of the output head, None if there is no good one. Parts may be scanned at once, in threads:
+    hashing, decompressing and arithmetic let go of the interpreter's lock.
+    """
+    findings = PartFindings(part.number)
+    _Scan(folder, identity, part, head_width, advance, findings).scan()
+    return findings
+
+
+class _Scan:
+    """A part's scan. It keeps the counts that the commits are compared with."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        identity: Identity,
+        part: Part,
+        head_width: int | None,
+        advance: Advance,
+        findings: PartFindings,
+    ) -> None:
+        self.folder = folder
+        self.identity = identity
+        self.part = part
+        self.head_width = head_width
+        self.advance = advance
+        self.findings = findings
+        self.num_rows = {family: 0 for commit in part.commits for family in commit.num_rows}
+        self.errors: dict[str, list[float]] = {"relation": [], "hidden": []}
+
+    def scan(self) -> None:
+        """Tokens first: they say what must be in the other files. Those are hashed even if tokens are broken."""
+        tokens: _Tokens | None = None
+        for family, entry in sorted(self.part.families.items(), key=lambda item: item[0] != "tokens"):
+            try:
+                source = self._checked_file(entry)
+            except _BAD as error:
+                self.findings.problems.append(f"part {self.part.number}: {error}")
+                continue
+            try:
+                with source:
+                    if family == "tokens":
+                        tokens = self._tokens(source)
+                    elif tokens is not None:
+                        self._family(family, source, tokens)
+            except _BAD as error:
+                said = str(error).removeprefix(f"{self.folder.place(entry.file)}: ")
+                self._problem(entry.file, f"{family} {said}" if said.startswith("row ") else f"{family}: {said}")
+        if tokens is None:
+            return
+        self.findings.sample_ids = [*tokens.sample_ids, *(error.sample_id for error in self.part.errors)]
+        self.findings.num_samples, self.findings.num_images = len(tokens.sample_ids), len(tokens.images)
+        self.findings.num_rows = self.num_rows
+        if not self.findings.problems:
+            for commit in self.part.commits:
+                self._compare(commit)
+
+    def _problem(self, file: str, text: str) -> None:
+        self.findings.problems.append(f"part {self.part.number}: {self.folder.place(file)}: {text}; {layout.ADVICE}")
+
+    def _checked_file(self, entry: FileEntry) -> pa.NativeFile:
+        """A file whose size and hash are those of its commit, ready to be parsed. Errors: CorruptPartError."""
+        layout.check_file(self.folder, entry, content=False)
+        digest, done = hashlib.sha256(), 0
+        whole = np.empty(entry.file_bytes if entry.file_bytes <= WHOLE_BYTES else 0, np.uint8)
+        try:
+            with self.folder.open_for_arrow(entry.file, entry.file_bytes) as source:
+                while block := source.read(_BLOCK_BYTES):
+                    digest.update(block)
+                    if len(whole) and done + len(block) <= len(whole):
+                        whole[done : done + len(block)] = np.frombuffer(block, np.uint8)
+                    done += len(block)
+                    self.advance(len(block))
+        except OSError as error:
+            raise CorruptPartError(f"{self.folder.place(entry.file)}: cannot be read: {error}") from error
+        layout.compare(self.folder, entry, done, digest.hexdigest())
+        if len(whole):
+            return pa.BufferReader(pa.py_buffer(whole))
+        return self.folder.open_for_arrow(entry.file, entry.file_bytes)
+
+    def _groups(self, family: str, source: pa.NativeFile) -> Iterator[tuple[int, pa.Table, Mapping[bytes, bytes]]]:
+        """Each row group: its first row, itself, and the file's key-value metadata. Errors: CorruptPartError."""
+        entry = self.part.families[family]
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        check_schema(family, file.schema_arrow, self.folder.place(entry.file))
+        metadata = file.metadata
+        if metadata.num_rows != entry.rows:
+            raise CorruptPartError(f"has {metadata.num_rows} rows, its commit says {entry.rows}")
+        check_sizes(metadata, entry.file_bytes)
+        row = 0
+        for group in range(metadata.num_row_groups):
+            num_rows = metadata.row_group(group).num_rows
+            table = validated(file.read_row_group(group, use_threads=False), num_rows)
+            yield row, table, metadata.metadata or {}
+            row += num_rows
+
+    def _tokens(self, source: pa.NativeFile) -> _Tokens:
+        ids: list[str] = []
+        counts: list[NDArray[np.int64]] = []
+        images: dict[str, int] = {}
+        sha256s: set[str] = set()
+        records: list[TokensRecord] = []
+        for first, table, _ in self._groups("tokens", source):
+            counts.append(check_tokens(table, self.identity, first))
+            ids += table["sample_id"].to_pylist()
+            names = ("image_paths", "image_sha256s", "image_visual_tokens", "image_keys")
+            lists = [table[name].combine_chunks().flatten().to_pylist() for name in names]
+            for image in map(ImageRef, *lists):
+                if images.setdefault(image.key, image.num_visual_tokens) != image.num_visual_tokens:
+                    raise ValueError(f"image {image.path} has two visual token counts")
+                sha256s.add(image.sha256)
+            if "sequence" in self.part.families:
+                records += [tokens_record(table, row, self.identity) for row in range(table.num_rows)]
+        twice = {sample_id for sample_id in ids if ids.count(sample_id) > 1} if len(set(ids)) < len(ids) else ()
+        if twice:
+            raise ValueError(f"sample {min(twice)!r} is in part {self.part.number} too")
+        if records:
+            check_pairs(records)
+        return _Tokens(ids, np.concatenate([np.zeros(0, np.int64), *counts]), images, sha256s, records)
+
+    def _family(self, family: str, source: pa.NativeFile, tokens: _Tokens) -> None:
+        """One file against the tokens. Errors: ValueError and others, naming the row."""
+        if family in ("response", "hidden", "sequence"):
+            rows = self.part.families[family].rows
+            if rows != len(tokens.sample_ids):
+                raise ValueError(f"{rows} rows for {len(tokens.sample_ids)} samples")
+        if family in ("response", "visual"):
+            self._distributions(family, source, tokens)
+        elif family == "images":
+            self._each_row(family, source, partial(self._image, unseen := set(tokens.image_sha256s)))
+            if unseen:
+                raise ValueError(f"{len(unseen)} images have no file, such as {min(unseen)}")
+        elif family == "relation":
+            self._each_row(family, source, partial(self._relation, unseen := dict(tokens.images)))
+            if unseen:
+                raise ValueError(f"{len(unseen)} images have no rows, such as {min(unseen)}")
+        else:
+            check = self._hidden if family == "hidden" else self._sequence
+            self._each_row(family, source, partial(check, tokens))
+
+    def _distributions(self, family: str, source: pa.NativeFile, tokens: _Tokens) -> None:
+        kept, id_groups = RowFormat.of(self.identity, family), None
+        unseen = dict(tokens.images)
+        for first, table, metadata in self._groups(family, source):
+            try:
+                if "payload" in table.column_names:
+                    counts = _check_payloads(table, kept)
+                else:
+                    if id_groups is None:
+                        id_groups = decode_id_groups(metadata, kept.vocab_size)
+                        tail_total_of(metadata, kept.vocab_size)
+                    counts = check_group(table, id_groups, kept)
+            except (CacheError, ValueError) as error:
+                raise CorruptPartError(f"rows {first} to {first + table.num_rows - 1}: {error}") from error
+            keys = table[0].to_pylist()
+            for row, (key, count) in enumerate(zip(keys, counts.tolist(), strict=True), start=first):
+                if family == "visual":
+                    if count != _expected(key, unseen, row):
+                        raise ValueError(f"row {row}: has {count} rows, not as many as image {key} has visual tokens")
+                else:
+                    _check_sample(tokens, row, key)
+                    if count != tokens.num_response_tokens[row]:
+                        raise ValueError(f"row {row}: has {count} rows for {tokens.num_response_tokens[row]} tokens")
+            self.num_rows[family] += int(counts.sum())
+        if family == "visual" and unseen:
+            raise ValueError(f"{len(unseen)} images have no rows, such as {min(unseen)}")
+
+    def _each_row(self, family: str, source: pa.NativeFile, check: Callable[[int, pa.Table, int], None]) -> None:
+        for first, table, _ in self._groups(family, source):
+            for at in range(table.num_rows):
+                try:
+                    check(first + at, table, at)
+                except (CacheError, ValueError) as error:
+                    said = str(error).removeprefix(f"row {first + at}: ")
+                    raise CorruptPartError(f"row {first + at}: {said}") from error
+
+    def _relation(self, unseen: dict[str, int], row: int, table: pa.Table, at: int) -> None:
+        expected = _expected(table["image_key"][at].as_py(), unseen, row)
+        payload = memoryview(table["payload"][at].as_buffer())
+        norm, section = table["norm"][at].as_py(), stored_relation(self.identity)
+        check_payload(payload, norm=norm, num_visual_tokens=expected, section=section)
+        if table["num_rows"][at].as_py() != expected:
+            raise CorruptPartError(f"relation payload has n = {expected}, its column says otherwise")
+        self.errors["relation"] += family_errors("relation", [{"payload": payload}])
+
+    def _hidden(self, tokens: _Tokens, row: int, table: pa.Table, at: int) -> None:
+        _check_sample(tokens, row, table["sample_id"][at].as_py())
+        states = hidden_states(table, at, stored_hidden(self.identity))
+        expected = (int(tokens.num_response_tokens[row]), self.head_width or states.shape[1])
+        if states.shape != expected:
+            raise ValueError(f"is {states.shape}, response tokens and head have {expected}")
+        self.errors["hidden"] += family_errors("hidden", [{"relative_error": table["relative_error"][at].as_py()}])
+
+    def _sequence(self, tokens: _Tokens, row: int, table: pa.Table, at: int) -> None:
+        _check_sample(tokens, row, table["sample_id"][at].as_py())
+        check_sequence(sequence_logprob(table, at), tokens.records[row])
+
+    @staticmethod
+    def _image(unseen: set[str], row: int, table: pa.Table, at: int) -> None:
+        sha256 = table["sha256"][at].as_py()
+        if sha256 not in unseen:
+            raise ValueError(f"image {sha256} is of no sample, or appears twice")
+        unseen.remove(sha256)
+        image_content(table, at)
+
+    def _compare(self, commit: Commit) -> None:
+        """What a commit says of its part."""
+        found = self.findings
+        place = next(iter(commit.families.values())).file if commit.families else ""
+        counted = (found.num_samples, found.num_images, {family: self.num_rows[family] for family in commit.num_rows})
+        stated = (commit.num_samples, commit.num_images, commit.num_rows)
+        if counted != stated:
+            self._problem(place, f"the part holds (samples, images, rows) {counted}, its commit says {stated}")
+        if commit.errors_by_family is None:
+            return
+        # What rounding probabilities cost was measured against numbers that are nowhere any more.
+        said = {family: each for family, each in commit.errors_by_family.items() if family in self.errors}
+        errors = {
+            family: summary(family, each) for family, each in self.errors.items() if each and family in commit.families
+        }
+        if errors != said:
+            self._problem(place, f"its encodings' errors are {errors}, its commit says {said}")
+
+
+def check_tokens(table: pa.Table, identity: Identity, first: int = 0) -> NDArray[np.int64]:
+    """Response tokens of each row of a tokens table, all rows of which pass the checks of columns.tokens_record.
+
+    Images are checked by count alone. `first` is the number of the first row, for messages. Errors: ValueError.
+    """
+    ids, num_tokens = _list(table, "token_ids")
+    starts, num_starts = _list(table, "response_starts")
+    stops, num_stops = _list(table, "response_stops")
+    row_of_id, row_of_span = (np.repeat(np.arange(len(count)), count) for count in (num_tokens, num_starts))
+
+    def check(good: NDArray[np.bool_], problem: str, rows: NDArray[np.int64] | None = None) -> None:
+        if not good.all():
+            at = int(np.argmin(good))
+            raise ValueError(f"row {first + (at if rows is None else int(rows[at]))}: {problem}")
+
+    check(num_starts == num_stops, "as many response spans must start as stop")
+    inside = (starts >= 0) & (stops > starts) & (stops <= num_tokens[row_of_span])
+    inside[1:] &= (row_of_span[1:] != row_of_span[:-1]) | (starts[1:] > stops[:-1])
+    check(inside, "response spans are not ascending within the tokens", row_of_span)
+    placeholders = ids == identity.image_token_id
+    known = (ids >= 0) & (ids < identity.vocab_size) | placeholders
+    check(known, f"a token id is outside 0..{identity.vocab_size - 1}", row_of_id)
+    check(table["num_tokens"].to_numpy() == num_tokens, "num_tokens is not the number of token ids")
+    lengths = (stops - starts).astype(np.float64)  # which bincount sums exactly below 2^53
+    num_response = np.bincount(row_of_span, lengths, len(num_starts)).astype(np.int64)
+    check(table["num_response_tokens"].to_numpy() == num_response, "num_response_tokens is not what the spans hold")
+    num_images = np.bincount(row_of_id[placeholders], minlength=len(num_tokens))
+    for name in ("image_paths", "image_sha256s", "image_visual_tokens", "image_keys"):
+        check(_list(table, name)[1] == num_images, f"{name} has not one value for each image placeholder")
+    return num_response
+
+
+def _list(table: pa.Table, name: str) -> tuple[NDArray, NDArray[np.int64]]:
+    """All values of a list column (of texts: none of them), and how many each row has."""
+    lists = table[name].combine_chunks()
+    counts = np.diff(lists.offsets.to_numpy()).astype(np.int64)
+    values = lists.flatten()
+    return (np.zeros(0) if pa.types.is_string(values.type) else values.to_numpy()), counts
+
+
+def _check_payloads(table: pa.Table, kept: RowFormat) -> NDArray[np.int64]:
+    """check_group for format version 1."""
+    counts = []
+    for row in range(table.num_rows):
+        rows = sparse_rows(table, row, vocab_size=kept.vocab_size)
+        rows.validate(kept.vocab_size)
+        check_sampled_total(rows, kept.tau)
+        counts.append(rows.num_rows)
+    return np.array(counts, np.int64)
+
+
+def _check_sample(tokens: _Tokens, row: int, sample_id: str) -> None:
+    if sample_id != tokens.sample_ids[row]:
+        raise ValueError(f"row {row}: is not of sample {tokens.sample_ids[row]!r}")
+
+
+def _expected(key: str, unseen: dict[str, int], row: int) -> int:
+    if key not in unseen:
+        raise ValueError(f"row {row}: image {key} is of no sample, or appears twice")
+    return unseen.pop(key)

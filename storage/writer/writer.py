@@ -1,0 +1,445 @@
+"""Writes a segment of a cache: begins or joins it, commits parts, seals it. Any number of writers may do so at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.backends.files import Folder, open_folder
+from storage.encoding.columns import Columns, tokens_columns
+from storage.encoding.head import StoredHead, encode_head
+from storage.encoding.part_rows import FamilyRows, part_rows
+from storage.encoding.schema import parquet_bytes
+from storage.errors import CacheError, CorruptPartError
+from storage.identity import Identity, stored_tau
+from storage.layout import commit as layout
+from storage.layout.documents import Commit, Description, ErrorEntry, ErrorSummary, FileEntry, HeadEntry, Manifest
+from storage.layout.losses import DROPPED, NOISE, SELECTION, summarize, summary
+from storage.layout.processor_files import write_processor_files
+from storage.layout.retries import FailedIds, find_or_begin_retry, read_contents, taken_up_later
+from storage.layout.segments import NewSegment, Segment, find_segment, read_segments, tokens_segments
+from storage.reader.part_files import PartFiles
+from storage.records.preference import check_pairs
+from storage.records.records import PartRecords, SampleError, TokensRecord
+from storage.writer.record_checks import check_records
+
+# What an added family must have been made from, to the token: the rest of a tokens row follows from it.
+_ALIGNED_COLUMNS = ("sample_id", "token_ids", "response_starts", "response_stops", "image_keys")
+
+
+class CacheWriter:
+    """A segment that parts are added to. Parts are numbered as in the segment's plan, from 0.
+
+    Invariant: the segment's document lies in the cache and says what this one says.
+    """
+
+    def __init__(self, folder: Folder, segments: Sequence[Segment], number: int, zstd_level: int) -> None:
+        self.folder = folder
+        self.segment = segments[number]
+        self._segments = segments
+        self._zstd_level = zstd_level
+        self._files = PartFiles(folder, max_bytes=0, checksums=False)
+        self._holders: dict[str, int] | None = None
+        self._retried: frozenset[str] = frozenset()  # known together with the holders
+        self._head: HeadEntry | None = None
+        self._head_width = 0
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        identity: Identity,
+        families: Sequence[str],
+        *,
+        append: bool = False,
+        sample_ids: Collection[str] = (),
+        zstd_level: int = 9,
+        processor_files: Mapping[str, bytes] | None = None,
+    ) -> CacheWriter:
+        """The segment that a dump of `families` has to write, created if need be; see segments.find_segment.
+
+        It may have fewer families than were asked for, when an earlier dump was not finished: then there is
+        more to do once this one is sealed. `families` come besides tokens. `sample_ids` of the plan, where they
+        are given, are compared with those of the cache before anything is appended. A new cache carries
+        `processor_files`, by name. Errors: IdentityError naming
+        each field that differs; CacheError, among others for an unknown family or a sample that is there.
+        """
+        folder = open_folder(path)
+        found, segments = find_segment(folder, identity, families, append=append)
+        while isinstance(found, NewSegment):
+            if segments and found.adds_to is None and sample_ids:
+                files = PartFiles(folder, max_bytes=0, checksums=False)
+                _refuse_known(folder, _holders(folder, segments, files), sample_ids)
+            folder.make([found.file.rpartition("/")[0]])
+            document = found.document
+            if processor_files and isinstance(document, Description):
+                entries = write_processor_files(folder, processor_files)
+                document = document.model_copy(update={"processor_files": entries})
+            folder.create(found.file, document.to_bytes())  # ours, or that of a writer that was faster
+            found, segments = find_segment(folder, identity, families, append=append)
+        folder.make([*found.stored_families, found.commits_folder])
+        return cls(folder, segments, found.number, zstd_level)
+
+    @classmethod
+    def begin_retry(
+        cls, path: str | Path, identity: Identity, base: int, failed_ids: FailedIds, *, zstd_level: int = 9
+    ) -> CacheWriter:
+        """A segment that takes up errors of segment `base` and of its retries, by part; an unfinished one is joined.
+
+        `identity` is that of a dump over the plan of `base`, of which every part is committed. Errors: CacheError
+        for an id that is no error of these parts, or is one no longer; IdentityError.
+        """
+        folder = open_folder(path)
+        retry, segments = find_or_begin_retry(folder, identity, base, failed_ids)
+        folder.make([*retry.stored_families, retry.commits_folder])
+        return cls(folder, segments, retry.number, zstd_level)
+
+    @property
+    def identity(self) -> Identity:
+        return self.segment.identity
+
+    def committed_parts(self) -> set[int]:
+        """Parts that need no more work. CorruptPartError if a file of one is gone or has another size."""
+        return {commit.part - self.segment.first_part for commit, _ in self._commits()}
+
+    def contents(self) -> tuple[int, list[SampleError]]:
+        """How many samples the committed parts and those of their retries hold, and the errors that are left."""
+        num_samples, failed = read_contents(self.folder, read_segments(self.folder), self.segment)
+        return num_samples, [SampleError(error.sample_id, error.reason) for errors in failed for error in errors]
+
+    def commit_of(self, part: int) -> Commit | None:
+        """The commit of a part of the plan, if it has one: whoever asks need not make its records."""
+        return self._existing(self.segment.first_part + part)
+
+    def write_part(self, part: int, records: PartRecords) -> Commit:
+        """Write a part's files, then its commit. A part that has a commit is left as it is.
+
+        The commit that counts is returned: of writers that race, one wins and the others adopt its commit.
+        Errors: ValueError for records that contradict each other or the identity; CacheError for records of
+        other samples than the parts that families are added to, for samples that the cache has, for a disk
+        that is full or an object store that fails.
+        """
+        if not 0 <= part < self.segment.num_parts:
+            raise ValueError(f"part {part} is not one of the plan's {self.segment.num_parts}")
+        number = self.segment.first_part + part
+        existing = self._existing(number)
+        if existing:
+            return existing
+        check_records(records, self.segment)
+        self._check_widths(records)
+        if self.segment.has_tokens:
+            known = self._known_ids()
+            records = self._without_retried(records)
+            ids = [record.sample_id for record in (*records.tokens, *records.errors)]
+            self._check_retried(part, ids)
+            _refuse_known(self.folder, known, ids)
+        else:
+            records = self._aligned(number, records)
+        families = part_rows(records, self.segment.identity, self.segment.stored_families)
+        entries = {family: self._write_family(family, number, rows) for family, rows in families.items()}
+        commit = self._commit(number, records, entries, families)
+        if self.folder.create(layout.commit_file(self.segment, number), commit.to_bytes()):
+            return commit
+        winner = self._existing(number)
+        if winner is None:
+            raise CacheError(f"{self.folder}: somebody removes commits while the dump is running")
+        named = {entry.file for entry in winner.families.values()}
+        for entry in entries.values():
+            if entry.file not in named:
+                self.folder.remove(entry.file)
+        return winner
+
+    def put_head(self, head: StoredHead) -> None:
+        """Keep the teacher's output head, before the first part of a segment that holds hidden states.
+
+        Any number of writers may do so; the same head is one file. Errors: ValueError for one that does not fit;
+        CacheError for another than the cache has.
+        """
+        if "hidden" not in self.segment.families or head.vocab_size != self.identity.vocab_size:
+            raise ValueError(
+                f"a head of {head.vocab_size} tokens for a vocabulary of {self.identity.vocab_size} and the "
+                f"families {self.segment.families}; it must fit, and hidden be among them"
+            )
+        content = encode_head(head)
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry = HeadEntry(file=layout.head_file(sha256), file_bytes=len(content), sha256=sha256)
+        self._refuse_other_head(entry)
+        try:
+            layout.check_file(self.folder, entry, content=not self.folder.is_remote)
+        except CorruptPartError:  # not there, or damaged
+            self.folder.make([layout.HEAD_FOLDER])
+            self.folder.write(entry.file, content)
+        self._head, self._head_width = entry, head.width
+
+    def unseal(self) -> None:
+        """Remove the manifest of a segment whose parts are to be written again: it names commits that are gone."""
+        self.folder.remove(self.segment.manifest_file)
+
+    def seal(self) -> Manifest:
+        """Write the manifest, when every part is committed. A no-op on a sealed, unchanged segment.
+
+        Errors: CacheError naming missing parts, or sample ids that two parts hold; CorruptPartError.
+        """
+        commits = self._commits()
+        committed = {commit.part for commit, _ in commits}
+        missing = [part for part in self.segment.parts if part not in committed]
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+            raise CacheError(
+                f"{self.folder}: {len(missing)} of {self.segment.num_parts} parts are not committed: "
+                f"{shown}; run the dump again"
+            )
+        layout.check_one_head([*(commit for commit, _ in commits), *self._commits_with_head()])
+        manifest = layout.make_manifest(self.segment, commits)
+        content = manifest.to_bytes()
+        if self._manifest_bytes() == content:
+            return manifest
+        if self.segment.has_tokens:
+            self._refuse_duplicates([commit for commit, _ in commits])
+        layout.remove_orphans(self.folder, self.segment, [commit for commit, _ in commits])
+        self.folder.write(self.segment.manifest_file, content)
+        return manifest
+
+    def _manifest_bytes(self) -> bytes | None:
+        try:
+            return self.folder.read(self.segment.manifest_file)
+        except FileNotFoundError:
+            return None
+
+    def _existing(self, number: int) -> Commit | None:
+        try:
+            return layout.read_commit(self.folder, self.segment, number)[0]
+        except FileNotFoundError:
+            return None
+
+    def _commits(self) -> list[tuple[Commit, str]]:
+        numbers = layout.commit_numbers(self.folder, self.segment)
+        commits = layout.read_commits(self.folder, self.segment, numbers)
+        for commit, _ in commits:
+            for entry in commit.families.values():
+                layout.check_file(self.folder, entry, content=False)
+        heads = {commit.head.sha256: commit.head for commit, _ in commits if commit.head is not None}
+        for head in heads.values():
+            layout.check_file(self.folder, head, content=False)
+        return commits
+
+    def _write_family(self, family: str, number: int, rows: FamilyRows) -> FileEntry:
+        content = parquet_bytes(family, rows.groups, zstd_level=self._zstd_level, metadata=rows.metadata)
+        sha256 = hashlib.sha256(content).hexdigest()
+        name = layout.part_file(family, number, sha256)
+        self.folder.write(name, content)
+        return FileEntry(file=name, rows=rows.num_rows, file_bytes=len(content), sha256=sha256)
+
+    def _check_widths(self, records: PartRecords) -> None:
+        if records.hidden is None:
+            return
+        if self._head is None:
+            raise ValueError("hidden states need the output head: call put_head first")
+        for record, states in zip(records.tokens, records.hidden, strict=True):
+            if states.shape[1] != self._head_width:
+                raise ValueError(
+                    f"sample {record.sample_id}: hidden states of width {states.shape[1]}, "
+                    f"the head needs {self._head_width}"
+                )
+
+    def _commits_with_head(self) -> list[Commit]:
+        """One commit of every segment that holds hidden states, of those that have some."""
+        commits = []
+        for segment in read_segments(self.folder):  # others may have begun one since
+            if "hidden" in segment.families:
+                numbers = layout.commit_numbers(self.folder, segment)[:1]
+                commits += [commit for commit, _ in layout.read_commits(self.folder, segment, numbers)]
+        return commits
+
+    def _refuse_other_head(self, entry: HeadEntry) -> None:
+        there = layout.check_one_head(self._commits_with_head())
+        if there is not None and there != entry:
+            raise CacheError(
+                f"{self.folder}: its hidden states were made with the output head {there.file}, this teacher's is "
+                f"{entry.file}; dump into another folder, or with the teacher and the Stillhouse of then"
+            )
+
+    def _commit(
+        self,
+        number: int,
+        records: PartRecords,
+        entries: Mapping[str, FileEntry],
+        families: Mapping[str, FamilyRows],
+    ) -> Commit:
+        num_rows = {}
+        if records.response is not None:
+            num_rows["response"] = sum(rows.num_rows for rows in records.response)
+        if records.visual is not None:
+            num_rows["visual"] = sum(rows.num_rows for rows in records.visual.values())
+        errors = records.errors if self.segment.has_tokens else ()  # of added families: with the tokens
+        return Commit(
+            format_version=self.segment.format_version,
+            cache_sha256=self.segment.sha256,
+            part=number,
+            num_samples=len(records.tokens),
+            num_images=len({image.key for record in records.tokens for image in record.images}),
+            num_rows=num_rows,
+            families=dict(entries),
+            errors=tuple(
+                ErrorEntry(sample_id=_encodable(error.sample_id), reason=_encodable(error.reason)) for error in errors
+            ),
+            errors_by_family={family: summary(family, rows.errors) for family, rows in families.items() if rows.errors},
+            head=self._head if records.hidden is not None else None,
+            **_losses(records, self.segment.identity),
+        )
+
+    def _aligned(self, number: int, records: PartRecords) -> PartRecords:
+        """The records in the order of the tokens that the cache has of this part, without samples that it lacks."""
+        base = self._segments[self.segment.adds_to or 0]
+        commit, _ = layout.read_commit(self.folder, base, number)
+        stored = self._files.columns("tokens", commit.families["tokens"], _ALIGNED_COLUMNS).to_pylist()
+        places = {record.sample_id: place for place, record in enumerate(records.tokens)}
+        for row in stored:
+            name = f"{self.folder}: part {number}, sample {row['sample_id']!r}"
+            if row["sample_id"] not in places:
+                raise CacheError(f"{name}: is in the cache, but this dump has no record of it{_reason(row, records)}")
+            ours = _plain(tokens_columns(records.tokens[places[row["sample_id"]]]))
+            for column in _ALIGNED_COLUMNS:
+                if ours[column] != row[column]:
+                    raise CacheError(
+                        f"{name}: its {column} are not those that segment {base.number} has; families can be added "
+                        "only with the same samples, images and chat template"
+                    )
+        aligned = _reordered(records, [places[row["sample_id"]] for row in stored])
+        if aligned.sequence is not None:
+            _check_pairs_of_cache(f"{self.folder}: part {number}", aligned.tokens)
+        return aligned
+
+    def _known_ids(self) -> dict[str, int]:
+        """The part of each sample of the other segments, as committed when this was first asked.
+
+        Without the errors that this segment takes up, or that later ones took up of it: those ids are its own as well.
+        """
+        if self._holders is None:
+            segments = read_segments(self.folder)
+            others = [segment for segment in segments if segment.number != self.segment.number]
+            self._holders = _holders(self.folder, others, self._files)
+            self._retried = taken_up_later(segments, self.segment)
+            for sample_id in (*self._retried, *(sample_id for ids in self.segment.failed_ids for sample_id in ids)):
+                self._holders.pop(sample_id, None)
+        return self._holders
+
+    def _without_retried(self, records: PartRecords) -> PartRecords:
+        """The records of a part that is written anew, without samples that a later segment holds: they stay errors."""
+        places = [place for place, record in enumerate(records.tokens) if record.sample_id not in self._retried]
+        if len(places) == len(records.tokens):
+            return records
+        again = sorted({record.sample_id for record in records.tokens} & self._retried)
+        errors = [*records.errors, *(SampleError(sample_id, "is in a later segment") for sample_id in again)]
+        return replace(_reordered(records, places), errors=errors)
+
+    def _check_retried(self, part: int, ids: Sequence[str]) -> None:
+        """ValueError for a part of a retry that has not one record or error, at least, for each of its samples."""
+        if self.segment.retries is None:
+            return
+        failed = self.segment.failed_ids
+        of_others = {sample_id for number, of_part in enumerate(failed) if number != part for sample_id in of_part}
+        strange = sorted(of_others.intersection(ids))
+        if strange or len(ids) < len(failed[part]):
+            raise ValueError(
+                f"part {part} of a retry has {len(ids)} records and errors for {len(failed[part])} failed samples"
+                + (f"; {strange[:5]} belong to other parts" if strange else "")
+            )
+
+    def _refuse_duplicates(self, commits: Sequence[Commit]) -> None:
+        self._holders = None  # other dumps may have committed since
+        holders = dict(self._known_ids())
+        for commit in commits:
+            for sample_id in _sample_ids(commit, self._files):
+                if sample_id in holders:
+                    raise CacheError(
+                        f"{self.folder}: parts {holders[sample_id]} and {commit.part} both hold sample "
+                        f"{sample_id!r}; sample ids must be unique in the plan"
+                    )
+                holders[sample_id] = commit.part
+
+
+def _holders(folder: Folder, segments: Sequence[Segment], part_files: PartFiles) -> dict[str, int]:
+    """The part of each committed sample of some segments, whether it has a record or is an error."""
+    holders: dict[str, int] = {}
+    for segment in tokens_segments(segments):
+        for commit, _ in layout.read_commits(folder, segment, layout.commit_numbers(folder, segment)):
+            ids = [*_sample_ids(commit, part_files), *(error.sample_id for error in commit.errors)]
+            holders |= dict.fromkeys(ids, commit.part)
+    return holders
+
+
+def _sample_ids(commit: Commit, part_files: PartFiles) -> list[str]:
+    return part_files.columns("tokens", commit.families["tokens"], ["sample_id"])["sample_id"].to_pylist()
+
+
+def _refuse_known(folder: Folder, known: Mapping[str, int], sample_ids: Collection[str]) -> None:
+    twice = [sample_id for sample_id in sample_ids if sample_id in known]
+    if twice:
+        shown = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
+        raise CacheError(
+            f"{folder}: {len(twice)} of the samples to append are in the cache already: {shown}; "
+            f"{twice[0]!r} is in part {known[twice[0]]}; give data.sources the new samples alone (--retry-errors "
+            "takes up samples that had failed, with the data.sources of then)"
+        )
+
+
+def _losses(records: PartRecords, identity: Identity) -> dict[str, dict[str, ErrorSummary]]:
+    """What was lost before encoding, by kind and family; a family of no rows, or not measured, is not named."""
+    rows_of = {"response": list(records.response or ()), "visual": list((records.visual or {}).values())}
+    noise = {family: summarize(NOISE, values) for family, values in records.teacher_noise.items() if len(values)}
+    selection: dict[str, ErrorSummary] = {}
+    dropped: dict[str, ErrorSummary] = {}
+    for family, rows in rows_of.items():
+        sets = [of_set.selection_error for each in rows for of_set in (each, *each.other_sets)]
+        errors = [error for of_set in sets if of_set is not None for error in of_set.tolist()]
+        if errors:
+            selection[family] = summarize(SELECTION, errors)
+        tails = [tail for each in rows for tail in each.tail_mass.tolist()]
+        if tails and stored_tau(identity, family) == 0:
+            dropped[family] = summarize(DROPPED, tails)
+    return {"teacher_noise": noise, "selection_errors": selection, "dropped_mass": dropped}
+
+
+def _reason(row: Mapping[str, Any], records: PartRecords) -> str:
+    reasons = [error.reason for error in records.errors if error.sample_id == row["sample_id"]]
+    return f": {reasons[0]}" if reasons else ""
+
+
+def _check_pairs_of_cache(place: str, records: Sequence[TokensRecord]) -> None:
+    try:
+        check_pairs(records)
+    except ValueError as error:
+        raise CacheError(
+            f"{place}: {error}: the cache was begun without the family sequence; dump into another folder"
+        ) from error
+
+
+def _plain(columns: Columns) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in columns.items()}
+
+
+def _reordered(records: PartRecords, places: Sequence[int]) -> PartRecords:
+    """Some of the samples, in another order, with the images that they name."""
+    if list(places) == list(range(len(records.tokens))):
+        return records
+    tokens = [records.tokens[place] for place in places]
+    images = [image for record in tokens for image in record.images]
+    keys = {*(image.key for image in images), *(image.sha256 for image in images)}
+    changes: dict[str, Any] = {"tokens": tokens}
+    for field in fields(records):
+        value = getattr(records, field.name)
+        if isinstance(value, Mapping) and field.name in ("visual", "relation", "images"):
+            changes[field.name] = {key: signal for key, signal in value.items() if key in keys}
+        elif isinstance(value, Sequence) and field.name not in ("tokens", "errors"):
+            changes[field.name] = [value[place] for place in places]
+    return replace(records, **changes)
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
