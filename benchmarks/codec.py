@@ -24,9 +24,10 @@ from benchmarks.results import Results, table, wants_json
 from benchmarks.text_rows import Student, TeacherRows, logit_chunks
 from storage.config import SelectionSection
 from storage.encoding.distributions import RowFormat, decode_group, decode_id_groups, encode_groups
-from storage.encoding.schema import parquet_bytes
-from storage.encoding.tail_profile import TailTotal, encode_tail_total
-from storage.records.rows import SparseRows
+from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.tail_profile import encode_tail_total
+from storage.records.records import TailTotal
+from storage.records.sparse_rows import SparseRows
 from teacher_dump.selection import Mass, Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
 
 ROWS_PER_SAMPLE = {"digits": 8}  # of the others, a sequence: 512

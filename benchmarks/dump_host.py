@@ -18,8 +18,8 @@ from benchmarks import text_rows
 from storage.config import SelectionSection
 from storage.identity import Identity
 from storage.records.records import PartRecords, TokensRecord
-from storage.records.rows import SparseRows
-from storage.writer.writer import CacheWriter
+from storage.records.sparse_rows import SparseRows
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.selection import Threshold, row_uniforms, select_rows
 
 NUM_SAMPLES = 256

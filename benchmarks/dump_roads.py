@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from storage.config import CacheSection
-from storage.encoding.part_rows import part_rows
-from storage.encoding.schema import parquet_bytes
-from storage.writer.writer import CacheWriter
+from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.part_encoder import part_rows
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump import checkpoint, torchvision_shim, vllm_teacher
 from teacher_dump.assignment import worker_settings
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection

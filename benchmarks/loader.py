@@ -22,12 +22,12 @@ from benchmarks.results import Results, table, wants_json
 from storage.config import SelectionSection
 from storage.encoding.distributions import decode_group, decode_id_groups
 from storage.identity import FORMAT_VERSION, Identity
-from storage.reader.batches import shuffled_batches
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
+from storage.reader.prefetch import shuffled_batches
 from storage.reader.shuffle import WINDOW_ROWS
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, image_key
-from storage.records.rows import SparseRows
-from storage.writer.writer import CacheWriter
+from storage.records.sparse_rows import SparseRows
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.selection import Threshold, row_uniforms, select_rows
 
 NUM_ROWS = 2048  # of the model; answers are runs of them

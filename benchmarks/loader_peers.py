@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 
 Sample = Mapping[str, np.ndarray]
 _TYPES = {

@@ -30,7 +30,7 @@ from benchmarks.results import Results, table
 from benchmarks.student_runs import Found, HeldOut, Schedule, judge, train_student
 from benchmarks.teacher_caches import Asked, TeacherStates, ask_teacher, bytes_per_row, write_cache
 from storage.config import CacheSection, HiddenSection, SelectionSection
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.config import DistributionLossSection, LossesSection
 
 FOLDER = Path("runs/bench_retention")

@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.online import OnlineObjective, teacher_head, teacher_states
 from benchmarks.student_runs import material_of
 from benchmarks.teacher_caches import Asked
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.batch import collate
 from student_train.config import LossesSection
 from student_train.huggingface import transformers_module

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.online import OnlineObjective, teacher_head
 from benchmarks.teacher_caches import Asked, TeacherStates
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.batch import Batch, Gather, collate
 from student_train.config import LossesSection
 from student_train.loader import SampleTable, plans, select

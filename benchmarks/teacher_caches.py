@@ -19,13 +19,12 @@ from torch import Tensor
 
 from benchmarks.online import teacher_head, teacher_states
 from storage.config import CacheSection, SelectionSection
-from storage.encoding.head import make_head
-from storage.encoding.tail_profile import TailTotal
+from storage.encoding.output_head import make_head
 from storage.identity import FORMAT_VERSION, Identity, stored_pixels
-from storage.reader.reader import Cache
-from storage.records.records import ImageRef, PartRecords, RelationMatrix, SampleRecord
-from storage.records.rows import SparseRows
-from storage.writer.writer import CacheWriter
+from storage.reader.cache import Cache
+from storage.records.records import ImageRef, PartRecords, RelationMatrix, SampleRecord, TailTotal
+from storage.records.sparse_rows import SparseRows
+from storage.writer.cache_writer import CacheWriter
 from student_train.batch import Batch, collate
 from student_train.images import FeatureStore, ImageFolder, VisionSource
 from student_train.models import Checkpoint, load_for_inference, read_checkpoint

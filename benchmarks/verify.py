@@ -20,13 +20,13 @@ import torch
 
 from benchmarks.results import Results, table, wants_json
 from storage.config import SelectionSection
-from storage.encoding.head import make_head
+from storage.encoding.output_head import make_head
 from storage.identity import Identity
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, image_key
-from storage.records.rows import SparseRows
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.records.sparse_rows import SparseRows
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.selection import Threshold, row_uniforms, select_rows
 
 VOCAB_SIZE = 32_000

@@ -190,7 +190,7 @@ def _need_folder(path: Path, name: str) -> None:
 
 
 def _need_cache(path: str) -> None:
-    from storage.backends.files import is_url, open_folder
+    from storage.backends.folder import is_url, open_folder
     from storage.errors import NoCacheError
     from storage.layout.segments import has_cache
 

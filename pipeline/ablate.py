@@ -21,10 +21,10 @@ from pipeline.config import Experiment
 from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
 from pipeline.training import training_command, training_environment, training_flags
 from storage.backends.disk import explain_write_errors, hint_of_full_disk
-from storage.backends.files import write_atomically
+from storage.backends.folder import write_atomically
+from storage.config_loader import Named, read_sections
 from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import changed_fields
-from storage.sections import Named, read_sections
 from student_train.config import StageSection
 from student_train.stage_inputs import init_inputs
 from teacher_dump.ray_jobs import Command, run_commands

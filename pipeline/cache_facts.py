@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CacheError
-from storage.layout.losses import KINDS
+from storage.layout.error_summaries import KINDS
 from storage.layout.segments import Segment, tokens_segments
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 
 IMAGE_FAMILIES = ("visual", "relation")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from pipeline.ablate import grid
 from pipeline.config import Experiment
 from pipeline.preflight import look_first, may_be_prepared
-from storage.backends.files import open_folder
+from storage.backends.folder import open_folder
 from storage.config import CacheSection
+from storage.config_loader import Named, read_sections
 from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.layout.segments import NewSegment, find_segment, has_cache
-from storage.reader.reader import Cache
-from storage.sections import Named, read_sections
+from storage.reader.cache import Cache
 from student_train.composition import check_parts, parts_of
 from student_train.config import StageSection
 from student_train.expert_parallel import check_ranks

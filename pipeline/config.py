@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from storage.config import CacheSection, LocalPath, Section
+from storage.config_loader import Named, read_sections
 from storage.errors import ConfigError
-from storage.sections import Named, read_sections
 from student_train.config import EvaluationSection, StageSection
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
 

@@ -13,10 +13,10 @@ from pipeline.cache_facts import cache_facts as facts_of
 from pipeline.cache_facts import least_sure
 from pipeline.sample_text import facts_text, sample_text
 from pipeline.token_texts import token_texts
-from storage.backends.files import write_atomically
+from storage.backends.folder import write_atomically
 from storage.errors import ConfigError
 from storage.identity import stored_pixels
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 
 NUM_LEAST_SURE = 10
 NUM_RANDOM = 4

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.backends.disk import explain_write_errors
-from storage.backends.files import open_folder, write_atomically
+from storage.backends.folder import open_folder, write_atomically
 from storage.backends.lock import Lock, hold_lock
 from storage.field_changes import changed_fields
 from storage.layout.segments import read_segments

@@ -18,10 +18,10 @@ from typing import Literal
 from pipeline.ablate import grid
 from pipeline.config import Experiment
 from storage.backends.disk import check_writable, existing_parent, format_bytes, free_bytes
-from storage.backends.files import is_url, open_folder, write_atomically
+from storage.backends.folder import is_url, open_folder, write_atomically
 from storage.errors import ConfigError, StillhouseError
 from storage.layout.segments import has_cache
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.config import SourceSection, StageSection
 from student_train.models import is_hub_id
 from student_train.trainer import resolved

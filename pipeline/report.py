@@ -17,9 +17,9 @@ from typing import Any
 from scipy import stats
 
 from pipeline.page import judged_turns, render_page
-from storage.backends.files import open_folder, write_atomically
+from storage.backends.folder import open_folder, write_atomically
 from storage.errors import ConfigError, StillhouseError
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 
 _AGAIN = "remove it, and run `stillhouse run` or `stillhouse ablate` again"
 DISTILLED = ("response", "visual", "relation", "preference")  # parts of a loss that come from the teacher

@@ -23,7 +23,7 @@ from storage.errors import ConfigError, StillhouseError
 from storage.processes.child_process import GRACE_S, run_child
 from storage.processes.search_path import module_command
 from storage.processes.stop_signals import Interrupted, stopped_by
-from storage.verify.verify import VerifyReport, verify
+from storage.verify.scan_cache import VerifyReport, verify
 from student_train.stage_inputs import init_inputs
 from teacher_dump.__main__ import table
 from teacher_dump.dump import run_dump

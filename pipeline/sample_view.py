@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from pipeline.token_texts import TokenTexts
 from storage.errors import ConfigError
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import ImageRef, Relation, SampleRecord, TokensRecord
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 
 NUM_EXACT_SHOWN = 6  # alternatives of a token, at most
 NUM_EXACT_ALWAYS = 2  # of them however improbable; others from MIN_SHOWN on

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from storage.errors import IdentityError, StillhouseError
 from storage.records.records import ImageRef, PooledRelation, SampleRecord, TokensRecord
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from student_train.images import VisionInput
 from student_train.losses import TeacherRows
 from student_train.relation import TeacherRelations, resampling, teacher_relations

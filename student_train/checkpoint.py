@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from storage.backends.disk import explain_write_errors, format_bytes, free_bytes
-from storage.backends.files import sync
+from storage.backends.folder import sync
 from storage.errors import ConfigError, StillhouseError
 from storage.images.settings import PIXELS_FILE, PixelSettings, write_pixel_settings
 from student_train.huggingface import holds_nothing

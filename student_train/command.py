@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from storage.backends.disk import describe_full_disk
 from storage.backends.lock import Lock
 from storage.config import CacheSection
+from storage.config_loader import Named, Sections, read_sections
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.stop_signals import exit_code, explain, interruptible
 from storage.processes.supervisor import die_with_parent
-from storage.sections import Named, Sections, read_sections
 from student_train.config import EvaluationSection, StageSection
 from student_train.stage_request import Request
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from storage.backends.disk import explain_write_errors
-from storage.backends.files import write_atomically
+from storage.backends.folder import write_atomically
 
 
 class MetricsLog:

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 from storage.backends.disk import describe_full_disk
 from storage.config import CacheSection
+from storage.config_loader import read_sections
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.standard_streams import open_closed_streams
 from storage.processes.stop_signals import end_process, exit_code, explain, interruptible
-from storage.sections import read_sections
 from student_train.config import EvaluationSection, SourceSection
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from storage.reader.reader import Cache, read_identity
+from storage.reader.cache import Cache, read_identity
 from storage.records.records import TokensRecord
 from student_train.batch import Batch, answer_spans, collate, collate_prompts, prompt_of
 from student_train.config import EvaluationSection, SourceSection

@@ -39,7 +39,7 @@ class SparseTarget:
 
 @dataclass(frozen=True, eq=False)
 class TeacherHead:
-    """The teacher's head; see storage.encoding.head.StoredHead, whose logits these are."""
+    """The teacher's head; see storage.encoding.output_head.StoredHead, whose logits these are."""
 
     weight: Float[Tensor, "v d"]
     bias: Float[Tensor, " v"] | None = None

@@ -22,7 +22,7 @@ from storage.identity import stored_pixels
 from storage.images.pictures import blank_picture
 from storage.images.pixels import ImageDecodeError, Picture, make_pixels
 from storage.images.settings import PixelSettings
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import ImageRef
 from student_train.image_inputs import ImageInputs, ModelInputs
 

@@ -27,7 +27,7 @@ _BLOCK_ELSEWHERE = 1 << 26
 
 @dataclass(frozen=True, eq=False)
 class TeacherRows:
-    """Cached teacher distributions in CSR form; see storage.records.rows.SparseRows for the meaning of the fields."""
+    """Cached teacher distributions in CSR form; storage.records.sparse_rows.SparseRows says what the fields mean."""
 
     offsets: Int[Tensor, " o"]
     ids: Int[Tensor, " e"]

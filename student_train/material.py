@@ -12,8 +12,8 @@ import torch
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.identity import Identity, stored_pixels, stored_relation, stored_temperatures
 from storage.images.image_root import find_image_root
+from storage.reader.cache import Cache, first_sample_with_images, read_identity
 from storage.reader.narrowing import Narrowing
-from storage.reader.reader import Cache, first_sample_with_images, read_identity
 from storage.records.records import TokensRecord
 from student_train.batch import check_grid
 from student_train.config import (

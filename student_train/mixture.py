@@ -21,7 +21,7 @@ from torch import Tensor
 
 from storage.identity import Identity
 from storage.images.pixels import Picture
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle, piece
 from storage.records.records import ImageRef, SampleRecord
 from student_train.images import Pictures, open_images

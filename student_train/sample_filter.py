@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage.errors import ConfigError
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 
 Comparison = Literal["==", "!=", "<", "<=", ">", ">=", "in", "not in"]
 Scalar = bool | int | float | str

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from storage.processes.stop_signals import HeldSignals
-from storage.reader.batches import read_ahead
+from storage.reader.prefetch import read_ahead
 from student_train.batch import Batch, collate
 from student_train.config import StageSection
 from student_train.engine import Engine, Process, Update, peak_memory_bytes

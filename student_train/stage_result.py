@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.backends.files import sync
+from storage.backends.folder import sync
 from storage.backends.lock import Lock, hold_lock
 from storage.errors import ConfigError
 from student_train.checkpoint import put_back

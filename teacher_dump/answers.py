@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.backends.disk import describe_full_disk
-from storage.backends.files import write_atomically
+from storage.backends.folder import write_atomically
 from storage.config import CacheSection
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.search_path import module_command

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
-from storage.backends.files import is_url
+from storage.backends.folder import is_url
 from storage.config import CacheSection, SelectionSection
-from storage.encoding.hidden import MAX_FLOAT16
+from storage.encoding.hidden_states import MAX_FLOAT16
 from storage.encoding.tail_profile import tail_parts
 from storage.identity import Identity
 from storage.records.records import SampleError

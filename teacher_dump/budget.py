@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.config import BudgetSection
-from storage.encoding.blocks import decode_block, encode_block
 from storage.encoding.distributions import RowFormat, encode_groups
 from storage.encoding.id_groups import IdGroups
-from storage.encoding.schema import parquet_bytes
+from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.row_block import decode_block, encode_block
 from storage.errors import ConfigError
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from teacher_dump.head import OutputHead
 from teacher_dump.selection import Threshold, row_uniforms, select_rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from storage.backends.files import open_folder
+from storage.backends.folder import open_folder
 from storage.config import BudgetSection, CacheSection
 from storage.identity import Identity
 from storage.layout.segments import find_segment, has_cache, merged_identity, read_segments

@@ -11,8 +11,8 @@ from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from storage.backends.files import open_folder
-from storage.layout import commit as layout
+from storage.backends.folder import open_folder
+from storage.layout import commits as layout
 from storage.layout.documents import ErrorEntry
 from storage.layout.segments import has_cache, read_segments, tokens_segments
 from storage.records.records import SampleError

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from storage.encoding.head import encode_head
-from storage.encoding.part_rows import part_rows
-from storage.encoding.schema import parquet_bytes
+from storage.encoding.output_head import encode_head
+from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.part_encoder import part_rows
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import Identity
 from storage.records.records import PartRecords, SampleError

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.encoding.relation import decode_relation, encode_relation, stored_norm
+from storage.encoding.relation_matrix import decode_relation, encode_relation, stored_norm
 from storage.identity import Identity, stored_relation, stored_rounding_kl
 from storage.records.records import RelationMatrix, SampleRecord
-from storage.records.rows import LOGPROB_TOLERANCE, SparseRows
+from storage.records.sparse_rows import LOGPROB_TOLERANCE, SparseRows
 from teacher_dump.head import OutputHead
 from teacher_dump.preparation import Prepared
 

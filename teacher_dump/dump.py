@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from signal import Signals
 
-from storage.backends.files import open_folder
+from storage.backends.folder import open_folder
 from storage.errors import ConfigError, StillhouseError
-from storage.layout.commit import SUMMARY_FILE
+from storage.layout.commits import SUMMARY_FILE
 from storage.layout.processor_files import read_processor_files
 from storage.layout.retries import families_of_parts, read_contents, retries_of
 from storage.layout.segments import (
@@ -23,9 +23,9 @@ from storage.layout.segments import (
     tokens_segments,
 )
 from storage.processes.stop_signals import Interrupted
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import SampleError
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.assignment import worker_settings
 from teacher_dump.budget_choice import with_budget
 from teacher_dump.config import DumpSection

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.backends.disk import explain_write_errors
-from storage.backends.files import write_atomically
+from storage.backends.folder import write_atomically
 from storage.errors import StillhouseError
 from storage.identity import real_vocab_size, tokenizer_fingerprint
 from storage.images.settings import PixelSettings, processor_backend, processor_settings

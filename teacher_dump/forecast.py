@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from storage.encoding.schema import FAMILIES
+from storage.encoding.parquet_schema import FAMILIES
 from teacher_dump.samples import Sample
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.encoding.tail_profile import TailTotal
-from storage.records.records import PartRecords, RelationMatrix, SampleError, SequenceLogprob, TokensRecord
-from storage.records.rows import SparseRows
+from storage.records.records import PartRecords, RelationMatrix, SampleError, SequenceLogprob, TailTotal, TokensRecord
+from storage.records.sparse_rows import SparseRows
 from teacher_dump.head import OutputHead
 from teacher_dump.request import SignalRequest
 

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from storage.encoding.head import StoredHead, make_head
+from storage.encoding.output_head import StoredHead, make_head
 from storage.errors import StillhouseError
 from storage.records.records import RelationMatrix
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from teacher_dump import checkpoint
 from teacher_dump.device_failure import free_memory, is_out_of_memory
 from teacher_dump.selection import Selection, select_rows

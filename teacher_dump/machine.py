@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from storage.backends.disk import check_writable, format_bytes, free_bytes
-from storage.backends.files import open_folder
+from storage.backends.folder import open_folder
 from storage.errors import ConfigError
 from storage.layout.segments import has_cache
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from teacher_dump.settings import DumpSettings
 
 _FEW_FILES, _MANY_FILES = 256, 4096  # descriptors: without the first Ray may never start, large dumps want the second

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from storage.records.preference import CHOSEN, REJECTED, check_pairs, other_half
+from storage.records.preference_pairs import CHOSEN, REJECTED, check_pairs, other_half
 from storage.records.records import PartRecords, SampleError, TokensRecord
 
 _Aligned = TypeVar("_Aligned")

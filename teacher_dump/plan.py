@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from storage.records.preference import CHOSEN, REJECTED
+from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.records import SampleError
 from teacher_dump.lengths import TooLong
 from teacher_dump.sample_file import Chosen

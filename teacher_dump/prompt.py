@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import real_vocab_size
-from storage.records.preference import CHOSEN, REJECTED
+from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.prompt_ids import leading_special_ids, with_leading_ids
 from teacher_dump.chat_template import (
     ChatTemplate,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import ConfigError
-from storage.records.preference import CHOSEN, REJECTED
+from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.records import SampleError, check_image_path
 from teacher_dump.archives import Archive, open_archive
 from teacher_dump.config import SourceSection

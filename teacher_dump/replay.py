@@ -16,7 +16,7 @@ from torch import Tensor
 
 from storage.errors import CacheError, IdentityError, StillhouseError
 from storage.identity import Identity, difference
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import SampleError, SampleRecord
 from teacher_dump.assignment import with_teacher, worker_settings
 from teacher_dump.comparison import Comparison, Measured

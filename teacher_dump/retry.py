@@ -15,7 +15,7 @@ from storage.identity import Identity
 from storage.layout.documents import ErrorEntry
 from storage.layout.retries import plan_of_retry
 from storage.layout.segments import Segment
-from storage.records.preference import CHOSEN, REJECTED, other_half
+from storage.records.preference_pairs import CHOSEN, REJECTED, other_half
 from storage.records.records import PartRecords, SampleError, TokensRecord
 from teacher_dump.assignment import worker_settings
 from teacher_dump.dump_plan import DumpPlan

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.encoding.relation import num_blocks
+from storage.encoding.relation_matrix import num_blocks
 from storage.records.records import PartRecords, SampleError, SequenceLogprob, TokensRecord
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from teacher_dump.gathered import Gathered, Tail
 from teacher_dump.head import OutputHead
 from teacher_dump.noise import teacher_noise

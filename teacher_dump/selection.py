@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from teacher_dump.draws import RUN, Draws, independent_draws, run_sums, systematic_draws, tokens_of_runs
 
 # Dense entries that are looked at together: on a CPU what its caches hold, on a GPU what keeps it busy.

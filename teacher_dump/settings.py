@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.config import CacheSection
-from storage.sections import Sections, read_sections
+from storage.config_loader import Sections, read_sections
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
 
 SCHEMAS = {"data": DataSection, "teacher": TeacherSection, "dump": DumpSection, "cache": CacheSection}

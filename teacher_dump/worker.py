@@ -21,7 +21,7 @@ from storage.identity import Identity
 from storage.images.settings import PixelSettings
 from storage.layout.documents import Commit
 from storage.processes.waiting import Waiting
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.fingerprint import ProcessorFacts
 from teacher_dump.lengths import TooLong
 from teacher_dump.open_teacher import OpenTeacher

@@ -15,7 +15,7 @@ import storage.config
 import student_train.config
 import teacher_dump.config
 from storage.config import Section
-from storage.sections import _members, _problem
+from storage.config_loader import _members, _problem
 
 MODULES = (storage.config, teacher_dump.config, student_train.config, pipeline.config)
 WRONG: list[Any] = [

@@ -34,7 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from storage.backends.files import sync, write_atomically, write_temporary
+from storage.backends.folder import sync, write_atomically, write_temporary
 from storage.errors import ConfigError, StillhouseError
 
 _POLL_S = 0.2

@@ -17,9 +17,9 @@ import pyarrow as pa
 import zstandard
 from numpy.typing import NDArray
 
-from storage.encoding.block_header import read_header
-from storage.encoding.blocks import check_block, decode_block, encode_block
 from storage.encoding.id_groups import IdGroups
+from storage.encoding.row_block import check_block, decode_block, encode_block
+from storage.encoding.row_block_header import read_header
 from storage.errors import CorruptPartError
 from storage.identity import (
     Identity,
@@ -29,7 +29,7 @@ from storage.identity import (
     stored_tau,
     stored_temperatures,
 )
-from storage.records.rows import SparseRows, check_scalars
+from storage.records.sparse_rows import SparseRows, check_scalars
 
 ROWS_PER_GROUP = 4096  # distribution rows: some milliseconds to decode
 ID_GROUPS_KEY = "stillhouse.id_groups"

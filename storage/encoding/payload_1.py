@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CorruptPartError
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 
 PAYLOAD_VERSION = 1
 ROUNDED_HEAD_TOLERANCE = 0.02  # probability; float16 logprobs move a head by at most entropy / 2048

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.encoding.block_header import WIDE_LEVEL, level_type
-from storage.records.rows import SparseRows
+from storage.encoding.row_block_header import WIDE_LEVEL, level_type
+from storage.records.sparse_rows import SparseRows
 
 _LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)  # an entry is never decoded to 0
 _LEAST_STEP, _LARGEST_STEP = 1 / WIDE_LEVEL, 1 / 16

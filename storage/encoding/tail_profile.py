@@ -11,13 +11,13 @@ import binascii
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from storage.errors import CorruptPartError
+from storage.records.records import TailTotal
 
 MAX_PARTS = 8  # of a segment, that keep tails: some hundreds of kB a cache, whatever its size
 TAIL_TOTAL_KEY = "stillhouse.tail_total"
@@ -25,14 +25,6 @@ _VERSION = 1
 _HEADER = struct.Struct("<B3xId")
 _MAX_LEVEL = 255
 _LEVELS_PER_OCTAVE = 8  # a decoded value is within a factor 2^(1/16): 4.4 %
-
-
-@dataclass(frozen=True, eq=False)
-class TailTotal:
-    """What lies outside the exact entries of some rows, summed."""
-
-    total: NDArray[np.float64]  # (v,) sum over rows of the probabilities of tokens that are no exact entry
-    num_rows: int
 
 
 def tail_parts(num_parts: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.encoding.columns import check_token_ids
+from storage.encoding.arrow_rows import check_token_ids
 from storage.errors import CorruptPartError
 from storage.identity import Identity
 from storage.records.records import ImageRef, TokensRecord

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from storage.backends.files import is_url
+from storage.backends.folder import is_url
 
 
 def find_image_root(recorded: Sequence[str], cache: str | Path, *, example: str | None) -> Path:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from storage.backends.files import Folder
+from storage.backends.folder import Folder
 from storage.errors import CorruptPartError
 from storage.layout.documents import NamedFile
 

@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from storage.backends.files import Folder
+from storage.backends.folder import Folder
 from storage.errors import CacheError
 from storage.identity import FORMAT_VERSION, RETRY_VERSION, Identity
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.documents import Commit, ErrorEntry, SegmentDescription
 from storage.layout.segments import NewSegment, Segment, additions, disagreement, is_committed, read_segments, refusal
 

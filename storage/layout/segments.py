@@ -13,8 +13,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from storage.backends.files import Folder
-from storage.encoding.schema import FAMILIES
+from storage.backends.folder import Folder
+from storage.encoding.parquet_schema import FAMILIES
 from storage.errors import CacheError, CorruptPartError, IdentityError, NoCacheError
 from storage.identity import FORMAT_VERSION, NO_TEACHER, RETRY_VERSION, Identity, difference, stored_relation
 from storage.images.image_root import is_moved_root

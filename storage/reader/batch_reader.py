@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.encoding.columns import hidden_states, relation_matrix, sequence_logprob
+from storage.encoding.arrow_rows import hidden_states, relation_matrix, sequence_logprob
 from storage.encoding.distributions import RowFormat
-from storage.encoding.relation import check_encoding
+from storage.encoding.relation_matrix import check_encoding
 from storage.encoding.token_rows import TokenRows
 from storage.errors import CorruptPartError
 from storage.identity import Identity, stored_hidden, stored_relation
 from storage.layout.documents import FileEntry
-from storage.layout.parts import Part
-from storage.reader.part_files import DistributionRows, PartFiles
-from storage.records.preference import check_sequence
+from storage.layout.part_index import Part
+from storage.reader.row_group_cache import DistributionRows, PartFiles
+from storage.records.preference_pairs import check_sequence
 from storage.records.records import ImageRef, Relation, SequenceLogprob
-from storage.records.rows import SparseRows
 from storage.records.sample_batch import SampleBatch
+from storage.records.sparse_rows import SparseRows
 
 _Piece = tuple[SparseRows, int, int]  # rows start : stop of a row group
 

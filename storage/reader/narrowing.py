@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import ConfigError
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.encoding.tail_profile import TailTotal
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DRIVE = re.compile(r"[A-Za-z]:")
+
+
+@dataclass(frozen=True, eq=False)
+class TailTotal:
+    """What lies outside the exact entries of some rows, summed."""
+
+    total: NDArray[np.float64]  # (v,) sum over rows of the probabilities of tokens that are no exact entry
+    num_rows: int
 
 
 def check_image_path(path: str) -> str:

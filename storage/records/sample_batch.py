@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.records.records import ImageRef, Relation, SampleRecord, SequenceLogprob, TokensRecord
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from benchmarks.online import OnlineObjective, teacher_head, teacher_states
 from benchmarks.student_runs import Schedule, fit, material_of
-from storage.encoding.head import make_head
-from storage.reader.reader import Cache
+from storage.encoding.output_head import make_head
+from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleRecord
-from storage.records.rows import SparseRows
-from storage.writer.writer import CacheWriter
+from storage.records.sparse_rows import SparseRows
+from storage.writer.cache_writer import CacheWriter
 from student_train.batch import collate
 from student_train.config import LossesSection
 from student_train.images import FeatureStore, VisionSource, open_images

@@ -14,7 +14,7 @@ import numpy as np
 
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump import fingerprint
 from teacher_dump.head import read_head
 from teacher_dump.images import load_image

@@ -11,7 +11,7 @@ import pytest
 from pipeline.cache_facts import as_json, cache_facts, least_sure
 from pipeline.sample_text import facts_text
 from storage.errors import CacheError
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from tests.storage.synthetic_cache import TAU, write_cache
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from storage.reader.reader import Cache
-from storage.writer.writer import CacheWriter
+from storage.reader.cache import Cache
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import make_identity, make_part, write_cache
 from tests.tiny import make_tiny_tokenizer
 

@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 
 from storage.errors import StillhouseError
-from storage.reader.reader import Cache
-from storage.verify.verify import verify
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
 from student_train.huggingface import load_image_processor
 from student_train.images import open_images
 from teacher_dump.dump import run_dump

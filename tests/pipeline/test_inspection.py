@@ -10,7 +10,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.inspection import inspect
 from pipeline.sample_text import BAR_WIDTH, bar
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from tests.pipeline.hostile_cache import QUESTION, REASON, SAMPLE_ID, write_hostile_cache
 from tests.storage.synthetic_cache import write_cache
 

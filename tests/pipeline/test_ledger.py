@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.ledger import Ledger, cache_fingerprint, file_fingerprint
 from storage.errors import CacheError
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import make_identity, make_part, write_cache
 
 

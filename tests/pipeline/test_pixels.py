@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.pictures import embedded_image
 from storage.identity import stored_pixels
 from storage.images.settings import OLD_PIXELS
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.config import EvaluationSection, SourceSection
 from student_train.evaluation import evaluate_model
 from student_train.huggingface import load_image_processor

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from storage.reader.reader import Cache
-from storage.verify.verify import verify
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
 from tests.teacher_dump.ray_head import RayHead
 from tests.tiny import make_tiny_dataset, make_tiny_llava
 

@@ -26,7 +26,7 @@ from pipeline.sample_view import (
 )
 from pipeline.token_texts import TokenTexts
 from storage.errors import ConfigError
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import RelationMatrix
 from tests.storage.synthetic_cache import top_k, write_cache
 

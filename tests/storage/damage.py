@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 
 
 def all_files(folder: Path) -> list[Path]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from storage.encoding.head import StoredHead, make_head
+from storage.encoding.output_head import StoredHead, make_head
 from storage.identity import Identity
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, SequenceLogprob, TokensRecord, image_key
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import IMAGE_TOKEN, VOCAB_SIZE, make_identity, make_relation
 
 WIDTH = 12

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import FAMILIES, make_identity, make_part
 
 NUM_PARTS = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from storage.encoding.payload_1 import _ROWS_HEADER, PAYLOAD_VERSION
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 
 
 def encode_rows(rows: SparseRows, *, vocab_size: int, tau: float) -> bytes:

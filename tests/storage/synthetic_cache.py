@@ -26,8 +26,8 @@ from storage.records.records import (
     TokensRecord,
     image_key,
 )
-from storage.records.rows import SparseRows
-from storage.writer.writer import CacheWriter
+from storage.records.sparse_rows import SparseRows
+from storage.writer.cache_writer import CacheWriter
 
 VOCAB_SIZE = 300
 IMAGE_TOKEN = 7

@@ -12,15 +12,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from storage.backends.files import LocalFolder, open_folder
-from storage.encoding.head import make_head
+from storage.backends.folder import LocalFolder, open_folder
+from storage.encoding.output_head import make_head
 from storage.errors import CacheError, CorruptPartError, IdentityError
 from storage.layout.documents import Commit, Manifest, parse_document
 from storage.layout.segments import find_segment, read_segments
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleError, SequenceLogprob
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.damage import all_files, flips
 from tests.storage.family_cache import (
     FAMILIES,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.reader.reader import Cache
-from storage.verify.verify import verify
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
 from tests.storage.synthetic_cache import write_cache
 
 PAGE = Path(__file__).resolve().parents[2] / "storage" / "README.md"

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.encoding.columns import tokens_record
+from storage.encoding.arrow_rows import tokens_record
 from storage.encoding.token_rows import decode_tokens
 from storage.errors import CorruptPartError
-from storage.reader.batches import read_ahead, shuffled_batches
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
+from storage.reader.prefetch import read_ahead, shuffled_batches
 from storage.records.records import SampleRecord
-from storage.records.rows import SparseRows
 from storage.records.sample_batch import SampleBatch
+from storage.records.sparse_rows import SparseRows
 from tests.hypothesis_profiles import examples
 from tests.storage.family_cache import write_family_cache
 from tests.storage.synthetic_cache import SAMPLES_PER_PART, write_cache

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.encoding.bits import MAX_WIDTH, pack_bits, packed_size, unpack_bits
+from storage.encoding.bit_packing import MAX_WIDTH, pack_bits, packed_size, unpack_bits
 
 
 def test_fields_lie_least_significant_bit_first():

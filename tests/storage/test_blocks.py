@@ -14,11 +14,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.encoding import blocks
-from storage.encoding.blocks import EncodedBlock, check_block, decode_block, encode_block, read_header
+from storage.encoding import row_block as blocks
 from storage.encoding.id_groups import IdGroups
+from storage.encoding.row_block import EncodedBlock, check_block, decode_block, encode_block, read_header
 from storage.errors import CorruptPartError
-from storage.records.rows import SparseRows, check_sampled_total, check_scalars
+from storage.records.sparse_rows import SparseRows, check_sampled_total, check_scalars
 from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import VOCAB_SIZE, make_logits, select, top_k
 
@@ -377,7 +377,7 @@ def test_arbitrary_bytes_are_no_block(version, content):
 
 
 def written_example(name: str) -> bytes:
-    text = (Path(blocks.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+    text = (Path(blocks.__file__).parents[1] / "FORMAT.md").read_text(encoding="utf-8")
     (written,) = re.findall(rf"```hex {name}\n(.*?)```", text, re.DOTALL)
     return bytes.fromhex(re.sub(r"#.*", "", written))
 

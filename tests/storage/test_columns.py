@@ -3,8 +3,8 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.encoding.columns import tokens_columns, tokens_record
-from storage.encoding.schema import SCHEMAS
+from storage.encoding.arrow_rows import tokens_columns, tokens_record
+from storage.encoding.parquet_schema import SCHEMAS
 from storage.records.records import TokensRecord
 from tests.storage.synthetic_cache import make_identity
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from storage.backends.files import LocalFolder, is_temporary
+from storage.backends.folder import LocalFolder, is_temporary
 from storage.errors import CacheError
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.segments import read_segments
-from storage.verify.verify import verify
+from storage.verify.scan_cache import verify
 from tests.storage.nursery import NUM_APPENDED, NUM_PARTS, grow
 
 REPOSITORY = Path(__file__).parents[2]

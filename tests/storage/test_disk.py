@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from storage.backends.disk import check_writable, describe_full_disk, existing_parent, explain_write_errors, free_bytes
-from storage.backends.files import write_atomically
+from storage.backends.folder import write_atomically
 from storage.errors import ConfigError, StillhouseError, WriteError
 from tests.small_disk import small_disk
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from storage.encoding import distributions
 from storage.encoding.distributions import RowFormat, decode_group, decode_id_groups, encode_groups, rounded
-from storage.encoding.schema import parquet_bytes
+from storage.encoding.parquet_schema import parquet_bytes
 from storage.errors import CorruptPartError
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select
 
 KEPT = RowFormat(vocab_size=VOCAB_SIZE, tau=TAU, rounding_kl=5e-4, num_temperatures=0)

@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.backends.files import LocalFolder
-from storage.encoding.hidden import encode_hidden
+from storage.backends.folder import LocalFolder
+from storage.encoding.hidden_states import encode_hidden
 from storage.errors import CacheError, CorruptPartError
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.documents import Commit, ErrorSummary, Manifest, parse_document
 from storage.layout.segments import read_segments
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import RelationFactor, SequenceLogprob
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.damage import all_files, flips, read_everything, set_value
 from tests.storage.family_cache import (
     FAMILIES,

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from storage.backends import files
+from storage.backends import folder as files
 from storage.errors import CacheError, WriteError
 
 

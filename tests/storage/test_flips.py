@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from storage.records.records import PartRecords
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.damage import all_files
 from tests.storage.family_cache import FAMILIES as OTHER_FAMILIES
 from tests.storage.family_cache import make_family_identity, make_family_part, make_output_head

@@ -11,11 +11,11 @@ import pytest
 
 from storage.errors import CacheError
 from storage.identity import Identity, stored_pixels
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import PartRecords
-from storage.records.rows import SparseRows
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.records.sparse_rows import SparseRows
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.golden import make_v2
 from tests.storage.golden.make_v1 import IDENTITY, IMAGES, PARTS, SIGNALS, TAU
 

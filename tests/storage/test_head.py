@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.encoding.head import StoredHead, decode_head, encode_head, make_head
+from storage.encoding.output_head import StoredHead, decode_head, encode_head, make_head
 from storage.errors import CorruptPartError
 from tests.hypothesis_profiles import examples
 

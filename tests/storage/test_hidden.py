@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.encoding.hidden import decode_hidden, encode_hidden, relative_errors
+from storage.encoding.hidden_states import decode_hidden, encode_hidden, relative_errors
 from storage.errors import CorruptPartError
 from tests.hypothesis_profiles import examples
 

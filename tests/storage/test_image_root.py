@@ -8,9 +8,9 @@ import pytest
 
 from storage.errors import IdentityError
 from storage.images.image_root import find_image_root, follows_links, is_moved_root
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import ImageRef, PartRecords, TokensRecord, image_key
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import IMAGE_TOKEN, make_identity
 
 NEW = {"plan_fingerprint": "f" * 8, "num_parts": 1}

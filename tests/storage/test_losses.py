@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from storage.layout.documents import Commit
-from storage.layout.losses import summary, total
+from storage.layout.error_summaries import summary, total
 
 
 def commit_of(part, **errors):

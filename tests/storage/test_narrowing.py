@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import ConfigError
+from storage.reader.cache import Cache
 from storage.reader.narrowing import Narrowing, narrowed
-from storage.reader.reader import Cache
-from storage.records.rows import SparseRows, check_sampled_total
+from storage.records.sparse_rows import SparseRows, check_sampled_total
 from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select, top_k, write_cache
 

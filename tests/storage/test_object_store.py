@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.backends.files import open_folder
+from storage.backends.folder import open_folder
 from storage.backends.object_store import ObjectFolder, shared_store
 from storage.errors import CacheError, CorruptPartError
 from storage.processes.waiting import notices_to
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import PartRecords, TokensRecord
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.family_cache import image_file, make_output_head, write_family_cache
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
 
@@ -233,7 +233,7 @@ def test_a_missing_bucket_and_refused_credentials_are_named(url, tmp_path):
         Cache.open("s3://no-such-bucket/x")
     with pytest.raises(CacheError, match=r"s3://no-such-bucket/x/cache.json: cannot be written: .*make the bucket"):
         CacheWriter.open("s3://no-such-bucket/x", make_identity(), ())
-    code = f"from storage.verify.verify import verify; print(verify('{url}').problems[0])"
+    code = f"from storage.verify.scan_cache import verify; print(verify('{url}').problems[0])"
     nobody = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
     empty = {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path), "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     done = subprocess.run(
@@ -249,7 +249,7 @@ def test_a_missing_bucket_and_refused_credentials_are_named(url, tmp_path):
 
 def test_an_address_where_nobody_is_is_not_asked_for_a_minute():
     """Two attempts more, some seconds apart; a store that once answered is waited for, a minute and more."""
-    code = "from storage.verify.verify import verify; print(verify('s3://bucket/x').problems[0])"
+    code = "from storage.verify.scan_cache import verify; print(verify('s3://bucket/x').problems[0])"
     nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from tests.storage.synthetic_cache import write_cache
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")

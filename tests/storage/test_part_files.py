@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.backends.files import LocalFolder
+from storage.backends.folder import LocalFolder
 from storage.encoding.distributions import RowFormat
-from storage.encoding.schema import SCHEMAS
+from storage.encoding.parquet_schema import SCHEMAS
 from storage.errors import CorruptPartError
 from storage.layout.documents import FileEntry
-from storage.reader.part_files import PartFiles
+from storage.reader.row_group_cache import PartFiles
 from tests.storage.family_cache import write_family_cache
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, write_cache
 
@@ -101,7 +101,7 @@ def test_arbitrary_bytes_are_no_parquet(tmp_path, family):
 def test_a_row_group_that_would_grow_in_memory_is_refused_before_it_does(tmp_path):
     """Another process makes it, so that this one's memory shows what reading costs."""
     code = (
-        "import sys; from storage.encoding.schema import parquet_bytes\n"
+        "import sys; from storage.encoding.parquet_schema import parquet_bytes\n"
         "row = {'image_key': 'a' * 64, 'num_rows': 1, 'norm': 1.0, 'payload': bytes(300 << 20)}\n"
         "sys.stdout.buffer.write(parquet_bytes('relation', [[row]], zstd_level=1, metadata={}))\n"
     )

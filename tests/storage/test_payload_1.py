@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from storage.encoding.payload_1 import decode_rows
 from storage.errors import CorruptPartError
-from storage.records.rows import SparseRows, check_sampled_total
+from storage.records.sparse_rows import SparseRows, check_sampled_total
 from tests.hypothesis_profiles import examples
 from tests.storage.payload_1 import encode_rows
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select, top_k

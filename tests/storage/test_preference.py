@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from storage.records.preference import PreferencePair, check_pairs, check_sequence, pairs_of
+from storage.records.preference_pairs import PreferencePair, check_pairs, check_sequence, pairs_of
 from storage.records.records import SequenceLogprob
 from tests.storage.family_cache import make_family_part
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from storage.backends.files import open_folder
+from storage.backends.folder import open_folder
 from storage.errors import CorruptPartError
 from storage.layout.documents import Commit, Manifest, NamedFile, parse_document
-from storage.layout.losses import summarize
+from storage.layout.error_summaries import summarize
 from storage.layout.processor_files import load_processor_files, read_processor_files
 from storage.layout.segments import read_segments
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import make_identity
 
 CONTENTS = {"tokenizer.json": b"{}", "preprocessor_config.json": b'{"size": 3}'}

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from storage.errors import CacheError, CorruptPartError
-from storage.reader.reader import Cache, first_sample_with_images, read_identity
+from storage.reader.cache import Cache, first_sample_with_images, read_identity
 from storage.records.records import PartRecords
-from storage.records.rows import SparseRows
-from storage.writer.writer import CacheWriter
+from storage.records.sparse_rows import SparseRows
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
 
 

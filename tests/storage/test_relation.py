@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from storage.config import RelationSection
-from storage.encoding.relation import (
+from storage.encoding.relation_matrix import (
     blocks_of_grid,
     check_encoding,
     check_payload,

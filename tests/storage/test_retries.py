@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from storage.backends.files import LocalFolder
+from storage.backends.folder import LocalFolder
 from storage.errors import CacheError, CorruptPartError
 from storage.layout.documents import SegmentDescription, parse_document
 from storage.layout.retries import find_or_begin_retry
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleError
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
 
 REPOSITORY = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select
 
 

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.encoding.schema import FAMILIES, ROW_GROUP_BYTES, SCHEMAS, check_schema, parquet_bytes, row_groups
+from storage.encoding.parquet_schema import FAMILIES, ROW_GROUP_BYTES, SCHEMAS, check_schema, parquet_bytes, row_groups
 from storage.errors import CorruptPartError
 
 

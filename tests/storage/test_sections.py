@@ -5,8 +5,8 @@ import pytest
 from pydantic import Field
 
 from storage.config import BudgetSection, CacheSection, Section
+from storage.config_loader import Named, read_sections
 from storage.errors import ConfigError
-from storage.sections import Named, read_sections
 
 
 class LossSection(Section):

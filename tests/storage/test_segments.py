@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage.backends.files import LocalFolder
+from storage.backends.folder import LocalFolder
 from storage.errors import CacheError, CorruptPartError, IdentityError
 from storage.layout.segments import NewSegment, find_segment, read_segments
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleError
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
 
 V1 = Path(__file__).parent / "golden" / "v1"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from storage.encoding.distributions import ROWS_PER_GROUP, RowFormat, encode_groups
 from storage.reader.shuffle import BLOCK_ROWS, Shuffle, cut_blocks
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from tests.hypothesis_profiles import examples
 
 

@@ -24,9 +24,9 @@ from storage.encoding.tail_profile import (
     tail_parts,
 )
 from storage.errors import CacheError, CorruptPartError
-from storage.reader.reader import Cache
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import FAMILIES, VOCAB_SIZE, make_identity, make_part, write_cache
 

@@ -9,16 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.backends.files import LocalFolder
+from storage.backends.folder import LocalFolder
 from storage.encoding.distributions import ID_GROUPS_KEY, RowFormat, encode_groups
-from storage.encoding.schema import parquet_bytes
+from storage.encoding.parquet_schema import parquet_bytes
 from storage.errors import CacheError
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.documents import Commit, Description, Manifest, parse_document
 from storage.layout.segments import read_segments
-from storage.reader.reader import Cache
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.damage import all_files, flips, read_everything, set_value
 from tests.storage.synthetic_cache import (
     FAMILIES,

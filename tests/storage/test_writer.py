@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.backends.files import LocalFolder, is_temporary
+from storage.backends.folder import LocalFolder, is_temporary
 from storage.errors import CacheError, CorruptPartError, IdentityError
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.segments import read_segments
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleError
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import (
     FAMILIES,
     SAMPLES_PER_PART,

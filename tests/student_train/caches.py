@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from storage.encoding.head import make_head
+from storage.encoding.output_head import make_head
 from storage.identity import Identity, tokenizer_fingerprint
 from storage.images.settings import PixelSettings
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, SequenceLogprob, TokensRecord, image_key
-from storage.records.rows import SparseRows
-from storage.writer.writer import CacheWriter
+from storage.records.sparse_rows import SparseRows
+from storage.writer.cache_writer import CacheWriter
 
 QUESTIONS = ("what colour is the left half?", "what colour is the right half?", "describe the image.")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}

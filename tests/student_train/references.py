@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from student_train.losses import LEAST_TAIL, PROFILE_FLOOR, Rule
 
 

@@ -18,7 +18,7 @@ from storage.errors import ConfigError, IdentityError
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
 from storage.records.records import SampleRecord
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from student_train.ask import answer
 from student_train.batch import collate, collate_prompts, prompt_of
 from student_train.checkpoint import save_checkpoint

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from storage.identity import stored_pixels
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import PartRecords
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from student_train.batch import collate
 from student_train.config import EvaluationSection, SourceSection
 from student_train.evaluation import evaluate_model

@@ -11,7 +11,7 @@ import pytest
 
 from storage.errors import CacheError, CorruptPartError, IdentityError
 from storage.identity import READABLE_VERSIONS
-from storage.reader.reader import Cache, read_identity
+from storage.reader.cache import Cache, read_identity
 from student_train.config import LossesSection, StageSection
 from student_train.material import fitting_checkpoint, prepare
 from tests.student_train.caches import make_cache

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from storage.encoding.head import make_head
+from storage.encoding.output_head import make_head
 from student_train.batch import teacher_rows
 from student_train.config import TREATMENTS, Divergence, Treatment
 from student_train.fused_head import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss

@@ -10,7 +10,7 @@ from PIL import Image
 
 from storage.errors import StillhouseError
 from storage.images.settings import PixelSettings
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import ImageRef
 from student_train.huggingface import load_image_processor
 from student_train.images import FeatureStore, ImageFolder, VisionSource, open_images

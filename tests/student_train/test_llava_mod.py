@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from storage.errors import ConfigError
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.batch import collate
 from student_train.config import (
     EvaluationSection,

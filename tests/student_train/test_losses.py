@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from student_train.batch import teacher_rows
 from student_train.config import TREATMENTS, Divergence, Treatment
 from student_train.fused_head import SparseTarget

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from storage.images.settings import PixelSettings, read_pixel_settings
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train import evaluate
 from student_train.ask import answer
 from student_train.config import EvaluationSection, SourceSection

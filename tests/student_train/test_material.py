@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.backends.files import open_folder
+from storage.backends.folder import open_folder
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.images.settings import PixelSettings
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.batch import layout
 from student_train.config import DistributionLossSection, LossesSection, StageSection
 from student_train.images import open_images

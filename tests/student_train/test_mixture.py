@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from storage.errors import CacheError, ConfigError, IdentityError
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle
 from student_train.config import EvaluationSection, SourceSection, StageSection
 from student_train.evaluation import evaluate_model

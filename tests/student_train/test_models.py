@@ -10,7 +10,7 @@ import torch
 from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.identity import Identity
 from storage.images.settings import PixelSettings, processor_settings, write_pixel_settings
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.config import Precision
 from student_train.models import (
     attention_implementation,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.batch import Batch, collate
 from student_train.config import LossesSection, StageSection
 from student_train.images import FeatureStore, VisionSource, open_images

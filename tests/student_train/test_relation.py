@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from storage.encoding.relation import blocks_of_grid
+from storage.encoding.relation_matrix import blocks_of_grid
 from storage.records.records import PooledRelation, Relation, RelationFactor, RelationMatrix
 from student_train.relation import (
     TeacherRelations,

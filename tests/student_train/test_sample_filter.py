@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from storage.errors import ConfigError
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.config import StageSection
 from student_train.material import prepare
 from student_train.sample_filter import COLUMNS, filtered, sample_columns

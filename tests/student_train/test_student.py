@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from storage.images.settings import PixelSettings
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from student_train.batch import Batch, collate, collate_prompts, prompt_of
 from student_train.generation import greedy
 from student_train.images import FeatureStore, ImageFolder, VisionSource

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from storage.errors import StillhouseError
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.assignment import worker_settings
 from teacher_dump.dump_plan import plan_dump
 from teacher_dump.ray_jobs import PartPool, score_parts

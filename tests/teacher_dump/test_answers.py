@@ -14,9 +14,9 @@ from PIL import Image
 
 from storage.errors import StillhouseError
 from storage.images.settings import PixelSettings
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import SampleError
-from storage.verify.verify import verify
+from storage.verify.scan_cache import verify
 from teacher_dump import fingerprint
 from teacher_dump.answers import Answerer
 from teacher_dump.assignment import prompt_errors

@@ -10,7 +10,7 @@ import torch
 
 from storage.config import BudgetSection
 from storage.errors import ConfigError, IdentityError
-from storage.writer.writer import CacheWriter
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.assignment import worker_settings
 from teacher_dump.budget import STUDENT_KL, Rows, _Trial, choose
 from teacher_dump.budget_choice import with_budget

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.plan_report import as_table
-from storage.backends.files import open_folder
-from storage.layout.commit import commit_numbers, read_commits
+from storage.backends.folder import open_folder
+from storage.layout.commits import commit_numbers, read_commits
 from storage.layout.segments import read_segments
 from teacher_dump.assignment import worker_settings
 from teacher_dump.calibration import choose, forecast_dump

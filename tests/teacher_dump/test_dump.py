@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from storage.backends.files import open_folder
+from storage.backends.folder import open_folder
 from storage.errors import IdentityError
-from storage.reader.reader import Cache
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.__main__ import main
 from teacher_dump.assignment import prompt_errors, worker_settings
 from teacher_dump.dump import DumpResult, run_dump

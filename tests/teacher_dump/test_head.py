@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from storage.errors import StillhouseError
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from teacher_dump import torchvision_shim
 from teacher_dump.head import OutputHead, find_head, read_head
 from teacher_dump.selection import Threshold, TopK, row_uniforms

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from storage.records.preference import check_pairs, pairs_of
+from storage.records.preference_pairs import check_pairs, pairs_of
 from storage.records.records import PartRecords, SampleError
 from teacher_dump.processor import load_processor
 from teacher_dump.request import SignalRequest

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from storage.reader.reader import Cache
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.assignment import worker_settings
 from teacher_dump.dump_plan import plan_dump
 from teacher_dump.settings import read_settings

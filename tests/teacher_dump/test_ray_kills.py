@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.reader.reader import Cache
-from storage.verify.verify import verify
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.ray_nodes import RayNodes, children, ray_nodes
 from tests.teacher_dump.test_ray_jobs import commits, dump_here, start_dump, wait_until

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.__main__ import main
 from storage.errors import IdentityError, StillhouseError
 from storage.records.records import PartRecords
-from storage.records.rows import SparseRows
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.records.sparse_rows import SparseRows
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.assignment import worker_settings
 from teacher_dump.comparison import Measured
 from teacher_dump.dump_plan import plan_dump

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from pipeline.__main__ import main as stillhouse
-from storage.backends.files import open_folder
+from storage.backends.folder import open_folder
 from storage.layout.retries import read_contents
 from storage.layout.segments import read_segments
-from storage.reader.reader import Cache
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.__main__ import main
 from teacher_dump.assignment import worker_settings
 from teacher_dump.dump_plan import plan_dump

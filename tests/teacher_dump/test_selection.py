@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 from teacher_dump.selection import Mass, Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
 from tests.hypothesis_profiles import examples
 

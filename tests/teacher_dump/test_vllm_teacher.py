@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from storage.reader.reader import Cache
-from storage.records.rows import SparseRows
+from storage.reader.cache import Cache
+from storage.records.sparse_rows import SparseRows
 from teacher_dump import checkpoint
 from teacher_dump.plan import Part
 from teacher_dump.request import RowRequest, SignalRequest

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import TokensRecord
-from storage.verify.verify import verify
+from storage.verify.scan_cache import verify
 from teacher_dump.__main__ import main
 from teacher_dump.processor import load_processor
 from tests.teacher_dump.conftest import WriteConfig

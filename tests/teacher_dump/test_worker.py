@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from storage.errors import ConfigError, StillhouseError
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.records.records import PooledRelation, RelationFactor
-from storage.verify.verify import verify
-from storage.writer.writer import CacheWriter
+from storage.verify.scan_cache import verify
+from storage.writer.cache_writer import CacheWriter
 from teacher_dump.assignment import worker_settings
 from teacher_dump.dump import run_dump
 from teacher_dump.dump_plan import plan_dump

@@ -119,8 +119,8 @@ def main(folder: str) -> None:
 
     from storage.identity import Identity
     from storage.records.records import ImageRef, PartRecords, RelationMatrix, SampleError, TokensRecord, image_key
-    from storage.records.rows import SparseRows
-    from storage.writer.writer import CacheWriter
+    from storage.records.sparse_rows import SparseRows
+    from storage.writer.cache_writer import CacheWriter
 
     def rows(contents: list[dict[str, Any]], *, labels: bool) -> SparseRows:
         ids = [number for row in contents for number in (*row["exact"], *row["sampled"])]

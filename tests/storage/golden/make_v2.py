@@ -40,7 +40,7 @@ def hidden_state(row: int) -> list[float]:
 def main(folder: str) -> None:
     import numpy as np
 
-    from storage.encoding.head import make_head
+    from storage.encoding.output_head import make_head
     from storage.identity import Identity
     from storage.records.records import (
         ImageRef,
@@ -51,8 +51,8 @@ def main(folder: str) -> None:
         TokensRecord,
         image_key,
     )
-    from storage.records.rows import SparseRows
-    from storage.writer.writer import CacheWriter
+    from storage.records.sparse_rows import SparseRows
+    from storage.writer.cache_writer import CacheWriter
 
     def rows(contents: list[dict[str, Any]], *, labels: bool, temperatures: int = 0) -> SparseRows:
         ids = [number for row in contents for number in (*row["exact"], *row["sampled"])]

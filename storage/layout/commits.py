@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from storage.backends import files
-from storage.backends.files import Folder
-from storage.encoding.head import StoredHead, decode_head
+from storage.backends import folder as files
+from storage.backends.folder import Folder
+from storage.encoding.output_head import StoredHead, decode_head
 from storage.errors import CacheError, CorruptPartError
 from storage.layout.documents import Commit, CommitEntry, FileEntry, HeadEntry, Manifest, parse_document
-from storage.layout.losses import totals
+from storage.layout.error_summaries import totals
 from storage.layout.segments import COMMITS_FOLDER, SEGMENTS_FOLDER, Segment
 
 HEAD_FOLDER = "head"

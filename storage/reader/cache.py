@@ -11,24 +11,24 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.backends.files import Folder, open_folder
-from storage.encoding.columns import image_content, tokens_record
-from storage.encoding.head import StoredHead
-from storage.encoding.schema import FAMILIES, SCHEMAS
+from storage.backends.folder import Folder, open_folder
+from storage.encoding.arrow_rows import image_content, tokens_record
+from storage.encoding.output_head import StoredHead
+from storage.encoding.parquet_schema import FAMILIES, SCHEMAS
 from storage.encoding.tail_profile import mean_profile, tail_parts
 from storage.errors import CacheError, CorruptPartError, MissingFamilyError
 from storage.identity import Identity
 from storage.images.image_root import find_image_root, follows_links
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.documents import Commit
-from storage.layout.losses import KINDS
-from storage.layout.parts import Part, held_families, lacks, read_parts, stated_losses
+from storage.layout.error_summaries import KINDS
+from storage.layout.part_index import Part, held_families, lacks, read_parts, stated_losses
 from storage.layout.segments import Segment, merged_identity, read_segments, tokens_segments
 from storage.reader.batch_reader import BatchReader
 from storage.reader.narrowing import Narrowing
-from storage.reader.part_files import PartFiles
+from storage.reader.row_group_cache import PartFiles
 from storage.reader.shuffle import WINDOW_ROWS, Shuffle, cut_blocks
-from storage.records.preference import PreferencePair, pairs_of
+from storage.records.preference_pairs import PreferencePair, pairs_of
 from storage.records.records import SampleError, SampleRecord, TokensRecord
 from storage.records.sample_batch import SampleBatch
 

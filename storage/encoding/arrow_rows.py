@@ -11,13 +11,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.config import HiddenSection, RelationSection
-from storage.encoding.hidden import decode_hidden, encode_hidden, encoding_of, relative_errors
+from storage.encoding.hidden_states import decode_hidden, encode_hidden, encoding_of, relative_errors
 from storage.encoding.payload_1 import decode_rows
-from storage.encoding.relation import cosine_error, decode_relation, encode_relation, stored_norm
+from storage.encoding.relation_matrix import cosine_error, decode_relation, encode_relation, stored_norm
 from storage.errors import CorruptPartError
 from storage.identity import Identity
 from storage.records.records import ImageRef, Relation, RelationMatrix, SequenceLogprob, TokensRecord
-from storage.records.rows import SparseRows
+from storage.records.sparse_rows import SparseRows
 
 Columns = Mapping[str, Any]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from storage.backends.files import Folder
-from storage.encoding.schema import FAMILIES
+from storage.backends.folder import Folder
+from storage.encoding.parquet_schema import FAMILIES
 from storage.errors import CorruptPartError
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.documents import Commit, ErrorEntry, ErrorSummary, FileEntry
-from storage.layout.losses import total
+from storage.layout.error_summaries import total
 from storage.layout.retries import errors_left
 from storage.layout.segments import Segment, additions, tokens_segments
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from storage.encoding.columns import (
+from storage.encoding.arrow_rows import (
     Columns,
     family_errors,
     hidden_columns,
@@ -15,11 +15,11 @@ from storage.encoding.columns import (
     tokens_columns,
 )
 from storage.encoding.distributions import RowFormat, encode_groups
-from storage.encoding.schema import row_groups
-from storage.encoding.tail_profile import TAIL_TOTAL_KEY, TailTotal, encode_tail_total
+from storage.encoding.parquet_schema import row_groups
+from storage.encoding.tail_profile import TAIL_TOTAL_KEY, encode_tail_total
 from storage.identity import Identity, stored_hidden, stored_relation
-from storage.records.records import PartRecords
-from storage.records.rows import SparseRows
+from storage.records.records import PartRecords, TailTotal
+from storage.records.sparse_rows import SparseRows
 
 
 @dataclass(frozen=True)

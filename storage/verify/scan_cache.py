@@ -9,17 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storage.backends.files import Folder, open_folder
+from storage.backends.folder import Folder, open_folder
 from storage.errors import CacheError
 from storage.identity import Identity
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.documents import Commit, Manifest
-from storage.layout.losses import KINDS
-from storage.layout.parts import Part, join_parts
+from storage.layout.error_summaries import KINDS
+from storage.layout.part_index import Part, join_parts
 from storage.layout.processor_files import load_processor_files
 from storage.layout.retries import problems_of_retries
 from storage.layout.segments import Segment, merged_identity, read_segments
-from storage.verify.part_scan import Advance, PartFindings, scan_part
+from storage.verify.scan_part import Advance, PartFindings, scan_part
 
 Progress = Callable[[int, int], None]  # bytes of part files done, bytes in all
 

@@ -15,12 +15,12 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from storage.encoding.bits import pack_bits
-from storage.encoding.block_header import MAX_ROWS, MAX_SETS, Header, Planes, level_type, pack_header, read_header
+from storage.encoding.bit_packing import pack_bits
 from storage.encoding.id_groups import IdGroups
 from storage.encoding.rounding import Head, choose_step, count_ties, level_table, places_of_first, round_head
+from storage.encoding.row_block_header import MAX_ROWS, MAX_SETS, Header, Planes, level_type, pack_header, read_header
 from storage.errors import CorruptPartError
-from storage.records.rows import HEAD_TOLERANCE, SparseRows, check_sampled_total, check_sampled_weights
+from storage.records.sparse_rows import HEAD_TOLERANCE, SparseRows, check_sampled_total, check_sampled_weights
 
 _ID_MASK = (1 << 31) - 1
 _LEAD = np.float32(1e-6)  # nats of a first choice over entries that rounding made equal; float32 keeps it

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.reader.reader import Cache
+from storage.reader.cache import Cache
 from storage.reader.shuffle import WINDOW_ROWS
 from storage.records.sample_batch import SampleBatch
 

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from storage.encoding.columns import check_token_ids
-from storage.encoding.schema import FAMILIES
+from storage.encoding.arrow_rows import check_token_ids
+from storage.encoding.parquet_schema import FAMILIES
 from storage.identity import Identity
-from storage.records.preference import check_pairs, check_sequence
+from storage.records.preference_pairs import check_pairs, check_sequence
 from storage.records.records import PartRecords, TokensRecord
 
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage.backends.files import Folder
-from storage.encoding.columns import (
+from storage.backends.folder import Folder
+from storage.encoding.arrow_rows import (
     family_errors,
     hidden_states,
     image_content,
@@ -27,19 +27,19 @@ from storage.encoding.columns import (
     tokens_record,
 )
 from storage.encoding.distributions import RowFormat, check_group, decode_id_groups
-from storage.encoding.relation import check_payload
-from storage.encoding.schema import check_schema
+from storage.encoding.parquet_schema import check_schema
+from storage.encoding.relation_matrix import check_payload
 from storage.encoding.tail_profile import tail_total_of
 from storage.errors import CacheError, CorruptPartError
 from storage.identity import Identity, stored_hidden, stored_relation
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.documents import Commit, FileEntry
-from storage.layout.losses import summary
-from storage.layout.parts import Part
-from storage.reader.part_files import check_sizes, validated
-from storage.records.preference import check_pairs, check_sequence
+from storage.layout.error_summaries import summary
+from storage.layout.part_index import Part
+from storage.reader.row_group_cache import check_sizes, validated
+from storage.records.preference_pairs import check_pairs, check_sequence
 from storage.records.records import ImageRef, TokensRecord
-from storage.records.rows import check_sampled_total
+from storage.records.sparse_rows import check_sampled_total
 
 WHOLE_BYTES = 256 << 20  # of a file that is read once; each scan at a time holds one
 _BLOCK_BYTES = 4 << 20

@@ -13,7 +13,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from storage.encoding.bits import packed_size, unpack_bits
+from storage.encoding.bit_packing import packed_size, unpack_bits
 from storage.errors import CorruptPartError
 
 BLOCK_VERSION = 4

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.records.records import SequenceLogprob, TokensRecord
-from storage.records.rows import LOGPROB_TOLERANCE
+from storage.records.sparse_rows import LOGPROB_TOLERANCE
 
 CHOSEN, REJECTED = "#chosen", "#rejected"
 

@@ -20,19 +20,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.backends.files import Folder
-from storage.encoding.columns import sparse_rows
+from storage.backends.folder import Folder
+from storage.encoding.arrow_rows import sparse_rows
 from storage.encoding.distributions import RowFormat, decode_group, decode_id_groups
 from storage.encoding.id_groups import IdGroups
-from storage.encoding.schema import check_schema
-from storage.encoding.tail_profile import TailTotal, tail_total_of
+from storage.encoding.parquet_schema import check_schema
+from storage.encoding.tail_profile import tail_total_of
 from storage.encoding.token_rows import TokenRows, decode_tokens
 from storage.errors import CorruptPartError
 from storage.identity import Identity
-from storage.layout.commit import check_file
+from storage.layout.commits import check_file
 from storage.layout.documents import FileEntry
 from storage.reader.narrowing import Narrowing, narrowed
-from storage.records.rows import SparseRows
+from storage.records.records import TailTotal
+from storage.records.sparse_rows import SparseRows
 
 # Of a row group, uncompressed, besides four times the file's bytes. A writer's is 1 MiB of payload, or one row.
 MAX_GROUP_BYTES = 256 << 20

@@ -10,23 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from storage.backends.files import Folder, open_folder
-from storage.encoding.columns import Columns, tokens_columns
-from storage.encoding.head import StoredHead, encode_head
-from storage.encoding.part_rows import FamilyRows, part_rows
-from storage.encoding.schema import parquet_bytes
+from storage.backends.folder import Folder, open_folder
+from storage.encoding.arrow_rows import Columns, tokens_columns
+from storage.encoding.output_head import StoredHead, encode_head
+from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.part_encoder import FamilyRows, part_rows
 from storage.errors import CacheError, CorruptPartError
 from storage.identity import Identity, stored_tau
-from storage.layout import commit as layout
+from storage.layout import commits as layout
 from storage.layout.documents import Commit, Description, ErrorEntry, ErrorSummary, FileEntry, HeadEntry, Manifest
-from storage.layout.losses import DROPPED, NOISE, SELECTION, summarize, summary
+from storage.layout.error_summaries import DROPPED, NOISE, SELECTION, summarize, summary
 from storage.layout.processor_files import write_processor_files
 from storage.layout.retries import FailedIds, find_or_begin_retry, read_contents, taken_up_later
 from storage.layout.segments import NewSegment, Segment, find_segment, read_segments, tokens_segments
-from storage.reader.part_files import PartFiles
-from storage.records.preference import check_pairs
+from storage.reader.row_group_cache import PartFiles
+from storage.records.preference_pairs import check_pairs
 from storage.records.records import PartRecords, SampleError, TokensRecord
-from storage.writer.record_checks import check_records
+from storage.writer.validation import check_records
 
 # What an added family must have been made from, to the token: the rest of a tokens row follows from it.
 _ALIGNED_COLUMNS = ("sample_id", "token_ids", "response_starts", "response_stops", "image_keys")
