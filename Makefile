@@ -17,15 +17,13 @@ install = $(PIP) --editable '.[$(1)]' $(if $(HAS_GPU),,|| $(PIP) --extra-index-u
 
 # Two processes share the files, longest first (tests/conftest.py); more would need more memory for engines and Ray.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# Long forms of tests that continuous integration has time for besides `make test`.
-LONG_IN_CI := tests/pipeline/test_run.py tests/storage/test_crashes.py \
-	tests/teacher_dump/test_ray_jobs.py::test_two_jobs_share_a_growing_pool_and_show_metrics
 
 demo: $(VENV)/runtime ; $(BIN)/stillhouse run pipeline.yaml
-# Every kind of test, with the same examples in every run; all tests, with new examples; some long ones.
+# Every kind of test, with the same examples in every run; all tests, with new examples; the long ones that continuous
+# integration has time for.
 test: $(VENV)/installed ; $(PYTEST) -m "not slow"
 test-all: $(VENV)/installed ; $(PYTEST) --hypothesis-profile=fresh
-test-ci: $(VENV)/installed ; $(PYTEST) -m slow $(LONG_IN_CI)
+test-ci: $(VENV)/installed ; $(PYTEST) -m ci
 check: test lint
 bench: $(VENV)/bench ; set -e; for name in codec verify loader dump loss moe step "retention --short"; do $(BIN)/python -m benchmarks.$$name --json; done
 

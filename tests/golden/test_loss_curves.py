@@ -17,7 +17,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=[pytest.mark.ci, pytest.mark.slow])])
 def test_every_stage_follows_its_golden_curve(material: Path, num_ranks: int) -> None:
     curves = train(material, num_ranks=num_ranks)
     golden = json.loads(GOLDEN.read_text())[f"ranks_{num_ranks}"]

@@ -100,6 +100,8 @@ def test_a_chain_that_cannot_be_is_refused(tmp_path: Path, runs: dict, words: li
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_chain_is_trained_link_by_link_and_again_when_its_start_changed(tmp_path: Path):
     init = make_tiny_llava(tmp_path / "llava", num_layers=1)
     cache = make_cache(tmp_path, init, num_samples=8, num_images=4)

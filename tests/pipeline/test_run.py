@@ -104,6 +104,7 @@ def test_an_experiment_of_one_run_ends_in_its_report(ray_head: RayHead, tmp_path
     assert "<svg" in (folder / "report.html").read_text()
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_the_whole_road(tmp_path: Path) -> None:
     config = write_experiment(tmp_path, is_long=True)

@@ -52,7 +52,7 @@ def count_whole_commits(folder: Path) -> int:
     return num_commits
 
 
-@pytest.mark.parametrize("num_kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [20, pytest.param(200, marks=[pytest.mark.ci, pytest.mark.slow])])
 def test_kills_at_random_moments_lose_and_double_nothing(tmp_path, undisturbed, num_kills):
     rng, rounds, kills, kills_of_round, seen = random.Random(0), 0, 0, [0], set()
     nursery = subprocess.Popen(

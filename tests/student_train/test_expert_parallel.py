@@ -93,6 +93,8 @@ def trained(outcomes: tuple[Runner, dict[str, Outcome]]) -> Trained:
     return output
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "other"),
     [("whole", "one"), ("zero1", "one"), ("zero2", "one"), ("zero3", "one"), ("four", "one"), ("d2s_of_two", "d2s")],
@@ -111,6 +113,8 @@ def test_divided_experts_take_the_course_of_whole_ones(trained: Trained, stage: 
         assert summaries[0][name] == pytest.approx(summaries[1][name]), name
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_every_expert_trains_and_what_is_frozen_stays(
     trained: Trained, outcomes: tuple[Runner, dict[str, Outcome]]
 ) -> None:
@@ -122,12 +126,16 @@ def test_every_expert_trains_and_what_is_frozen_stays(
     assert moved == trains
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_bf16_follows_fp32(trained: Trained) -> None:
     for low, full in zip(metrics(trained("bf16")), metrics(trained("one")), strict=True):
         assert low["loss"] == pytest.approx(full["loss"], rel=0.05)
         assert low["grad_norm"] == pytest.approx(full["grad_norm"], rel=0.1)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "words"),
     [

@@ -233,6 +233,8 @@ def test_balance_of_a_dense_student_is_refused(dense: Path, pairs: Path) -> None
         prepare(stage, str(pairs))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_from_dense_to_sparse_to_preference(make_runner: Callable[..., Runner], dense: Path, pairs: Path) -> None:
     """Three stages, each from the last one's checkpoint; the last begins on two ranks as on one."""
     runner = make_runner(

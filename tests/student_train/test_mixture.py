@@ -175,6 +175,8 @@ def test_profiles_are_averaged_by_the_rows_that_an_epoch_has(checkpoint: Path, t
     assert _tail_profile(Two(), "response").tolist() == [0.75, 0.25]  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_stage_over_two_caches_trains_and_resumes_to_the_bit(
     make_runner: Callable[..., Runner], cache: Path, other: Path
 ) -> None:

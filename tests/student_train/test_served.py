@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -15,6 +16,8 @@ LOSSES = {"response": {}, "visual": {}, "relation": {"weight": 0.5}}
 TOLERANCE = 2e-5  # of the largest logit, in float32
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_vllm_serves_a_trained_student_with_the_same_logits(make_runner: Callable[..., Runner]) -> None:
     stage = {"losses": LOSSES, "steps": 1, "zero_stage": 2, "train": ["vision", "projector", "llm"]}
     runner = make_runner(dft=stage)

@@ -70,7 +70,11 @@ def log_of(runner: Runner, stage: str) -> list[dict]:
     ("ranks", "options"),
     [
         (1, {"zero_stage": 0, "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}),
-        (2, {"zero_stage": 2, "ema": 0.9, "checkpoints": {"every": 2, "keep_last": 2, "splits": ["test"]}}),
+        pytest.param(
+            2,
+            {"zero_stage": 2, "ema": 0.9, "checkpoints": {"every": 2, "keep_last": 2, "splits": ["test"]}},
+            marks=[pytest.mark.ci, pytest.mark.slow],
+        ),
         pytest.param(2, {"zero_stage": 3, "offload": ["optimizer"]}, marks=pytest.mark.slow),
         # DeepSpeed takes another optimizer for these two together.
         pytest.param(2, {"zero_stage": 1, "precision": "bf16"}, marks=pytest.mark.slow),
@@ -172,6 +176,8 @@ def test_a_state_of_an_earlier_version_is_refused_and_kept(tmp_path: Path) -> No
     assert (folder / "state.json").is_file()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_state_is_for_the_weights_that_its_stage_began_with(
     make_runner: Callable[..., Runner], checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +195,8 @@ def test_a_state_is_for_the_weights_that_its_stage_began_with(
     assert (runner.output("first") / "state" / "step-00000002" / "state.json").is_file()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_best_checkpoint_so_far_is_forgotten_with_what_judged_it(make_runner: Callable[..., Runner]) -> None:
     checkpoints = {"every": 2, "splits": ["test"], "metric": "response"}
     runner = make_runner(first={"losses": {"response": {}}, "steps": STEPS, "checkpoints": checkpoints})

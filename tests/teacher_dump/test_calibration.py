@@ -31,6 +31,8 @@ def family_bytes(cache: Path) -> dict[str, int]:
     return {family: sum(commit.families[family].file_bytes for commit, _ in commits) for family in FAMILIES}
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_forecast_of_bytes_is_within_a_tenth_of_the_dump(write_config: WriteConfig, tmp_path: Path, capsys) -> None:
     data = make_tiny_dataset(tmp_path / "data", num_samples=360, num_images=90, turns=2)["train"]
     config = write_config(data={"sources": [{"path": str(data)}]}, dump={"samples_per_part": 60})

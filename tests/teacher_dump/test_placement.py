@@ -36,6 +36,8 @@ def test_ranks_are_counted_over_both_ways_of_splitting() -> None:
     assert gpus_of_engine({"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "dtype": "x"}) == 8
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_of_several_processes_has_a_gpu_for_each_of_them(tmp_path: Path) -> None:
     """What torchrun's ranks would see, in a Ray that believes in four GPUs; and what waits without end says so."""
     done = subprocess.run(

@@ -75,6 +75,8 @@ def dump_here(config: Path, cache: Path, *overrides: str) -> int:
     return num_tokens
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_dump_resumes_after_a_sigterm_a_killed_worker_and_a_killed_driver(
     ray_head: RayHead, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -202,6 +204,7 @@ def test_ray_job_submit_runs_the_dump(ray_head: RayHead, write_config: WriteConf
     assert list((tmp_path / "runs/tiny/logs").glob("teacher-*"))
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_two_jobs_share_a_growing_pool_and_show_metrics(
     ray_head: RayHead, write_config: WriteConfig, tmp_path: Path
@@ -243,6 +246,8 @@ def test_two_jobs_share_a_growing_pool_and_show_metrics(
     assert commits(tmp_path / "cache") == commits(tmp_path / "undisturbed")
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_blind_teacher_fails_in_one_message_and_writes_nothing(
     ray_head: RayHead, write_config: WriteConfig, tiny_teacher: Path, tmp_path: Path
 ) -> None:

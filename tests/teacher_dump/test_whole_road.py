@@ -82,6 +82,8 @@ class Model:
         ]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_dump_by_a_budget_is_a_dump_of_what_the_budget_has_chosen(
     ray_head: RayHead, write_config: WriteConfig, tiny_teacher: Path, tiny_data: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
