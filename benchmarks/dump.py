@@ -22,7 +22,7 @@ from benchmarks import dump_host, dump_roads, smol_llava
 from benchmarks.aside import Aside
 from benchmarks.dump_roads import Floor, PromptLogprobs, Road, dump_settings
 from benchmarks.results import Results, table, wants_json
-from student_train.huggingface import transformers_module
+from student_train.models.huggingface import transformers_module
 from teacher_dump.dump import run_dump
 from teacher_dump.log_file import quiet
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import Results, table, wants_json
-from student_train.huggingface import transformers_module
-from student_train.sparse_upcycling import Experts, sparse_config
+from student_train.models.huggingface import transformers_module
+from student_train.models.sparse_upcycling import Experts, sparse_config
 
 WIDTH, INNER = 896, 4864
 TOKENS = 1024

@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from student_train.batch import Batch, ImageGrids
 from student_train.config import LossesSection, Treatment
-from student_train.fused_head import HiddenTarget, SparseTarget, TeacherHead
-from student_train.loader import RowCounts
-from student_train.losses import TeacherRows
-from student_train.objective import CachedTeacher, Objective
-from student_train.student import Student
+from student_train.data.batch import Batch, ImageGrids
+from student_train.data.loader import RowCounts
+from student_train.losses.fused_head import HiddenTarget, SparseTarget, TeacherHead
+from student_train.losses.losses import TeacherRows
+from student_train.models.student import Student
+from student_train.training.objective import CachedTeacher, Objective
 
 States = Callable[[Batch], dict[str, Tensor]]  # response (r, d), visual (i * n, d)
 

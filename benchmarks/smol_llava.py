@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.text_rows import model_and_tokenizer, topics
-from student_train.huggingface import transformers_module
+from student_train.models.huggingface import transformers_module
 
 IMAGE_TOKEN = "<image>"
 PATCH_SIZE = 16  # pixels a side, of a visual token

@@ -23,7 +23,7 @@ from benchmarks.results import Results, table, wants_json
 from benchmarks.step_ways import LOSSES, SCALES, Subject, Ways, peak_bytes, take_turns
 from benchmarks.teacher_caches import Asked, ask_teacher, write_cache
 from storage.config import CacheSection, SelectionSection
-from student_train.huggingface import load_tokenizer
+from student_train.models.huggingface import load_tokenizer
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
 from teacher_dump.dump import run_dump
 from teacher_dump.settings import DumpSettings

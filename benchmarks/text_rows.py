@@ -158,7 +158,7 @@ def hidden_states(model: Any, tokens: Tensor) -> Tensor:
 
 def model_and_tokenizer() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    from student_train.huggingface import transformers_module
+    from student_train.models.huggingface import transformers_module
 
     transformers = transformers_module()
     folder = _wheel_folder()

@@ -323,7 +323,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from student_train.ask import answer
+    from student_train.evaluation.ask import answer
 
     _need_folder(arguments.model, "--model")
     if not arguments.image.is_file():

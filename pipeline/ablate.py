@@ -26,7 +26,7 @@ from storage.config_loader import Named, read_sections
 from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import changed_fields
 from student_train.config import StageSection
-from student_train.stage_inputs import init_inputs
+from student_train.training.stage_inputs import init_inputs
 from teacher_dump.ray_jobs import Command, run_commands
 
 

@@ -24,7 +24,7 @@ from storage.processes.child_process import GRACE_S, run_child
 from storage.processes.search_path import module_command
 from storage.processes.stop_signals import Interrupted, stopped_by
 from storage.verify.scan_cache import VerifyReport, verify
-from student_train.stage_inputs import init_inputs
+from student_train.training.stage_inputs import init_inputs
 from teacher_dump.__main__ import table
 from teacher_dump.dump import run_dump
 from teacher_dump.settings import read_settings

@@ -127,7 +127,7 @@ def _plain(folder: Path, identity: Identity) -> Decoder | None:
 
 
 def _by_transformers(folder: Path, identity: Identity) -> Decoder:
-    from student_train.huggingface import load_tokenizer
+    from student_train.models.huggingface import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(folder)

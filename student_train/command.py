@@ -19,10 +19,10 @@ from storage.errors import ConfigError, StillhouseError
 from storage.processes.stop_signals import exit_code, explain, interruptible
 from storage.processes.supervisor import die_with_parent
 from student_train.config import EvaluationSection, StageSection
-from student_train.stage_request import Request
+from student_train.training.stage_request import Request
 
 if TYPE_CHECKING:  # which imports torch
-    from student_train.stage_result import Work
+    from student_train.training.stage_result import Work
 
 SCHEMAS = {"cache": CacheSection, "stages": Named(StageSection), "evaluation": EvaluationSection}
 
@@ -79,14 +79,13 @@ def train(sections: Sections, name: str, request: Request, *, evaluate: bool, st
     if name not in stages:
         known = ", ".join(stages) or "no stages"
         raise ConfigError(f"{sections.path}: there is no stage {name!r}; the file has {known}")
-    from student_train import (
-        trainer,
-    )  # torch and transformers: seconds, which a misspelt name should not cost
-    from student_train.composition import ensure_composed
-    from student_train.engine import from_first, this_process
-    from student_train.material import fitting_checkpoint, prepare, samples_of_any
-    from student_train.stage_inputs import stage_inputs
-    from student_train.stage_result import decide, lock_stage, put_in_place
+    # torch and transformers: seconds, which a misspelt name should not cost
+    from student_train.models.composition import ensure_composed
+    from student_train.training import trainer
+    from student_train.training.engine import from_first, this_process
+    from student_train.training.material import fitting_checkpoint, prepare, samples_of_any
+    from student_train.training.stage_inputs import stage_inputs
+    from student_train.training.stage_result import decide, lock_stage, put_in_place
 
     stage = trainer.resolved(stages[name], name)
     cache_path, evaluation = sections["cache"].path, sections["evaluation"]
@@ -122,7 +121,7 @@ def train(sections: Sections, name: str, request: Request, *, evaluate: bool, st
             sys.stdout.write(f"stage {name}: finished already, and nothing has changed: {work.folder}\n")
         if process.is_first:
             if evaluate and (work.trains or not _is_evaluated(work.folder, evaluation, request)):
-                from student_train.evaluation import evaluate_model
+                from student_train.evaluation.evaluation import evaluate_model
 
                 evaluate_model(work.folder, stage.sources(cache_path), evaluation)
             for lock in locks:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from storage.config import LocalPath, Section
 from storage.reader.narrowing import Narrowing
 from storage.reader.shuffle import WINDOW_ROWS
-from student_train.sample_filter import Condition, check_condition
+from student_train.data.sample_filter import Condition, check_condition
 
 Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too
 Precision = Literal["fp32", "bf16", "fp16"]

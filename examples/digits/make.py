@@ -171,7 +171,7 @@ def write_models(
         make_processor,
     )
     from examples.digits.tower import pretrain_tower
-    from student_train.checkpoint import save_checkpoint
+    from student_train.models.checkpoint import save_checkpoint
 
     train, test = load_originals(held_out=False), load_originals(held_out=True)
     tower, accuracy = pretrain_tower(train, test, steps=tower_steps, seed=seed)

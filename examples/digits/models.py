@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.digits.tower import FEATURE_LAYER, IMAGE_PIXELS, PATCH_PIXELS
-from student_train.huggingface import transformers_module
+from student_train.models.huggingface import transformers_module
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, SiglipVisionModel

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.digits.mosaics import Originals, draw_mosaics
-from student_train.huggingface import transformers_module
+from student_train.models.huggingface import transformers_module
 
 if TYPE_CHECKING:
     from transformers import SiglipVisionModel

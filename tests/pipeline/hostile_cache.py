@@ -11,7 +11,7 @@ from PIL import Image
 from storage.identity import real_vocab_size, tokenizer_fingerprint
 from storage.records.records import ImageRef, PartRecords, SampleError, TokensRecord, image_key
 from storage.writer.cache_writer import CacheWriter
-from student_train.huggingface import transformers_module
+from student_train.models.huggingface import transformers_module
 from teacher_dump import torchvision_shim
 from tests.storage.synthetic_cache import TAU, make_identity, make_logits, make_relation, select
 from tests.tiny import IMAGE_TOKEN, make_tiny_tokenizer

@@ -19,9 +19,9 @@ from storage.identity import stored_pixels
 from storage.images.settings import OLD_PIXELS
 from storage.reader.cache import Cache
 from student_train.config import EvaluationSection, SourceSection
-from student_train.evaluation import evaluate_model
-from student_train.huggingface import load_image_processor
-from student_train.images import ImageFolder, open_images
+from student_train.data.images import ImageFolder, open_images
+from student_train.evaluation.evaluation import evaluate_model
+from student_train.models.huggingface import load_image_processor
 from teacher_dump.images import load_image
 from teacher_dump.processor import load_processor
 from tests.pipeline.pixel_dumps import PIXELS, dump_pictures, write_data

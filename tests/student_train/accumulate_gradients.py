@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from student_train.config import StageSection
-from student_train.engine import Engine, this_process
-from student_train.parameter_groups import ParameterGroup
+from student_train.models.parameter_groups import ParameterGroup
+from student_train.training.engine import Engine, this_process
 
 SIZE = 48
 

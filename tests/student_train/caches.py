@@ -105,7 +105,7 @@ def make_cache(
     `num_samples` for each split. Sample i shows image i % num_images and asks for one of its colours. With the
     family sequence, samples 2 i and 2 i + 1 are the right and a wrong answer to one question.
     """
-    from student_train.huggingface import load_config, load_tokenizer
+    from student_train.models.huggingface import load_config, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
     vocabulary = tokenizer.get_vocab()

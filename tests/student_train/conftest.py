@@ -19,12 +19,18 @@ from jaxtyping import install_import_hook
 from teacher_dump import torchvision_shim
 
 with install_import_hook(
-    [f"student_train.{name}" for name in ("losses", "fused_head", "relation", "student")], "beartype.beartype"
+    [
+        "student_train.losses.losses",
+        "student_train.losses.fused_head",
+        "student_train.losses.relation",
+        "student_train.models.student",
+    ],
+    "beartype.beartype",
 ):
-    import student_train.fused_head
-    import student_train.losses
-    import student_train.relation
-    import student_train.student  # noqa: F401
+    import student_train.losses.fused_head
+    import student_train.losses.losses
+    import student_train.losses.relation
+    import student_train.models.student  # noqa: F401
 
 from tests.free_port import free_port
 from tests.student_train.caches import make_cache

@@ -13,11 +13,11 @@ from storage.identity import stored_pixels
 from storage.reader.cache import Cache
 from storage.records.records import PartRecords
 from storage.writer.cache_writer import CacheWriter
-from student_train.batch import collate
 from student_train.config import EvaluationSection, SourceSection
-from student_train.evaluation import evaluate_model
-from student_train.images import FeatureStore, ImageFolder, VisionSource
-from student_train.models import load_for_inference, read_checkpoint
+from student_train.data.batch import collate
+from student_train.data.images import FeatureStore, ImageFolder, VisionSource
+from student_train.evaluation.evaluation import evaluate_model
+from student_train.models.models import load_for_inference, read_checkpoint
 from tests.student_train.caches import make_cache
 
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from storage.errors import ConfigError
-from student_train.checkpoint import save_checkpoint
-from student_train.expert_parallel import check_experts, standard_names
-from student_train.huggingface import load_weights, transformers_module
-from student_train.sparse_upcycling import Experts, upcycled
+from student_train.models.checkpoint import save_checkpoint
+from student_train.models.expert_parallel import check_experts, standard_names
+from student_train.models.huggingface import load_weights, transformers_module
+from student_train.models.sparse_upcycling import Experts, upcycled
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import assert_same_course, metrics

@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import load_file
 
 from storage.errors import WriteError
-from student_train.checkpoint import save_checkpoint
-from student_train.documents import MetricsLog, write_json
-from student_train.models import load_student, read_checkpoint
-from student_train.tracking import Tracking
+from student_train.models.checkpoint import save_checkpoint
+from student_train.models.models import load_student, read_checkpoint
+from student_train.training.documents import MetricsLog, write_json
+from student_train.training.tracking import Tracking
 from tests.small_disk import SmallDisk, small_disk
 from tests.student_train.conftest import ROOT, Runner
 
@@ -87,7 +87,8 @@ def test_tensorboard_on_a_full_disk_is_one_sentence(disk: SmallDisk) -> None:
 FILLING = """
 import json, os
 from pathlib import Path
-from student_train import command, stage_loop
+from student_train import command
+from student_train.training import stage_loop
 disk, plan = Path({disk!r}), iter({plan!r})
 ballast, step, train, now = disk / "ballast", stage_loop.optimizer_step, command.train, {{}}
 def training(*arguments, **options):

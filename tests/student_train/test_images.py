@@ -12,8 +12,8 @@ from storage.errors import StillhouseError
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
 from storage.records.records import ImageRef
-from student_train.huggingface import load_image_processor
-from student_train.images import FeatureStore, ImageFolder, VisionSource, open_images
+from student_train.data.images import FeatureStore, ImageFolder, VisionSource, open_images
+from student_train.models.huggingface import load_image_processor
 from tests.student_train.caches import make_cache
 
 

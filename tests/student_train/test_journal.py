@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from student_train.config import StageSection
-from student_train.engine import Process, Update
-from student_train.journal import Journal
+from student_train.training.engine import Process, Update
+from student_train.training.journal import Journal
 
 
 class Terminal:

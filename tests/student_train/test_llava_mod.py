@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from storage.errors import ConfigError
 from storage.reader.cache import Cache
-from student_train.batch import collate
 from student_train.config import (
     EvaluationSection,
     LossesSection,
@@ -23,16 +22,17 @@ from student_train.config import (
     SourceSection,
     StageSection,
 )
-from student_train.evaluation import evaluate_model
-from student_train.images import FeatureStore, VisionSource, open_images
-from student_train.loader import RowCounts, plans
-from student_train.material import Material, cached_teacher, prepare
-from student_train.models import freeze, load_student
-from student_train.objective import Objective, part_names
-from student_train.preference_losses import Rewards, preference
-from student_train.router_loss import router_losses
-from student_train.sparse_upcycling import Experts, upcycled
-from student_train.student import Student
+from student_train.data.batch import collate
+from student_train.data.images import FeatureStore, VisionSource, open_images
+from student_train.data.loader import RowCounts, plans
+from student_train.evaluation.evaluation import evaluate_model
+from student_train.losses.preference_losses import Rewards, preference
+from student_train.losses.router_loss import router_losses
+from student_train.models.models import freeze, load_student
+from student_train.models.sparse_upcycling import Experts, upcycled
+from student_train.models.student import Student
+from student_train.training.material import Material, cached_teacher, prepare
+from student_train.training.objective import Objective, part_names
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Runner
 from tests.tiny import make_tiny_llava

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from storage.images.settings import PixelSettings, read_pixel_settings
 from storage.reader.cache import Cache
 from student_train import evaluate
-from student_train.ask import answer
 from student_train.config import EvaluationSection, SourceSection
-from student_train.evaluation import evaluate_model
+from student_train.evaluation.ask import answer
+from student_train.evaluation.evaluation import evaluate_model
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import assert_same_course, metrics

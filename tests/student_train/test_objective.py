@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from storage.reader.cache import Cache
-from student_train.batch import Batch, collate
 from student_train.config import LossesSection, StageSection
-from student_train.images import FeatureStore, VisionSource, open_images
-from student_train.loader import plans
-from student_train.losses import Rule
-from student_train.material import Material, cached_teacher, loss_families, prepare
-from student_train.models import freeze, load_student
-from student_train.objective import Objective, part_names
-from student_train.relation import head_metric, relation_loss
-from student_train.student import Student
+from student_train.data.batch import Batch, collate
+from student_train.data.images import FeatureStore, VisionSource, open_images
+from student_train.data.loader import plans
+from student_train.losses.losses import Rule
+from student_train.losses.relation import head_metric, relation_loss
+from student_train.models.models import freeze, load_student
+from student_train.models.student import Student
+from student_train.training.material import Material, cached_teacher, loss_families, prepare
+from student_train.training.objective import Objective, part_names
 from tests.student_train.caches import make_cache
 from tests.student_train.references import dense_loss, sparse_loss
 

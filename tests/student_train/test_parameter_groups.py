@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from student_train.config import Module
-from student_train.models import freeze, load_student, read_checkpoint
-from student_train.parameter_groups import parameter_groups
+from student_train.models.models import freeze, load_student, read_checkpoint
+from student_train.models.parameter_groups import parameter_groups
 
 
 def test_each_trained_parameter_is_in_the_group_of_its_module(checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from storage.encoding.relation_matrix import blocks_of_grid
 from storage.records.records import PooledRelation, Relation, RelationFactor, RelationMatrix
-from student_train.relation import (
+from student_train.losses.relation import (
     TeacherRelations,
     head_metric,
     relation_loss,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from student_train.router_loss import router_losses, router_statistics
+from student_train.losses.router_loss import router_losses, router_statistics
 
 
 def test_an_even_router_costs_one_a_layer():
@@ -57,7 +57,7 @@ def test_no_token_gives_zero_that_stays_attached():
 
 def test_one_layer_is_what_transformers_computes():
     # Theirs counts each of the k choices as a whole, so it is k times ours.
-    from student_train.huggingface import transformers_module
+    from student_train.models.huggingface import transformers_module
 
     theirs = transformers_module().models.qwen2_moe.modeling_qwen2_moe.load_balancing_loss_func
     logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()

@@ -8,8 +8,8 @@ import pytest
 from storage.errors import ConfigError
 from storage.reader.cache import Cache
 from student_train.config import StageSection
-from student_train.material import prepare
-from student_train.sample_filter import COLUMNS, filtered, sample_columns
+from student_train.data.sample_filter import COLUMNS, filtered, sample_columns
+from student_train.training.material import prepare
 from tests.student_train.caches import make_cache
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from storage.errors import ConfigError
-from student_train.checkpoint import save_checkpoint
-from student_train.huggingface import load_weights, transformers_module
-from student_train.sparse_upcycling import Experts, is_sparse, route_in_float32, sparse_config, upcycled
+from student_train.models.checkpoint import save_checkpoint
+from student_train.models.huggingface import load_weights, transformers_module
+from student_train.models.sparse_upcycling import Experts, is_sparse, route_in_float32, sparse_config, upcycled
 from tests.student_train.conftest import ROOT
 from tests.tiny import make_tiny_llava
 

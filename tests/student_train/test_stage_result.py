@@ -13,9 +13,9 @@ import pytest
 from storage.backends.lock import HeldError
 from storage.errors import ConfigError
 from student_train.config import StageSection
-from student_train.stage_inputs import write_record
-from student_train.stage_request import Request
-from student_train.stage_result import Work, decide, finish_swap, lock_stage, put_in_place
+from student_train.training.stage_inputs import write_record
+from student_train.training.stage_request import Request
+from student_train.training.stage_result import Work, decide, finish_swap, lock_stage, put_in_place
 from tests.student_train.conftest import Runner
 
 INPUTS: dict[str, Any] = {

@@ -7,11 +7,11 @@ import torch
 
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
-from student_train.batch import Batch, collate, collate_prompts, prompt_of
-from student_train.generation import greedy
-from student_train.images import FeatureStore, ImageFolder, VisionSource
-from student_train.models import Checkpoint, load_for_inference, read_checkpoint
-from student_train.student import Student, tower_features
+from student_train.data.batch import Batch, collate, collate_prompts, prompt_of
+from student_train.data.images import FeatureStore, ImageFolder, VisionSource
+from student_train.evaluation.generation import greedy
+from student_train.models.models import Checkpoint, load_for_inference, read_checkpoint
+from student_train.models.student import Student, tower_features
 
 
 @pytest.fixture(scope="module")

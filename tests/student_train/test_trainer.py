@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from storage.errors import ConfigError
 from student_train.config import StageSection
-from student_train.trainer import learning_rate, num_steps, resolved
+from student_train.training.trainer import learning_rate, num_steps, resolved
 
 
 def stage(**fields: object) -> StageSection:

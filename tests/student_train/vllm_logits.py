@@ -28,7 +28,7 @@ def main(folder: Path) -> float:
     engine = VllmTeacher(folder, dtype="float32", max_length=256, settings={}, served=folder.parent / "served")
     answers = engine.hidden_states([TeacherPrompt(text, ()), TeacherPrompt(about, (picture,))])
     head = read_head(folder, vocab_size=VOCAB_SIZE).stored()
-    from student_train.huggingface import load_processor, load_weights
+    from student_train.models.huggingface import load_processor, load_weights
 
     model = load_weights(folder).eval()
     shown = load_processor(folder).image_processor(images=[picture], return_tensors="pt")

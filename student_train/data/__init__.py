@@ -1,0 +1,1 @@
+"""From cached samples to batches: filters, mixtures, order, images, collation."""

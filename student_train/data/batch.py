@@ -1,0 +1,362 @@
+"""The one place that aligns: sample records become padded token ids, positions of rows, and teacher rows.
+
+Legend: b sequences, t tokens, r response rows, n visual tokens of an image, s of all images. Positions are flat,
+into b * t. The response token at position p is predicted at p - 1, so there lies its row; a visual row is
+the distribution *at* its visual token, so its position is not shifted. Training pads on the right: in a
+causal model no row that is read can see the padding, hence there is no attention mask.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from storage.errors import IdentityError, StillhouseError
+from storage.records.records import ImageRef, PooledRelation, SampleRecord, TokensRecord
+from storage.records.sparse_rows import SparseRows
+from student_train.data.images import VisionInput
+from student_train.losses.losses import TeacherRows
+from student_train.losses.relation import TeacherRelations, resampling, teacher_relations
+
+Gather = Callable[[Sequence[tuple[str, ImageRef]]], VisionInput]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the student lays out a sequence."""
+
+    image_token_id: int
+    tokens_per_image: int | None  # visual tokens of the student; None: as an image's size asks
+    pad_token_id: int
+    max_length: int  # positions that the student's decoder has
+    teacher_tokens_per_image: int | None = None  # where the student has the same of each: rows that the cache has
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One sample for the student, its placeholders expanded. Positions are within the sequence."""
+
+    input_ids: NDArray[np.int64]  # (t,)
+    response_positions: NDArray[np.int64]  # (r,) where each response token is predicted
+    labels: NDArray[np.int64]  # (r,) the response tokens
+    visual_positions: NDArray[np.int64]  # (s,) of all images
+    visual_counts: tuple[int, ...]  # n of each image
+
+
+@dataclass(frozen=True)
+class ImageGrids:
+    """A run of images that are alike: visual tokens of the student and of the teacher for each."""
+
+    num_images: int
+    student: int  # n
+    teacher: int  # m
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch. Images are in the order of their placeholders, sequence by sequence."""
+
+    sample_ids: tuple[str, ...]
+    input_ids: Int[Tensor, "b t"]
+    lengths: Int[Tensor, " b"]  # positions of each sequence before its padding
+    response_positions: Int[Tensor, " r"]
+    response_counts: Int[Tensor, " b"]  # rows of each sequence
+    labels: Int[Tensor, " r"]
+    visual_positions: Int[Tensor, " s"]
+    vision: VisionInput
+    image_counts: tuple[int, ...] = ()  # images of each sequence
+    grids: tuple[ImageGrids, ...] = ()  # of the images in their order
+    response: TeacherRows | None = None  # r rows
+    visual: TeacherRows | None = None  # the teacher's rows of all images
+    relation: tuple[TeacherRelations, ...] | None = None  # of each of `grids`
+    hidden: Float[Tensor, "r d"] | None = None  # the teacher's states of the response rows
+    sequence: Float[Tensor, " b"] | None = None  # the teacher's log-probability of each whole response
+    counted: bool = True  # False: a filler, no row of it is in any loss
+
+    @property
+    def teacher_visual_counts(self) -> list[int]:
+        """The teacher's visual rows of each sequence."""
+        of_images = [run.teacher for run in self.grids for _ in range(run.num_images)]
+        ends = list(itertools.accumulate(self.image_counts))
+        return [sum(of_images[end - count : end]) for end, count in zip(ends, self.image_counts, strict=True)]
+
+    @property
+    def is_token(self) -> Bool[Tensor, "b t"]:
+        """False for padding."""
+        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+            elif isinstance(value, TeacherRows | VisionInput):
+                moved[name] = value.to(device)
+        if self.relation is not None:
+            moved["relation"] = tuple(each.to(device) for each in self.relation)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Prompts to be continued, padded on the left so that all end together."""
+
+    input_ids: Int[Tensor, "b t"]
+    attention_mask: Int[Tensor, "b t"]
+    visual_positions: Int[Tensor, " s"]
+    vision: VisionInput
+
+    def to(self, device: torch.device) -> PromptBatch:
+        """The same prompts on another device."""
+        return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def layout(tokens: TokensRecord, grid: Grid, image_ids: Sequence[NDArray[np.int64]] | None = None) -> Layout:
+    """A sample with each placeholder expanded to what stands for its image in the student.
+
+    `image_ids`: of each image, separators included; None: the grid's number of visual tokens for each. Errors:
+    StillhouseError for a sample that is longer than the decoder, or whose response starts it.
+    """
+    is_image = tokens.token_ids == grid.image_token_id
+    if image_ids is None:
+        assert grid.tokens_per_image is not None
+        image_ids = [np.full(grid.tokens_per_image, grid.image_token_id)] * int(np.count_nonzero(is_image))
+    repeats = np.ones(len(tokens.token_ids), np.int64)
+    repeats[is_image] = [len(ids) for ids in image_ids]
+    input_ids = np.repeat(tokens.token_ids, repeats).astype(np.int64)
+    input_ids[np.repeat(is_image, repeats)] = np.concatenate([np.zeros(0, np.int64), *image_ids])
+    if len(input_ids) > grid.max_length:
+        raise StillhouseError(
+            f"sample {tokens.sample_id!r} has {len(input_ids)} tokens for this student, which has "
+            f"{grid.max_length} positions; dump with a smaller teacher.max_length or take a longer student"
+        )
+    responses = np.flatnonzero(np.repeat(tokens.response_mask, repeats))
+    if responses.size and responses[0] == 0:
+        raise StillhouseError(
+            f"sample {tokens.sample_id!r}: its first token is a response token, which nothing predicts; "
+            "dump it again with a prompt before the answer"
+        )
+    return Layout(
+        input_ids=input_ids,
+        response_positions=responses - 1,
+        labels=input_ids[responses],
+        visual_positions=np.flatnonzero(input_ids == grid.image_token_id),
+        visual_counts=tuple(int(np.count_nonzero(ids == grid.image_token_id)) for ids in image_ids),
+    )
+
+
+def _layouts(samples: Sequence[TokensRecord], grid: Grid, vision: VisionInput) -> list[Layout]:
+    if vision.inputs is None:
+        return [layout(tokens, grid) for tokens in samples]
+    ids = iter(vision.inputs.ids)
+    return [layout(tokens, grid, list(itertools.islice(ids, len(tokens.images)))) for tokens in samples]
+
+
+def collate(
+    records: Sequence[SampleRecord],
+    grid: Grid,
+    gather: Gather,
+    *,
+    families: Sequence[str] = (),
+    counted: bool = True,
+) -> Batch:
+    """The batch of one or more records, with the teacher's rows of `families`.
+
+    A batch that is not counted has no response rows and no teacher rows. Errors: StillhouseError as `layout`
+    and `gather`; IdentityError where the teacher's and the student's visual grids differ and a family needs
+    them equal.
+    """
+    if not counted:
+        families = ()
+    images = [(record.tokens.sample_id, image) for record in records for image in record.tokens.images]
+    vision = gather(images)
+    layouts = _layouts([record.tokens for record in records], grid, vision)
+    length = max(len(item.input_ids) for item in layouts)
+    input_ids = np.full((len(records), length), grid.pad_token_id, np.int64)
+    for row, item in enumerate(layouts):
+        input_ids[row, : len(item.input_ids)] = item.input_ids
+    starts = np.arange(len(records)) * length
+    visual = [item.visual_positions + start for item, start in zip(layouts, starts, strict=True)]
+    response = [item.response_positions + start for item, start in zip(layouts, starts, strict=True)]
+    labels = [item.labels for item in layouts]
+    if not counted:
+        response, labels = ([np.zeros(0, np.int64)] * len(records) for _ in range(2))
+    grids: tuple[ImageGrids, ...] = ()
+    if "visual" in families or "relation" in families:
+        for record, item in zip(records, layouts, strict=True):
+            check_grid(record.tokens, grid, item.visual_counts)
+        grids = _grids([count for item in layouts for count in item.visual_counts], [image for _, image in images])
+    return Batch(
+        sample_ids=tuple(record.tokens.sample_id for record in records),
+        input_ids=torch.from_numpy(input_ids),
+        lengths=torch.tensor([len(item.input_ids) for item in layouts]),
+        response_positions=torch.from_numpy(np.concatenate(response)),
+        response_counts=torch.tensor([len(each) for each in response]),
+        labels=torch.from_numpy(np.concatenate(labels)),
+        visual_positions=torch.from_numpy(np.concatenate(visual)),
+        vision=vision,
+        image_counts=tuple(len(record.tokens.images) for record in records),
+        grids=grids,
+        response=teacher_rows([_response(record) for record in records]) if "response" in families else None,
+        visual=teacher_rows(_by_image(records, "visual")) if "visual" in families else None,
+        relation=_relations(records, grids) if "relation" in families else None,
+        hidden=torch.from_numpy(np.concatenate([_hidden(each) for each in records])) if "hidden" in families else None,
+        sequence=torch.tensor([_sequence(record) for record in records]) if "sequence" in families else None,
+        counted=counted,
+    )
+
+
+def prompt_of(tokens: TokensRecord, *, image_token_id: int, answer: int = 0) -> TokensRecord:
+    """A sample up to the first token of one of its answers, with the images shown and the answers given until then.
+
+    Errors: StillhouseError for a sample without a response, or that starts with it.
+    """
+    spans = answer_spans(tokens)
+    if not spans or spans[0][0] == 0:
+        found = "a response token first" if spans else "no response token"
+        raise StillhouseError(f"sample {tokens.sample_id!r} has {found}, so there is nothing to answer")
+    stop = spans[answer][0]
+    num_images = int(np.count_nonzero(tokens.token_ids[:stop] == image_token_id))
+    return replace(
+        tokens,
+        token_ids=tokens.token_ids[:stop],
+        response_mask=tokens.response_mask[:stop],
+        images=tokens.images[:num_images],
+    )
+
+
+def answer_spans(tokens: TokensRecord) -> list[tuple[int, int]]:
+    """Start and stop of each answer in a sample's ids, its end-of-turn token included; none without a response."""
+    edges = np.flatnonzero(np.diff(tokens.response_mask.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def collate_prompts(prompts: Sequence[TokensRecord], grid: Grid, gather: Gather) -> PromptBatch:
+    """The batch of one or more prompts. Errors: StillhouseError as `layout` and `gather`."""
+    vision = gather([(tokens.sample_id, image) for tokens in prompts for image in tokens.images])
+    layouts = _layouts(prompts, grid, vision)
+    length = max(len(item.input_ids) for item in layouts)
+    input_ids = np.full((len(prompts), length), grid.pad_token_id, np.int64)
+    mask = np.zeros((len(prompts), length), np.int64)
+    visual = []
+    for row, item in enumerate(layouts):
+        start = length - len(item.input_ids)
+        input_ids[row, start:] = item.input_ids
+        mask[row, start:] = 1
+        visual.append(item.visual_positions + row * length + start)
+    return PromptBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(mask),
+        visual_positions=torch.from_numpy(np.concatenate(visual)),
+        vision=vision,
+    )
+
+
+def check_grid(tokens: TokensRecord, grid: Grid, counts: Sequence[int] | None = None) -> None:
+    """IdentityError unless the student's and the teacher's visual tokens of each image can be brought together.
+
+    `counts`: the student's, of each image; None: as the grid says of all.
+    """
+    for number, image in enumerate(tokens.images):
+        ours = grid.tokens_per_image if counts is None else counts[number]
+        theirs, expected = image.num_visual_tokens, grid.teacher_tokens_per_image
+        found = f"visual grid: the cache has {theirs} visual tokens for image {image.path} "
+        if grid.tokens_per_image is None:
+            if ours not in (None, theirs):
+                raise IdentityError(
+                    f"{found}of sample {tokens.sample_id!r}, this student makes {ours} of it; where an image's size "
+                    "decides, student and teacher must cut it alike: give the student the teacher's image processor, "
+                    "or leave visual and relation losses out"
+                )
+            continue
+        if theirs != (grid.tokens_per_image if expected is None else expected):
+            raise IdentityError(
+                f"{found}of sample {tokens.sample_id!r}, but {expected or grid.tokens_per_image} for others; images of "
+                "several sizes have no visual and relation losses with a student whose grid is one: leave these out"
+            )
+        try:
+            resampling(grid.tokens_per_image, theirs)
+        except ValueError as error:
+            raise IdentityError(
+                f"{found}of sample {tokens.sample_id!r}, this student has {grid.tokens_per_image}, and {error} that "
+                "could be resampled; take a student with the teacher's grid, or leave visual and relation losses out"
+            ) from error
+
+
+def _grids(counts: Sequence[int], images: Sequence[ImageRef]) -> tuple[ImageGrids, ...]:
+    """Runs of neighbouring images that are alike."""
+    pairs = zip(counts, (image.num_visual_tokens for image in images), strict=True)
+    return tuple(ImageGrids(len(list(run)), *pair) for pair, run in itertools.groupby(pairs))
+
+
+def teacher_rows(parts: Sequence[SparseRows]) -> TeacherRows:
+    """Rows of the cache as tensors, one part after another."""
+    rows = SparseRows.concatenate(parts)
+    return TeacherRows(
+        offsets=torch.from_numpy(rows.offsets),
+        ids=torch.from_numpy(rows.ids.astype(np.int64)),
+        logprobs=torch.from_numpy(rows.logprobs),
+        num_exact=torch.from_numpy(rows.num_exact.astype(np.int64)),
+        tail_mass=torch.from_numpy(rows.tail_mass),
+        entropy=torch.from_numpy(rows.entropy),
+        log_sum_exp=torch.from_numpy(rows.log_sum_exp),
+    )
+
+
+def _response(record: SampleRecord) -> SparseRows:
+    rows = record.response
+    expected = record.tokens.num_response_tokens
+    if rows is None or rows.num_rows != expected:
+        got = "no rows" if rows is None else f"{rows.num_rows} rows"
+        raise StillhouseError(
+            f"sample {record.tokens.sample_id!r}: {got} for {expected} response tokens; run stillhouse verify"
+        )
+    return rows
+
+
+def _sequence(record: SampleRecord) -> float:
+    if record.sequence is None:
+        raise StillhouseError(f"sample {record.tokens.sample_id!r}: no sequence logprob; run stillhouse verify")
+    return record.sequence.logprob
+
+
+def _by_image(records: Sequence[SampleRecord], family: str) -> list:
+    signals = []
+    for record in records:
+        for image in record.tokens.images:
+            signal = getattr(record, family).get(image.key)
+            if signal is None:
+                raise StillhouseError(
+                    f"sample {record.tokens.sample_id!r}: image {image.path} has no {family} rows; "
+                    "run stillhouse verify"
+                )
+            signals.append(signal)
+    return signals
+
+
+def _relations(records: Sequence[SampleRecord], grids: Sequence[ImageGrids]) -> tuple[TeacherRelations, ...]:
+    relations = iter(_by_image(records, "relation"))
+    runs = []
+    for run in grids:
+        of_run = list(itertools.islice(relations, run.num_images))
+        pooled = [len(each.values) for each in of_run[:1] if isinstance(each, PooledRelation)]
+        runs.append(teacher_relations(of_run, size=pooled[0] if pooled else run.teacher))
+    return tuple(runs)
+
+
+def _hidden(record: SampleRecord) -> NDArray[np.float32]:
+    expected = record.tokens.num_response_tokens
+    if record.hidden is None or len(record.hidden) != expected:
+        got = "no hidden states" if record.hidden is None else f"{len(record.hidden)} hidden states"
+        raise StillhouseError(
+            f"sample {record.tokens.sample_id!r}: {got} for {expected} response tokens; run stillhouse verify"
+        )
+    return record.hidden

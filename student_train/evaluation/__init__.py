@@ -1,0 +1,1 @@
+"""Judging a student: generated answers, closeness to the teacher, single questions. Uses training's data."""

@@ -1,0 +1,103 @@
+"""One question about one image to any checkpoint, through its own chat template and processor."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.errors import ConfigError, StillhouseError
+from storage.identity import real_vocab_size
+from storage.images.settings import PixelSettings
+from storage.records.prompt_ids import leading_special_ids, with_leading_ids
+from storage.records.records import ImageRef, TokensRecord
+from student_train.data.batch import collate_prompts
+from student_train.data.images import FeatureStore, ImageFolder, VisionSource
+from student_train.evaluation.generation import greedy
+from student_train.models.huggingface import load_processor
+from student_train.models.models import Checkpoint, load_for_inference, read_checkpoint
+from student_train.models.student import Student
+
+
+def answer(model_dir: str | Path, image_path: str | Path, question: str, max_new_tokens: int = 64) -> str:
+    """The model's greedy answer. The model stays loaded for the next question.
+
+    Errors: StillhouseError for a checkpoint, template or image that cannot be used; ConfigError for an
+    architecture that is not served, a folder without a checkpoint, a question that spells a special token.
+    """
+    checkpoint, processor, student = _loaded(str(model_dir))
+    special = {token.content for token in checkpoint.tokenizer.added_tokens_decoder.values() if token.special}
+    spelt = sorted(text for text in special if text in question)
+    if spelt:
+        raise ConfigError(f"the question spells the special token {spelt[0]}, which is no text; leave it out")
+    tokens = _prompt(processor, checkpoint, Path(image_path), question)
+    pixels = checkpoint.pixels or PixelSettings()  # those it was trained with, where it says so
+    folder = ImageFolder(Path(image_path).parent, checkpoint.image_processor, pixels=pixels)
+    vision = VisionSource(folder, features=None, pixels=FeatureStore(0))
+    prompts = collate_prompts([tokens], checkpoint.grid, vision.gather)
+    (ids,) = greedy(
+        student,
+        prompts.to(next(student.parameters()).device),
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=_eos_token_ids(checkpoint, student) | _written_stop_ids(processor, checkpoint),
+    )
+    return checkpoint.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@lru_cache(maxsize=1)
+def _loaded(model_dir: str) -> tuple[Checkpoint, Any, Student]:
+    checkpoint = read_checkpoint(model_dir)
+    processor = load_processor(model_dir)
+    if getattr(processor, "chat_template", None) is None:
+        raise StillhouseError(f"{model_dir}: has no chat template; add chat_template.jinja to it")
+    vocab_size = real_vocab_size(checkpoint.tokenizer.get_vocab())
+    return checkpoint, processor, load_for_inference(checkpoint, vocab_size=vocab_size)
+
+
+def _prompt(processor: Any, checkpoint: Checkpoint, image: Path, question: str) -> TokensRecord:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    try:
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # templates raise whatever they like through Jinja
+        raise StillhouseError(f"{checkpoint.folder}: the chat template refuses it: {error}") from error
+    ids = checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
+    token_ids = np.array(with_leading_ids(ids, leading_special_ids(checkpoint.tokenizer)), np.int32)
+    found = int(np.count_nonzero(token_ids == checkpoint.grid.image_token_id))
+    if found != 1:
+        raise StillhouseError(
+            f"{checkpoint.folder}: its chat template makes {found} image tokens of one image and "
+            f"{question!r}, expected 1; ask without image markers, or give it a multimodal template"
+        )
+    return TokensRecord("question", "", "", token_ids, np.zeros(len(token_ids), bool), (_reference(image, checkpoint),))
+
+
+def _reference(image: Path, checkpoint: Checkpoint) -> ImageRef:
+    try:
+        sha256 = hashlib.sha256(image.read_bytes()).hexdigest()
+    except OSError as error:
+        raise StillhouseError(f"{image}: cannot be read: {error.strerror}") from error
+    return ImageRef(image.name, sha256, checkpoint.grid.tokens_per_image or 1, key=sha256)
+
+
+def _eos_token_ids(checkpoint: Checkpoint, student: Student) -> set[int]:
+    configured = getattr(student.model.generation_config, "eos_token_id", None)
+    ids = {checkpoint.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return {token_id for token_id in ids if token_id is not None}
+
+
+def _written_stop_ids(processor: Any, checkpoint: Checkpoint) -> set[int]:
+    """The token that the chat template writes after an answer, with which a student was taught to end its own."""
+    items = {role: [{"type": "text", "text": text}] for role, text in (("user", "a"), ("assistant", "0"))}
+    messages = [{"role": role, "content": content} for role, content in items.items()]
+    try:
+        text = processor.apply_chat_template(messages, tokenize=False)
+    except Exception:  # templates raise whatever they like; this one needs an image
+        return set()
+    closing = text.rpartition("0")[2].lstrip()
+    added = checkpoint.tokenizer.added_tokens_decoder
+    return {token_id for token_id, token in added.items() if closing.startswith(token.content)}

@@ -1,0 +1,276 @@
+"""How good a model is: generated answers against references, and closeness to the cached teacher, held out.
+
+Of several turns all are judged, or the first or last: `evaluation.turns`. A prompt ends before the answer that is
+judged, and holds the sample's own earlier answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from storage.reader.cache import Cache, read_identity
+from storage.records.records import TokensRecord
+from student_train.config import EvaluationSection, SourceSection
+from student_train.data.batch import Batch, answer_spans, collate, collate_prompts, prompt_of
+from student_train.data.images import FeatureStore, VisionSource
+from student_train.data.mixture import Mixture, Source
+from student_train.evaluation.generation import greedy
+from student_train.evaluation.yes_no import unsupported_rate, yes_no_scores
+from student_train.losses.fused_head import SparseTarget
+from student_train.losses.losses import row_losses_
+from student_train.losses.router_loss import RouterLosses, router_losses, router_statistics
+from student_train.models.models import Checkpoint, check_fit, load_for_inference, read_checkpoint
+from student_train.models.sparse_upcycling import is_sparse
+from student_train.models.student import Student
+from student_train.training.documents import write_json
+from student_train.training.material import open_sealed, samples_of_any
+
+MEMORY_BYTES = 512 << 20  # of image features, which the second pass needs again
+Item = TypeVar("Item")
+CHUNK_LOGITS = 1 << 25  # of the head in memory at once
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Closeness to the references and to the cached teacher, over held-out response rows."""
+
+    cross_entropy_sum: float  # nats, of the references' tokens
+    num_labels: int
+    kl_sum: float  # nats, bucketed on the exact entries
+    num_agreeing: int  # rows whose most probable token is the teacher's
+    num_rows: int  # with a distribution of the teacher
+    num_topped: int  # rows whose most probable token of the teacher is stored
+    routers: tuple[tuple[int, RouterLosses], ...] = ()  # of a sparse model: each batch's number of tokens and these
+
+    @staticmethod
+    def total(parts: Sequence[Fidelity]) -> Fidelity:
+        """Of several batches."""
+        return Fidelity(
+            cross_entropy_sum=sum(part.cross_entropy_sum for part in parts),
+            num_labels=sum(part.num_labels for part in parts),
+            kl_sum=sum(part.kl_sum for part in parts),
+            num_agreeing=sum(part.num_agreeing for part in parts),
+            num_rows=sum(part.num_rows for part in parts),
+            num_topped=sum(part.num_topped for part in parts),
+            routers=tuple(router for part in parts for router in part.routers),
+        )
+
+    @property
+    def cross_entropy(self) -> float | None:
+        """Mean over the references' tokens, None without any."""
+        return self.cross_entropy_sum / self.num_labels if self.num_labels else None
+
+    @property
+    def kl(self) -> float | None:
+        """Mean over rows, None without any."""
+        return self.kl_sum / self.num_rows if self.num_rows else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Fraction of rows, None without any."""
+        return self.num_agreeing / self.num_topped if self.num_topped else None
+
+
+def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section: EvaluationSection) -> dict[str, Any]:
+    """Write and return <model>/evaluation.json, over the samples of the section's splits in any of the caches.
+
+    Of the sources, path and images count, the latter where the section names none. Closeness to the teacher is over
+    the caches that hold its response. Errors: ConfigError (no sample in the splits), CacheError, IdentityError,
+    StillhouseError.
+    """
+    started = time.monotonic()
+    checkpoint = read_checkpoint(model)
+    for source in sources:
+        check_fit(checkpoint, read_identity(source.path))  # before a cache's index is read
+    data = _held_out(sources, section)
+    tokens = _tokens(data, section.batch)
+    features = FeatureStore(MEMORY_BYTES)
+    images = data.images(checkpoint.image_processor)
+    judge = _Judge(
+        data=data,
+        tokens=tokens,
+        checkpoint=checkpoint,
+        student=load_for_inference(checkpoint, vocab_size=data.identity.vocab_size, features=features),
+        vision=VisionSource(images, features=features, pixels=FeatureStore(0)),
+        section=section,
+    )
+    samples = judge.answers()
+    scored = [
+        index
+        for index, owner in zip(tokens, data.owners(list(tokens)).tolist(), strict=True)
+        if "response" in data.sources[owner].cache.families
+    ]
+    others = sorted(set(tokens) - set(scored))
+    fidelity = Fidelity.total([*judge.fidelity(scored, ("response",)), *judge.fidelity(others, ())])
+    by_category: dict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        by_category[sample["category"]].append(sample["correct"])
+    document = {
+        "num_samples": len(tokens),
+        "turns": section.turns,
+        "num_answers": len(samples),
+        "exact_match": _mean([sample["correct"] for sample in samples]),
+        "by_category": {
+            name: {"num": len(hits), "exact_match": _mean(hits)} for name, hits in sorted(by_category.items())
+        },
+        "unsupported_rate": unsupported_rate((sample["answer"], sample["reference"]) for sample in samples),
+        "yes_no": yes_no_scores((sample["answer"], sample["reference"]) for sample in samples),
+        "routers": router_statistics(fidelity.routers) if fidelity.routers else None,
+        "cross_entropy": fidelity.cross_entropy,
+        "kl_to_teacher": fidelity.kl,
+        "top1_agreement": fidelity.agreement,
+        "seconds": round(time.monotonic() - started, 3),
+        "settings": section.model_dump(mode="json"),
+        "samples": samples,
+    }
+    write_json(Path(model) / "evaluation.json", document)
+    return document
+
+
+def _held_out(sources: Sequence[SourceSection], section: EvaluationSection) -> Mixture:
+    """The samples that a model is judged on, each once though a stage names its cache twice. A cache may have none."""
+    sources = list({source.path: source for source in sources}.values())
+    caches = []
+    for source in sources:
+        families = ("response",) if "response" in Cache.open(source.path, ()).families else ()
+        caches.append(open_sealed(source.path, families, max_bytes=MEMORY_BYTES // len(sources)))
+    chosen = samples_of_any(caches, section.splits)
+    return Mixture(
+        [
+            Source(cache, indices, images=section.images or source.images)
+            for cache, indices, source in zip(caches, chosen, sources, strict=True)
+        ]
+    )
+
+
+def _tokens(data: Mixture, at_once: int) -> dict[int, TokensRecord]:
+    """The tokens of each sample that is judged, by its index."""
+    return {
+        index: record.tokens
+        for piece in _pieces(data.indices.tolist(), at_once)
+        for index, record in zip(piece, data.read_many(piece), strict=True)
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    """A model and the samples it is judged on."""
+
+    data: Mixture
+    tokens: dict[int, TokensRecord]
+    checkpoint: Checkpoint
+    student: Student
+    vision: VisionSource
+    section: EvaluationSection
+
+    def answers(self) -> list[dict[str, Any]]:
+        """What the model answers at each judged turn of each sample, in the order of `tokens`."""
+        grid, tokenizer = self.checkpoint.grid, self.checkpoint.tokenizer
+        prompts = {
+            (index, turn): prompt_of(record, image_token_id=grid.image_token_id, answer=turn)
+            for index, record in self.tokens.items()
+            for turn in _judged_turns(record, self.section.turns)
+        }
+        order = sorted(prompts, key=lambda place: (len(prompts[place].token_ids), place))  # little padding
+        device = next(self.student.parameters()).device
+        answers: dict[tuple[int, int], list[int]] = {}
+        with tqdm(total=len(order), desc="answering", unit="answer", mininterval=1.0, leave=False) as bar:
+            for batch in _pieces(order, self.section.batch):
+                prompt_batch = collate_prompts([prompts[place] for place in batch], grid, self.vision.gather)
+                continued = greedy(
+                    self.student,
+                    prompt_batch.to(device),
+                    max_new_tokens=self.section.max_new_tokens,
+                    eos_token_ids=self.data.identity.eos_token_ids,
+                )
+                answers.update(zip(batch, continued, strict=True))
+                bar.update(len(batch))
+        results = []
+        for index, turn in prompts:
+            record = self.tokens[index]
+            start, stop = answer_spans(record)[turn]
+            answer = normalised(tokenizer.decode(answers[index, turn], skip_special_tokens=True))
+            reference = normalised(tokenizer.decode(record.token_ids[start:stop], skip_special_tokens=True))
+            results.append(
+                {
+                    "sample_id": record.sample_id,
+                    "turn": turn,
+                    "category": record.category,
+                    "answer": answer,
+                    "reference": reference,
+                    "correct": answer == reference,
+                }
+            )
+        return results
+
+    @torch.inference_mode()
+    def fidelity(self, indices: Sequence[int], families: tuple[str, ...]) -> list[Fidelity]:
+        """Cross-entropy of all response tokens of the samples, by batch.
+
+        With the family `response`, KL to the teacher and agreement with its first choice, too.
+        """
+        order = sorted(indices, key=lambda index: (len(self.tokens[index].token_ids), index))
+        device = next(self.student.parameters()).device
+        parts = []
+        for indices_of_batch in tqdm(
+            _pieces(order, self.section.batch), desc="comparing", unit="batch", mininterval=1.0, leave=False
+        ):
+            records = self.data.read_many(indices_of_batch)
+            batch = collate(records, self.checkpoint.grid, self.vision.gather, families=families).to(device)
+            parts.append(_fidelity(self.student, batch))
+        return parts
+
+
+def normalised(text: str) -> str:
+    """Text with each run of white space as one space, and none at its ends."""
+    return " ".join(text.split())
+
+
+def _judged_turns(tokens: TokensRecord, turns: str) -> Sequence[int]:
+    count = max(1, len(answer_spans(tokens)))  # of none, `prompt_of` says so
+    return {"all": range(count), "first": [0], "last": [count - 1]}[turns]
+
+
+def _fidelity(student: Student, batch: Batch) -> Fidelity:
+    inputs = batch.input_ids, batch.visual_positions, batch.vision
+    routers = ()
+    if is_sparse(student.model.config):
+        hidden, logits = student.hidden_and_routers(*inputs)
+        is_token = batch.is_token.flatten()
+        routers = ((int(is_token.sum()), router_losses(logits, is_token, top_k=student.top_k)),)
+    else:
+        hidden = student.hidden(*inputs)
+    rows = hidden.index_select(0, batch.response_positions)
+    per_chunk = max(1, CHUNK_LOGITS // student.vocab_size)
+    cross_entropy_sum, kl_sum, num_agreeing, num_topped = 0.0, 0.0, 0, 0
+    for start in range(0, len(rows), per_chunk):
+        stop = min(start + per_chunk, len(rows))
+        logits, labels = student.logits(rows[start:stop]).float(), batch.labels[start:stop]
+        cross_entropy_sum += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        if batch.response is None:
+            continue
+        teacher = batch.response.slice(start, stop)
+        topped = teacher.num_exact > 0  # entries fall, so the first is the most probable
+        tops = teacher.ids[teacher.offsets[:-1][topped]]
+        num_agreeing += int((logits.argmax(1)[topped] == tops).sum())
+        num_topped += int(topped.sum())
+        against = SparseTarget(teacher).against(0, teacher.num_rows, logits)
+        kl_sum += float(row_losses_(logits, None, against, gradient=False).divergence)
+    num_rows = 0 if batch.response is None else len(rows)
+    return Fidelity(cross_entropy_sum, len(rows), kl_sum, num_agreeing, num_rows, num_topped, routers)
+
+
+def _pieces(items: list[Item], size: int) -> list[list[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,379 @@
+"""Losses of rows of logits against labels and cached teacher rows: sums in nats, and gradients put in place.
+
+Legend: r rows, v vocabulary, e stored entries of all rows together, o = r + 1.
+Logits come in the dtype that is computed in (float32, or float64 in tests) and are overwritten by the gradient,
+so that nothing else of their size is kept. Dividing by the rows of the whole global batch is left to the caller.
+
+The stored entries of a row are taken out of it and handled in logarithms; the others are exponentiated less
+their own maximum. So neither a teacher that leaves no rest nor a student that leaves none loses digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from student_train.config import Divergence, Treatment
+from student_train.losses.divergences import LINEAR, Term, term
+
+LEAST_TAIL = 2.0**-24  # what a float32 beside 1 cannot tell from 0: a tail mass of 0 stands for this much
+PROFILE_FLOOR = 1e-3  # of a tail profile, spread evenly: no token is impossible outside the stored set
+_BLOCK = {"cpu": 1 << 20}  # logits whose elements are computed on at once; a core's cache, or few kernels elsewhere
+_BLOCK_ELSEWHERE = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherRows:
+    """Cached teacher distributions in CSR form; storage.records.sparse_rows.SparseRows says what the fields mean."""
+
+    offsets: Int[Tensor, " o"]
+    ids: Int[Tensor, " e"]
+    logprobs: Float[Tensor, " e"]  # exact entries: log p, falling; then sampled entries: log of their weight
+    num_exact: Int[Tensor, " r"]
+    tail_mass: Float[Tensor, " r"]
+    entropy: Float[Tensor, " r"]  # nats, of the full distribution
+    log_sum_exp: Float[Tensor, "r t"]  # of log p / T at each of the cache's t temperatures T besides 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_exact.shape[0]
+
+    def slice(self, start: int, stop: int) -> TeacherRows:
+        """Rows start : stop."""
+        first, last = self.offsets[[start, stop]].tolist()
+        of_rows = {name: getattr(self, name)[start:stop] for name in ("num_exact", "tail_mass", "entropy")}
+        return TeacherRows(
+            offsets=self.offsets[start : stop + 1] - first,
+            ids=self.ids[first:last],
+            logprobs=self.logprobs[first:last],
+            log_sum_exp=self.log_sum_exp[start:stop],
+            **of_rows,
+        )
+
+    def at(self, rows: Int[Tensor, " s"]) -> TeacherRows:
+        """Some rows, in the order of their indices."""
+        counts = self.offsets.diff()[rows]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        starts = (self.offsets[:-1][rows] - offsets[:-1]).repeat_interleave(counts)
+        entries = starts + torch.arange(len(starts), device=starts.device)
+        of_rows = {name: getattr(self, name)[rows] for name in ("num_exact", "tail_mass", "entropy", "log_sum_exp")}
+        return TeacherRows(offsets=offsets, ids=self.ids[entries], logprobs=self.logprobs[entries], **of_rows)
+
+    def row_of_entry(self) -> Int[Tensor, " e"]:
+        """The row that each entry belongs to."""
+        rows = torch.arange(self.num_rows, device=self.ids.device)
+        return rows.repeat_interleave(self.offsets.diff(), output_size=self.ids.shape[0])
+
+    def is_exact(self) -> Bool[Tensor, " e"]:
+        """True for exact entries, False for sampled ones."""
+        row = self.row_of_entry()
+        return torch.arange(row.shape[0], device=row.device) - self.offsets[row] < self.num_exact[row]
+
+    def to(self, device: torch.device) -> TeacherRows:
+        """The same rows on another device."""
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        return TeacherRows(**moved)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How student rows are compared with teacher rows; the fields are those of DistributionLossSection.
+
+    At temperature T both sides are, and the sum is multiplied by T^2, so that gradients keep their size.
+    """
+
+    divergence: Divergence = "forward_kl"
+    treatment: Treatment = "bucket"
+    temperature: float = 1.0
+    beta: float | None = None
+    column: int | None = None  # of the stored rows' log-sum-exp that is of this temperature
+
+    @property
+    def term(self) -> Term:
+        return term(self.divergence, self.beta)
+
+
+BUCKET = Rule()
+
+
+@dataclass(frozen=True, eq=False)
+class Events:
+    """Teacher rows as a treatment reads them: some tokens, and any other token together."""
+
+    edges: list[int]  # o, of the entries
+    ids: Int[Tensor, " e"]
+    log_p: Float[Tensor, " e"]
+    log_rest: Float[Tensor, " r"]  # minus infinity: no term
+    spread: Float[Tensor, " r"] | None  # mass that the profile spreads over the other tokens, instead of `log_rest`
+    constant: Float[Tensor, " r"]  # is added to the loss
+
+    def slice(self, start: int, stop: int) -> Events:
+        """Rows start : stop."""
+        first, last = self.edges[start], self.edges[stop]
+        return Events(
+            edges=[edge - first for edge in self.edges[start : stop + 1]],
+            ids=self.ids[first:last],
+            log_p=self.log_p[first:last],
+            log_rest=self.log_rest[start:stop],
+            spread=None if self.spread is None else self.spread[start:stop],
+            constant=self.constant[start:stop],
+        )
+
+    def counts(self) -> Int[Tensor, " r"]:
+        """Entries of each row."""
+        return torch.tensor(self.edges, device=self.ids.device).diff()
+
+
+def events_of(teacher: TeacherRows, rule: Rule, *, vocab_size: int, dtype: torch.dtype) -> Events:
+    """What a treatment makes of stored rows; `exact` has none."""
+    row = teacher.row_of_entry()
+    nothing = torch.full_like(teacher.tail_mass, -torch.inf, dtype=dtype)
+    constant = torch.zeros_like(nothing)
+    if rule.treatment == "unbiased":
+        if rule.divergence == "forward_kl":
+            constant = -teacher.entropy.to(dtype)
+        return Events(teacher.offsets.tolist(), teacher.ids, teacher.logprobs.to(dtype), nothing, None, constant)
+    exact = teacher.is_exact()
+    row, ids = row[exact], teacher.ids[exact]
+    log_p = teacher.logprobs[exact].to(dtype)
+    if rule.temperature != 1:
+        log_p = log_p / rule.temperature
+        if rule.treatment != "renormalise":
+            assert rule.column is not None
+            log_p = log_p - teacher.log_sum_exp[:, rule.column].to(dtype)[row]
+    head = torch.zeros_like(constant).index_add_(0, row, log_p.exp())
+    if rule.treatment == "renormalise":
+        log_p = log_p - head.log()[row]
+    edges = [0, *teacher.num_exact.cumsum(0).tolist()]
+    if rule.treatment in ("truncate", "renormalise"):
+        return Events(edges, ids, log_p, nothing, None, constant)
+    if rule.temperature == 1:
+        rest = teacher.tail_mass.to(dtype)
+    else:  # rounding may have brought the entries above 1
+        log_p = log_p - head.clamp_min(1).log()[row]
+        rest = 1 - head.clamp_max(1)
+    if rule.divergence == "reverse_kl":
+        rest = rest.clamp_min(LEAST_TAIL)
+    rest = rest * (teacher.num_exact < vocab_size)
+    if rule.treatment == "profile":
+        return Events(edges, ids, log_p, nothing, rest, constant)
+    return Events(edges, ids, log_p, rest.log(), None, constant)
+
+
+@dataclass(frozen=True, eq=False)
+class TailProfile:
+    """The mean distribution of what lay outside the stored sets, at a loss's temperature."""
+
+    mass: Float[Tensor, " v"]
+    log_mass: Float[Tensor, " v"]
+    exact_log_mass: Float[Tensor, " v"]  # float64: 1 minus the mass of stored tokens loses digits in float32
+
+    @staticmethod
+    def of(profile: Float[Tensor, " v"], *, temperature: float = 1.0, dtype: torch.dtype) -> TailProfile:
+        """A profile of any sum with `PROFILE_FLOOR` spread evenly, p^(1/T) of it where T is not 1."""
+        wide = profile.double()
+        log_mass = ((1 - PROFILE_FLOOR) * wide / wide.sum() + PROFILE_FLOOR / len(wide)).log() / temperature
+        exact = log_mass.log_softmax(0)
+        return TailProfile(exact.exp().to(dtype), exact.to(dtype), exact)
+
+
+@dataclass(frozen=True, eq=False)
+class Against:
+    """What a chunk of rows is compared with: stored rows as events, or logits of the teacher."""
+
+    rule: Rule
+    events: Events | None = None
+    logits: Float[Tensor, "r v"] | None = None
+    profile: TailProfile | None = None
+
+    def slice(self, start: int, stop: int) -> Against:
+        """Rows start : stop."""
+        return Against(
+            self.rule,
+            None if self.events is None else self.events.slice(start, stop),
+            None if self.logits is None else self.logits[start:stop],
+            self.profile,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RowSums:
+    """Sums over rows, in nats: not weighted."""
+
+    cross_entropy: Float[Tensor, ""]
+    divergence: Float[Tensor, ""]
+
+    def __add__(self, other: RowSums) -> RowSums:
+        return RowSums(self.cross_entropy + other.cross_entropy, self.divergence + other.divergence)
+
+
+def row_losses_(
+    logits: Float[Tensor, "r v"],
+    labels: Int[Tensor, " r"] | None = None,
+    against: Against | None = None,
+    *,
+    label_weight: float = 1.0,
+    weight: float = 1.0,
+    gradient: bool = True,
+) -> RowSums:
+    """Sums of -log q(label) and of the divergence; the logits become the gradient of their weighted sum.
+
+    Without `gradient` the logits end as anything. Computed block of rows by block of rows.
+    """
+    num_rows, vocab_size = logits.shape
+    sums = RowSums(*logits.new_zeros(2).unbind())
+    step = max(1, _BLOCK.get(logits.device.type, _BLOCK_ELSEWHERE) // vocab_size)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        block, part = logits[start:stop], None if against is None else against.slice(start, stop)
+        of_block = None if labels is None else labels[start:stop]
+        if part is None:
+            part = _nothing(block)
+        if of_block is not None and part.rule.temperature != 1:  # two softmaxes
+            other = block.clone()
+            sums += _block_(other, None, part, label_weight, weight, gradient)
+            sums += _block_(block, of_block, _nothing(block), label_weight, weight, gradient)
+            block += other
+        else:
+            sums += _block_(block, of_block, part, label_weight, weight, gradient)
+    return sums
+
+
+def _nothing(block: Tensor) -> Against:
+    """No teacher: rows without events."""
+    zeros = block.new_zeros(len(block))
+    none = Events([0] * (len(block) + 1), zeros[:0].long(), zeros[:0], zeros - torch.inf, None, zeros)
+    return Against(BUCKET, none)
+
+
+def _block_(
+    z: Tensor, labels: Tensor | None, against: Against, label_weight: float, weight: float, gradient: bool
+) -> RowSums:
+    rule, events = against.rule, against.events
+    if rule.temperature != 1:
+        z /= rule.temperature
+    weights = (0.0 if labels is None else label_weight, weight * rule.temperature)
+    # Below temperature 1 a profile's floor is raised to a power; what it leaves to other tokens may underflow.
+    if events is not None and (events.spread is None or (rule.divergence in LINEAR and rule.temperature >= 1)):
+        sums = _events_step_(z, labels, events, against, weights, gradient)
+    else:
+        sums = _dense_step_(z, labels, _log_p(against), rule.term, weights, gradient)
+    return RowSums(sums.cross_entropy, sums.divergence * rule.temperature**2)
+
+
+def _events_step_(
+    z: Tensor, labels: Tensor | None, events: Events, against: Against, weights: tuple[float, float], gradient: bool
+) -> RowSums:
+    """Rows whose other tokens share one event, or a profile in which the loss is linear."""
+    rule, profile = against.rule, against.profile
+    counts, ids = events.counts(), events.ids
+    row = torch.arange(len(z), device=z.device).repeat_interleave(counts, output_size=ids.shape[0])
+    stored = z[row, ids]  # (e,)
+    at_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
+    shape = dot = None
+    if events.spread is not None:
+        assert profile is not None
+        shape = _shape(events.spread, profile, ids, counts)
+        z[row, ids] = 0
+        dot = z @ profile.mass
+    z[row, ids] = -torch.inf
+    top = z.amax(1)
+    top.masked_fill_(top == -torch.inf, 0)
+    rest = z.sub_(top[:, None]).exp_().sum(1)
+    log_rest = top + rest.log()
+    log_z = torch.logaddexp(log_rest, _log_sums(stored, counts))
+    log_q, log_q_rest = stored - log_z[row], log_rest - log_z
+
+    function = term("cross_entropy") if rule.treatment == "unbiased" else rule.term
+    value, slope = function(events.log_p, log_q)
+    rest_value, rest_slope = function(events.log_rest, log_q_rest)
+    total = value.sum() + rest_value.sum() + events.constant.sum()
+    slopes = _sums(slope, counts) + rest_slope  # (r,)
+    if shape is not None:
+        assert profile is not None and events.spread is not None and dot is not None  # noqa: PT018
+        total = total + (events.spread * log_z - shape * dot).sum()
+        slopes -= events.spread
+        if rule.divergence == "forward_kl":
+            total = total + _spread_logs(events, profile, shape, counts)
+    surprise = total.new_zeros(()) if at_label is None else (log_z - at_label).sum()
+    if gradient:
+        label_weight, weight = weights
+        common = label_weight - weight * slopes  # of q
+        factor = (weight * rest_slope + log_q_rest.exp() * common) / rest
+        z *= torch.where(rest > 0, factor, 0)[:, None]
+        if shape is not None:
+            assert profile is not None
+            z.addr_(shape, profile.mass, alpha=-weight)
+        z[row, ids] = weight * slope + log_q.exp() * common[row]
+        if labels is not None:
+            z.scatter_add_(1, labels[:, None], z.new_full((len(z), 1), -label_weight))
+    return RowSums(surprise, total)
+
+
+def _dense_step_(
+    z: Tensor,
+    labels: Tensor | None,
+    log_p: Float[Tensor, "r v"],
+    function: Term,
+    weights: tuple[float, float],
+    gradient: bool,
+) -> RowSums:
+    """Rows whose every token is an event."""
+    at_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
+    log_z = z.logsumexp(1)
+    surprise = z.new_zeros(()) if at_label is None else (log_z - at_label).sum()
+    log_q = z.sub_(log_z[:, None])
+    value, slope = function(log_p, log_q)
+    if gradient:
+        label_weight, weight = weights
+        common = label_weight - weight * slope.sum(1)
+        z.exp_().mul_(common[:, None]).add_(slope, alpha=weight)
+        if labels is not None:
+            z.scatter_add_(1, labels[:, None], z.new_full((len(z), 1), -label_weight))
+    return RowSums(surprise, value.sum())
+
+
+def _log_p(against: Against) -> Float[Tensor, "r v"]:
+    """Whole rows of the teacher at the rule's temperature, some at a time."""
+    if against.logits is not None:
+        return (against.logits / against.rule.temperature).log_softmax(1)
+    events, profile = against.events, against.profile
+    assert events is not None
+    assert events.spread is not None
+    assert profile is not None
+    counts = events.counts()
+    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(events.ids))
+    rows = profile.log_mass.repeat(len(counts), 1)
+    rows[row, events.ids] = -torch.inf
+    rows = rows.log_softmax(1).add_(events.spread.log()[:, None])
+    rows[row, events.ids] = events.log_p
+    return rows
+
+
+def _shape(spread: Tensor, profile: TailProfile, ids: Tensor, counts: Tensor) -> Float[Tensor, " r"]:
+    """What the profile is multiplied by to be the teacher's probability of tokens that are not stored."""
+    outside = 1 - _sums(profile.exact_log_mass[ids].exp(), counts)
+    return torch.where(spread > 0, spread / outside, 0).to(spread.dtype)
+
+
+def _spread_logs(events: Events, profile: TailProfile, shape: Tensor, counts: Tensor) -> Tensor:
+    """Sum over rows and other tokens of t log t, with t = shape * profile."""
+    mass_log = profile.exact_log_mass.exp() * profile.exact_log_mass
+    outside = (mass_log.sum() - _sums(mass_log[events.ids], counts)).to(shape.dtype)
+    assert events.spread is not None
+    return (torch.special.xlogy(events.spread, shape) + shape * outside).sum()
+
+
+def _sums(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """Of each row's entries; always in the same order, so that a repeated run is the same to the bit."""
+    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0)
+
+
+def _log_sums(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """log(sum(exp)) of each row's entries; minus infinity without any."""
+    top = torch.segment_reduce(values, "max", lengths=counts, unsafe=True, initial=-torch.inf)
+    top = torch.where(top == -torch.inf, 0, top)
+    return top + _sums((values - top.repeat_interleave(counts, output_size=len(values))).exp(), counts).log()

@@ -1,0 +1,1 @@
+"""The student: loading, composing, sparse upcycling, LoRA, experts, checkpoints."""

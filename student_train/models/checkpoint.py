@@ -1,0 +1,219 @@
+"""Checkpoints: Hugging Face folders that transformers loads and vLLM serves, written whole or not at all.
+
+Tensor names: transformers 5 saves a LLaVA's tower as `vision_tower.encoder…`, vLLM reads
+`vision_tower.vision_model.encoder…`. The names from before transformers 4.52 are read by both:
+`language_model.model.*`, `language_model.lm_head.*`, `multi_modal_projector.*` and
+`vision_tower.vision_model.*`. Experts lie one by one, as public mixtures of experts have them. Other architectures
+have the names that transformers' own save_pretrained gives them, which are those of the hub.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from storage.backends.disk import explain_write_errors, format_bytes, free_bytes
+from storage.backends.folder import sync
+from storage.errors import ConfigError, StillhouseError
+from storage.images.settings import PIXELS_FILE, PixelSettings, write_pixel_settings
+from student_train.models.huggingface import holds_nothing
+from student_train.models.sparse_upcycling import experts_apart
+
+_WEIGHTS = "model{suffix}.safetensors"
+_INDEX = "model.safetensors.index.json"
+_LEGACY = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"^model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
+    (r"^model\.image_newline$", "image_newline"),
+)
+_OLD = "-old"  # ends the name of a folder that makes room for another
+_LEGACY_TYPES = ("llava", "llava_onevision")
+PROCESSOR_FILES = (  # tokenizer, chat template, image preprocessing
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "*.tiktoken", "chat_template*", "additional_chat_templates/*", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", PIXELS_FILE,
+)  # fmt: skip
+_OWN_FILES = ("*.safetensors", _INDEX, "config.json", "generation_config.json", *PROCESSOR_FILES)
+
+
+def save_checkpoint(
+    model: Any,
+    folder: str | Path,
+    processor_source: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    pixels: PixelSettings | None = None,
+    beside: Callable[[Path], object] | None = None,
+    max_shard_bytes: int = 5 << 30,
+) -> Path:
+    """Make `folder` a checkpoint of a model with the tokenizer and processor of `processor_source`.
+
+    Either the old folder or the new one is there, never a mixture; other files in it stay. `state_dict`: the
+    model's whole weights, where its parameters are sharded. `pixels`: what it was trained with; None: as the source
+    says. `beside` writes more into the new folder.
+    StillhouseError: no tokenizer in the source; WriteError: a full disk, a folder that cannot be written.
+    """
+    folder = Path(folder)
+    weights: Mapping[str, Tensor] = model.state_dict() if state_dict is None else state_dict
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    with explain_write_errors(folder, needed_bytes=num_bytes):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
+        new.mkdir()
+        _fill_and_swap(model, folder, new, processor_source, weights, pixels, beside, max_shard_bytes)
+    return folder
+
+
+def _fill_and_swap(
+    model: Any,
+    folder: Path,
+    new: Path,
+    processor_source: str | Path,
+    weights: Mapping[str, Tensor],
+    pixels: PixelSettings | None,
+    beside: Callable[[Path], object] | None,
+    max_shard_bytes: int,
+) -> None:
+    """Make the empty folder `new` a checkpoint and put it in the place of `folder`, or delete it."""
+    try:
+        if model.config.model_type not in _LEGACY_TYPES:
+            model.save_pretrained(new, state_dict=dict(weights), max_shard_size=max_shard_bytes)
+            _write_config(model, new)
+        else:
+            _write_config(model, new)
+            _write_weights(model, weights, new, max_shard_bytes)
+        copy_processor(processor_source, new)
+        if pixels is not None:
+            write_pixel_settings(pixels, new)
+        if beside is not None:
+            beside(new)
+        _replace_folder(folder, new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def check_room(num_bytes: int, folder: Path) -> None:
+    """ConfigError if a checkpoint of that size, which is written beside an older one, cannot fit on the disk."""
+    free = free_bytes(folder)
+    if free is not None and num_bytes > free:
+        raise ConfigError(
+            f"{folder}: its disk has {format_bytes(free)} free, and the checkpoint at the end of the stage has "
+            f"{format_bytes(num_bytes)} of weights; free space there, or give another output"
+        )
+
+
+def put_back(folder: Path) -> None:
+    """Undo what a kill left of `save_checkpoint`: an old folder that was moved aside, half of a new one."""
+    beside = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"))
+    for old in beside:
+        if old.name.endswith(_OLD) and not folder.exists():
+            old.rename(folder)
+    for left in beside:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def copy_processor(source: str | Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and image preprocessing. StillhouseError if there is no tokenizer."""
+    root = _local(source)
+    files = sorted({path for pattern in PROCESSOR_FILES for path in root.glob(pattern) if path.is_file()})
+    if not any(path.name.startswith("tokenizer") or path.suffix == ".model" for path in files):
+        raise StillhouseError(f"{source}: has no tokenizer to put beside weights; give a complete checkpoint")
+    for path in files:
+        target = folder / path.relative_to(root)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def legacy_name(name: str) -> str:
+    """A parameter's name in the file: see this module's header."""
+    for pattern, replacement in _LEGACY:
+        renamed = re.sub(pattern, replacement, name)
+        if renamed != name:
+            return renamed
+    return name
+
+
+def _write_config(model: nn.Module, folder: Path) -> None:
+    import copy
+
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next(model.parameters()).dtype
+    config.save_pretrained(folder)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def _write_weights(model: Any, state_dict: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors = {
+        legacy_name(name): tensor.detach().to("cpu").contiguous()
+        for name, tensor in experts_apart(state_dict).items()
+        if name not in tied and not holds_nothing(name, model.config)
+    }
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=_WEIGHTS, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace_folder(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder`, keeping files of the old one that are no part of a checkpoint."""
+    if folder.exists():
+        stale = {path.name for pattern in _OWN_FILES for path in folder.glob(pattern)}
+        for path in folder.iterdir():
+            if path.name not in stale and not (new / path.name).exists():
+                _link_or_copy(path, new / path.name)
+    for path in new.rglob("*"):
+        if path.is_file():
+            sync(path)
+    sync(new)
+    old = new.with_name(f"{new.name}{_OLD}")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    source = Path(source)
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_or_copy)
+        return
+    try:
+        os.link(source, target)  # the same file: a log that is open goes on in it
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _local(source: str | Path) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source), allow_patterns=list(PROCESSOR_FILES)))

@@ -1,0 +1,186 @@
+"""Composes a student: a vision tower, a decoder and a new projector become a standard LLaVA checkpoint.
+
+This is how LLaVA-KD and LLaVA-MoD build theirs: SigLIP or CLIP, Qwen, and a two-layer GELU projector. Tokenizer,
+chat template and image preprocessing are those of another checkpoint, most often the teacher's: a student must
+have the teacher's tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from storage.backends.lock import hold_lock
+from storage.errors import ConfigError, StillhouseError
+from storage.field_changes import changed_fields
+from student_train.config import CompositionSection
+from student_train.models.checkpoint import put_back, save_checkpoint
+from student_train.models.huggingface import load_config, load_part, load_processor, transformers_module
+from student_train.training.documents import write_json
+from student_train.training.stage_inputs import composition_inputs
+
+RECORD = "composition.json"  # in a composed checkpoint: what it was made from
+_TOWERS = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
+_TOWERS |= {f"{name}_vision_model": kind for name, kind in _TOWERS.items()}
+_log = logging.getLogger(__name__)
+
+
+def ensure_composed(
+    section: CompositionSection,
+    folder: str | Path,
+    *,
+    seed: int,
+    replaces: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> None:
+    """Make the checkpoint at `folder` unless it is there, made from the same parts. Call it on one rank.
+
+    `replaces`: one that was composed from other parts is composed anew. `check` is called with the new checkpoint
+    before it is put in its place, and raises if it is of no use; then nothing is left. Errors: ConfigError for parts
+    that do not go together, and for a checkpoint that was composed from others; StillhouseError for parts that cannot
+    be read.
+    """
+    folder = Path(folder)
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        with hold_lock(
+            folder.with_name(f"{folder.name}~lock"), f"the composed checkpoint {folder}", patience_s=math.inf
+        ):
+            put_back(folder)
+            inputs = composition_inputs(section, seed=seed)
+            if not _is_there(folder, inputs, replaces=replaces):
+                _compose_into(folder, section, inputs, seed=seed, check=check)
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # somebody has put something there
+                parent.rmdir()
+        raise
+
+
+def parts_of(section: CompositionSection) -> tuple[str, ...]:
+    """The checkpoints that a composition takes its parts from."""
+    return section.vision, section.llm, section.processor
+
+
+def check_parts(section: CompositionSection, place: str) -> None:
+    """Open what a composition names, but for weights. `place`: of the section, for messages.
+
+    Errors: ConfigError for parts that do not go together or cannot be read.
+    """
+    try:
+        _tower_kind(section.vision)
+        config = load_config(section.llm)
+        if type(config) not in transformers_module().MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ConfigError(f"compose.llm: {section.llm} is a {config.model_type!r}, expected a causal decoder")
+        _image_token_id(load_processor(section.processor), section.processor)
+    except StillhouseError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def _is_there(folder: Path, inputs: dict[str, Any], *, replaces: bool) -> bool:
+    """Whether the checkpoint can be taken as it is. ConfigError if it was composed from something else."""
+    if not folder.is_dir():
+        return False
+    try:
+        composed = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        _log.warning("%s does not say what it was composed from, and is taken as it is", folder)
+        return True
+    changes = changed_fields(composed, inputs, "compose")
+    if changes and not replaces:
+        raise ConfigError(
+            f"{folder} was composed from something else; give init another folder, or undo the change, or compose it "
+            "anew and train with --again (a finished stage) or --restart (an unfinished one):"
+            + "".join(f"\n  {change}" for change in changes)
+        )
+    if changes:
+        _log.warning("%s is composed anew:%s", folder, "".join(f"\n  {change}" for change in changes))
+    return not changes
+
+
+def _compose_into(
+    folder: Path,
+    section: CompositionSection,
+    inputs: dict[str, Any],
+    *,
+    seed: int,
+    check: Callable[[Path], object] | None,
+) -> None:
+    def finish(new: Path) -> None:
+        write_json(new / RECORD, inputs)
+        if check is None:
+            return
+        try:
+            check(new)
+        except StillhouseError as error:  # about a folder that nobody will find
+            raise type(error)(str(error).replace(str(new), str(folder))) from error
+
+    save_checkpoint(compose(section, seed=seed), folder, section.processor, beside=finish)
+
+
+def compose(section: CompositionSection, *, seed: int) -> Any:
+    """The model: tower and decoder as they are, the projector drawn by `seed`. Errors: see `ensure_composed`."""
+    transformers = transformers_module()
+    processor = load_processor(section.processor)
+    image_token_id = _image_token_id(processor, section.processor)
+    tower = _tower(section.vision)
+    decoder: Any = load_part(transformers.AutoModelForCausalLM, section.llm)
+    real_size = max(processor.tokenizer.get_vocab().values()) + 1
+    if decoder.config.vocab_size < real_size:  # new rows, drawn close to the mean of the others
+        torch.manual_seed(0)
+        decoder.resize_token_embeddings(real_size)
+    torch.manual_seed(seed)
+    config = transformers.LlavaConfig(
+        vision_config=tower.config,
+        text_config=decoder.config,
+        image_token_index=image_token_id,
+        projector_hidden_act="gelu",
+        vision_feature_layer=section.feature_layer,
+        vision_feature_select_strategy=section.select,
+        tie_word_embeddings=decoder.config.tie_word_embeddings,
+    )
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=decoder.dtype)
+    _copy(tower, model.model.vision_tower)
+    _copy(decoder.get_decoder(), model.model.language_model)
+    _copy(decoder.get_output_embeddings(), model.lm_head)
+    model.tie_weights()
+    model.generation_config = decoder.generation_config
+    return model.eval()
+
+
+def _tower(name: str) -> Any:
+    config, kind = _tower_kind(name)
+    config = getattr(config, "vision_config", config)
+    return load_part(getattr(transformers_module(), kind), name, config=config)
+
+
+def _tower_kind(name: str) -> tuple[Any, str]:
+    """A vision part's configuration, and the class of its tower."""
+    config = load_config(name)
+    kind = _TOWERS.get(config.model_type)
+    if kind is None:
+        raise ConfigError(f"compose.vision: {name} is a {config.model_type!r}, expected one of {', '.join(_TOWERS)}")
+    return config, kind
+
+
+def _image_token_id(processor: Any, name: str) -> int:
+    token = getattr(processor, "image_token", None)
+    known = processor.tokenizer.get_vocab() if hasattr(processor, "tokenizer") else {}
+    if token not in known:
+        raise ConfigError(
+            f"compose.processor: {name} has no image token among its tokens; give the teacher's folder, or that "
+            "of another LLaVA with the tokenizer that teacher and student share"
+        )
+    return known[token]
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    target.load_state_dict(source.state_dict(), strict=True)

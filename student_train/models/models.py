@@ -1,0 +1,310 @@
+"""Students: checkpoints of transformers, checked against a cache before weights are read, then frozen in part.
+
+A LLaVA is driven part by part, which keeps a frozen tower's features. Any other vision-language model, or a decoder
+by itself, is called as it is, up to its head, with what its own processor makes of the images.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from storage.errors import ConfigError, IdentityError, StillhouseError
+from storage.identity import Identity, real_vocab_size, stored_pixels, tokenizer_fingerprint
+from storage.images.settings import PixelSettings, processor_backend, processor_settings, settings_differences
+from student_train.config import Module, Precision
+from student_train.data.batch import Grid
+from student_train.data.image_inputs import ImageInputs
+from student_train.data.images import FeatureStore
+from student_train.models.huggingface import (
+    auto_model,
+    is_llava,
+    load_config,
+    load_image_processor,
+    load_pixel_settings,
+    load_processor,
+    load_tokenizer,
+    load_weights,
+)
+from student_train.models.student import Student
+
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # positions before the patches
+FLASH_PACKAGES = ("flash_attn", "flash_attn_interface")  # versions 2 and 3
+# Where transformers' vision-language models keep their parts. A parameter is of the first part that matches.
+PARTS: dict[Literal["projector", "vision", "llm"], tuple[str, ...]] = {
+    "projector": (
+        "model.multi_modal_projector", "model.connector", "model.visual.merger", "model.visual.deepstack_merger_list",
+        "model.image_newline",
+    ),
+    "vision": ("model.vision_tower", "model.vision_model", "model.visual"),
+    "llm": (
+        "model.language_model", "model.text_model", "lm_head",
+        "model.embed_tokens", "model.layers", "model.norm",  # of a decoder by itself
+    ),
+}  # fmt: skip
+_LAYERS = ("model.language_model.layers", "model.text_model.layers", "model.layers")
+_CHANGED_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}  # and what changes none
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A student's description, its weights not read yet."""
+
+    folder: str  # or hub id
+    config: Any
+    tokenizer: Any
+    image_processor: Any  # of a LLaVA, else ImageInputs
+    grid: Grid
+    pixels: PixelSettings | None = None  # that it was trained with, where it says so
+    notes: tuple[str, ...] = ()  # see `check_fit`
+
+    @property
+    def is_llava(self) -> bool:
+        """Whether it is driven part by part."""
+        return is_llava(self.config)
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name that is no folder may be one on the hub: owner/name."""
+    return not Path(name).is_absolute() and len(Path(name).parts) == 2
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Everything but the weights. Errors: StillhouseError; ConfigError for another architecture."""
+    if not Path(folder).is_dir() and not is_hub_id(folder):
+        raise ConfigError(f"{folder}: there is no such folder, and a hub id is owner/name")
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"{folder}: no checkpoint is in this folder (config.json is missing)")
+    config = load_config(folder)
+    if auto_model(config) is None:
+        raise ConfigError(
+            f"{folder}: model_type is {config.model_type!r}, which transformers has as no vision-language model and "
+            "no causal decoder; a student is one of these"
+        )
+    text = config.get_text_config()
+    for field, harmless in _CHANGED_LOGITS.items():
+        if getattr(text, field, harmless) not in (None, harmless):
+            raise ConfigError(
+                f"{folder}: has {field} = {getattr(text, field)}; the losses take logits as the head makes them, so "
+                "such a student cannot be trained"
+            )
+    tokenizer = load_tokenizer(folder)
+    image_token_id = getattr(config, "image_token_id", None)
+    if is_llava(config):
+        image_processor = load_image_processor(folder)
+        tokens_per_image = visual_tokens_per_image(config, image_processor, folder)
+    else:
+        image_processor, tokens_per_image = _image_inputs(config, folder)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    grid = Grid(
+        image_token_id=-1 if image_token_id is None else image_token_id,
+        tokens_per_image=tokens_per_image,
+        pad_token_id=0 if pad is None else pad,
+        max_length=text.max_position_embeddings,
+    )
+    return Checkpoint(str(folder), config, tokenizer, image_processor, grid, load_pixel_settings(folder))
+
+
+def _image_inputs(config: Any, folder: str | Path) -> tuple[ImageInputs, int | None]:
+    """A student's own processor, and the visual tokens of each image where they are equally many."""
+    is_decoder = not hasattr(config, "vision_config")
+    if not is_decoder and getattr(config, "image_token_id", None) is None:
+        raise ConfigError(f"{folder}: a {config.model_type!r} names no image_token_id in its config.json")
+    processor = None if is_decoder else load_processor(folder)
+    inputs = ImageInputs(processor, image_token_id=-1 if is_decoder else config.image_token_id)
+    return inputs, 0 if is_decoder else inputs.fixed_count()
+
+
+def visual_tokens_per_image(config: Any, image_processor: Any, folder: str | Path) -> int:
+    """Positions that an image takes in the decoder: patches and class token, as the config selects them."""
+    vision = config.vision_config
+    if vision.model_type not in CLASS_TOKENS:
+        raise ConfigError(
+            f"{folder}: the vision tower is a {vision.model_type!r}, expected one of {sorted(CLASS_TOKENS)}"
+        )
+    size = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", 0) else None
+    size = size or image_processor.size
+    pixels = [size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))]
+    if pixels != [vision.image_size, vision.image_size]:
+        raise StillhouseError(
+            f"{folder}: the image processor makes {pixels[0]} x {pixels[1]} pixels, the vision tower takes "
+            f"{vision.image_size} x {vision.image_size}; make preprocessor_config.json and config.json agree"
+        )
+    num_patches = (vision.image_size // vision.patch_size) ** 2
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    return num_patches + CLASS_TOKENS[vision.model_type] - dropped
+
+
+def check_fit(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
+    """Notes on the image processor: a line for each setting in which the student's differs from the teacher's.
+
+    Another size or mean is the student's own affair; its visual tokens are resampled. IdentityError naming each
+    field in which a student does not fit a cache, both values and what to do.
+    """
+    vocabulary = checkpoint.tokenizer.get_vocab()
+    rows = checkpoint.config.get_text_config().vocab_size
+    problems = []
+    for name, ours, theirs in (
+        ("tokenizer_fingerprint", tokenizer_fingerprint(vocabulary), identity.tokenizer_fingerprint),
+        ("vocab_size", real_vocab_size(vocabulary), identity.vocab_size),
+        ("image_token_id", checkpoint.grid.image_token_id, identity.image_token_id),
+    ):
+        if ours != theirs:
+            problems.append(f"{name}: the cache has {theirs}, {checkpoint.folder} has {ours}")
+    if rows < identity.vocab_size:
+        problems.append(f"vocab_size: the cache has {identity.vocab_size}, the head of {checkpoint.folder} {rows} rows")
+    if problems:
+        raise IdentityError(
+            "this student does not fit this cache; give it the teacher's tokenizer, or dump with a teacher "
+            "of its own family:" + "".join(f"\n  {problem}" for problem in problems)
+        )
+    return _check_pixels(checkpoint, identity)
+
+
+def _check_pixels(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
+    """See `check_fit`."""
+    processor = checkpoint.image_processor
+    if isinstance(processor, ImageInputs):
+        processor = processor.image_processor
+    if processor is None or checkpoint.grid.image_token_id < 0:
+        return ()
+    theirs, backend = stored_pixels(identity), processor_backend(processor)
+    trained = checkpoint.pixels or theirs.model_copy(update={"backend": backend})
+    differing = {name: (cache, own) for name, cache, own in theirs.differences(trained)}
+    if theirs.backend not in (None, backend):  # what is at hand, whatever it was trained with
+        differing["backend"] = (theirs.backend, backend)
+    if differing:
+        lines = "".join(
+            f"\n  pixels.{name}: the cache has {cache}, {checkpoint.folder} has {own}"
+            for name, (cache, own) in differing.items()
+        )
+        raise IdentityError(
+            "this student does not see the pixels that this cache's teacher saw; dump again with data.background as "
+            f"the student's, or start from a student that was not trained on other pixels:{lines}"
+        )
+    if identity.image_processor is None:
+        return ()
+    return tuple(settings_differences(identity.image_processor, processor_settings(processor)))
+
+
+def check_parts(checkpoint: Checkpoint, trained: Sequence[Module], *, place: str = "train") -> None:
+    """ConfigError unless each part that trains is known in this architecture. No weight is read or made."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        model = auto_model(checkpoint.config).from_config(checkpoint.config)
+    names = [name for name, _ in model.named_parameters()]
+    kind = f"{checkpoint.folder}: a {checkpoint.config.model_type!r}"
+    unknown = [name for name in names if part_of(name) is None]
+    if unknown:
+        raise ConfigError(f"{kind} has {unknown[0]}, which is no known part of vision, projector or llm")
+    held = {part_of(name) for name in names} | ({"mlp"} if _mlps(model) else set())
+    for part in trained:
+        if part not in held:
+            raise ConfigError(f"{place}: {kind} has no {part}; it has {', '.join(sorted(filter(None, held)))}")
+
+
+def part_of(name: str) -> Literal["projector", "vision", "llm"] | None:
+    """The part that a parameter belongs to."""
+    for part, prefixes in PARTS.items():
+        if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
+            return part
+    return None
+
+
+def _mlps(model: nn.Module) -> list[str]:
+    """The MLPs of the decoder's layers."""
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names for layers in _LAYERS if re.fullmatch(re.escape(layers) + r"\.\d+\.mlp", name)]
+
+
+def load_student(checkpoint: Checkpoint, *, precision: Precision, device: torch.device) -> Any:
+    """The model with its weights on a device, in eval mode.
+
+    Errors: StillhouseError as `load_weights`; ConfigError for a model whose logits are not its head times the last
+    hidden states.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    installed = {package for package in FLASH_PACKAGES if find_spec(package) is not None}
+    attention = attention_implementation(precision, capability, installed)
+    model: Any = load_weights(checkpoint.folder, dtype=dtype, attn_implementation=attention)
+    model = model.to(device).eval()
+    if not checkpoint.is_llava:
+        _check_head(model, checkpoint)
+    return model
+
+
+@torch.no_grad()
+def _check_head(model: Any, checkpoint: Checkpoint) -> None:
+    ids = torch.full((1, 2), checkpoint.grid.pad_token_id, device=model.device)
+    head = model.get_output_embeddings()
+    logits = model(input_ids=ids, use_cache=False).logits
+    ours = None if head is None else head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if ours is None or ours.shape != logits.shape or not torch.allclose(ours.float(), logits.float(), rtol=1e-2):
+        raise ConfigError(
+            f"{checkpoint.folder}: a {checkpoint.config.model_type!r} does not make its logits of its last hidden "
+            "states and its head alone, as the losses do; it cannot be trained here"
+        )
+
+
+@torch.no_grad()
+def attention_implementation(
+    precision: Precision, capability: tuple[int, int] | None, installed: Collection[str]
+) -> Literal["flash_attention_3", "flash_attention_2", "sdpa"]:
+    """The fastest one that transformers can use; `capability` is of the GPU, None without one.
+
+    FlashAttention computes in 16 bits: version 3 on Hopper, version 2 from Ampere on. PyTorch's SDPA does the rest.
+    """
+    if precision == "fp32" or capability is None:
+        return "sdpa"
+    if capability[0] == 9 and "flash_attn_interface" in installed:
+        return "flash_attention_3"
+    return "flash_attention_2" if capability >= (8, 0) and "flash_attn" in installed else "sdpa"
+
+
+def load_for_inference(checkpoint: Checkpoint, *, vocab_size: int, features: FeatureStore | None = None) -> Student:
+    """A frozen student on the GPU in bfloat16 if there is one, else on the CPU in float32."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    model = load_student(checkpoint, precision="bf16" if on_gpu else "fp32", device=device)
+    model.requires_grad_(False)
+    return Student(model, vocab_size=vocab_size, image_token_id=checkpoint.grid.image_token_id, features=features)
+
+
+def module_of(name: str) -> tuple[Module, ...]:
+    """The modules that hold a parameter, the narrowest first."""
+    part = part_of(name)
+    assert part is not None, name
+    is_mlp = any(re.match(rf"{re.escape(layers)}\.\d+\.mlp\.", name) for layers in _LAYERS)
+    return ("mlp", part) if is_mlp else (part,)
+
+
+def freeze(model: nn.Module, trained: Sequence[Module]) -> None:
+    """Let gradients and train mode reach only the trained parts."""
+    model.requires_grad_(False).eval()
+    mlps = tuple(_mlps(model)) if "mlp" in trained else ()
+    for part in ("vision", "llm", "projector"):  # a projector may lie inside of its tower, so it comes last
+        for name in PARTS[part]:
+            module = _submodule(model, name)
+            if module is not None:
+                module.train(part in trained)
+    for name in mlps:
+        model.get_submodule(name).train()
+    for name, parameter in model.named_parameters():
+        is_mlp = any(name.startswith(mlp + ".") for mlp in mlps)
+        parameter.requires_grad_(is_mlp or part_of(name) in trained)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # not of this architecture, or a parameter
+        return None

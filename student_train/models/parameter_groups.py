@@ -1,0 +1,36 @@
+"""Which trained parameters share a learning rate and a weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from student_train.config import Module
+from student_train.models.models import module_of
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterGroup:
+    """Parameters that are updated alike."""
+
+    parameters: list[nn.Parameter]
+    lr_factor: float = 1.0  # of the stage's learning rate
+    weight_decay: float = 0.0
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, module_lr: Mapping[Module, float], weight_decay: float
+) -> list[ParameterGroup]:
+    """All parameters of a LLaVA that train, none of the groups empty.
+
+    A module of `module_lr` has its own peak, `mlp` before `llm`. Norms and biases do not decay.
+    """
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = [module_lr[module] for module in module_of(name) if module in module_lr]
+            key = (own[0] / lr if own else 1.0, weight_decay if parameter.ndim > 1 else 0.0)
+            found.setdefault(key, []).append(parameter)
+    return [ParameterGroup(parameters, *key) for key, parameters in found.items()]

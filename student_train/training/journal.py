@@ -1,0 +1,86 @@
+"""What is told of a stage's steps: metrics.jsonl, trackers, a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from student_train.config import StageSection
+from student_train.training.documents import MetricsLog
+from student_train.training.engine import Process, Update
+from student_train.training.tracking import Tracking
+
+
+class Journal:
+    """Written by the first rank; the others count along. Use as a context manager."""
+
+    def __init__(self, stage: StageSection, name: str, *, num_steps: int, resumed_at: int, process: Process) -> None:
+        """Of a resolved stage, after `resumed_at` of its `num_steps` steps."""
+        output, is_first = Path(stage.output), process.is_first
+        self._log = MetricsLog(output / "metrics.jsonl" if is_first else None, resumed_at=resumed_at)
+        self._tracking = Tracking(
+            stage.track if is_first else (), output, title=f"{name}-{stage.seed}",
+            settings=stage.model_dump(mode="json"), done=self._log.kept,
+        )  # fmt: skip
+        self._bar = tqdm(
+            total=num_steps, initial=resumed_at, desc=name, unit="step", disable=not is_first,
+            mininterval=1.0 if sys.stderr.isatty() else 10.0,
+        )  # fmt: skip
+        self._open = contextlib.ExitStack()
+        self._global_batch = stage.global_batch
+        self._rates: tuple[str, ...] = ()  # of the last line of metrics.jsonl
+        self._start_counting()
+
+    def __enter__(self) -> Self:
+        for each in (self._bar, self._log, self._tracking):
+            self._open.enter_context(each)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._open.__exit__(*raised)
+
+    def count(self, num_tokens: float, num_positions: float, losses: Mapping[str, float]) -> None:
+        """A step of all ranks, of so many tokens; positions are those with padding. The bar shows its losses."""
+        self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + num_tokens
+        self._num_positions += num_positions
+        shown = [f"{name}={value:.3f}" for name, value in losses.items()]
+        self._bar.set_postfix_str(", ".join([*shown, *self._rates]), refresh=False)
+        self._bar.update()
+
+    def write(
+        self,
+        step: int,
+        losses: Mapping[str, float],
+        held_out: Mapping[str, float],
+        *,
+        lr: float,
+        update: Update,
+        memory_bytes: int,
+    ) -> None:
+        """After a step, counted from 1. Rates are of the steps since the last time."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        line = {
+            "step": step,
+            **losses,
+            **{f"held_out_{name}": value for name, value in held_out.items()},
+            "lr": lr,
+            "grad_norm": update.grad_norm if update.applied else None,
+            **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
+            "samples_per_s": self._num_steps * self._global_batch / seconds,
+            "tokens_per_s": self._num_tokens / seconds,
+            "padding_fraction": 1 - self._num_tokens / self._num_positions,
+            "memory_bytes": memory_bytes,  # the most that a rank has held so far
+        }
+        self._log.write(line)
+        self._tracking.write(line)
+        self._rates = f"{line['tokens_per_s']:.0f} tokens/s", f"{memory_bytes / 2**30:.1f} GiB"
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._since, self._num_steps, self._num_tokens, self._num_positions = time.monotonic(), 0, 0.0, 0.0
