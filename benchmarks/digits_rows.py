@@ -16,9 +16,9 @@ from benchmarks.digits_run import SHORT_STEPS, digits_run
 from benchmarks.text_rows import NUM_ROWS, TeacherRows, make_student, noise_for_kl, noisy
 from storage.identity import stored_pixels
 from storage.reader.cache import Cache
-from student_train.data.batch import collate
-from student_train.data.images import FeatureStore, ImageFolder, VisionSource
-from student_train.models.models import load_for_inference, read_checkpoint
+from student_train.data.collate import collate
+from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
+from student_train.models.loading import load_for_inference, read_checkpoint
 from student_train.models.student import Student
 
 _BATCH = 64

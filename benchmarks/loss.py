@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results import Results, table, wants_json
-from student_train.losses.fused_head import HeadTask, SparseTarget, fused_head_loss
-from student_train.losses.losses import Rule, TeacherRows
+from student_train.losses.fused_linear import HeadTask, SparseTarget, fused_head_loss
+from student_train.losses.sparse_divergence import Rule, TeacherRows
 
 VOCABULARY, WIDTH = 151_936, 896
 NUM_EXACT, NUM_SAMPLED, TAU = 9, 21, 0.01

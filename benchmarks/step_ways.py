@@ -21,14 +21,14 @@ from benchmarks.student_runs import material_of
 from benchmarks.teacher_caches import Asked
 from storage.reader.cache import Cache
 from student_train.config import LossesSection
-from student_train.data.batch import collate
-from student_train.data.loader import plans
+from student_train.data.batch_schedule import plans
+from student_train.data.collate import collate
 from student_train.data.mixture import Mixture
 from student_train.models.huggingface import transformers_module
-from student_train.models.models import freeze, load_student, read_checkpoint
+from student_train.models.loading import freeze, load_student, read_checkpoint
 from student_train.models.student import Student
-from student_train.training.material import cached_teacher, loss_families
 from student_train.training.objective import Objective
+from student_train.training.stage_data import cached_teacher, loss_families
 
 SCALES = (2, 8, 30)  # of a teacher's parameters over the student's
 _KD = {"treatment": "unbiased"}

@@ -19,13 +19,13 @@ from benchmarks.online import OnlineObjective, teacher_head
 from benchmarks.teacher_caches import Asked, TeacherStates
 from storage.reader.cache import Cache
 from student_train.config import LossesSection
-from student_train.data.batch import Batch, Gather, collate
-from student_train.data.loader import SampleTable, plans, select
+from student_train.data.batch_schedule import SampleTable, plans, select
+from student_train.data.collate import Batch, Gather, collate
 from student_train.data.mixture import Mixture, Source
-from student_train.models.models import Checkpoint, freeze, load_student, read_checkpoint
+from student_train.models.loading import Checkpoint, freeze, load_student, read_checkpoint
 from student_train.models.student import Student
-from student_train.training.material import Material, cached_teacher, loss_families
 from student_train.training.objective import Objective
+from student_train.training.stage_data import Material, cached_teacher, loss_families
 from student_train.training.trainer import learning_rate
 
 NUM_BINS = 15  # of the calibration error; Guo et al., arXiv 1706.04599

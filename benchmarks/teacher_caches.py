@@ -25,9 +25,9 @@ from storage.reader.cache import Cache
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, SampleRecord, TailTotal
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
-from student_train.data.batch import Batch, collate
-from student_train.data.images import FeatureStore, ImageFolder, VisionSource
-from student_train.models.models import Checkpoint, load_for_inference, read_checkpoint
+from student_train.data.collate import Batch, collate
+from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
+from student_train.models.loading import Checkpoint, load_for_inference, read_checkpoint
 from student_train.models.student import Student
 from teacher_dump.selection import Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
 

@@ -18,10 +18,10 @@ from storage.identity import Identity
 from storage.layout.segments import NewSegment, find_segment, has_cache
 from storage.reader.cache import Cache
 from student_train.config import StageSection
-from student_train.models.composition import check_parts, parts_of
+from student_train.models.compose import check_parts, parts_of
 from student_train.models.expert_parallel import check_ranks
-from student_train.models.models import check_fit, read_checkpoint
-from student_train.training.material import check_architecture, check_losses, fitting_checkpoint
+from student_train.models.loading import check_fit, read_checkpoint
+from student_train.training.stage_data import check_architecture, check_losses, fitting_checkpoint
 from student_train.training.trainer import resolved
 from teacher_dump.assignment import inspect_data
 from teacher_dump.budget_choice import comparable

@@ -23,7 +23,7 @@ from storage.errors import ConfigError, StillhouseError
 from storage.layout.segments import has_cache
 from storage.reader.cache import Cache
 from student_train.config import SourceSection, StageSection
-from student_train.models.models import is_hub_id
+from student_train.models.loading import is_hub_id
 from student_train.training.trainer import resolved
 from teacher_dump.checkpoint import read_header, weight_files
 from teacher_dump.machine import check_dump_machine, check_machine, count_gpus, is_alone, refuse_more_gpus

@@ -41,7 +41,7 @@ def check_start(stage: StageSection, name: str, cache_path: str, *, splits: tupl
     """
     if stage.compose is not None:
         return
-    from student_train.training.material import prepare, samples_of_any
+    from student_train.training.stage_data import prepare, samples_of_any
     from student_train.training.trainer import resolved
 
     material = prepare(resolved(stage, name), cache_path)
@@ -58,7 +58,7 @@ def training_flags(*, again: bool = False, restart: bool = False, if_changed: bo
 def num_ranks(wanted: int) -> int:
     """`wanted`, or the number of this machine's GPUs if it has some but fewer: two ranks share no GPU.
 
-    The loss does not depend on the number of ranks; see student_train/data/loader.py.
+    The loss does not depend on the number of ranks; see student_train/data/batch_schedule.py.
     """
     import torch
 

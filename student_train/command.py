@@ -80,10 +80,10 @@ def train(sections: Sections, name: str, request: Request, *, evaluate: bool, st
         known = ", ".join(stages) or "no stages"
         raise ConfigError(f"{sections.path}: there is no stage {name!r}; the file has {known}")
     # torch and transformers: seconds, which a misspelt name should not cost
-    from student_train.models.composition import ensure_composed
+    from student_train.models.compose import ensure_composed
     from student_train.training import trainer
-    from student_train.training.engine import from_first, this_process
-    from student_train.training.material import fitting_checkpoint, prepare, samples_of_any
+    from student_train.training.deepspeed_engine import from_first, this_process
+    from student_train.training.stage_data import fitting_checkpoint, prepare, samples_of_any
     from student_train.training.stage_inputs import stage_inputs
     from student_train.training.stage_result import decide, lock_stage, put_in_place
 
@@ -121,7 +121,7 @@ def train(sections: Sections, name: str, request: Request, *, evaluate: bool, st
             sys.stdout.write(f"stage {name}: finished already, and nothing has changed: {work.folder}\n")
         if process.is_first:
             if evaluate and (work.trains or not _is_evaluated(work.folder, evaluation, request)):
-                from student_train.evaluation.evaluation import evaluate_model
+                from student_train.evaluation.evaluate import evaluate_model
 
                 evaluate_model(work.folder, stage.sources(cache_path), evaluation)
             for lock in locks:

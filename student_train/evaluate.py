@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             schemas = {"cache": CacheSection, "evaluation": EvaluationSection}
             sections = read_sections(options.file, schemas, options.overrides)
             source = SourceSection(path=sections["cache"].path)
-            from student_train.evaluation.evaluation import evaluate_model
+            from student_train.evaluation.evaluate import evaluate_model
 
             document = evaluate_model(options.model, [source], sections["evaluation"])
     except KeyboardInterrupt as stop:

@@ -24,7 +24,7 @@ from storage.images.pixels import Picture
 from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle, piece
 from storage.records.records import ImageRef, SampleRecord
-from student_train.data.images import Pictures, open_images
+from student_train.data.sample_images import Pictures, open_images
 
 _KEPT_EPOCHS = 2  # a batch may run over the end of one
 

@@ -14,11 +14,11 @@ from storage.identity import real_vocab_size
 from storage.images.settings import PixelSettings
 from storage.records.prompt_ids import leading_special_ids, with_leading_ids
 from storage.records.records import ImageRef, TokensRecord
-from student_train.data.batch import collate_prompts
-from student_train.data.images import FeatureStore, ImageFolder, VisionSource
+from student_train.data.collate import collate_prompts
+from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
 from student_train.evaluation.generation import greedy
 from student_train.models.huggingface import load_processor
-from student_train.models.models import Checkpoint, load_for_inference, read_checkpoint
+from student_train.models.loading import Checkpoint, load_for_inference, read_checkpoint
 from student_train.models.student import Student
 
 

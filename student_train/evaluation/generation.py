@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import torch
 
-from student_train.data.batch import PromptBatch
+from student_train.data.collate import PromptBatch
 from student_train.data.image_inputs import ModelInputs
 from student_train.models.student import Student
 

@@ -13,8 +13,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from student_train.config import Mean
-from student_train.data.loader import RowCounts
-from student_train.losses.losses import TeacherRows
+from student_train.data.batch_schedule import RowCounts
+from student_train.losses.sparse_divergence import TeacherRows
 
 Rows = TypeVar("Rows", Tensor, TeacherRows)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from student_train.config import Module
-from student_train.models.models import module_of
+from student_train.models.loading import module_of
 
 
 @dataclass(frozen=True, eq=False)

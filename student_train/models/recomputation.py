@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from storage.errors import ConfigError
-from student_train.models.models import part_of
+from student_train.models.loading import part_of
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

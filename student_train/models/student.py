@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from student_train.data.image_inputs import ModelInputs
-from student_train.data.images import FeatureStore, VisionInput
+from student_train.data.sample_images import FeatureStore, VisionInput
 from student_train.models.huggingface import is_llava
 
 

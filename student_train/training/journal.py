@@ -12,9 +12,9 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from student_train.config import StageSection
-from student_train.training.documents import MetricsLog
-from student_train.training.engine import Process, Update
-from student_train.training.tracking import Tracking
+from student_train.training.deepspeed_engine import Process, Update
+from student_train.training.run_files import MetricsLog
+from student_train.training.trackers import Tracking
 
 
 class Journal:

@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from storage.errors import ConfigError
 from student_train.config import SWITCHES, BalanceLossSection, DistributionLossSection, LossesSection, Treatment
-from student_train.data.batch import Batch, ImageGrids
-from student_train.data.loader import RowCounts
+from student_train.data.batch_schedule import RowCounts
+from student_train.data.collate import Batch, ImageGrids
 from student_train.losses.averaging import Share, image_weights, row_shares
-from student_train.losses.fused_head import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
-from student_train.losses.losses import Rule, TailProfile, TeacherRows
-from student_train.losses.preference_losses import Rewards, preference
+from student_train.losses.fused_linear import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
+from student_train.losses.load_balancing import router_losses
+from student_train.losses.preference import Rewards, preference
 from student_train.losses.relation import head_metric, relation_loss, resampling
-from student_train.losses.router_loss import router_losses
+from student_train.losses.sparse_divergence import Rule, TailProfile, TeacherRows
 from student_train.models.student import Student
 
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from storage.field_changes import changed_fields
 from student_train.config import CompositionSection, StageSection
-from student_train.training.documents import write_json
+from student_train.training.run_files import write_json
 
 if TYPE_CHECKING:  # which imports torch
-    from student_train.training.material import Material
+    from student_train.training.stage_data import Material
 
 RECORD = "inputs.json"
 _PLACES = {"init", "compose", "output", "cache", "caches", "images", "splits", "filter"}  # see `init` and `caches`
@@ -137,7 +137,7 @@ def _with_defaults(settings: Any) -> Any:
 
 
 def _families(stage: StageSection) -> set[str]:
-    from student_train.training.material import loss_families
+    from student_train.training.stage_data import loss_families
 
     return {"tokens", *loss_families(stage.losses)}
 

@@ -22,9 +22,9 @@ from storage.backends.lock import Lock, hold_lock
 from storage.errors import ConfigError
 from student_train.config import StageSection
 from student_train.models.checkpoint import put_back
+from student_train.training.resume import StageState
 from student_train.training.stage_inputs import changes_of_result, read_record
 from student_train.training.stage_request import Request
-from student_train.training.stage_state import StageState
 
 ORPHAN_PATIENCE_S = 20.0  # ranks whose parent was killed are about to end, and the next command should find none
 SUMMARY = "summary.json"  # written last: the stage is finished

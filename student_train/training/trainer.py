@@ -17,29 +17,29 @@ from storage.errors import ConfigError, StillhouseError, WriteError
 from storage.identity import stored_pixels
 from storage.processes.stop_signals import hold_signals
 from student_train.config import StageSection
-from student_train.data.images import FeatureStore, VisionSource
-from student_train.data.loader import num_micro_batches
+from student_train.data.batch_schedule import num_micro_batches
 from student_train.data.mixture import Mixture
+from student_train.data.sample_images import FeatureStore, VisionSource
 from student_train.models.checkpoint import check_room, put_back
 from student_train.models.expert_parallel import check_ranks
 from student_train.models.huggingface import holds_nothing, is_llava
+from student_train.models.loading import freeze, load_student
 from student_train.models.lora import add_adapters
-from student_train.models.models import freeze, load_student
 from student_train.models.parameter_groups import parameter_groups
 from student_train.models.recomputation import enable_gradient_checkpointing
 from student_train.models.sparse_upcycling import Experts, is_sparse, num_activated, route_in_float32, upcycled
 from student_train.models.student import Student
-from student_train.training.documents import write_json
-from student_train.training.engine import Engine, Process, peak_memory_bytes
-from student_train.training.kept_checkpoints import KeptCheckpoints
-from student_train.training.loss_watch import DivergedError
-from student_train.training.material import Material, cached_teacher, samples_of_any
+from student_train.training.checkpoint_rotation import KeptCheckpoints
+from student_train.training.deepspeed_engine import Engine, Process, peak_memory_bytes
+from student_train.training.ema import WeightAverage
+from student_train.training.loop import Feed, Setup, run_steps
+from student_train.training.loss_spikes import DivergedError
 from student_train.training.objective import Objective
+from student_train.training.resume import StageState
+from student_train.training.run_files import write_json
+from student_train.training.stage_data import Material, cached_teacher, samples_of_any
 from student_train.training.stage_inputs import write_record
-from student_train.training.stage_loop import Feed, Setup, run_steps
-from student_train.training.stage_state import StageState
-from student_train.training.tracking import check_trackers
-from student_train.training.weight_average import WeightAverage
+from student_train.training.trackers import check_trackers
 
 LOG_FILE = "deepspeed.log"
 _log = logging.getLogger(__name__)

@@ -20,12 +20,12 @@ from storage.records.records import PartRecords, SampleRecord
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
 from student_train.config import LossesSection
-from student_train.data.batch import collate
-from student_train.data.images import FeatureStore, VisionSource, open_images
-from student_train.models.models import Checkpoint, freeze, load_for_inference, load_student, read_checkpoint
+from student_train.data.collate import collate
+from student_train.data.sample_images import FeatureStore, VisionSource, open_images
+from student_train.models.loading import Checkpoint, freeze, load_for_inference, load_student, read_checkpoint
 from student_train.models.student import Student
-from student_train.training.material import cached_teacher, loss_families
 from student_train.training.objective import Objective
+from student_train.training.stage_data import cached_teacher, loss_families
 from tests.student_train.caches import make_cache, sparse_rows
 from tests.tiny import make_tiny_llava
 

@@ -16,7 +16,7 @@ from PIL import Image
 from storage.errors import StillhouseError
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
-from student_train.data.images import open_images
+from student_train.data.sample_images import open_images
 from student_train.models.huggingface import load_image_processor
 from teacher_dump.dump import run_dump
 from teacher_dump.settings import read_settings

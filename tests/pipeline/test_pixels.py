@@ -19,8 +19,8 @@ from storage.identity import stored_pixels
 from storage.images.settings import OLD_PIXELS
 from storage.reader.cache import Cache
 from student_train.config import EvaluationSection, SourceSection
-from student_train.data.images import ImageFolder, open_images
-from student_train.evaluation.evaluation import evaluate_model
+from student_train.data.sample_images import ImageFolder, open_images
+from student_train.evaluation.evaluate import evaluate_model
 from student_train.models.huggingface import load_image_processor
 from teacher_dump.images import load_image
 from teacher_dump.processor import load_processor

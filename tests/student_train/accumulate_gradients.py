@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from student_train.config import StageSection
 from student_train.models.parameter_groups import ParameterGroup
-from student_train.training.engine import Engine, this_process
+from student_train.training.deepspeed_engine import Engine, this_process
 
 SIZE = 48
 

@@ -20,16 +20,16 @@ from teacher_dump import torchvision_shim
 
 with install_import_hook(
     [
-        "student_train.losses.losses",
-        "student_train.losses.fused_head",
+        "student_train.losses.sparse_divergence",
+        "student_train.losses.fused_linear",
         "student_train.losses.relation",
         "student_train.models.student",
     ],
     "beartype.beartype",
 ):
-    import student_train.losses.fused_head
-    import student_train.losses.losses
+    import student_train.losses.fused_linear
     import student_train.losses.relation
+    import student_train.losses.sparse_divergence
     import student_train.models.student  # noqa: F401
 
 from tests.free_port import free_port

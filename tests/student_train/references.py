@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from storage.records.sparse_rows import SparseRows
-from student_train.losses.losses import LEAST_TAIL, PROFILE_FLOOR, Rule
+from student_train.losses.sparse_divergence import LEAST_TAIL, PROFILE_FLOOR, Rule
 
 
 def divergence(p: Tensor, q: Tensor, rule: Rule) -> Tensor:

@@ -20,20 +20,20 @@ from storage.images.settings import PixelSettings
 from storage.records.records import SampleRecord
 from storage.writer.cache_writer import CacheWriter
 from student_train.config import EvaluationSection, LossesSection, SourceSection, StageSection
-from student_train.data.batch import collate, collate_prompts, prompt_of
-from student_train.data.images import FeatureStore, ImageFolder, VisionSource
-from student_train.data.loader import RowCounts
+from student_train.data.batch_schedule import RowCounts
+from student_train.data.collate import collate, collate_prompts, prompt_of
+from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
 from student_train.evaluation.ask import answer
-from student_train.evaluation.evaluation import evaluate_model
+from student_train.evaluation.evaluate import evaluate_model
 from student_train.evaluation.generation import greedy
 from student_train.losses.relation import head_metric, relation_loss, teacher_relations
 from student_train.models.checkpoint import save_checkpoint
 from student_train.models.huggingface import load_processor, load_weights
-from student_train.models.models import Checkpoint, check_parts, freeze, load_for_inference, load_student, part_of
-from student_train.models.models import read_checkpoint as read
+from student_train.models.loading import Checkpoint, check_parts, freeze, load_for_inference, load_student, part_of
+from student_train.models.loading import read_checkpoint as read
 from student_train.models.student import Student
-from student_train.training.material import cached_teacher, loss_families, prepare
 from student_train.training.objective import Objective
+from student_train.training.stage_data import cached_teacher, loss_families, prepare
 from teacher_dump import fingerprint, processor
 from teacher_dump.scoring import RowRequest, SignalRequest
 from teacher_dump.selection import Threshold, TopK

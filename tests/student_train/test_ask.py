@@ -13,7 +13,7 @@ from storage.errors import ConfigError
 from storage.images.settings import OLD_PIXELS, PixelSettings, write_pixel_settings
 from student_train.evaluation.ask import _prompt, _written_stop_ids, answer
 from student_train.models.huggingface import load_processor
-from student_train.models.models import read_checkpoint
+from student_train.models.loading import read_checkpoint
 from tests.storage.images.picture_files import LAID, encoded, random_rgb, turned_file
 from tests.tiny import make_tiny_llava
 

@@ -17,8 +17,8 @@ from storage.records.records import (
     SampleRecord,
     TokensRecord,
 )
-from student_train.data.batch import Grid, answer_spans, collate, collate_prompts, layout, prompt_of
-from student_train.data.images import VisionInput
+from student_train.data.collate import Grid, answer_spans, collate, collate_prompts, layout, prompt_of
+from student_train.data.sample_images import VisionInput
 from tests.student_train.caches import sparse_rows
 
 IMAGE = 9

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from storage.errors import StillhouseError
 from student_train.models.checkpoint import legacy_name, put_back, save_checkpoint
 from student_train.models.huggingface import load_processor, transformers_module
-from student_train.models.models import load_student, read_checkpoint
+from student_train.models.loading import load_student, read_checkpoint
 from tests.tiny import make_tiny_llava
 
 CPU = torch.device("cpu")

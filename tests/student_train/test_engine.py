@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from student_train.models.checkpoint import legacy_name
-from student_train.models.models import load_student, read_checkpoint
+from student_train.models.loading import load_student, read_checkpoint
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import assert_same_course, metrics
 

@@ -14,10 +14,10 @@ from storage.reader.cache import Cache
 from storage.records.records import PartRecords
 from storage.writer.cache_writer import CacheWriter
 from student_train.config import EvaluationSection, SourceSection
-from student_train.data.batch import collate
-from student_train.data.images import FeatureStore, ImageFolder, VisionSource
-from student_train.evaluation.evaluation import evaluate_model
-from student_train.models.models import load_for_inference, read_checkpoint
+from student_train.data.collate import collate
+from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
+from student_train.evaluation.evaluate import evaluate_model
+from student_train.models.loading import load_for_inference, read_checkpoint
 from tests.student_train.caches import make_cache
 
 

@@ -13,7 +13,7 @@ from storage.errors import CacheError, CorruptPartError, IdentityError
 from storage.identity import READABLE_VERSIONS
 from storage.reader.cache import Cache, read_identity
 from student_train.config import LossesSection, StageSection
-from student_train.training.material import fitting_checkpoint, prepare
+from student_train.training.stage_data import fitting_checkpoint, prepare
 from tests.student_train.caches import make_cache
 
 LIMIT_S = 60.0  # it takes under a second on an idle machine; that no rows are read is tested below, without a clock

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from storage.errors import WriteError
 from student_train.models.checkpoint import save_checkpoint
-from student_train.models.models import load_student, read_checkpoint
-from student_train.training.documents import MetricsLog, write_json
-from student_train.training.tracking import Tracking
+from student_train.models.loading import load_student, read_checkpoint
+from student_train.training.run_files import MetricsLog, write_json
+from student_train.training.trackers import Tracking
 from tests.small_disk import SmallDisk, small_disk
 from tests.student_train.conftest import ROOT, Runner
 
@@ -88,7 +88,7 @@ FILLING = """
 import json, os
 from pathlib import Path
 from student_train import command
-from student_train.training import stage_loop
+from student_train.training import loop as stage_loop
 disk, plan = Path({disk!r}), iter({plan!r})
 ballast, step, train, now = disk / "ballast", stage_loop.optimizer_step, command.train, {{}}
 def training(*arguments, **options):

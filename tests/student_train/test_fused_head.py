@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from storage.encoding.output_head import make_head
 from student_train.config import TREATMENTS, Divergence, Treatment
-from student_train.data.batch import teacher_rows
-from student_train.losses.fused_head import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
-from student_train.losses.losses import Rule, TailProfile
+from student_train.data.collate import teacher_rows
+from student_train.losses.fused_linear import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
+from student_train.losses.sparse_divergence import Rule, TailProfile
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import sparse_rows
 from tests.student_train.references import dense_loss, sparse_loss

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.data.batch import teacher_rows
-from student_train.losses.fused_head import HeadTask, SparseTarget, fused_head_loss
+from student_train.data.collate import teacher_rows
+from student_train.losses.fused_linear import HeadTask, SparseTarget, fused_head_loss
 from student_train.losses.head_products import TensorCoreProducts
-from student_train.losses.losses import Rule
+from student_train.losses.sparse_divergence import Rule
 from tests.student_train.caches import sparse_rows
 
 V, D, ROWS = 4096, 32, 24

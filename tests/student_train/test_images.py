@@ -12,7 +12,7 @@ from storage.errors import StillhouseError
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
 from storage.records.records import ImageRef
-from student_train.data.images import FeatureStore, ImageFolder, VisionSource, open_images
+from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource, open_images
 from student_train.models.huggingface import load_image_processor
 from tests.student_train.caches import make_cache
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from student_train.config import StageSection
-from student_train.training.engine import Process, Update
+from student_train.training.deepspeed_engine import Process, Update
 from student_train.training.journal import Journal
 
 

@@ -22,17 +22,17 @@ from student_train.config import (
     SourceSection,
     StageSection,
 )
-from student_train.data.batch import collate
-from student_train.data.images import FeatureStore, VisionSource, open_images
-from student_train.data.loader import RowCounts, plans
-from student_train.evaluation.evaluation import evaluate_model
-from student_train.losses.preference_losses import Rewards, preference
-from student_train.losses.router_loss import router_losses
-from student_train.models.models import freeze, load_student
+from student_train.data.batch_schedule import RowCounts, plans
+from student_train.data.collate import collate
+from student_train.data.sample_images import FeatureStore, VisionSource, open_images
+from student_train.evaluation.evaluate import evaluate_model
+from student_train.losses.load_balancing import router_losses
+from student_train.losses.preference import Rewards, preference
+from student_train.models.loading import freeze, load_student
 from student_train.models.sparse_upcycling import Experts, upcycled
 from student_train.models.student import Student
-from student_train.training.material import Material, cached_teacher, prepare
 from student_train.training.objective import Objective, part_names
+from student_train.training.stage_data import Material, cached_teacher, prepare
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Runner
 from tests.tiny import make_tiny_llava

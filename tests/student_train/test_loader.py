@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from storage.errors import StillhouseError
 from storage.reader.shuffle import Shuffle
-from student_train.data.loader import (
+from student_train.data.batch_schedule import (
     ReadAhead,
     RowCounts,
     SampleTable,

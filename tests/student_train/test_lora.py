@@ -7,8 +7,8 @@ import torch
 
 from storage.errors import ConfigError
 from student_train.config import LoraSection
+from student_train.models.loading import freeze, load_student, read_checkpoint
 from student_train.models.lora import add_adapters, merged
-from student_train.models.models import freeze, load_student, read_checkpoint
 from student_train.models.sparse_upcycling import Experts, upcycled
 
 CPU = torch.device("cpu")

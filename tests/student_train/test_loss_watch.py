@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_train.training.loss_watch import WINDOW, LossWatch
+from student_train.training.loss_spikes import WINDOW, LossWatch
 
 LOSSES = st.floats(-10, 10)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from storage.records.sparse_rows import SparseRows
 from student_train.config import TREATMENTS, Divergence, Treatment
-from student_train.data.batch import teacher_rows
-from student_train.losses.fused_head import SparseTarget
-from student_train.losses.losses import Against, Rule, TailProfile, TeacherRows, row_losses_
+from student_train.data.collate import teacher_rows
+from student_train.losses.fused_linear import SparseTarget
+from student_train.losses.sparse_divergence import Against, Rule, TailProfile, TeacherRows, row_losses_
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import log_softmax, sparse_rows
 from tests.student_train.references import dense_loss, sparse_loss

@@ -16,7 +16,7 @@ from storage.reader.cache import Cache
 from student_train import evaluate
 from student_train.config import EvaluationSection, SourceSection
 from student_train.evaluation.ask import answer
-from student_train.evaluation.evaluation import evaluate_model
+from student_train.evaluation.evaluate import evaluate_model
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import assert_same_course, metrics

@@ -21,8 +21,8 @@ from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle
 from student_train.config import EvaluationSection, SourceSection, StageSection
 from student_train.data.mixture import Interleaving
-from student_train.evaluation.evaluation import evaluate_model
-from student_train.training.material import Material, prepare
+from student_train.evaluation.evaluate import evaluate_model
+from student_train.training.stage_data import Material, prepare
 from student_train.training.stage_inputs import changes_of_state, stage_inputs
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import make_cache
@@ -155,7 +155,7 @@ def test_what_one_of_the_caches_lacks_is_named(checkpoint: Path, cache: Path, tm
 
 
 def test_profiles_are_averaged_by_the_rows_that_an_epoch_has(checkpoint: Path, tmp_path: Path) -> None:
-    from student_train.training.material import _tail_profile
+    from student_train.training.stage_data import _tail_profile
 
     class Fixed:
         def __init__(self, profile: list[float], rows: list[int]) -> None:

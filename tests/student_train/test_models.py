@@ -12,7 +12,7 @@ from storage.identity import Identity
 from storage.images.settings import PixelSettings, processor_settings, write_pixel_settings
 from storage.reader.cache import Cache
 from student_train.config import Precision
-from student_train.models.models import (
+from student_train.models.loading import (
     attention_implementation,
     check_fit,
     freeze,

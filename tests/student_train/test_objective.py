@@ -11,15 +11,15 @@ from torch.nn.functional import cross_entropy
 
 from storage.reader.cache import Cache
 from student_train.config import LossesSection, StageSection
-from student_train.data.batch import Batch, collate
-from student_train.data.images import FeatureStore, VisionSource, open_images
-from student_train.data.loader import plans
-from student_train.losses.losses import Rule
+from student_train.data.batch_schedule import plans
+from student_train.data.collate import Batch, collate
+from student_train.data.sample_images import FeatureStore, VisionSource, open_images
 from student_train.losses.relation import head_metric, relation_loss
-from student_train.models.models import freeze, load_student
+from student_train.losses.sparse_divergence import Rule
+from student_train.models.loading import freeze, load_student
 from student_train.models.student import Student
-from student_train.training.material import Material, cached_teacher, loss_families, prepare
 from student_train.training.objective import Objective, part_names
+from student_train.training.stage_data import Material, cached_teacher, loss_families, prepare
 from tests.student_train.caches import make_cache
 from tests.student_train.references import dense_loss, sparse_loss
 

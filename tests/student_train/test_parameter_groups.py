@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from student_train.config import Module
-from student_train.models.models import freeze, load_student, read_checkpoint
+from student_train.models.loading import freeze, load_student, read_checkpoint
 from student_train.models.parameter_groups import parameter_groups
 
 

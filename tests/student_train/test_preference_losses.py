@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.losses.preference_losses import Rewards, dpo, ipo, kto_pair, mean_of
+from student_train.losses.preference import Rewards, dpo, ipo, kto_pair, mean_of
 from tests.hypothesis_profiles import examples
 
 RATIOS = st.lists(st.tuples(st.floats(-40, 40), st.floats(-40, 40)), min_size=1, max_size=6)

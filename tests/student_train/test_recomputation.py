@@ -10,7 +10,7 @@ from torch import Tensor
 
 from storage.errors import ConfigError
 from student_train.config import Module
-from student_train.models.models import freeze, load_student, read_checkpoint
+from student_train.models.loading import freeze, load_student, read_checkpoint
 from student_train.models.recomputation import enable_gradient_checkpointing
 
 ROWS, TOKENS = 2, 9

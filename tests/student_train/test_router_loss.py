@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from student_train.losses.router_loss import router_losses, router_statistics
+from student_train.losses.load_balancing import router_losses, router_statistics
 
 
 def test_an_even_router_costs_one_a_layer():

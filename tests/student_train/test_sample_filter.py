@@ -9,7 +9,7 @@ from storage.errors import ConfigError
 from storage.reader.cache import Cache
 from student_train.config import StageSection
 from student_train.data.sample_filter import COLUMNS, filtered, sample_columns
-from student_train.training.material import prepare
+from student_train.training.stage_data import prepare
 from tests.student_train.caches import make_cache
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from student_train.config import StageSection
 from student_train.models.huggingface import transformers_module
-from student_train.training.kept_checkpoints import KeptCheckpoints
-from student_train.training.stage_loop import dropout_seed
+from student_train.training.checkpoint_rotation import KeptCheckpoints
+from student_train.training.loop import dropout_seed
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import metrics
 

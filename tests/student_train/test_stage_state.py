@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from storage.errors import ConfigError
-from student_train.training.documents import MetricsLog
-from student_train.training.stage_state import StageState
+from student_train.training.resume import StageState
+from student_train.training.run_files import MetricsLog
 from tests.student_train.conftest import MAIN, Runner
 from tests.student_train.courses import MEASURED
 
@@ -29,7 +29,7 @@ STEPS = 7
 # What SIGTERM would do at a given step: a training step is too short to aim at from outside.
 STOP_AT = """
 import os, signal
-from student_train.training import stage_loop
+from student_train.training import loop as stage_loop
 step = stage_loop.optimizer_step
 def stopping(engine, items, lr, number):
     if number == {step}:

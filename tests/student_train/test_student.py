@@ -7,10 +7,10 @@ import torch
 
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
-from student_train.data.batch import Batch, collate, collate_prompts, prompt_of
-from student_train.data.images import FeatureStore, ImageFolder, VisionSource
+from student_train.data.collate import Batch, collate, collate_prompts, prompt_of
+from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
 from student_train.evaluation.generation import greedy
-from student_train.models.models import Checkpoint, load_for_inference, read_checkpoint
+from student_train.models.loading import Checkpoint, load_for_inference, read_checkpoint
 from student_train.models.student import Student, tower_features
 
 

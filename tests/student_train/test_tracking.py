@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from storage.errors import ConfigError
 from student_train.config import Tracker
-from student_train.training.tracking import Tracking, check_trackers
+from student_train.training.trackers import Tracking, check_trackers
 
 
 def line(step: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from storage.errors import StillhouseError
-from student_train.training.weight_average import WeightAverage
+from student_train.training.ema import WeightAverage
 
 
 def make_model(value: float) -> nn.Linear:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from student_train.evaluation.yes_no import unsupported_rate, yes_no_scores
+from student_train.evaluation.hallucination import unsupported_rate, yes_no_scores
 
 
 def test_scores_by_hand():

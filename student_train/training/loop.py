@@ -16,16 +16,16 @@ import torch
 from storage.processes.stop_signals import HeldSignals
 from storage.reader.prefetch import read_ahead
 from student_train.config import StageSection
-from student_train.data.batch import Batch, collate
-from student_train.data.images import VisionSource
-from student_train.data.loader import MicroPlan, ReadAhead, plans
-from student_train.training.engine import Engine, Process, Update, peak_memory_bytes
+from student_train.data.batch_schedule import MicroPlan, ReadAhead, plans
+from student_train.data.collate import Batch, collate
+from student_train.data.sample_images import VisionSource
+from student_train.training.checkpoint_rotation import Best, KeptCheckpoints
+from student_train.training.deepspeed_engine import Engine, Process, Update, peak_memory_bytes
 from student_train.training.journal import Journal
-from student_train.training.kept_checkpoints import Best, KeptCheckpoints
-from student_train.training.loss_watch import WINDOW, DivergedError, LossWatch, shortened
-from student_train.training.material import Material, loss_families
+from student_train.training.loss_spikes import WINDOW, DivergedError, LossWatch, shortened
 from student_train.training.objective import part_names
-from student_train.training.stage_state import Progress, StageState, StageStopped
+from student_train.training.resume import Progress, StageState, StageStopped
+from student_train.training.stage_data import Material, loss_families
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,9 +21,9 @@ from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.identity import Identity, real_vocab_size, stored_pixels, tokenizer_fingerprint
 from storage.images.settings import PixelSettings, processor_backend, processor_settings, settings_differences
 from student_train.config import Module, Precision
-from student_train.data.batch import Grid
+from student_train.data.collate import Grid
 from student_train.data.image_inputs import ImageInputs
-from student_train.data.images import FeatureStore
+from student_train.data.sample_images import FeatureStore
 from student_train.models.huggingface import (
     auto_model,
     is_llava,

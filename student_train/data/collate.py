@@ -21,9 +21,9 @@ from torch import Tensor
 from storage.errors import IdentityError, StillhouseError
 from storage.records.records import ImageRef, PooledRelation, SampleRecord, TokensRecord
 from storage.records.sparse_rows import SparseRows
-from student_train.data.images import VisionInput
-from student_train.losses.losses import TeacherRows
+from student_train.data.sample_images import VisionInput
 from student_train.losses.relation import TeacherRelations, resampling, teacher_relations
+from student_train.losses.sparse_divergence import TeacherRows
 
 Gather = Callable[[Sequence[tuple[str, ImageRef]]], VisionInput]
 

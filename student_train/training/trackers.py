@@ -21,7 +21,7 @@ from typing import Any, Self
 from storage.backends.disk import explain_write_errors, is_full
 from storage.errors import ConfigError, WriteError
 from student_train.config import Tracker
-from student_train.training.documents import write_json
+from student_train.training.run_files import write_json
 
 _PROJECT = "stillhouse"
 _FILE = "tracking.json"

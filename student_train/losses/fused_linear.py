@@ -19,7 +19,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from student_train.losses.head_products import HeadProducts, products_of
-from student_train.losses.losses import BUCKET, Against, RowSums, Rule, TailProfile, TeacherRows, events_of, row_losses_
+from student_train.losses.sparse_divergence import (
+    BUCKET,
+    Against,
+    RowSums,
+    Rule,
+    TailProfile,
+    TeacherRows,
+    events_of,
+    row_losses_,
+)
 
 
 @dataclass(frozen=True, eq=False)

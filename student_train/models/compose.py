@@ -24,7 +24,7 @@ from storage.field_changes import changed_fields
 from student_train.config import CompositionSection
 from student_train.models.checkpoint import put_back, save_checkpoint
 from student_train.models.huggingface import load_config, load_part, load_processor, transformers_module
-from student_train.training.documents import write_json
+from student_train.training.run_files import write_json
 from student_train.training.stage_inputs import composition_inputs
 
 RECORD = "composition.json"  # in a composed checkpoint: what it was made from

@@ -22,15 +22,15 @@ from student_train.config import (
     SourceSection,
     StageSection,
 )
-from student_train.data.batch import check_grid
+from student_train.data.batch_schedule import SampleTable, select
+from student_train.data.collate import check_grid
 from student_train.data.image_inputs import ImageInputs
-from student_train.data.images import ImageFolder
-from student_train.data.loader import SampleTable, select
 from student_train.data.mixture import Mixture, Source
 from student_train.data.sample_filter import filtered
-from student_train.losses.fused_head import TeacherHead
+from student_train.data.sample_images import ImageFolder
+from student_train.losses.fused_linear import TeacherHead
 from student_train.models.expert_parallel import check_experts
-from student_train.models.models import Checkpoint, check_fit, check_parts, read_checkpoint
+from student_train.models.loading import Checkpoint, check_fit, check_parts, read_checkpoint
 from student_train.models.sparse_upcycling import is_sparse
 from student_train.training.objective import CachedTeacher
 

@@ -22,8 +22,8 @@ from storage.images.settings import PixelSettings
 from student_train.config import StageSection
 from student_train.models import lora
 from student_train.models.checkpoint import put_back, save_checkpoint
-from student_train.training.engine import Engine
-from student_train.training.weight_average import WeightAverage
+from student_train.training.deepspeed_engine import Engine
+from student_train.training.ema import WeightAverage
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from typing import Any
 from storage.backends.disk import explain_write_errors
 from storage.errors import ConfigError, WriteError
 from storage.processes.stop_signals import Interrupted
-from student_train.training.documents import write_json
-from student_train.training.engine import Engine, from_first
+from student_train.training.deepspeed_engine import Engine, from_first
+from student_train.training.ema import WeightAverage
+from student_train.training.run_files import write_json
 from student_train.training.stage_inputs import changes_of_state
-from student_train.training.weight_average import WeightAverage
 
 _MARKER = "state.json"
 _NEW = "new-"  # begins the name of a state that is being written

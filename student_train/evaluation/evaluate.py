@@ -19,19 +19,19 @@ from tqdm import tqdm
 from storage.reader.cache import Cache, read_identity
 from storage.records.records import TokensRecord
 from student_train.config import EvaluationSection, SourceSection
-from student_train.data.batch import Batch, answer_spans, collate, collate_prompts, prompt_of
-from student_train.data.images import FeatureStore, VisionSource
+from student_train.data.collate import Batch, answer_spans, collate, collate_prompts, prompt_of
 from student_train.data.mixture import Mixture, Source
+from student_train.data.sample_images import FeatureStore, VisionSource
 from student_train.evaluation.generation import greedy
-from student_train.evaluation.yes_no import unsupported_rate, yes_no_scores
-from student_train.losses.fused_head import SparseTarget
-from student_train.losses.losses import row_losses_
-from student_train.losses.router_loss import RouterLosses, router_losses, router_statistics
-from student_train.models.models import Checkpoint, check_fit, load_for_inference, read_checkpoint
+from student_train.evaluation.hallucination import unsupported_rate, yes_no_scores
+from student_train.losses.fused_linear import SparseTarget
+from student_train.losses.load_balancing import RouterLosses, router_losses, router_statistics
+from student_train.losses.sparse_divergence import row_losses_
+from student_train.models.loading import Checkpoint, check_fit, load_for_inference, read_checkpoint
 from student_train.models.sparse_upcycling import is_sparse
 from student_train.models.student import Student
-from student_train.training.documents import write_json
-from student_train.training.material import open_sealed, samples_of_any
+from student_train.training.run_files import write_json
+from student_train.training.stage_data import open_sealed, samples_of_any
 
 MEMORY_BYTES = 512 << 20  # of image features, which the second pass needs again
 Item = TypeVar("Item")
