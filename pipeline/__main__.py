@@ -28,7 +28,7 @@ from storage.processes.standard_streams import drop_output, open_closed_streams
 from storage.processes.stop_signals import exit_code, explain, interruptible, leave
 
 if TYPE_CHECKING:  # which import torch
-    from teacher_dump.replay import Replay
+    from teacher_dump.audit.replay import Replay
     from teacher_dump.settings import DumpSettings
 
 DEFAULT_FILE = "pipeline.yaml"
@@ -230,7 +230,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from pipeline.plan_report import as_table
     from pipeline.preflight import keep_forecast
-    from teacher_dump.calibration import forecast_dump
+    from teacher_dump.estimates.calibration import forecast_dump
     from teacher_dump.settings import read_settings
 
     if arguments.samples < 2:
@@ -260,7 +260,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     if not report.ok:
         raise StillhouseError(f"{arguments.cache}: {len(report.problems)} problems\n  " + "\n  ".join(report.problems))
     if found is not None:
-        from teacher_dump.replay import check_drift, table
+        from teacher_dump.audit.replay import check_drift, table
 
         if not arguments.json:
             print(table(found))
@@ -276,7 +276,7 @@ def _replay_settings(arguments: argparse.Namespace) -> DumpSettings:
 
 
 def _replay(arguments: argparse.Namespace, settings: DumpSettings) -> Replay:
-    from teacher_dump.replay import replay
+    from teacher_dump.audit.replay import replay
 
     return replay(settings, arguments.cache, num_samples=arguments.replay, seed=arguments.seed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from teacher_dump.forecast import Forecast
+from teacher_dump.estimates.forecast import Forecast
 
 
 def as_table(expected: Forecast) -> str:

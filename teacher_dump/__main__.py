@@ -84,7 +84,7 @@ def _dump(arguments: Sequence[str] | None) -> int:
 
 def warn_of_machine(settings: DumpSettings) -> None:
     """Says on stderr what may become short on this machine. ConfigError for what keeps a dump from starting."""
-    from teacher_dump.machine import check_dump_machine
+    from teacher_dump.execution.machine import check_dump_machine
 
     for line in check_dump_machine(settings):
         print(f"warning: {line}", file=sys.stderr)

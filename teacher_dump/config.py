@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from storage.config import LocalPath, Section
 from storage.images.settings import WHITE, Background
-from teacher_dump.lengths import TooLong
-from teacher_dump.unread_fields import Ignorable
+from teacher_dump.data.unread_fields import Ignorable
+from teacher_dump.prompts.lengths import TooLong
 
 _NOT_OF_A_TEMPLATE = frozenset(
     {
@@ -24,7 +24,7 @@ _NOT_OF_A_TEMPLATE = frozenset(
 class SourceSection(Section):
     """One file of conversations or preference pairs, several that a pattern like part-*.parquet names, or a data set.
 
-    Every format may hold every shape of conversation that teacher_dump/conversation.py lists.
+    Every format may hold every shape of conversation that teacher_dump/data/conversation.py lists.
     """
 
     path: LocalPath  # a file, a pattern, a folder of save_to_disk, or a hub id where `format: datasets` says so
@@ -37,7 +37,7 @@ class SourceSection(Section):
     ids: Literal["given", "position"] = "given"  # position: file name and row number, where ids repeat or are missing;
     # of several sources of one file name the second is name@2, and so on
     columns: dict[str, str] = {}  # our field: the source's own name for it, such as {id: idx}
-    ignore: tuple[Ignorable, ...] = ()  # of what is not read and refuses its sample: teacher_dump/unread_fields.py
+    ignore: tuple[Ignorable, ...] = ()  # of what is not read and refuses its sample: teacher_dump/data/unread_fields.py
     subset: str | None = None  # of a hub data set that has several; datasets only
     hub_split: str = "train"  # the data set's own name for what is read; datasets only
     revision: str | None = None  # of a hub data set; datasets only

@@ -26,14 +26,14 @@ from storage.processes.stop_signals import Interrupted
 from storage.reader.cache import Cache
 from storage.records.records import SampleError
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.assignment import worker_settings
-from teacher_dump.budget_choice import with_budget
 from teacher_dump.config import DumpSection
-from teacher_dump.dump_plan import DumpPlan, plan_dump, plan_questions
-from teacher_dump.progress import DumpSummary, error_kinds
-from teacher_dump.retry import choose_failed, retry_identity, retry_plan
+from teacher_dump.estimates.budget_choice import with_budget
+from teacher_dump.execution.assignment import worker_settings
+from teacher_dump.execution.progress import DumpSummary, error_kinds
+from teacher_dump.execution.writing import write_parts
+from teacher_dump.planning.dump_plan import DumpPlan, plan_dump, plan_questions
+from teacher_dump.planning.retry import choose_failed, retry_identity, retry_plan
 from teacher_dump.settings import DumpSettings
-from teacher_dump.writing import write_parts
 
 _SHOWN_ERRORS = 5
 _SHOWN_KINDS = 8
@@ -224,7 +224,7 @@ def _answered(settings: DumpSettings, *, progress: bool) -> DumpSettings:
     """The settings of a dump over the answers that `data.responses` asks for, which are made if they are not there."""
     if settings.data.responses == "dataset":
         return settings
-    from teacher_dump import answers
+    from teacher_dump.execution import answers
 
     questions = plan_questions(settings)
     found = answers.answered_settings(settings, questions)

@@ -15,14 +15,14 @@ import numpy as np
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump import fingerprint
-from teacher_dump.head import read_head
-from teacher_dump.images import load_image
-from teacher_dump.processor import load_processor
-from teacher_dump.request import RowRequest, SignalRequest
-from teacher_dump.selection import TopK
-from teacher_dump.sight import check_sight, choose_samples
-from teacher_dump.teacher import Teacher
+from teacher_dump.data.images import load_image
+from teacher_dump.prompts.processor import load_processor
+from teacher_dump.signals.head import read_head
+from teacher_dump.signals.request import RowRequest, SignalRequest
+from teacher_dump.signals.selection import TopK
+from teacher_dump.signals.sight import check_sight, choose_samples
+from teacher_dump.teachers import fingerprint
+from teacher_dump.teachers.teacher import Teacher
 from tests.storage.images.picture_files import BACKGROUND, picture_files
 from tests.teacher_dump.scorers import make_scorer, part_of
 
@@ -71,8 +71,8 @@ def dump_pictures(folder: Path, engine: Teacher) -> Path:
 
 def main(folder: Path) -> None:
     """The cache, and the engine's pixel values by file."""
-    from teacher_dump.teacher import TeacherPrompt
-    from teacher_dump.vllm_teacher import VllmTeacher
+    from teacher_dump.teachers.teacher import TeacherPrompt
+    from teacher_dump.teachers.vllm_teacher import VllmTeacher
 
     engine = VllmTeacher(folder / "teacher", dtype="float32", max_length=256, settings={}, served=folder / "served")
     dump_pictures(folder, engine)

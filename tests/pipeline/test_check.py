@@ -16,7 +16,7 @@ from pipeline.check import check
 from pipeline.config import read_experiment
 from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.dump_plan import plan_dump
+from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_dataset, make_tiny_llava

@@ -34,11 +34,12 @@ from student_train.models.loading import read_checkpoint as read
 from student_train.models.student import Student
 from student_train.training.objective import Objective
 from student_train.training.stage_data import cached_teacher, loss_families, prepare
-from teacher_dump import fingerprint, processor
-from teacher_dump.scoring import RowRequest, SignalRequest
-from teacher_dump.selection import Threshold, TopK
-from teacher_dump.transformers_teacher import TransformersTeacher
-from teacher_dump.visual_grid import VisualGrid, expand
+from teacher_dump.prompts import processor
+from teacher_dump.prompts.visual_grid import VisualGrid, expand
+from teacher_dump.signals.scoring import RowRequest, SignalRequest
+from teacher_dump.signals.selection import Threshold, TopK
+from teacher_dump.teachers import fingerprint
+from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.student_train.conftest import Runner
 from tests.teacher_dump.architectures import ASKED, samples_of, write_samples
 from tests.teacher_dump.scorers import NOTHING, make_scorer

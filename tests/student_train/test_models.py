@@ -166,7 +166,7 @@ def test_only_trained_parts_get_gradients_and_train_mode(checkpoint: Path) -> No
 
 
 def test_fingerprint_is_the_dump_s(checkpoint: Path) -> None:
-    from teacher_dump import fingerprint
+    from teacher_dump.teachers import fingerprint
 
     vocabulary = read_checkpoint(checkpoint).tokenizer.get_vocab()
     assert tokenizer_fingerprint(vocabulary) == fingerprint.tokenizer_fingerprint(vocabulary)

@@ -17,9 +17,9 @@ VOCAB_SIZE = 300
 
 def main(folder: Path) -> float:
     """The largest difference on a text and on a question about an image, as a fraction of the largest logit."""
-    from teacher_dump.head import read_head
-    from teacher_dump.teacher import TeacherPrompt
-    from teacher_dump.vllm_teacher import VllmTeacher
+    from teacher_dump.signals.head import read_head
+    from teacher_dump.teachers.teacher import TeacherPrompt
+    from teacher_dump.teachers.vllm_teacher import VllmTeacher
 
     draw = np.random.default_rng(0)
     text = draw.integers(0, VOCAB_SIZE - 10, 24).astype(np.int32)

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from teacher_dump.head import read_head
-from teacher_dump.pixel_check import check_pixel_values
-from teacher_dump.plan import Part
-from teacher_dump.preparation import Prepared
-from teacher_dump.processor import load_processor
-from teacher_dump.request import RowRequest, SignalRequest
-from teacher_dump.scoring import PartScorer
-from teacher_dump.selection import Threshold, TopK
-from teacher_dump.sight import Sight, check_sight, choose_samples
-from teacher_dump.teacher import Teacher, TeacherPrompt, TeacherStates
+from teacher_dump.data.plan import Part
+from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.processor import load_processor
+from teacher_dump.signals.head import read_head
+from teacher_dump.signals.pixel_check import check_pixel_values
+from teacher_dump.signals.request import RowRequest, SignalRequest
+from teacher_dump.signals.scoring import PartScorer
+from teacher_dump.signals.selection import Threshold, TopK
+from teacher_dump.signals.sight import Sight, check_sight, choose_samples
+from teacher_dump.teachers.teacher import Teacher, TeacherPrompt, TeacherStates
 from tests.teacher_dump.scorers import make_scorer, part_of
 from tests.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_teacher
 
@@ -133,7 +133,7 @@ def _ask(engine: Teacher, ready: Sequence[Prepared], way: str) -> dict[str, np.n
 
 
 def _run_engine(folder: Path) -> None:
-    from teacher_dump.vllm_teacher import VllmTeacher
+    from teacher_dump.teachers.vllm_teacher import VllmTeacher
 
     settings: dict[str, Any] = {"max_num_batched_tokens": BATCHED_TOKENS, "enable_chunked_prefill": True}
     if folder.name in SCARCE:

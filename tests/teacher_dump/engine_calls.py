@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from teacher_dump.teacher import TeacherPrompt
-from teacher_dump.vllm_teacher import VllmTeacher
+from teacher_dump.teachers.teacher import TeacherPrompt
+from teacher_dump.teachers.vllm_teacher import VllmTeacher
 
 IMAGE_ID = 299  # of the tiny tokenizer
 SIDE = 32

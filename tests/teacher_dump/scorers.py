@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from storage.images.settings import PixelSettings
-from teacher_dump import fingerprint
 from teacher_dump.config import SourceSection
-from teacher_dump.head import read_head
-from teacher_dump.open_teacher import OpenTeacher
-from teacher_dump.plan import Part
-from teacher_dump.preparation import Preparer
-from teacher_dump.processor import load_processor
-from teacher_dump.prompt import PromptBuilder
-from teacher_dump.reading import read_samples
-from teacher_dump.request import RowRequest, SignalRequest
-from teacher_dump.scoring import PartScorer
-from teacher_dump.selection import Threshold, TopK
-from teacher_dump.teacher import Teacher
-from teacher_dump.transformers_teacher import TransformersTeacher
-from teacher_dump.visual_grid import VisualGrid
+from teacher_dump.data.plan import Part
+from teacher_dump.data.reading import read_samples
+from teacher_dump.prompts.preparation import Preparer
+from teacher_dump.prompts.processor import load_processor
+from teacher_dump.prompts.prompt import PromptBuilder
+from teacher_dump.prompts.visual_grid import VisualGrid
+from teacher_dump.signals.head import read_head
+from teacher_dump.signals.open_teacher import OpenTeacher
+from teacher_dump.signals.request import RowRequest, SignalRequest
+from teacher_dump.signals.scoring import PartScorer
+from teacher_dump.signals.selection import Threshold, TopK
+from teacher_dump.teachers import fingerprint
+from teacher_dump.teachers.teacher import Teacher
+from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 
 EVERYTHING = SignalRequest(
     response=RowRequest(TopK(300), 0), visual=RowRequest(Threshold(0.02), 0), relation_centered=False

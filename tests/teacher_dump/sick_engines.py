@@ -11,13 +11,13 @@ import torch
 
 from storage.errors import StillhouseError
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.assignment import worker_settings
-from teacher_dump.dump_plan import plan_dump
+from teacher_dump.execution.assignment import worker_settings
+from teacher_dump.execution.worker import WorkerSettings
+from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.ray_jobs import PartPool, score_parts
 from teacher_dump.settings import read_settings
-from teacher_dump.teacher import Teacher, TeacherPrompt, TeacherStates
-from teacher_dump.transformers_teacher import TransformersTeacher
-from teacher_dump.worker import WorkerSettings
+from teacher_dump.teachers.teacher import Teacher, TeacherPrompt, TeacherStates
+from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 
 
 class Sick:

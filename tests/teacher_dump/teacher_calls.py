@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from teacher_dump.plan import Part
-from teacher_dump.scoring import PartScorer
+from teacher_dump.data.plan import Part
+from teacher_dump.signals.scoring import PartScorer
 
 
 def count_tokens(scorer: PartScorer, parts: Sequence[Part]) -> list[int]:

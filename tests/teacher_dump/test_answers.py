@@ -17,25 +17,25 @@ from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
 from storage.records.records import SampleError
 from storage.verify.scan_cache import verify
-from teacher_dump import fingerprint
-from teacher_dump.answers import Answerer
-from teacher_dump.assignment import prompt_errors
 from teacher_dump.config import SamplingSection, SourceSection
-from teacher_dump.conversation import parse_conversation
-from teacher_dump.device_failure import PromptRefusedError
+from teacher_dump.data.conversation import parse_conversation
+from teacher_dump.data.plan import Part
+from teacher_dump.data.reading import read_samples
+from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
 from teacher_dump.dump import run_dump
-from teacher_dump.dump_plan import plan_dump
-from teacher_dump.head import read_head
-from teacher_dump.plan import Part
-from teacher_dump.preparation import Preparer
-from teacher_dump.processor import load_processor
-from teacher_dump.prompt import PromptBuilder
-from teacher_dump.reading import read_samples
-from teacher_dump.samples import Sample, SampleRefusedError, Turn
+from teacher_dump.execution.answers import Answerer
+from teacher_dump.execution.assignment import prompt_errors
+from teacher_dump.execution.device_failure import PromptRefusedError
+from teacher_dump.planning.dump_plan import plan_dump
+from teacher_dump.prompts.preparation import Preparer
+from teacher_dump.prompts.processor import load_processor
+from teacher_dump.prompts.prompt import PromptBuilder
+from teacher_dump.prompts.visual_grid import VisualGrid
 from teacher_dump.settings import read_settings
-from teacher_dump.teacher import TeacherPrompt
-from teacher_dump.transformers_teacher import TransformersTeacher
-from teacher_dump.visual_grid import VisualGrid
+from teacher_dump.signals.head import read_head
+from teacher_dump.teachers import fingerprint
+from teacher_dump.teachers.teacher import TeacherPrompt
+from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.ray_head import RayHead
 
@@ -244,7 +244,8 @@ def test_both_engines_give_the_same_greedy_answers_and_end_them_alike(
     write_config: WriteConfig, talker: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     code = (
-        "import sys; from teacher_dump.answers import answer_parts; from teacher_dump.settings import read_settings\n"
+        "import sys; from teacher_dump.execution.answers import answer_parts\n"
+        "from teacher_dump.settings import read_settings\n"
         "for backend in ('transformers', 'vllm'):\n"
         "    overrides = [f'teacher.backend={backend}', f'runs_dir={sys.argv[2]}/{backend}']\n"
         "    settings = read_settings(sys.argv[1], overrides)\n"

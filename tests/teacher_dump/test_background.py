@@ -10,7 +10,7 @@ import pytest
 from storage.errors import ConfigError
 from storage.identity import difference
 from storage.images.settings import PixelSettings, write_pixel_settings
-from teacher_dump.dump_plan import plan_dump
+from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from tests.teacher_dump.conftest import WriteConfig
 

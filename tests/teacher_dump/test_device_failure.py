@@ -17,13 +17,18 @@ import torch
 from torch import Tensor
 
 from storage.errors import StillhouseError
-from teacher_dump.device_failure import DeviceLostError, PromptRefusedError, is_device_failure, is_out_of_memory
-from teacher_dump.head import OutputHead
+from teacher_dump.execution.device_failure import (
+    DeviceLostError,
+    PromptRefusedError,
+    is_device_failure,
+    is_out_of_memory,
+)
 from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord
-from teacher_dump.selection import TopK
-from teacher_dump.teacher import TeacherPrompt, TeacherStates
-from teacher_dump.transformers_teacher import TransformersTeacher
-from teacher_dump.vllm_teacher import call_engine
+from teacher_dump.signals.head import OutputHead
+from teacher_dump.signals.selection import TopK
+from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.teachers.transformers_teacher import TransformersTeacher
+from teacher_dump.teachers.vllm_teacher import call_engine
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from teacher_dump import checkpoint, fingerprint
-from teacher_dump.processor import load_processor
+from teacher_dump.prompts.processor import load_processor
+from teacher_dump.teachers import checkpoint, fingerprint
 
 
 def test_facts_of_the_tiny_teacher(tiny_teacher: Path, tmp_path: Path) -> None:

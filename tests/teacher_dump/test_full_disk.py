@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import WriteError
-from teacher_dump.fingerprint import FingerprintMemory
-from teacher_dump.image_files import ImageFiles
-from teacher_dump.log_file import quiet
+from teacher_dump.data.image_files import ImageFiles
+from teacher_dump.execution.log_file import quiet
+from teacher_dump.teachers.fingerprint import FingerprintMemory
 from tests.small_disk import SmallDisk, small_disk
 
 

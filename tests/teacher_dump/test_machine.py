@@ -15,14 +15,14 @@ import pytest
 from storage.config import CacheSection
 from storage.errors import ConfigError
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
-from teacher_dump.machine import asks_teacher, check_dump_machine, check_machine, refuse_more_gpus
+from teacher_dump.execution.machine import asks_teacher, check_dump_machine, check_machine, refuse_more_gpus
 from teacher_dump.settings import DumpSettings
 
 REPOSITORY = Path(__file__).parents[2]
 LOOK = """
 import sys
 from storage.errors import ConfigError
-from teacher_dump.machine import check_machine
+from teacher_dump.execution.machine import check_machine
 try:
     print("\\n".join(check_machine(runs_vllm=True, ray_address=None)))
 except ConfigError as error:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from storage.errors import StillhouseError
-from teacher_dump.pixel_check import check_pixel_values
-from teacher_dump.preparation import Prepared
-from teacher_dump.processor import load_processor
-from teacher_dump.samples import Sample
-from teacher_dump.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.data.samples import Sample
+from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.processor import load_processor
+from teacher_dump.signals.pixel_check import check_pixel_values
+from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
 from tests.teacher_dump.scorers import NOTHING, make_scorer, part_of
 from tests.tiny import make_tiny_dataset
 

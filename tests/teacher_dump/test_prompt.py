@@ -8,9 +8,16 @@ import pytest
 
 from storage.errors import StillhouseError
 from teacher_dump import torchvision_shim
-from teacher_dump.chat_template import AnswerSpan, Message, RenderedConversation, StopToken, StopTokens, locate_answers
-from teacher_dump.prompt import PromptBuilder, conversation_messages, tokenise
-from teacher_dump.samples import Sample, SampleRefusedError, Turn
+from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
+from teacher_dump.prompts.chat_template import (
+    AnswerSpan,
+    Message,
+    RenderedConversation,
+    StopToken,
+    StopTokens,
+    locate_answers,
+)
+from teacher_dump.prompts.prompt import PromptBuilder, conversation_messages, tokenise
 from tests.tiny import CHAT_TEMPLATE, END_OF_TURN, IMAGE_TOKEN, make_tiny_tokenizer
 
 STOP = StopToken(9, "$")

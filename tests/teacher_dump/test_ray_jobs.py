@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.assignment import worker_settings
-from teacher_dump.dump_plan import plan_dump
+from teacher_dump.execution.assignment import worker_settings
+from teacher_dump.execution.worker import Worker
+from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
-from teacher_dump.worker import Worker
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.ray_head import RayHead
 from tests.tiny import make_tiny_dataset
@@ -298,8 +298,8 @@ def test_a_function_is_called_with_an_open_teacher(
     code = (
         "import json, sys\n"
         "from storage.errors import StillhouseError\n"
-        "from teacher_dump.assignment import with_teacher\n"
-        "from teacher_dump.dump_plan import plan_dump\n"
+        "from teacher_dump.execution.assignment import with_teacher\n"
+        "from teacher_dump.planning.dump_plan import plan_dump\n"
         "from teacher_dump.settings import read_settings\n"
         "from tests.teacher_dump.teacher_calls import count_tokens, fail\n"
         "settings = read_settings(sys.argv[1])\n"

@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 
 from storage.errors import StillhouseError
-from teacher_dump.head import read_head
-from teacher_dump.noise import rescored_kl
-from teacher_dump.open_teacher import OpenTeacher
-from teacher_dump.plan import Part
-from teacher_dump.processor import load_processor
-from teacher_dump.request import RowRequest
-from teacher_dump.samples import SampleRefusedError
-from teacher_dump.scoring import PartScorer
-from teacher_dump.selection import TopK
-from teacher_dump.teacher import TeacherPrompt, TeacherStates
-from teacher_dump.transformers_teacher import TransformersTeacher
+from teacher_dump.data.plan import Part
+from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.prompts.processor import load_processor
+from teacher_dump.signals.head import read_head
+from teacher_dump.signals.noise import rescored_kl
+from teacher_dump.signals.open_teacher import OpenTeacher
+from teacher_dump.signals.request import RowRequest
+from teacher_dump.signals.scoring import PartScorer
+from teacher_dump.signals.selection import TopK
+from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, NOTHING, make_scorer, part_of, reference_teacher
 
 

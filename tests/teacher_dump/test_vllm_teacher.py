@@ -15,11 +15,11 @@ import torch
 
 from storage.reader.cache import Cache
 from storage.records.sparse_rows import SparseRows
-from teacher_dump import checkpoint
-from teacher_dump.plan import Part
-from teacher_dump.request import RowRequest, SignalRequest
-from teacher_dump.selection import Threshold, TopK
-from teacher_dump.vllm_teacher import computed_states, with_shared_prefixes
+from teacher_dump.data.plan import Part
+from teacher_dump.signals.request import RowRequest, SignalRequest
+from teacher_dump.signals.selection import Threshold, TopK
+from teacher_dump.teachers import checkpoint
+from teacher_dump.teachers.vllm_teacher import computed_states, with_shared_prefixes
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.scorers import make_scorer, part_of, reference_teacher
 from tests.tiny import make_tiny_llava
@@ -156,7 +156,7 @@ def test_settings_that_vllm_does_not_have_are_refused_by_name() -> None:
     code = (
         "from storage.errors import ConfigError\n"
         "from teacher_dump import torchvision_shim; torchvision_shim.ensure()\n"
-        "from teacher_dump.vllm_teacher import check_settings\n"
+        "from teacher_dump.teachers.vllm_teacher import check_settings\n"
         "check_settings({'tensor_parallel_size': 2, 'max_num_seqs': 8})\n"
         "for name in ('tensor_paralel_size', 'max_model_len', 'runner', 'hf_overrides'):\n"
         "    try: check_settings({name: 1})\n"

@@ -15,7 +15,7 @@ from storage.reader.cache import Cache
 from storage.records.records import TokensRecord
 from storage.verify.scan_cache import verify
 from teacher_dump.__main__ import main
-from teacher_dump.processor import load_processor
+from teacher_dump.prompts.processor import load_processor
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.ray_head import RayHead
 from tests.teacher_dump.test_ray_jobs import PATIENCE_S, commits, dump_here, start_dump

@@ -15,11 +15,11 @@ from storage.reader.cache import Cache
 from storage.records.records import PooledRelation, RelationFactor
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.assignment import worker_settings
 from teacher_dump.dump import run_dump
-from teacher_dump.dump_plan import plan_dump
+from teacher_dump.execution.assignment import worker_settings
+from teacher_dump.execution.worker import Worker, ahead, open_preparer
+from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
-from teacher_dump.worker import Worker, ahead, open_preparer
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny_architectures import make_teacher
 

@@ -1,0 +1,1 @@
+"""Asking the teacher again and comparing with the cache. Uses execution."""

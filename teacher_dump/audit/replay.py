@@ -1,0 +1,251 @@
+"""Replay: random samples of a cache scored again by its teacher, and how far the cache lies from that.
+
+Each sample is scored twice, in different batches: what the two differ by is the teacher's own noise. The cache may
+differ from the first by what its encoding may have cost, and by NOISE_FACTOR times that noise; more is drift.
+It finds rows of another sample, shifted rows, rows of another teacher, and rows that a stale prefix gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from storage.errors import CacheError, IdentityError, StillhouseError
+from storage.identity import Identity, difference
+from storage.reader.cache import Cache
+from storage.records.records import SampleError, SampleRecord
+from teacher_dump.audit.comparison import Comparison, Measured
+from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.execution.assignment import with_teacher, worker_settings
+from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
+from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.settings import DumpSettings
+from teacher_dump.signals.scoring import PartScorer
+
+# As the blind check takes it: two of a few hundred numbers of one kind seldom differ by more. Of two equal sets of
+# numbers either has the larger maximum as often, so a factor of 1 would refuse every second good cache.
+NOISE_FACTOR = 4.0
+FROM_THE_TEACHER = ("response", "visual", "relation", "sequence", "hidden")
+_SAMPLES_AT_ONCE = 32  # whose hidden states are in memory together; the second time the batches are smaller
+_SECOND_BATCH = 5
+# Of what decides a teacher's answer; `engine` may be newer, and then replay says what that changed.
+_COMPARED = (
+    "teacher_fingerprint", "dtype", "tokenizer_fingerprint", "vocab_size", "chat_template_fingerprint",
+    "image_preprocessing_fingerprint", "pixels", "image_processor", "image_token_id", "eos_token_ids",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Some numbers, none of them negative."""
+
+    mean: float
+    p99: float
+    max: float
+
+    @staticmethod
+    def of(values: NDArray[np.float64]) -> Spread:
+        """Zeros of no numbers."""
+        if not len(values):
+            return Spread(0.0, 0.0, 0.0)
+        p99 = np.quantile(values, 0.99, method="higher")
+        return Spread(float(values.mean()), float(p99), float(values.max()))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One measure of one family over all replayed samples."""
+
+    family: str
+    measure: str
+    count: int  # rows, matrices or samples
+    noise: Spread  # between two scorings of the same samples in different batches
+    drift: Spread  # between the cache and the first scoring
+    excess: Spread  # of the drift over what the cache's encoding may have cost
+    samples: tuple[str, ...]  # ids of those that drifted
+
+    @property
+    def is_drift(self) -> bool:
+        return bool(self.samples)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay found. A cache is its teacher's if `ok`."""
+
+    seed: int
+    num_samples: int
+    engine: tuple[str, str]  # the cache's and the one at hand
+    drifts: tuple[Drift, ...]
+    refused: tuple[SampleError, ...]  # samples that could not be scored again
+
+    @property
+    def ok(self) -> bool:
+        return not self.refused and not any(drift.is_drift for drift in self.drifts)
+
+
+@dataclass(frozen=True)
+class ReplayTask:
+    """What an actor is told."""
+
+    cache: str
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """Of all replayed samples."""
+
+    measured: list[Measured] = field(default_factory=list)
+    refused: list[SampleError] = field(default_factory=list)
+
+
+def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) -> Replay:
+    """Score `num_samples` random samples of the cache at `path` again with the teacher of `settings`.
+
+    Images are read where the cache says, or where `settings` do if that folder is gone. The vLLM backend runs in
+    an actor of Ray, transformers in this process. Errors: IdentityError naming each
+    field in which that teacher is not the cache's; CacheError for a cache without a teacher's signals or samples.
+    """
+    cache = Cache.open(path)
+    held = tuple(family for family in FROM_THE_TEACHER if family in cache.families)
+    if not held or not cache.num_samples:
+        raise CacheError(f"{path}: holds {', '.join(cache.families)} of {cache.num_samples} samples: nothing to replay")
+    own = settings.cache.model_copy(update={"path": path, "families": held})
+    settings = replace(settings, cache=own)
+    planned = plan_dump(settings)
+    check_teacher(cache.identity, planned.identity, path)
+    if (root := cache.image_root).is_dir():
+        there = planned.identity.model_copy(update={"image_root": str(root)})
+        planned = replace(planned, identity=there)
+    chosen = np.random.default_rng(seed).permutation(cache.num_samples)[:num_samples]
+    task = ReplayTask(path, tuple(sorted(int(index) for index in chosen)))
+    found = _measure(planned, settings, task)
+    return Replay(
+        seed=seed,
+        num_samples=len(task.indices),
+        engine=(cache.identity.engine, planned.identity.engine),
+        drifts=tuple(summarised(found.measured)),
+        refused=tuple(found.refused),
+    )
+
+
+def check_teacher(cache: Identity, run: Identity, path: str) -> None:
+    """IdentityError, a line for each field, unless the teacher at hand is the one that the cache names."""
+    same = {name: getattr(cache, name) for name in Identity.model_fields if name not in _COMPARED}
+    lines = difference(cache, run.model_copy(update=same))
+    if lines:
+        raise IdentityError(
+            f"{path}: was made by another teacher, {cache.teacher}; give the configuration that made it:"
+            + "".join(f"\n  {line}" for line in lines)
+        )
+
+
+def _measure(planned: DumpPlan, settings: DumpSettings, task: ReplayTask) -> Measurements:
+    if settings.teacher.backend != "transformers":
+        return with_teacher(planned, settings, measure, task)
+    from teacher_dump.execution.worker import open_scorer
+
+    return measure(open_scorer(worker_settings(planned, settings)), task)
+
+
+def measure(scorer: PartScorer, task: ReplayTask) -> Measurements:
+    """The numbers of each replayed sample, by an open teacher."""
+    cache, found = Cache.open(task.cache), Measurements()
+    bounds = {family: errors["max"] for family, errors in cache.statistics()["errors_by_family"].items()}
+    assert scorer.teacher is not None
+    head = scorer.teacher.head
+    for start in range(0, len(task.indices), _SAMPLES_AT_ONCE):
+        records, ready = _restored(scorer, cache, task.indices[start : start + _SAMPLES_AT_ONCE], found)
+        first = _states(scorer, [ready], found.refused)
+        others = ready[::-1]
+        batches = [others[at : at + _SECOND_BATCH] for at in range(0, len(others), _SECOND_BATCH)]
+        second = _states(scorer, batches, [])
+        for sample in ready:
+            name = sample.record.sample_id
+            if name in first and name in second:
+                comparison = Comparison(cache.identity, head, sample, records[name], bounds)
+                found.measured.extend(comparison.measured(first[name], second[name]))
+    return found
+
+
+def _restored(
+    scorer: PartScorer, cache: Cache, indices: Sequence[int], found: Measurements
+) -> tuple[dict[str, SampleRecord], list[Prepared]]:
+    records, ready = {}, []
+    for index in indices:
+        record = cache.read(index)
+        try:
+            ready.append(scorer.restore(record.tokens))
+            records[record.tokens.sample_id] = record
+        except SampleRefusedError as refusal:
+            found.refused.append(SampleError(record.tokens.sample_id, str(refusal)))
+    return records, ready
+
+
+def _states(scorer: PartScorer, batches: Sequence[Sequence[Prepared]], errors: list[SampleError]) -> dict[str, Tensor]:
+    """Hidden states by sample id, (T, d), of samples that the teacher takes."""
+    states: dict[str, Tensor] = {}
+    for batch in batches:
+        taken, hidden = scorer.hidden_states(batch, errors)
+        states |= {sample.record.sample_id: each.float() for sample, each in zip(taken, hidden, strict=True)}
+    return states
+
+
+def summarised(measured: Sequence[Measured]) -> Iterator[Drift]:
+    """One line for each family and measure, and the samples that drifted by it."""
+    for family, name in dict.fromkeys((one.family, one.measure) for one in measured):
+        some = [one for one in measured if (one.family, one.measure) == (family, name)]
+        noise = Spread.of(np.concatenate([one.noise for one in some]))
+        drift = np.concatenate([one.drift for one in some])
+        beyond = {id(one): np.maximum(0, one.drift - one.allowed) for one in some}
+        excess = Spread.of(np.concatenate(list(beyond.values())))
+        drifted = [
+            one.sample_id
+            for one in some
+            if len(one.drift)
+            and (
+                beyond[id(one)].max() > NOISE_FACTOR * noise.max
+                or (excess.mean > NOISE_FACTOR * noise.mean and beyond[id(one)].mean() >= excess.mean)
+            )
+        ]
+        yield Drift(family, name, len(drift), noise, Spread.of(drift), excess, tuple(dict.fromkeys(drifted)))
+
+
+def table(found: Replay) -> str:
+    """The findings for a person, one line a measure."""
+    head = ("family", "measure", "rows", "noise mean", "p99", "max", "drift mean", "p99", "max", "drifted")
+    lines: list[tuple[str, ...]] = [head]
+    for one in found.drifts:
+        numbers = [
+            f"{value:.2e}" for spread in (one.noise, one.drift) for value in (spread.mean, spread.p99, spread.max)
+        ]
+        lines.append((one.family, one.measure, f"{one.count:,}", *numbers, f"{len(one.samples)} samples"))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    if found.engine[0] != found.engine[1]:
+        text.append(f"the cache was made by {found.engine[0]}, this is {found.engine[1]}")
+    return "\n".join(text)
+
+
+def check_drift(found: Replay, path: str) -> None:
+    """StillhouseError naming the samples that drifted, or could not be scored again."""
+    if found.ok:
+        return
+    lines = [f"  {error.sample_id}: cannot be scored again: {error.reason}" for error in found.refused]
+    for one in found.drifts:
+        if one.is_drift:
+            shown = ", ".join(one.samples[:10]) + (", …" if len(one.samples) > 10 else "")
+            lines.append(
+                f"  {one.family} {one.measure}: up to {one.drift.max:.3g} from the teacher, {one.excess.max:.3g} more "
+                f"than encoding cost; allowed are {NOISE_FACTOR:g} times its own noise, {one.noise.max:.3g} at most; "
+                f"samples {shown}"
+            )
+    raise StillhouseError(
+        f"{path}: of {found.num_samples} samples some are not what the teacher says (seed {found.seed}); "
+        "dump the cache again, or find out what changed:\n" + "\n".join(lines)
+    )

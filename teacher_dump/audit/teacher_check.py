@@ -1,0 +1,29 @@
+"""What can be known of a teacher before it is loaded, and before a GPU is taken for it."""
+
+from __future__ import annotations
+
+from storage.identity import NO_TEACHER
+from teacher_dump import torchvision_shim
+from teacher_dump.config import TeacherSection
+from teacher_dump.planning.dump_plan import DumpPlan
+
+
+def check_teacher(planned: DumpPlan, section: TeacherSection) -> str:
+    """A line on the teacher: vocabulary, output head, image token. No weights are loaded.
+
+    StillhouseError: an output head that the dump cannot use (see find_head). ConfigError: a setting that vLLM does
+    not have.
+    """
+    facts = planned.facts
+    sees = f"images as {facts.image_token_id}" if facts.image_token_id >= 0 else "no images"
+    if planned.identity.teacher_fingerprint == NO_TEACHER:
+        return f"teacher: {facts.vocab_size:,} tokens, {sees}; not asked"
+    from teacher_dump.signals.head import find_head
+
+    if section.backend == "vllm" and section.settings:  # importing vLLM takes seconds
+        torchvision_shim.ensure()
+        from teacher_dump.teachers.vllm_teacher import check_settings
+
+        check_settings(section.settings)
+    head = find_head(planned.checkpoint, vocab_size=facts.vocab_size)
+    return f"teacher: {facts.vocab_size:,} tokens, head {head.weight}, {sees}"

@@ -1,0 +1,83 @@
+"""Images inside of a zip or a tar that lies next to its JSON, by their member's name.
+
+A name is looked up and never becomes a path on this machine.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+from storage.errors import ConfigError
+from teacher_dump.data.samples import SampleRefusedError, shorten
+from teacher_dump.sources.row import Broken, printable
+from teacher_dump.sources.tar_rows import MAX_MEMBER_BYTES, read_member
+
+
+class Archive(Protocol):
+    """Files by name."""
+
+    def read(self, name: str) -> bytes:
+        """A member's content. SampleRefusedError: none of that name, or one that cannot be used."""
+        ...
+
+
+def open_archive(path: Path) -> Archive:
+    """A zip or tar, its names read. ConfigError: neither of them."""
+    try:
+        if zipfile.is_zipfile(path):
+            return ZipArchive(path)
+        if tarfile.is_tarfile(path):
+            return TarArchive(path)
+    except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
+        raise ConfigError(f"data.sources: images {path}: cannot be read: {error}") from error
+    raise ConfigError(f"data.sources: images {path}: is neither a folder nor a zip or tar")
+
+
+class ZipArchive:
+    """Members of a zip."""
+
+    def __init__(self, path: Path) -> None:
+        self._zip = zipfile.ZipFile(path)
+
+    def read(self, name: str) -> bytes:
+        """See Archive."""
+        try:
+            info = self._zip.getinfo(name)
+            if info.file_size > MAX_MEMBER_BYTES:
+                raise SampleRefusedError(
+                    f"image {shorten(name)} has {info.file_size:,} bytes, more than {MAX_MEMBER_BYTES:,}"
+                )
+            with self._zip.open(info) as file:
+                content = file.read(MAX_MEMBER_BYTES + 1)
+        except KeyError as error:
+            raise SampleRefusedError(f"image {shorten(name)} is missing in {self._zip.filename}") from error
+        except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, zlib.error) as error:
+            raise SampleRefusedError(
+                f"image {shorten(name)}: cannot be read: {error}"
+            ) from error  # RuntimeError: encrypted
+        if len(content) > MAX_MEMBER_BYTES:
+            raise SampleRefusedError(f"image {shorten(name)} has more than {MAX_MEMBER_BYTES:,} bytes")
+        return content
+
+
+class TarArchive:
+    """Members of a tar. A compressed one is read from its start for each member that lies further back."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tar = tarfile.open(path, "r:*")  # noqa: SIM115
+        self._members = {member.name.removeprefix("./"): member for member in self._tar if not member.isdir()}
+
+    def read(self, name: str) -> bytes:
+        """See Archive."""
+        member = self._members.get(name.removeprefix("./"))
+        if member is None:
+            raise SampleRefusedError(f"image {shorten(printable(name))} is missing in {self._path}")
+        content = read_member(self._tar, member)
+        if isinstance(content, Broken):
+            raise SampleRefusedError(f"image {shorten(printable(name))}: {content.reason}")
+        return content

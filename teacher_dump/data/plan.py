@@ -1,0 +1,119 @@
+"""The plan: a pure, deterministic split of the samples into parts, the units of work, retry and commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from storage.records.preference_pairs import CHOSEN, REJECTED
+from storage.records.records import SampleError
+from teacher_dump.data.sample_file import Chosen
+from teacher_dump.data.samples import Sample
+from teacher_dump.prompts.lengths import TooLong
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples that are scored and committed together. No image is in two parts."""
+
+    number: int
+    samples: Sequence[Sample]  # which may be read from disk anew each time
+    errors: tuple[SampleError, ...] = ()  # rows that never became a sample; all of them in part 0
+
+    def to_text(self) -> str:
+        """JSON, for another process."""
+        errors = [[error.sample_id, error.reason] for error in self.errors]
+        return json.dumps([self.number, [sample.as_json() for sample in self.samples], errors])
+
+    @staticmethod
+    def from_text(text: str) -> Part:
+        """The inverse of `to_text`."""
+        number, samples, errors = json.loads(text)
+        return Part(
+            number,
+            tuple(Sample.from_json(row) for row in samples),
+            tuple(SampleError(*error) for error in errors),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All parts, and the fingerprint of everything that decides what is in them."""
+
+    parts: tuple[Part, ...]
+    fingerprint: str
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(part.samples) for part in self.parts)
+
+
+def make_plan(
+    samples: Sequence[Sample],
+    *,
+    errors: Sequence[SampleError] = (),
+    samples_per_part: int,
+    max_length: int,
+    too_long: TooLong = "refuse",
+) -> Plan:
+    """Parts of about `samples_per_part` samples, in the samples' order.
+
+    Samples that share an image, directly or through others, form a group that is never cut, so a part is
+    larger where one group is; so do the halves of a preference pair. `max_length` (tokens) and `too_long`
+    decide which samples are refused or cut and are part of the fingerprint. Rows that are no samples travel
+    as errors of part 0; with no samples there is one part.
+    """
+    parts: list[array[int]] = []  # places of samples
+    for group in image_groups(samples):
+        if not parts or len(parts[-1]) + len(group) > samples_per_part:
+            parts.append(array("q"))
+        parts[-1].extend(group)
+    numbered = tuple(
+        Part(number, Chosen(samples, places) if places else (), tuple(errors) if number == 0 else ())
+        for number, places in enumerate(parts or [array("q")])
+    )
+    return Plan(numbered, _fingerprint(numbered, max_length, too_long))
+
+
+def image_groups(samples: Sequence[Sample]) -> Iterator[list[int]]:
+    """Places of samples connected by images, groups and members in the order of first appearance."""
+    parent = array("q", range(len(samples)))
+    first_with: dict[str, int] = {}
+    for index, sample in enumerate(samples):
+        for shared in (*sample.images, *_pair(sample.id)):
+            one, other = first_with.setdefault(shared, index), index
+            while parent[one] != one:
+                parent[one] = one = parent[parent[one]]
+            while parent[other] != other:
+                parent[other] = other = parent[parent[other]]
+            if one != other:
+                parent[max(one, other)] = min(one, other)
+    del first_with
+    for index in range(len(parent)):  # a parent comes before its children
+        parent[index] = parent[parent[index]]
+    first = np.frombuffer(parent, np.int64)
+    order = np.argsort(first, kind="stable")
+    borders = [*np.flatnonzero(np.diff(first[order], prepend=-1)).tolist(), len(order)]
+    for start, stop in pairwise(borders):
+        yield order[start:stop].tolist()
+
+
+def _pair(sample_id: str) -> tuple[str, ...]:
+    """A name that both halves of a preference pair share, and no image has; none of another sample."""
+    return (f"{sample_id.rpartition('#')[0]}\0",) if sample_id.endswith((CHOSEN, REJECTED)) else ()
+
+
+def _fingerprint(parts: Sequence[Part], max_length: int, too_long: TooLong) -> str:
+    rule = "" if too_long == "refuse" else f"{too_long}\0"
+    digest = hashlib.sha256(f"stillhouse plan 1\0{max_length}\0{rule}".encode())
+    for part in parts:
+        errors = [error.sample_id for error in part.errors]  # a reason may name folders of this machine
+        row = [part.number, [sample.as_json() for sample in part.samples], errors]
+        digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()

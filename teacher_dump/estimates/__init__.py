@@ -1,0 +1,1 @@
+"""What a dump will cost and lose, from a slice of it: bytes, hours, the fidelity budget. Uses execution."""

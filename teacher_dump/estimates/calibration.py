@@ -1,0 +1,187 @@
+"""The calibration: a slice of the plan, scored by the real teacher and encoded for real, for a forecast of the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from storage.encoding.output_head import encode_head
+from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.part_encoder import part_rows
+from storage.errors import ConfigError, StillhouseError
+from storage.identity import Identity
+from storage.records.records import PartRecords, SampleError
+from teacher_dump.data.data_report import DataReport, DataWatch
+from teacher_dump.data.plan import Part, image_groups
+from teacher_dump.data.samples import Sample, SampleRefusedError
+from teacher_dump.estimates.budget_choice import with_budget
+from teacher_dump.estimates.forecast import Asked, Calibration, Forecast, Slice, Work, forecast
+from teacher_dump.execution.assignment import with_teacher, worker_settings
+from teacher_dump.execution.worker import ahead, open_preparer, open_scorer
+from teacher_dump.planning.dump_plan import plan_dump
+from teacher_dump.prompts.preparation import Preparer
+from teacher_dump.settings import DumpSettings
+from teacher_dump.signals.scoring import PartScorer, Scored
+
+NUM_SAMPLES = 256
+_WARM_UP = 32  # samples, as many as an engine is given at once: its first calls are slow
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a worker is to try, and how it would encode it."""
+
+    halves: tuple[Part, ...]  # no image in two of them
+    identity: Identity
+    families: tuple[str, ...]
+    zstd_level: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of it."""
+
+    whole: Slice
+    halves: tuple[Slice, ...]
+    seconds: Mapping[str, float]
+    total_s: float  # of the trial
+    errors: tuple[SampleError, ...]
+    head_bytes: int
+
+
+def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> Forecast:
+    """What the whole dump will weigh and take, whatever of it is done already. Writes nothing to the cache.
+
+    Errors: as dump.run_dump's; StillhouseError: no sample can be scored.
+    """
+    planned = plan_dump(settings)
+    if not planned.plan.num_samples:
+        unread = [error for part in planned.plan.parts for error in part.errors]
+        raise ConfigError(f"none of the {len(unread):,} samples can be used: {unread[0]}")
+    planned = with_budget(planned, settings)
+    halves = choose(planned.plan.parts, num_samples)
+    worker = worker_settings(planned, settings)
+    families = ("tokens", *settings.cache.families)
+    trial = Trial(halves, planned.identity, families, settings.cache.zstd_level)
+    started = time.perf_counter()
+    if worker.request.needs_teacher:
+        tried = with_teacher(planned, settings, try_slice, trial)
+    else:
+        tried = try_slice(open_scorer(worker), trial)
+    start_s = time.perf_counter() - started - tried.total_s
+    if tried.whole.work.samples == 0:
+        reason = tried.errors[0].reason if tried.errors else "there are none"
+        raise StillhouseError(f"none of the samples that were tried can be scored: {reason}")
+    calibration = Calibration(
+        asked=Asked.of(sample for half in halves for sample in half.samples),
+        whole=tried.whole,
+        halves=tried.halves,
+        seconds=tried.seconds,
+        start_s=start_s,
+        num_errors=len(tried.errors),
+        head_bytes=tried.head_bytes,
+    )
+    asked = Asked.of(sample for part in planned.plan.parts for sample in part.samples)
+    expected = forecast(calibration, asked, num_parts=len(planned.plan.parts), num_actors=settings.dump.actors.max)
+    return replace(expected, data=_data_report(planned.plan.parts, halves, open_preparer(worker)))
+
+
+def _data_report(parts: Sequence[Part], tried: Sequence[Part], preparer: Preparer) -> DataReport:
+    watch = DataWatch()
+    for sample in (sample for part in tried for sample in part.samples):
+        try:
+            watch.add(preparer.prepare(sample))
+        except SampleRefusedError as refusal:
+            watch.add_errors([SampleError(sample.id, str(refusal))])
+    for part in parts:
+        watch.add_errors(part.errors)
+    return watch.report
+
+
+def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:
+    """Two halves of at least `num_samples` samples in all (or all that there are), the same at each call.
+
+    Drawn by groups of samples that share images, as parts are made of, so that images are shared as often as in
+    the whole plan.
+    """
+    groups = [(part, group) for part in parts for group in image_groups(part.samples)]
+    halves: tuple[list[Sample], list[Sample]] = ([], [])
+    for place in np.random.default_rng(0).permutation(len(groups)).tolist():
+        if len(halves[0]) + len(halves[1]) >= num_samples:
+            break
+        part, group = groups[place]
+        min(halves, key=len).extend(part.samples[member] for member in group)
+    return Part(0, tuple(halves[0])), Part(1, tuple(halves[1]))
+
+
+def try_slice(scorer: PartScorer, trial: Trial) -> Tried:
+    """Scores and encodes both halves as a worker does, side by side; then encodes both as one part."""
+    started = time.perf_counter()
+    samples = [sample for half in trial.halves for sample in half.samples]
+    if scorer.teacher is not None:
+        scorer.score(Part(0, tuple(samples[:_WARM_UP])))
+    before = time.perf_counter()
+    scorer.prepare(samples, [])
+    prompts_s = time.perf_counter() - before
+    before = time.perf_counter()
+    scored, halves = _side_by_side(scorer, trial)
+    scoring_s = time.perf_counter() - before
+    records = [each.records for each in scored]
+    before = time.perf_counter()
+    whole = _measured(_together(records), sum(each.num_tokens for each in scored), trial)
+    encoding_s = time.perf_counter() - before
+    seconds = {"prompts": prompts_s, "encoding": encoding_s, "scoring": scoring_s}
+    errors = tuple(error for each in records for error in each.errors)
+    head_bytes = 0
+    if scorer.teacher is not None and "hidden" in trial.families:
+        head_bytes = len(encode_head(scorer.teacher.head.stored()))
+    return Tried(whole, halves, seconds, time.perf_counter() - started, errors, head_bytes)
+
+
+def _side_by_side(scorer: PartScorer, trial: Trial) -> tuple[list[Scored], tuple[Slice, ...]]:
+    """Scores each half, while a thread prepares its next samples and another encodes the half before."""
+    with ThreadPoolExecutor(1) as preparing, ThreadPoolExecutor(1) as encoding:
+        prepared = [ahead(scorer.chunks(half), preparing) for half in trial.halves]
+        scored: list[Scored] = []
+        slices: list[Future[Slice]] = []
+        for half, chunks in zip(trial.halves, prepared, strict=True):
+            scored.append(scorer.score(half, chunks))
+            slices.append(encoding.submit(_measured, scored[-1].records, scored[-1].num_tokens, trial))
+        return scored, tuple(each.result() for each in slices)
+
+
+def _measured(records: PartRecords, num_tokens: int, trial: Trial) -> Slice:
+    families = part_rows(records, trial.identity, trial.families)
+    family_bytes = {
+        family: len(parquet_bytes(family, rows.groups, zstd_level=trial.zstd_level, metadata=rows.metadata))
+        for family, rows in families.items()
+    }
+    images = {image.key: image.num_visual_tokens for record in records.tokens for image in record.images}
+    text_tokens = sum(len(record.token_ids) for record in records.tokens)
+    work = Work(
+        samples=len(records.tokens),
+        text_tokens=text_tokens,
+        visual_tokens=max(num_tokens - text_tokens, 0),
+        response_rows=sum(record.num_response_tokens for record in records.tokens),
+        visual_rows=sum(images.values()),
+        images=len(images),
+    )
+    return Slice(work, family_bytes)
+
+
+def _together(parts: Iterable[PartRecords]) -> PartRecords:
+    """The records of several parts as those of one."""
+    joined: dict[str, Any] = {}
+    for part in parts:
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, Mapping):
+                joined[field.name] = {**joined.get(field.name, {}), **value}
+            elif value is not None:
+                joined[field.name] = [*joined.get(field.name, []), *value]
+    return PartRecords(**joined)

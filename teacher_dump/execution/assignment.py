@@ -1,0 +1,155 @@
+"""What the workers of a planned dump are given, and one of them for a single call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tqdm import tqdm
+
+from storage.backends.folder import is_url
+from storage.config import CacheSection, SelectionSection
+from storage.encoding.hidden_states import MAX_FLOAT16
+from storage.encoding.tail_profile import tail_parts
+from storage.identity import Identity
+from storage.records.records import SampleError
+from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.execution.log_file import quiet
+from teacher_dump.execution.writing import LOG_FILE
+from teacher_dump.planning.dump_plan import DumpPlan
+from teacher_dump.settings import DumpSettings
+
+if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does without
+    from teacher_dump.data.data_report import DataReport
+    from teacher_dump.execution.worker import WorkerSettings
+    from teacher_dump.signals.request import RowRequest, SignalRequest
+    from teacher_dump.signals.scoring import PartScorer
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:
+    """What each worker of a planned dump is given."""
+    from teacher_dump.execution.worker import WorkerSettings
+    from teacher_dump.signals.sight import choose_samples
+
+    cache, teacher = settings.cache, settings.teacher
+    samples = (sample for part in planned.plan.parts for sample in part.samples)
+    return WorkerSettings(
+        checkpoint=planned.checkpoint,
+        backend=teacher.backend,
+        dtype=planned.identity.dtype.split()[0],
+        max_length=planned.max_length,
+        engine_settings=dict(teacher.settings),
+        served=(settings.run / "served").resolve(),
+        facts=planned.facts,
+        image_root=Path(planned.identity.image_root),
+        request=_signal_request(settings, planned.identity),
+        cache=_whole_path(cache.path),
+        identity=planned.identity,
+        families=cache.families,
+        append=cache.append,
+        zstd_level=cache.zstd_level,
+        check_samples=choose_samples(samples, settings.dump.blind_check_samples),
+        too_long=settings.data.too_long,
+        template_arguments=dict(teacher.chat_template_arguments),
+    )
+
+
+def with_teacher(
+    planned: DumpPlan,
+    settings: DumpSettings,
+    function: Callable[[PartScorer, A], B],
+    argument: A,
+    *,
+    request: SignalRequest | None = None,
+) -> B:
+    """`function(scorer, argument)` in one actor of a dump, its teacher open. See ray_jobs.with_teacher.
+
+    `request`: the scorer's, where it is to make other signals than the dump's.
+    """
+    from teacher_dump import ray_jobs
+
+    worker, dump = worker_settings(planned, settings), settings.dump
+    with quiet(settings.logs / LOG_FILE):
+        return ray_jobs.with_teacher(
+            worker if request is None else replace(worker, request=request),
+            function,
+            argument,
+            num_cpus=dump.cpus_per_actor,
+            num_gpus=dump.gpus_per_actor,
+            address=dump.ray_address,
+            logs=settings.logs,
+        )
+
+
+def prompt_errors(settings: DumpSettings, planned: DumpPlan, *, progress: bool = True) -> list[SampleError]:
+    """Every row of the sources that a dump would count as an error. See `inspect_data`."""
+    return inspect_data(settings, planned, progress=progress)[0]
+
+
+def inspect_data(
+    settings: DumpSettings, planned: DumpPlan, *, progress: bool = True
+) -> tuple[list[SampleError], DataReport]:
+    """Every row of the sources that a dump would count as an error, as far as that shows without a teacher.
+
+    And what is unusual about the others. Builds all prompts and decodes all images: a few milliseconds a sample.
+    """
+    from teacher_dump.data.data_report import DataWatch
+    from teacher_dump.execution.worker import open_preparer
+
+    preparer = open_preparer(worker_settings(planned, settings))
+    errors = [error for part in planned.plan.parts for error in part.errors]
+    samples = (sample for part in planned.plan.parts for sample in part.samples)
+    total = planned.plan.num_samples
+    watch = DataWatch()
+    for sample in tqdm(samples, total=total, unit=" samples", desc="prompts", disable=not progress, leave=False):
+        try:
+            watch.add(preparer.prepare(sample))
+        except SampleRefusedError as refusal:
+            errors.append(SampleError(sample.id, str(refusal)))
+    watch.add_errors(errors)
+    return errors, watch.report
+
+
+def _whole_path(path: str) -> str:
+    """A cache's path for other processes, which may run in another folder."""
+    return path if is_url(path) else str(Path(path).resolve())
+
+
+def _signal_request(settings: DumpSettings, identity: Identity) -> SignalRequest:
+    from teacher_dump.signals.request import SignalRequest
+
+    cache = settings.cache
+    return SignalRequest(
+        response=_row_request(cache.response, identity, "response") if "response" in cache.families else None,
+        visual=_row_request(cache.visual, identity, "visual") if "visual" in cache.families else None,
+        relation_centered=cache.relation.centered if "relation" in cache.families else None,
+        relation_pool=cache.relation.pool if "relation" in cache.families else None,
+        hidden_limit=_hidden_limit(cache) if "hidden" in cache.families else None,
+        sequence="sequence" in cache.families,
+        images="images" in cache.families,
+        rows_per_chunk=settings.dump.rows_per_chunk,
+        measured_parts=frozenset(tail_parts(identity.num_parts)),
+    )
+
+
+def _hidden_limit(cache: CacheSection) -> float:
+    return MAX_FLOAT16 if cache.hidden.encoding == "float16" else math.inf
+
+
+def _row_request(section: SelectionSection, identity: Identity, family: str) -> RowRequest:
+    from teacher_dump.signals.request import RowRequest
+    from teacher_dump.signals.selection import Mass, Sampled, Selection, Threshold, TopK
+
+    selections: dict[str, Selection] = {
+        "threshold": Threshold(identity.selection[family].get("tau", section.tau)),  # a budget may have chosen it
+        "topk": TopK(section.k),
+        "mass": Mass(section.mass),
+        "sampled": Sampled(section.draws),
+    }
+    return RowRequest(selections[section.method], section.seed, section.temperatures, section.draw_sets)

@@ -1,0 +1,134 @@
+"""Retries: which samples that had failed are worth another attempt, and the plan of the segment that takes them up.
+
+A sample is attempted again if its prompt and its images can be read now, or if it fails for another reason than then.
+So a retry with nothing mended writes nothing. What only the teacher refused is attempted each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.identity import Identity
+from storage.layout.documents import ErrorEntry
+from storage.layout.retries import plan_of_retry
+from storage.layout.segments import Segment
+from storage.records.preference_pairs import CHOSEN, REJECTED, other_half
+from storage.records.records import PartRecords, SampleError, TokensRecord
+from teacher_dump.data.plan import Part, Plan
+from teacher_dump.data.reading import read_samples
+from teacher_dump.data.samples import Sample, SampleRefusedError
+from teacher_dump.execution.assignment import worker_settings
+from teacher_dump.planning.dump_plan import DumpPlan
+from teacher_dump.settings import DumpSettings
+from teacher_dump.signals.pairs import without_lone_halves
+
+if TYPE_CHECKING:  # imports transformers
+    from teacher_dump.prompts.preparation import Preparer
+
+GONE = "is no longer in data.sources"
+
+
+@dataclass(frozen=True)
+class FailedRow:
+    """What data.sources hold now of something that had failed."""
+
+    samples: tuple[Sample, ...] = ()
+    error: SampleError | None = None  # why it still is no sample
+
+
+def retry_plan(retry: Segment, planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
+    """The plan of a segment that takes up failed samples. `planned` is that of the samples beside them."""
+    rows = _read_rows(settings, {sample_id for ids in retry.failed_ids for sample_id in ids})
+    parts = []
+    for number, ids in enumerate(retry.failed_ids):
+        of_part = [rows.get(sample_id, FailedRow(error=SampleError(sample_id, GONE))) for sample_id in ids]
+        samples = tuple(sample for row in of_part for sample in row.samples)
+        parts.append(Part(number, samples, tuple(row.error for row in of_part if row.error is not None)))
+    return replace(
+        planned,
+        plan=Plan(tuple(parts), retry.identity.plan_fingerprint),
+        identity=retry_identity(retry, planned),
+    )
+
+
+def retry_identity(retry: Segment, planned: DumpPlan) -> Identity:
+    """The identity of a dump over a retry's plan."""
+    return planned.identity.model_copy(update=plan_of_retry(retry.number, retry.failed_ids))
+
+
+def choose_failed(planned: DumpPlan, settings: DumpSettings, failed: Sequence[Sequence[ErrorEntry]]) -> list[list[str]]:
+    """The ids of the errors to take up again, by part; empty if that would change nothing.
+
+    `failed`: the errors that are left, by the part that they were in.
+    """
+    rows = _read_rows(settings, {error.sample_id for errors in failed for error in errors})
+    preparer: Preparer | None = None
+    if any(row.samples for row in rows.values()):
+        from teacher_dump.execution.worker import open_preparer
+
+        preparer = open_preparer(worker_settings(planned, settings))
+    parts: list[list[str]] = []
+    for errors in failed:
+        reasons = _reasons_now([rows[error.sample_id] for error in errors if error.sample_id in rows], preparer)
+        chosen = {error.sample_id for error in errors if _is_changed(error, rows.get(error.sample_id), reasons)}
+        chosen |= {other_half(name) for name in chosen if name.endswith((CHOSEN, REJECTED))}
+        units = _units([error.sample_id for error in errors if error.sample_id in chosen])
+        for position, unit in enumerate(units):
+            if not parts or position == 0 or len(parts[-1]) + len(unit) > settings.dump.samples_per_part:
+                parts.append([])
+            parts[-1] += unit
+    return parts
+
+
+def _read_rows(settings: DumpSettings, failed_ids: Collection[str]) -> dict[str, FailedRow]:
+    """What the sources hold of these ids of errors, each of which is a sample's id or a row's place."""
+    extracted = Path(settings.data.extracted or settings.run / "images")
+    found = read_samples(settings.data.sources, extracted=extracted, spool=settings.run, watched=failed_ids)
+    wanted = {sample_id for row in found.rows.values() for sample_id in row.sample_ids}
+    samples = {sample.id: sample for sample in found.samples if sample.id in wanted} if wanted else {}
+    rows = {error.sample_id: FailedRow(error=error) for error in found.errors if error.sample_id in failed_ids}
+    for name, row in found.rows.items():
+        rows[name] = FailedRow(tuple(samples[sample_id] for sample_id in row.sample_ids))
+    return rows
+
+
+def _reasons_now(rows: Sequence[FailedRow], preparer: Preparer | None) -> dict[str, str]:
+    """Why those samples of a part that would fail again do, by id."""
+    records: list[TokensRecord] = []
+    errors = [row.error for row in rows if row.error is not None]
+    for sample in (sample for row in rows for sample in row.samples):
+        assert preparer is not None
+        try:
+            records.append(preparer.prepare(sample).record)
+        except SampleRefusedError as refusal:
+            errors.append(SampleError(sample.id, str(refusal)))
+    return {error.sample_id: error.reason for error in without_lone_halves(PartRecords(records, errors=errors)).errors}
+
+
+def _is_changed(error: ErrorEntry, row: FailedRow | None, reasons: dict[str, str]) -> bool:
+    """Whether an attempt would give a record, or another reason."""
+    if row is None:
+        return False
+    if row.error is not None:
+        return _as_stored(row.error.reason) != error.reason
+    return any(_as_stored(reasons.get(sample.id, "")) != error.reason for sample in row.samples)
+
+
+def _as_stored(reason: str) -> str:
+    return reason.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _units(sample_ids: Sequence[str]) -> Iterator[list[str]]:
+    """Ids one by one, but both halves of a preference pair together."""
+    known, seen = set(sample_ids), set[str]()
+    for sample_id in sample_ids:
+        if sample_id in seen:
+            continue
+        unit = [sample_id]
+        if sample_id.endswith((CHOSEN, REJECTED)) and other_half(sample_id) in known:
+            unit.append(other_half(sample_id))
+        seen.update(unit)
+        yield unit

@@ -1,0 +1,337 @@
+"""The teacher's output head: final-norm hidden states to logits, sparse rows and relation matrices.
+
+The engine gives hidden states only; the head is read from the checkpoint and applied here, to the rows
+that are wanted, in float32 and in chunks.
+
+Legend: r rows, n visual rows of one image, v real vocabulary, d hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from storage.encoding.output_head import StoredHead, make_head
+from storage.errors import StillhouseError
+from storage.records.records import RelationMatrix
+from storage.records.sparse_rows import SparseRows
+from teacher_dump.execution.device_failure import free_memory, is_out_of_memory
+from teacher_dump.signals.selection import Selection, select_rows
+from teacher_dump.teachers import checkpoint
+
+_HEAD = "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
+_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # of safetensors; any other needs a scale that lies elsewhere
+# Settings that change logits elsewhere than in `_after_the_head`, and models whose code does so.
+# Source: `lm_head(` in transformers and `compute_logits` in vLLM, of these models.
+_UNKNOWN_SETTINGS = ("dim_model_base", "output_multiplier", "logits_mup_width_multiplier", "norm_head")
+_UNKNOWN_KINDS = {
+    "chameleon": "it forbids image tokens",
+    "paligemma": "its images see the question that follows them",
+    "mimo": "vLLM gives its hidden states before the last norm",
+    "step3p5": "vLLM gives its hidden states before the last norm",
+}
+# Rows of logits at once on a CPU: with a packed head no more are needed to keep it busy, and what is made of them
+# finds them in the caches.
+_CPU_ROWS = 128
+_VOCABULARY_CHUNK = 8192  # columns of [n, v] at once, where logits are not linear in the hidden states
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class ChunkLimit:
+    """How many of the rows that a caller allows at once a device has room for; halved once, for good."""
+
+    is_halved: bool = False
+
+    def of(self, rows_per_chunk: int) -> int:
+        return max(1, rows_per_chunk // 2) if self.is_halved else rows_per_chunk
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHead:
+    """logits = soft_cap * tanh((hidden weight^T + bias) * scale / soft_cap); no cap: the inside."""
+
+    weight: Float[Tensor, "v d"]  # float32, real vocabulary only
+    bias: Float[Tensor, " v"] | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+    chunk_limit: ChunkLimit = field(default_factory=ChunkLimit)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, hidden: Float[Tensor, "r d"]) -> Float[Tensor, "r v"]:
+        """Raw float32 logits over the real vocabulary."""
+        rows = hidden.to(self.weight.device, torch.float32)
+        if self._packed is None or not len(rows):
+            product = rows @ self.weight.T
+        else:
+            product = torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+        return self._finished(product, slice(None))
+
+    def _logits(self, hidden: Tensor, columns: slice) -> Tensor:
+        rows = hidden.to(self.weight.device, torch.float32)
+        return self._finished(rows @ self.weight[columns].T, columns)
+
+    def _finished(self, logits: Tensor, columns: slice) -> Tensor:
+        """What comes after the product."""
+        if self.bias is not None:
+            logits = logits + self.bias[columns]
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+    def sparse_rows(
+        self,
+        hidden: Float[Tensor, "r d"],
+        *,
+        labels: Int[Tensor, " r"] | None,
+        selection: Selection,
+        uniforms: NDArray[np.float64],
+        rows_per_chunk: int,
+        temperatures: Sequence[float] = (),
+        tail_total: Float[Tensor, " v"] | None = None,
+    ) -> SparseRows:
+        """The rows' distributions as a cache keeps them; no more than [rows_per_chunk, v] in memory at once.
+
+        `uniforms` (r, sets) and `tail_total`: see selection.select_rows. ValueError: logits that are not finite.
+        Where memory is short, rows_per_chunk is halved once; torch.OutOfMemoryError: that was not enough.
+        """
+
+        def select(chunk: slice) -> SparseRows:
+            tail_before = None if tail_total is None else tail_total.clone()
+            try:
+                return select_rows(
+                    self.logits(hidden[chunk]),
+                    labels=None if labels is None else labels[chunk].to(self.weight.device),
+                    selection=selection,
+                    uniforms=uniforms[chunk],
+                    temperatures=temperatures,
+                    tail_total=tail_total,
+                )
+            except BaseException:  # rows that are selected again must not count twice
+                if tail_total is not None and tail_before is not None:
+                    tail_total.copy_(tail_before)
+                raise
+
+        rows_per_chunk = min(rows_per_chunk, _CPU_ROWS) if self._packed is not None else rows_per_chunk
+        return SparseRows.concatenate(self._chunks(max(hidden.shape[0], 1), rows_per_chunk, select))
+
+    def label_logprobs(
+        self, hidden: Float[Tensor, "r d"], labels: Int[Tensor, " r"], *, rows_per_chunk: int
+    ) -> Float[Tensor, " r"]:
+        """Each row's logprob of its label at temperature 1, float32; [rows_per_chunk, v] in memory at once."""
+        labels = labels.to(self.weight.device)
+
+        def take_labels(chunk: slice) -> Tensor:
+            logits = self.logits(hidden[chunk])
+            return logits.gather(1, labels[chunk, None])[:, 0] - logits.logsumexp(dim=1)
+
+        none = hidden.new_zeros(0, dtype=torch.float32, device=self.weight.device)
+        return torch.cat([none, *self._chunks(hidden.shape[0], rows_per_chunk, take_labels)])
+
+    def _chunks(self, num_rows: int, rows_per_chunk: int, compute: Callable[[slice], T]) -> list[T]:
+        """`compute` of one stretch of rows after another; where memory is short, of stretches half as long."""
+        results: list[T] = []
+        start = 0
+        while start < num_rows:
+            num = self.chunk_limit.of(rows_per_chunk)
+            try:
+                results.append(compute(slice(start, start + num)))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.chunk_limit.is_halved or rows_per_chunk == 1:
+                    raise
+                _log.warning("no memory for %d rows of logits; from now on half as many at once: %s", num, error)
+            else:
+                start += num
+                continue
+            self.chunk_limit.is_halved = True
+            free_memory()  # here, where no traceback keeps the tensors of the failed attempt
+        return results
+
+    def relation(self, hidden: Float[Tensor, "n d"], *, centered: bool) -> RelationMatrix:
+        """G / ||G|| with G = Z Z^T, Z the raw logits of an image's visual rows; float32.
+
+        `centered` subtracts the mean row of Z first. All zeros, with norm 0, where G is zero (a single
+        centred row). Without bias and soft-cap G is H (W^T W) H^T, and Z is never made.
+        Source: LLaVA-KD (arXiv 2410.16236), L_rel.
+        """
+        rows = hidden.to(self.weight.device, torch.float32)
+        if self.soft_cap is None and (self.bias is None or centered):
+            rows = rows - rows.mean(dim=0) if centered else rows  # a bias is the same in every row
+            gram = (rows @ self._weight_gram @ rows.T) * self.scale**2  # (n, n)
+        else:
+            gram = rows.new_zeros(rows.shape[0], rows.shape[0])
+            for start in range(0, self.vocab_size, _VOCABULARY_CHUNK):
+                logits = self._logits(rows, slice(start, start + _VOCABULARY_CHUNK))
+                logits = logits - logits.mean(dim=0) if centered else logits
+                gram += logits @ logits.T
+        gram = (gram + gram.T) / 2
+        norm = float(torch.linalg.matrix_norm(gram.double()))
+        if not np.isfinite(norm):
+            raise ValueError("the relation matrix is not finite")
+        values = gram / norm if norm > 0 else torch.zeros_like(gram)
+        return RelationMatrix(values.cpu().numpy().astype(np.float32), norm)
+
+    def stored(self) -> StoredHead:
+        """The head as a cache keeps it."""
+        bias = None if self.bias is None else self.bias.cpu().numpy()
+        return make_head(self.weight.cpu().numpy(), bias, scale=self.scale, soft_cap=self.soft_cap)
+
+    @cached_property
+    def _packed(self) -> Tensor | None:
+        """The matrix in oneDNN's layout, with which a CPU multiplies twice as fast; None elsewhere. Made once."""
+        if self.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return None
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight, _CPU_ROWS)
+
+    @cached_property
+    def _weight_gram(self) -> Tensor:
+        """W^T W, (d, d): once for each teacher."""
+        return self.weight.T @ self.weight
+
+
+@dataclass(frozen=True)
+class HeadPlace:
+    """Where a checkpoint keeps its output head, and what happens to the logits after it."""
+
+    weight: str  # names of tensors
+    bias: str | None
+    scale: float
+    soft_cap: float | None
+
+
+def find_head(folder: Path, *, vocab_size: int) -> HeadPlace:
+    """The output head of a checkpoint; no weights are read unless the config calls it tied and it is there.
+
+    A tied head is the input embedding. StillhouseError: no head, a quantised one, one whose shape does not fit the
+    vocabulary or the hidden states, one that is called tied and differs from the embedding, or logits that are
+    made in a way that is not known here.
+    """
+    config = checkpoint.read_json(folder / "config.json")
+    settings = checkpoint.text_settings(config)
+    files = checkpoint.tensor_files(folder)
+    _refuse_packed(folder, files, _HEAD)
+    heads, embeddings = _ending(files, _HEAD), _ending(files, _EMBEDDING)
+    flags = [part.get("tie_word_embeddings") for part in (config, settings)]
+    found = heads or ([] if False in flags and True not in flags else embeddings)
+    if len(found) != 1:
+        raise StillhouseError(
+            f"{folder}: expected one output head ({_HEAD}, or {_EMBEDDING} where they are tied), "
+            f"found {', '.join(found) or 'none'}"
+        )
+    name = found[0]
+    _refuse_packed(folder, files, name)
+    num_rows = _rows_of_plain_matrix(folder, files, name, hidden_size=settings.get("hidden_size"))
+    if num_rows < vocab_size:
+        raise StillhouseError(
+            f"{folder}: the output head has {num_rows} rows, the tokenizer {vocab_size} tokens; "
+            "some of its tokens can never be predicted: give it the tokenizer that it was trained with"
+        )
+    is_tied = bool(settings.get("tie_word_embeddings")) and len(embeddings) == 1
+    if heads and is_tied and not _are_equal(files, name, embeddings[0]):
+        raise StillhouseError(
+            f"{folder}: config.json says tie_word_embeddings, but {name} and {embeddings[0]} differ; "
+            "engines disagree about such a checkpoint: set the one that is meant"
+        )
+    bias = f"{name.removesuffix('weight')}bias" if heads else ""
+    return HeadPlace(name, bias if bias in files else None, *_after_the_head(folder, settings))
+
+
+def read_head(folder: Path, *, vocab_size: int, device: str = "cpu") -> OutputHead:
+    """The output head of a checkpoint, its rows beyond `vocab_size` (the tokenizer's real one) cut off.
+
+    StillhouseError: see find_head.
+    """
+    place = find_head(folder, vocab_size=vocab_size)
+    files = checkpoint.tensor_files(folder)
+    return OutputHead(
+        weight=_read(files, place.weight, vocab_size).to(device),
+        bias=None if place.bias is None else _read(files, place.bias, vocab_size).to(device),
+        scale=place.scale,
+        soft_cap=place.soft_cap,
+    )
+
+
+def _after_the_head(folder: Path, settings: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Scale and soft-cap of the logits. StillhouseError where a model does something else to them."""
+    kind = settings.get("model_type")
+    strange = [name for name in _UNKNOWN_SETTINGS if settings.get(name)]
+    reason = _UNKNOWN_KINDS.get(str(kind)) or (f"its config.json has {', '.join(strange)}" if strange else None)
+    if reason is not None:
+        raise StillhouseError(f"{folder}: {kind} makes its logits in a way that the dump does not know: {reason}")
+    scale = settings.get("logit_scale")  # Cohere; MPT may have a word there
+    if scale is None:
+        scale = settings.get("lm_head_multiplier")  # Falcon-H1
+    if scale is None:
+        divisor = settings.get("logits_scaling") or 1.0  # Granite
+        scale = divisor if kind == "hyperclovax" else 1.0 / divisor  # which multiplies by what has the same name
+    soft_cap = settings.get("final_logit_softcapping", settings.get("logits_soft_cap"))  # Gemma; RecurrentGemma
+    for value in (scale, 1.0 if soft_cap is None else soft_cap):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
+            raise StillhouseError(f"{folder}: config.json: a logit scale or soft-cap is {value!r}, expected a number")
+    return float(scale), None if soft_cap is None else float(soft_cap)
+
+
+def _refuse_packed(folder: Path, files: Mapping[str, Path], weight: str) -> None:
+    """StillhouseError for tensors beside a matrix that say how it is packed: scales, zero points, a `qweight`."""
+    stem = weight.removesuffix("weight")
+    plain = (weight, f"{stem}bias")
+    beside = [name for name in files if (name.startswith(stem) or f".{stem}" in name) and not name.endswith(plain)]
+    if beside:
+        raise StillhouseError(
+            f"{folder}: the output head has {', '.join(sorted(beside))}, expected nothing but weight and bias; "
+            "a quantised or adapted head is not read: quantise the teacher with its head left out "
+            "(modules_to_not_convert or ignore: [lm_head]), or merge its adapter"
+        )
+
+
+def _rows_of_plain_matrix(folder: Path, files: Mapping[str, Path], name: str, *, hidden_size: Any) -> int:
+    """Rows of a matrix of floats as wide as the hidden states. StillhouseError for anything else."""
+    header = checkpoint.read_header(files[name])[name]
+    if header["dtype"] not in _PLAIN_DTYPES:
+        raise StillhouseError(
+            f"{folder}: {name} is stored as {header['dtype']}, expected one of {', '.join(_PLAIN_DTYPES)}; "
+            "its scale is not read: dump the checkpoint whose output head is not quantised"
+        )
+    shape = header["shape"]
+    if len(shape) != 2 or (isinstance(hidden_size, int) and shape[1] != hidden_size):
+        raise StillhouseError(
+            f"{folder}: {name} has the shape {shape}, expected [vocabulary, {hidden_size or 'hidden_size'}] "
+            "(hidden_size of config.json)"
+        )
+    return shape[0]
+
+
+def _ending(files: Mapping[str, Path], suffix: str) -> list[str]:
+    return [name for name in files if name == suffix or name.endswith(f".{suffix}")]
+
+
+def _read(files: Mapping[str, Path], name: str, num_rows: int) -> Tensor:
+    with safe_open(files[name], framework="pt") as tensors:
+        return tensors.get_slice(name)[:num_rows].to(torch.float32).contiguous()
+
+
+def _are_equal(files: Mapping[str, Path], one: str, other: str) -> bool:
+    """Whether two matrices of a checkpoint are the same; a stretch of rows at a time."""
+    with safe_open(files[one], framework="pt") as ours, safe_open(files[other], framework="pt") as theirs:
+        left, right = ours.get_slice(one), theirs.get_slice(other)
+        if left.get_shape() != right.get_shape():
+            return False
+        starts = range(0, left.get_shape()[0], _VOCABULARY_CHUNK)
+        return all(torch.equal(*(part[at : at + _VOCABULARY_CHUNK] for part in (left, right))) for at in starts)

@@ -1,0 +1,55 @@
+"""The pixel check: proves that an engine's own processor makes the values that the teacher's processor makes.
+
+An engine may turn, flatten or resize images by itself, or load a processor of another library. Students take the
+processor's values, so any other ones in the engine would be learnt as if they were the picture.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storage.errors import StillhouseError
+from storage.images.pixels import Picture
+from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.teachers.teacher import ShowsPixels, Teacher
+
+_log = logging.getLogger(__name__)
+
+
+def check_pixel_values(engine: Teacher, processor: Any, samples: Sequence[Prepared], *, image_token_id: int) -> int:
+    """How many images of some samples were compared; none for an engine that does not show its values.
+
+    StillhouseError: a value differs. Values that lie in another form are logged, not refused.
+    """
+    if not isinstance(engine, ShowsPixels):
+        return 0
+    num_compared = 0
+    for sample in samples:
+        if not sample.images:
+            continue
+        for image, theirs in zip(sample.images, engine.pixel_values(sample.prompt), strict=True):
+            ours = _values(processor, image.pixels, image_token_id)
+            if theirs is None or ours is None or theirs.numel() != ours.numel():
+                _log.warning("%s: the engine's pixel values have another form, and were not compared", image.path)
+                continue
+            ours, theirs = ours.flatten().to(theirs.dtype), theirs.flatten()
+            if not torch.equal(ours, theirs):
+                largest = float((ours.double() - theirs.double()).abs().max())
+                raise StillhouseError(
+                    f"image {image.path!r}: the engine's pixel values differ from those of the teacher's processor by "
+                    f"up to {largest:.2g}, expected the same to the bit; a student would see other pictures than the "
+                    "teacher. Does its image processor use another library? (dump.blind_check_samples=0 skips this "
+                    "check)"
+                )
+            num_compared += 1
+    return num_compared
+
+
+def _values(processor: Any, picture: Picture, image_token_id: int) -> Tensor | None:
+    token = processor.tokenizer.convert_ids_to_tokens(image_token_id)
+    return processor(images=[picture], text=[token], return_tensors="pt").get("pixel_values")

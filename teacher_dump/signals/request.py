@@ -1,0 +1,37 @@
+"""What is to be made of the samples: the families, and which entries of their rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from teacher_dump.signals.selection import Selection
+
+
+@dataclass(frozen=True)
+class RowRequest:
+    """Which entries of a family's rows are kept, and the seed of their draws."""
+
+    selection: Selection
+    seed: int
+    temperatures: tuple[float, ...] = ()  # besides 1
+    draw_sets: int = 1  # independent draws a row
+
+
+@dataclass(frozen=True)
+class SignalRequest:
+    """The families to make; None for one that is not wanted."""
+
+    response: RowRequest | None = None
+    visual: RowRequest | None = None
+    relation_centered: bool | None = None
+    relation_pool: int | None = None  # side of the blocks that relation matrices are averaged over
+    hidden_limit: float | None = None  # the largest hidden state that the cache's encoding holds
+    sequence: bool = False  # logprobs of whole answers
+    images: bool = False  # keep the images' files
+    rows_per_chunk: int = 1024
+    measured_parts: frozenset[int] = frozenset()  # that keep the sum of their tails and the teacher's noise
+
+    @property
+    def needs_teacher(self) -> bool:
+        signals = (self.response, self.visual, self.relation_centered, self.hidden_limit)
+        return self.sequence or any(signal is not None for signal in signals)

@@ -1,0 +1,1 @@
+"""The teacher model: vLLM, transformers, its checkpoint and fingerprint. Uses prompts."""

