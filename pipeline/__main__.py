@@ -71,15 +71,12 @@ def _run_verb(argv: Sequence[str] | None) -> int:
     except StillhouseError as error:
         print(f"stillhouse: {error}", file=sys.stderr)
         return 1
-    except Exception as error:  # a disk may be full wherever a library writes
-        from storage.backends.disk import describe_full_disk
+    except Exception as error:
+        from storage.backends.disk import report_full_disk
 
-        message = describe_full_disk(error)
-        if message is None:
-            raise
-        print(f"stillhouse: {message}", file=sys.stderr)
+        code = report_full_disk(error, prefix="stillhouse: ")
         drop_output(sys.stdout)  # of which the rest would fail likewise, if it goes to that disk
-        return 1
+        return code
     return 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.backends.disk import describe_full_disk
+from storage.backends.disk import report_full_disk
 from storage.backends.lock import Lock
 from storage.config import CacheSection
 from storage.config_loader import Named, Sections, read_sections
@@ -58,12 +58,8 @@ def main(arguments: Sequence[str], *, started: float) -> int:
         if is_first or getattr(error, "of_this_rank", False):
             sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
-    except Exception as error:  # a disk may be full wherever a library writes
-        message = describe_full_disk(error)
-        if message is None:
-            raise
-        sys.stderr.write(f"error: {message}\n")
-        return 1
+    except Exception as error:
+        return report_full_disk(error)
     return 0
 
 

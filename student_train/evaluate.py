@@ -16,7 +16,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from storage.backends.disk import describe_full_disk
+from storage.backends.disk import report_full_disk
 from storage.config import CacheSection
 from storage.config_loader import read_sections
 from storage.errors import ConfigError, StillhouseError
@@ -47,12 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StillhouseError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
-    except Exception as error:  # a disk may be full wherever a library writes
-        message = describe_full_disk(error)
-        if message is None:
-            raise
-        sys.stderr.write(f"error: {message}\n")
-        return 1
+    except Exception as error:
+        return report_full_disk(error)
     sys.stdout.write(f"{options.model}: exact match {document['exact_match']:.1%} of {document['num_answers']}\n")
     return 0
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from storage.backends.disk import describe_full_disk
+from storage.backends.disk import report_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.search_path import check_current_folder
 from storage.processes.standard_streams import drop_output, open_closed_streams
@@ -73,12 +73,8 @@ def _dump(arguments: Sequence[str] | None) -> int:
     except StillhouseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Exception as error:  # a disk may be full wherever a library writes
-        message = describe_full_disk(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        return report_full_disk(error)
     return 0
 
 

@@ -30,7 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from examples.digits.claims import CHECKLIST, KINDS, ask_whether, checklist, lookalikes, misread
 from examples.digits.mosaics import CATEGORIES, WORDS, Originals, ask, draw_mosaics, load_originals, miswrite
-from storage.backends.disk import describe_full_disk
+from storage.backends.disk import report_full_disk
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,4 @@ if __name__ == "__main__":
     try:
         main()
     except Exception as error:
-        if (message := describe_full_disk(error)) is None:
-            raise
-        sys.exit(f"error: {message}")
+        sys.exit(report_full_disk(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,18 @@ def describe_full_disk(error: BaseException, places: Iterable[str | Path] = ()) 
     low = [f"{place or Path.cwd()} has {format_bytes(free)} free" for place, free in _low(candidates)]
     where = f" ({', '.join(low)})" if low else ""
     return f"a file cannot be written: {_words(found)}{where}; free space there, and run the same command again"
+
+
+def report_full_disk(error: Exception, *, prefix: str = "error: ") -> int:
+    """Writes the sentence of `describe_full_disk` to stderr and returns exit code 1; raises every other error again.
+
+    For the end of a command: a disk may be full wherever a library writes.
+    """
+    message = describe_full_disk(error)
+    if message is None:
+        raise error
+    sys.stderr.write(f"{prefix}{message}\n")
+    return 1
 
 
 def hint_of_full_disk(path: str | Path) -> str:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.backends.disk import describe_full_disk
+from storage.backends.disk import report_full_disk
 from storage.backends.folder import write_atomically
 from storage.config import CacheSection
 from storage.errors import ConfigError, StillhouseError
@@ -337,12 +337,8 @@ def main(arguments: Sequence[str]) -> int:
     except StillhouseError as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, ConfigError) else 1
-    except Exception as error:  # a disk may be full wherever a library writes
-        message = describe_full_disk(error)
-        if message is None:
-            raise
-        sys.stderr.write(f"{message}\n")
-        return 1
+    except Exception as error:
+        return report_full_disk(error, prefix="")
     return 0
 
 

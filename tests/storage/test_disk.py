@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.backends.disk import check_writable, describe_full_disk, existing_parent, explain_write_errors, free_bytes
+from storage.backends.disk import (
+    check_writable,
+    describe_full_disk,
+    existing_parent,
+    explain_write_errors,
+    free_bytes,
+    report_full_disk,
+)
 from storage.backends.folder import write_atomically
 from storage.errors import ConfigError, StillhouseError, WriteError
 from tests.small_disk import small_disk
@@ -66,6 +73,21 @@ def test_a_full_disk_is_found_among_the_causes() -> None:
         message = describe_full_disk(error)
     assert message is not None
     assert message.startswith("/disk/file: cannot be written: No space left on device")
+
+
+def test_a_command_ends_with_the_sentence_of_a_full_disk_and_raises_other_errors(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
+    assert report_full_disk(full) == 1
+    assert report_full_disk(full, prefix="stillhouse: ") == 1
+    for line, prefix in zip(capsys.readouterr().err.splitlines(), ("error: ", "stillhouse: "), strict=True):
+        assert line.startswith(f"{prefix}/disk/file: cannot be written: No space left on device")
+    other = KeyError("no")
+    with pytest.raises(KeyError) as raised:
+        report_full_disk(other)
+    assert raised.value is other
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_that_is_not_there_yet_is_looked_at_through_its_parents(tmp_path: Path) -> None:
