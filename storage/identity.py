@@ -90,6 +90,11 @@ def stored_pixels(identity: Identity) -> PixelSettings:
     return identity.pixels or OLD_PIXELS
 
 
+def stored_template_arguments(identity: Identity) -> dict[str, Any]:
+    """The arguments that the chat template was given when the conversations were rendered."""
+    return dict(identity.selection.get("tokens", {}).get("chat_template_arguments", {}))
+
+
 def stored_relation(identity: Identity) -> RelationSection:
     """How a cache's relation matrices are encoded."""
     return RelationSection.model_validate(identity.selection.get("relation", {}))

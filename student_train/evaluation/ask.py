@@ -61,7 +61,10 @@ def _prompt(processor: Any, checkpoint: Checkpoint, image: Path, question: str) 
     content = [{"type": "image"}, {"type": "text", "text": question}]
     try:
         text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
+            **checkpoint.template_arguments,
         )
     except Exception as error:  # templates raise whatever they like through Jinja
         raise StillhouseError(f"{checkpoint.folder}: the chat template refuses it: {error}") from error
@@ -95,7 +98,7 @@ def _written_stop_ids(processor: Any, checkpoint: Checkpoint) -> set[int]:
     items = {role: [{"type": "text", "text": text}] for role, text in (("user", "a"), ("assistant", "0"))}
     messages = [{"role": role, "content": content} for role, content in items.items()]
     try:
-        text = processor.apply_chat_template(messages, tokenize=False)
+        text = processor.apply_chat_template(messages, tokenize=False, **checkpoint.template_arguments)
     except Exception:  # templates raise whatever they like; this one needs an image
         return set()
     closing = text.rpartition("0")[2].lstrip()

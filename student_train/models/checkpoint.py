@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from storage.errors import ConfigError, StillhouseError
 from storage.images.settings import PIXELS_FILE, PixelSettings, write_pixel_settings
 from student_train.models.huggingface import holds_nothing
 from student_train.models.sparse_upcycling import experts_apart
+from student_train.template_arguments import write_template_arguments
 
 _WEIGHTS = "model{suffix}.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -39,7 +41,7 @@ _LEGACY = (
 )
 _OLD = "-old"  # ends the name of a folder that makes room for another
 _LEGACY_TYPES = ("llava", "llava_onevision")
-PROCESSOR_FILES = (  # tokenizer, chat template, image preprocessing
+PROCESSOR_FILES = (  # tokenizer, chat template with its arguments, image preprocessing
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
     "*.tiktoken", "chat_template*", "additional_chat_templates/*", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json", PIXELS_FILE,
@@ -54,14 +56,15 @@ def save_checkpoint(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     pixels: PixelSettings | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
     beside: Callable[[Path], object] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> Path:
     """Make `folder` a checkpoint of a model with the tokenizer and processor of `processor_source`.
 
     Either the old folder or the new one is there, never a mixture; other files in it stay. `state_dict`: the
-    model's whole weights, where its parameters are sharded. `pixels`: what it was trained with; None: as the source
-    says. `beside` writes more into the new folder.
+    model's whole weights, where its parameters are sharded. `pixels` and `template_arguments`: what it was trained
+    with; None: as the source says. `beside` writes more into the new folder.
     StillhouseError: no tokenizer in the source; WriteError: a full disk, a folder that cannot be written.
     """
     folder = Path(folder)
@@ -71,7 +74,8 @@ def save_checkpoint(
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
         new.mkdir()
-        _fill_and_swap(model, folder, new, processor_source, weights, pixels, beside, max_shard_bytes)
+        write_settings = partial(_write_settings, pixels, template_arguments, beside)
+        _fill_and_swap(model, folder, new, processor_source, weights, write_settings, max_shard_bytes)
     return folder
 
 
@@ -81,8 +85,7 @@ def _fill_and_swap(
     new: Path,
     processor_source: str | Path,
     weights: Mapping[str, Tensor],
-    pixels: PixelSettings | None,
-    beside: Callable[[Path], object] | None,
+    write_settings: Callable[[Path], object],
     max_shard_bytes: int,
 ) -> None:
     """Make the empty folder `new` a checkpoint and put it in the place of `folder`, or delete it."""
@@ -94,14 +97,25 @@ def _fill_and_swap(
             _write_config(model, new)
             _write_weights(model, weights, new, max_shard_bytes)
         copy_processor(processor_source, new)
-        if pixels is not None:
-            write_pixel_settings(pixels, new)
-        if beside is not None:
-            beside(new)
+        write_settings(new)
         _replace_folder(folder, new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def _write_settings(
+    pixels: PixelSettings | None,
+    template_arguments: Mapping[str, Any] | None,
+    beside: Callable[[Path], object] | None,
+    folder: Path,
+) -> None:
+    if pixels is not None:
+        write_pixel_settings(pixels, folder)
+    if template_arguments is not None:
+        write_template_arguments(template_arguments, folder)
+    if beside is not None:
+        beside(folder)
 
 
 def check_room(num_bytes: int, folder: Path) -> None:

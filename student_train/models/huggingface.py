@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import StillhouseError
 from storage.images.settings import BACKEND, PIXELS_FILE, PixelSettings, read_pixel_settings
+from student_train.template_arguments import ARGUMENTS_FILE, read_template_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,18 +91,28 @@ def load_image_processor(folder: str | Path) -> Any:
 
 def load_pixel_settings(folder: str | Path) -> PixelSettings | None:
     """The pixels that a checkpoint was trained with, None where it does not say. StillhouseError: a broken file."""
-    if not Path(folder).is_dir():  # a hub id, whose files are fetched one by one
-        file = transformers_module().utils.cached_file(
-            str(folder),
-            PIXELS_FILE,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if file is None:
-            return None
-        folder = Path(file).parent
-    return read_pixel_settings(folder)
+    place = _folder_with(folder, PIXELS_FILE)
+    return None if place is None else read_pixel_settings(place)
+
+
+def load_template_arguments(folder: str | Path) -> dict[str, Any]:
+    """The chat template's arguments that a checkpoint was trained with. StillhouseError: a broken file."""
+    place = _folder_with(folder, ARGUMENTS_FILE)
+    return {} if place is None else read_template_arguments(place)
+
+
+def _folder_with(folder: str | Path, name: str) -> Path | None:
+    """The local folder of a checkpoint's optional file; None for a hub id whose repository has no such file."""
+    if Path(folder).is_dir():
+        return Path(folder)
+    file = transformers_module().utils.cached_file(  # the files of a hub id are fetched one by one
+        str(folder),
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if file is None else Path(file).parent
 
 
 def load_processor(folder: str | Path) -> Any:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from student_train.models.huggingface import (
     load_image_processor,
     load_pixel_settings,
     load_processor,
+    load_template_arguments,
     load_tokenizer,
     load_weights,
 )
@@ -65,6 +66,7 @@ class Checkpoint:
     grid: Grid
     pixels: PixelSettings | None = None  # that it was trained with, where it says so
     notes: tuple[str, ...] = ()  # see `check_fit`
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)  # of the chat template, as it was trained
 
     @property
     def is_llava(self) -> bool:
@@ -90,10 +92,10 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             "no causal decoder; a student is one of these"
         )
     text = config.get_text_config()
-    for field, harmless in _CHANGED_LOGITS.items():
-        if getattr(text, field, harmless) not in (None, harmless):
+    for name, harmless in _CHANGED_LOGITS.items():
+        if getattr(text, name, harmless) not in (None, harmless):
             raise ConfigError(
-                f"{folder}: has {field} = {getattr(text, field)}; the losses take logits as the head makes them, so "
+                f"{folder}: has {name} = {getattr(text, name)}; the losses take logits as the head makes them, so "
                 "such a student cannot be trained"
             )
     tokenizer = load_tokenizer(folder)
@@ -110,7 +112,15 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         pad_token_id=0 if pad is None else pad,
         max_length=text.max_position_embeddings,
     )
-    return Checkpoint(str(folder), config, tokenizer, image_processor, grid, load_pixel_settings(folder))
+    return Checkpoint(
+        str(folder),
+        config,
+        tokenizer,
+        image_processor,
+        grid,
+        load_pixel_settings(folder),
+        template_arguments=load_template_arguments(folder),
+    )
 
 
 def _image_inputs(config: Any, folder: str | Path) -> tuple[ImageInputs, int | None]:

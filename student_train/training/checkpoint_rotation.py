@@ -44,6 +44,7 @@ class KeptCheckpoints:
     stage: StageSection  # resolved
     average: WeightAverage | None = None
     pixels: PixelSettings | None = None  # that it trains on; None: its caches hold no images
+    template_arguments: Mapping[str, Any] | None = None  # of its cache's conversations; None: those of stage.init
 
     @property
     def _folder(self) -> Path:
@@ -92,7 +93,15 @@ class KeptCheckpoints:
                 adapters, base = weights, self.stage.init
                 beside = partial(_save_adapter, adapters, section, base)
                 weights = lora.merged(weights, section)
-            save_checkpoint(self.model, folder, self.stage.init, state_dict=weights, pixels=self.pixels, beside=beside)
+            save_checkpoint(
+                self.model,
+                folder,
+                self.stage.init,
+                state_dict=weights,
+                pixels=self.pixels,
+                template_arguments=self.template_arguments,
+                beside=beside,
+            )
 
 
 def _save_adapter(weights: Mapping[str, Any], section: Any, base: str, folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from storage.errors import ConfigError, StillhouseError, WriteError
-from storage.identity import stored_pixels
+from storage.identity import stored_pixels, stored_template_arguments
 from storage.processes.stop_signals import hold_signals
 from student_train.config import StageSection
 from student_train.data.batch_schedule import num_micro_batches
@@ -175,7 +175,12 @@ def train(
         training=feed(material),
         held_out=None if held_out is None else feed(held_out),
         checkpoints=KeptCheckpoints(
-            engine, model, stage, average, stored_pixels(identity) if identity.image_token_id >= 0 else None
+            engine,
+            model,
+            stage,
+            average,
+            stored_pixels(identity) if identity.image_token_id >= 0 else None,
+            stored_template_arguments(identity),
         ),
         state=StageState.of(output, name, inputs, num_ranks=process.num_ranks),
     )

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storage.errors import ConfigError
+from storage.errors import ConfigError, StillhouseError
 from storage.images.settings import OLD_PIXELS, PixelSettings, write_pixel_settings
 from student_train.evaluation.ask import _prompt, _written_stop_ids, answer
 from student_train.models.huggingface import load_processor
 from student_train.models.loading import read_checkpoint
+from student_train.template_arguments import ARGUMENTS_FILE, write_template_arguments
 from tests.storage.images.picture_files import LAID, encoded, random_rgb, turned_file
-from tests.tiny import make_tiny_llava
+from tests.tiny import CHAT_TEMPLATE, make_tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,41 @@ def test_a_question_begins_and_ends_as_the_tokenizer_and_the_template_say(model:
     assert checkpoint.tokenizer.decode(ids).startswith("<|endoftext|><|im_start|>user")
     checkpoint.tokenizer.eos_token = "<|endoftext|>"
     assert _written_stop_ids(processor, checkpoint) == {turn}
+
+
+def test_a_question_is_rendered_with_the_arguments_that_the_student_was_trained_with(
+    model: Path, image: Path, tmp_path: Path
+) -> None:
+    """The template opens a think block, and ends answers by another token, unless it is told not to."""
+    folder = shutil.copytree(model, tmp_path / "thinking")
+    opened = CHAT_TEMPLATE.replace(
+        "<|im_start|>assistant\n{% endif",
+        "<|im_start|>assistant\n{% if enable_thinking is not false %}hmm {% endif %}{% endif",
+    )
+    template = opened.replace("<|im_end|>\n", "{{ '<|im_end|>' if enable_thinking is false else '<|endoftext|>' }}\n")
+    assert len({CHAT_TEMPLATE, opened, template}) == 3
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    def prompt_and_stops() -> tuple[str, set[str]]:
+        checkpoint, processor = read_checkpoint(folder), load_processor(folder)
+        stops = checkpoint.tokenizer.convert_ids_to_tokens(list(_written_stop_ids(processor, checkpoint)))
+        ids = _prompt(processor, checkpoint, image, "what?").token_ids
+        return checkpoint.tokenizer.decode(ids), set(stops)
+
+    text, stops = prompt_and_stops()
+    assert text.endswith("assistant\nhmm ")
+    assert stops == {"<|endoftext|>"}
+    write_template_arguments({"enable_thinking": False}, folder)
+    text, stops = prompt_and_stops()
+    assert text.endswith("assistant\n")
+    assert stops == {"<|im_end|>"}
+    write_template_arguments({"enable_thinking": False, "unknown": 1}, folder)  # which this template does not read
+    assert isinstance(answer(folder, image, "what colour is the left half?", max_new_tokens=3), str)
+
+
+@pytest.mark.parametrize(("content", "message"), [("[1]", "holds list, expected an object"), ("{", "is not JSON")])
+def test_broken_template_arguments_are_named(model: Path, tmp_path: Path, content: str, message: str) -> None:
+    folder = shutil.copytree(model, tmp_path / "broken")
+    (folder / ARGUMENTS_FILE).write_text(content)
+    with pytest.raises(StillhouseError, match=rf"{ARGUMENTS_FILE}: {message}"):
+        read_checkpoint(folder)

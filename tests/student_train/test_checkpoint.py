@@ -13,6 +13,7 @@ from storage.errors import StillhouseError
 from student_train.models.checkpoint import legacy_name, put_back, save_checkpoint
 from student_train.models.huggingface import load_processor, transformers_module
 from student_train.models.loading import load_student, read_checkpoint
+from student_train.template_arguments import read_template_arguments
 from tests.tiny import make_tiny_llava
 
 CPU = torch.device("cpu")
@@ -49,6 +50,19 @@ def test_a_saved_model_gives_the_same_logits(model: Any, checkpoint: Path, tmp_p
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlavaForConditionalGeneration"]
+
+
+def test_a_checkpoint_names_the_template_arguments_that_it_was_trained_with(
+    model: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    thinking = {"enable_thinking": True}
+    first = save_checkpoint(model, tmp_path / "first", checkpoint, template_arguments=thinking)
+    assert read_template_arguments(first) == read_checkpoint(first).template_arguments == thinking
+    copied = save_checkpoint(model, tmp_path / "copied", first)
+    assert read_template_arguments(copied) == thinking
+    save_checkpoint(model, copied, copied, template_arguments={})  # then trained on a cache that was given none
+    assert read_template_arguments(copied) == {}
+    assert not (copied / "chat_template_arguments.json").exists()
 
 
 def test_tensors_have_the_names_that_vllm_reads(model: Any, checkpoint: Path, tmp_path: Path) -> None:

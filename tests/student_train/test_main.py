@@ -17,6 +17,7 @@ from student_train import evaluate
 from student_train.config import EvaluationSection, SourceSection
 from student_train.evaluation.ask import answer
 from student_train.evaluation.evaluate import evaluate_model
+from student_train.template_arguments import read_template_arguments
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import assert_same_course, metrics
@@ -36,6 +37,7 @@ class Without:
         return getattr(self.finder, "find_distributions", lambda *a, **k: ())(*arguments, **options)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 '''
+GIVEN = {"tokenisation": 2, "chat_template_arguments": {"enable_thinking": False}}
 Make = Callable[..., Runner]
 
 
@@ -58,7 +60,9 @@ def alone(make_runner: Make, checkpoint: Path, tmp_path_factory: pytest.TempPath
     broken, small = tmp_path_factory.mktemp("broken"), tmp_path_factory.mktemp("small")
     tiny = {"num_images": 2, "splits": ("train",)}
     broken_cache = make_cache(broken, checkpoint, num_samples=4, **tiny)
-    small_cache = make_cache(small, checkpoint, num_samples=6, k=None, tau=0.02, **tiny)
+    method = {"method": "threshold", "tau": 0.02}
+    selection = {"response": method, "visual": method, "relation": {"centered": False}, "tokens": GIVEN}
+    small_cache = make_cache(small, checkpoint, num_samples=6, k=None, tau=0.02, selection=selection, **tiny)
     Image.new("RGB", (32, 32)).save(broken / "images" / "train-1.png")
     memory = {
         "cache": str(small_cache), "steps": 120, "global_batch": 6, "micro_batch": 2, "zero_stage": 0,
@@ -86,6 +90,7 @@ def test_a_student_trains_where_the_teacher_s_packages_are_absent(alone: Alone) 
         "metrics.jsonl", "summary.json", "deepspeed.log",
     }  # fmt: skip
     assert read_pixel_settings(folder) == PixelSettings()  # those of the cache
+    assert read_template_arguments(folder) == {}
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -132,6 +137,7 @@ def test_any_number_of_ranks_and_nodes_trains_as_one(
 
 def test_a_trained_student_answers(alone: Alone) -> None:
     folder, path = alone.output("memory"), alone.small_cache
+    assert read_template_arguments(folder) == GIVEN["chat_template_arguments"]  # those of its cache
     document = json.loads((folder / "evaluation.json").read_text())
     assert document["exact_match"] == 1.0
     cache = Cache.open(path, ())
