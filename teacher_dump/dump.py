@@ -17,6 +17,7 @@ from storage.layout.segments import (
     NewSegment,
     Segment,
     find_segment,
+    has_cache,
     is_committed,
     is_complete,
     read_segments,
@@ -31,6 +32,7 @@ from teacher_dump.estimates.budget_choice import with_budget
 from teacher_dump.execution.assignment import worker_settings
 from teacher_dump.execution.progress import DumpSummary, error_kinds
 from teacher_dump.execution.writing import write_parts
+from teacher_dump.planning.answer_files import ANSWERS_FOLDER
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump, plan_questions
 from teacher_dump.planning.retry import choose_failed, retry_identity, retry_plan
 from teacher_dump.settings import DumpSettings
@@ -76,9 +78,9 @@ def run_dump(settings: DumpSettings, *, retry_errors: bool = False, progress: bo
     Errors: ConfigError; IdentityError where another cache lies in the place; StillhouseError, among others
     when more samples fail than dump.max_error_fraction allows (the cache then stays unsealed).
     """
-    settings = _answered(settings, progress=progress)
+    asked, settings = settings, _answered(settings, retry_errors=retry_errors, progress=progress)
     planned, cache = with_budget(plan_dump(settings), settings), settings.cache
-    retried, summary = _retry(planned, settings, progress=progress) if retry_errors else (None, None)
+    retried, summary = _retry(planned, settings, asked, progress=progress) if retry_errors else (None, None)
     finished: set[int] = set()
     for each in _plans(planned, settings):
         while (writer := _open_writer(each, settings)).segment.number not in finished:
@@ -108,10 +110,13 @@ def _plans(planned: DumpPlan, settings: DumpSettings) -> Iterator[DumpPlan]:
             yield retry_plan(retry, planned, settings)
 
 
-def _retry(planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> tuple[RetryOutcome, DumpSummary | None]:
+def _retry(
+    planned: DumpPlan, settings: DumpSettings, asked: DumpSettings, *, progress: bool
+) -> tuple[RetryOutcome, DumpSummary | None]:
     """Attempt failed samples of a plan again, after its parts were all written. Nothing is sealed yet.
 
-    A retry that lacks parts gets them, and no other is begun. Errors: as `run_dump`.
+    A retry that lacks parts gets them, and no other is begun. `asked`: the settings before the teacher answered.
+    Errors: as `run_dump`.
     """
     cache, folder = settings.cache, open_folder(settings.cache.path)
     writer, summary = _open_writer(planned, settings), None
@@ -128,6 +133,11 @@ def _retry(planned: DumpPlan, settings: DumpSettings, *, progress: bool) -> tupl
             f"{folder}; a retry needs them all"
         )
     begun = next((one for one in retries_of(segments, base) if not is_committed(folder, one)), None)
+    if begun is None and asked.data.responses == "teacher" and num_failed:
+        from teacher_dump.execution.repeated_questions import ask_again
+
+        names = {error.sample_id for errors in failed for error in errors}
+        ask_again(asked, plan_questions(asked), names, progress=progress)
     failed_ids = begun.failed_ids if begun is not None else choose_failed(planned, settings, failed)
     if failed_ids:
         writer = CacheWriter.begin_retry(
@@ -220,14 +230,23 @@ def _refuse_errors(
     )
 
 
-def _answered(settings: DumpSettings, *, progress: bool) -> DumpSettings:
-    """The settings of a dump over the answers that `data.responses` asks for, which are made if they are not there."""
+def _answered(settings: DumpSettings, *, retry_errors: bool, progress: bool) -> DumpSettings:
+    """The settings of a dump over the answers that `data.responses` asks for, which are made if they are not there.
+
+    ConfigError: a retry over a cache that was made from other answers.
+    """
     if settings.data.responses == "dataset":
         return settings
     from teacher_dump.execution import answers
 
     questions = plan_questions(settings)
     found = answers.answered_settings(settings, questions)
+    if found is None and retry_errors and not settings.cache.append and has_cache(open_folder(settings.cache.path)):
+        raise ConfigError(
+            f"{settings.cache.path}: a retry needs the answers that this cache was made from, and "
+            f"{settings.run / ANSWERS_FOLDER} has none to the questions of data.sources; undo what was changed besides "
+            "mending rows and images, or run the dump without --retry-errors, which asks all questions again"
+        )
     if found is None:
         answers.ask(settings, questions, progress=progress)
         found = answers.answered_settings(settings, questions)

@@ -24,6 +24,7 @@ class DumpSettings:
     dump: DumpSection
     cache: CacheSection
     answered: dict[str, Any] = field(default_factory=dict)  # how the answers were made, if they are the teacher's
+    answers: Path | None = None  # the folder of those answers
 
     @staticmethod
     def from_sections(sections: Sections) -> DumpSettings:

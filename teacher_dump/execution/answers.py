@@ -1,56 +1,49 @@
 """Answers of the teacher's own, for `data.responses: teacher`: asked for once, before the dump that scores them.
 
-```
-<run>/answers/<key>/part-00000.jsonl   the answered samples of a part of the questions' plan, written whole
-<run>/answers/<key>/<split>.jsonl      the data set that the dump reads in place of data.sources
-<run>/answers/<key>/answers.json       written last: the splits, the sampling
-```
-
-The key is a hash of questions, teacher, tokenisation and sampling. Whatever is there is not asked again, so a run that
-was stopped resumes. Ray starts `python -m teacher_dump.execution.answers JOB STRIPE NUM`: it answers every NUM-th part.
-An answer keeps its token ids, which its text need not spell; the text is for a person. An answer that does not end
-within `max_new_tokens`, or is empty, makes its sample an error.
+They lie in a folder of the run (teacher_dump/planning/answer_files.py). Whatever is there is not asked again, so a run
+that was stopped resumes; failed questions are asked again by `--retry-errors` alone (repeated_questions.py).
+Ray starts `python -m teacher_dump.execution.answers JOB STRIPE NUM`: it answers every NUM-th part of a job.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.backends.disk import report_full_disk
-from storage.backends.folder import write_atomically
 from storage.config import CacheSection
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.search_path import module_command
 from storage.processes.stop_signals import end_process, exit_code, explain, interruptible
-from storage.records.records import SampleError
-from teacher_dump.config import DataSection, DumpSection, SamplingSection, SourceSection, TeacherSection
-from teacher_dump.data.conversation import GENERATED_IDS
-from teacher_dump.data.plan import Part
-from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
+from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
 from teacher_dump.data.unread_fields import IGNORABLE
+from teacher_dump.execution.answerer import Answerer
 from teacher_dump.execution.assignment import worker_settings
 from teacher_dump.execution.log_file import quiet
 from teacher_dump.execution.writing import LOG_FILE
+from teacher_dump.planning.answer_files import (
+    ANSWERS_FOLDER,
+    DONE_FILE,
+    answers_key,
+    part_file,
+    read_lines,
+    write_lines,
+    write_text,
+)
 from teacher_dump.planning.dump_plan import DumpPlan, plan_questions
-from teacher_dump.prompts.prompt import IMAGE_MARKER
 from teacher_dump.settings import DumpSettings
 
 if TYPE_CHECKING:
-    from teacher_dump.prompts.preparation import Preparer
+    from teacher_dump.execution.worker import WorkerSettings
     from teacher_dump.teachers.teacher import Generator, TeacherPrompt
 
-_log = logging.getLogger(__name__)
-_PARTS, _DONE, _JOB = "part-{:05d}.jsonl", "answers.json", "job.json"
-_SAMPLES_PER_CALL = 32  # of the engine
-_SEED_BITS = 0x7FFF_FFFF  # engines take seeds of 31 bits
+JOB_FILE = "job.json"
 
 
 def answered_settings(settings: DumpSettings, questions: DumpPlan) -> DumpSettings | None:
@@ -58,9 +51,9 @@ def answered_settings(settings: DumpSettings, questions: DumpPlan) -> DumpSettin
 
     `questions`: the plan of `settings`.
     """
-    folder = _folder(settings, questions)
+    folder = answers_folder(settings, questions)
     try:
-        done = json.loads((folder / _DONE).read_bytes())
+        done = json.loads((folder / DONE_FILE).read_bytes())
     except FileNotFoundError:
         return None
     sources = tuple(
@@ -74,7 +67,7 @@ def answered_settings(settings: DumpSettings, questions: DumpPlan) -> DumpSettin
         for split, name in done["splits"]
     )
     data = settings.data.model_copy(update={"sources": sources, "responses": "dataset"})
-    return replace(settings, data=data, answered={"responses": "teacher", **done["sampling"]})
+    return replace(settings, data=data, answered={"responses": "teacher", **done["sampling"]}, answers=folder)
 
 
 def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -> None:
@@ -82,229 +75,124 @@ def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -
 
     StillhouseError: a process failed; what it had answered stays.
     """
+    folder = answers_folder(settings, questions)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = sum(not part_file(folder, part.number).exists() for part in questions.plan.parts)
+    if missing:
+        write_text(folder / JOB_FILE, json.dumps(job_of(settings)))
+        ask_in_processes(settings, folder / JOB_FILE, missing, f"the teacher answers {missing:,} parts" * progress)
+    _assemble(folder, settings, questions)
+
+
+def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message: str) -> None:
+    """Do a job of so many parts in as many processes as the dump has actors. `message`: for the terminal, if any.
+
+    StillhouseError: a process failed; what it had written stays.
+    """
     from teacher_dump import ray_jobs
 
-    folder = _folder(settings, questions)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = sum(not (folder / _PARTS.format(part.number)).exists() for part in questions.plan.parts)
-    if missing:
-        _write(folder / _JOB, json.dumps(_job(settings)))
-        count = min(settings.dump.actors.max, missing)
-        commands = [
-            ray_jobs.Command(
-                name=f"answers-{stripe}",
-                argv=(*module_command("teacher_dump.execution.answers"), str(folder / _JOB), str(stripe), str(count)),
-                log_path=settings.logs.resolve() / f"answers-{stripe}.log",
-                num_devices=ray_jobs.gpus_of_engine(settings.teacher.settings),
-            )
-            for stripe in range(count)
-        ]
-        with quiet(settings.logs / LOG_FILE) as screen:
-            if progress:
-                print(f"answers: the teacher answers {missing:,} parts; logs are in {settings.logs}", file=screen)
-            results = ray_jobs.run_commands(
-                commands,
-                settings.dump.cpus_per_actor,
-                settings.dump.gpus_per_actor,
-                address=settings.dump.ray_address,
-                logs=settings.logs,
-            )
-            with closing(results):
-                failed = [result for result in results if result.returncode]
-        if failed:
-            kind = ConfigError if failed[0].returncode == 2 else StillhouseError
-            raise kind(f"the teacher's answers: {_last_line(failed[0].log_path)} (see {failed[0].log_path})")
-    _assemble(folder, settings, questions)
+    count = min(settings.dump.actors.max, num_parts)
+    commands = [
+        ray_jobs.Command(
+            name=f"answers-{stripe}",
+            argv=(*module_command("teacher_dump.execution.answers"), str(job), str(stripe), str(count)),
+            log_path=settings.logs.resolve() / f"answers-{stripe}.log",
+            num_devices=ray_jobs.gpus_of_engine(settings.teacher.settings),
+        )
+        for stripe in range(count)
+    ]
+    with quiet(settings.logs / LOG_FILE) as screen:
+        if message:
+            print(f"answers: {message}; logs are in {settings.logs}", file=screen)
+        results = ray_jobs.run_commands(
+            commands,
+            settings.dump.cpus_per_actor,
+            settings.dump.gpus_per_actor,
+            address=settings.dump.ray_address,
+            logs=settings.logs,
+        )
+        with closing(results):
+            failed = [result for result in results if result.returncode]
+    if failed:
+        kind = ConfigError if failed[0].returncode == 2 else StillhouseError
+        raise kind(f"the teacher's answers: {_last_line(failed[0].log_path)} (see {failed[0].log_path})")
 
 
 def answer_parts(settings: DumpSettings, *, stripe: int, num_stripes: int) -> None:
     """Answer every `num_stripes`-th part that has no answers yet."""
-    from teacher_dump.execution.worker import open_generator, open_preparer
-    from teacher_dump.prompts.processor import load_processor
-
     questions = plan_questions(settings)
-    folder = _folder(settings, questions)
+    folder = answers_folder(settings, questions)
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [part for part in questions.plan.parts[stripe::num_stripes] if not _part_file(folder, part).exists()]
+    parts = questions.plan.parts[stripe::num_stripes]
+    todo = [part for part in parts if not part_file(folder, part.number).exists()]
     if not todo:
         return
+    answerer = open_answerer(settings, questions)
+    for part in todo:
+        write_lines(part_file(folder, part.number), answerer.rows(part))
+
+
+def open_answerer(settings: DumpSettings, questions: DumpPlan) -> Answerer:
+    """What asks the teacher of a plan of questions; its engine starts with the first question that can be asked."""
+    from teacher_dump.execution.worker import open_preparer
+    from teacher_dump.prompts.processor import load_processor
+
     worker = worker_settings(questions, settings)
     trust = bool(worker.engine_settings.get("trust_remote_code", False))
     processor = load_processor(worker.checkpoint, trust_remote_code=trust)
-    answerer = Answerer(
+    return Answerer(
         preparer=open_preparer(worker),
-        generator=open_generator(worker),
+        generator=_LateGenerator(worker),
         tokenizer=getattr(processor, "tokenizer", processor),
         image_token_id=worker.facts.image_token_id,
         eos_token_ids=worker.facts.eos_token_ids,
         sampling=settings.data.sampling,
         vocab_size=worker.facts.vocab_size,
     )
-    for part in todo:
-        rows = [json.dumps(row) for row in answerer.rows(part)]
-        _write(_part_file(folder, part), "".join(f"{row}\n" for row in rows))
 
 
-@dataclass(frozen=True)
-class Answerer:
-    """Asks a generating teacher the questions of samples, each with its own earlier answers before it."""
+class _LateGenerator:
+    """A generating engine that starts when it is asked something for the first time."""
 
-    preparer: Preparer
-    generator: Generator
-    tokenizer: Any
-    image_token_id: int
-    eos_token_ids: tuple[int, ...]
-    sampling: SamplingSection
-    vocab_size: int  # the tokenizer's real one; a padded head can say ids beyond it
+    def __init__(self, worker: WorkerSettings) -> None:
+        self._worker = worker
 
-    def rows(self, part: Part) -> Iterator[dict[str, Any]]:
-        """A part's samples as rows of a data set; one that has no answers says why."""
-        for error in part.errors:
-            yield {"split": None, "id": error.sample_id, "refused": error.reason}
-        for start in range(0, len(part.samples), _SAMPLES_PER_CALL):
-            samples = part.samples[start : start + _SAMPLES_PER_CALL]
-            errors: list[SampleError] = []
-            answered = {sample.id: sample for sample in self.answered(samples, errors)}
-            reasons = {error.sample_id: error.reason for error in errors}
-            for sample in samples:
-                row = {"split": sample.split, "id": sample.id, "category": sample.category}
-                if sample.id in answered:
-                    messages = [_message(turn) for turn in answered[sample.id].turns]
-                    yield {**row, "images": list(sample.images), "messages": messages}
-                else:
-                    yield {**row, "refused": reasons[sample.id]}
+    @cached_property
+    def _engine(self) -> Generator:
+        from teacher_dump.execution.worker import open_generator
 
-    def answered(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Sample]:
-        """The samples with every answer replaced by the teacher's; the others are added to `errors`."""
-        active = list(samples)
-        for number in range(max((len(sample.turns) for sample in samples), default=0)):
-            asked: list[tuple[int, TeacherPrompt]] = []
-            for place, sample in enumerate(active):
-                if number < len(sample.turns) and sample.turns[number].role == "assistant":
-                    try:
-                        asked.append((place, self._prompt(sample, number)))
-                    except SampleRefusedError as refusal:
-                        errors.append(SampleError(sample.id, str(refusal)))
-            seeds = [_seed(self.sampling.seed, active[place].id, number) for place, _ in asked]
-            answers = self._generate([prompt for _, prompt in asked], seeds)
-            for (place, _), answer in zip(asked, answers, strict=True):
-                try:
-                    if isinstance(answer, SampleRefusedError):
-                        raise answer
-                    turns = active[place].turns
-                    turn = replace(turns[number], text=self._text(answer, number), token_ids=tuple(answer))
-                    active[place] = replace(active[place], turns=(*turns[:number], turn, *turns[number + 1 :]))
-                except SampleRefusedError as refusal:
-                    errors.append(SampleError(active[place].id, str(refusal)))
-            failed = {error.sample_id for error in errors}
-            active = [sample for sample in active if sample.id not in failed]
-        return active
+        return open_generator(self._worker)
 
-    def _generate(self, prompts: Sequence[TeacherPrompt], seeds: Sequence[int]) -> list[list[int] | SampleRefusedError]:
-        """The tokens of each answer, or why there is none. When a call fails, its prompts are tried one by one."""
-        from teacher_dump.execution.device_failure import PromptRefusedError, is_device_failure
-
-        def generate(start: int, stop: int) -> list[list[int]]:
-            return self.generator.generate(
-                prompts[start:stop], sampling=self.sampling, seeds=seeds[start:stop], stop_ids=self.eos_token_ids
-            )
-
-        try:
-            return [*generate(0, len(prompts))]
-        except Exception as error:  # an engine raises its own kinds
-            if isinstance(error, StillhouseError) or is_device_failure(error):
-                raise
-            _log.warning("the teacher failed on %d prompts together: %s", len(prompts), error)
-        answers: list[list[int] | SampleRefusedError] = []
-        failure: Exception | None = None
-        for at in range(len(prompts)):
-            try:
-                answers += generate(at, at + 1)
-            except PromptRefusedError as error:
-                answers.append(SampleRefusedError(f"the teacher refuses this sample: {error}"))
-            except Exception as error:
-                if isinstance(error, StillhouseError) or is_device_failure(error):
-                    raise
-                failure = error
-                answers.append(SampleRefusedError(f"the teacher failed: {error}"))
-        if failure is not None and len(answers) > 1 and all(isinstance(one, SampleRefusedError) for one in answers):
-            raise StillhouseError(f"the teacher fails on every prompt; {failure}") from failure
-        return answers
-
-    def _prompt(self, sample: Sample, number: int) -> TeacherPrompt:
-        """What the teacher sees before its answer at turn `number`: the ids up to where an answer would start."""
-        from teacher_dump.teachers.teacher import TeacherPrompt
-
-        turns = (*sample.turns[:number], Turn("assistant", "", token_ids=self.eos_token_ids[:1]))
-        has_markers = any(IMAGE_MARKER in turn.text for turn in sample.turns)
-        shown = sum(turn.text.count(IMAGE_MARKER) for turn in turns) if has_markers else len(sample.images)
-        prepared = self.preparer.prepare(replace(sample, turns=turns, images=sample.images[:shown]))
-        return TeacherPrompt(prepared.record.token_ids[:-1], prepared.prompt.images)  # without that stop token
-
-    def _text(self, token_ids: Sequence[int], number: int) -> str:
-        if not token_ids or token_ids[-1] not in self.eos_token_ids:
-            raise SampleRefusedError(
-                f"the teacher's answer at turn {number} does not end within {len(token_ids)} tokens; "
-                "data.sampling.max_new_tokens and teacher.max_length limit them"
-            )
-        if max(token_ids) >= self.vocab_size:
-            raise SampleRefusedError(
-                f"the teacher's answer at turn {number} holds token {max(token_ids)}, which the tokenizer does not have"
-            )
-        if self.image_token_id in token_ids:
-            raise SampleRefusedError(f"the teacher's answer at turn {number} holds its own image token")
-        text = self.tokenizer.decode(list(token_ids[:-1]), skip_special_tokens=False)
-        if not text.strip():
-            raise SampleRefusedError(f"the teacher's answer at turn {number} is empty")
-        return text
-
-
-def _message(turn: Turn) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": turn.role, "content": turn.text}
-    if not turn.is_trained:
-        message["loss"] = False
-    return message if turn.token_ids is None else {**message, GENERATED_IDS: list(turn.token_ids)}
+    def generate(self, prompts: Sequence[TeacherPrompt], **options: Any) -> list[list[int]]:
+        """See Generator."""
+        return self._engine.generate(prompts, **options) if prompts else []
 
 
 def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None:
     """One file a split, in the order of the plan, and the document that says that all is there."""
     by_split: dict[str, list[str]] = {}
     for part in questions.plan.parts:
-        for line in _part_file(folder, part).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_lines(part_file(folder, part.number)):
             split = row.pop("split") or next(iter(by_split), "train")
             by_split.setdefault(split, []).append(json.dumps(row))
     splits = [(split, f"split-{number}.jsonl") for number, split in enumerate(by_split)]
     for split, name in splits:
-        _write(folder / name, "".join(f"{line}\n" for line in by_split[split]))
+        write_text(folder / name, "".join(f"{line}\n" for line in by_split[split]))
     done = {
         "splits": splits,
         "sampling": settings.data.sampling.model_dump(mode="json"),
     }
-    _write(folder / _DONE, json.dumps(done, indent=1))
+    write_text(folder / DONE_FILE, json.dumps(done, indent=1))
 
 
-def _folder(settings: DumpSettings, questions: DumpPlan) -> Path:
-    identity = questions.identity.model_dump(mode="json", exclude={"selection", "image_root", "teacher"})
-    sampling = settings.data.sampling.model_dump(mode="json")
-    key = json.dumps([identity, questions.identity.selection["tokens"], sampling], sort_keys=True)
-    return (settings.run / "answers" / hashlib.sha256(key.encode()).hexdigest()[:16]).resolve()
+def answers_folder(settings: DumpSettings, questions: DumpPlan) -> Path:
+    """Where the answers to a plan of questions lie."""
+    key = answers_key(questions.identity, settings.data.sampling)
+    return (settings.run / ANSWERS_FOLDER / key).resolve()
 
 
-def _part_file(folder: Path, part: Part) -> Path:
-    return folder / _PARTS.format(part.number)
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, text.encode())
-
-
-def _seed(seed: int, sample_id: str, turn: int) -> int:
-    digest = hashlib.sha256(f"{seed}\0{sample_id}\0{turn}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") & _SEED_BITS
-
-
-def _job(settings: DumpSettings) -> dict[str, Any]:
+def job_of(settings: DumpSettings) -> dict[str, Any]:
+    """What a process is told, as JSON."""
     sections = {name: getattr(settings, name).model_dump(mode="json") for name in ("data", "teacher", "dump", "cache")}
     return {"run": str(settings.run), **sections}
 
@@ -329,8 +217,13 @@ def main(arguments: Sequence[str]) -> int:
     job, stripe, num_stripes = arguments
     try:
         with interruptible():
-            settings = _settings(json.loads(Path(job).read_bytes()))
-            answer_parts(settings, stripe=int(stripe), num_stripes=int(num_stripes))
+            document = json.loads(Path(job).read_bytes())
+            answer = answer_parts
+            if "again" in document:
+                from teacher_dump.execution.repeated_questions import answer_again
+
+                answer = partial(answer_again, Path(job).parent, document["again"])
+            answer(_settings(document), stripe=int(stripe), num_stripes=int(num_stripes))
     except KeyboardInterrupt as stop:  # between two parts or within one: a part is written whole
         sys.stderr.write(f"{explain(stop)}\n")
         return exit_code(stop)

@@ -1,4 +1,4 @@
-"""The plan that a cache was begun with, found again although what could not be read then is mended now.
+"""The plan that a cache, or a teacher's answers, were begun with, found again although what was broken is mended now.
 
 A row that is broken, or whose image is missing, is an error of the plan; once it is mended, it is a sample, and the
 same sources give another plan. The cache names its errors, so the plan of then is made again, and its hash proves it.
@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from storage.backends.folder import open_folder
 from storage.layout import commits as layout
@@ -20,6 +21,7 @@ from teacher_dump.data.plan import Plan
 from teacher_dump.data.reading import SampleSet
 from teacher_dump.data.sample_file import Chosen, Replaced
 from teacher_dump.data.samples import Sample
+from teacher_dump.planning.answer_files import DONE_FILE, read_refusals
 
 ReadAgain = Callable[[Collection[str]], SampleSet]  # with these ids and places watched
 _IMAGE = re.compile(r"image '([^']+)': ")  # the reason of images.load_image
@@ -42,6 +44,24 @@ def plan_as_cached(plan: Plan, cache_path: str, *, read_again: ReadAgain, make: 
         failed_ids = {error.sample_id for of_part in errors.values() for error in of_part}
         earlier = _before_mending(read_again(failed_ids), errors, base.first_part, make) if failed_ids else None
         if earlier is not None and earlier.fingerprint == base.identity.plan_fingerprint:
+            return earlier
+    return plan
+
+
+def plan_as_answered(
+    plan: Plan, answers: Path, *, key_of: Callable[[Plan], str], read_again: ReadAgain, make: MakePlan
+) -> Plan:
+    """The plan of questions that a folder of answers below `answers` was made for; else `plan`.
+
+    `key_of`: the name of that folder.
+    """
+    if (answers / key_of(plan) / DONE_FILE).exists():
+        return plan
+    for done in sorted(answers.glob(f"*/{DONE_FILE}")):
+        errors = read_refusals(done.parent)
+        failed_ids = {error.sample_id for of_part in errors.values() for error in of_part}
+        earlier = _before_mending(read_again(failed_ids), errors, 0, make) if failed_ids else None
+        if earlier is not None and key_of(earlier) == done.parent.name:
             return earlier
     return plan
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from storage.backends.folder import open_folder
 from storage.config import CacheSection, SelectionSection
 from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.images.settings import PIXELS_FILE, read_pixel_settings
+from storage.layout.segments import has_cache
 from storage.records.records import SampleError
 from teacher_dump.config import TeacherSection
 from teacher_dump.data.plan import Plan, make_plan
-from teacher_dump.data.reading import read_samples
+from teacher_dump.data.reading import SampleSet, read_samples
 from teacher_dump.data.samples import Sample
 from teacher_dump.estimates.budget_choice import recorded_choices
-from teacher_dump.planning.cached_plan import plan_as_cached
+from teacher_dump.planning.answer_files import ANSWERS_FOLDER, answers_key
+from teacher_dump.planning.cached_plan import plan_as_answered, plan_as_cached
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.prompt import TOKENISATION
 from teacher_dump.settings import DumpSettings
@@ -82,9 +85,12 @@ def _plan(settings: DumpSettings) -> DumpPlan:
             too_long=settings.data.too_long,
         )
 
+    def read_again(watched: Collection[str]) -> SampleSet:
+        return read(watched=watched)
+
     plan = make(sample_set.samples, sample_set.errors)
     if not answers:
-        plan = plan_as_cached(plan, settings.cache.path, read_again=lambda watched: read(watched=watched), make=make)
+        plan = plan_as_cached(plan, settings.cache.path, read_again=read_again, make=make)
     is_folder = Path(teacher.model).is_dir()
     identity = Identity(
         teacher=str(folder) if is_folder else f"{teacher.model}@{teacher.revision or 'main'}",
@@ -105,7 +111,19 @@ def _plan(settings: DumpSettings) -> DumpPlan:
         selection=_selection(settings.cache, recorded_choices(settings.cache))
         | {"tokens": _tokens_selection(settings)},
     )
-    return DumpPlan(plan, identity, folder, facts, max_length)
+
+    def identity_of(other: Plan) -> Identity:
+        return identity.model_copy(update={"plan_fingerprint": other.fingerprint, "num_parts": len(other.parts)})
+
+    if answers and has_cache(open_folder(settings.cache.path)):  # which a retry may take up
+        plan = plan_as_answered(
+            plan,
+            settings.run / ANSWERS_FOLDER,
+            key_of=lambda other: answers_key(identity_of(other), settings.data.sampling),
+            read_again=read_again,
+            make=make,
+        )
+    return DumpPlan(plan, identity_of(plan), folder, facts, max_length)
 
 
 def _check_background(folder: Path, facts: fingerprint.ProcessorFacts) -> None:

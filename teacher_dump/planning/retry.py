@@ -6,9 +6,8 @@ So a retry with nothing mended writes nothing. What only the teacher refused is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from storage.identity import Identity
@@ -18,10 +17,10 @@ from storage.layout.segments import Segment
 from storage.records.preference_pairs import CHOSEN, REJECTED, other_half
 from storage.records.records import PartRecords, SampleError, TokensRecord
 from teacher_dump.data.plan import Part, Plan
-from teacher_dump.data.reading import read_samples
-from teacher_dump.data.samples import Sample, SampleRefusedError
+from teacher_dump.data.samples import SampleRefusedError
 from teacher_dump.execution.assignment import worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan
+from teacher_dump.planning.failed_rows import FailedRow, read_failed_rows
 from teacher_dump.settings import DumpSettings
 from teacher_dump.signals.pairs import without_lone_halves
 
@@ -31,17 +30,9 @@ if TYPE_CHECKING:  # imports transformers
 GONE = "is no longer in data.sources"
 
 
-@dataclass(frozen=True)
-class FailedRow:
-    """What data.sources hold now of something that had failed."""
-
-    samples: tuple[Sample, ...] = ()
-    error: SampleError | None = None  # why it still is no sample
-
-
 def retry_plan(retry: Segment, planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
     """The plan of a segment that takes up failed samples. `planned` is that of the samples beside them."""
-    rows = _read_rows(settings, {sample_id for ids in retry.failed_ids for sample_id in ids})
+    rows = read_failed_rows(settings, {sample_id for ids in retry.failed_ids for sample_id in ids})
     parts = []
     for number, ids in enumerate(retry.failed_ids):
         of_part = [rows.get(sample_id, FailedRow(error=SampleError(sample_id, GONE))) for sample_id in ids]
@@ -64,7 +55,7 @@ def choose_failed(planned: DumpPlan, settings: DumpSettings, failed: Sequence[Se
 
     `failed`: the errors that are left, by the part that they were in.
     """
-    rows = _read_rows(settings, {error.sample_id for errors in failed for error in errors})
+    rows = read_failed_rows(settings, {error.sample_id for errors in failed for error in errors})
     preparer: Preparer | None = None
     if any(row.samples for row in rows.values()):
         from teacher_dump.execution.worker import open_preparer
@@ -81,18 +72,6 @@ def choose_failed(planned: DumpPlan, settings: DumpSettings, failed: Sequence[Se
                 parts.append([])
             parts[-1] += unit
     return parts
-
-
-def _read_rows(settings: DumpSettings, failed_ids: Collection[str]) -> dict[str, FailedRow]:
-    """What the sources hold of these ids of errors, each of which is a sample's id or a row's place."""
-    extracted = Path(settings.data.extracted or settings.run / "images")
-    found = read_samples(settings.data.sources, extracted=extracted, spool=settings.run, watched=failed_ids)
-    wanted = {sample_id for row in found.rows.values() for sample_id in row.sample_ids}
-    samples = {sample.id: sample for sample in found.samples if sample.id in wanted} if wanted else {}
-    rows = {error.sample_id: FailedRow(error=error) for error in found.errors if error.sample_id in failed_ids}
-    for name, row in found.rows.items():
-        rows[name] = FailedRow(tuple(samples[sample_id] for sample_id in row.sample_ids))
-    return rows
 
 
 def _reasons_now(rows: Sequence[FailedRow], preparer: Preparer | None) -> dict[str, str]:

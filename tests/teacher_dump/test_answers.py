@@ -23,7 +23,7 @@ from teacher_dump.data.plan import Part
 from teacher_dump.data.reading import read_samples
 from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
 from teacher_dump.dump import run_dump
-from teacher_dump.execution.answers import Answerer
+from teacher_dump.execution.answerer import Answerer
 from teacher_dump.execution.assignment import prompt_errors
 from teacher_dump.execution.device_failure import PromptRefusedError
 from teacher_dump.planning.dump_plan import plan_dump

@@ -1,0 +1,159 @@
+"""Asks a generating teacher the questions of samples. An answer keeps its token ids, which its text need not spell.
+
+An answer that does not end within `max_new_tokens`, or is empty, makes its sample an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import StillhouseError
+from storage.records.records import SampleError
+from teacher_dump.config import SamplingSection
+from teacher_dump.data.conversation import GENERATED_IDS
+from teacher_dump.data.plan import Part
+from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
+from teacher_dump.prompts.prompt import IMAGE_MARKER
+
+if TYPE_CHECKING:
+    from teacher_dump.prompts.preparation import Preparer
+    from teacher_dump.teachers.teacher import Generator, TeacherPrompt
+
+_log = logging.getLogger(__name__)
+_SAMPLES_PER_CALL = 32  # of the engine
+_SEED_BITS = 0x7FFF_FFFF  # engines take seeds of 31 bits
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Asks a generating teacher the questions of samples, each with its own earlier answers before it."""
+
+    preparer: Preparer
+    generator: Generator
+    tokenizer: Any
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    sampling: SamplingSection
+    vocab_size: int  # the tokenizer's real one; a padded head can say ids beyond it
+
+    def rows(self, part: Part) -> Iterator[dict[str, Any]]:
+        """A part's samples as rows of a data set; one that has no answers says why."""
+        for error in part.errors:
+            yield {"split": None, "id": error.sample_id, "refused": error.reason}
+        for sample, outcome in zip(part.samples, self.outcomes(part.samples), strict=True):
+            row = {"split": sample.split, "id": sample.id, "category": sample.category}
+            if isinstance(outcome, SampleError):
+                yield {**row, "refused": outcome.reason}
+            else:
+                messages = [_message(turn) for turn in outcome.turns]
+                yield {**row, "images": list(sample.images), "messages": messages}
+
+    def outcomes(self, samples: Sequence[Sample]) -> Iterator[Sample | SampleError]:
+        """Each sample with the teacher's answers, or why there are none, in order."""
+        for start in range(0, len(samples), _SAMPLES_PER_CALL):
+            asked = samples[start : start + _SAMPLES_PER_CALL]
+            errors: list[SampleError] = []
+            answered = {sample.id: sample for sample in self.answered(asked, errors)}
+            failed = {error.sample_id: error for error in errors}
+            for sample in asked:
+                yield answered[sample.id] if sample.id in answered else failed[sample.id]
+
+    def answered(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Sample]:
+        """The samples with every answer replaced by the teacher's; the others are added to `errors`."""
+        active = list(samples)
+        for number in range(max((len(sample.turns) for sample in samples), default=0)):
+            asked: list[tuple[int, TeacherPrompt]] = []
+            for place, sample in enumerate(active):
+                if number < len(sample.turns) and sample.turns[number].role == "assistant":
+                    try:
+                        asked.append((place, self._prompt(sample, number)))
+                    except SampleRefusedError as refusal:
+                        errors.append(SampleError(sample.id, str(refusal)))
+            seeds = [_seed(self.sampling.seed, active[place].id, number) for place, _ in asked]
+            answers = self._generate([prompt for _, prompt in asked], seeds)
+            for (place, _), answer in zip(asked, answers, strict=True):
+                try:
+                    if isinstance(answer, SampleRefusedError):
+                        raise answer
+                    turns = active[place].turns
+                    turn = replace(turns[number], text=self._text(answer, number), token_ids=tuple(answer))
+                    active[place] = replace(active[place], turns=(*turns[:number], turn, *turns[number + 1 :]))
+                except SampleRefusedError as refusal:
+                    errors.append(SampleError(active[place].id, str(refusal)))
+            failed = {error.sample_id for error in errors}
+            active = [sample for sample in active if sample.id not in failed]
+        return active
+
+    def _generate(self, prompts: Sequence[TeacherPrompt], seeds: Sequence[int]) -> list[list[int] | SampleRefusedError]:
+        """The tokens of each answer, or why there is none. When a call fails, its prompts are tried one by one."""
+        from teacher_dump.execution.device_failure import PromptRefusedError, is_device_failure
+
+        def generate(start: int, stop: int) -> list[list[int]]:
+            return self.generator.generate(
+                prompts[start:stop], sampling=self.sampling, seeds=seeds[start:stop], stop_ids=self.eos_token_ids
+            )
+
+        try:
+            return [*generate(0, len(prompts))]
+        except Exception as error:  # an engine raises its own kinds
+            if isinstance(error, StillhouseError) or is_device_failure(error):
+                raise
+            _log.warning("the teacher failed on %d prompts together: %s", len(prompts), error)
+        answers: list[list[int] | SampleRefusedError] = []
+        failure: Exception | None = None
+        for at in range(len(prompts)):
+            try:
+                answers += generate(at, at + 1)
+            except PromptRefusedError as error:
+                answers.append(SampleRefusedError(f"the teacher refuses this sample: {error}"))
+            except Exception as error:
+                if isinstance(error, StillhouseError) or is_device_failure(error):
+                    raise
+                failure = error
+                answers.append(SampleRefusedError(f"the teacher failed: {error}"))
+        if failure is not None and len(answers) > 1 and all(isinstance(one, SampleRefusedError) for one in answers):
+            raise StillhouseError(f"the teacher fails on every prompt; {failure}") from failure
+        return answers
+
+    def _prompt(self, sample: Sample, number: int) -> TeacherPrompt:
+        """What the teacher sees before its answer at turn `number`: the ids up to where an answer would start."""
+        from teacher_dump.teachers.teacher import TeacherPrompt
+
+        turns = (*sample.turns[:number], Turn("assistant", "", token_ids=self.eos_token_ids[:1]))
+        has_markers = any(IMAGE_MARKER in turn.text for turn in sample.turns)
+        shown = sum(turn.text.count(IMAGE_MARKER) for turn in turns) if has_markers else len(sample.images)
+        prepared = self.preparer.prepare(replace(sample, turns=turns, images=sample.images[:shown]))
+        return TeacherPrompt(prepared.record.token_ids[:-1], prepared.prompt.images)  # without that stop token
+
+    def _text(self, token_ids: Sequence[int], number: int) -> str:
+        if not token_ids or token_ids[-1] not in self.eos_token_ids:
+            raise SampleRefusedError(
+                f"the teacher's answer at turn {number} does not end within {len(token_ids)} tokens; "
+                "data.sampling.max_new_tokens and teacher.max_length limit them"
+            )
+        if max(token_ids) >= self.vocab_size:
+            raise SampleRefusedError(
+                f"the teacher's answer at turn {number} holds token {max(token_ids)}, which the tokenizer does not have"
+            )
+        if self.image_token_id in token_ids:
+            raise SampleRefusedError(f"the teacher's answer at turn {number} holds its own image token")
+        text = self.tokenizer.decode(list(token_ids[:-1]), skip_special_tokens=False)
+        if not text.strip():
+            raise SampleRefusedError(f"the teacher's answer at turn {number} is empty")
+        return text
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": turn.text}
+    if not turn.is_trained:
+        message["loss"] = False
+    return message if turn.token_ids is None else {**message, GENERATED_IDS: list(turn.token_ids)}
+
+
+def _seed(seed: int, sample_id: str, turn: int) -> int:
+    digest = hashlib.sha256(f"{seed}\0{sample_id}\0{turn}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") & _SEED_BITS

@@ -1,0 +1,119 @@
+"""Questions that a teacher is asked again: those that had no answer, and whose samples are errors of a cache.
+
+Their images or rows may have been mended. What comes of it is added to later.jsonl (teacher_dump/planning/answer_files.py),
+which a retry reads; the first answers stay as they are, and so does the plan of the dump over them. The work lies in
+again/ until then, so what was stopped resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from storage.records.records import SampleError
+from teacher_dump.execution.answers import JOB_FILE, answers_folder, ask_in_processes, job_of, open_answerer
+from teacher_dump.planning.answer_files import (
+    AGAIN_FOLDER,
+    part_file,
+    read_lines,
+    read_refusals,
+    write_lines,
+    write_text,
+)
+from teacher_dump.planning.dump_plan import DumpPlan, plan_questions
+from teacher_dump.planning.failed_rows import (
+    FailedRow,
+    read_failed_rows,
+    read_later_rows,
+    row_as_json,
+    row_from_json,
+    write_later_rows,
+)
+from teacher_dump.settings import DumpSettings
+
+
+def ask_again(
+    settings: DumpSettings, questions: DumpPlan, failed_ids: Collection[str], *, progress: bool = True
+) -> None:
+    """Have the teacher answer those of the failed questions that have no answer.
+
+    `settings` with data.responses: teacher, whose answers are there; `questions`: their plan. A question that cannot
+    be read yet is not asked. StillhouseError: a process failed; what it had answered stays.
+    """
+    folder = answers_folder(settings, questions)
+    work = begin_again(settings, folder, failed_ids)
+    job = json.loads((work / JOB_FILE).read_bytes())
+    missing = sum(not part_file(work, number).exists() for number in range(len(job["again"])))
+    if missing:
+        num_asked = sum(map(len, job["again"]))
+        message = f"the teacher is asked {num_asked:,} failed questions again" * progress
+        ask_in_processes(settings, work / JOB_FILE, missing, message)
+    _keep(folder, work, job)
+
+
+def begin_again(settings: DumpSettings, folder: Path, failed_ids: Collection[str]) -> Path:
+    """The folder of the work of asking again, with its job: an unfinished one, or a new one for these ids."""
+    work = folder / AGAIN_FOLDER
+    if (work / JOB_FILE).exists():
+        return work
+    rows = _rows_now(settings, folder, failed_ids)
+    askable = [name for name, row in rows.items() if row.samples]
+    size = settings.dump.samples_per_part
+    job = {
+        **job_of(settings),
+        "again": [askable[start : start + size] for start in range(0, len(askable), size)],
+        "unreadable": [row_as_json(name, row) for name, row in rows.items() if not row.samples],
+    }
+    work.mkdir(exist_ok=True)
+    write_text(work / JOB_FILE, json.dumps(job))
+    return work
+
+
+def answer_again(
+    work: Path, parts: Sequence[Sequence[str]], settings: DumpSettings, *, stripe: int, num_stripes: int
+) -> None:
+    """Ask every `num_stripes`-th of these parts of failed ids, where that is not done yet."""
+    numbered = list(enumerate(parts))[stripe::num_stripes]
+    todo = [(number, ids) for number, ids in numbered if not part_file(work, number).exists()]
+    if not todo:
+        return
+    answerer = open_answerer(settings, plan_questions(settings))
+    rows = read_failed_rows(settings, {name for _, ids in todo for name in ids})
+    for number, ids in todo:
+        asked = [(name, sample) for name in ids if name in rows for sample in rows[name].samples]
+        answered: dict[str, FailedRow] = {}
+        for (name, _), outcome in zip(asked, answerer.outcomes([sample for _, sample in asked]), strict=True):
+            row = answered.get(name, FailedRow())
+            if isinstance(outcome, SampleError):
+                answered[name] = FailedRow(row.samples, row.error or outcome)
+            else:
+                answered[name] = FailedRow((*row.samples, outcome), row.error)
+        write_lines(part_file(work, number), (row_as_json(name, row) for name, row in answered.items()))
+
+
+def _rows_now(settings: DumpSettings, folder: Path, failed_ids: Collection[str]) -> dict[str, FailedRow]:
+    """What the sources hold now of the failed questions that have no answer, by the ids of their errors."""
+    later = read_later_rows(folder)
+    refused = [error.sample_id for errors in read_refusals(folder).values() for error in errors]
+    answered = {name for name, row in later.items() if row.samples}
+    wanted = [name for name in refused if name in failed_ids and name not in answered]
+    rows = read_failed_rows(settings, set(wanted)) if wanted else {}
+    return {name: rows[name] for name in wanted if name in rows}
+
+
+def _keep(folder: Path, work: Path, job: dict[str, Any]) -> None:
+    """Add what came of asking again to the later answers, and end the work."""
+    first = {error.sample_id: error.reason for errors in read_refusals(folder).values() for error in errors}
+    later = read_later_rows(folder)
+    parts = [line for number in range(len(job["again"])) for line in read_lines(part_file(work, number))]
+    for line in [*job["unreadable"], *parts]:
+        name, row = line["id"], row_from_json(line)
+        if row.error is not None and row.error.reason == first[name]:  # nothing new
+            later.pop(name, None)
+        else:
+            later[name] = row
+    write_later_rows(folder, later)
+    shutil.rmtree(work)

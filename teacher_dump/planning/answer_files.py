@@ -1,0 +1,69 @@
+"""The folder of a teacher's own answers: its name, its files, and what they say of questions without an answer.
+
+```
+<run>/answers/<key>/part-00000.jsonl   the answered samples of a part of the questions' plan, written whole
+<run>/answers/<key>/<split>.jsonl      the data set that the dump reads in place of data.sources
+<run>/answers/<key>/answers.json       written last: the splits, the sampling
+<run>/answers/<key>/later.jsonl        what became of failed questions that were asked again
+<run>/answers/<key>/again/             the work of asking again, until it is in later.jsonl
+```
+
+The key is a hash of questions, teacher, tokenisation and sampling. What the first three files hold never changes, so
+the plan of the dump over them does not either; a retry reads later.jsonl beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.backends.folder import write_atomically
+from storage.identity import Identity
+from storage.layout.documents import ErrorEntry
+from teacher_dump.config import SamplingSection
+
+ANSWERS_FOLDER = "answers"  # of a run
+DONE_FILE, LATER_FILE, AGAIN_FOLDER = "answers.json", "later.jsonl", "again"
+_PART = "part-{:05d}.jsonl"
+
+
+def answers_key(questions: Identity, sampling: SamplingSection) -> str:
+    """The folder's name for a plan of questions."""
+    identity = questions.model_dump(mode="json", exclude={"selection", "image_root", "teacher"})
+    key = json.dumps([identity, questions.selection["tokens"], sampling.model_dump(mode="json")], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def part_file(folder: Path, number: int) -> Path:
+    """Where the answers of a part lie."""
+    return folder / _PART.format(number)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines; none where there is no file."""
+    if path.is_file():
+        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+def write_lines(path: Path, rows: Iterator[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, the whole file or nothing."""
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the whole file or nothing."""
+    write_atomically(path, text.encode())
+
+
+def read_refusals(folder: Path) -> dict[int, tuple[ErrorEntry, ...]]:
+    """The questions without an answer, and why they had none when they were first asked, by part."""
+    refusals: dict[int, tuple[ErrorEntry, ...]] = {}
+    for path in sorted(folder.glob("part-*.jsonl")):
+        rows = [row for row in read_lines(path) if "refused" in row]
+        if rows:
+            number = int(path.stem.removeprefix("part-"))
+            refusals[number] = tuple(ErrorEntry(sample_id=row["id"], reason=row["refused"]) for row in rows)
+    return refusals
