@@ -94,7 +94,11 @@ class Answerer:
 
         def generate(start: int, stop: int) -> list[list[int]]:
             return self.generator.generate(
-                prompts[start:stop], sampling=self.sampling, seeds=seeds[start:stop], stop_ids=self.eos_token_ids
+                prompts[start:stop],
+                sampling=self.sampling,
+                seeds=seeds[start:stop],
+                stop_ids=self.eos_token_ids,
+                vocab_size=self.vocab_size,
             )
 
         try:

@@ -62,9 +62,11 @@ class Generator(Protocol):
         sampling: SamplingSection,
         seeds: Sequence[int],
         stop_ids: Sequence[int],
+        vocab_size: int,
     ) -> list[list[int]]:
         """The tokens that follow each prompt, the stop token that ends them last; without one, they were cut off.
 
-        An answer depends on its own prompt and seed.
+        An answer depends on its own prompt and seed. Ids from `vocab_size` on, which only the rows of a padded head
+        have, are not said as far as the engine can leave them out.
         """
         ...

@@ -59,6 +59,7 @@ class TransformersTeacher:
         sampling: SamplingSection,
         seeds: Sequence[int],
         stop_ids: Sequence[int],
+        vocab_size: int,
     ) -> list[list[int]]:
         """See Generator."""
         from transformers import GenerationConfig
@@ -67,7 +68,11 @@ class TransformersTeacher:
         if sampling.temperature > 0:
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], **drawn
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+            suppress_tokens=list(range(vocab_size, self._model.get_output_embeddings().weight.shape[0])) or None,
+            **drawn,
         )
         answers = []
         for prompt, seed in zip(prompts, seeds, strict=True):

@@ -57,6 +57,8 @@ _NOT_SHOWN = {"video": 0, "audio": 0}  # or the engine keeps memory for the long
 _CPU_KV_CACHE_BYTES = 256 * 2**20  # the default takes 92 % of the memory, which the head and others need
 _CPU_BLOCK_SIZE = 32  # tokens, of which a shared prefix is made; the default of 128 is longer than many a prompt
 _GPU_MEMORY_FRACTION = 0.8  # leaves room for the output head and a chunk of logits beside the engine
+_NEVER = -100.0  # added to a logit: the least that vLLM takes
+_MAX_BIASED = 1024  # ids of one request; vLLM's newer runner takes no more
 _PROBE = {"prompt_token_ids": [0]}  # what every engine can answer
 T = TypeVar("T")
 
@@ -219,8 +221,11 @@ class VllmGenerator:
         sampling: SamplingSection,
         seeds: Sequence[int],
         stop_ids: Sequence[int],
+        vocab_size: int,
     ) -> list[list[int]]:
         """See Generator."""
+        padding = range(vocab_size, self._engine.model_config.get_vocab_size())
+        bias = dict.fromkeys(padding, _NEVER) if 0 < len(padding) <= _MAX_BIASED else None
         parameters = [
             self._vllm.SamplingParams(
                 temperature=sampling.temperature,
@@ -229,6 +234,7 @@ class VllmGenerator:
                 stop_token_ids=list(stop_ids),
                 seed=seed,
                 detokenize=False,
+                logit_bias=bias,
             )
             for seed in seeds
         ]

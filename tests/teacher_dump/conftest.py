@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     model.lm_head.weight.data[298] *= 4  # the end of a turn
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def padded(tmp_path_factory: pytest.TempPathFactory, talker: Path) -> Path:
+    """The talker with large rows in the padding of its head."""
+    folder = shutil.copytree(talker, tmp_path_factory.mktemp("padded") / "model")
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    model.lm_head.weight.data[300:] *= 4
     model.save_pretrained(folder)
     return folder
 

@@ -149,6 +149,7 @@ def test_a_retry_without_the_answers_of_the_cache_is_refused_before_anything_is_
     assert len(list((settings.run / "answers").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_the_command_asks_again_in_processes_of_its_own(ray_head: RayHead, project: Path, config: Path) -> None:
     settings = read_settings(config)
     answer_parts(settings, stripe=0, num_stripes=1)
