@@ -182,7 +182,7 @@ def _fill(
     num_rows = planned.plan.num_samples + sum(len(part.errors) for part in planned.plan.parts)
     num_samples, errors = writer.contents()
     max_errors = settings.dump.max_error_fraction * num_rows + (len(errors) if forgives else 0)
-    if writer.segment.retries is not None:
+    if writer.segment.retries is not None or not writer.segment.has_tokens:
         max_errors = math.inf  # they are counted with the segment whose samples they are
     _refuse_errors(num_samples, errors, settings.dump, max_errors, num_missing=len(missing))
     if not missing:

@@ -173,6 +173,17 @@ def test_families_and_samples_are_added_after_a_retry(
     assert main([str(config), "cache.families=[images]"]) == 0
 
 
+def test_families_are_added_after_a_retry_in_which_everything_failed_otherwise(project: Path, config: Path) -> None:
+    assert main([str(config)]) == 0
+    (project / "data/images/train-001.png").write_bytes(b"no image, but a file")
+    assert main([str(config), "--retry-errors"]) == 0
+    assert counts(project / "cache") == (9, 11)
+    assert len(read_segments(open_folder(project / "cache"))) == 2  # the newest reasons
+    assert main([str(config), "cache.families=[images]"]) == 0
+    assert Cache.open(project / "cache").families == ("tokens", "images")
+    assert counts(project / "cache") == (9, 11)
+
+
 def test_both_halves_of_a_preference_pair_are_taken_up_together(tmp_path: Path, write_config: WriteConfig) -> None:
     images = tmp_path / "pairs"
     images.mkdir()
