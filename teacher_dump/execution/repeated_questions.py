@@ -58,7 +58,10 @@ def begin_again(settings: DumpSettings, folder: Path, failed_ids: Collection[str
     """The folder of the work of asking again, with its job: an unfinished one, or a new one for these ids."""
     work = folder / AGAIN_FOLDER
     if (work / JOB_FILE).exists():
+        unfinished = json.loads((work / JOB_FILE).read_bytes())
+        write_text(work / JOB_FILE, json.dumps(unfinished | job_of(settings)))  # the project may have moved
         return work
+    shutil.rmtree(work, ignore_errors=True)  # what a kill left of an earlier one
     rows = _rows_now(settings, folder, failed_ids)
     askable = [name for name, row in rows.items() if row.samples]
     size = settings.dump.samples_per_part
@@ -116,4 +119,4 @@ def _keep(folder: Path, work: Path, job: dict[str, Any]) -> None:
         else:
             later[name] = row
     write_later_rows(folder, later)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # another job on this cache may be as far

@@ -114,6 +114,15 @@ def test_mended_questions_are_asked_again_and_become_samples(
     assert main([str(config), "--retry-errors"]) == 0
     assert "cannot be read yet, for the same reasons as before" in capsys.readouterr().out
     assert files_of(cache) == before
+    file = project / "data/train.jsonl"
+    file.write_text(file.read_text(encoding="utf-8").rstrip()[:-4] + "\n", encoding="utf-8")
+    (project / "data/images/train-001.png").write_bytes(b"no image, but a file")
+    ask_here(settings)
+    assert main([str(config), "--retry-errors"]) == 0
+    assert "4 of " in capsys.readouterr().out  # the questions about that image, and the last row, fail otherwise now
+    assert contents(cache) == first
+    newest = {error.sample_id: error.reason for error in Cache.open(cache).errors}
+    assert newest["train-0001"].startswith("image 'images/train-001.png'")
     mend(project)
     assert answers_of(settings) == answers  # although there are more questions now
     ask_here(settings)
