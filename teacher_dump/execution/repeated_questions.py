@@ -1,7 +1,7 @@
 """Questions that a teacher is asked again: those that had no answer, and whose samples are errors of a cache.
 
-Their images or rows may have been mended. What comes of it is added to later.jsonl (teacher_dump/planning/answer_files.py),
-which a retry reads; the first answers stay as they are, and so does the plan of the dump over them. The work lies in
+Their images or rows may have been mended. What comes of it is added to later.jsonl (answer_files.py), which a retry
+reads; the first answers stay as they are, and so does the plan of the dump over them. The work lies in
 again/ until then, so what was stopped resumes.
 """
 

@@ -15,7 +15,7 @@ from storage.backends.folder import open_folder
 from storage.layout.retries import read_contents
 from storage.layout.segments import read_segments
 from storage.reader.cache import Cache
-from storage.verify import scan_cache as verify
+from storage.verify.scan_cache import verify
 from teacher_dump.__main__ import main
 from teacher_dump.execution.answers import JOB_FILE, answer_parts, answers_folder
 from teacher_dump.execution.repeated_questions import answer_again, begin_again
