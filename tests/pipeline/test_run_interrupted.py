@@ -1,18 +1,22 @@
 """A whole small experiment, ended at ten moments by each signal: no process is left, the table is the undisturbed one.
 
-Ten minutes and more for each signal on two cores. SEED chooses other moments.
+Ten minutes and more for each signal on two cores. SEED chooses other moments. Seven of the ten come after some
+seconds, and three while the dump, the grid and the report are at work, however fast the machine is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,8 @@ from tests.processes import start_marked
 
 ROOT = Path(__file__).parents[2]
 NUM_MOMENTS = 10
+STEPS = ("dump", "grid", "report")  # a moment in each of them, besides those after some seconds
+WHOLE_S = 3000.0  # of a run that nobody ends: an upper limit for a machine under load
 LEFT_S = 120.0  # an upper limit for a machine under load; what it took is printed
 PREPARE = """
 import argparse
@@ -40,18 +46,34 @@ make_tiny_llava(out / "models" / "student_init", num_layers=1, seed=1)
 
 
 @dataclass(frozen=True)
+class Moment:
+    """When a signal is sent: so many seconds after the start or, with a step, after its first piece of work."""
+
+    seconds: float
+    step: str = ""
+
+    def sooner(self) -> Moment:
+        """For a machine that is less busy than it was."""
+        return self if self.step else Moment(0.9 * self.seconds)
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s into the {self.step}" if self.step else f"after {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True)
 class Ending:
     """How one run was ended."""
 
-    after_s: float
+    moment: Moment
+    after_s: float  # since the start of the command
     code: int
     seconds_left: float  # between the signal and the end of the last process
-    num_processes: int  # when the signal came
-    last_line: str  # of its output, before the signal
+    running: str  # when the signal came
+    last_words: str  # of its output, before the signal
 
     def __str__(self) -> str:
         return (
-            f"after {self.after_s:5.1f} s, {self.num_processes} processes, {self.last_line!r}: "
+            f"{self.moment} ({self.after_s:.1f} s after the start; {self.running}; {self.last_words!r}): "
             f"code {self.code}, none left after {self.seconds_left:.1f} s"
         )
 
@@ -68,27 +90,36 @@ class Experiment:
     def run(self) -> Path:
         return self.folder / "runs" / "small"
 
-    def end_after(self, seconds: float, number: signal.Signals | None) -> bool:
-        """Runs it, sends a signal after a while, waits until no process is left. Returns whether it ended by itself."""
+    def run_whole(self) -> None:
+        """Runs it to its end."""
+        assert self.end_at(Moment(math.inf), signal.SIGTERM)
+
+    def end_at(self, moment: Moment, number: signal.Signals) -> bool:
+        """Runs it, sends a signal at a moment, waits until no process is left. Returns whether it ended by itself."""
         environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder}"}
         argv = [sys.executable, "-m", "pipeline", "run", str(self.config)]
+        has_begun = self.watch(moment.step)
+        started = time.monotonic()
         command = start_marked(argv, self.folder / "log", cwd=self.folder, environment=environment)
         try:
-            deadline = time.monotonic() + seconds
+            deadline = math.inf
             while command.process.poll() is None and time.monotonic() < deadline:
+                assert time.monotonic() < started + WHOLE_S, command.text()
+                if deadline == math.inf and has_begun():
+                    deadline = (time.monotonic() if moment.step else started) + moment.seconds
                 time.sleep(0.02)
-            if command.process.poll() is not None or number is None:
-                assert command.wait(1200) == 0, command.text()
+            if command.process.poll() is not None:
+                assert command.wait() == 0, command.text()
                 assert command.processes() == {}
                 return True
-            num_processes, lines = len(command.processes()), command.text().split()
+            running, words = describe(command.processes().values()), command.text().split()
             sent = time.monotonic()
             command.process.send_signal(number)
             left = command.wait_until_gone(LEFT_S)
             seconds_left = time.monotonic() - sent
             assert left == {}, command.text()
             code = command.wait(LEFT_S)
-            ending = Ending(seconds, code, seconds_left, num_processes, " ".join(lines[-12:]))
+            ending = Ending(moment, sent - started, code, seconds_left, running, " ".join(words[-12:]))
             self.endings.append(ending)
             sys.stdout.write(f"{number.name} {ending}\n")
             sys.stdout.flush()
@@ -97,6 +128,14 @@ class Experiment:
             return code == 0
         finally:
             command.kill()
+
+    def watch(self, step: str) -> Callable[[], bool]:
+        """Whether a step has done a first piece of work since now; without a step always."""
+        patterns = {
+            "": "steps", "dump": "cache/commits/*", "grid": "models/*/seed*/metrics.jsonl", "report": "ablations.json",
+        }  # fmt: skip
+        known = states(self.run.glob(patterns[step]))
+        return lambda: not step or states(self.run.glob(patterns[step])) != known
 
     def table(self) -> dict[str, Any]:
         """What the report says, but for what is measured."""
@@ -109,6 +148,23 @@ class Experiment:
 
     def clear(self) -> None:
         shutil.rmtree(self.run)
+
+
+def states(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """What tells whether files have changed; without those that are gone meanwhile."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = (path.stat().st_mtime_ns, path.stat().st_size)
+    return found
+
+
+def describe(lines: Iterable[str]) -> str:
+    """What runs, by the command lines of its processes."""
+    lines = list(lines)
+    known = r"--stage (\S+)|(ray::\S+)|(prepare_small|student_train\.evaluate|torch_shm_manager|raylet)"
+    found = {next(filter(None, match.groups())) for line in lines for match in re.finditer(known, line)}
+    return f"{len(lines)} processes: {', '.join(sorted(found)) or 'the command'}"
 
 
 def write_experiment(folder: Path) -> Experiment:
@@ -153,7 +209,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
     """The table of a run that nobody ended, and its seconds."""
     experiment = write_experiment(tmp_path_factory.mktemp("undisturbed"))
     started = time.monotonic()
-    assert experiment.end_after(math.inf, None)
+    experiment.run_whole()
     return experiment.table(), time.monotonic() - started
 
 
@@ -162,16 +218,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
 def test_ten_moments(
     tmp_path: Path, undisturbed: tuple[dict[str, Any], float], number: signal.Signals,
 ) -> None:  # fmt: skip
-    """One moment in each tenth of a run, in an order of chance; a run that ends is compared and begun anew."""
+    """The moments in an order of chance; a run that ends is compared and begun anew."""
     expected, seconds = undisturbed
     draw = random.Random(f"{os.environ.get('SEED', '0')} {number}")
-    moments = [(tenth + draw.random()) / NUM_MOMENTS * seconds for tenth in range(NUM_MOMENTS)]
+    num_timed = NUM_MOMENTS - len(STEPS)
+    moments = [Moment((part + draw.random()) / num_timed * seconds) for part in range(num_timed)]
+    moments += [Moment(draw.random(), step) for step in STEPS]
     draw.shuffle(moments)
     experiment = write_experiment(tmp_path)
-    while len(experiment.endings) < NUM_MOMENTS:
-        if experiment.end_after(moments[len(experiment.endings)], number):
+    while moments:
+        num_before = len(experiment.endings)
+        if experiment.end_at(moments[0], number):
             assert experiment.table() == expected
             experiment.clear()
-            moments[len(experiment.endings)] *= 0.9  # the machine may be less busy than it was
-    assert experiment.end_after(math.inf, None)
+        if len(experiment.endings) > num_before:
+            moments.pop(0)
+        else:  # it had come to its end before
+            moments[0] = moments[0].sooner()
+    experiment.run_whole()
     assert experiment.table() == expected
