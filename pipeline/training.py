@@ -37,16 +37,22 @@ def training_command(
 def check_start(stage: StageSection, name: str, cache_path: str, *, splits: tuple[str, ...] | None) -> None:
     """What a rank would refuse before its first step is refused here, seconds earlier and without torchrun's traceback.
 
-    `splits` of an evaluation to come. A student that has yet to be composed is left to the ranks.
+    `splits` of an evaluation to come. Of a student that is composed its parts are checked, where it is not there yet;
+    whether the whole fits the caches is left to the ranks.
     """
-    if stage.compose is not None:
-        return
-    from student_train.training.stage_data import prepare, samples_of_any
+    from student_train.models.compose import check_parts
+    from student_train.training.stage_data import open_mixture, prepare, samples_of_any
     from student_train.training.trainer import resolved
 
-    material = prepare(resolved(stage, name), cache_path)
+    stage = resolved(stage, name)
+    if stage.compose is None:
+        data = prepare(stage, cache_path).data
+    else:
+        if not Path(stage.init).is_dir():
+            check_parts(stage.compose, f"stages.{name}")
+        data = open_mixture(stage, cache_path)
     if splits is not None:
-        samples_of_any([source.cache for source in material.data.sources], splits)
+        samples_of_any([source.cache for source in data.sources], splits)
 
 
 def training_flags(*, again: bool = False, restart: bool = False, if_changed: bool = True) -> tuple[str, ...]:

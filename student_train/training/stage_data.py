@@ -56,8 +56,7 @@ def prepare(stage: StageSection, cache_path: str) -> Material:
     Errors: ConfigError, CacheError, IdentityError, StillhouseError.
     """
     checkpoint = fitting_checkpoint(stage, cache_path)
-    sections = stage.sources(cache_path)
-    data = Mixture([_source(section, stage, len(sections)) for section in sections])
+    data = open_mixture(stage, cache_path)
     if stage.losses.balance and stage.moe is None and not is_sparse(checkpoint.config):
         raise ConfigError(
             f"losses.balance is for routers, and {checkpoint.folder} has none; give the stage `moe`, or leave it out"
@@ -71,6 +70,12 @@ def prepare(stage: StageSection, cache_path: str) -> Material:
         order=data.order(window_rows=stage.shuffle_rows),
     )
     return Material(data, table, checkpoint)
+
+
+def open_mixture(stage: StageSection, cache_path: str) -> Mixture:
+    """The samples that a stage trains on, whatever its student. Errors: ConfigError, CacheError."""
+    sections = stage.sources(cache_path)
+    return Mixture([_source(section, stage, len(sections)) for section in sections])
 
 
 def _source(section: SourceSection, stage: StageSection, num_sources: int) -> Source:

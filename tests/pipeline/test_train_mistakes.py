@@ -11,6 +11,8 @@ import yaml
 from pipeline.__main__ import main
 from tests.storage.synthetic_cache import write_cache
 
+COMPOSE = {part: f"/nowhere/{part}" for part in ("vision", "llm", "processor")}
+
 
 def write_experiment(folder: Path, **fields: Any) -> Path:
     stage = {"init": str(folder / "student"), "steps": 2, "num_processes": 2, **fields}
@@ -32,6 +34,8 @@ def write_experiment(folder: Path, **fields: Any) -> Path:
         ({}, False, "no cache is here"),
         ({}, True, "student: there is no such folder"),
         ({"steps": 0}, True, "stages.kd.steps"),
+        ({"compose": COMPOSE}, False, "no cache is here"),
+        ({"compose": COMPOSE}, True, "stages.kd: /nowhere/vision"),
     ],
 )
 def test_what_a_rank_would_refuse_at_its_start_is_refused_before_torchrun(
@@ -40,7 +44,7 @@ def test_what_a_rank_would_refuse_at_its_start_is_refused_before_torchrun(
     if has_cache:
         write_cache(tmp_path / "cache", families=("response",))
     else:
-        (tmp_path / "student").mkdir()  # or it would be missed first
+        (tmp_path / "student").mkdir()  # or it, or its parts, would be missed first
     assert main(["train", str(write_experiment(tmp_path, **fields)), "--stage", "kd"]) == 2
     *before, last = capfd.readouterr().err.splitlines()
     assert words in last
