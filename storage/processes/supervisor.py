@@ -26,7 +26,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 REPEATED_S = 1.0  # `timeout` and schedulers send a signal to a process and to its group: that is one request
 LEFTOVERS_S = 3.0
@@ -118,15 +118,35 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
             return signal.SIGKILL if status is None else status
 
 
-def watch(parent: int, *, last_s: float) -> None:
-    """Waits until `parent`, the process that started this one, is gone; then ends what was below it."""
+def watch(parent: int, *, last_s: float, list_below: Callable[[int], list[int]] = descendants) -> None:
+    """Waits until `parent`, the process that started this one, is gone; then ends what was below it.
+
+    What these processes start in their last seconds is ended as well.
+    """
     below: dict[int, str] = {}
-    while os.getppid() == parent:
-        below = {pid: started for pid in descendants(parent) if (started := _start_time(pid))}
+    while True:
+        found = _start_times(list_below(parent))
+        if os.getppid() != parent:  # it died meanwhile, and what was below it may be below another process now
+            break
+        below = found
         time.sleep(POLL_S)
-    time.sleep(last_s)
+    below |= found
+    deadline = time.monotonic() + last_s
+    while time.monotonic() < deadline:
+        for pid in _still_there(below):
+            below |= _start_times(list_below(pid))
+        time.sleep(POLL_S)
     below.pop(os.getpid(), None)
-    send_signal([pid for pid, started in below.items() if _start_time(pid) == started], signal.SIGKILL)
+    send_signal(_still_there(below), signal.SIGKILL)
+
+
+def _start_times(pids: Sequence[int]) -> dict[int, str]:
+    return {pid: started for pid in pids if (started := _start_time(pid))}
+
+
+def _still_there(processes: Mapping[int, str]) -> list[int]:
+    """Those that have not ended, by their start times."""
+    return [pid for pid, started in processes.items() if _start_time(pid) == started]
 
 
 def _start_time(pid: int) -> str:

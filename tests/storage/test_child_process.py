@@ -158,6 +158,63 @@ def test_what_nobody_supervises_ends_with_a_watched_parent(tmp_path: Path) -> No
         running.kill()
 
 
+def test_a_parent_that_is_killed_while_its_watcher_looks_leaves_nothing(tmp_path: Path) -> None:
+    """What was below it is below another process by then, and is not found there."""
+    watcher = (
+        "import os, signal, sys, time\n"
+        "from storage.processes.supervisor import descendants, watch\n"
+        "parent, looks = os.getppid(), []\n"
+        "def kill_and_look(pid):\n"
+        "    looks.append(pid)\n"
+        "    if len(looks) == 2:\n"
+        "        os.kill(parent, signal.SIGKILL)\n"
+        "    while len(looks) == 2 and os.getppid() == parent:\n"
+        "        time.sleep(0.01)\n"
+        "    return descendants(pid)\n"
+        "while not os.path.exists(sys.argv[1]):\n"
+        "    time.sleep(0.01)\n"
+        "watch(parent, last_s=0.5, list_below=kill_and_look)\n"
+    )
+    parent = (
+        "import subprocess, sys\n"
+        "from storage.processes.supervisor import adopt_orphans\n"
+        "adopt_orphans()\n"
+        f"subprocess.Popen([sys.executable, '-c', {watcher!r}, sys.argv[2]])\n"
+        "subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]])\n"
+    )
+    running = start(tmp_path, IGNORES, parent=parent)
+    try:
+        assert running.wait_until_gone(60) == {}, running.text()
+    finally:
+        running.kill()
+
+
+def test_what_a_process_starts_after_its_parent_s_death_ends_too(tmp_path: Path) -> None:
+    """As a worker that Ray starts before it has noticed."""
+    late = (
+        "import os, subprocess, sys, time\n"
+        "parent = os.getppid()\n"
+        "open(sys.argv[2], 'w').close()\n"
+        "while os.getppid() == parent:\n"
+        "    time.sleep(0.01)\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = (
+        "import subprocess, sys, time\n"
+        "watcher = 'import os; from storage.processes.supervisor import watch; watch(os.getppid(), last_s=2)'\n"
+        "subprocess.Popen([sys.executable, '-c', watcher])\n"
+        f"subprocess.run([sys.executable, '-c', {late!r}, sys.argv[1], sys.argv[2]])\n"
+    )
+    running = start(tmp_path, STUBBORN, parent=parent)
+    try:
+        time.sleep(1)  # the watcher looks five times a second
+        running.process.kill()
+        assert running.wait_until_gone(60) == {}
+    finally:
+        running.kill()
+
+
 def test_a_killed_supervisor_takes_its_command_along(tmp_path: Path) -> None:
     """The parent inherits the grandchildren, and ends them when it leaves; nobody else would."""
     running = start(tmp_path, WAITS, parent=PARENT + "else:\n    leave(1)\n")
