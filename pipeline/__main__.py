@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.search_path import check_current_folder
 from storage.processes.standard_streams import drop_output, open_closed_streams
-from storage.processes.stop_signals import exit_code, explain, interruptible, leave
+from storage.processes.stop_signals import exit_code, explain, interruptible, leave, leave_on_signals
 
 if TYPE_CHECKING:  # which import torch
     from teacher_dump.audit.replay import Replay
@@ -42,12 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         open_closed_streams()
     try:
         with interruptible(adopt=argv is None):
-            return _run_verb(argv)
+            code = _run_verb(argv)
     except KeyboardInterrupt as stop:
         print(f"stillhouse: {explain(stop)}", file=sys.stderr)
         if argv is None:
             leave(exit_code(stop))
         return exit_code(stop)
+    if argv is None:
+        leave_on_signals(code)
+    return code
 
 
 def _run_verb(argv: Sequence[str] | None) -> int:

@@ -23,7 +23,7 @@ from storage.backends.disk import report_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.search_path import check_current_folder
 from storage.processes.standard_streams import drop_output, open_closed_streams
-from storage.processes.stop_signals import exit_code, explain, interruptible, leave
+from storage.processes.stop_signals import exit_code, explain, interruptible, leave, leave_on_signals
 
 if TYPE_CHECKING:  # which takes a second, in which a signal would find nobody
     from teacher_dump.dump import DumpResult, RetryOutcome
@@ -39,12 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         open_closed_streams()
     try:
         with interruptible(adopt=arguments is None):
-            return _dump(arguments)
+            code = _dump(arguments)
     except KeyboardInterrupt as stop:
         print(explain(stop), file=sys.stderr)
         if arguments is None:
             leave(exit_code(stop))
         return exit_code(stop)
+    if arguments is None:
+        leave_on_signals(code)
+    return code
 
 
 def _dump(arguments: Sequence[str] | None) -> int:

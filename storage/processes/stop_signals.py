@@ -114,8 +114,19 @@ def hold_signals(*, second_raises: bool = True) -> Iterator[HeldSignals]:
 def end_process(code: int) -> NoReturn:
     """sys.exit; after an interruption at once, for nothing that the interpreter's end may wait for is needed then."""
     if stopped_by(code) is None:
+        leave_on_signals(code)
         sys.exit(code)
     leave(code)
+
+
+def leave_on_signals(code: int) -> None:
+    """From now on SIGTERM and SIGINT end this process at once, with the code that it was to end with.
+
+    For a process whose work is done: the interpreter's own end takes seconds after some libraries, and a signal in
+    them would print a traceback, or make a failure of what is finished.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda _number, _frame: leave(code))
 
 
 def leave(code: int) -> NoReturn:
@@ -126,7 +137,7 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: a signal's handler within another flush
             continue
     os._exit(code)
 

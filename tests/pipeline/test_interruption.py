@@ -17,6 +17,16 @@ from storage.processes.stop_signals import Interrupted, exit_code, hold_signals,
 from tests.processes import MarkedCommand, start_marked
 
 ROOT = Path(__file__).parents[2]
+SLOW_END = """
+import atexit, os, sys
+import pipeline.__main__ as pipeline_main, teacher_dump.__main__ as dump_main
+from storage.processes.stop_signals import end_process
+pipe, which, *sys.argv[1:] = sys.argv[1:]
+atexit.register(lambda: open(pipe).read())  # what a library does while the interpreter ends, until it is interrupted
+if which == "rank":
+    end_process(0)
+sys.exit({"verb": pipeline_main, "dump": dump_main}[which].main())
+"""
 PATIENCE_S = 120.0
 
 
@@ -65,6 +75,26 @@ def test_a_signal_ends_a_command_with_its_code(tmp_path: Path, command: str, pip
         running.kill()
     assert running.text().strip().endswith("what is finished is kept, and the same command resumes")
     assert running.text().count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("which", "words", "code"), [("verb", ["verify", "none"], 2), ("dump", ["no.yaml"], 2), ("rank", [], 0)]
+)
+def test_a_signal_while_the_interpreter_ends_changes_no_exit_code(
+    tmp_path: Path, which: str, words: list[str], code: int, number: signal.Signals
+) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    running = start_marked([sys.executable, "-c", SLOW_END, str(path), which, *words], tmp_path / "log", cwd=ROOT)
+    try:
+        with blocked_in(path, running):
+            before = running.text()
+            running.process.send_signal(number)
+            assert running.wait(60) == code, running.text()
+    finally:
+        running.kill()
+    assert running.text() == before
 
 
 def test_codes_are_those_of_shells() -> None:
