@@ -54,6 +54,7 @@ class MarkedCommand:
                     continue
             self.process.poll()
             time.sleep(0.02)
+        self.process.wait(60)  # or Python complains of a child that nobody waited for, at the end of all tests
 
 
 def start_marked(

@@ -32,7 +32,10 @@ PATIENCE_S = 120.0
 
 @contextmanager
 def blocked_in(path: Path, running: MarkedCommand) -> Iterator[None]:
-    """Waits until a command reads this pipe, and lets it wait for more."""
+    """Waits until a command reads this pipe, and lets it wait for more.
+
+    It has to be within the system call: a signal shortly before it would not end it.
+    """
     deadline = time.monotonic() + PATIENCE_S
     while True:
         assert running.process.poll() is None, running.text()
@@ -44,6 +47,9 @@ def blocked_in(path: Path, running: MarkedCommand) -> Iterator[None]:
             if error.errno != errno.ENXIO:
                 raise
             time.sleep(0.02)
+    deadline = time.monotonic() + 5  # some kernels do not tell where a process waits
+    while "pipe_read" not in Path(f"/proc/{running.process.pid}/wchan").read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
     yield
     os.close(writer)
 
@@ -79,7 +85,7 @@ def test_a_signal_ends_a_command_with_its_code(tmp_path: Path, command: str, pip
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("which", "words", "code"), [("verb", ["verify", "none"], 2), ("dump", ["no.yaml"], 2), ("rank", [], 0)]
+    ("which", "words", "code"), [("verb", ["dump", "no.yaml"], 2), ("dump", ["no.yaml"], 2), ("rank", [], 0)]
 )
 def test_a_signal_while_the_interpreter_ends_changes_no_exit_code(
     tmp_path: Path, which: str, words: list[str], code: int, number: signal.Signals
