@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 NUM_MOMENTS = 10
 STEPS = ("dump", "grid", "report")  # a moment in each of them, besides those after some seconds
 WHOLE_S = 3000.0  # of a run that nobody ends: an upper limit for a machine under load
+START_S = 5.0  # of Python itself, before anybody handles signals
 LEFT_S = 120.0  # an upper limit for a machine under load; what it took is printed
 PREPARE = """
 import argparse
@@ -124,7 +125,7 @@ class Experiment:
             sys.stdout.write(f"{number.name} {ending}\n")
             sys.stdout.flush()
             if code != 0:  # else it had come to its end
-                assert code in (-number, 128 + number), command.text()
+                assert code == (-number if number == signal.SIGKILL else 128 + number), command.text()
             return code == 0
         finally:
             command.kill()
@@ -162,7 +163,7 @@ def states(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
 def describe(lines: Iterable[str]) -> str:
     """What runs, by the command lines of its processes."""
     lines = list(lines)
-    known = r"--stage (\S+)|(ray::\S+)|(prepare_small|student_train\.evaluate|torch_shm_manager|raylet)"
+    known = r"--stage (\S+)|(ray::\S+)|(prepare_small|student_train\.evaluate|gcs_server|raylet)"
     found = {next(filter(None, match.groups())) for line in lines for match in re.finditer(known, line)}
     return f"{len(lines)} processes: {', '.join(sorted(found)) or 'the command'}"
 
@@ -222,8 +223,8 @@ def test_ten_moments(
     expected, seconds = undisturbed
     draw = random.Random(f"{os.environ.get('SEED', '0')} {number}")
     num_timed = NUM_MOMENTS - len(STEPS)
-    moments = [Moment((part + draw.random()) / num_timed * seconds) for part in range(num_timed)]
-    moments += [Moment(draw.random(), step) for step in STEPS]
+    moments = [Moment(max(START_S, (part + draw.random()) / num_timed * seconds)) for part in range(num_timed)]
+    moments += [Moment(0.2 * draw.random(), step) for step in STEPS]  # a report takes half a second
     draw.shuffle(moments)
     experiment = write_experiment(tmp_path)
     while moments:
