@@ -41,7 +41,7 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[bool]:
 
     Yields True where Ray is this machine alone, and so will never have more room than it has now.
 
-    A handler of SIGTERM that the caller has set stays; Ray's own would end the process at once.
+    A handler of SIGTERM that the caller has set stays, afterwards too; Ray's own would end the process at once.
     """
     if ray.is_initialized():
         yield False
@@ -73,16 +73,26 @@ def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
             ray.init(**options)
     except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: of Ray's handler of SIGTERM
         with contextlib.suppress(Exception):  # whatever half of it is there
-            ray.shutdown()
+            _shut_down(handler)
         raise stop if isinstance(stop, KeyboardInterrupt) else Interrupted(signal.SIGTERM) from stop
     except (ConnectionError, ValueError, RayError, OSError, RuntimeError) as error:
         raise StillhouseError(f"Ray cannot be had at {address or 'this machine'}: {last_line(error)}") from error
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    _handle_sigterm(handler)
     try:
         yield not address
     finally:
-        ray.shutdown()
+        _shut_down(handler)
+
+
+def _shut_down(handler: Any) -> None:
+    """ray.shutdown, and SIGTERM's handler again: Ray's core has the kernel forget it, and Python does not notice."""
+    ray.shutdown()
+    _handle_sigterm(handler)
+
+
+def _handle_sigterm(handler: Any) -> None:
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def refuse_without_room(resources: Resources, *, what: str, field: str) -> None:

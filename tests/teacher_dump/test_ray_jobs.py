@@ -291,6 +291,27 @@ def test_commands_run_as_tasks_and_leave_their_output(ray_head: RayHead, tmp_pat
         assert said == f"hello {number} {REPOSITORY}\n"
 
 
+def test_sigterm_is_heard_after_ray_is_left(ray_head: RayHead) -> None:
+    """Ray's core takes the handler away when it ends: a training after a dump would die of the signal."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from storage.processes.stop_signals import exit_code, interruptible, leave\n"
+        "from teacher_dump.ray_jobs.cluster import cluster\n"
+        "try:\n"
+        "    with interruptible():\n"
+        "        with cluster(None, local_cpus=1):\n"
+        "            pass\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "except KeyboardInterrupt as stop:\n"
+        "    leave(exit_code(stop))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=ray_head.environment, timeout=PATIENCE_S, check=False
+    )
+    assert done.returncode == 143
+
+
 def test_a_function_is_called_with_an_open_teacher(
     ray_head: RayHead, write_config: WriteConfig, tmp_path: Path
 ) -> None:
