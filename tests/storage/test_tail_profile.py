@@ -46,7 +46,7 @@ def test_mass_is_exact_and_each_value_within_its_step(values, exponent):
 
 
 def test_the_worked_example_of_the_specification_is_read_and_written():
-    text = (Path(tail_profile.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+    text = (Path(tail_profile.__file__).parents[1] / "FORMAT.md").read_text(encoding="utf-8")
     (written,) = re.findall(r"```hex tail_total\n(.*?)```", text, re.DOTALL)
     content = bytes.fromhex(re.sub(r"#.*", "", written))
     encoded = encode_tail_total(TailTotal(np.array([0.5, 0.3, 0.0, 2.0]), 10))

@@ -67,9 +67,12 @@ class Model:
         expanded = [each for one in ids for each in ([one] * 16 if one == image_id else [one])]
         pixels = self.inputs(self.processor.tokenizer.decode([image_id]), image)["pixel_values"]
         prompt = {"input_ids": torch.tensor([expanded]), "attention_mask": torch.ones(1, len(expanded)).long()}
-        found = self.model.generate(**prompt, pixel_values=pixels, do_sample=False, max_new_tokens=max_new_tokens)[0]
+        padding = range(len(self.processor.tokenizer), self.model.config.text_config.vocab_size)
+        found = self.model.generate(
+            **prompt, pixel_values=pixels, do_sample=False, max_new_tokens=max_new_tokens, suppress_tokens=[*padding]
+        )[0]
         said = found[len(expanded) :].tolist()
-        if end not in said or image_id in said or max(said) >= len(self.processor.tokenizer):
+        if end not in said or image_id in said:
             return None
         answer = said[: said.index(end) + 1]
         return answer if self.processor.tokenizer.decode(answer[:-1]).strip() else None
