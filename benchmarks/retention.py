@@ -31,7 +31,7 @@ from benchmarks.student_runs import Found, HeldOut, Schedule, judge, train_stude
 from benchmarks.teacher_caches import Asked, TeacherStates, ask_teacher, bytes_per_row, write_cache
 from storage.config import CacheSection, HiddenSection, SelectionSection
 from storage.reader.cache import Cache
-from student_train.config import DistributionLossSection, LossesSection
+from student_train.losses.config import DistributionLossSection, LossesSection
 
 FOLDER = Path("runs/bench_retention")
 TEACHER_STEPS = 1000  # of the teacher, where there is no demo

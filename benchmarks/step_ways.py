@@ -20,10 +20,10 @@ from benchmarks.online import OnlineObjective, teacher_head, teacher_states
 from benchmarks.student_runs import material_of
 from benchmarks.teacher_caches import Asked
 from storage.reader.cache import Cache
-from student_train.config import LossesSection
 from student_train.data.batch_schedule import plans
 from student_train.data.collate import collate
 from student_train.data.mixture import Mixture
+from student_train.losses.config import LossesSection
 from student_train.models.huggingface import transformers_module
 from student_train.models.loading import freeze, load_student, read_checkpoint
 from student_train.models.student import Student

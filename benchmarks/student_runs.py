@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from benchmarks.online import OnlineObjective, teacher_head
 from benchmarks.teacher_caches import Asked, TeacherStates
 from storage.reader.cache import Cache
-from student_train.config import LossesSection
 from student_train.data.batch_schedule import SampleTable, plans, select
 from student_train.data.collate import Batch, Gather, collate
 from student_train.data.mixture import Mixture, Source
+from student_train.losses.config import LossesSection
 from student_train.models.loading import Checkpoint, freeze, load_student, read_checkpoint
 from student_train.models.student import Student
 from student_train.training.objective import Objective

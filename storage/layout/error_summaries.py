@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from storage.identity import Identity, stored_tau
 from storage.layout.documents import Commit, ErrorSummary, Losses
+from storage.records.records import PartRecords
 
 MEASURES: Mapping[str, str] = {  # of lossy encodings
     "response": "rounding_kl",  # of a row: KL(exact entries || decoded ones) in nats
@@ -63,3 +65,20 @@ def _merged(parts: Sequence[ErrorSummary]) -> ErrorSummary:
         p99=max(part.p99 for part in parts),
         max=max(part.max for part in parts),
     )
+
+
+def summarize_losses(records: PartRecords, identity: Identity) -> dict[str, dict[str, ErrorSummary]]:
+    """What was lost before encoding, by kind and family; a family of no rows, or not measured, is not named."""
+    rows_of = {"response": list(records.response or ()), "visual": list((records.visual or {}).values())}
+    noise = {family: summarize(NOISE, values) for family, values in records.teacher_noise.items() if len(values)}
+    selection: dict[str, ErrorSummary] = {}
+    dropped: dict[str, ErrorSummary] = {}
+    for family, rows in rows_of.items():
+        sets = [of_set.selection_error for each in rows for of_set in (each, *each.other_sets)]
+        errors = [error for of_set in sets if of_set is not None for error in of_set.tolist()]
+        if errors:
+            selection[family] = summarize(SELECTION, errors)
+        tails = [tail for each in rows for tail in each.tail_mass.tolist()]
+        if tails and stored_tau(identity, family) == 0:
+            dropped[family] = summarize(DROPPED, tails)
+    return {"teacher_noise": noise, "selection_errors": selection, "dropped_mass": dropped}

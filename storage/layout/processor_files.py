@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from storage.backends.folder import Folder
 from storage.errors import CorruptPartError
 from storage.layout.documents import NamedFile
 
+_log = logging.getLogger(__name__)
 PROCESSOR_FOLDER = "processor"
 MAX_BYTES = 64 << 20  # of one file: vocabularies have up to 35 MB
 # Data alone, no code. config.json says how many positions an image takes, and which ids stand for it.
@@ -26,8 +28,17 @@ NAMES = (
 
 def read_processor_files(checkpoint: Path) -> dict[str, bytes]:
     """Those of a checkpoint's files that say what its tokenizer and processor are, by name."""
-    paths = [checkpoint / name for name in NAMES]
-    return {path.name: path.read_bytes() for path in paths if path.is_file() and path.stat().st_size <= MAX_BYTES}
+    contents = {}
+    for path in (checkpoint / name for name in NAMES):
+        if not path.is_file():
+            continue
+        if (size := path.stat().st_size) > MAX_BYTES:
+            _log.warning(
+                "%s: has %d bytes; the cache carries files of at most %d and leaves it out", path, size, MAX_BYTES
+            )
+            continue
+        contents[path.name] = path.read_bytes()
+    return contents
 
 
 def write_processor_files(folder: Folder, contents: Mapping[str, bytes]) -> tuple[NamedFile, ...]:

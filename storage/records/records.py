@@ -6,8 +6,9 @@ import hashlib
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,3 +182,20 @@ class PartRecords:
     images: Mapping[str, bytes] | None = None  # the images' files by their sha256
     tail_totals: Mapping[str, TailTotal] = field(default_factory=dict)  # by family, of the parts that keep them
     teacher_noise: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by family: nats a row scored twice
+
+
+def reorder(records: PartRecords, places: Sequence[int]) -> PartRecords:
+    """Some of the samples, in another order, with the images that they name."""
+    if list(places) == list(range(len(records.tokens))):
+        return records
+    tokens = [records.tokens[place] for place in places]
+    images = [image for record in tokens for image in record.images]
+    keys = {*(image.key for image in images), *(image.sha256 for image in images)}
+    changes: dict[str, Any] = {"tokens": tokens}
+    for each in fields(records):
+        value = getattr(records, each.name)
+        if isinstance(value, Mapping) and each.name in ("visual", "relation", "images"):
+            changes[each.name] = {key: signal for key, signal in value.items() if key in keys}
+        elif isinstance(value, Sequence) and each.name not in ("tokens", "errors"):
+            changes[each.name] = [value[place] for place in places]
+    return replace(records, **changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ from storage.encoding.output_head import StoredHead, encode_head
 from storage.encoding.parquet_schema import parquet_bytes
 from storage.encoding.part_encoder import FamilyRows, part_rows
 from storage.errors import CacheError, CorruptPartError
-from storage.identity import Identity, stored_tau
+from storage.identity import Identity
 from storage.layout import commits as layout
-from storage.layout.documents import Commit, Description, ErrorEntry, ErrorSummary, FileEntry, HeadEntry, Manifest
-from storage.layout.error_summaries import DROPPED, NOISE, SELECTION, summarize, summary
+from storage.layout.documents import Commit, Description, ErrorEntry, FileEntry, HeadEntry, Manifest
+from storage.layout.error_summaries import summarize_losses, summary
 from storage.layout.processor_files import write_processor_files
 from storage.layout.retries import FailedIds, find_or_begin_retry, read_contents, taken_up_later
 from storage.layout.segments import NewSegment, Segment, find_segment, read_segments, tokens_segments
 from storage.reader.row_group_cache import PartFiles
 from storage.records.preference_pairs import check_pairs
-from storage.records.records import PartRecords, SampleError, TokensRecord
+from storage.records.records import PartRecords, SampleError, TokensRecord, reorder
 from storage.writer.validation import check_records
 
 # What an added family must have been made from, to the token: the rest of a tokens row follows from it.
@@ -290,7 +290,7 @@ class CacheWriter:
             ),
             errors_by_family={family: summary(family, rows.errors) for family, rows in families.items() if rows.errors},
             head=self._head if records.hidden is not None else None,
-            **_losses(records, self.segment.identity),
+            **summarize_losses(records, self.segment.identity),
         )
 
     def _aligned(self, number: int, records: PartRecords) -> PartRecords:
@@ -310,7 +310,7 @@ class CacheWriter:
                         f"{name}: its {column} are not those that segment {base.number} has; families can be added "
                         "only with the same samples, images and chat template"
                     )
-        aligned = _reordered(records, [places[row["sample_id"]] for row in stored])
+        aligned = reorder(records, [places[row["sample_id"]] for row in stored])
         if aligned.sequence is not None:
             _check_pairs_of_cache(f"{self.folder}: part {number}", aligned.tokens)
         return aligned
@@ -336,7 +336,7 @@ class CacheWriter:
             return records
         again = sorted({record.sample_id for record in records.tokens} & self._retried)
         errors = [*records.errors, *(SampleError(sample_id, "is in a later segment") for sample_id in again)]
-        return replace(_reordered(records, places), errors=errors)
+        return replace(reorder(records, places), errors=errors)
 
     def _check_retried(self, part: int, ids: Sequence[str]) -> None:
         """ValueError for a part of a retry that has not one record or error, at least, for each of its samples."""
@@ -389,23 +389,6 @@ def _refuse_known(folder: Folder, known: Mapping[str, int], sample_ids: Collecti
         )
 
 
-def _losses(records: PartRecords, identity: Identity) -> dict[str, dict[str, ErrorSummary]]:
-    """What was lost before encoding, by kind and family; a family of no rows, or not measured, is not named."""
-    rows_of = {"response": list(records.response or ()), "visual": list((records.visual or {}).values())}
-    noise = {family: summarize(NOISE, values) for family, values in records.teacher_noise.items() if len(values)}
-    selection: dict[str, ErrorSummary] = {}
-    dropped: dict[str, ErrorSummary] = {}
-    for family, rows in rows_of.items():
-        sets = [of_set.selection_error for each in rows for of_set in (each, *each.other_sets)]
-        errors = [error for of_set in sets if of_set is not None for error in of_set.tolist()]
-        if errors:
-            selection[family] = summarize(SELECTION, errors)
-        tails = [tail for each in rows for tail in each.tail_mass.tolist()]
-        if tails and stored_tau(identity, family) == 0:
-            dropped[family] = summarize(DROPPED, tails)
-    return {"teacher_noise": noise, "selection_errors": selection, "dropped_mass": dropped}
-
-
 def _reason(row: Mapping[str, Any], records: PartRecords) -> str:
     reasons = [error.reason for error in records.errors if error.sample_id == row["sample_id"]]
     return f": {reasons[0]}" if reasons else ""
@@ -422,23 +405,6 @@ def _check_pairs_of_cache(place: str, records: Sequence[TokensRecord]) -> None:
 
 def _plain(columns: Columns) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in columns.items()}
-
-
-def _reordered(records: PartRecords, places: Sequence[int]) -> PartRecords:
-    """Some of the samples, in another order, with the images that they name."""
-    if list(places) == list(range(len(records.tokens))):
-        return records
-    tokens = [records.tokens[place] for place in places]
-    images = [image for record in tokens for image in record.images]
-    keys = {*(image.key for image in images), *(image.sha256 for image in images)}
-    changes: dict[str, Any] = {"tokens": tokens}
-    for field in fields(records):
-        value = getattr(records, field.name)
-        if isinstance(value, Mapping) and field.name in ("visual", "relation", "images"):
-            changes[field.name] = {key: signal for key, signal in value.items() if key in keys}
-        elif isinstance(value, Sequence) and field.name not in ("tokens", "errors"):
-            changes[field.name] = [value[place] for place in places]
-    return replace(records, **changes)
 
 
 def _encodable(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from student_train.config import Divergence
+from student_train.losses.config import Divergence
 
 Term = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LINEAR: Final = ("forward_kl", "cross_entropy")  # in p, but for the teacher's own entropy

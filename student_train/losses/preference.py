@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from student_train.config import PreferenceLossSection
+from student_train.losses.config import PreferenceLossSection
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from student_train.config import Divergence, Treatment
+from student_train.losses.config import Divergence, Treatment
 from student_train.losses.divergences import LINEAR, Term, term
 
 LEAST_TAIL = 2.0**-24  # what a float32 beside 1 cannot tell from 0: a tail mass of 0 stands for this much

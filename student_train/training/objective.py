@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from storage.errors import ConfigError
-from student_train.config import SWITCHES, BalanceLossSection, DistributionLossSection, LossesSection, Treatment
 from student_train.data.batch_schedule import RowCounts
 from student_train.data.collate import Batch, ImageGrids
 from student_train.losses.averaging import Share, image_weights, row_shares
+from student_train.losses.config import SWITCHES, BalanceLossSection, DistributionLossSection, LossesSection, Treatment
 from student_train.losses.fused_linear import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
 from student_train.losses.load_balancing import router_losses
 from student_train.losses.preference import Rewards, preference

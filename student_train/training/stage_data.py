@@ -15,19 +15,14 @@ from storage.images.image_root import find_image_root
 from storage.reader.cache import Cache, first_sample_with_images, read_identity
 from storage.reader.narrowing import Narrowing
 from storage.records.records import TokensRecord
-from student_train.config import (
-    DRAWING,
-    DistributionLossSection,
-    LossesSection,
-    SourceSection,
-    StageSection,
-)
+from student_train.config import SourceSection, StageSection
 from student_train.data.batch_schedule import SampleTable, select
 from student_train.data.collate import check_grid
 from student_train.data.image_inputs import ImageInputs
 from student_train.data.mixture import Mixture, Source
 from student_train.data.sample_filter import filtered
 from student_train.data.sample_images import ImageFolder
+from student_train.losses.config import DRAWING, DistributionLossSection, LossesSection
 from student_train.losses.fused_linear import TeacherHead
 from student_train.models.expert_parallel import check_experts
 from student_train.models.loading import Checkpoint, check_fit, check_parts, read_checkpoint

@@ -19,9 +19,9 @@ from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleRecord
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
-from student_train.config import LossesSection
 from student_train.data.collate import collate
 from student_train.data.sample_images import FeatureStore, VisionSource, open_images
+from student_train.losses.config import LossesSection
 from student_train.models.loading import Checkpoint, freeze, load_for_inference, load_student, read_checkpoint
 from student_train.models.student import Student
 from student_train.training.objective import Objective

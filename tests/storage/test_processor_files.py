@@ -10,7 +10,7 @@ from storage.backends.folder import open_folder
 from storage.errors import CorruptPartError
 from storage.layout.documents import Commit, Manifest, NamedFile, parse_document
 from storage.layout.error_summaries import summarize
-from storage.layout.processor_files import load_processor_files, read_processor_files
+from storage.layout.processor_files import MAX_BYTES, load_processor_files, read_processor_files
 from storage.layout.segments import read_segments
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
@@ -65,3 +65,10 @@ def test_documents_have_room_for_an_engine_check_and_an_index(path):
     manifest = plain.model_copy(update={"engine_check": found, "index": index})
     assert parse_document(manifest.to_bytes(), Manifest, "manifest.json") == manifest
     assert "engine_check" in Commit.model_fields
+
+
+def test_a_file_that_is_too_large_to_carry_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    assert read_processor_files(tmp_path) == {}
+    assert f"tokenizer.json: has {MAX_BYTES + 1} bytes" in caplog.text

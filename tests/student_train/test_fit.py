@@ -12,7 +12,8 @@ import pytest
 from storage.errors import CacheError, CorruptPartError, IdentityError
 from storage.identity import READABLE_VERSIONS
 from storage.reader.cache import Cache, read_identity
-from student_train.config import LossesSection, StageSection
+from student_train.config import StageSection
+from student_train.losses.config import LossesSection
 from student_train.training.stage_data import fitting_checkpoint, prepare
 from tests.student_train.caches import make_cache
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from storage.encoding.output_head import make_head
-from student_train.config import TREATMENTS, Divergence, Treatment
 from student_train.data.collate import teacher_rows
+from student_train.losses.config import TREATMENTS, Divergence, Treatment
 from student_train.losses.fused_linear import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
 from student_train.losses.sparse_divergence import Rule, TailProfile
 from tests.hypothesis_profiles import examples

@@ -14,18 +14,12 @@ from safetensors.torch import load_file
 
 from storage.errors import ConfigError
 from storage.reader.cache import Cache
-from student_train.config import (
-    EvaluationSection,
-    LossesSection,
-    MoeSection,
-    PreferenceLossSection,
-    SourceSection,
-    StageSection,
-)
+from student_train.config import EvaluationSection, MoeSection, SourceSection, StageSection
 from student_train.data.batch_schedule import RowCounts, plans
 from student_train.data.collate import collate
 from student_train.data.sample_images import FeatureStore, VisionSource, open_images
 from student_train.evaluation.evaluate import evaluate_model
+from student_train.losses.config import LossesSection, PreferenceLossSection
 from student_train.losses.load_balancing import router_losses
 from student_train.losses.preference import Rewards, preference
 from student_train.models.loading import freeze, load_student

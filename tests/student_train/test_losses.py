@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from storage.records.sparse_rows import SparseRows
-from student_train.config import TREATMENTS, Divergence, Treatment
 from student_train.data.collate import teacher_rows
+from student_train.losses.config import TREATMENTS, Divergence, Treatment
 from student_train.losses.fused_linear import SparseTarget
 from student_train.losses.sparse_divergence import Against, Rule, TailProfile, TeacherRows, row_losses_
 from tests.hypothesis_profiles import examples

@@ -9,9 +9,10 @@ from storage.backends.folder import open_folder
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
-from student_train.config import DistributionLossSection, LossesSection, StageSection
+from student_train.config import StageSection
 from student_train.data.collate import layout
 from student_train.data.sample_images import open_images
+from student_train.losses.config import DistributionLossSection, LossesSection
 from student_train.training.stage_data import cached_teacher, prepare
 from tests.student_train.caches import make_cache
 

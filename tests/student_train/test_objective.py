@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from storage.reader.cache import Cache
-from student_train.config import LossesSection, StageSection
+from student_train.config import StageSection
 from student_train.data.batch_schedule import plans
 from student_train.data.collate import Batch, collate
 from student_train.data.sample_images import FeatureStore, VisionSource, open_images
+from student_train.losses.config import LossesSection
 from student_train.losses.relation import head_metric, relation_loss
 from student_train.losses.sparse_divergence import Rule
 from student_train.models.loading import freeze, load_student

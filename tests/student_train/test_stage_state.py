@@ -138,6 +138,8 @@ def test_a_killed_stage_goes_on_from_its_last_saved_state(make_runner: Callable[
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_state_is_for_its_own_configuration_and_number_of_ranks(make_runner: Callable[..., Runner]) -> None:
     stage = {"steps": STEPS, "zero_stage": 2}
     runner = make_runner(first=stage)

@@ -255,6 +255,8 @@ def test_questions_need_no_answer_and_pairs_are_refused(tmp_path: Path) -> None:
     assert [error.sample_id for error in found.errors] == ["pair#chosen", "pair#rejected"]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_both_engines_give_the_same_greedy_answers_and_end_them_alike(
     write_config: WriteConfig, padded: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ from teacher_dump.ray_jobs.cluster import check_answers, gpus_of_engine
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_an_engine_gets_the_gpus_of_its_ranks() -> None:
     """In one node the actor has them all; with vLLM's Ray backend each rank has a bundle of the actor's group."""
     done = subprocess.run(

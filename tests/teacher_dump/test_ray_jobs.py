@@ -312,6 +312,8 @@ def test_sigterm_is_heard_after_ray_is_left(ray_head: RayHead) -> None:
     assert done.returncode == 143
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_function_is_called_with_an_open_teacher(
     ray_head: RayHead, write_config: WriteConfig, tmp_path: Path
 ) -> None:
