@@ -121,16 +121,17 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
 def watch(parent: int, *, last_s: float, list_below: Callable[[int], list[int]] = descendants) -> None:
     """Waits until `parent`, the process that started this one, is gone; then ends what was below it.
 
-    What these processes start in their last seconds is ended as well.
+    What these processes start in their last seconds is ended as well. What was below the parent once counts as long
+    as it lives: a process of many threads that is killed stays there for a while after its children got the kernel's
+    word of its end, and theirs are below init by then.
     """
     below: dict[int, str] = {}
     while True:
         found = _start_times(list_below(parent))
-        if os.getppid() != parent:  # it died meanwhile, and what was below it may be below another process now
+        below = {pid: below[pid] for pid in _still_there(below)} | found
+        if os.getppid() != parent:
             break
-        below = found
         time.sleep(POLL_S)
-    below |= found
     deadline = time.monotonic() + last_s
     while time.monotonic() < deadline:
         for pid in _still_there(below):
@@ -154,7 +155,7 @@ def _start_time(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
             return file.read().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+    except (OSError, ValueError, IndexError):  # ValueError: a name that was cut within a character
         return ""
 
 

@@ -159,7 +159,7 @@ def test_what_nobody_supervises_ends_with_a_watched_parent(tmp_path: Path) -> No
 
 
 def test_a_parent_that_is_killed_while_its_watcher_looks_leaves_nothing(tmp_path: Path) -> None:
-    """What was below it is below another process by then, and is not found there."""
+    """What was below it is below another process by then, or even before its own end, and is not found there."""
     watcher = (
         "import os, signal, sys, time\n"
         "from storage.processes.supervisor import descendants, watch\n"
@@ -167,8 +167,10 @@ def test_a_parent_that_is_killed_while_its_watcher_looks_leaves_nothing(tmp_path
         "def kill_and_look(pid):\n"
         "    looks.append(pid)\n"
         "    if len(looks) == 2:\n"
+        "        return []\n"
+        "    if len(looks) == 3:\n"
         "        os.kill(parent, signal.SIGKILL)\n"
-        "    while len(looks) == 2 and os.getppid() == parent:\n"
+        "    while len(looks) == 3 and os.getppid() == parent:\n"
         "        time.sleep(0.01)\n"
         "    return descendants(pid)\n"
         "while not os.path.exists(sys.argv[1]):\n"
