@@ -28,7 +28,7 @@ from storage.encoding.parquet_schema import parquet_bytes
 from storage.encoding.tail_profile import encode_tail_total
 from storage.records.records import TailTotal
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.signals.selection import Mass, Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
 
 ROWS_PER_SAMPLE = {"digits": 8}  # of the others, a sequence: 512
 ZSTD_LEVEL = 9

@@ -20,7 +20,7 @@ from storage.identity import Identity
 from storage.records.records import PartRecords, TokensRecord
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.signals.selection import Threshold, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Threshold, row_uniforms, select_rows
 
 NUM_SAMPLES = 256
 SAMPLE_ROWS = 64

@@ -28,7 +28,7 @@ from storage.reader.shuffle import WINDOW_ROWS
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, image_key
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.signals.selection import Threshold, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Threshold, row_uniforms, select_rows
 
 NUM_ROWS = 2048  # of the model; answers are runs of them
 VOCAB_SIZE = 49_152

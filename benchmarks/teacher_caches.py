@@ -29,7 +29,7 @@ from student_train.data.collate import Batch, collate
 from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
 from student_train.models.loading import Checkpoint, load_for_inference, read_checkpoint
 from student_train.models.student import Student
-from teacher_dump.signals.selection import Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
 
 _BATCH = 64
 

@@ -27,7 +27,7 @@ from storage.records.records import ImageRef, PartRecords, RelationMatrix, Token
 from storage.records.sparse_rows import SparseRows
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.signals.selection import Threshold, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Threshold, row_uniforms, select_rows
 
 VOCAB_SIZE = 32_000
 IMAGE_TOKEN = VOCAB_SIZE

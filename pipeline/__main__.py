@@ -230,7 +230,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from pipeline.plan_report import as_table
     from pipeline.preflight import keep_forecast
-    from teacher_dump.estimates.calibration import forecast_dump
+    from teacher_dump.estimates.cost_calibration import forecast_dump
     from teacher_dump.settings import read_settings
 
     if arguments.samples < 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from teacher_dump.estimates.forecast import Forecast
+from teacher_dump.estimates.cost_model import Forecast
 
 
 def as_table(expected: Forecast) -> str:

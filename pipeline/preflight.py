@@ -27,7 +27,7 @@ from student_train.models.loading import is_hub_id
 from student_train.training.trainer import resolved
 from teacher_dump.execution.machine import check_dump_machine, check_machine, count_gpus, is_alone, refuse_more_gpus
 from teacher_dump.settings import read_settings
-from teacher_dump.teachers.checkpoint import read_header, weight_files
+from teacher_dump.teachers.hf_checkpoint import read_header, weight_files
 
 _FORECAST = "forecast.json"
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight in a checkpoint

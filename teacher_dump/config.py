@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from storage.config import LocalPath, Section
 from storage.images.settings import WHITE, Background
 from teacher_dump.data.unread_fields import Ignorable
-from teacher_dump.prompts.lengths import TooLong
+from teacher_dump.prompts.truncation import TooLong
 
 _NOT_OF_A_TEMPLATE = frozenset(
     {

@@ -29,9 +29,9 @@ from storage.records.records import SampleError
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.config import DumpSection
 from teacher_dump.estimates.budget_choice import with_budget
-from teacher_dump.execution.assignment import worker_settings
+from teacher_dump.execution.driver import write_parts
 from teacher_dump.execution.progress import DumpSummary, error_kinds
-from teacher_dump.execution.writing import write_parts
+from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.answer_files import ANSWERS_FOLDER
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump, plan_questions
 from teacher_dump.planning.retry import choose_failed, retry_identity, retry_plan
@@ -237,7 +237,7 @@ def _answered(settings: DumpSettings, *, retry_errors: bool, progress: bool) -> 
     """
     if settings.data.responses == "dataset":
         return settings
-    from teacher_dump.execution import answers
+    from teacher_dump.execution import answer_generation as answers
 
     questions = plan_questions(settings)
     found = answers.answered_settings(settings, questions)

@@ -19,7 +19,7 @@ from storage.identity import Identity, stored_relation, stored_rounding_kl
 from storage.records.records import RelationMatrix, SampleRecord
 from storage.records.sparse_rows import LOGPROB_TOLERANCE, SparseRows
 from teacher_dump.prompts.preparation import Prepared
-from teacher_dump.signals.head import OutputHead
+from teacher_dump.signals.lm_head import OutputHead
 
 ROWS_AT_ONCE = 256  # of full-vocabulary logprobs
 _ROUNDED = 2.0**-11  # relative error of a stored scalar (FORMAT.md)

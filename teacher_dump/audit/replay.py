@@ -19,8 +19,8 @@ from storage.identity import Identity, difference
 from storage.reader.cache import Cache
 from storage.records.records import SampleError, SampleRecord
 from teacher_dump.audit.comparison import Comparison, Measured
-from teacher_dump.data.samples import SampleRefusedError
-from teacher_dump.execution.assignment import with_teacher, worker_settings
+from teacher_dump.data.sample import SampleRefusedError
+from teacher_dump.execution.worker_setup import with_teacher, worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.settings import DumpSettings

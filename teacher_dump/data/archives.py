@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from storage.errors import ConfigError
-from teacher_dump.data.samples import SampleRefusedError, shorten
+from teacher_dump.data.sample import SampleRefusedError, shorten
 from teacher_dump.sources.row import Broken, printable
 from teacher_dump.sources.tar_rows import MAX_MEMBER_BYTES, read_member
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from storage.images.traits import read_traits
 from storage.records.records import SampleError
 from teacher_dump.data.conversation import NO_LABEL
-from teacher_dump.data.images import LoadedImage
+from teacher_dump.data.image_loading import LoadedImage
 from teacher_dump.prompts.preparation import Prepared
 
 _NUM_NAMED = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.data.sample import SampleRefusedError
 
 
 def as_list(value: Any, name: str) -> Any:

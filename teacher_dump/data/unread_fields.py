@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.data.sample import SampleRefusedError
 
 Ignorable = Literal[
     "video", "audio", "tools", "reasoning_content", "<video>", "<audio>", "<img>", "<image 1>", "<ImageHere>", "media"

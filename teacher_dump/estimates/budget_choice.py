@@ -27,8 +27,8 @@ def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
         return planned
     folder = open_folder(cache.path)  # a cache that was made otherwise is refused before anything is scored
     find_segment(folder, comparable(planned.identity, cache), cache.families, append=cache.append)
-    from teacher_dump.estimates.budget_slice import Wanted, calibrate, spread
-    from teacher_dump.execution.assignment import with_teacher
+    from teacher_dump.estimates.budget_calibration import Wanted, calibrate, spread
+    from teacher_dump.execution.worker_setup import with_teacher
 
     every = (sample for part in planned.plan.parts for sample in part.samples)
     places = set(spread(range(planned.plan.num_samples), budget.samples))

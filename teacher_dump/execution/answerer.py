@@ -15,9 +15,9 @@ from storage.errors import StillhouseError
 from storage.records.records import SampleError
 from teacher_dump.config import SamplingSection
 from teacher_dump.data.conversation import GENERATED_IDS
-from teacher_dump.data.plan import Part
-from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
-from teacher_dump.prompts.prompt import IMAGE_MARKER
+from teacher_dump.data.partition import Part
+from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
+from teacher_dump.prompts.preprocessor import IMAGE_MARKER
 
 if TYPE_CHECKING:
     from teacher_dump.prompts.preparation import Preparer

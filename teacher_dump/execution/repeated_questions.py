@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.records.records import SampleError
-from teacher_dump.execution.answers import JOB_FILE, answers_folder, ask_in_processes, job_of, open_answerer
+from teacher_dump.execution.answer_generation import JOB_FILE, answers_folder, ask_in_processes, job_of, open_answerer
 from teacher_dump.planning.answer_files import (
     AGAIN_FOLDER,
     part_file,

@@ -22,18 +22,18 @@ from storage.images.settings import PixelSettings
 from storage.layout.documents import Commit
 from storage.processes.waiting import Waiting
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.data.plan import Part
-from teacher_dump.data.samples import Sample
-from teacher_dump.prompts.lengths import TooLong
+from teacher_dump.data.partition import Part
+from teacher_dump.data.sample import Sample
+from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Preparer
+from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.prompts.prompt import PromptBuilder
-from teacher_dump.prompts.visual_grid import VisualGrid
-from teacher_dump.signals.open_teacher import OpenTeacher
+from teacher_dump.prompts.truncation import TooLong
+from teacher_dump.signals.loaded_teacher import OpenTeacher
 from teacher_dump.signals.pixel_check import check_pixel_values
-from teacher_dump.signals.request import SignalRequest
 from teacher_dump.signals.scoring import Chunk, PartScorer, Scored
-from teacher_dump.signals.sight import check_sight
+from teacher_dump.signals.spec import SignalRequest
+from teacher_dump.signals.vision_check import check_sight
 from teacher_dump.teachers.fingerprint import ProcessorFacts
 from teacher_dump.teachers.teacher import Generator, Teacher
 
@@ -252,7 +252,7 @@ def open_teacher(settings: WorkerSettings, open_engine: OpenEngine | None = None
     """Load the engine and the output head, the head on the GPU where there is one."""
     import torch
 
-    from teacher_dump.signals.head import read_head
+    from teacher_dump.signals.lm_head import read_head
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     head = read_head(settings.checkpoint, vocab_size=settings.facts.vocab_size, device=device)

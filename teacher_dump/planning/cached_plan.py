@@ -17,10 +17,10 @@ from storage.layout import commits as layout
 from storage.layout.documents import ErrorEntry
 from storage.layout.segments import has_cache, read_segments, tokens_segments
 from storage.records.records import SampleError
-from teacher_dump.data.plan import Plan
-from teacher_dump.data.reading import SampleSet
-from teacher_dump.data.sample_file import Chosen, Replaced
-from teacher_dump.data.samples import Sample
+from teacher_dump.data.dataset import SampleSet
+from teacher_dump.data.partition import Plan
+from teacher_dump.data.sample import Sample
+from teacher_dump.data.sample_spool import Chosen, Replaced
 from teacher_dump.planning.answer_files import DONE_FILE, read_refusals
 
 ReadAgain = Callable[[Collection[str]], SampleSet]  # with these ids and places watched

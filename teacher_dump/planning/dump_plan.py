@@ -16,16 +16,17 @@ from storage.images.settings import PIXELS_FILE, read_pixel_settings
 from storage.layout.segments import has_cache
 from storage.records.records import SampleError
 from teacher_dump.config import TeacherSection
-from teacher_dump.data.plan import Plan, make_plan
-from teacher_dump.data.reading import SampleSet, read_samples
-from teacher_dump.data.samples import Sample
+from teacher_dump.data.dataset import SampleSet, read_samples
+from teacher_dump.data.partition import Plan, make_plan
+from teacher_dump.data.sample import Sample
 from teacher_dump.estimates.budget_choice import recorded_choices
 from teacher_dump.planning.answer_files import ANSWERS_FOLDER, answers_key
 from teacher_dump.planning.cached_plan import plan_as_answered, plan_as_cached
+from teacher_dump.prompts.preprocessor import TOKENISATION
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.prompts.prompt import TOKENISATION
 from teacher_dump.settings import DumpSettings
-from teacher_dump.teachers import checkpoint, fingerprint
+from teacher_dump.teachers import fingerprint
+from teacher_dump.teachers import hf_checkpoint as checkpoint
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def plan_dump(settings: DumpSettings) -> DumpPlan:
     """
     if settings.data.responses == "dataset":
         return _plan(settings)
-    from teacher_dump.execution import answers
+    from teacher_dump.execution import answer_generation as answers
 
     questions = plan_questions(settings)
     found = answers.answered_settings(settings, questions)

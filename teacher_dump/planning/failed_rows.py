@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from storage.records.records import SampleError
-from teacher_dump.data.reading import read_samples
-from teacher_dump.data.samples import Sample
+from teacher_dump.data.dataset import read_samples
+from teacher_dump.data.sample import Sample
 from teacher_dump.planning.answer_files import LATER_FILE, read_lines, write_lines
 from teacher_dump.settings import DumpSettings
 

@@ -16,13 +16,13 @@ from storage.layout.retries import plan_of_retry
 from storage.layout.segments import Segment
 from storage.records.preference_pairs import CHOSEN, REJECTED, other_half
 from storage.records.records import PartRecords, SampleError, TokensRecord
-from teacher_dump.data.plan import Part, Plan
-from teacher_dump.data.samples import SampleRefusedError
-from teacher_dump.execution.assignment import worker_settings
+from teacher_dump.data.partition import Part, Plan
+from teacher_dump.data.sample import SampleRefusedError
+from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan
 from teacher_dump.planning.failed_rows import FailedRow, read_failed_rows
 from teacher_dump.settings import DumpSettings
-from teacher_dump.signals.pairs import without_lone_halves
+from teacher_dump.signals.pair_logprobs import without_lone_halves
 
 if TYPE_CHECKING:  # imports transformers
     from teacher_dump.prompts.preparation import Preparer

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage.errors import ConfigError, StillhouseError
-from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.data.sample import SampleRefusedError
 
 Message = dict[str, Any]
 Render = Callable[[list[Message], bool], str]  # messages, whether to open the assistant's turn

@@ -12,11 +12,11 @@ import numpy as np
 
 from storage.images.settings import PixelSettings
 from storage.records.records import ImageRef, TokensRecord, image_key
-from teacher_dump.data.images import LoadedImage, load_image
-from teacher_dump.data.samples import Sample, SampleRefusedError
-from teacher_dump.prompts.lengths import TooLong, kept_length
-from teacher_dump.prompts.prompt import Prompt, PromptBuilder
-from teacher_dump.prompts.visual_grid import Expansion, VisualGrid, expand
+from teacher_dump.data.image_loading import LoadedImage, load_image
+from teacher_dump.data.sample import Sample, SampleRefusedError
+from teacher_dump.prompts.image_tokens import Expansion, VisualGrid, expand
+from teacher_dump.prompts.preprocessor import Prompt, PromptBuilder
+from teacher_dump.prompts.truncation import TooLong, kept_length
 from teacher_dump.teachers.teacher import TeacherPrompt
 
 

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from storage.errors import StillhouseError
 from storage.processes.waiting import Waiting
-from teacher_dump.data.plan import Part
+from teacher_dump.data.partition import Part
 from teacher_dump.execution.allocator import share_one_arena
 from teacher_dump.execution.device_failure import is_device_failure, is_out_of_memory
 from teacher_dump.execution.worker import OpenEngine, PartOutcome, Worker, WorkerSettings

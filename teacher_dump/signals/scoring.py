@@ -16,17 +16,17 @@ from torch import Tensor
 from storage.encoding.relation_matrix import num_blocks
 from storage.records.records import PartRecords, SampleError, SequenceLogprob, TokensRecord
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.data.plan import Part
-from teacher_dump.data.samples import Sample, SampleRefusedError
+from teacher_dump.data.partition import Part
+from teacher_dump.data.sample import Sample, SampleRefusedError
 from teacher_dump.prompts.preparation import Prepared, Preparer
-from teacher_dump.signals.gathered import Gathered, Tail
-from teacher_dump.signals.head import OutputHead
-from teacher_dump.signals.noise import teacher_noise
-from teacher_dump.signals.open_teacher import OpenTeacher
-from teacher_dump.signals.pairs import without_lone_halves
-from teacher_dump.signals.request import RowRequest, SignalRequest
-from teacher_dump.signals.selection import row_uniforms
+from teacher_dump.signals.lm_head import OutputHead
+from teacher_dump.signals.loaded_teacher import OpenTeacher
+from teacher_dump.signals.pair_logprobs import without_lone_halves
+from teacher_dump.signals.part_accumulator import Gathered, Tail
+from teacher_dump.signals.sparsify import row_uniforms
+from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.signals.states import labels_of, new_images, response_states
+from teacher_dump.signals.teacher_noise import teacher_noise
 
 _SAMPLES_PER_CALL = 32  # of the engine: their hidden states and pixels are in memory together
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from storage.errors import ConfigError
-from teacher_dump.data.samples import MAX_SHOWN, shorten
+from teacher_dump.data.sample import MAX_SHOWN, shorten
 from teacher_dump.sources.row import Broken, Rows, short_place
 
 _MAX_ROW_BYTES = 64 * 2**20  # a longer line is no conversation

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teacher_dump.data.samples import MAX_SHOWN
+from teacher_dump.data.sample import MAX_SHOWN
 
 Rows = Iterator[tuple[str, Any]]  # (place, fields as plain data or a Broken)
 

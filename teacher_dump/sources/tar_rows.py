@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import ConfigError
-from teacher_dump.data.images import MAX_IMAGE_BYTES
+from teacher_dump.data.image_loading import MAX_IMAGE_BYTES
 from teacher_dump.data.message_lists import as_list
-from teacher_dump.data.samples import shorten
+from teacher_dump.data.sample import shorten
 from teacher_dump.data.unread_fields import Ignored
 from teacher_dump.sources.json_rows import parse_json
 from teacher_dump.sources.row import Broken, Rows, printable, short_place, shown_name

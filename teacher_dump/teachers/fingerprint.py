@@ -21,7 +21,7 @@ from storage.errors import StillhouseError
 from storage.identity import real_vocab_size, tokenizer_fingerprint
 from storage.images.settings import PixelSettings, processor_backend, processor_settings
 from teacher_dump.prompts.chat_template import ChatTemplate, written_stop_id
-from teacher_dump.teachers import checkpoint
+from teacher_dump.teachers import hf_checkpoint as checkpoint
 
 NONE = "none"  # where a cache has no teacher at all
 _SETTINGS = ("config.json", "generation_config.json")

@@ -13,8 +13,8 @@ from storage.errors import ConfigError, StillhouseError
 from storage.images.pixels import Picture
 from teacher_dump import torchvision_shim
 from teacher_dump.config import SamplingSection
+from teacher_dump.prompts.image_tokens import VisualGrid, expand
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.prompts.visual_grid import VisualGrid, expand
 from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
 
 _OF_TEXT = ("input_ids", "attention_mask")

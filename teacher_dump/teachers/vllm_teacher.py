@@ -31,7 +31,7 @@ from teacher_dump.execution.device_failure import (
     is_out_of_memory,
 )
 from teacher_dump.prompts.processor import keep_videos_loadable
-from teacher_dump.teachers import checkpoint
+from teacher_dump.teachers import hf_checkpoint as checkpoint
 from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
 
 _log = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ import numpy as np
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.data.images import load_image
+from teacher_dump.data.image_loading import load_image
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.signals.head import read_head
-from teacher_dump.signals.request import RowRequest, SignalRequest
-from teacher_dump.signals.selection import TopK
-from teacher_dump.signals.sight import check_sight, choose_samples
+from teacher_dump.signals.lm_head import read_head
+from teacher_dump.signals.sparsify import TopK
+from teacher_dump.signals.spec import RowRequest, SignalRequest
+from teacher_dump.signals.vision_check import check_sight, choose_samples
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.teacher import Teacher
 from tests.storage.images.picture_files import BACKGROUND, picture_files

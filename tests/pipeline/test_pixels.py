@@ -22,7 +22,7 @@ from student_train.config import EvaluationSection, SourceSection
 from student_train.data.sample_images import ImageFolder, open_images
 from student_train.evaluation.evaluate import evaluate_model
 from student_train.models.huggingface import load_image_processor
-from teacher_dump.data.images import load_image
+from teacher_dump.data.image_loading import load_image
 from teacher_dump.prompts.processor import load_processor
 from tests.pipeline.pixel_dumps import PIXELS, dump_pictures, write_data
 from tests.storage.images.picture_files import picture_files

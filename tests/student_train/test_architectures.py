@@ -36,9 +36,9 @@ from student_train.models.student import Student
 from student_train.training.objective import Objective
 from student_train.training.stage_data import cached_teacher, loss_families, prepare
 from teacher_dump.prompts import processor
-from teacher_dump.prompts.visual_grid import VisualGrid, expand
+from teacher_dump.prompts.image_tokens import VisualGrid, expand
 from teacher_dump.signals.scoring import RowRequest, SignalRequest
-from teacher_dump.signals.selection import Threshold, TopK
+from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.student_train.conftest import Runner

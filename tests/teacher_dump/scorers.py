@@ -7,17 +7,17 @@ from typing import Any
 
 from storage.images.settings import PixelSettings
 from teacher_dump.config import SourceSection
-from teacher_dump.data.plan import Part
-from teacher_dump.data.reading import read_samples
+from teacher_dump.data.dataset import read_samples
+from teacher_dump.data.partition import Part
+from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Preparer
+from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.prompts.prompt import PromptBuilder
-from teacher_dump.prompts.visual_grid import VisualGrid
-from teacher_dump.signals.head import read_head
-from teacher_dump.signals.open_teacher import OpenTeacher
-from teacher_dump.signals.request import RowRequest, SignalRequest
+from teacher_dump.signals.lm_head import read_head
+from teacher_dump.signals.loaded_teacher import OpenTeacher
 from teacher_dump.signals.scoring import PartScorer
-from teacher_dump.signals.selection import Threshold, TopK
+from teacher_dump.signals.sparsify import Threshold, TopK
+from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.teacher import Teacher
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher

@@ -11,8 +11,8 @@ import torch
 
 from storage.errors import StillhouseError
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.execution.assignment import worker_settings
 from teacher_dump.execution.worker import WorkerSettings
+from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.ray_jobs import PartPool, score_parts
 from teacher_dump.settings import read_settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from teacher_dump.data.plan import Part
+from teacher_dump.data.partition import Part
 from teacher_dump.signals.scoring import PartScorer
 
 

@@ -19,20 +19,20 @@ from storage.records.records import SampleError
 from storage.verify.scan_cache import verify
 from teacher_dump.config import SamplingSection, SourceSection
 from teacher_dump.data.conversation import parse_conversation
-from teacher_dump.data.plan import Part
-from teacher_dump.data.reading import read_samples
-from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
+from teacher_dump.data.dataset import read_samples
+from teacher_dump.data.partition import Part
+from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.dump import run_dump
 from teacher_dump.execution.answerer import Answerer
-from teacher_dump.execution.assignment import prompt_errors
 from teacher_dump.execution.device_failure import PromptRefusedError
+from teacher_dump.execution.worker_setup import prompt_errors
 from teacher_dump.planning.dump_plan import plan_dump
+from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Preparer
+from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.prompts.prompt import PromptBuilder
-from teacher_dump.prompts.visual_grid import VisualGrid
 from teacher_dump.settings import read_settings
-from teacher_dump.signals.head import read_head
+from teacher_dump.signals.lm_head import read_head
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.teacher import TeacherPrompt
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
@@ -262,7 +262,7 @@ def test_both_engines_give_the_same_greedy_answers_and_end_them_alike(
 ) -> None:
     """Of a teacher that would say ids of its padded head in many answers."""
     code = (
-        "import sys; from teacher_dump.execution.answers import answer_parts\n"
+        "import sys; from teacher_dump.execution.answer_generation import answer_parts\n"
         "from teacher_dump.settings import read_settings\n"
         "for backend in ('transformers', 'vllm'):\n"
         "    overrides = [f'teacher.backend={backend}', f'runs_dir={sys.argv[2]}/{backend}']\n"

@@ -17,11 +17,11 @@ from PIL import Image
 
 from storage.errors import StillhouseError
 from storage.records.records import PartRecords
+from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.prompts.visual_grid import VisualGrid
-from teacher_dump.signals.head import read_head
-from teacher_dump.signals.sight import check_sight, choose_samples
+from teacher_dump.signals.lm_head import read_head
+from teacher_dump.signals.vision_check import check_sight, choose_samples
 from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.architectures import (

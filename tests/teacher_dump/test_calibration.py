@@ -12,9 +12,9 @@ from pipeline.plan_report import as_table
 from storage.backends.folder import open_folder
 from storage.layout.commits import commit_numbers, read_commits
 from storage.layout.segments import read_segments
-from teacher_dump.estimates.calibration import choose, forecast_dump
-from teacher_dump.execution.assignment import worker_settings
+from teacher_dump.estimates.cost_calibration import choose, forecast_dump
 from teacher_dump.execution.worker import Worker
+from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from tests.teacher_dump.conftest import WriteConfig

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.config import TeacherSection
-from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
-from teacher_dump.prompts.prompt import PromptBuilder
+from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
+from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.teachers import fingerprint
 from tests.tiny import CHAT_TEMPLATE, END_OF_TURN, make_tiny_tokenizer
 
@@ -148,7 +148,7 @@ def test_a_teacher_that_always_joins_answers_with_the_prompt_is_refused() -> Non
 
 
 def test_white_space_around_markers_stays_but_for_one_line_break() -> None:
-    from teacher_dump.prompts.prompt import conversation_messages
+    from teacher_dump.prompts.preprocessor import conversation_messages
 
     def shown(text: str) -> str:
         content = conversation_messages([Turn("user", text)], text.count("<image>"))[0]["content"]

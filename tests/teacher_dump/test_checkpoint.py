@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from storage.errors import ConfigError, StillhouseError
-from teacher_dump.teachers import checkpoint
+from teacher_dump.teachers import hf_checkpoint as checkpoint
 
 TENSORS = {
     "vision_tower.encoder.weight": torch.arange(6.0).reshape(2, 3),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from teacher_dump.data.conversation import Conversation, parse_conversation
-from teacher_dump.data.samples import SampleRefusedError, Turn
+from teacher_dump.data.sample import SampleRefusedError, Turn
 
 USER, ASSISTANT = Turn("user", "<image>what?"), Turn("assistant", "red")
 FROM_VALUE = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "red"}]

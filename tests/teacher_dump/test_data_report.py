@@ -13,9 +13,9 @@ from storage.images.traits import ImageTraits, read_traits
 from storage.records.records import SampleError, TokensRecord
 from teacher_dump.data.conversation import NO_LABEL
 from teacher_dump.data.data_report import DataWatch
-from teacher_dump.data.images import LoadedImage, load_image
+from teacher_dump.data.image_loading import LoadedImage, load_image
+from teacher_dump.prompts.image_tokens import expand
 from teacher_dump.prompts.preparation import Prepared
-from teacher_dump.prompts.visual_grid import expand
 
 PLAIN = np.random.default_rng(0).integers(0, 255, (6, 5, 3), np.uint8)
 

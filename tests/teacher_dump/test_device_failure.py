@@ -24,8 +24,8 @@ from teacher_dump.execution.device_failure import (
     is_out_of_memory,
 )
 from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord
-from teacher_dump.signals.head import OutputHead
-from teacher_dump.signals.selection import TopK
+from teacher_dump.signals.lm_head import OutputHead
+from teacher_dump.signals.sparsify import TopK
 from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from teacher_dump.teachers.vllm_teacher import call_engine

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_dump.signals.draws import Draws, independent_draws, systematic_draws
+from teacher_dump.signals.tail_sampling import Draws, independent_draws, systematic_draws
 from tests.hypothesis_profiles import examples
 
 

@@ -18,8 +18,8 @@ from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.__main__ import main
 from teacher_dump.dump import DumpResult, run_dump
-from teacher_dump.execution.assignment import prompt_errors, worker_settings
 from teacher_dump.execution.worker import Worker
+from teacher_dump.execution.worker_setup import prompt_errors, worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from tests.teacher_dump.conftest import WriteConfig

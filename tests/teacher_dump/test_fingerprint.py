@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.teachers import checkpoint, fingerprint
+from teacher_dump.teachers import fingerprint
+from teacher_dump.teachers import hf_checkpoint as checkpoint
 
 
 def test_facts_of_the_tiny_teacher(tiny_teacher: Path, tmp_path: Path) -> None:

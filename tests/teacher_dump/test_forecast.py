@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from teacher_dump.data.samples import Sample, Turn
-from teacher_dump.estimates.forecast import Asked, Calibration, Slice, Work, forecast
+from teacher_dump.data.sample import Sample, Turn
+from teacher_dump.estimates.cost_model import Asked, Calibration, Slice, Work, forecast
 
 WORK = Work(samples=8, text_tokens=200, visual_tokens=128, response_rows=80, visual_rows=64, images=4)
 HALF = Work(samples=4, text_tokens=100, visual_tokens=64, response_rows=40, visual_rows=32, images=2)

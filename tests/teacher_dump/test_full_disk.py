@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import WriteError
-from teacher_dump.data.image_files import ImageFiles
+from teacher_dump.data.image_store import ImageFiles
 from teacher_dump.execution.log_file import quiet
 from teacher_dump.teachers.fingerprint import FingerprintMemory
 from tests.small_disk import SmallDisk, small_disk

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from storage.errors import StillhouseError
 from storage.records.sparse_rows import SparseRows
 from teacher_dump import torchvision_shim
-from teacher_dump.signals.head import OutputHead, find_head, read_head
-from teacher_dump.signals.selection import Threshold, TopK, row_uniforms
+from teacher_dump.signals.lm_head import OutputHead, find_head, read_head
+from teacher_dump.signals.sparsify import Threshold, TopK, row_uniforms
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

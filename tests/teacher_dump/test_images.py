@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from storage.images.settings import PixelSettings
-from teacher_dump.data.images import load_image
-from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.data.image_loading import load_image
+from teacher_dump.data.sample import SampleRefusedError
 
 
 def test_pixels_are_rgb_and_the_hash_is_of_the_file(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_dump.prompts.lengths import kept_length
-from teacher_dump.prompts.visual_grid import expand
+from teacher_dump.prompts.image_tokens import expand
+from teacher_dump.prompts.truncation import kept_length
 
 IMAGE = 9
 

@@ -12,7 +12,7 @@ from PIL import Image
 from storage.records.preference_pairs import check_pairs, pairs_of
 from storage.records.records import PartRecords, SampleError
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.signals.request import SignalRequest
+from teacher_dump.signals.spec import SignalRequest
 from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher
 
 SEQUENCE = SignalRequest(sequence=True)

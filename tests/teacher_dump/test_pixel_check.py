@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import StillhouseError
-from teacher_dump.data.samples import Sample
+from teacher_dump.data.sample import Sample
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.signals.pixel_check import check_pixel_values

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.records.records import SampleError
-from teacher_dump.data.plan import Part, make_plan
-from teacher_dump.data.samples import Sample, Turn
+from teacher_dump.data.partition import Part, make_plan
+from teacher_dump.data.sample import Sample, Turn
 
 TURNS = (Turn("user", "what?"), Turn("assistant", "red"))
 

@@ -8,7 +8,7 @@ import pytest
 
 from storage.errors import StillhouseError
 from teacher_dump import torchvision_shim
-from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
+from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.chat_template import (
     AnswerSpan,
     Message,
@@ -17,7 +17,7 @@ from teacher_dump.prompts.chat_template import (
     StopTokens,
     locate_answers,
 )
-from teacher_dump.prompts.prompt import PromptBuilder, conversation_messages, tokenise
+from teacher_dump.prompts.preprocessor import PromptBuilder, conversation_messages, tokenise
 from tests.tiny import CHAT_TEMPLATE, END_OF_TURN, IMAGE_TOKEN, make_tiny_tokenizer
 
 STOP = StopToken(9, "$")

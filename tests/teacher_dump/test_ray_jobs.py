@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.execution.assignment import worker_settings
 from teacher_dump.execution.worker import Worker
+from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from tests.teacher_dump.conftest import WriteConfig
@@ -321,7 +321,7 @@ def test_a_function_is_called_with_an_open_teacher(
     code = (
         "import json, sys\n"
         "from storage.errors import StillhouseError\n"
-        "from teacher_dump.execution.assignment import with_teacher\n"
+        "from teacher_dump.execution.worker_setup import with_teacher\n"
         "from teacher_dump.planning.dump_plan import plan_dump\n"
         "from teacher_dump.settings import read_settings\n"
         "from tests.teacher_dump.teacher_calls import count_tokens, fail\n"

@@ -11,8 +11,8 @@ from PIL import Image
 
 from storage.errors import ConfigError
 from teacher_dump.config import DataSection, SourceSection
-from teacher_dump.data.reading import SampleSet, read_samples
-from teacher_dump.data.samples import Sample, Turn
+from teacher_dump.data.dataset import SampleSet, read_samples
+from teacher_dump.data.sample import Sample, Turn
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
 

@@ -17,7 +17,7 @@ from storage.layout.segments import read_segments
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from teacher_dump.__main__ import main
-from teacher_dump.execution.answers import JOB_FILE, answer_parts, answers_folder
+from teacher_dump.execution.answer_generation import JOB_FILE, answer_parts, answers_folder
 from teacher_dump.execution.repeated_questions import answer_again, begin_again
 from teacher_dump.planning.answer_files import LATER_FILE
 from teacher_dump.planning.dump_plan import plan_questions

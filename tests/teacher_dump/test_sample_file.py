@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import ConfigError, StillhouseError
-from teacher_dump.data.sample_file import Chosen, SampleFile
-from teacher_dump.data.samples import Sample, Turn
+from teacher_dump.data.sample import Sample, Turn
+from teacher_dump.data.sample_spool import Chosen, SampleFile
 
 texts = st.text(max_size=20)
 turns = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), texts), max_size=3).map(tuple)

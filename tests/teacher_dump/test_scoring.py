@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 from storage.errors import StillhouseError
-from teacher_dump.data.plan import Part
-from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.data.partition import Part
+from teacher_dump.data.sample import SampleRefusedError
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.signals.head import read_head
-from teacher_dump.signals.noise import rescored_kl
-from teacher_dump.signals.open_teacher import OpenTeacher
-from teacher_dump.signals.request import RowRequest
+from teacher_dump.signals.lm_head import read_head
+from teacher_dump.signals.loaded_teacher import OpenTeacher
 from teacher_dump.signals.scoring import PartScorer
-from teacher_dump.signals.selection import TopK
+from teacher_dump.signals.sparsify import TopK
+from teacher_dump.signals.spec import RowRequest
+from teacher_dump.signals.teacher_noise import rescored_kl
 from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, NOTHING, make_scorer, part_of, reference_teacher

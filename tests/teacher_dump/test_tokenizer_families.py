@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
-from teacher_dump.prompts.lengths import kept_length
-from teacher_dump.prompts.prompt import PromptBuilder
+from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
+from teacher_dump.prompts.preprocessor import PromptBuilder
+from teacher_dump.prompts.truncation import kept_length
 from tests.tiny import CHAT_TEMPLATE, END_OF_TURN, IMAGE_TOKEN
 from tests.tokenizer_families import FAMILIES, make_tokenizer
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.data.sample import SampleRefusedError
+from teacher_dump.prompts.image_tokens import VisualGrid, expand
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.prompts.visual_grid import VisualGrid, expand
 from tests.tiny import make_tiny_tokenizer
 
 IDS = np.array([5, 9, 6, 9, 9, 7], np.int32)  # 9 is the placeholder

@@ -15,10 +15,10 @@ import torch
 
 from storage.reader.cache import Cache
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.data.plan import Part
-from teacher_dump.signals.request import RowRequest, SignalRequest
-from teacher_dump.signals.selection import Threshold, TopK
-from teacher_dump.teachers import checkpoint
+from teacher_dump.data.partition import Part
+from teacher_dump.signals.sparsify import Threshold, TopK
+from teacher_dump.signals.spec import RowRequest, SignalRequest
+from teacher_dump.teachers import hf_checkpoint as checkpoint
 from teacher_dump.teachers.vllm_teacher import computed_states, with_shared_prefixes
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.scorers import make_scorer, part_of, reference_teacher

@@ -16,8 +16,8 @@ from storage.records.records import PooledRelation, RelationFactor
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.dump import run_dump
-from teacher_dump.execution.assignment import worker_settings
 from teacher_dump.execution.worker import Worker, ahead, open_preparer
+from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from tests.teacher_dump.conftest import WriteConfig

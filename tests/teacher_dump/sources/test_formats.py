@@ -19,7 +19,7 @@ from PIL import Image
 
 from storage.errors import ConfigError
 from teacher_dump.config import SourceSection
-from teacher_dump.data.reading import SampleSet, read_samples
+from teacher_dump.data.dataset import SampleSet, read_samples
 from teacher_dump.sources.formats import format_of
 from tests.hypothesis_profiles import examples
 

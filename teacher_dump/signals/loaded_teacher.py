@@ -18,7 +18,7 @@ from teacher_dump.execution.device_failure import (
     is_out_of_memory,
 )
 from teacher_dump.prompts.preparation import Prepared
-from teacher_dump.signals.head import OutputHead
+from teacher_dump.signals.lm_head import OutputHead
 from teacher_dump.teachers.teacher import Teacher, TeacherStates
 
 _log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from storage.errors import ConfigError, StillhouseError
 from storage.identity import real_vocab_size
 from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.prompt_ids import leading_special_ids, with_leading_ids
-from teacher_dump.data.samples import Sample, SampleRefusedError, Turn
+from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.chat_template import (
     ChatTemplate,
     Message,

@@ -16,17 +16,17 @@ from storage.encoding.hidden_states import MAX_FLOAT16
 from storage.encoding.tail_profile import tail_parts
 from storage.identity import Identity
 from storage.records.records import SampleError
-from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.data.sample import SampleRefusedError
+from teacher_dump.execution.driver import LOG_FILE
 from teacher_dump.execution.log_file import quiet
-from teacher_dump.execution.writing import LOG_FILE
 from teacher_dump.planning.dump_plan import DumpPlan
 from teacher_dump.settings import DumpSettings
 
 if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does without
     from teacher_dump.data.data_report import DataReport
     from teacher_dump.execution.worker import WorkerSettings
-    from teacher_dump.signals.request import RowRequest, SignalRequest
     from teacher_dump.signals.scoring import PartScorer
+    from teacher_dump.signals.spec import RowRequest, SignalRequest
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -35,7 +35,7 @@ B = TypeVar("B")
 def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:
     """What each worker of a planned dump is given."""
     from teacher_dump.execution.worker import WorkerSettings
-    from teacher_dump.signals.sight import choose_samples
+    from teacher_dump.signals.vision_check import choose_samples
 
     cache, teacher = settings.cache, settings.teacher
     samples = (sample for part in planned.plan.parts for sample in part.samples)
@@ -122,7 +122,7 @@ def _whole_path(path: str) -> str:
 
 
 def _signal_request(settings: DumpSettings, identity: Identity) -> SignalRequest:
-    from teacher_dump.signals.request import SignalRequest
+    from teacher_dump.signals.spec import SignalRequest
 
     cache = settings.cache
     return SignalRequest(
@@ -143,8 +143,8 @@ def _hidden_limit(cache: CacheSection) -> float:
 
 
 def _row_request(section: SelectionSection, identity: Identity, family: str) -> RowRequest:
-    from teacher_dump.signals.request import RowRequest
-    from teacher_dump.signals.selection import Mass, Sampled, Selection, Threshold, TopK
+    from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK
+    from teacher_dump.signals.spec import RowRequest
 
     selections: dict[str, Selection] = {
         "threshold": Threshold(identity.selection[family].get("tau", section.tau)),  # a budget may have chosen it

@@ -12,8 +12,8 @@ from torch import Tensor
 from storage.config import BudgetSection, SelectionSection
 from storage.errors import StillhouseError
 from storage.records.records import SampleError
-from teacher_dump.data.samples import Sample
-from teacher_dump.estimates.budget import MAX_ROWS, Choice, Rows, choose
+from teacher_dump.data.sample import Sample
+from teacher_dump.estimates.fidelity_budget import MAX_ROWS, Choice, Rows, choose
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.states import new_images, response_states
 

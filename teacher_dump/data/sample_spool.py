@@ -13,7 +13,7 @@ from typing import overload
 
 from storage.backends.disk import FULL
 from storage.errors import ConfigError, StillhouseError
-from teacher_dump.data.samples import Sample
+from teacher_dump.data.sample import Sample
 
 
 class _Samples(Sequence[Sample], ABC):

@@ -9,7 +9,7 @@ from pathlib import Path
 from storage.images.pixels import ImageDecodeError, Picture, make_pixels
 from storage.images.settings import PixelSettings
 from storage.records.records import check_image_path
-from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.data.sample import SampleRefusedError
 
 MAX_IMAGE_BYTES = 256 * 2**20  # of a file; an image of as many pixels as Pillow trusts is smaller
 

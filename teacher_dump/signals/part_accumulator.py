@@ -13,8 +13,8 @@ from torch import Tensor
 
 from storage.records.records import PartRecords, RelationMatrix, SampleError, SequenceLogprob, TailTotal, TokensRecord
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.signals.head import OutputHead
-from teacher_dump.signals.request import SignalRequest
+from teacher_dump.signals.lm_head import OutputHead
+from teacher_dump.signals.spec import SignalRequest
 
 
 @dataclass

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from storage.layout.documents import LARGEST_ERROR
 from teacher_dump.prompts.preparation import Prepared
-from teacher_dump.signals.head import OutputHead
-from teacher_dump.signals.open_teacher import OpenTeacher
+from teacher_dump.signals.lm_head import OutputHead
+from teacher_dump.signals.loaded_teacher import OpenTeacher
 from teacher_dump.signals.states import response_states, visual_states
 
 NUM_SAMPLES = 2  # of a part that measures, scored a second time

@@ -19,7 +19,7 @@ from urllib.parse import unquote, unquote_to_bytes
 from storage.backends.disk import explain_write_errors
 from storage.records.records import check_image_path
 from teacher_dump.data.archives import Archive
-from teacher_dump.data.samples import SampleRefusedError, shorten
+from teacher_dump.data.sample import SampleRefusedError, shorten
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://|data:", re.IGNORECASE)
 _DIGITS = 2  # of the hash that name a folder

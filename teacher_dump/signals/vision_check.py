@@ -20,10 +20,10 @@ from storage.images.pictures import encode_picture, invert_picture, resize_pictu
 from storage.images.pixels import make_pixels
 from storage.images.settings import PixelSettings
 from storage.records.records import SampleError
-from teacher_dump.data.images import LoadedImage
-from teacher_dump.data.samples import Sample
+from teacher_dump.data.image_loading import LoadedImage
+from teacher_dump.data.sample import Sample
 from teacher_dump.prompts.preparation import Prepared
-from teacher_dump.signals.head import OutputHead
+from teacher_dump.signals.lm_head import OutputHead
 from teacher_dump.signals.scoring import PartScorer
 
 _LEAST_CHANGE = 1e-3  # total variation of the most changed row; a teacher that sees gives 0.01 to 1

@@ -18,7 +18,7 @@ def check_teacher(planned: DumpPlan, section: TeacherSection) -> str:
     sees = f"images as {facts.image_token_id}" if facts.image_token_id >= 0 else "no images"
     if planned.identity.teacher_fingerprint == NO_TEACHER:
         return f"teacher: {facts.vocab_size:,} tokens, {sees}; not asked"
-    from teacher_dump.signals.head import find_head
+    from teacher_dump.signals.lm_head import find_head
 
     if section.backend == "vllm" and section.settings:  # importing vLLM takes seconds
         torchvision_shim.ensure()

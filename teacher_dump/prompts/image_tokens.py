@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from storage.errors import StillhouseError
 from storage.images.pictures import blank_picture
 from storage.images.pixels import Picture
-from teacher_dump.data.samples import SampleRefusedError
+from teacher_dump.data.sample import SampleRefusedError
 
 _PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # a grid that knows sizes differs between them
 _REMEMBERED_SIZES = 4096  # of images; a size costs a pass of the image processor and a few kB

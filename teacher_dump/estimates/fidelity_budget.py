@@ -25,8 +25,8 @@ from storage.encoding.parquet_schema import parquet_bytes
 from storage.encoding.row_block import decode_block, encode_block
 from storage.errors import ConfigError
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.signals.head import OutputHead
-from teacher_dump.signals.selection import Threshold, row_uniforms, select_rows
+from teacher_dump.signals.lm_head import OutputHead
+from teacher_dump.signals.sparsify import Threshold, row_uniforms, select_rows
 
 STUDENT_KL = 0.3  # nats, mean over rows
 MAX_ROWS = 2048  # of a family that are calibrated on

@@ -2,7 +2,7 @@
 
 A cut falls at the end of an answer, or inside of one; never inside an image, and never leaves a question without
 its answer. A prompt that is cut after an answer is the prompt of the shorter conversation: the next answer's prompt
-begins with the same ids (see teacher_dump/prompts/prompt.py), and a stop token keeps what follows it apart.
+begins with the same ids (see teacher_dump/prompts/preprocessor.py), and a stop token keeps what follows it apart.
 
 Legend: t unexpanded tokens.
 """

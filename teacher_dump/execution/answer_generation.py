@@ -2,7 +2,7 @@
 
 They lie in a folder of the run (teacher_dump/planning/answer_files.py). Whatever is there is not asked again, so a run
 that was stopped resumes; failed questions are asked again by `--retry-errors` alone (repeated_questions.py).
-Ray starts `python -m teacher_dump.execution.answers JOB STRIPE NUM`: it answers every NUM-th part of a job.
+Ray starts `python -m teacher_dump.execution.answer_generation JOB STRIPE NUM`: it answers every NUM-th part of a job.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from storage.processes.stop_signals import end_process, exit_code, explain, inte
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
 from teacher_dump.data.unread_fields import IGNORABLE
 from teacher_dump.execution.answerer import Answerer
-from teacher_dump.execution.assignment import worker_settings
+from teacher_dump.execution.driver import LOG_FILE
 from teacher_dump.execution.log_file import quiet
-from teacher_dump.execution.writing import LOG_FILE
+from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.answer_files import (
     ANSWERS_FOLDER,
     DONE_FILE,
@@ -95,7 +95,7 @@ def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message:
     commands = [
         ray_jobs.Command(
             name=f"answers-{stripe}",
-            argv=(*module_command("teacher_dump.execution.answers"), str(job), str(stripe), str(count)),
+            argv=(*module_command("teacher_dump.execution.answer_generation"), str(job), str(stripe), str(count)),
             log_path=settings.logs.resolve() / f"answers-{stripe}.log",
             num_devices=ray_jobs.gpus_of_engine(settings.teacher.settings),
         )

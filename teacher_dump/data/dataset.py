@@ -17,9 +17,9 @@ from storage.records.records import SampleError, check_image_path
 from teacher_dump.config import SourceSection
 from teacher_dump.data.archives import Archive, open_archive
 from teacher_dump.data.conversation import encodable, is_pair, parse_conversation
-from teacher_dump.data.image_files import ImageFiles
-from teacher_dump.data.sample_file import SampleFile
-from teacher_dump.data.samples import Sample, SampleRefusedError, shorten
+from teacher_dump.data.image_store import ImageFiles
+from teacher_dump.data.sample import Sample, SampleRefusedError, shorten
+from teacher_dump.data.sample_spool import SampleFile
 from teacher_dump.sources.formats import read_rows
 from teacher_dump.sources.row import Broken
 

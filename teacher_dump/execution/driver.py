@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from storage.processes.stop_signals import hold_signals
 from teacher_dump.config import DumpSection
-from teacher_dump.data.plan import Part
+from teacher_dump.data.partition import Part
 from teacher_dump.execution.log_file import quiet
 from teacher_dump.execution.progress import Progress
 

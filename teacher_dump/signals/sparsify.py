@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.signals.draws import RUN, Draws, independent_draws, run_sums, systematic_draws, tokens_of_runs
+from teacher_dump.signals.tail_sampling import RUN, Draws, independent_draws, run_sums, systematic_draws, tokens_of_runs
 
 # Dense entries that are looked at together: on a CPU what its caches hold, on a GPU what keeps it busy.
 _BLOCK_ENTRIES = {"cpu": 2**20, "gpu": 2**26}

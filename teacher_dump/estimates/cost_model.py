@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from storage.encoding.parquet_schema import FAMILIES
-from teacher_dump.data.samples import Sample
+from teacher_dump.data.sample import Sample
 
 if TYPE_CHECKING:
     from teacher_dump.data.data_report import DataReport
