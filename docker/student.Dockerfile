@@ -8,7 +8,7 @@ COPY pyproject.toml README.md ./
 COPY storage ./storage
 COPY teacher_dump ./teacher_dump
 COPY student_train ./student_train
-COPY pipeline ./pipeline
+COPY stillhouse ./stillhouse
 RUN python3 -m pip install --no-cache-dir '.[student,s3]'
 
 # flash-attn is optional (SDPA is used without it) and takes long to compile: --build-arg FLASH=1

@@ -11,7 +11,7 @@ COPY pyproject.toml README.md ./
 COPY storage ./storage
 COPY teacher_dump ./teacher_dump
 COPY student_train ./student_train
-COPY pipeline ./pipeline
+COPY stillhouse ./stillhouse
 # The vllm that is there satisfies teacher-gpu, so pip leaves it and its torch alone.
 RUN python3 -m pip install --no-cache-dir '.[teacher-gpu,s3]'
 

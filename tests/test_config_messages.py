@@ -10,14 +10,14 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-import pipeline.config
+import stillhouse.config
 import storage.config
 import student_train.config
 import teacher_dump.config
 from storage.config import Section
 from storage.config_loader import _members, _problem
 
-MODULES = (storage.config, teacher_dump.config, student_train.config, pipeline.config)
+MODULES = (storage.config, teacher_dump.config, student_train.config, stillhouse.config)
 WRONG: list[Any] = [
     None, True, -1, -99999, 1.5, "", "nonsense", [], [[]], {}, {"zzz": 1}, [1, "x", {}],
     {"a": {"zzz": [1]}}, ["zzz", {"zzz": 2}],

@@ -64,7 +64,7 @@ def test_a_machine_without_a_gpu_asks_the_cpu_index_only_after_its_own(tmp_path:
     machine = Machine(tmp_path, nvidia_smi)
     assert machine.make(".venv/runtime").returncode == 0
     [install] = machine.installs
-    assert install.endswith("--editable .[student,pipeline,teacher-cpu]")
+    assert install.endswith("--editable .[student,report,teacher-cpu]")
     assert CPU_INDEX not in install
     shutil.rmtree(machine.folder / ".venv")
     machine.pip_fails.touch()
@@ -76,8 +76,8 @@ def test_a_machine_with_a_gpu_never_asks_the_cpu_index(tmp_path: Path) -> None:
     machine = Machine(tmp_path, WORKING_GPU)
     assert machine.make(".venv/installed").returncode == 0
     assert [line.partition(".[")[2] for line in machine.installs] == [
-        "student,pipeline,teacher-gpu]",
-        "student,pipeline,teacher-gpu,dev]",
+        "student,report,teacher-gpu]",
+        "student,report,teacher-gpu,dev]",
     ]
     shutil.rmtree(machine.folder / ".venv")
     machine.pip_fails.touch()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import read_experiment
+from stillhouse.config import read_experiment
 from student_train.models.loading import is_hub_id
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

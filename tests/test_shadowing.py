@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training import training_command
+from stillhouse.training import training_command
 from storage.processes.search_path import PACKAGES, ROOT, shadowed_packages
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("stillhouse"))
@@ -18,7 +18,7 @@ CONSOLE_SCRIPT = str(Path(sys.executable).with_name("stillhouse"))
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One with modules, a package and a folder of data of those names."""
-    for name in ("student_train", "pipeline"):
+    for name in ("student_train", "stillhouse"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "notes.txt").write_text("mine", encoding="utf-8")
     for file in ("storage/__init__.py", "storage/errors.py"):
@@ -35,8 +35,8 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ([sys.executable, "-m", "pipeline", "inspect", "x"], "CACHE x is not a folder"),
-        ([sys.executable, "-P", "-m", "pipeline", "inspect", "x"], "CACHE x is not a folder"),
+        ([sys.executable, "-m", "stillhouse", "inspect", "x"], "CACHE x is not a folder"),
+        ([sys.executable, "-P", "-m", "stillhouse", "inspect", "x"], "CACHE x is not a folder"),
         ([CONSOLE_SCRIPT, "inspect", "x"], "CACHE x is not a folder"),
         ([sys.executable, "-m", "teacher_dump", "x.yaml"], "x.yaml: cannot be read"),
         ([sys.executable, "-m", "student_train.evaluate", "x.yaml", "--model", "m"], "x.yaml: cannot be read"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from storage.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]  # holds all four packages
-PACKAGES = ("pipeline", "storage", "student_train", "teacher_dump")
+PACKAGES = ("stillhouse", "storage", "student_train", "teacher_dump")
 
 
 def module_command(module: str) -> tuple[str, ...]:

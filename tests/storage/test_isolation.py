@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-FORBIDDEN = ("torch", "ray", "vllm", "deepspeed", "transformers", "pipeline", "teacher_dump", "student_train")
+FORBIDDEN = ("torch", "ray", "vllm", "deepspeed", "transformers", "stillhouse", "teacher_dump", "student_train")
 
 
 def test_storage_imports_nothing_of_teacher_or_student():

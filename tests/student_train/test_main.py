@@ -30,7 +30,7 @@ class Without:
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("vllm", "ray", "teacher_dump", "pipeline", "torchvision", "torchaudio"):
+        if name.split(".")[0] in ("vllm", "ray", "teacher_dump", "stillhouse", "torchvision", "torchaudio"):
             return None
         return self.finder.find_spec(name, path, target)
     def find_distributions(self, *arguments, **options):
@@ -56,7 +56,7 @@ class Alone:
 
 @pytest.fixture(scope="module")
 def alone(make_runner: Make, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    """One rank and one process without vllm, ray, the dump, the pipeline and torchvision."""
+    """One rank and one process without vllm, ray, the dump, the command and torchvision."""
     broken, small = tmp_path_factory.mktemp("broken"), tmp_path_factory.mktemp("small")
     tiny = {"num_images": 2, "splits": ("train",)}
     broken_cache = make_cache(broken, checkpoint, num_samples=4, **tiny)

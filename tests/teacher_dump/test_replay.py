@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline.__main__ import main
+from stillhouse.__main__ import main
 from storage.errors import IdentityError, StillhouseError
 from storage.records.records import PartRecords
 from storage.records.sparse_rows import SparseRows

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.__main__ import main as stillhouse
+from stillhouse.__main__ import main as stillhouse
 from storage.backends.folder import open_folder
 from storage.layout.retries import read_contents
 from storage.layout.segments import read_segments

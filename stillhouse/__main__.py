@@ -1,0 +1,361 @@
+"""The command `stillhouse`, the same as `python -m stillhouse`.
+
+Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure; 130 after SIGINT and 143 after SIGTERM,
+with every process that the verb started; 141 nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
+    del sys.path[0]
+
+import argparse
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import ConfigError, StillhouseError
+from storage.processes.search_path import check_current_folder
+from storage.processes.standard_streams import drop_output, open_closed_streams
+from storage.processes.stop_signals import exit_code, explain, interruptible, leave, leave_on_signals
+
+if TYPE_CHECKING:  # which import torch
+    from teacher_dump.audit.replay import Replay
+    from teacher_dump.settings import DumpSettings
+
+DEFAULT_FILE = "pipeline.yaml"
+PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell would say it
+Action = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code. Without `argv` this process is the verb's, and a signal ends it."""
+    if argv is None:
+        open_closed_streams()
+    try:
+        with interruptible(adopt=argv is None):
+            code = _run_verb(argv)
+    except KeyboardInterrupt as stop:
+        print(f"stillhouse: {explain(stop)}", file=sys.stderr)
+        if argv is None:
+            leave(exit_code(stop))
+        return exit_code(stop)
+    if argv is None:
+        leave_on_signals(code)
+    return code
+
+
+def _run_verb(argv: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        check_current_folder()
+        _take_overrides(arguments, rest)
+        with _json_alone(arguments):
+            arguments.act(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, such as `head`
+        drop_output(sys.stdout, sys.stderr)
+        return PIPE_CLOSED
+    except ConfigError as error:
+        print(f"stillhouse: {error}", file=sys.stderr)
+        return 2
+    except StillhouseError as error:
+        print(f"stillhouse: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        from storage.backends.disk import report_full_disk
+
+        code = report_full_disk(error, prefix="stillhouse: ")
+        drop_output(sys.stdout)  # of which the rest would fail likewise, if it goes to that disk
+        return code
+    return 0
+
+
+@contextmanager
+def _json_alone(arguments: argparse.Namespace) -> Iterator[None]:
+    """Sets `arguments.output`, stdout. With --json whatever else prints to stdout, C++ and children too, has stderr."""
+    arguments.output = sys.stdout
+    if not getattr(arguments, "json", False):
+        yield
+        return
+    sys.stdout.flush()
+    if sys.stdout is not sys.__stdout__:  # something else than a descriptor, as in tests
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    stdout, stderr = sys.stdout.fileno(), sys.stderr.fileno()
+    with os.fdopen(os.dup(stdout), "w", encoding="utf-8") as arguments.output:
+        os.dup2(stderr, stdout)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            arguments.output.flush()
+            os.dup2(arguments.output.fileno(), stdout)
+
+
+def _print_json(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    print(json.dumps(document), file=arguments.output)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb with its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="stillhouse", description="Run the big teacher once; train every student from the cache."
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, act: Action, text: str, *, file: bool = True) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(act=act, takes_file=file)
+        if file:
+            sub.add_argument("words", nargs="*", metavar="FILE | section.field=value", help=f"default {DEFAULT_FILE}")
+        return sub
+
+    restart = "give up states of unfinished trainings that other settings made"
+    sub = verb("run", _run, "everything: data, teacher, dump, verify, train, evaluate, report")
+    sub.add_argument("--restart", action="store_true", help=restart)
+    verb("check", _check, "validate configuration, data and prompts before anything costs money")
+    sub = verb("plan", _plan, "parts, bytes and hours of the dump, from a few hundred samples that are tried")
+    sub.add_argument("--samples", type=int, default=256, metavar="N", help="how many to try (256)")
+    sub.add_argument("--json", action="store_true", help="print the forecast as one JSON object")
+    sub = verb("dump", _dump, "run the teacher once and write the cache")
+    sub.add_argument("--retry-errors", action="store_true", help="attempt samples that had failed again")
+    sub = verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
+    sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
+    sub.add_argument(
+        "words", nargs="*", metavar="FILE | section.field=value", help=f"of --replay; default {DEFAULT_FILE}"
+    )
+    sub.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    sub.add_argument("--replay", type=int, metavar="N", help="score N random samples again with the teacher of FILE")
+    sub.add_argument("--seed", type=int, default=0, help="which samples those are")
+    sub.set_defaults(takes_file=True)
+    sub = verb("inspect", _inspect, "what is in a cache, and what the teacher said about a sample", file=False)
+    sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
+    sub.add_argument("--sample", action="append", default=[], metavar="ID", help="show this sample; may be repeated")
+    sub.add_argument("--html", type=Path, metavar="OUT", help="write a page; without --sample an overview")
+    sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the teacher's folder, if it is there")
+    sub.add_argument("--images", type=Path, metavar="DIR", help="default: the image root that the cache names")
+    sub.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    sub = verb("train", _train, "train one stage under torchrun")
+    sub.add_argument("--stage", required=True)
+    sub.add_argument("--again", action="store_true", help="train a finished stage anew, and replace its result then")
+    sub.add_argument("--restart", action="store_true", help="give up the state of an unfinished training")
+    sub = verb("evaluate", _evaluate, "accuracy of a model, and its fidelity to the cached teacher")
+    sub.add_argument("--model", type=Path, required=True, metavar="DIR")
+    sub = verb("ask", _ask, "ask any teacher or student about an image", file=False)
+    sub.add_argument("--model", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--image", type=Path, required=True, metavar="FILE")
+    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("question")
+    sub = verb("ablate", _ablate, "the ablation grid over one cache")
+    sub.add_argument("--restart", action="store_true", help=restart)
+    sub = verb("report", _report, "report.json and report.html of a run", file=False)
+    sub.add_argument("folder", type=Path, metavar="DIR")
+    return parser
+
+
+def _take_overrides(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Sorts a verb's loose words into the YAML file and its overrides; refuses what is neither."""
+    if not arguments.takes_file:
+        if rest:
+            raise ConfigError(f"unexpected argument {rest[0]!r}; see `stillhouse VERB --help`")
+        return
+    words = arguments.given = [*arguments.words, *rest]
+    unknown = [word for word in words if word.startswith("-")]
+    files = [word for word in words if "=" not in word and not word.startswith("-")]
+    if unknown:
+        raise ConfigError(f"unexpected option {unknown[0]!r}; see `stillhouse VERB --help`")
+    if len(files) > 1:
+        raise ConfigError(f"got {len(files)} files ({', '.join(files)}), expected one and section.field=value")
+    arguments.file = Path(files[0] if files else DEFAULT_FILE)
+    arguments.overrides = [word for word in words if "=" in word]
+
+
+def _need_folder(path: Path, name: str) -> None:
+    if not path.is_dir():
+        raise ConfigError(f"{name} {path} is not a folder")
+
+
+def _need_cache(path: str) -> None:
+    from storage.backends.folder import is_url, open_folder
+    from storage.errors import NoCacheError
+    from storage.layout.segments import has_cache
+
+    if not is_url(path):
+        _need_folder(Path(path), "CACHE")
+    if not has_cache(open_folder(path)):
+        raise NoCacheError(f"{path}: no cache is here (cache.json is missing); run the dump")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from stillhouse.config import read_experiment
+    from stillhouse.run import run
+    from stillhouse.summary import print_summary
+
+    page = run(read_experiment(arguments.file, arguments.overrides), restart=arguments.restart)
+    print_summary(page.parent)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from stillhouse.check import check
+    from stillhouse.config import read_experiment
+
+    for line in check(read_experiment(arguments.file, arguments.overrides)):
+        print(line)
+
+
+def _dump(arguments: argparse.Namespace) -> None:
+    from teacher_dump.__main__ import table, warn_of_machine
+    from teacher_dump.dump import run_dump
+    from teacher_dump.settings import read_settings
+
+    settings = read_settings(arguments.file, arguments.overrides)
+    warn_of_machine(settings)
+    print(table(run_dump(settings, retry_errors=arguments.retry_errors)))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from stillhouse.preflight import keep_forecast
+    from stillhouse.reporting.plan_report import as_table
+    from teacher_dump.estimates.cost_calibration import forecast_dump
+    from teacher_dump.settings import read_settings
+
+    if arguments.samples < 2:
+        raise ConfigError(f"--samples is {arguments.samples}, expected at least 2")
+    settings = read_settings(arguments.file, arguments.overrides)
+    expected = forecast_dump(settings, num_samples=arguments.samples)
+    keep_forecast(settings.run, num_samples=expected.samples, num_bytes=expected.total_bytes)
+    if arguments.json:
+        _print_json(arguments, {**asdict(expected), "total_bytes": expected.total_bytes})
+    else:
+        print(as_table(expected))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from stillhouse.run import scan
+
+    if arguments.replay is None and arguments.given:
+        raise ConfigError(f"unexpected argument {arguments.given[0]!r}: FILE and overrides are for --replay N")
+    _need_cache(arguments.cache)
+    settings = None if arguments.replay is None else _replay_settings(arguments)  # a mistake there costs no scan
+    report = scan(arguments.cache)
+    found = _replay(arguments, settings) if report.ok and settings is not None else None
+    if arguments.json:
+        _print_json(arguments, asdict(report) | ({} if found is None else {"replay": asdict(found)}))
+    elif report.ok:
+        print(f"{arguments.cache}: whole; {report.num_samples:,} samples in {report.num_parts:,} parts")
+    if not report.ok:
+        raise StillhouseError(f"{arguments.cache}: {len(report.problems)} problems\n  " + "\n  ".join(report.problems))
+    if found is not None:
+        from teacher_dump.audit.replay import check_drift, table
+
+        if not arguments.json:
+            print(table(found))
+        check_drift(found, arguments.cache)
+
+
+def _replay_settings(arguments: argparse.Namespace) -> DumpSettings:
+    from teacher_dump.settings import read_settings
+
+    if arguments.replay < 1 or arguments.seed < 0:
+        raise ConfigError(f"--replay is {arguments.replay} and --seed {arguments.seed}, expected at least 1 and 0")
+    return read_settings(arguments.file, arguments.overrides)
+
+
+def _replay(arguments: argparse.Namespace, settings: DumpSettings) -> Replay:
+    from teacher_dump.audit.replay import replay
+
+    return replay(settings, arguments.cache, num_samples=arguments.replay, seed=arguments.seed)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from stillhouse.inspection.inspection import inspect
+
+    _need_cache(arguments.cache)
+    for folder, name in ((arguments.tokenizer, "--tokenizer"), (arguments.images, "--images")):
+        if folder is not None:
+            _need_folder(folder, name)
+    print(
+        inspect(
+            arguments.cache,
+            sample_ids=arguments.sample,
+            tokenizer=arguments.tokenizer,
+            images=arguments.images,
+            html=arguments.html,
+            as_json=arguments.json,
+        ),
+        file=arguments.output,
+    )
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from stillhouse.config import read_experiment
+    from stillhouse.preflight import check_stage
+    from stillhouse.run import train
+    from stillhouse.training import training_flags
+
+    experiment = read_experiment(arguments.file, arguments.overrides)
+    check_stage(experiment, arguments.stage)
+    flags = training_flags(again=arguments.again, restart=arguments.restart, if_changed=False)
+    train(experiment, arguments.stage, flags=flags)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from stillhouse.config import read_experiment
+    from stillhouse.run import evaluate_model
+    from stillhouse.summary import describe_evaluation
+
+    _need_folder(arguments.model, "--model")
+    print(describe_evaluation(evaluate_model(read_experiment(arguments.file, arguments.overrides), arguments.model)))
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from student_train.evaluation.ask import answer
+
+    _need_folder(arguments.model, "--model")
+    if not arguments.image.is_file():
+        raise ConfigError(f"--image {arguments.image} is not a file")
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}, expected at least 1")
+    if not arguments.question.strip() or "\ufffd" in arguments.question.encode(errors="replace").decode():
+        raise ConfigError("the question is empty, or is not UTF-8")
+    print(answer(arguments.model, arguments.image, arguments.question, max_new_tokens=arguments.max_new_tokens))
+
+
+def _ablate(arguments: argparse.Namespace) -> None:
+    from stillhouse.ablate import ablate
+    from stillhouse.config import read_experiment
+    from stillhouse.preflight import warn_first
+    from stillhouse.reporting.report import write_report
+    from stillhouse.summary import print_summary
+
+    experiment = read_experiment(arguments.file, arguments.overrides)
+    warn_first(experiment, dumps=False)
+    ablate(experiment, restart=arguments.restart)
+    write_report(experiment.run)
+    print_summary(experiment.run)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from stillhouse.reporting.report import write_report
+    from stillhouse.summary import print_summary
+
+    write_report(arguments.folder)
+    print_summary(arguments.folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

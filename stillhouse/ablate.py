@@ -1,0 +1,195 @@
+"""The ablation grid: every run once a seed, all over one cache, scheduled by Ray, finished runs not repeated.
+
+A run that starts from another's checkpoint (`after`) waits for all seeds of it, and is done again when it changed.
+Each run lies in <run>/models/<name>/seed<k>/ with its checkpoint, metrics.jsonl, summary.json and
+evaluation.json. <run>/ablations.json lists them for the report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stillhouse.config import Experiment
+from stillhouse.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
+from stillhouse.training import training_command, training_environment, training_flags
+from storage.backends.disk import explain_write_errors, hint_of_full_disk
+from storage.backends.folder import write_atomically
+from storage.config_loader import Named, read_sections
+from storage.errors import ConfigError, StillhouseError
+from storage.field_changes import changed_fields
+from student_train.config import StageSection
+from student_train.training.stage_inputs import init_inputs
+from teacher_dump.ray_jobs import Command, run_commands
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One run of the grid with one seed."""
+
+    name: str
+    stage: str
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]  # the experiment's own and the run's
+    section: StageSection  # with the overrides applied
+    parent: Path | None  # folder of the run of the same seed that this one starts from
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-seed{self.seed}"
+
+
+def grid(experiment: Experiment) -> Iterator[GridRun]:
+    """Every run of `ablations:` in the file's order, the seeds inside."""
+    for name, run in experiment.ablations.runs.items():
+        for seed in experiment.ablations.seeds:
+            folder = _folder(experiment, name, seed)
+            parent = None if run.after is None else _folder(experiment, run.after, seed)
+            place = f"stages.{run.stage}"
+            overrides = (
+                *experiment.overrides,
+                *run.overrides(),
+                f"{place}.seed={seed}",
+                f"{place}.output={json.dumps(str(folder))}",
+                *(() if parent is None else (f"{place}.init={json.dumps(str(parent))}",)),
+            )
+            section = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"][run.stage]
+            yield GridRun(name, run.stage, seed, folder, overrides, section, parent)
+
+
+def waves(experiment: Experiment) -> list[list[GridRun]]:
+    """The grid in groups: those that start from no other run, those that start from one of these, and so on."""
+    depths: dict[str, int] = {}
+    for name, run in experiment.ablations.runs.items():  # a run stands below the one that it starts from
+        depths[name] = 0 if run.after is None else depths[run.after] + 1
+    runs = list(grid(experiment))
+    return [[run for run in runs if depths[run.name] == depth] for depth in sorted(set(depths.values()))]
+
+
+def ablate(experiment: Experiment, *, restart: bool = False) -> list[GridRun]:
+    """`train_grid` under the lock on the run's folder."""
+    with lock_run(experiment.run):
+        return train_grid(experiment, restart=restart)
+
+
+def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun]:
+    """Runs what is not finished and writes <run>/ablations.json; `StillhouseError` names the runs that failed.
+
+    `restart`: runs give up states that other inputs made.
+    """
+    ledger = Ledger(experiment.run / "steps")
+    with explain_write_errors(experiment.run / "logs"):
+        (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
+    runs = list(grid(experiment))
+    _check_compositions(experiment, runs)
+    with tqdm(total=len(runs), desc="students", unit="run") as bar:
+        for wave in waves(experiment):
+            failed = list(_train(experiment, wave, ledger, bar, restart=restart))
+            if failed:
+                raise StillhouseError("training failed:\n  " + "\n  ".join(failed))
+    listing = [{"name": run.name, "stage": run.stage, "seed": run.seed, "folder": str(run.folder)} for run in runs]
+    document = {
+        "runs": listing,
+        "controls": {name: experiment.ablations.controls_of(name) for name in experiment.ablations.runs},
+        "cache": experiment.cache.path,
+        "teacher": experiment.teacher.model,
+    }
+    write_atomically(experiment.run / "ablations.json", json.dumps(document, indent=1).encode())
+    return runs
+
+
+def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any, *, restart: bool) -> Iterator[str]:
+    """Trains those of `runs` that are not finished, as many at once as there is room for; yields what failed."""
+    inputs = {run.label: _inputs(experiment, run) for run in runs}
+    waiting = {run.label: run for run in runs if not ledger.is_done(run.label, inputs[run.label], _outputs(run))}
+    bar.update(len(runs) - len(waiting))
+    for run in waiting.values():
+        if reasons := ledger.reasons(run.label, inputs[run.label], _outputs(run)):
+            bar.write(f"{run.label} is done again:" + "".join(f"\n  {reason}" for reason in reasons))
+    commands = [
+        Command(
+            name=run.label,
+            argv=training_command(
+                experiment.path,
+                run.stage,
+                run.overrides,
+                num_processes=run.section.num_processes,
+                evaluate=True,
+                flags=training_flags(restart=restart),
+            ),
+            env=training_environment(round(experiment.ablations.cpus_per_run / run.section.num_processes)),
+            log_path=experiment.run / "logs" / f"{run.label}.log",
+            grace_s=math.inf,  # it saves its state, however long that takes, and ends
+            num_devices=run.section.num_processes,
+        )
+        for run in waiting.values()
+    ]
+    results = run_commands(
+        commands,
+        experiment.ablations.cpus_per_run,
+        experiment.ablations.gpus_per_run,
+        address=experiment.dump.ray_address,
+        logs=experiment.run / "logs",
+    )
+    with closing(results):  # which ends what runs, if this does not come to its end
+        for result in results:
+            run = waiting[result.name]
+            if result.returncode == 0 and all(path.exists() for path in _outputs(run)):
+                ledger.record(run.label, inputs[run.label], seconds=result.seconds)
+                accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
+                bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
+            else:
+                hint = hint_of_full_disk(result.log_path) or hint_of_full_disk(run.folder)
+                yield f"{run.label}: exit code {result.returncode}, see {result.log_path}{hint}"
+            bar.update()
+
+
+def _check_compositions(experiment: Experiment, runs: list[GridRun]) -> None:
+    """ConfigError for two runs that compose different students in one folder: each would undo the other's."""
+    composed: dict[str, GridRun] = {}
+    for run in runs:
+        if run.section.compose is None:
+            continue
+        place = run.section.init.replace("{seed}", str(run.seed))
+        first = composed.setdefault(place, run)
+        changes = changed_fields(_composition(first), _composition(run), "compose")
+        if changes:
+            raise ConfigError(
+                f"{experiment.path}: {first.label} and {run.label} compose different students in one folder, {place}; "
+                "give each an init of its own, with {seed} in it where seeds differ:"
+                + "".join(f"\n  {change}" for change in changes)
+            )
+
+
+def _composition(run: GridRun) -> dict[str, Any]:
+    assert run.section.compose is not None
+    return {**run.section.compose.model_dump(mode="json"), "seed": run.seed}
+
+
+def _outputs(run: GridRun) -> list[Path]:
+    return [run.folder / name for name in ("config.json", "summary.json", "evaluation.json")]
+
+
+def _folder(experiment: Experiment, name: str, seed: int) -> Path:
+    return experiment.run / "models" / name / f"seed{seed}"
+
+
+def _inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
+    if run.parent is not None:  # its weights: the rest of its folder is about how they were made
+        start: Any = {path.name: file_fingerprint(path) for path in sorted(run.parent.glob("*.safetensors"))}
+    else:
+        start = init_inputs(run.section, run.section.init.replace("{seed}", str(run.seed)))
+    return {
+        "stage": run.section.model_dump(mode="json"),
+        "evaluation": experiment.evaluation.model_dump(mode="json"),
+        "init": start,
+        "cache": [cache_fingerprint(each.path) for each in run.section.sources(experiment.cache.path)],
+    }

@@ -1,0 +1,159 @@
+"""Runs of the grid that start where another ended: in their order, from its checkpoint, again when it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from stillhouse.ablate import ablate, waves
+from stillhouse.config import read_experiment
+from stillhouse.run import run
+from storage.backends.lock import HeldError, hold_lock
+from storage.errors import ConfigError, StillhouseError
+from teacher_dump.ray_jobs.cluster import cluster
+from tests.student_train.caches import make_cache
+from tests.tiny import make_tiny_llava
+
+
+def write(folder: Path, runs: dict, *, seeds: list[int], cache: str = "nowhere", init: str = "nowhere") -> Path:
+    stage = {
+        "init": init, "steps": 1, "global_batch": 4, "micro_batch": 4, "lr": 2e-3, "precision": "fp32",
+        "log_every": 1, "warmup_fraction": 0,
+    }  # fmt: skip
+    document = {
+        "name": "chain",
+        "runs_dir": str(folder / "runs"),
+        "data": {"sources": [{"path": str(folder / "train.jsonl"), "split": "train"}]},
+        "teacher": {"model": init},
+        "dump": {},
+        "cache": {"path": cache},
+        "stages": {"all": stage, "projector": {**stage, "train": ["projector"]}},
+        "evaluation": {"max_new_tokens": 2},
+        "ablations": {"seeds": seeds, "runs": runs},
+    }
+    path = folder / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+CHAIN = {
+    "first": {"stage": "all"},
+    "second": {"stage": "projector", "after": "first"},
+    "third": {"stage": "all", "after": "second"},
+    "beside": {"stage": "all"},
+}
+
+
+def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path: Path):
+    experiment = read_experiment(write(tmp_path, CHAIN, seeds=[3, 7]))
+    found = [[run.label for run in wave] for wave in waves(experiment)]
+    assert found == [
+        ["first-seed3", "first-seed7", "beside-seed3", "beside-seed7"],
+        ["second-seed3", "second-seed7"],
+        ["third-seed3", "third-seed7"],
+    ]
+    (second, _) = waves(experiment)[1]
+    assert second.section.init == str(tmp_path / "runs" / "chain" / "models" / "first" / "seed3")
+    assert second.section.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_processes", "words"),
+    [
+        (1, 2, "gpus_per_run is 1, but run 'first' has 2 processes"),
+        (0.5, 2, "gpus_per_run is 0.5, but run 'first' has 2 processes"),
+        (2.5, 2, "gpus_per_run is 2.5; beyond 1"),
+        (0.5, 1, None),  # two runs share a GPU
+        (0, 2, None),  # on CPUs
+        (4, 2, None),
+        (None, 2, None),
+    ],
+)
+def test_processes_that_would_share_a_gpu_are_refused(
+    tmp_path: Path, gpus: float | None, num_processes: int, words: str | None
+):
+    path = write(tmp_path, {"first": {"stage": "all", "set": {"num_processes": num_processes}}}, seeds=[0])
+    overrides = [] if gpus is None else [f"ablations.gpus_per_run={gpus}"]
+    if words is None:
+        assert read_experiment(path, overrides).ablations.gpus_per_run == gpus
+    else:
+        with pytest.raises(ConfigError, match=words):
+            read_experiment(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ({"a": {"stage": "all", "after": "a"}}, ["a.after is 'a'", "none"]),
+        ({"a": {"stage": "all", "after": "b"}, "b": {"stage": "all"}}, ["a.after is 'b'", "above"]),
+        ({"a": {"stage": "all"}, "b": {"stage": "all", "after": "a", "set": {"init": "x"}}}, ["b has both"]),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused(tmp_path: Path, runs: dict, words: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(write(tmp_path, runs, seeds=[0]))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_a_chain_is_trained_link_by_link_and_again_when_its_start_changed(tmp_path: Path):
+    init = make_tiny_llava(tmp_path / "llava", num_layers=1)
+    cache = make_cache(tmp_path, init, num_samples=8, num_images=4)
+    path = write(
+        tmp_path, {name: CHAIN[name] for name in ("first", "second")}, seeds=[0], cache=str(cache), init=str(init)
+    )
+    folders = {name: tmp_path / "runs" / "chain" / "models" / name / "seed0" for name in ("first", "second")}
+
+    def times() -> dict[str, int]:
+        return {name: (folder / "summary.json").stat().st_mtime_ns for name, folder in folders.items()}
+
+    with cluster(None, local_cpus=1):
+        ablate(read_experiment(path))
+        first, second = (load_file(folder / "model.safetensors") for folder in folders.values())
+        start = load_file(init / "model.safetensors")
+        moved = {name for name in first if not torch.equal(first[name], second[name])}
+        assert moved
+        assert all("projector" in name for name in moved)  # the rest is what the first run made of it,
+        assert len([name for name in start if name in first and not torch.equal(start[name], first[name])]) > len(moved)
+
+        before = times()
+        (folders["first"] / "evaluation.json").touch()  # no weights
+        ablate(read_experiment(path))
+        assert times() == before
+
+        ablate(
+            read_experiment(path, ["stages.all.lr=1e-3"])
+        )  # changes the first run alone, but by it the second's start
+        after = times()
+        assert all(after[name] > before[name] for name in folders)
+
+
+@pytest.mark.parametrize("verb", [run, ablate])
+def test_a_run_s_folder_has_one_command_at_a_time(tmp_path: Path, verb: Callable[..., object]):
+    experiment = read_experiment(write(tmp_path, {"first": CHAIN["first"]}, seeds=[0]))
+    with hold_lock(experiment.run / "lock", "the run"):
+        with pytest.raises(HeldError, match=f"the run {experiment.run} is in use by .*process"):
+            verb(experiment)
+        assert not (experiment.run / "steps").exists()
+    with pytest.raises(StillhouseError) as caught:  # its data are missing, but nobody is there any more
+        verb(experiment)
+    assert "in use" not in str(caught.value)
+    assert not (experiment.run / "lock").exists()
+
+
+def test_two_runs_do_not_compose_different_students_in_one_folder(tmp_path: Path):
+    parts = {"vision": "v", "llm": "l", "processor": "p"}
+    composed = {"stage": "all", "set": {"init": "{run}/composed-{seed}", "compose": parts}}
+    other = {"stage": "all", "set": {**composed["set"], "compose": {**parts, "llm": "m"}}}
+    path = write(tmp_path, {"first": composed, "second": other}, seeds=[0])
+    with pytest.raises(ConfigError, match=r'(?s)first-seed0 and second-seed0 compose .*compose\.llm: was "l", is "m"'):
+        ablate(read_experiment(path))
+    same = write(tmp_path, {"first": {**composed, "set": {**composed["set"], "init": "x"}}}, seeds=[0, 1])
+    with pytest.raises(ConfigError, match=r"compose\.seed: was 0, is 1"):
+        ablate(read_experiment(same))

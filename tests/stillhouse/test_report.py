@@ -1,0 +1,193 @@
+"""The report's arithmetic by hand, its sentence both ways, and its page against hostile text."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stillhouse.reporting.page import _categories, format_bytes, render_page
+from stillhouse.reporting.plots import category_plot
+from stillhouse.reporting.report import build_report, mean_and_sd, paired_difference, read_metrics, verdict
+from stillhouse.summary import describe_evaluation
+from storage.errors import StillhouseError
+
+
+def entries(*values: float) -> list[dict]:
+    return [{"seed": seed, "exact_match": value} for seed, value in enumerate(values)]
+
+
+def run(name: str, *, distilled: bool, paired: dict) -> dict:
+    return {
+        "name": name,
+        "stage": "dft",
+        "distilled": distilled,
+        "steps": 3,
+        "seeds": [0, 1],
+        "num_seeds": 2,
+        "num_parameters": 10,
+        "num_activated_parameters": 10,
+        "exact_match": {"mean": 0.5, "sd": 0.1},
+        "exact_match_by_seed": {"0": 0.4, "1": 0.6},
+        "by_category": {"place": {"mean": 0.5, "sd": 0.1}},
+        "kl_to_teacher": None,
+        "top1_agreement": None,
+        "seconds": 1.0,
+        "peak_memory_bytes": 1,
+        "paired": paired,
+    }
+
+
+def test_paired_difference_by_hand():
+    # Differences .1, .2, .3: mean .2, sd .1, half-width 4.303 * .1 / sqrt(3) = .2484.
+    found = paired_difference(entries(0.6, 0.7, 0.8), entries(0.5, 0.5, 0.5))
+    assert found["mean"] == pytest.approx(0.2)
+    assert found["sd"] == pytest.approx(0.1)
+    assert found["low"] == pytest.approx(0.2 - 0.2484, abs=1e-4)
+    assert found["high"] == pytest.approx(0.2 + 0.2484, abs=1e-4)
+
+
+def test_paired_difference_pairs_by_seed_not_by_order():
+    assert paired_difference(entries(0.6, 0.7), entries(0.5, 0.6)[::-1])["sd"] == pytest.approx(0)
+
+
+def test_one_seed_has_no_interval():
+    assert paired_difference(entries(0.6), entries(0.5))["low"] is None
+    assert mean_and_sd([0.3]) == {"mean": 0.3, "sd": 0.0}
+
+
+def test_verdict_is_honest_either_way():
+    better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
+    worse = {"mean": -0.1, "sd": 0.01, "low": -0.15, "high": -0.05}
+    unsure = {"mean": 0.1, "sd": 0.1, "low": -0.05, "high": 0.25}
+    wins = run("kd", distilled=True, paired={"sft": better, "double": better})
+    for bad in (worse, unsure):
+        loses = run("kd2", distilled=True, paired={"sft": better, "double": bad})
+        assert verdict([loses]).startswith("Distillation did not beat its controls")
+        both = verdict([wins, loses])
+        assert both.startswith("Distillation beat its controls in kd (+10.0")
+        assert "but not by more than the seeds' spread in kd2" in both
+    assert verdict([wins]).startswith("Distillation beat its controls in kd (+10.0 points [+5.0, +15.0] to sft")
+    assert "nothing to compare" in verdict([run("sft", distilled=False, paired={"x": better})])
+
+
+def test_the_verdict_says_which_answers_were_judged_and_who_is_closer_to_the_teacher():
+    better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
+    lower = {"mean": -0.2, "sd": 0.01, "low": -0.25, "high": -0.15}
+    unsure = {"mean": -0.2, "sd": 0.5, "low": -0.7, "high": 0.3}
+    wins = {**run("kd", distilled=True, paired={"sft": better}), "turns": "all"}
+    for difference, said in ((lower, "lower in"), (better, "higher in"), (unsure, "not shown to differ in")):
+        sentence = verdict([{**wins, "paired_kl_to_teacher": {"sft": difference}}])
+        assert f"KL to the teacher: {said} kd ({difference['mean']:+.3f} nats" in sentence
+        assert "Exact match of all answers" in sentence
+    assert "KL" not in verdict([{**wins, "paired_kl_to_teacher": {}}])
+
+
+def test_runs_that_were_judged_on_other_samples_are_said_to_be():
+    """A run is judged on the held-out samples of all caches of its stage, which its control may not read."""
+    better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
+    one, other = run("sft", distilled=False, paired={}), run("kd", distilled=True, paired={"sft": better})
+    assert "other samples" not in verdict([{**each, "num_held_out": 24} for each in (one, other)])
+    said = verdict([{**one, "num_held_out": 24}, {**other, "num_held_out": 34}])
+    assert said.endswith("judged on other samples; numbers of samples: sft 24, kd 34.")
+
+
+def test_page_escapes_text_from_data():
+    hostile = "<script>alert(1)</script>"
+    report = {
+        "name": hostile,
+        "machine": hostile,
+        "teacher": {},
+        "cache": {},
+        "dump": {},
+        "runs": [run(hostile, distilled=False, paired={})],
+        "verdict": hostile,
+    }
+    page = render_page(report, {f"{hostile}/seed{seed}": [{"step": 1, "cross_entropy": 2.0}] for seed in (0, 1)})
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_sizes_are_decimal():
+    assert [format_bytes(size) for size in (999, 1000, 1.5e6, 2e12)] == ["999 B", "1.0 kB", "1.5 MB", "2.0 TB"]
+
+
+def write_run(folder: Path, *, seed: int, claims: float, load: list[list[float]] | None) -> dict:
+    """A finished run's two files, and its entry in ablations.json."""
+    folder.mkdir(parents=True)
+    summary = {
+        "steps": 3, "num_parameters": 10, "num_activated_parameters": 7 if load else 10, "seconds": 1.0,
+        "peak_memory_bytes": 1, "final": {"preference": 0.5} if load else {"cross_entropy": 1.0},
+    }  # fmt: skip
+    evaluation = {
+        "exact_match": 0.5, "by_category": {"<b>": {"num": 1, "exact_match": 0.5}}, "kl_to_teacher": None,
+        "top1_agreement": None, "seconds": 9.0, "unsupported_rate": 2 * claims,
+        "yes_no": {"num": 9, "accuracy": 0.6, "hallucination_rate": claims, "yes_ratio": 0.5, "recall": 0.7},
+        "routers": None if load is None
+        else {"num_tokens": 5, "load": load, "entropy": 1.2, "balance": 1.1, "z": 2.0, "dropped": 0},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return {"name": folder.parent.name, "stage": "s", "seed": seed, "folder": str(folder)}
+
+
+def test_claims_and_routers_of_a_grid_are_reported(tmp_path: Path):
+    loads = [[0.1, 0.6, 0.3]], [[0.4, 0.4, 0.2]]
+    entries = [
+        write_run(tmp_path / "sparse" / f"seed{seed}", seed=seed, claims=0.1, load=loads[seed]) for seed in (0, 1)
+    ]
+    entries += [
+        write_run(tmp_path / "dense" / f"seed{seed}", seed=seed, claims=0.3 + 0.1 * seed, load=None) for seed in (0, 1)
+    ]
+    listing = {"runs": entries, "controls": {"sparse": ["dense"]}}
+    (tmp_path / "ablations.json").write_text(json.dumps(listing))
+    report = build_report(tmp_path)
+    sparse, dense = report["runs"]
+    assert sparse["distilled"]
+    assert (sparse["num_parameters"], sparse["num_activated_parameters"]) == (10, 7)
+    assert sparse["routers"]["load"] == [pytest.approx([0.5, 0.35, 0.15])]  # the busiest, whichever number it has
+    assert sparse["routers"]["load_by_seed"] == list(loads)
+    assert dense["routers"] is None
+    found = sparse["paired_hallucination_rate"]["dense"]
+    assert found["mean"] == pytest.approx(0.1 - 0.35)
+    assert sparse["unsupported_rate"]["mean"] == pytest.approx(0.2)
+    assert sparse["paired_unsupported_rate"]["dense"]["mean"] == pytest.approx(2 * (0.1 - 0.35))
+    page = render_page(report, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)})
+    assert "50.0 · 35.0 · 15.0" in page
+    assert "Routers of the sparse students" in page
+    assert "<td>20.0 ± 0.0 %</td>" in page  # sparse's answers with words without support, and how many fewer:
+    assert page.split("Words without support")[1].split("<h2>")[0].count("<td>-50.0</td>") == 1
+    plain = [{**each, "unsupported_rate": None, "yes_no": None} for each in report["runs"]]
+    page = render_page(
+        {**report, "runs": plain}, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)}
+    )
+    assert "Words without support" not in page
+    assert "Yes/no questions" not in page
+    assert "<b>" not in page
+
+
+def test_samples_without_a_category_have_a_name_in_every_table(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({
+        "exact_match": 0.5, "by_category": {"": {"exact_match": 0.25}, "sum": {"exact_match": 0.75}},
+        "kl_to_teacher": None,
+    }))  # fmt: skip
+    assert "no category  25.0 %" in " ".join(describe_evaluation(path).split("\n"))
+    runs = [{**run("sft", distilled=False, paired={}), "by_category": {"": {"mean": 0.5, "sd": 0.1}}}]
+    assert "<th>no category</th>" in _categories(runs)
+    assert "no category" in category_plot(runs)
+
+
+@pytest.mark.parametrize("text", ['{"runs": [', "[]", "null", "{}", "\0\0\0\0"])
+def test_a_damaged_list_of_runs_is_named(tmp_path, text):
+    (tmp_path / "ablations.json").write_text(text)
+    with pytest.raises(StillhouseError, match=r"ablations\.json is damaged: .*; remove it, and run `stillhouse run`"):
+        build_report(tmp_path)
+
+
+def test_a_log_of_steps_that_is_still_written_is_read_as_far_as_it_goes(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(StillhouseError, match=r"metrics\.jsonl is damaged"):
+        read_metrics(tmp_path)
