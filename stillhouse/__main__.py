@@ -202,8 +202,8 @@ def _need_cache(path: str) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from stillhouse.config import read_experiment
+    from stillhouse.reporting.summary import print_summary
     from stillhouse.run import run
-    from stillhouse.summary import print_summary
 
     page = run(read_experiment(arguments.file, arguments.overrides), restart=arguments.restart)
     print_summary(page.parent)
@@ -229,7 +229,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from stillhouse.preflight import keep_forecast
-    from stillhouse.reporting.plan_report import as_table
+    from stillhouse.reporting.plan_table import as_table
     from teacher_dump.estimates.cost_calibration import forecast_dump
     from teacher_dump.settings import read_settings
 
@@ -282,7 +282,7 @@ def _replay(arguments: argparse.Namespace, settings: DumpSettings) -> Replay:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from stillhouse.inspection.inspection import inspect
+    from stillhouse.inspection.inspect_cache import inspect
 
     _need_cache(arguments.cache)
     for folder, name in ((arguments.tokenizer, "--tokenizer"), (arguments.images, "--images")):
@@ -305,7 +305,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from stillhouse.config import read_experiment
     from stillhouse.preflight import check_stage
     from stillhouse.run import train
-    from stillhouse.training import training_flags
+    from stillhouse.torchrun import training_flags
 
     experiment = read_experiment(arguments.file, arguments.overrides)
     check_stage(experiment, arguments.stage)
@@ -315,8 +315,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from stillhouse.config import read_experiment
+    from stillhouse.reporting.summary import describe_evaluation
     from stillhouse.run import evaluate_model
-    from stillhouse.summary import describe_evaluation
 
     _need_folder(arguments.model, "--model")
     print(describe_evaluation(evaluate_model(read_experiment(arguments.file, arguments.overrides), arguments.model)))
@@ -340,7 +340,7 @@ def _ablate(arguments: argparse.Namespace) -> None:
     from stillhouse.config import read_experiment
     from stillhouse.preflight import warn_first
     from stillhouse.reporting.report import write_report
-    from stillhouse.summary import print_summary
+    from stillhouse.reporting.summary import print_summary
 
     experiment = read_experiment(arguments.file, arguments.overrides)
     warn_first(experiment, dumps=False)
@@ -351,7 +351,7 @@ def _ablate(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from stillhouse.reporting.report import write_report
-    from stillhouse.summary import print_summary
+    from stillhouse.reporting.summary import print_summary
 
     write_report(arguments.folder)
     print_summary(arguments.folder)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from stillhouse.config import Experiment
 from stillhouse.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
-from stillhouse.training import training_command, training_environment, training_flags
+from stillhouse.torchrun import training_command, training_environment, training_flags
 from storage.backends.disk import explain_write_errors, hint_of_full_disk
 from storage.backends.folder import write_atomically
 from storage.config_loader import Named, read_sections

@@ -18,7 +18,7 @@ from stillhouse.config import Experiment, PrepareSection, TrainTeacherSection, r
 from stillhouse.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
 from stillhouse.preflight import warn_first
 from stillhouse.reporting.report import write_report
-from stillhouse.training import check_start, num_ranks, training_command, training_environment, training_flags
+from stillhouse.torchrun import check_start, num_ranks, training_command, training_environment, training_flags
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.child_process import GRACE_S, run_child
 from storage.processes.search_path import module_command

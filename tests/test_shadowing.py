@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.training import training_command
+from stillhouse.torchrun import training_command
 from storage.processes.search_path import PACKAGES, ROOT, shadowed_packages
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("stillhouse"))

@@ -17,11 +17,11 @@ import numpy as np
 
 from stillhouse.inspection.cache_facts import CacheFacts
 from stillhouse.inspection.cache_style import STYLE
-from stillhouse.inspection.pictures import HeatMap, Picture, embedded_image, heat_map
+from stillhouse.inspection.image_previews import HeatMap, Picture, embedded_image, heat_map
 from stillhouse.inspection.sample_text import budgets_table, counted, label_words, losses_table, sharing_sentence
 from stillhouse.inspection.sample_view import AnswerToken, ImageView, SampleView, Segment, Signal, relation_summary
 from stillhouse.inspection.token_texts import printable
-from stillhouse.reporting.page import format_bytes
+from stillhouse.reporting.report_page import format_bytes
 from storage.images.settings import PixelSettings
 from storage.records.records import ImageRef
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from stillhouse.inspection.cache_facts import CacheFacts
 from stillhouse.inspection.sample_view import AnswerToken, ImageView, SampleView, Segment, Signal, relation_summary
 from stillhouse.inspection.token_texts import printable
-from stillhouse.reporting.page import format_bytes
-from stillhouse.summary import columns
+from stillhouse.reporting.report_page import format_bytes
+from stillhouse.reporting.summary import columns
 from storage.records.records import SampleError
 
 WIDTH = 100

@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy import stats
 
-from stillhouse.reporting.page import judged_turns, render_page
+from stillhouse.reporting.report_page import judged_turns, render_page
 from storage.backends.folder import open_folder, write_atomically
 from storage.errors import ConfigError, StillhouseError
 from storage.reader.cache import Cache

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from stillhouse.inspection.cache_page import POLICY
-from stillhouse.inspection.inspection import inspect
+from stillhouse.inspection.inspect_cache import inspect
 from tests.stillhouse.hostile_cache import ANSWER, IMAGE_PATH, QUESTION, REASON, SAMPLE_ID, SCRIPT, write_hostile_cache
 from tests.storage.synthetic_cache import write_cache
 

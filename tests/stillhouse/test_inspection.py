@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.__main__ import main
-from stillhouse.inspection.inspection import inspect
+from stillhouse.inspection.inspect_cache import inspect
 from stillhouse.inspection.sample_text import BAR_WIDTH, bar
 from storage.reader.cache import Cache
 from tests.stillhouse.hostile_cache import QUESTION, REASON, SAMPLE_ID, write_hostile_cache

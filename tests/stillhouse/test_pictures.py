@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stillhouse.inspection.pictures import embedded_image, heat_map
+from stillhouse.inspection.image_previews import embedded_image, heat_map
 from storage.images.settings import PixelSettings
 from storage.records.records import ImageRef
 

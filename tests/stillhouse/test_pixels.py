@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stillhouse.inspection.pictures import embedded_image
+from stillhouse.inspection.image_previews import embedded_image
 from storage.identity import stored_pixels
 from storage.images.settings import OLD_PIXELS
 from storage.reader.cache import Cache

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.reporting.page import _categories, format_bytes, render_page
 from stillhouse.reporting.plots import category_plot
 from stillhouse.reporting.report import build_report, mean_and_sd, paired_difference, read_metrics, verdict
-from stillhouse.summary import describe_evaluation
+from stillhouse.reporting.report_page import _categories, format_bytes, render_page
+from stillhouse.reporting.summary import describe_evaluation
 from storage.errors import StillhouseError
 
 

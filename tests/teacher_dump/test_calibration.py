@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.__main__ import main
-from stillhouse.reporting.plan_report import as_table
+from stillhouse.reporting.plan_table import as_table
 from storage.backends.folder import open_folder
 from storage.layout.commits import commit_numbers, read_commits
 from storage.layout.segments import read_segments

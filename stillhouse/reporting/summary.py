@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from stillhouse.reporting.page import format_bytes, percent
 from stillhouse.reporting.plots import NO_CATEGORY
+from stillhouse.reporting.report_page import format_bytes, percent
 
 
 def print_summary(folder: Path) -> None:
