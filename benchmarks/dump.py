@@ -24,7 +24,7 @@ from benchmarks.dump_roads import Floor, PromptLogprobs, Road, dump_settings
 from benchmarks.results import Results, table, wants_json
 from student_train.models.huggingface import transformers_module
 from teacher_dump.dump import run_dump
-from teacher_dump.execution.log_file import quiet
+from teacher_dump.workers.log_file import quiet
 
 RUN = Path("runs/bench_dump")
 IMAGE_SIZE = 128  # 64 visual tokens; LLaVA-1.5 has 576

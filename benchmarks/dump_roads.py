@@ -23,17 +23,18 @@ from storage.encoding.part_encoder import part_rows
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump import torchvision_shim
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
-from teacher_dump.execution.worker import open_preparer, open_teacher
 from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.settings import DumpSettings
 from teacher_dump.signals.lm_head import OutputHead
 from teacher_dump.signals.loaded_teacher import OpenTeacher
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.teachers import hf_checkpoint as checkpoint
 from teacher_dump.teachers import vllm_teacher
-from teacher_dump.teachers.teacher import Teacher, TeacherPrompt, TeacherStates
+from teacher_dump.teachers.teacher import Teacher, TeacherStates
+from teacher_dump.workers.worker import open_preparer, open_teacher
 
 TOP = 64
 MAX_LENGTH = 512

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from student_train.data.batch_schedule import RowCounts
 from student_train.data.collate import Batch, ImageGrids
 from student_train.losses.config import LossesSection, Treatment
 from student_train.losses.fused_linear import HiddenTarget, SparseTarget, TeacherHead
+from student_train.losses.row_counts import RowCounts
 from student_train.losses.sparse_divergence import TeacherRows
 from student_train.models.student import Student
 from student_train.training.objective import CachedTeacher, Objective

@@ -21,7 +21,7 @@ from stillhouse.config import Experiment
 from stillhouse.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
 from stillhouse.torchrun import training_command, training_environment, training_flags
 from storage.backends.disk import explain_write_errors, hint_of_full_disk
-from storage.backends.folder import write_atomically
+from storage.backends.folder import write_json
 from storage.config_loader import Named, read_sections
 from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import changed_fields
@@ -102,7 +102,7 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
         "cache": experiment.cache.path,
         "teacher": experiment.teacher.model,
     }
-    write_atomically(experiment.run / "ablations.json", json.dumps(document, indent=1).encode())
+    write_json(experiment.run / "ablations.json", document)
     return runs
 
 

@@ -24,9 +24,9 @@ from student_train.models.loading import check_fit, read_checkpoint
 from student_train.training.stage_data import check_architecture, check_losses, fitting_checkpoint
 from student_train.training.trainer import resolved
 from teacher_dump.audit.preflight import check_teacher
-from teacher_dump.estimates.budget_choice import comparable
 from teacher_dump.execution.worker_setup import inspect_data
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
+from teacher_dump.planning.recorded_budget import comparable
 from teacher_dump.settings import DumpSettings, read_settings
 
 

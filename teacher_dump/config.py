@@ -9,9 +9,11 @@ from pydantic import Field, field_validator, model_validator
 
 from storage.config import LocalPath, Section
 from storage.images.settings import WHITE, Background
-from teacher_dump.data.unread_fields import Ignorable
-from teacher_dump.prompts.truncation import TooLong
 
+TooLong = Literal["refuse", "cut_turns", "cut_answer"]  # see teacher_dump/prompts/truncation.py
+Ignorable = Literal[  # see teacher_dump/data/unread_fields.py
+    "video", "audio", "tools", "reasoning_content", "<video>", "<audio>", "<img>", "<image 1>", "<ImageHere>", "media"
+]  # fmt: skip
 _NOT_OF_A_TEMPLATE = frozenset(
     {
         "messages", "conversation", "conversations", "chat_template", "add_generation_prompt", "tokenize", "padding",

@@ -29,13 +29,15 @@ from storage.records.records import SampleError
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.config import DumpSection
 from teacher_dump.estimates.budget_choice import with_budget
+from teacher_dump.execution.answer_generation import ask
 from teacher_dump.execution.driver import write_parts
-from teacher_dump.execution.progress import DumpSummary, error_kinds
+from teacher_dump.execution.repeated_questions import ask_again
+from teacher_dump.execution.retry import choose_failed, retry_identity, retry_plan
 from teacher_dump.execution.worker_setup import worker_settings
-from teacher_dump.planning.answer_files import ANSWERS_FOLDER
+from teacher_dump.planning.answer_files import ANSWERS_FOLDER, answered_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump, plan_questions
-from teacher_dump.planning.retry import choose_failed, retry_identity, retry_plan
 from teacher_dump.settings import DumpSettings
+from teacher_dump.workers.progress import DumpSummary, error_kinds
 
 _SHOWN_ERRORS = 5
 _SHOWN_KINDS = 8
@@ -134,8 +136,6 @@ def _retry(
         )
     begun = next((one for one in retries_of(segments, base) if not is_committed(folder, one)), None)
     if begun is None and asked.data.responses == "teacher" and num_failed:
-        from teacher_dump.execution.repeated_questions import ask_again
-
         names = {error.sample_id for errors in failed for error in errors}
         ask_again(asked, plan_questions(asked), names, progress=progress)
     failed_ids = begun.failed_ids if begun is not None else choose_failed(planned, settings, failed)
@@ -237,10 +237,8 @@ def _answered(settings: DumpSettings, *, retry_errors: bool, progress: bool) -> 
     """
     if settings.data.responses == "dataset":
         return settings
-    from teacher_dump.execution import answer_generation as answers
-
     questions = plan_questions(settings)
-    found = answers.answered_settings(settings, questions)
+    found = answered_settings(settings, questions.identity)
     if found is None and retry_errors and not settings.cache.append and has_cache(open_folder(settings.cache.path)):
         raise ConfigError(
             f"{settings.cache.path}: a retry needs the answers that this cache was made from, and "
@@ -248,7 +246,7 @@ def _answered(settings: DumpSettings, *, retry_errors: bool, progress: bool) -> 
             "mending rows and images, or run the dump without --retry-errors, which asks all questions again"
         )
     if found is None:
-        answers.ask(settings, questions, progress=progress)
-        found = answers.answered_settings(settings, questions)
+        ask(settings, questions, progress=progress)
+        found = answered_settings(settings, questions.identity)
     assert found is not None
     return found

@@ -17,7 +17,7 @@ from typing import Any
 from scipy import stats
 
 from stillhouse.reporting.report_page import judged_turns, render_page
-from storage.backends.folder import open_folder, write_atomically
+from storage.backends.folder import open_folder, write_atomically, write_json
 from storage.errors import ConfigError, StillhouseError
 from storage.reader.cache import Cache
 
@@ -28,7 +28,7 @@ DISTILLED = ("response", "visual", "relation", "preference")  # parts of a loss 
 def write_report(folder: Path) -> Path:
     """Writes <folder>/report.json and report.html and returns the latter's path."""
     report = build_report(folder)
-    write_atomically(folder / "report.json", json.dumps(report, indent=1).encode())
+    write_json(folder / "report.json", report)
     metrics = {
         f"{run['name']}/seed{seed}": read_metrics(folder / "models" / run["name"] / f"seed{seed}")
         for run in report["runs"]

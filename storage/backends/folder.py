@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -171,6 +172,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     with explain_write_errors(path, needed_bytes=len(content)):
         _replace(path, content)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Make a file hold a JSON document, whole or not at all. Errors: see write_atomically."""
+    write_atomically(path, f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode())
 
 
 def _replace(path: Path, content: bytes) -> None:

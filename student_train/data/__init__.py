@@ -1,1 +1,1 @@
-"""From cached samples to batches: filters, mixtures, order, images, collation."""
+"""From cached samples to batches: filters, mixtures, order, images, collation. Uses losses' types."""

@@ -20,20 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.reader.shuffle import Shuffle
+from student_train.losses.row_counts import RowCounts
 
 T = TypeVar("T")
 _END = object()
-
-
-@dataclass(frozen=True)
-class RowCounts:
-    """Rows of each loss in a set of samples; relation counts images."""
-
-    response: int
-    visual: int
-    relation: int
-    samples: int = 0  # or pairs
-    micro_batches: int = 0  # of a global batch: those of all ranks that hold samples
 
 
 class Order(Protocol):

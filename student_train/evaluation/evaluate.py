@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from storage.backends.folder import write_json
 from storage.reader.cache import Cache, read_identity
 from storage.records.records import TokensRecord
 from student_train.config import EvaluationSection, SourceSection
@@ -30,7 +31,6 @@ from student_train.losses.sparse_divergence import row_losses_
 from student_train.models.loading import Checkpoint, check_fit, load_for_inference, read_checkpoint
 from student_train.models.sparse_upcycling import is_sparse
 from student_train.models.student import Student
-from student_train.training.run_files import write_json
 from student_train.training.stage_data import open_sealed, samples_of_any
 
 MEMORY_BYTES = 512 << 20  # of image features, which the second pass needs again

@@ -1,1 +1,1 @@
-"""Divergences, the fused head, relation, preference and router losses. Pure: tensors in, tensors out."""
+"""Divergences, the fused head, relation, preference and router losses: tensors to tensors. Uses no other room."""

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from student_train.data.batch_schedule import RowCounts
 from student_train.losses.config import Mean
+from student_train.losses.row_counts import RowCounts
 from student_train.losses.sparse_divergence import TeacherRows
 
 Rows = TypeVar("Rows", Tensor, TeacherRows)

@@ -1,1 +1,1 @@
-"""The student: loading, composing, sparse upcycling, LoRA, experts, checkpoints."""
+"""The student: loading, composing, sparse upcycling, LoRA, experts, checkpoints. Uses data."""

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from storage.backends.folder import write_json
 from storage.backends.lock import hold_lock
 from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import changed_fields
 from student_train.config import CompositionSection
 from student_train.models.checkpoint import put_back, save_checkpoint
+from student_train.models.checkpoint_contents import composition_inputs
 from student_train.models.huggingface import load_config, load_part, load_processor, transformers_module
-from student_train.training.run_files import write_json
-from student_train.training.stage_inputs import composition_inputs
 
 RECORD = "composition.json"  # in a composed checkpoint: what it was made from
 _TOWERS = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from student_train.config import StageSection
 from student_train.training.deepspeed_engine import Process, Update
-from student_train.training.run_files import MetricsLog
+from student_train.training.metrics_log import MetricsLog
 from student_train.training.trackers import Tracking
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from storage.errors import ConfigError
-from student_train.data.batch_schedule import RowCounts
 from student_train.data.collate import Batch, ImageGrids
 from student_train.losses.averaging import Share, image_weights, row_shares
 from student_train.losses.config import SWITCHES, BalanceLossSection, DistributionLossSection, LossesSection, Treatment
@@ -23,6 +22,7 @@ from student_train.losses.fused_linear import HeadTask, HiddenTarget, SparseTarg
 from student_train.losses.load_balancing import router_losses
 from student_train.losses.preference import Rewards, preference
 from student_train.losses.relation import head_metric, relation_loss, resampling
+from student_train.losses.row_counts import RowCounts
 from student_train.losses.sparse_divergence import Rule, TailProfile, TeacherRows
 from student_train.models.student import Student
 

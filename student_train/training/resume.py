@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from storage.backends.disk import explain_write_errors
+from storage.backends.folder import write_json
 from storage.errors import ConfigError, WriteError
 from storage.processes.stop_signals import Interrupted
 from student_train.training.deepspeed_engine import Engine, from_first
 from student_train.training.ema import WeightAverage
-from student_train.training.run_files import write_json
 from student_train.training.stage_inputs import changes_of_state
 
 _MARKER = "state.json"

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from storage.backends.folder import write_json
 from storage.field_changes import changed_fields
-from student_train.config import CompositionSection, StageSection
-from student_train.training.run_files import write_json
+from student_train.config import StageSection
+from student_train.models.checkpoint_contents import checkpoint_inputs, composition_inputs
 
 if TYPE_CHECKING:  # which imports torch
     from student_train.training.stage_data import Material
@@ -26,11 +26,6 @@ _PLACES = {"init", "compose", "output", "cache", "caches", "images", "splits", "
 _NO_MATTER = {"save_every", "keep_states", "memory_mb", "num_processes", "explosion_factor"}
 _PRODUCTS = {"log_every", "track", "checkpoints"}  # no weight depends on them, but what lies beside the weights
 _IDENTITY_PLACES = {"teacher", "image_root", "num_parts", "selection"}
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-_PROCESSOR = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
 
 
 def stage_inputs(stage: StageSection, material: Material) -> dict[str, Any]:
@@ -55,32 +50,6 @@ def stage_inputs(stage: StageSection, material: Material) -> dict[str, Any]:
             }
             for source, section in zip(material.data.sources, sources, strict=True)
         ],
-    }
-
-
-def checkpoint_inputs(place: str | Path) -> dict[str, Any]:
-    """What a checkpoint is, by the content of its files; a hub id stands for itself.
-
-    What other commands write beside a checkpoint (evaluation.json, logs) does not count.
-    """
-    folder = Path(place)
-    if not folder.is_dir():
-        return {"name": str(place)}
-    return {
-        "weights": _hash_files(folder, _WEIGHTS),
-        "config": _hash_config(folder / "config.json"),
-        "processor": _hash_files(folder, _PROCESSOR),
-    }
-
-
-def composition_inputs(section: CompositionSection, *, seed: int) -> dict[str, Any]:
-    """What a composed checkpoint is made from: settings, seed of the projector, content of the parts."""
-    parts = {"vision": section.vision, "llm": section.llm}
-    return {
-        **_without(section.model_dump(mode="json"), {"vision", "llm", "processor"}),
-        "seed": seed,
-        **{name: _without(checkpoint_inputs(place), {"processor"}) for name, place in parts.items()},
-        "processor": _without(checkpoint_inputs(section.processor), {"weights", "config"}),
     }
 
 
@@ -144,36 +113,3 @@ def _families(stage: StageSection) -> set[str]:
 
 def _without(document: Mapping[str, Any], names: Any) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name not in names}
-
-
-def _files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    yield from sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-
-
-def _hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for path in _files(folder, patterns):
-        digest.update(f"{path.name} {_hash_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _hash_config(path: Path) -> str:
-    """Of config.json, but for the version of transformers that wrote it."""
-    try:
-        document = json.loads(path.read_bytes())
-        document.pop("transformers_version", None)
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    stat = path.stat()
-    return _hash_known_file(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _hash_known_file(path: Path, _size: int, _time_ns: int) -> str:
-    """A grid asks for the same start many times."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

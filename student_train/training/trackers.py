@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from storage.backends.disk import explain_write_errors, is_full
+from storage.backends.folder import write_json
 from storage.errors import ConfigError, WriteError
 from student_train.config import Tracker
-from student_train.training.run_files import write_json
 
 _PROJECT = "stillhouse"
 _FILE = "tracking.json"

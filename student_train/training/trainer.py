@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from storage.backends.folder import write_json
 from storage.errors import ConfigError, StillhouseError, WriteError
 from storage.identity import stored_pixels, stored_template_arguments
 from storage.processes.stop_signals import hold_signals
@@ -36,7 +37,6 @@ from student_train.training.loop import Feed, Setup, run_steps
 from student_train.training.loss_spikes import DivergedError
 from student_train.training.objective import Objective
 from student_train.training.resume import StageState
-from student_train.training.run_files import write_json
 from student_train.training.stage_data import Material, cached_teacher, samples_of_any
 from student_train.training.stage_inputs import write_record
 from student_train.training.trackers import check_trackers

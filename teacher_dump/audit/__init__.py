@@ -1,1 +1,1 @@
-"""Asking the teacher again and comparing with the cache. Uses execution."""
+"""Asking the teacher again and comparing with the cache. Uses estimates and execution."""

@@ -148,7 +148,7 @@ def check_teacher(cache: Identity, run: Identity, path: str) -> None:
 def _measure(planned: DumpPlan, settings: DumpSettings, task: ReplayTask) -> Measurements:
     if settings.teacher.backend != "transformers":
         return with_teacher(planned, settings, measure, task)
-    from teacher_dump.execution.worker import open_scorer
+    from teacher_dump.workers.worker import open_scorer
 
     return measure(open_scorer(worker_settings(planned, settings)), task)
 

@@ -1,1 +1,1 @@
-"""From a user's files to samples: source formats, conversations, images, the split into parts."""
+"""From a user's files to samples: formats, conversations, images, the split into parts. Uses the config alone."""

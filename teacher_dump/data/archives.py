@@ -13,8 +13,8 @@ from typing import Protocol
 
 from storage.errors import ConfigError
 from teacher_dump.data.sample import SampleRefusedError, shorten
-from teacher_dump.sources.row import Broken, printable
-from teacher_dump.sources.tar_rows import MAX_MEMBER_BYTES, read_member
+from teacher_dump.data.sources.row import Broken, printable
+from teacher_dump.data.sources.webdataset_rows import MAX_MEMBER_BYTES, read_member
 
 
 class Archive(Protocol):

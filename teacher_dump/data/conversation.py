@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from teacher_dump.data.message_lists import as_list, text_or_list
-from teacher_dump.data.sample import Role, SampleRefusedError, Turn, shorten
+from teacher_dump.data.sample import IMAGE_MARKER, Role, SampleRefusedError, Turn, shorten
 from teacher_dump.data.unread_fields import (
     Ignored,
     check_markers,
@@ -31,7 +31,6 @@ from teacher_dump.data.unread_fields import (
     check_row_fields,
     is_ignored_item,
 )
-from teacher_dump.prompts.preprocessor import IMAGE_MARKER
 
 NO_LABEL = "no answer is a label: each has weight 0 or loss false"
 UNANSWERED = "?"  # in place of an answer that the teacher is to give

@@ -20,8 +20,8 @@ from teacher_dump.data.conversation import encodable, is_pair, parse_conversatio
 from teacher_dump.data.image_store import ImageFiles
 from teacher_dump.data.sample import Sample, SampleRefusedError, shorten
 from teacher_dump.data.sample_spool import SampleFile
-from teacher_dump.sources.formats import read_rows
-from teacher_dump.sources.row import Broken
+from teacher_dump.data.sources.formats import read_rows
+from teacher_dump.data.sources.row import Broken
 
 _MAX_ID = 1000  # characters
 _MAX_REASON = 1000  # whatever a library puts into its message

@@ -13,9 +13,9 @@ import numpy as np
 
 from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.records import SampleError
+from teacher_dump.config import TooLong
 from teacher_dump.data.sample import Sample
 from teacher_dump.data.sample_spool import Chosen
-from teacher_dump.prompts.truncation import TooLong
 
 
 @dataclass(frozen=True)

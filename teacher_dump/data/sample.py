@@ -9,7 +9,7 @@ from storage.errors import StillhouseError
 
 Role = Literal["system", "user", "assistant"]
 
-
+IMAGE_MARKER = "<image>"  # LLaVA's, in the text of a turn
 MAX_SHOWN = 60  # characters of a user's value in a reason
 
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from teacher_dump.config import Ignorable
 from teacher_dump.data.sample import SampleRefusedError
 
-Ignorable = Literal[
-    "video", "audio", "tools", "reasoning_content", "<video>", "<audio>", "<img>", "<image 1>", "<ImageHere>", "media"
-]
 Ignored = frozenset[Ignorable]
 IGNORABLE: tuple[Ignorable, ...] = get_args(Ignorable)
 

@@ -1,14 +1,13 @@
-"""What `cache.budget` has chosen for a cache, or chooses now, into the identity of a planned dump."""
+"""Has `cache.budget` choose, by asking a teacher, and puts the choice into the identity of a planned dump."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from storage.backends.folder import open_folder
-from storage.config import BudgetSection, CacheSection
-from storage.identity import Identity
-from storage.layout.segments import find_segment, has_cache, merged_identity, read_segments
+from storage.layout.segments import find_segment
+from teacher_dump.planning.recorded_budget import asked_of, comparable
 
 if TYPE_CHECKING:
     from teacher_dump.planning.dump_plan import DumpPlan
@@ -40,37 +39,5 @@ def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
     for family, choice in chosen.items():
         predicted = asdict(choice)
         setting = {name: predicted.pop(name) for name in ("tau", "rounding_kl")}
-        selection[family] = {**selection[family], **setting, "budget": {**_asked(budget), "predicted": predicted}}
+        selection[family] = {**selection[family], **setting, "budget": {**asked_of(budget), "predicted": predicted}}
     return replace(planned, identity=planned.identity.model_copy(update={"selection": selection}))
-
-
-def recorded_choices(cache: CacheSection) -> dict[str, dict[str, Any]]:
-    """What the same budget has chosen for a cache that lies there already, by family."""
-    folder = open_folder(cache.path) if cache.budget else None
-    if cache.budget is None or folder is None or not has_cache(folder):
-        return {}
-    stored, found = merged_identity(read_segments(folder)).selection, {}
-    for family in cache.budget.families:
-        budget = dict(stored.get(family, {}).get("budget", {}))
-        budget.pop("predicted", None)
-        if budget == _asked(cache.budget):
-            found[family] = {name: stored[family][name] for name in ("tau", "rounding_kl", "budget")}
-    return found
-
-
-def comparable(identity: Identity, cache: CacheSection) -> Identity:
-    """An identity that differs from its cache's by what was asked, not by what cache.budget has yet to choose."""
-    folder, budget = open_folder(cache.path), cache.budget
-    if budget is None or not has_cache(folder):
-        return identity
-    stored, selection = merged_identity(read_segments(folder)).selection, dict(identity.selection)
-    for family in budget.families:
-        there = stored.get(family, {})
-        chosen = {name: there[name] for name in ("tau", "rounding_kl") if name in there}
-        predicted = {name: value for name, value in there.get("budget", {}).items() if name == "predicted"}
-        selection[family] = {**selection[family], **chosen, "budget": {**_asked(budget), **predicted}}
-    return identity.model_copy(update={"selection": selection})
-
-
-def _asked(budget: BudgetSection) -> dict[str, Any]:
-    return budget.model_dump(mode="json", exclude={"families"}, exclude_none=True)

@@ -16,17 +16,17 @@ from storage.encoding.part_encoder import part_rows
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import Identity
 from storage.records.records import PartRecords, SampleError
-from teacher_dump.data.data_report import DataReport, DataWatch
 from teacher_dump.data.partition import Part, image_groups
 from teacher_dump.data.sample import Sample, SampleRefusedError
 from teacher_dump.estimates.budget_choice import with_budget
 from teacher_dump.estimates.cost_model import Asked, Calibration, Forecast, Slice, Work, forecast
-from teacher_dump.execution.worker import ahead, open_preparer, open_scorer
 from teacher_dump.execution.worker_setup import with_teacher, worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
+from teacher_dump.prompts.data_report import DataReport, DataWatch
 from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.settings import DumpSettings
 from teacher_dump.signals.scoring import PartScorer, Scored
+from teacher_dump.workers.worker import ahead, open_preparer, open_scorer
 
 NUM_SAMPLES = 256
 _WARM_UP = 32  # samples, as many as an engine is given at once: its first calls are slow

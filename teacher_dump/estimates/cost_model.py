@@ -17,7 +17,7 @@ from storage.encoding.parquet_schema import FAMILIES
 from teacher_dump.data.sample import Sample
 
 if TYPE_CHECKING:
-    from teacher_dump.data.data_report import DataReport
+    from teacher_dump.prompts.data_report import DataReport
 
 _UNITS = {  # what a family's bytes grow with, a field of Work
     "tokens": "text_tokens",

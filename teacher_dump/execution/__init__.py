@@ -1,1 +1,1 @@
-"""Doing it: workers, the driver that shares parts out, generated answers, progress, logs. Uses signals and planning."""
+"""A dump from plan to commits: set-up, driver, generated answers, retries. Uses planning, workers and ray_jobs."""

@@ -2,35 +2,25 @@
 
 They lie in a folder of the run (teacher_dump/planning/answer_files.py). Whatever is there is not asked again, so a run
 that was stopped resumes; failed questions are asked again by `--retry-errors` alone (repeated_questions.py).
-Ray starts `python -m teacher_dump.execution.answer_generation JOB STRIPE NUM`: it answers every NUM-th part of a job.
+Ray starts a process for each stripe of the parts (answer_job.py).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.backends.disk import report_full_disk
-from storage.config import CacheSection
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.search_path import module_command
-from storage.processes.stop_signals import end_process, exit_code, explain, interruptible
-from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
-from teacher_dump.data.unread_fields import IGNORABLE
-from teacher_dump.execution.answerer import Answerer
 from teacher_dump.execution.driver import LOG_FILE
-from teacher_dump.execution.log_file import quiet
 from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.answer_files import (
-    ANSWERS_FOLDER,
     DONE_FILE,
-    answers_key,
+    answers_folder,
     part_file,
     read_lines,
     write_lines,
@@ -38,36 +28,15 @@ from teacher_dump.planning.answer_files import (
 )
 from teacher_dump.planning.dump_plan import DumpPlan, plan_questions
 from teacher_dump.settings import DumpSettings
+from teacher_dump.workers.answerer import Answerer
+from teacher_dump.workers.log_file import quiet
 
 if TYPE_CHECKING:
-    from teacher_dump.execution.worker import WorkerSettings
-    from teacher_dump.teachers.teacher import Generator, TeacherPrompt
+    from teacher_dump.prompts.teacher_prompt import TeacherPrompt
+    from teacher_dump.teachers.teacher import Generator
+    from teacher_dump.workers.worker import WorkerSettings
 
 JOB_FILE = "job.json"
-
-
-def answered_settings(settings: DumpSettings, questions: DumpPlan) -> DumpSettings | None:
-    """The settings of a dump over the teacher's answers, if all of them are there.
-
-    `questions`: the plan of `settings`.
-    """
-    folder = answers_folder(settings, questions)
-    try:
-        done = json.loads((folder / DONE_FILE).read_bytes())
-    except FileNotFoundError:
-        return None
-    sources = tuple(
-        SourceSection(
-            path=str(folder / name),
-            format="json",
-            images=questions.identity.image_root,
-            split=split,
-            ignore=IGNORABLE,  # what the data's own sources do not ignore is refused by now
-        )
-        for split, name in done["splits"]
-    )
-    data = settings.data.model_copy(update={"sources": sources, "responses": "dataset"})
-    return replace(settings, data=data, answered={"responses": "teacher", **done["sampling"]}, answers=folder)
 
 
 def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -> None:
@@ -75,7 +44,7 @@ def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -
 
     StillhouseError: a process failed; what it had answered stays.
     """
-    folder = answers_folder(settings, questions)
+    folder = answers_folder(settings, questions.identity)
     folder.mkdir(parents=True, exist_ok=True)
     missing = sum(not part_file(folder, part.number).exists() for part in questions.plan.parts)
     if missing:
@@ -95,7 +64,7 @@ def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message:
     commands = [
         ray_jobs.Command(
             name=f"answers-{stripe}",
-            argv=(*module_command("teacher_dump.execution.answer_generation"), str(job), str(stripe), str(count)),
+            argv=(*module_command("teacher_dump.execution.answer_job"), str(job), str(stripe), str(count)),
             log_path=settings.logs.resolve() / f"answers-{stripe}.log",
             num_devices=ray_jobs.gpus_of_engine(settings.teacher.settings),
         )
@@ -121,7 +90,7 @@ def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message:
 def answer_parts(settings: DumpSettings, *, stripe: int, num_stripes: int) -> None:
     """Answer every `num_stripes`-th part that has no answers yet."""
     questions = plan_questions(settings)
-    folder = answers_folder(settings, questions)
+    folder = answers_folder(settings, questions.identity)
     folder.mkdir(parents=True, exist_ok=True)
     parts = questions.plan.parts[stripe::num_stripes]
     todo = [part for part in parts if not part_file(folder, part.number).exists()]
@@ -134,8 +103,8 @@ def answer_parts(settings: DumpSettings, *, stripe: int, num_stripes: int) -> No
 
 def open_answerer(settings: DumpSettings, questions: DumpPlan) -> Answerer:
     """What asks the teacher of a plan of questions; its engine starts with the first question that can be asked."""
-    from teacher_dump.execution.worker import open_preparer
     from teacher_dump.prompts.processor import load_processor
+    from teacher_dump.workers.worker import open_preparer
 
     worker = worker_settings(questions, settings)
     trust = bool(worker.engine_settings.get("trust_remote_code", False))
@@ -159,7 +128,7 @@ class _LateGenerator:
 
     @cached_property
     def _engine(self) -> Generator:
-        from teacher_dump.execution.worker import open_generator
+        from teacher_dump.workers.worker import open_generator
 
         return open_generator(self._worker)
 
@@ -185,55 +154,12 @@ def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None
     write_text(folder / DONE_FILE, json.dumps(done, indent=1))
 
 
-def answers_folder(settings: DumpSettings, questions: DumpPlan) -> Path:
-    """Where the answers to a plan of questions lie."""
-    key = answers_key(questions.identity, settings.data.sampling)
-    return (settings.run / ANSWERS_FOLDER / key).resolve()
-
-
 def job_of(settings: DumpSettings) -> dict[str, Any]:
     """What a process is told, as JSON."""
     sections = {name: getattr(settings, name).model_dump(mode="json") for name in ("data", "teacher", "dump", "cache")}
     return {"run": str(settings.run), **sections}
 
 
-def _settings(job: dict[str, Any]) -> DumpSettings:
-    return DumpSettings(
-        Path(job["run"]),
-        DataSection.model_validate(job["data"]),
-        TeacherSection.model_validate(job["teacher"]),
-        DumpSection.model_validate(job["dump"]),
-        CacheSection.model_validate(job["cache"]),
-    )
-
-
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return next((line for line in reversed(lines) if line.strip()), "no word in the log")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Answer one stripe of a job's parts; returns the exit code."""
-    job, stripe, num_stripes = arguments
-    try:
-        with interruptible():
-            document = json.loads(Path(job).read_bytes())
-            answer = answer_parts
-            if "again" in document:
-                from teacher_dump.execution.repeated_questions import answer_again
-
-                answer = partial(answer_again, Path(job).parent, document["again"])
-            answer(_settings(document), stripe=int(stripe), num_stripes=int(num_stripes))
-    except KeyboardInterrupt as stop:  # between two parts or within one: a part is written whole
-        sys.stderr.write(f"{explain(stop)}\n")
-        return exit_code(stop)
-    except StillhouseError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
-    except Exception as error:
-        return report_full_disk(error, prefix="")
-    return 0
-
-
-if __name__ == "__main__":
-    end_process(main(sys.argv[1:]))

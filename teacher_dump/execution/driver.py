@@ -14,11 +14,11 @@ from tqdm import tqdm
 from storage.processes.stop_signals import hold_signals
 from teacher_dump.config import DumpSection
 from teacher_dump.data.partition import Part
-from teacher_dump.execution.log_file import quiet
-from teacher_dump.execution.progress import Progress
+from teacher_dump.workers.log_file import quiet
+from teacher_dump.workers.progress import Progress
 
 if TYPE_CHECKING:  # these import torch
-    from teacher_dump.execution.worker import PartOutcome, WorkerSettings
+    from teacher_dump.workers.worker import PartOutcome, WorkerSettings
 
 LOG_FILE = "dump.log"
 _BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} samples{postfix}"
@@ -67,7 +67,7 @@ def write_parts(
 
 
 def _here(parts: Sequence[Part], worker: WorkerSettings, stop: threading.Event) -> Generator[PartOutcome, None, None]:
-    from teacher_dump.execution.worker import Worker
+    from teacher_dump.workers.worker import Worker
 
     here = Worker(worker)
     for part in parts:

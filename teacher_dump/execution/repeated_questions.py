@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from storage.records.records import SampleError
-from teacher_dump.execution.answer_generation import JOB_FILE, answers_folder, ask_in_processes, job_of, open_answerer
+from teacher_dump.execution.answer_generation import JOB_FILE, ask_in_processes, job_of, open_answerer
 from teacher_dump.planning.answer_files import (
     AGAIN_FOLDER,
+    answers_folder,
     part_file,
     read_lines,
     read_refusals,
@@ -43,7 +44,7 @@ def ask_again(
     `settings` with data.responses: teacher, whose answers are there; `questions`: their plan. A question that cannot
     be read yet is not asked. StillhouseError: a process failed; what it had answered stays.
     """
-    folder = answers_folder(settings, questions)
+    folder = answers_folder(settings, questions.identity)
     work = begin_again(settings, folder, failed_ids)
     job = json.loads((work / JOB_FILE).read_bytes())
     missing = sum(not part_file(work, number).exists() for number in range(len(job["again"])))

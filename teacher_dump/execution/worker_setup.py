@@ -18,15 +18,15 @@ from storage.identity import Identity
 from storage.records.records import SampleError
 from teacher_dump.data.sample import SampleRefusedError
 from teacher_dump.execution.driver import LOG_FILE
-from teacher_dump.execution.log_file import quiet
 from teacher_dump.planning.dump_plan import DumpPlan
 from teacher_dump.settings import DumpSettings
+from teacher_dump.workers.log_file import quiet
 
 if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does without
-    from teacher_dump.data.data_report import DataReport
-    from teacher_dump.execution.worker import WorkerSettings
+    from teacher_dump.prompts.data_report import DataReport
     from teacher_dump.signals.scoring import PartScorer
     from teacher_dump.signals.spec import RowRequest, SignalRequest
+    from teacher_dump.workers.worker import WorkerSettings
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -34,8 +34,8 @@ B = TypeVar("B")
 
 def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:
     """What each worker of a planned dump is given."""
-    from teacher_dump.execution.worker import WorkerSettings
     from teacher_dump.signals.vision_check import choose_samples
+    from teacher_dump.workers.worker import WorkerSettings
 
     cache, teacher = settings.cache, settings.teacher
     samples = (sample for part in planned.plan.parts for sample in part.samples)
@@ -99,8 +99,8 @@ def inspect_data(
 
     And what is unusual about the others. Builds all prompts and decodes all images: a few milliseconds a sample.
     """
-    from teacher_dump.data.data_report import DataWatch
-    from teacher_dump.execution.worker import open_preparer
+    from teacher_dump.prompts.data_report import DataWatch
+    from teacher_dump.workers.worker import open_preparer
 
     preparer = open_preparer(worker_settings(planned, settings))
     errors = [error for part in planned.plan.parts for error in part.errors]

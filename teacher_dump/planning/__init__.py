@@ -1,1 +1,1 @@
-"""What a dump will do, decided before it starts: the plan, a plan that is cached, retries."""
+"""What a dump will do, decided before it starts, and what a cache there has decided already. Uses teachers."""

@@ -17,13 +17,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from storage.backends.folder import write_atomically
 from storage.identity import Identity
 from storage.layout.documents import ErrorEntry
-from teacher_dump.config import SamplingSection
+from teacher_dump.config import SamplingSection, SourceSection
+from teacher_dump.data.unread_fields import IGNORABLE
+from teacher_dump.settings import DumpSettings
 
 ANSWERS_FOLDER = "answers"  # of a run
 DONE_FILE, LATER_FILE, AGAIN_FOLDER = "answers.json", "later.jsonl", "again"
@@ -35,6 +38,36 @@ def answers_key(questions: Identity, sampling: SamplingSection) -> str:
     identity = questions.model_dump(mode="json", exclude={"selection", "image_root", "teacher"})
     key = json.dumps([identity, questions.selection["tokens"], sampling.model_dump(mode="json")], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def answers_folder(settings: DumpSettings, questions: Identity) -> Path:
+    """Where the answers to a plan of questions lie."""
+    key = answers_key(questions, settings.data.sampling)
+    return (settings.run / ANSWERS_FOLDER / key).resolve()
+
+
+def answered_settings(settings: DumpSettings, questions: Identity) -> DumpSettings | None:
+    """The settings of a dump over the teacher's answers, if all of them are there.
+
+    `questions`: the identity of the plan of `settings`.
+    """
+    folder = answers_folder(settings, questions)
+    try:
+        done = json.loads((folder / DONE_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    sources = tuple(
+        SourceSection(
+            path=str(folder / name),
+            format="json",
+            images=questions.image_root,
+            split=split,
+            ignore=IGNORABLE,  # what the data's own sources do not ignore is refused by now
+        )
+        for split, name in done["splits"]
+    )
+    data = settings.data.model_copy(update={"sources": sources, "responses": "dataset"})
+    return replace(settings, data=data, answered={"responses": "teacher", **done["sampling"]}, answers=folder)
 
 
 def part_file(folder: Path, number: int) -> Path:

@@ -19,9 +19,9 @@ from teacher_dump.config import TeacherSection
 from teacher_dump.data.dataset import SampleSet, read_samples
 from teacher_dump.data.partition import Plan, make_plan
 from teacher_dump.data.sample import Sample
-from teacher_dump.estimates.budget_choice import recorded_choices
-from teacher_dump.planning.answer_files import ANSWERS_FOLDER, answers_key
+from teacher_dump.planning.answer_files import ANSWERS_FOLDER, answered_settings, answers_key
 from teacher_dump.planning.cached_plan import plan_as_answered, plan_as_cached
+from teacher_dump.planning.recorded_budget import recorded_choices
 from teacher_dump.prompts.preprocessor import TOKENISATION
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.settings import DumpSettings
@@ -47,10 +47,8 @@ def plan_dump(settings: DumpSettings) -> DumpPlan:
     """
     if settings.data.responses == "dataset":
         return _plan(settings)
-    from teacher_dump.execution import answer_generation as answers
-
     questions = plan_questions(settings)
-    found = answers.answered_settings(settings, questions)
+    found = answered_settings(settings, questions.identity)
     return questions if found is None else _plan(found)
 
 

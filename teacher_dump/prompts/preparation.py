@@ -12,12 +12,13 @@ import numpy as np
 
 from storage.images.settings import PixelSettings
 from storage.records.records import ImageRef, TokensRecord, image_key
+from teacher_dump.config import TooLong
 from teacher_dump.data.image_loading import LoadedImage, load_image
 from teacher_dump.data.sample import Sample, SampleRefusedError
 from teacher_dump.prompts.image_tokens import Expansion, VisualGrid, expand
 from teacher_dump.prompts.preprocessor import Prompt, PromptBuilder
-from teacher_dump.prompts.truncation import TooLong, kept_length
-from teacher_dump.teachers.teacher import TeacherPrompt
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
+from teacher_dump.prompts.truncation import kept_length
 
 
 @dataclass(frozen=True, eq=False)

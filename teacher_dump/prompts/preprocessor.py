@@ -20,7 +20,7 @@ from storage.errors import ConfigError, StillhouseError
 from storage.identity import real_vocab_size
 from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.prompt_ids import leading_special_ids, with_leading_ids
-from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
+from teacher_dump.data.sample import IMAGE_MARKER, Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.chat_template import (
     ChatTemplate,
     Message,
@@ -30,7 +30,6 @@ from teacher_dump.prompts.chat_template import (
     locate_answers,
 )
 
-IMAGE_MARKER = "<image>"  # LLaVA's, in the conversation's text
 TOKENISATION = 2  # the version of how a conversation becomes ids; in a cache's identity, absent there for version 1
 
 # Texts that stand for an answer whose ids are known, tried in this order: tokenizers join some of them with a prompt.

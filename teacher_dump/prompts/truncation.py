@@ -9,12 +9,10 @@ Legend: t unexpanded tokens.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
-TooLong = Literal["refuse", "cut_turns", "cut_answer"]
+from teacher_dump.config import TooLong
 
 
 def kept_length(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.util.metrics import Gauge
 
-from teacher_dump.execution.progress import Progress
+from teacher_dump.workers.progress import Progress
 
 _DESCRIPTIONS = {
     "samples": "Samples with a record, committed by this dump",

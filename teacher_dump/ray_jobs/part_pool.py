@@ -29,9 +29,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from storage.errors import StillhouseError
 from storage.processes.waiting import Waiting
 from teacher_dump.data.partition import Part
-from teacher_dump.execution.allocator import share_one_arena
-from teacher_dump.execution.device_failure import is_device_failure, is_out_of_memory
-from teacher_dump.execution.worker import OpenEngine, PartOutcome, Worker, WorkerSettings
 from teacher_dump.ray_jobs.cluster import (
     GPUS_OF_ACTORS,
     cluster,
@@ -43,6 +40,9 @@ from teacher_dump.ray_jobs.cluster import (
 from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord, this_device
 from teacher_dump.ray_jobs.placement import Placement
 from teacher_dump.ray_jobs.teacher_actor import Said, log_to_file
+from teacher_dump.teachers.device_failure import is_device_failure, is_out_of_memory
+from teacher_dump.workers.allocator import share_one_arena
+from teacher_dump.workers.worker import OpenEngine, PartOutcome, Worker, WorkerSettings
 
 PARTS_AT_ONCE = 3  # in an actor: one is written, one has the teacher, one waits for it with its first samples ready
 _NUM_RETRIES = 3  # of a part whose worker died: an accident may repeat, a part that always kills must not loop

@@ -16,11 +16,11 @@ from ray.exceptions import RayError
 
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.waiting import Waiting
-from teacher_dump.execution.log_file import send_output_to
-from teacher_dump.execution.worker import WorkerSettings, open_scorer
 from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, lacking_room, last_line, refuse_without_room
 from teacher_dump.ray_jobs.placement import Placement
 from teacher_dump.signals.scoring import PartScorer
+from teacher_dump.workers.log_file import send_output_to
+from teacher_dump.workers.worker import WorkerSettings, open_scorer
 
 A = TypeVar("A")
 B = TypeVar("B")

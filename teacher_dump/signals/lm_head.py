@@ -26,9 +26,9 @@ from storage.encoding.output_head import StoredHead, make_head
 from storage.errors import StillhouseError
 from storage.records.records import RelationMatrix
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.execution.device_failure import free_memory, is_out_of_memory
 from teacher_dump.signals.sparsify import Selection, select_rows
 from teacher_dump.teachers import hf_checkpoint as checkpoint
+from teacher_dump.teachers.device_failure import free_memory, is_out_of_memory
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"

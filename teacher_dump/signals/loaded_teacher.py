@@ -10,15 +10,15 @@ from torch import Tensor
 
 from storage.errors import StillhouseError
 from storage.records.records import SampleError
-from teacher_dump.execution.device_failure import (
+from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.signals.lm_head import OutputHead
+from teacher_dump.teachers.device_failure import (
     DeviceLostError,
     PromptRefusedError,
     free_memory,
     is_device_failure,
     is_out_of_memory,
 )
-from teacher_dump.prompts.preparation import Prepared
-from teacher_dump.signals.lm_head import OutputHead
 from teacher_dump.teachers.teacher import Teacher, TeacherStates
 
 _log = logging.getLogger(__name__)

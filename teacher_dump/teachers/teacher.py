@@ -14,17 +14,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.images.pixels import Picture
 from teacher_dump.config import SamplingSection
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherPrompt:
-    """Unexpanded token ids, one image token an image, and the images in that order."""
-
-    token_ids: NDArray[np.int32]
-    images: tuple[Picture, ...]
-    image_keys: tuple[str, ...] = ()  # each image's content hash; without them it shares nothing with other prompts
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 
 
 @dataclass(frozen=True, eq=False)

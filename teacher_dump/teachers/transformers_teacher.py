@@ -15,7 +15,8 @@ from teacher_dump import torchvision_shim
 from teacher_dump.config import SamplingSection
 from teacher_dump.prompts.image_tokens import VisualGrid, expand
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
+from teacher_dump.teachers.teacher import TeacherStates
 
 _OF_TEXT = ("input_ids", "attention_mask")
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is

@@ -23,16 +23,17 @@ from storage.errors import ConfigError, StillhouseError
 from storage.images.settings import BACKEND
 from teacher_dump import torchvision_shim
 from teacher_dump.config import SamplingSection
-from teacher_dump.execution.device_failure import (
+from teacher_dump.prompts.processor import keep_videos_loadable
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
+from teacher_dump.teachers import hf_checkpoint as checkpoint
+from teacher_dump.teachers.device_failure import (
     DeviceLostError,
     PromptRefusedError,
     free_memory,
     is_device_failure,
     is_out_of_memory,
 )
-from teacher_dump.prompts.processor import keep_videos_loadable
-from teacher_dump.teachers import hf_checkpoint as checkpoint
-from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.teachers.teacher import TeacherStates
 
 _log = logging.getLogger(__name__)
 _TASK = "token_embed"

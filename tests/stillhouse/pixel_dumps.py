@@ -71,7 +71,7 @@ def dump_pictures(folder: Path, engine: Teacher) -> Path:
 
 def main(folder: Path) -> None:
     """The cache, and the engine's pixel values by file."""
-    from teacher_dump.teachers.teacher import TeacherPrompt
+    from teacher_dump.prompts.teacher_prompt import TeacherPrompt
     from teacher_dump.teachers.vllm_teacher import VllmTeacher
 
     engine = VllmTeacher(folder / "teacher", dtype="float32", max_length=256, settings={}, served=folder / "served")

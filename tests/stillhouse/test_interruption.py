@@ -61,7 +61,7 @@ def blocked_in(path: Path, running: MarkedCommand) -> Iterator[None]:
         ("-m stillhouse dump {pipe}", "file.yaml"),
         ("-m stillhouse report {folder}", "ablations.json"),
         ("-m teacher_dump {pipe}", "file.yaml"),
-        ("-m teacher_dump.execution.answer_generation {pipe} 0 1", "job.json"),
+        ("-m teacher_dump.execution.answer_job {pipe} 0 1", "job.json"),
         ("-m student_train.evaluate {pipe} --model {folder}", "file.yaml"),
         ("student_train/main.py {pipe} --stage a", "file.yaml"),
     ],

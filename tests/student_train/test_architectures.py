@@ -20,7 +20,6 @@ from storage.images.settings import PixelSettings
 from storage.records.records import SampleRecord
 from storage.writer.cache_writer import CacheWriter
 from student_train.config import EvaluationSection, SourceSection, StageSection
-from student_train.data.batch_schedule import RowCounts
 from student_train.data.collate import collate, collate_prompts, prompt_of
 from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
 from student_train.evaluation.ask import answer
@@ -28,6 +27,7 @@ from student_train.evaluation.evaluate import evaluate_model
 from student_train.evaluation.generation import greedy
 from student_train.losses.config import LossesSection
 from student_train.losses.relation import head_metric, relation_loss, teacher_relations
+from student_train.losses.row_counts import RowCounts
 from student_train.models.checkpoint import save_checkpoint
 from student_train.models.huggingface import load_processor, load_weights
 from student_train.models.loading import Checkpoint, check_parts, freeze, load_for_inference, load_student, part_of

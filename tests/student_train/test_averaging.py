@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from student_train.config import StageSection
-from student_train.data.batch_schedule import RowCounts
 from student_train.data.sample_images import open_images
 from student_train.losses.averaging import Share, image_weights, row_shares
 from student_train.losses.config import LossesSection
+from student_train.losses.row_counts import RowCounts
 from student_train.losses.sparse_divergence import Rule
 from student_train.training.stage_data import Material, prepare
 from tests.student_train.references import sparse_loss

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from storage.errors import ConfigError
 from student_train.config import CompositionSection, StageSection
+from student_train.models.checkpoint_contents import checkpoint_inputs
 from student_train.models.compose import check_parts, compose, ensure_composed
 from student_train.models.huggingface import load_weights, transformers_module
 from student_train.models.loading import read_checkpoint
-from student_train.training.stage_inputs import checkpoint_inputs, init_inputs
+from student_train.training.stage_inputs import init_inputs
 from tests.student_train.conftest import Runner
 from tests.tiny import make_tiny_llava, make_tiny_tokenizer
 

@@ -15,10 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from storage.backends.folder import write_json
 from storage.errors import WriteError
 from student_train.models.checkpoint import save_checkpoint
 from student_train.models.loading import load_student, read_checkpoint
-from student_train.training.run_files import MetricsLog, write_json
+from student_train.training.metrics_log import MetricsLog
 from student_train.training.trackers import Tracking
 from tests.small_disk import SmallDisk, small_disk
 from tests.student_train.conftest import ROOT, Runner

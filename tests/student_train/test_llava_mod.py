@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from storage.errors import ConfigError
 from storage.reader.cache import Cache
 from student_train.config import EvaluationSection, MoeSection, SourceSection, StageSection
-from student_train.data.batch_schedule import RowCounts, plans
+from student_train.data.batch_schedule import plans
 from student_train.data.collate import collate
 from student_train.data.sample_images import FeatureStore, VisionSource, open_images
 from student_train.evaluation.evaluate import evaluate_model
 from student_train.losses.config import LossesSection, PreferenceLossSection
 from student_train.losses.load_balancing import router_losses
 from student_train.losses.preference import Rewards, preference
+from student_train.losses.row_counts import RowCounts
 from student_train.models.loading import freeze, load_student
 from student_train.models.sparse_upcycling import Experts, upcycled
 from student_train.models.student import Student

@@ -12,7 +12,6 @@ from storage.errors import StillhouseError
 from storage.reader.shuffle import Shuffle
 from student_train.data.batch_schedule import (
     ReadAhead,
-    RowCounts,
     SampleTable,
     grouped_by_length,
     micro_batches,
@@ -20,6 +19,7 @@ from student_train.data.batch_schedule import (
     plans,
     select,
 )
+from student_train.losses.row_counts import RowCounts
 
 
 def table(size: int) -> SampleTable:

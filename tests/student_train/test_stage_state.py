@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from storage.errors import ConfigError
+from student_train.training.metrics_log import MetricsLog
 from student_train.training.resume import StageState
-from student_train.training.run_files import MetricsLog
 from tests.student_train.conftest import MAIN, Runner
 from tests.student_train.courses import MEASURED
 

@@ -17,8 +17,8 @@ VOCAB_SIZE = 300
 
 def main(folder: Path) -> float:
     """The largest difference on a text and on a question about an image, as a fraction of the largest logit."""
+    from teacher_dump.prompts.teacher_prompt import TeacherPrompt
     from teacher_dump.signals.lm_head import read_head
-    from teacher_dump.teachers.teacher import TeacherPrompt
     from teacher_dump.teachers.vllm_teacher import VllmTeacher
 
     draw = np.random.default_rng(0)

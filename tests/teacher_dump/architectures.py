@@ -22,13 +22,14 @@ from PIL import Image
 from teacher_dump.data.partition import Part
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.prompts.processor import load_processor
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
 from teacher_dump.signals.pixel_check import check_pixel_values
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.signals.vision_check import Sight, check_sight, choose_samples
-from teacher_dump.teachers.teacher import Teacher, TeacherPrompt, TeacherStates
+from teacher_dump.teachers.teacher import Teacher, TeacherStates
 from tests.teacher_dump.scorers import make_scorer, part_of
 from tests.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_teacher
 

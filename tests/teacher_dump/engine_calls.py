@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from teacher_dump.teachers.teacher import TeacherPrompt
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.teachers.vllm_teacher import VllmTeacher
 
 IMAGE_ID = 299  # of the tiny tokenizer

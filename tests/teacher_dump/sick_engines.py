@@ -11,13 +11,14 @@ import torch
 
 from storage.errors import StillhouseError
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.execution.worker import WorkerSettings
 from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.ray_jobs import PartPool, score_parts
 from teacher_dump.settings import read_settings
-from teacher_dump.teachers.teacher import Teacher, TeacherPrompt, TeacherStates
+from teacher_dump.teachers.teacher import Teacher, TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
+from teacher_dump.workers.worker import WorkerSettings
 
 
 class Sick:

@@ -23,19 +23,19 @@ from teacher_dump.data.dataset import read_samples
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.dump import run_dump
-from teacher_dump.execution.answerer import Answerer
-from teacher_dump.execution.device_failure import PromptRefusedError
 from teacher_dump.execution.worker_setup import prompt_errors
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.prompts.processor import load_processor
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.settings import read_settings
 from teacher_dump.signals.lm_head import read_head
 from teacher_dump.teachers import fingerprint
-from teacher_dump.teachers.teacher import TeacherPrompt
+from teacher_dump.teachers.device_failure import PromptRefusedError
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
+from teacher_dump.workers.answerer import Answerer
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.ray_head import RayHead
 

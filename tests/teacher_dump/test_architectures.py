@@ -20,9 +20,10 @@ from storage.records.records import PartRecords
 from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.prompts.processor import load_processor
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
 from teacher_dump.signals.vision_check import check_sight, choose_samples
-from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.architectures import (
     BATCHED_TOKENS,

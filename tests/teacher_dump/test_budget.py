@@ -14,12 +14,12 @@ from storage.writer.cache_writer import CacheWriter
 from teacher_dump.estimates.budget_calibration import Wanted, calibrate, spread
 from teacher_dump.estimates.budget_choice import with_budget
 from teacher_dump.estimates.fidelity_budget import STUDENT_KL, Rows, _Trial, choose
-from teacher_dump.execution.worker import open_scorer
 from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.signals.lm_head import OutputHead
 from teacher_dump.signals.sparsify import Threshold, select_rows
+from teacher_dump.workers.worker import open_scorer
 from tests.teacher_dump.conftest import WriteConfig
 
 

@@ -13,10 +13,10 @@ from storage.backends.folder import open_folder
 from storage.layout.commits import commit_numbers, read_commits
 from storage.layout.segments import read_segments
 from teacher_dump.estimates.cost_calibration import choose, forecast_dump
-from teacher_dump.execution.worker import Worker
 from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
+from teacher_dump.workers.worker import Worker
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny import make_tiny_dataset
 

@@ -12,8 +12,8 @@ from storage.images.settings import PixelSettings
 from storage.images.traits import ImageTraits, read_traits
 from storage.records.records import SampleError, TokensRecord
 from teacher_dump.data.conversation import NO_LABEL
-from teacher_dump.data.data_report import DataWatch
 from teacher_dump.data.image_loading import LoadedImage, load_image
+from teacher_dump.prompts.data_report import DataWatch
 from teacher_dump.prompts.image_tokens import expand
 from teacher_dump.prompts.preparation import Prepared
 

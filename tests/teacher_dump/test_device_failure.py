@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from storage.errors import StillhouseError
-from teacher_dump.execution.device_failure import (
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
+from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord
+from teacher_dump.signals.lm_head import OutputHead
+from teacher_dump.signals.sparsify import TopK
+from teacher_dump.teachers.device_failure import (
     DeviceLostError,
     PromptRefusedError,
     is_device_failure,
     is_out_of_memory,
 )
-from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord
-from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.sparsify import TopK
-from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from teacher_dump.teachers.vllm_teacher import call_engine
 from tests.teacher_dump.conftest import WriteConfig

@@ -18,10 +18,10 @@ from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.__main__ import main
 from teacher_dump.dump import DumpResult, run_dump
-from teacher_dump.execution.worker import Worker
 from teacher_dump.execution.worker_setup import prompt_errors, worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
+from teacher_dump.workers.worker import Worker
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny import CHAT_TEMPLATE, make_tiny_dataset
 

@@ -11,8 +11,8 @@ import pytest
 
 from storage.errors import WriteError
 from teacher_dump.data.image_store import ImageFiles
-from teacher_dump.execution.log_file import quiet
 from teacher_dump.teachers.fingerprint import FingerprintMemory
+from teacher_dump.workers.log_file import quiet
 from tests.small_disk import SmallDisk, small_disk
 
 

@@ -14,8 +14,9 @@ from storage.errors import StillhouseError
 from teacher_dump.data.sample import Sample
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.prompts.processor import load_processor
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.pixel_check import check_pixel_values
-from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.teachers.teacher import TeacherStates
 from tests.teacher_dump.scorers import NOTHING, make_scorer, part_of
 from tests.tiny import make_tiny_dataset
 

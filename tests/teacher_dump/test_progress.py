@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from storage.records.records import SampleError
-from teacher_dump.execution.progress import DumpSummary, Progress, error_kinds
-from teacher_dump.execution.worker import PartOutcome
+from teacher_dump.workers.progress import DumpSummary, Progress, error_kinds
+from teacher_dump.workers.worker import PartOutcome
 
 
 def outcome(part: int, **fields: float) -> PartOutcome:

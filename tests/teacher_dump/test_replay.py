@@ -21,10 +21,10 @@ from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.audit.comparison import Measured
 from teacher_dump.audit.replay import NOISE_FACTOR, Replay, check_drift, replay, summarised
-from teacher_dump.execution.worker import open_scorer
 from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import DumpSettings, read_settings
+from teacher_dump.workers.worker import open_scorer
 from tests.teacher_dump.conftest import WriteConfig
 
 FAMILIES = ["response", "visual", "relation", "hidden"]

@@ -15,13 +15,14 @@ from storage.errors import StillhouseError
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import SampleRefusedError
 from teacher_dump.prompts.processor import load_processor
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
 from teacher_dump.signals.loaded_teacher import OpenTeacher
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import TopK
 from teacher_dump.signals.spec import RowRequest
 from teacher_dump.signals.teacher_noise import rescored_kl
-from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, NOTHING, make_scorer, part_of, reference_teacher
 

@@ -12,9 +12,10 @@ from storage.errors import StillhouseError
 from storage.images.pictures import turn_picture
 from storage.images.settings import OLD_PIXELS
 from teacher_dump.data.sample import Sample
+from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import OutputHead, read_head
 from teacher_dump.signals.vision_check import check_sight, choose_samples
-from teacher_dump.teachers.teacher import TeacherPrompt, TeacherStates
+from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher
 from tests.tiny import make_tiny_dataset

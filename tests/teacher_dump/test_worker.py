@@ -16,10 +16,10 @@ from storage.records.records import PooledRelation, RelationFactor
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.dump import run_dump
-from teacher_dump.execution.worker import Worker, ahead, open_preparer
 from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
+from teacher_dump.workers.worker import Worker, ahead, open_preparer
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny_architectures import make_teacher
 

@@ -20,7 +20,7 @@ from PIL import Image
 from storage.errors import ConfigError
 from teacher_dump.config import SourceSection
 from teacher_dump.data.dataset import SampleSet, read_samples
-from teacher_dump.sources.formats import format_of
+from teacher_dump.data.sources.formats import format_of
 from tests.hypothesis_profiles import examples
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
@@ -311,7 +311,7 @@ values = st.recursive(
 def test_json_arrays_are_parsed_as_the_standard_library_does(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any], indent: int | None, ascii_only: bool
 ) -> None:
-    from teacher_dump.sources.json_rows import json_rows
+    from teacher_dump.data.sources.json_rows import json_rows
 
     path = tmp_path_factory.mktemp("rows") / "rows.json"
     path.write_bytes(json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))

@@ -16,12 +16,12 @@ from storage.records.records import SampleError
 from teacher_dump.config import SamplingSection
 from teacher_dump.data.conversation import GENERATED_IDS
 from teacher_dump.data.partition import Part
-from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
-from teacher_dump.prompts.preprocessor import IMAGE_MARKER
+from teacher_dump.data.sample import IMAGE_MARKER, Sample, SampleRefusedError, Turn
 
 if TYPE_CHECKING:
     from teacher_dump.prompts.preparation import Preparer
-    from teacher_dump.teachers.teacher import Generator, TeacherPrompt
+    from teacher_dump.prompts.teacher_prompt import TeacherPrompt
+    from teacher_dump.teachers.teacher import Generator
 
 _log = logging.getLogger(__name__)
 _SAMPLES_PER_CALL = 32  # of the engine
@@ -90,7 +90,7 @@ class Answerer:
 
     def _generate(self, prompts: Sequence[TeacherPrompt], seeds: Sequence[int]) -> list[list[int] | SampleRefusedError]:
         """The tokens of each answer, or why there is none. When a call fails, its prompts are tried one by one."""
-        from teacher_dump.execution.device_failure import PromptRefusedError, is_device_failure
+        from teacher_dump.teachers.device_failure import PromptRefusedError, is_device_failure
 
         def generate(start: int, stop: int) -> list[list[int]]:
             return self.generator.generate(
@@ -125,7 +125,7 @@ class Answerer:
 
     def _prompt(self, sample: Sample, number: int) -> TeacherPrompt:
         """What the teacher sees before its answer at turn `number`: the ids up to where an answer would start."""
-        from teacher_dump.teachers.teacher import TeacherPrompt
+        from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 
         turns = (*sample.turns[:number], Turn("assistant", "", token_ids=self.eos_token_ids[:1]))
         has_markers = any(IMAGE_MARKER in turn.text for turn in sample.turns)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from storage.records.records import SampleError
 
 if TYPE_CHECKING:  # imports torch
-    from teacher_dump.execution.worker import PartOutcome
+    from teacher_dump.workers.worker import PartOutcome
 
 _PLACE = re.compile(r"^\S+(?::\d+|\[\d+\]): ")  # of a row in its file
 _VARYING = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|0x[0-9a-f]+|\d[\d.,]*""")  # names, paths and numbers

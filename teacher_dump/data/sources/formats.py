@@ -9,11 +9,11 @@ from typing import Literal
 
 from storage.errors import ConfigError
 from teacher_dump.config import SourceSection
-from teacher_dump.sources.hub_rows import hub_rows
-from teacher_dump.sources.json_rows import json_rows
-from teacher_dump.sources.parquet_rows import parquet_rows
-from teacher_dump.sources.row import Rows
-from teacher_dump.sources.tar_rows import TarReader
+from teacher_dump.data.sources.hub_rows import hub_rows
+from teacher_dump.data.sources.json_rows import json_rows
+from teacher_dump.data.sources.parquet_rows import parquet_rows
+from teacher_dump.data.sources.row import Rows
+from teacher_dump.data.sources.webdataset_rows import TarReader
 
 Format = Literal["json", "parquet", "webdataset", "datasets"]
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from storage.errors import ConfigError
 from teacher_dump.data.sample import MAX_SHOWN, shorten
-from teacher_dump.sources.row import Broken, Rows, short_place
+from teacher_dump.data.sources.row import Broken, Rows, short_place
 
 _MAX_ROW_BYTES = 64 * 2**20  # a longer line is no conversation
 _CHUNK_BYTES = 2**20

@@ -58,7 +58,7 @@ def choose_failed(planned: DumpPlan, settings: DumpSettings, failed: Sequence[Se
     rows = read_failed_rows(settings, {error.sample_id for errors in failed for error in errors})
     preparer: Preparer | None = None
     if any(row.samples for row in rows.values()):
-        from teacher_dump.execution.worker import open_preparer
+        from teacher_dump.workers.worker import open_preparer
 
         preparer = open_preparer(worker_settings(planned, settings))
     parts: list[list[str]] = []

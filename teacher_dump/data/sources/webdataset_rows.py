@@ -18,9 +18,9 @@ from storage.errors import ConfigError
 from teacher_dump.data.image_loading import MAX_IMAGE_BYTES
 from teacher_dump.data.message_lists import as_list
 from teacher_dump.data.sample import shorten
+from teacher_dump.data.sources.json_rows import parse_json
+from teacher_dump.data.sources.row import Broken, Rows, printable, short_place, shown_name
 from teacher_dump.data.unread_fields import Ignored
-from teacher_dump.sources.json_rows import parse_json
-from teacher_dump.sources.row import Broken, Rows, printable, short_place, shown_name
 
 _LOGGER = logging.getLogger(__name__)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")

@@ -22,13 +22,13 @@ from storage.images.settings import PixelSettings
 from storage.layout.documents import Commit
 from storage.processes.waiting import Waiting
 from storage.writer.cache_writer import CacheWriter
+from teacher_dump.config import TooLong
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import Sample
 from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.prompts.truncation import TooLong
 from teacher_dump.signals.loaded_teacher import OpenTeacher
 from teacher_dump.signals.pixel_check import check_pixel_values
 from teacher_dump.signals.scoring import Chunk, PartScorer, Scored

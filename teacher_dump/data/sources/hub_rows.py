@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from storage.errors import ConfigError
-from teacher_dump.sources.parquet_rows import plain_rows
-from teacher_dump.sources.row import Rows
+from teacher_dump.data.sources.parquet_rows import plain_rows
+from teacher_dump.data.sources.row import Rows
 
 _ROWS_PER_BATCH = 64
 

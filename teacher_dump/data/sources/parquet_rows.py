@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import ConfigError
-from teacher_dump.sources.row import Broken, Rows, short_place
+from teacher_dump.data.sources.row import Broken, Rows, short_place
 
 _ROWS_PER_BATCH = 64  # their images' bytes are in memory together
 

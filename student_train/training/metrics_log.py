@@ -1,4 +1,4 @@
-"""The files that a stage leaves beside its checkpoint: metrics.jsonl line by line, JSON documents whole."""
+"""metrics.jsonl, which a stage writes line by line beside its checkpoint."""
 
 from __future__ import annotations
 
@@ -55,8 +55,3 @@ def _lines_until(path: Path, step: int) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]  # the last one of a killed run may be torn
     return [line for line in whole if json.loads(line)["step"] <= step]
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Make a file hold a JSON document: whoever looks sees all of it or none. WriteError: a full disk, for one."""
-    write_atomically(path, f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode())

@@ -1,0 +1,16 @@
+"""How many rows a mean is taken over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Rows of each loss in a set of samples; relation counts images."""
+
+    response: int
+    visual: int
+    relation: int
+    samples: int = 0  # or pairs
+    micro_batches: int = 0  # of a global batch: those of all ranks that hold samples

@@ -1,0 +1,54 @@
+"""`python -m teacher_dump.execution.answer_job JOB STRIPE NUM`: answers every NUM-th part of a job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from storage.backends.disk import report_full_disk
+from storage.config import CacheSection
+from storage.errors import ConfigError, StillhouseError
+from storage.processes.stop_signals import end_process, exit_code, explain, interruptible
+from teacher_dump.config import DataSection, DumpSection, TeacherSection
+from teacher_dump.execution.answer_generation import answer_parts
+from teacher_dump.execution.repeated_questions import answer_again
+from teacher_dump.settings import DumpSettings
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer one stripe of a job's parts; returns the exit code."""
+    job, stripe, num_stripes = arguments
+    try:
+        with interruptible():
+            document = json.loads(Path(job).read_bytes())
+            answer = answer_parts
+            if "again" in document:
+                answer = partial(answer_again, Path(job).parent, document["again"])
+            answer(_settings(document), stripe=int(stripe), num_stripes=int(num_stripes))
+    except KeyboardInterrupt as stop:  # between two parts or within one: a part is written whole
+        sys.stderr.write(f"{explain(stop)}\n")
+        return exit_code(stop)
+    except StillhouseError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:
+        return report_full_disk(error, prefix="")
+    return 0
+
+
+def _settings(job: dict[str, Any]) -> DumpSettings:
+    return DumpSettings(
+        Path(job["run"]),
+        DataSection.model_validate(job["data"]),
+        TeacherSection.model_validate(job["teacher"]),
+        DumpSection.model_validate(job["dump"]),
+        CacheSection.model_validate(job["cache"]),
+    )
+
+
+if __name__ == "__main__":
+    end_process(main(sys.argv[1:]))

@@ -1,0 +1,19 @@
+"""What a teacher is given: token ids and images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.images.pixels import Picture
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherPrompt:
+    """Unexpanded token ids, one image token an image, and the images in that order."""
+
+    token_ids: NDArray[np.int32]
+    images: tuple[Picture, ...]
+    image_keys: tuple[str, ...] = ()  # each image's content hash; without them it shares nothing with other prompts
