@@ -10,13 +10,13 @@ from tests.hypothesis_profiles import register_profiles
 from tests.teacher_dump.ray_head import RayHead, running_ray_head
 
 LONGEST_FILES = (  # come first, so that two processes that share the files end at about the same time
-    "test_ray_jobs.py",
-    "test_stage_state.py",
+    "test_part_pool.py",
+    "test_resume.py",
     "test_expert_parallel.py",
     "test_run.py",
     "test_architectures.py",
     "test_whole_road.py",
-    "test_answers.py",
+    "test_answer_generation.py",
     "test_vllm_teacher.py",
 )
 

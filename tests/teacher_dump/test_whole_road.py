@@ -18,7 +18,7 @@ from teacher_dump.__main__ import main
 from teacher_dump.prompts.processor import load_processor
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.ray_head import RayHead
-from tests.teacher_dump.test_ray_jobs import PATIENCE_S, commits, dump_here, start_dump
+from tests.teacher_dump.ray_jobs.test_part_pool import PATIENCE_S, commits, dump_here, start_dump
 from tests.tiny import END_OF_TURN, make_tiny_dataset
 
 VOCAB_SIZE = 300
