@@ -7,15 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field
 
 from storage.config import HiddenSection, RelationSection
 from storage.images.settings import OLD_PIXELS, PixelSettings
 
-FORMAT_VERSION = 4  # that is written
-READABLE_VERSIONS = (1, 2, 3, 4)
-RETRY_VERSION = 4  # the least that a segment of failed samples can have
-_SINCE_4 = ("pixels", "image_processor")  # absent from the documents of older versions
+FORMAT_VERSION = 4  # becomes 1 with the first release; other versions are refused
 NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
 PLACES = ("teacher", "image_root")  # where things lay when a segment was begun; hashes say what they are
 
@@ -37,7 +34,7 @@ class Identity(BaseModel):
     vocab_size: Annotated[int, Field(ge=1, le=2**31 - 1)]  # the tokenizer's real one; every id is below it
     chat_template_fingerprint: str
     image_preprocessing_fingerprint: str  # of the image processor's settings and of `pixels`
-    pixels: PixelSettings | None = None  # None: no images, or a cache from before version 4
+    pixels: PixelSettings | None = None  # None: no images
     image_processor: dict[str, Any] | None = None  # the teacher's size, mean, …; None as `pixels`
     image_token_id: int  # the placeholder that stands once for each image in `token_ids`
     eos_token_ids: tuple[int, ...]
@@ -49,11 +46,6 @@ class Identity(BaseModel):
     def content_json(self) -> str:
         """The identity as JSON without its places: text to compare, or to make a fingerprint of."""
         return self.model_dump_json(exclude=set(PLACES))
-
-    @model_serializer(mode="wrap")
-    def _without_absent_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = dump(self)
-        return {name: value for name, value in fields.items() if value is not None or name not in _SINCE_4}
 
 
 def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:
@@ -86,7 +78,7 @@ def _differing_leaves(name: str, cache: Any, run: Any) -> list[str]:
 
 
 def stored_pixels(identity: Identity) -> PixelSettings:
-    """How the teacher's pixels were made; caches from before version 4 do not say, and have version 0."""
+    """How the teacher's pixels were made; version 0 where the identity does not say, as without images."""
     return identity.pixels or OLD_PIXELS
 
 

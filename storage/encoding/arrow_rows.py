@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 
 from storage.config import HiddenSection, RelationSection
 from storage.encoding.hidden_states import decode_hidden, encode_hidden, encoding_of, relative_errors
-from storage.encoding.payload_1 import decode_rows
 from storage.encoding.relation_matrix import cosine_error, decode_relation, encode_relation, stored_norm
 from storage.errors import CorruptPartError
 from storage.identity import Identity
 from storage.records.records import ImageRef, Relation, RelationMatrix, SequenceLogprob, TokensRecord
-from storage.records.sparse_rows import SparseRows
 
 Columns = Mapping[str, Any]
 
@@ -71,26 +69,6 @@ def check_token_ids(token_ids: NDArray[np.int32], identity: Identity) -> None:
     known = (token_ids >= 0) & (token_ids < identity.vocab_size) | (token_ids == identity.image_token_id)
     if not known.all():
         raise ValueError(f"token id {token_ids[~known][0]} is outside 0..{identity.vocab_size - 1}")
-
-
-def sparse_rows(table: pa.Table, row: int, *, vocab_size: int) -> SparseRows:
-    """The rows of a response or visual row of format version 1. CorruptPartError unless counts and payload agree.
-
-    Its column log_sum_exp is of the raw logits at temperature 1, which nothing needs: it is not read.
-    """
-    labels = _numbers(table, "label_logprob", row) if "label_logprob" in table.column_names else None
-    rows = decode_rows(
-        _payload(table, row),
-        vocab_size=vocab_size,
-        tail_mass=_numbers(table, "tail_mass", row),
-        entropy=_numbers(table, "entropy", row),
-        label_logprob=labels,
-    )
-    got = (rows.num_rows, rows.num_entries, int(rows.num_exact.sum()))
-    stated = tuple(table[name][row].as_py() for name in ("num_rows", "num_entries", "num_exact"))
-    if got != stated:
-        raise CorruptPartError(f"payload has (rows, entries, exact) {got}, its columns say {stated}")
-    return rows
 
 
 def relation_columns(matrix: RelationMatrix, section: RelationSection) -> Columns:
@@ -154,8 +132,7 @@ def image_content(table: pa.Table, row: int) -> bytes:
 def family_errors(family: str, rows: Iterable[Columns]) -> list[float]:
     """The errors that some rows' encoding made, in their order; none for a family that has no measure."""
     if family == "relation":
-        errors = [cosine_error(row["payload"]) for row in rows]
-        return [error for error in errors if error is not None]
+        return [cosine_error(row["payload"]) for row in rows]
     return [float(error) for row in rows for error in row["relative_error"]] if family == "hidden" else []
 
 

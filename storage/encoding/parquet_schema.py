@@ -34,12 +34,6 @@ _ROW_SCALARS = [
     _field("log_sum_exp", _list(pa.float32())),  # as many a row as temperatures are configured besides 1
 ]
 _ROWS = [*_ROW_SCALARS, _field("block", pa.binary())]  # of a whole row group, at its first row
-_ROWS_1 = [
-    *_ROW_SCALARS,
-    _field("num_entries", pa.int32()),
-    _field("num_exact", pa.int32()),
-    _field("payload", pa.binary()),
-]
 _RESPONSE = [
     _field("sample_id", pa.string()),
     _field("num_rows", pa.int32()),
@@ -91,10 +85,6 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     ),
 }
 FAMILIES = tuple(SCHEMAS)
-SCHEMAS_1: Mapping[str, pa.Schema] = {  # of format version 1, which is read but not written
-    "response": pa.schema([*_RESPONSE, *_ROWS_1]),
-    "visual": pa.schema([*_VISUAL, *_ROWS_1]),
-}
 
 
 def parquet_bytes(
@@ -139,7 +129,7 @@ def row_groups(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, 
 def check_schema(family: str, got: pa.Schema, place: str) -> None:
     """CorruptPartError unless a file's columns are those of its family."""
     expected = SCHEMAS[family]
-    if not got.equals(expected) and not (family in SCHEMAS_1 and got.equals(SCHEMAS_1[family])):
+    if not got.equals(expected):
         raise CorruptPartError(f"{place}: columns are {_columns(got)}, expected {_columns(expected)}")
 
 

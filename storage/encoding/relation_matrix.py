@@ -27,7 +27,6 @@ NORM_TOLERANCE = 1e-3  # how far a matrix's Frobenius norm may lie from 1 before
 DECODED_NORM_TOLERANCE = 0.02  # the same at reading: float16 moves the norm a little
 NOTHING_LEFT = 1e-6  # norm of a pooled G / ||G|| that is float32 rounding: centred rows that cancel out
 
-_HEADER_1 = struct.Struct("<B3xI")  # version 1: a float16 triangle without an error; version, n
 _HEADER = struct.Struct("<BBBxIIf")  # version, kind, pool, n, k, cosine error
 _TRIANGLE_FP16, _TRIANGLE_INT8, _FACTOR_FP16, _FACTOR_INT8, _POOLED_FP16 = range(5)
 _KINDS = (RelationMatrix, RelationMatrix, RelationFactor, RelationFactor, PooledRelation)
@@ -88,12 +87,12 @@ def _checked_values(
 ) -> tuple[int, int, int, NDArray[Any], float]:
     """Kind, pool, n, the factor or the packed triangle, and the Frobenius norm that it is to be divided by."""
     view = memoryview(payload).cast("B")
-    kind, pool, n, k, _, start = _read_header(view)
+    kind, pool, n, k, _ = _read_header(view)
     if n != num_visual_tokens:
         raise CorruptPartError(f"relation payload has n = {n} for {num_visual_tokens} visual tokens")
     if not np.isfinite(norm) or norm < 0:
         raise CorruptPartError(f"the norm of a relation matrix is {norm}, not a finite number of at least 0")
-    content = view[start:]
+    content = view[_HEADER.size :]
     if kind in (_FACTOR_FP16, _FACTOR_INT8):
         values = _read_factor(content, n, k, int8=kind == _FACTOR_INT8)
         frobenius = float(np.linalg.norm(values.T @ values))
@@ -107,8 +106,8 @@ def _checked_values(
     return kind, pool, n, values, _checked_norm(frobenius, norm)
 
 
-def cosine_error(payload: bytes | memoryview) -> float | None:
-    """1 - cosine to the matrix that was encoded, as its writer measured it; None in payloads of version 1."""
+def cosine_error(payload: bytes | memoryview) -> float:
+    """1 - cosine to the matrix that was encoded, as its writer measured it."""
     return _read_header(memoryview(payload).cast("B"))[4]
 
 
@@ -272,30 +271,24 @@ def _with_header(
     return _HEADER.pack(PAYLOAD_VERSION, kind, pool, len(matrix.values), rank, error) + content
 
 
-def _read_header(view: memoryview) -> tuple[int, int, int, int, float | None, int]:
-    """Kind, pool, n, k, error and where the content starts, if the payload is as long as they say."""
-    if len(view) < _HEADER_1.size or view[0] not in (1, PAYLOAD_VERSION):
-        got = f"version {view[0]}" if len(view) else "no bytes"
-        raise CorruptPartError(f"relation payload of {len(view)} bytes has {got}, expected version 1 or 2")
-    if view[0] == 1:
-        _, n = _HEADER_1.unpack_from(view)
-        kind, pool, k, error, start, spare = _TRIANGLE_FP16, 0, 0, None, _HEADER_1.size, any(view[1:4])
-    else:
-        if len(view) < _HEADER.size:
-            raise CorruptPartError(f"relation payload of {len(view)} bytes is shorter than a header, {_HEADER.size}")
-        _, kind, pool, n, k, error = _HEADER.unpack_from(view)
-        start, spare = _HEADER.size, view[3] != 0
-    if kind > _POOLED_FP16 or spare or not 1 <= n <= MAX_RELATION_ROWS:
+def _read_header(view: memoryview) -> tuple[int, int, int, int, float]:
+    """Kind, pool, n, k and error, if the payload is as long as they say."""
+    if len(view) < _HEADER.size:
+        raise CorruptPartError(f"relation payload of {len(view)} bytes is shorter than a header, {_HEADER.size}")
+    version, kind, pool, n, k, error = _HEADER.unpack_from(view)
+    if version != PAYLOAD_VERSION:
+        raise CorruptPartError(f"relation payload has version {version}, expected {PAYLOAD_VERSION}")
+    if kind > _POOLED_FP16 or view[3] != 0 or not 1 <= n <= MAX_RELATION_ROWS:
         raise CorruptPartError(f"relation payload has no valid header: kind {kind}, n = {n}")
     pooled, ranked = kind == _POOLED_FP16, kind in (_FACTOR_FP16, _FACTOR_INT8)
     if not (pool >= 2 if pooled else pool == 0) or not (k <= n if ranked else k == 0):
         raise CorruptPartError(f"relation payload of kind {kind} has pool {pool} and rank {k}")
-    if error is not None and not 0 <= error <= 2:
+    if not 0 <= error <= 2:
         raise CorruptPartError(f"relation payload states a cosine error of {error}")
-    expected = start + _content_bytes(kind, pool, n, k)
+    expected = _HEADER.size + _content_bytes(kind, pool, n, k)
     if len(view) != expected:
         raise CorruptPartError(f"relation payload has {len(view)} bytes, n = {n} needs {expected}")
-    return kind, pool, n, k, error, start
+    return kind, pool, n, k, error
 
 
 def _content_bytes(kind: int, pool: int, n: int, k: int) -> int:

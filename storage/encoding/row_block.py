@@ -114,7 +114,7 @@ def decode_block(
     draw_set: int = 0,
 ) -> SparseRows:
     """The rows of a block, beside their scalars. The exact entries of each row sum to 1 - tail_mass, and
-    the first is the most probable one, also where rounding made others as large (from block version 4 on).
+    the first is the most probable one, also where rounding made others as large.
 
     Sampled entries are those of `draw_set`, modulo the number of sets; the others are not decompressed.
     Errors: CorruptPartError for any bytes that are not the block of as many valid rows.
@@ -174,7 +174,7 @@ class _Sets:
     tau: float
     values: _Values
     shift: NDArray[np.float32]  # (r,) what to add to exact logprobs
-    first_choices: NDArray[np.int64] | None  # (r,) places of the most probable entries; None before version 4
+    first_choices: NDArray[np.int64]  # (r,) places of the most probable entries
 
 
 def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[np.float32], draw_set: int) -> _Sets:
@@ -209,11 +209,9 @@ def _read_sets(block: bytes | memoryview, groups: IdGroups, tail_mass: NDArray[n
         raise CorruptPartError(f"the block has {int(draws.max()) + 1} draws of weight {header.tau} for one entry")
     values = _values(planes, header, num_exact)
     shift = _shift(values, tail_mass, num_exact)
-    first_choices = None
-    if header.version >= 4:
-        first_choices = planes.take("first_choices", f"<u{header.length_bytes}", header.num_rows).astype(np.int64)
-        if (first_choices >= np.maximum(count_ties(values.falling, num_exact), 1)).any():
-            raise CorruptPartError("the block's first choice of a row is none of its most probable entries")
+    first_choices = planes.take("first_choices", f"<u{header.length_bytes}", header.num_rows).astype(np.int64)
+    if (first_choices >= np.maximum(count_ties(values.falling, num_exact), 1)).any():
+        raise CorruptPartError("the block's first choice of a row is none of its most probable entries")
     return _Sets(num_exact, num_sampled, ranks, draws, header.tau, values, shift, first_choices)
 
 
@@ -244,8 +242,8 @@ def _values(planes: Planes, header: Header, num_exact: NDArray[np.int32]) -> _Va
         raise CorruptPartError("the block has an exact entry of probability 0")
     with np.errstate(divide="ignore"):
         logs = np.log(table).astype(np.float32)
-    most = 1 if header.version < 4 else 2  # halves of a step that rounding may move a root by
-    tolerance = most * header.step * np.sqrt(num_exact) + header.step**2 * num_exact + HEAD_TOLERANCE
+    # Rounding moves a root by up to a step.
+    tolerance = 2 * header.step * np.sqrt(num_exact) + header.step**2 * num_exact + HEAD_TOLERANCE
     present = _row_sums(table.take(levels), num_exact)
     return _Values(logs.take(levels), max_level - levels, 8 if max_level < 256 else 16, header.step, present, tolerance)
 
@@ -296,8 +294,6 @@ def _sorted_sampled(row: NDArray, ids: NDArray, draws: NDArray, tau: float) -> t
 
 def _put_first(ids: NDArray[np.int32], logprobs: NDArray[np.float32], sets: _Sets) -> None:
     """Moves each row's first choice before the entries that rounding made as probable, and raises it above them."""
-    if sets.first_choices is None:
-        return
     starts = np.cumsum(sets.num_exact, dtype=np.int64) - sets.num_exact
     moves = sets.first_choices > 0
     place, start = sets.first_choices[moves], starts[moves]

@@ -17,29 +17,22 @@ from storage.encoding.bit_packing import packed_size, unpack_bits
 from storage.errors import CorruptPartError
 
 BLOCK_VERSION = 4
-READABLE_VERSIONS = (2, 3, 4)
 MAX_ROWS = 1 << 16
 MAX_SETS = 64  # of draws
 BYTE_LEVEL = 255  # the largest level that is a byte
-WIDE_LEVEL = 65535  # of levels of two bytes, from version 4 on
+WIDE_LEVEL = 65535  # of levels of two bytes
 _MAX_ENTRIES = 1 << 27  # of a block; what a reader will allocate for
 _START = struct.Struct("<BBBBII")
-_EXACT = {3: struct.Struct("<dff4I"), 4: struct.Struct("<dff5I")}
+_EXACT = struct.Struct("<dff5I")
 _SET = struct.Struct("<5I")
-_HEADER_2 = struct.Struct("<BBBBIIIdff7I")
-_EXACT_PLANES = {
-    3: ("num_exact", "exact_groups", "exact_places", "values"),
-    4: ("num_exact", "exact_groups", "exact_places", "values", "first_choices"),
-}
+_EXACT_PLANES = ("num_exact", "exact_groups", "exact_places", "values", "first_choices")
 _SET_PLANES = ("num_sampled", "sampled_groups", "sampled_places", "draws")
-_PLANES_2 = ("num_exact", "num_sampled", "exact_groups", "sampled_groups", "places", "values", "draws")
 
 
 @dataclass(frozen=True)
 class Header:
     """What a block says of itself, checked against its length, and of one of its sets of draws."""
 
-    version: int
     length_bytes: int  # of a count of entries: 1, 2 or 4
     draw_bytes: int  # of a count of draws: 1, 2 or 4
     num_sets: int
@@ -71,7 +64,7 @@ def pack_header(
 ) -> bytes:
     """A header's bytes."""
     header = _START.pack(BLOCK_VERSION, length_bytes, draw_bytes, len(num_sampled), num_rows, num_exact)
-    header += _EXACT[BLOCK_VERSION].pack(tau if any(num_sampled) else 0.0, step, lowest, *plane_bytes[0])
+    header += _EXACT.pack(tau if any(num_sampled) else 0.0, step, lowest, *plane_bytes[0])
     return header + b"".join(
         _SET.pack(count, *sizes) for count, sizes in zip(num_sampled, plane_bytes[1:], strict=True)
     )
@@ -80,10 +73,9 @@ def pack_header(
 def read_header(view: memoryview, draw_set: int = 0) -> Header:
     """The header of a block, for one of its sets of draws (modulo their number). Errors: CorruptPartError."""
     try:
-        version = view[0]
-        if version not in READABLE_VERSIONS:
-            raise CorruptPartError(f"the block has version {version}, expected one of {READABLE_VERSIONS}")
-        header, end = (_header_2 if version == 2 else _header_of_sets)(view, draw_set)
+        if view[0] != BLOCK_VERSION:
+            raise CorruptPartError(f"the block has version {view[0]}, expected {BLOCK_VERSION}")
+        header, end = _header_of_sets(view, draw_set)
     except (struct.error, IndexError) as error:
         raise CorruptPartError(f"a block of {len(view)} bytes is shorter than its header") from error
     if header.length_bytes not in (1, 2, 4) or header.draw_bytes not in (1, 2, 4):
@@ -91,31 +83,29 @@ def read_header(view: memoryview, draw_set: int = 0) -> Header:
     if len(view) != end:
         raise CorruptPartError(f"the block has {len(view)} bytes, its header needs {end}")
     num_entries = header.num_exact + header.num_sampled
-    least_step = 1 / (BYTE_LEVEL if version < 4 else WIDE_LEVEL)
     if header.num_rows > MAX_ROWS or num_entries > _MAX_ENTRIES:
         raise CorruptPartError(f"the block claims {header.num_rows} rows and {num_entries} entries")
     if not (0 < header.tau < 1 or (header.tau == 0 and header.num_sampled == 0)):
         raise CorruptPartError(f"the block has {header.num_sampled} sampled entries and tau {header.tau}")
     largest_lowest = header.step**2 if header.step else 0.0  # or levels would not fall with probabilities
-    if not (header.step == 0 or least_step <= header.step <= 1) or not 0 <= header.lowest <= largest_lowest:
+    if not (header.step == 0 or 1 / WIDE_LEVEL <= header.step <= 1) or not 0 <= header.lowest <= largest_lowest:
         raise CorruptPartError(f"the block has the step {header.step} and the lowest probability {header.lowest}")
     return header
 
 
 def _header_of_sets(view: memoryview, draw_set: int) -> tuple[Header, int]:
     """The header, and where the block must end."""
-    version, length_bytes, draw_bytes, num_sets, num_rows, num_exact = _START.unpack_from(view)
+    _, length_bytes, draw_bytes, num_sets, num_rows, num_exact = _START.unpack_from(view)
     if not 1 <= num_sets <= MAX_SETS:
         raise CorruptPartError(f"the block has {num_sets} sets of draws, expected 1 to {MAX_SETS}")
-    exact = _EXACT[version]
-    tau, step, lowest, *exact_sizes = exact.unpack_from(view, _START.size)
-    first = _START.size + exact.size
+    tau, step, lowest, *exact_sizes = _EXACT.unpack_from(view, _START.size)
+    first = _START.size + _EXACT.size
     sets = [_SET.unpack_from(view, first + number * _SET.size) for number in range(num_sets)]
     number = draw_set % num_sets
     end = first + num_sets * _SET.size
     planes = {}
     for names, sizes in (
-        (_EXACT_PLANES[version], exact_sizes),
+        (_EXACT_PLANES, exact_sizes),
         *((_SET_PLANES, each[1:]) for each in sets[: number + 1]),
     ):
         for name, size in zip(names, sizes, strict=True):
@@ -123,23 +113,7 @@ def _header_of_sets(view: memoryview, draw_set: int) -> tuple[Header, int]:
             end += size
     end += sum(sum(each[1:]) for each in sets[number + 1 :])
     sampled = sets[number][0]
-    return Header(
-        version, length_bytes, draw_bytes, num_sets, num_rows, num_exact, sampled, tau, step, lowest, planes
-    ), end
-
-
-def _header_2(view: memoryview, _: int) -> tuple[Header, int]:
-    """That of format version 2: one set of draws, whose places lie in one plane with those of the exact entries."""
-    version, length_bytes, draw_bytes, zero, num_rows, num_exact, num_sampled, tau, step, lowest, *sizes = (
-        _HEADER_2.unpack_from(view)
-    )
-    if zero or (tau != 0 and num_sampled == 0):
-        raise CorruptPartError(f"the block has the byte {zero} for 0, or tau {tau} without sampled entries")
-    stops = (_HEADER_2.size + np.cumsum(sizes)).tolist()
-    planes = {name: slice(stop - size, stop) for name, size, stop in zip(_PLANES_2, sizes, stops, strict=True)}
-    return Header(
-        version, length_bytes, draw_bytes, 1, num_rows, num_exact, num_sampled, tau, step, lowest, planes
-    ), stops[-1]
+    return Header(length_bytes, draw_bytes, num_sets, num_rows, num_exact, sampled, tau, step, lowest, planes), end
 
 
 class Planes:
@@ -150,8 +124,6 @@ class Planes:
 
     def take_places(self, widths: NDArray[np.uint8], split: int) -> NDArray[np.int32]:
         """Places of the exact entries, the first `split`, and of the sampled ones."""
-        if "places" in self._planes:
-            return unpack_bits(self.take("places", "u1", packed_size(widths)), widths)
         parts = zip(("exact_places", "sampled_places"), (widths[:split], widths[split:]), strict=True)
         return np.concatenate([unpack_bits(self.take(name, "u1", packed_size(own)), own) for name, own in parts])
 

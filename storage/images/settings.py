@@ -2,7 +2,7 @@
 
 | version | what |
 |---|---|
-| 0 | caches of format version 3 and older: Pillow's `convert("RGB")`; EXIF is ignored, hidden pixels show |
+| 0 | Pillow's `convert("RGB")`: EXIF is ignored, hidden pixels show; no dump writes it, tests compare with it |
 | 1 | orientation applied, 16-bit and float values scaled, alpha flattened on the background, no metadata |
 """
 
@@ -51,7 +51,7 @@ class PixelSettings(BaseModel):
         return [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
 
 
-OLD_PIXELS = PixelSettings(version=0, backend=None)  # of a cache whose identity names none
+OLD_PIXELS = PixelSettings(version=0, backend=None)  # of an identity that names none
 
 
 def processor_backend(image_processor: Any) -> Literal["pil", "torchvision"]:

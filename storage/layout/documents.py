@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import CacheError, CorruptPartError
-from storage.identity import READABLE_VERSIONS, Identity
+from storage.identity import FORMAT_VERSION, Identity
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -89,7 +89,7 @@ class ErrorSummary(Entry):
 
 
 class Losses(Document):
-    """What was lost on the way to a commit's files, or to all files of a segment; None in older documents."""
+    """What was lost on the way to a commit's files, or to all files of a segment; None where nothing was measured."""
 
     teacher_noise: dict[str, ErrorSummary] | None = None  # of some samples that were scored twice
     selection_errors: dict[str, ErrorSummary] | None = None  # what the selection left of each dense row
@@ -176,9 +176,9 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
     actual = hashlib.sha256(spelt).hexdigest()
     if claimed != actual:
         raise CorruptPartError(f"{place}: its content has the sha256 {actual}, it says {claimed}")
-    if version not in READABLE_VERSIONS:
+    if version != FORMAT_VERSION:
         raise CacheError(
-            f"{place}: format version is {version!r}, this Stillhouse reads {_spoken(READABLE_VERSIONS)}; "
+            f"{place}: format version is {version!r}, this Stillhouse reads {FORMAT_VERSION}; "
             "read it with the version that wrote it, or dump again"
         )
     try:
@@ -188,10 +188,6 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
     if document.spelt() != spelt or _with_hash(spelt, body, actual) != content:
         raise CorruptPartError(f"{place}: is not spelt as FORMAT.md says; its bytes were changed")
     return document
-
-
-def _spoken(versions: Sequence[int]) -> str:
-    return f"{', '.join(map(str, versions[:-1]))} and {versions[-1]}"
 
 
 def _spell(body: dict[str, Any]) -> bytes:

@@ -45,7 +45,7 @@ def totals(commits: Sequence[Commit]) -> dict[str, dict[str, ErrorSummary] | Non
 
 
 def total(commits: Sequence[Commit], kind: str = "errors_by_family") -> dict[str, ErrorSummary] | None:
-    """The summaries of all parts together; None if a part (of an older writer) states none.
+    """The summaries of all parts together; None if a part states none.
 
     The exact p99 is not known: the largest p99 of a part is not below it.
     """

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from storage.backends.folder import Folder
 from storage.errors import CacheError
-from storage.identity import FORMAT_VERSION, RETRY_VERSION, Identity
+from storage.identity import FORMAT_VERSION, Identity
 from storage.layout import commits as layout
 from storage.layout.documents import Commit, ErrorEntry, SegmentDescription
 from storage.layout.segments import NewSegment, Segment, additions, disagreement, is_committed, read_segments, refusal
@@ -89,7 +89,7 @@ def _new_retry(segments: Sequence[Segment], base: Segment, identity: Identity, f
     number, families = len(segments), families_of_parts(segments, base)
     selection = {name: identity.selection[name] for name in ("tokens", *families) if name in identity.selection}
     document = SegmentDescription(
-        format_version=max(FORMAT_VERSION, RETRY_VERSION),
+        format_version=FORMAT_VERSION,
         cache_sha256=segments[0].sha256,
         segment=number,
         first_part=max(segment.parts.stop for segment in segments),

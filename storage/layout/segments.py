@@ -16,7 +16,7 @@ from typing import Any
 from storage.backends.folder import Folder
 from storage.encoding.parquet_schema import FAMILIES
 from storage.errors import CacheError, CorruptPartError, IdentityError, NoCacheError
-from storage.identity import FORMAT_VERSION, NO_TEACHER, RETRY_VERSION, Identity, difference, stored_relation
+from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, difference, stored_relation
 from storage.images.image_root import is_moved_root
 from storage.layout.documents import Description, Document, NamedFile, SegmentDescription, parse_document
 
@@ -205,7 +205,7 @@ def disagreement(
 
 
 def _selection(identity: Identity, family: str) -> dict[str, Any] | None:
-    """What an identity says of a family; of relation matrices in full, as version 1 did not name their encoding.
+    """What an identity says of a family; of relation matrices in full.
 
     Of tokens only how a conversation became ids: each segment may have been answered in its own way.
     """
@@ -230,13 +230,6 @@ def _unfinished(
             lines.append(f"engine: cache has {segment.identity.engine!r}, this run has {identity.engine!r}")
         if lines:
             raise refusal(folder, lines, f" (segment {segment.number} is not finished)")
-        if segment.format_version != (
-            FORMAT_VERSION if segment.retries is None else max(FORMAT_VERSION, RETRY_VERSION)
-        ):
-            raise CacheError(
-                f"{folder.place(segment.file)}: was begun in format version {segment.format_version}, and is not "
-                f"finished; finish it with the Stillhouse that began it, or dump into another folder"
-            )
         return segment
     return None
 
@@ -334,8 +327,8 @@ def _check_retry(earlier: Sequence[Segment], segment: Segment, place: str) -> No
     """CorruptPartError for a retry that contradicts itself, or whose segment is not there."""
     base = next((one for one in earlier if one.number == segment.retries), None)
     ids = [sample_id for of_part in segment.failed_ids for sample_id in of_part]
-    if segment.format_version < RETRY_VERSION or not segment.has_tokens:
-        raise CorruptPartError(f"{place}: takes up failed samples, but adds families or is of an older version")
+    if not segment.has_tokens:
+        raise CorruptPartError(f"{place}: takes up failed samples, but adds families")
     if base is None or not base.has_tokens or base.retries is not None:
         raise CorruptPartError(f"{place}: takes up failed samples of segment {segment.retries}, which has none")
     if len(segment.failed_ids) != segment.num_parts or len(set(ids)) < len(ids) or not all(segment.failed_ids):

@@ -190,7 +190,7 @@ class Cache:
         """(v,) the mean distribution of what lies outside the exact entries of a family's rows; it sums to 1.
 
         Estimated by a few parts spread over each segment (tail_profile.tail_parts). Errors: CacheError where no
-        part keeps one, as in caches of format version 2; CorruptPartError.
+        part keeps one; CorruptPartError.
         """
         groups, vocab_size = [], self.identity.vocab_size
         for segment in self.segments:

@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.backends.folder import Folder
-from storage.encoding.arrow_rows import sparse_rows
 from storage.encoding.distributions import RowFormat, decode_group, decode_id_groups
 from storage.encoding.id_groups import IdGroups
 from storage.encoding.parquet_schema import check_schema
@@ -195,16 +194,11 @@ class PartFiles:
     ) -> tuple[DistributionRows, int]:
         table = self._read_group(family, entry, group)
         with self._decoding(entry):
-            if "payload" in table.column_names:  # format version 1
-                each = [sparse_rows(table, row, vocab_size=kept.vocab_size) for row in range(table.num_rows)]
-                starts = np.cumsum([0, *(rows.num_rows for rows in each)])
-                rows = SparseRows.concatenate(each)
-            else:
-                metadata = self._footer(family, entry).metadata.metadata
-                id_groups = self._hold((entry.file, "id groups"), lambda: _id_groups(metadata, kept.vocab_size))
-                rows, starts = decode_group(
-                    table, id_groups, kept.num_temperatures, num_sets=kept.num_sets, draw_set=draw_set
-                )
+            metadata = self._footer(family, entry).metadata.metadata
+            id_groups = self._hold((entry.file, "id groups"), lambda: _id_groups(metadata, kept.vocab_size))
+            rows, starts = decode_group(
+                table, id_groups, kept.num_temperatures, num_sets=kept.num_sets, draw_set=draw_set
+            )
         if family in self._narrowing:  # by the same numbers whenever this row group is read
             seed = [int(entry.sha256[:16], 16), group, draw_set]
             uniforms = np.random.default_rng(seed).random(rows.num_rows)

@@ -23,7 +23,6 @@ from storage.encoding.arrow_rows import (
     hidden_states,
     image_content,
     sequence_logprob,
-    sparse_rows,
     tokens_record,
 )
 from storage.encoding.distributions import RowFormat, check_group, decode_id_groups
@@ -39,7 +38,6 @@ from storage.layout.part_index import Part
 from storage.reader.row_group_cache import check_sizes, validated
 from storage.records.preference_pairs import check_pairs, check_sequence
 from storage.records.records import ImageRef, TokensRecord
-from storage.records.sparse_rows import check_sampled_total
 
 WHOLE_BYTES = 256 << 20  # of a file that is read once; each scan at a time holds one
 _BLOCK_BYTES = 4 << 20
@@ -220,13 +218,10 @@ class _Scan:
         unseen = dict(tokens.images)
         for first, table, metadata in self._groups(family, source):
             try:
-                if "payload" in table.column_names:
-                    counts = _check_payloads(table, kept)
-                else:
-                    if id_groups is None:
-                        id_groups = decode_id_groups(metadata, kept.vocab_size)
-                        tail_total_of(metadata, kept.vocab_size)
-                    counts = check_group(table, id_groups, kept)
+                if id_groups is None:
+                    id_groups = decode_id_groups(metadata, kept.vocab_size)
+                    tail_total_of(metadata, kept.vocab_size)
+                counts = check_group(table, id_groups, kept)
             except (CacheError, ValueError) as error:
                 raise CorruptPartError(f"rows {first} to {first + table.num_rows - 1}: {error}") from error
             keys = table[0].to_pylist()
@@ -337,17 +332,6 @@ def _list(table: pa.Table, name: str) -> tuple[NDArray, NDArray[np.int64]]:
     counts = np.diff(lists.offsets.to_numpy()).astype(np.int64)
     values = lists.flatten()
     return (np.zeros(0) if pa.types.is_string(values.type) else values.to_numpy()), counts
-
-
-def _check_payloads(table: pa.Table, kept: RowFormat) -> NDArray[np.int64]:
-    """check_group for format version 1."""
-    counts = []
-    for row in range(table.num_rows):
-        rows = sparse_rows(table, row, vocab_size=kept.vocab_size)
-        rows.validate(kept.vocab_size)
-        check_sampled_total(rows, kept.tau)
-        counts.append(rows.num_rows)
-    return np.array(counts, np.int64)
 
 
 def _check_sample(tokens: _Tokens, row: int, sample_id: str) -> None:

@@ -405,28 +405,6 @@ def test_relation_payloads_of_another_encoding_are_found(tmp_path):
         cache.read(cache.index_of("0-shared"))
 
 
-def test_caches_from_before_these_families_stay_readable(tmp_path):
-    """Commits and manifest without errors_by_family, relation payloads of version 1."""
-    write_plain_cache(tmp_path)
-    new = Cache.open(tmp_path)
-    before = [new.read(index) for index in range(new.num_samples)]
-
-    def to_version_1(columns):
-        columns["payload"] = [b"\x01\0\0\0" + payload[4:8] + payload[16:] for payload in columns["payload"]]
-        return columns
-
-    for part in range(2):
-        forge(tmp_path, "relation", to_version_1, part=part)
-    reseal(tmp_path, parts=(0, 1), errors_by_family=None)
-    assert b"errors_by_family" not in (tmp_path / MANIFEST_FILE).read_bytes()
-    assert verify(tmp_path).problems == []
-    old = Cache.open(tmp_path)
-    assert old.statistics()["errors_by_family"] == {}
-    for index, record in enumerate(before):
-        for key, matrix in old.read(index).relation.items():
-            np.testing.assert_array_equal(matrix.values, record.relation[key].values)
-
-
 def test_a_commit_without_its_head_or_with_one_elsewhere_is_refused(folder):
     commit = parse_document(commit_place(folder).read_bytes(), Commit, "commit")
     assert commit.head is not None

@@ -3,10 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import CacheError, CorruptPartError
+from storage.identity import FORMAT_VERSION
 from storage.layout.documents import Description, parse_document
 from tests.storage.synthetic_cache import make_identity
 
-DESCRIPTION = Description(format_version=1, families=("response",), identity=make_identity(teacher="größe \u2028"))
+DESCRIPTION = Description(
+    format_version=FORMAT_VERSION, families=("response",), identity=make_identity(teacher="größe \u2028")
+)
 
 
 def test_a_document_comes_back_and_is_ascii():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
 
-V1 = Path(__file__).parents[1] / "golden" / "v1"
 TOKENS_ONLY: dict[str, Any] = {"teacher_fingerprint": "none", "dtype": "none", "engine": "none"}
 NEW_PLAN = {"plan_fingerprint": "f" * 8, "num_parts": 3}
 
@@ -94,31 +92,6 @@ def test_a_cache_of_tokens_alone_gets_its_teacher_later(tmp_path):
     assert verify(tmp_path).problems == []
     with pytest.raises(IdentityError, match="teacher_fingerprint: cache has 'aaaaaaaa', this run has 'zz'"):
         add(tmp_path, ("visual",), teacher_fingerprint="zz")
-
-
-def test_a_sealed_cache_of_version_1_takes_families_and_samples(tmp_path):
-    """Old parts stay as they are; what is added says version 2."""
-    folder = shutil.copytree(V1, tmp_path / "v1")
-    before = files_of(folder)
-    first = read_segments(LocalFolder(folder))[0]
-    found, _ = find_segment(LocalFolder(folder), first.identity, first.families, append=False)
-    assert found == first  # complete: nothing is asked of version 1
-    identity = first.identity.model_copy(update={"format_version": 2, **NEW_PLAN})
-    writer = CacheWriter.open(folder, identity, (), append=True)
-    for part in range(3):
-        writer.write_part(part, PartRecords([], errors=[SampleError(f"new-{part}", "?")]))
-    writer.seal()
-    assert verify(folder).problems == []
-    assert Cache.open(folder).num_samples == 4
-    assert {name: content for name, content in files_of(folder).items() if name in before} == before
-
-
-def test_an_unfinished_cache_of_version_1_is_not_mixed_with_version_2(tmp_path):
-    folder = shutil.copytree(V1, tmp_path / "v1")
-    first = read_segments(LocalFolder(folder))[0]
-    (folder / "manifest.json").unlink()
-    with pytest.raises(CacheError, match=r"cache.json: was begun in format version 1, and is not finished"):
-        CacheWriter.open(folder, first.identity, first.families)
 
 
 def test_appended_samples_read_after_the_others(tmp_path):

@@ -225,7 +225,7 @@ def test_another_format_version_is_named_before_anything_is_parsed(folder):
     assert json.loads(place.read_text())["format_version"] == 4
     description = parse_document(place.read_bytes(), Description, "cache.json")
     place.write_bytes(description.model_copy(update={"format_version": 99}).to_bytes())
-    assert "format version is 99, this Stillhouse reads 1, 2, 3 and 4" in verify(folder).problems[0]
+    assert "format version is 99, this Stillhouse reads 4" in verify(folder).problems[0]
 
 
 def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import shutil
-from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
 
-from storage.backends.folder import LocalFolder, open_folder
-from storage.encoding.output_head import make_head
-from storage.errors import CacheError, CorruptPartError, IdentityError
+from storage.backends.folder import open_folder
+from storage.errors import CacheError, CorruptPartError
 from storage.layout.documents import Commit, Manifest, parse_document
-from storage.layout.segments import find_segment, read_segments
 from storage.reader.cache import Cache
-from storage.records.records import PartRecords, SampleError, SequenceLogprob
+from storage.records.records import PartRecords, SampleError
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.damage import all_files, flips
@@ -31,7 +27,6 @@ from tests.storage.family_cache import (
     write_family_cache,
 )
 
-V1 = Path(__file__).parents[1] / "golden" / "v1"
 STEPS = (("relation",), ("relation", "hidden"), FAMILIES)  # of three dumps, each over the same samples
 FLIPS_PER_FILE = 8
 
@@ -251,41 +246,3 @@ def test_any_flipped_byte_of_any_segment_is_found(tmp_path):
     for damage in flips(files, FLIPS_PER_FILE):
         assert verify(tmp_path).problems, damage
     assert verify(tmp_path).problems == []
-
-
-def test_version_1_takes_the_new_families(tmp_path):
-    """Its encodings' errors stay unknown; those of the families that are added are stated."""
-    folder = shutil.copytree(V1, tmp_path / "v1")
-    first, cache = read_segments(LocalFolder(folder))[0], Cache.open(folder)
-    selection = {**first.identity.selection, "hidden": {"encoding": "int8"}}
-    identity = first.identity.model_copy(update={"format_version": 2, "selection": selection})
-    writer = CacheWriter.open(folder, identity, (*first.families, "hidden", "sequence"))
-    assert writer.segment.families == ("sequence", "hidden")
-    weight = np.ones((identity.vocab_size, 4), np.float32)
-    writer.put_head(make_head(weight, None, scale=1.0, soft_cap=None))
-    rows = [cache.read(index).tokens for index in range(cache.num_samples)]
-    counts = [commit.num_samples for commit in cache._commits()]
-    for part, tokens in enumerate((rows[: counts[0]], rows[counts[0] :])):
-        lengths = [record.num_response_tokens for record in tokens]
-        hidden = [np.ones((length, 4), np.float32) for length in lengths]
-        sequence = [SequenceLogprob(-1.0 * length, length) for length in lengths]
-        writer.write_part(part, PartRecords(tokens=tokens, hidden=hidden, sequence=sequence))
-    writer.seal()
-    assert verify(folder).problems == []
-    statistics = Cache.open(folder).statistics()
-    assert set(statistics["errors_by_family"]) == {"hidden"}
-    assert Cache.open(folder).read(0).hidden is not None
-
-
-def test_a_relation_encoding_that_version_1_did_not_name_is_the_same(tmp_path):
-    folder = LocalFolder(shutil.copytree(V1, tmp_path / "v1"))
-    first = read_segments(folder)[0]
-
-    def find(**relation):
-        selection = {**first.identity.selection, "relation": {"centered": False, **relation}}
-        identity = first.identity.model_copy(update={"selection": selection})
-        return find_segment(folder, identity, first.families, append=False)[0]
-
-    assert find(encoding="triangle_fp16") == first
-    with pytest.raises(IdentityError, match=r"relation\.encoding: cache has 'triangle_fp16', this run has 'pooled'"):
-        find(encoding="pooled")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import CacheError, CorruptPartError, IdentityError
-from storage.identity import READABLE_VERSIONS
+from storage.identity import FORMAT_VERSION
 from storage.reader.cache import Cache, read_identity
 from student_train.config import StageSection
 from student_train.losses.config import LossesSection
@@ -67,12 +67,12 @@ def test_a_misfit_is_named_with_both_values_and_soon(
 
 def test_an_unknown_format_version_is_named_soon(warm: Path, tmp_path: Path) -> None:
     path = make_cache(tmp_path, warm, num_samples=4)
-    *early, last = map(str, READABLE_VERSIONS)
-    known = f"{', '.join(early)} and {last}"
     rewrite_version(path, 99)
     for opens in (lambda: prepare(stage(warm), str(path)), lambda: Cache.open(path)):
         started = time.perf_counter()
-        with pytest.raises(CacheError, match=rf"format version is 99, this Stillhouse reads {known}.*; read it with"):
+        with pytest.raises(
+            CacheError, match=rf"format version is 99, this Stillhouse reads {FORMAT_VERSION}; read it with"
+        ):
             opens()
         assert time.perf_counter() - started < LIMIT_S
 
