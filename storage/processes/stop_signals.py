@@ -6,6 +6,7 @@ a training) holds the signals with `hold_signals()` and looks at the event that 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from storage.processes.child_process import end_descendants
 from storage.processes.supervisor import REPEATED_S, adopt_orphans
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGACTION_BYTES = 256  # at least; the C structure is opaque here, and has 152 on Linux
+_RESTORE_S = 0.002
 _raised: list[int] = []  # signals that `interruptible` has made exceptions of, which a bare `except` may have caught
 
 
@@ -140,6 +143,34 @@ def leave(code: int) -> NoReturn:
         except (OSError, ValueError, RuntimeError):  # RuntimeError: a signal's handler within another flush
             continue
     os._exit(code)
+
+
+@contextmanager
+def keep_handler(number: signal.Signals) -> Iterator[None]:
+    """Within it Python's handler of a signal is in force again at most some milliseconds after C code has replaced it.
+
+    Ray's core gives SIGTERM the kernel's default action when it is shut down, which takes seconds, and another
+    handler while it starts; Python does not notice. In the main thread of a process that handles the signal.
+    """
+    if not callable(signal.getsignal(number)):
+        yield
+        return
+    libc, action = ctypes.CDLL(None), ctypes.create_string_buffer(_SIGACTION_BYTES)
+    libc.sigaction(int(number), None, action)
+    done = threading.Event()
+
+    def restore() -> None:
+        while not done.wait(_RESTORE_S):
+            libc.sigaction(int(number), action, None)
+
+    thread = threading.Thread(target=restore, name=f"keeps the handler of {number.name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        libc.sigaction(int(number), action, None)
 
 
 @contextmanager

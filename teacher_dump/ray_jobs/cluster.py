@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.child_process import descendants_end_with_this
 from storage.processes.search_path import shadowed_packages
-from storage.processes.stop_signals import Interrupted
+from storage.processes.stop_signals import Interrupted, keep_handler
 from storage.processes.waiting import Waiting
 
 GPUS_OF_ACTORS = "dump.gpus_per_actor or teacher.settings"  # by its ranks where nothing is said
@@ -69,7 +69,7 @@ def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
     if address:
         check_answers(address)
     try:
-        with Waiting(f"Ray at {address}" if address else "Ray to start on this machine"):
+        with Waiting(f"Ray at {address}" if address else "Ray to start on this machine"), keep_handler(signal.SIGTERM):
             ray.init(**options)
     except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: of Ray's handler of SIGTERM
         with contextlib.suppress(Exception):  # whatever half of it is there
@@ -85,8 +85,9 @@ def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
 
 
 def _shut_down(handler: Any) -> None:
-    """ray.shutdown, and SIGTERM's handler again: Ray's core has the kernel forget it, and Python does not notice."""
-    ray.shutdown()
+    """ray.shutdown, with SIGTERM's handler kept, which Ray's core has the kernel forget."""
+    with keep_handler(signal.SIGTERM):
+        ray.shutdown()
     _handle_sigterm(handler)
 
 
