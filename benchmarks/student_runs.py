@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.online import OnlineObjective, teacher_head
 from benchmarks.teacher_caches import Asked, TeacherStates
 from storage.reader.cache import Cache
-from student_train.data.batch_schedule import SampleTable, plans, select
+from student_train.data.batch_schedule import SampleTable, plans
 from student_train.data.collate import Batch, Gather, collate
 from student_train.data.mixture import Mixture, Source
 from student_train.losses.config import LossesSection
@@ -111,7 +111,7 @@ def train_student(
 
 def material_of(cache: Cache, checkpoint: Checkpoint) -> Material:
     """The split `train` of a cache, in the same order whatever else the cache holds."""
-    indices = select(cache.splits, ["train"])
+    indices = cache.splits.positions_of(["train"])
     rows, images, visual = (
         counts[indices].astype(np.int64)
         for counts in (cache.num_response_rows, cache.num_images, cache.num_visual_tokens)

@@ -262,7 +262,7 @@ def _image_view(cache: Cache, record: SampleRecord, image: ImageRef, texts: Toke
     visual = None if rows is None else tuple(_top_only(signal) for signal in signals_of(rows, texts, num_exact=1))
     return ImageView(
         image=image,
-        num_sharing=sum(image.key in keys for keys in cache.image_keys),
+        num_sharing=cache.count_samples_showing(image.key),
         relation=record.relation.get(image.key),
         visual=visual,
     )

@@ -1,5 +1,7 @@
 """Reads a cache, sealed or still growing: its samples by position or id, with the families asked for."""
 
+# pyarrow makes its compute functions when it is imported:
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.backends.folder import Folder, open_folder
 from storage.encoding.arrow_rows import image_content, tokens_record
 from storage.encoding.output_head import StoredHead
-from storage.encoding.parquet_schema import FAMILIES, SCHEMAS
+from storage.encoding.parquet_schema import FAMILIES
 from storage.encoding.tail_profile import mean_profile, tail_parts
 from storage.errors import CacheError, CorruptPartError, MissingFamilyError
 from storage.identity import Identity
@@ -27,26 +30,20 @@ from storage.layout.segments import Segment, merged_identity, read_segments, tok
 from storage.reader.batch_reader import BatchReader
 from storage.reader.narrowing import Narrowing
 from storage.reader.row_group_cache import PartFiles
+from storage.reader.sample_index import INDEX_COLUMNS, SampleIndex, TextColumn
 from storage.reader.shuffle import WINDOW_ROWS, Shuffle, cut_blocks
-from storage.records.preference_pairs import PreferencePair, pairs_of
+from storage.records.preference_pairs import CHOSEN, PreferencePair, pair_positions
 from storage.records.records import SampleError, SampleRecord, TokensRecord
 from storage.records.sample_batch import SampleBatch
 
 DEFAULT_MAX_BYTES = 256 << 20
 NUM_THREADS = 4  # that read the index of a local cache
 
-_INDEX_COLUMNS = (
-    "sample_id", "split", "category", "num_tokens", "num_response_tokens", "image_visual_tokens", "image_keys",
-)  # fmt: skip
-
-
-_NO_SAMPLES = pa.schema([SCHEMAS["tokens"].field(name) for name in _INDEX_COLUMNS]).empty_table()
-
 
 class Cache:
     """Samples in the order of parts and of rows in them. It holds no open file, so may be forked or pickled.
 
-    The index (ids, splits, counts, image keys) is read when the cache is opened, signals when asked for.
+    The index (ids, splits, categories, counts) is read when the cache is opened, signals when asked for.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class Cache:
         self._parts = parts
         self._files = part_files
         self._batches = BatchReader(part_files, self.identity, reads)
-        self._read_index()
+        self._index = self._read_index()
 
     @classmethod
     def open(
@@ -102,7 +99,37 @@ class Cache:
 
     @property
     def num_samples(self) -> int:
-        return len(self.sample_ids)
+        return len(self._index)
+
+    @property
+    def sample_ids(self) -> TextColumn:
+        return self._index.sample_ids
+
+    @property
+    def splits(self) -> TextColumn:
+        return self._index.splits
+
+    @property
+    def categories(self) -> TextColumn:
+        return self._index.categories
+
+    @property
+    def num_tokens(self) -> NDArray[np.int32]:
+        """Of each sample, unexpanded: an image counts as one."""
+        return self._index.num_tokens
+
+    @property
+    def num_response_rows(self) -> NDArray[np.int32]:
+        return self._index.num_response_rows
+
+    @property
+    def num_images(self) -> NDArray[np.int32]:
+        return self._index.num_images
+
+    @property
+    def num_visual_tokens(self) -> NDArray[np.int64]:
+        """Of each sample's images together, in the teacher's grid."""
+        return self._index.num_visual_tokens
 
     @property
     def held_bytes(self) -> int:
@@ -125,8 +152,9 @@ class Cache:
         index = int(np.argmax(self.num_images > 0)) if self.num_samples else 0
         example = None
         if self.num_samples and self.num_images[index]:
-            entry = self._parts[int(self._part_of[index])].families["tokens"]
-            rows, at = self._files.token_rows(entry, int(self._row_of[index]), self.identity)
+            positions, rows_in_parts = self._index.places(np.array([index]))
+            entry = self._parts[int(positions[0])].families["tokens"]
+            rows, at = self._files.token_rows(entry, int(rows_in_parts[0]), self.identity)
             example = rows.images[at][0].path
         return find_image_root(self._recorded_roots, self.folder.place(""), example=example)
 
@@ -141,7 +169,7 @@ class Cache:
 
     def index_of(self, sample_id: str) -> int:
         """The position of a sample. Errors: KeyError."""
-        return self._positions[sample_id]
+        return self._index.position(sample_id)
 
     def read(self, index: int, *, draw_set: int = 0) -> SampleRecord:
         """One sample with the families asked for, draws as in `read_many`. Errors: IndexError, CorruptPartError."""
@@ -157,10 +185,10 @@ class Cache:
         chosen = np.asarray(indices, np.int64)
         if not len(chosen) or chosen.min() < 0 or chosen.max() >= self.num_samples:
             raise IndexError(f"samples {chosen.tolist()[:8]} of {self.num_samples}")
-        positions, rows = self._part_of[chosen].tolist(), self._row_of[chosen].tolist()
-        ids, parts = [self.sample_ids[index] for index in chosen], [self._parts[position] for position in positions]
+        positions, rows = self._index.places(chosen)
+        ids, parts = [self.sample_ids[index] for index in chosen], [self._parts[at] for at in positions.tolist()]
         try:
-            return self._batches.read(chosen, ids, parts, rows, draw_set=draw_set)
+            return self._batches.read(chosen, ids, parts, rows.tolist(), draw_set=draw_set)
         except CorruptPartError as error:
             raise CorruptPartError(f"{self.folder}: {error}") from error
 
@@ -172,7 +200,7 @@ class Cache:
         Its window should fit into `max_bytes`: rows take some 270 bytes each.
         """
         chosen = slice(None) if indices is None else np.asarray(indices, np.int64)
-        blocks = cut_blocks(self._part_of, self.num_response_rows, self.num_visual_tokens)
+        blocks = cut_blocks(self._index.parts(), self.num_response_rows, self.num_visual_tokens)
         rows = np.bincount(blocks, self.num_response_rows + self.num_visual_tokens).astype(np.int64)
         return Shuffle(blocks[chosen], rows, window_rows=window_rows)
 
@@ -220,7 +248,7 @@ class Cache:
         """
         if "images" not in self.families:
             raise CacheError(f"{self.folder}: holds no images; dump the family images first")
-        part = self._parts[int(self._part_of[index])]
+        part = self._parts[int(self._index.places(np.array([index]))[0][0])]
         entry = part.families["images"]
         table, at = self._files.row("images", entry, self._files.rows_of("images", entry, "sha256")[sha256])
         try:
@@ -230,7 +258,23 @@ class Cache:
 
     def pairs(self) -> list[PreferencePair]:
         """The preference pairs: samples `<id>#chosen` and `<id>#rejected`."""
-        return pairs_of(self.sample_ids)
+        return [
+            PreferencePair(self.sample_ids[chosen].removesuffix(CHOSEN), chosen, rejected)
+            for chosen, rejected in self.pair_positions().tolist()
+        ]
+
+    def pair_positions(self) -> NDArray[np.int64]:
+        """(p, 2) the positions of the chosen and the rejected answer of each preference pair."""
+        return pair_positions(self.sample_ids.arrow)
+
+    def count_samples_showing(self, image_key: str) -> int:
+        """The samples that show an image after the same prefix; reads one column of every part."""
+        count = 0
+        for table in self.tables("tokens", ("image_keys",)):
+            keys = table["image_keys"].combine_chunks()
+            shows = pc.equal(pc.list_flatten(keys), image_key)
+            count += len(pc.list_parent_indices(keys).filter(shows).unique())
+        return count
 
     def tables(self, family: str, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Plain columns of a family, one table a part; `tokens` and `response` in the order of the samples.
@@ -279,28 +323,16 @@ class Cache:
     def _commits(self) -> list[Commit]:
         return [commit for part in self._parts for commit in part.commits]
 
-    def _read_index(self) -> None:
+    def _read_index(self) -> SampleIndex:
         def read(part: Part) -> pa.Table:
-            return self._files.columns("tokens", part.families["tokens"], _INDEX_COLUMNS)
+            return self._files.columns("tokens", part.families["tokens"], INDEX_COLUMNS)
 
         with ThreadPoolExecutor(layout.NUM_CONNECTIONS if self.folder.is_remote else NUM_THREADS) as pool:
             tables = list(pool.map(read, self._parts))
-        index = pa.concat_tables(tables).combine_chunks() if tables else _NO_SAMPLES
-        self.sample_ids: list[str] = index["sample_id"].to_pylist()
-        self.splits: list[str] = index["split"].to_pylist()
-        self.categories: list[str] = index["category"].to_pylist()
-        self.image_keys: list[tuple[str, ...]] = list(map(tuple, index["image_keys"].to_pylist()))
-        self.num_tokens: NDArray[np.int32] = index["num_tokens"].to_numpy()
-        self.num_response_rows: NDArray[np.int32] = index["num_response_tokens"].to_numpy()
-        self.num_images: NDArray[np.int32] = np.array([len(keys) for keys in self.image_keys], np.int32)
-        self._part_of = np.repeat(np.arange(len(tables)), [table.num_rows for table in tables])
-        self._row_of = np.concatenate([np.zeros(0, np.int64), *(np.arange(table.num_rows) for table in tables)])
-        self._positions = {sample_id: position for position, sample_id in enumerate(self.sample_ids)}
-        if len(self._positions) != len(self.sample_ids):
+        index = SampleIndex(tables)
+        if index.has_duplicates():
             raise CorruptPartError(f"{self.folder}: a sample id has two records; run stillhouse verify")
-        visual = index["image_visual_tokens"].combine_chunks()
-        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(visual.flatten().to_numpy(), dtype=np.int64)])
-        self.num_visual_tokens: NDArray[np.int64] = np.diff(sums[visual.offsets.to_numpy()])  # of the teacher
+        return index
 
 
 def read_identity(path: str | Path) -> Identity:

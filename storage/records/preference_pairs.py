@@ -4,12 +4,17 @@ Each is an ordinary sample, so every other family, and a reader of single answer
 a reader of pairs (DPO) joins the two by id.
 """
 
+# pyarrow makes its compute functions when it is imported:
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from storage.records.records import SequenceLogprob, TokensRecord
 from storage.records.sparse_rows import LOGPROB_TOLERANCE
@@ -26,11 +31,17 @@ class PreferencePair:
     rejected: int
 
 
-def pairs_of(sample_ids: Sequence[str]) -> list[PreferencePair]:
-    """The pairs among sample ids, in the order of their chosen answers; a lone half is no pair."""
-    rejected = {name.removesuffix(REJECTED): at for at, name in enumerate(sample_ids) if name.endswith(REJECTED)}
-    chosen = [(name.removesuffix(CHOSEN), at) for at, name in enumerate(sample_ids) if name.endswith(CHOSEN)]
-    return [PreferencePair(pair_id, at, rejected[pair_id]) for pair_id, at in chosen if pair_id in rejected]
+def pair_positions(sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """(p, 2) chosen and rejected of each pair, in the order of chosen answers; a lone half is no pair."""
+    chosen, rejected = (
+        np.flatnonzero(pc.ends_with(sample_ids, half).to_numpy(zero_copy_only=False)) for half in (CHOSEN, REJECTED)
+    )
+    names = pc.utf8_slice_codeunits(sample_ids.take(pa.array(chosen)), 0, -len(CHOSEN))
+    others = pc.utf8_slice_codeunits(sample_ids.take(pa.array(rejected)), 0, -len(REJECTED))
+    matches = pc.index_in(names, value_set=others)
+    is_whole = matches.is_valid().to_numpy(zero_copy_only=False)
+    partners = rejected[matches.drop_null().to_numpy().astype(np.int64)]
+    return np.stack([chosen[is_whole], partners], axis=1).astype(np.int64)
 
 
 def check_pairs(records: Iterable[TokensRecord]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -180,9 +180,3 @@ class ReadAhead(Generic[T]):
             except queue.Full:
                 continue
         return False
-
-
-def select(splits: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
-    """Indices of the samples whose split is wanted, in the cache's order."""
-    names = set(wanted)
-    return np.array([index for index, split in enumerate(splits) if split in names], np.int64)

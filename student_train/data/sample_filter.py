@@ -8,7 +8,7 @@ on it. Conditions are data (column, comparison, value), never code; pyarrow comp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -69,9 +69,9 @@ def filtered(cache: Cache, indices: NDArray[np.int64], conditions: Sequence[Cond
 def sample_columns(cache: Cache, names: set[str]) -> pa.Table:
     """Some of COLUMNS, a row for each sample of a cache. ConfigError: the cache lacks the family of one."""
     columns = {
-        "sample_id": lambda: cache.sample_ids,
-        "split": lambda: cache.splits,
-        "category": lambda: cache.categories,
+        "sample_id": lambda: cache.sample_ids.arrow,
+        "split": lambda: cache.splits.arrow.cast(pa.string()),
+        "category": lambda: cache.categories.arrow.cast(pa.string()),
         "num_tokens": lambda: _joined(cache, "tokens", "num_tokens"),
         "num_response_tokens": lambda: cache.num_response_rows,
         "num_images": lambda: cache.num_images,
@@ -83,8 +83,12 @@ def sample_columns(cache: Cache, names: set[str]) -> pa.Table:
         family = "response" if name in OF_ROWS else "sequence" if name == SEQUENCE else "tokens"
         if family not in cache.families:
             raise ConfigError(f"{cache.folder}: filter asks for {name}, which is of the family {family}; dump it first")
-        found[name] = _of_rows(cache, *OF_ROWS[name]) if name in OF_ROWS else pa.array(columns[name]())
+        found[name] = _of_rows(cache, *OF_ROWS[name]) if name in OF_ROWS else _column(columns[name]())
     return pa.table(found)
+
+
+def _column(values: Any) -> pa.Array | pa.ChunkedArray:
+    return pa.array(values) if isinstance(values, np.ndarray) else values
 
 
 def _joined(cache: Cache, family: str, column: str) -> pa.Array:

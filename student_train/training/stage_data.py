@@ -16,7 +16,7 @@ from storage.reader.cache import Cache, first_sample_with_images, read_identity
 from storage.reader.narrowing import Narrowing
 from storage.records.records import TokensRecord
 from student_train.config import SourceSection, StageSection
-from student_train.data.batch_schedule import SampleTable, select
+from student_train.data.batch_schedule import SampleTable
 from student_train.data.collate import check_grid
 from student_train.data.image_inputs import ImageInputs
 from student_train.data.mixture import Mixture, Source
@@ -273,9 +273,9 @@ def chosen_samples(cache: Cache, splits: tuple[str, ...]) -> np.ndarray:
 
 def samples_of_any(caches: Sequence[Cache], splits: tuple[str, ...]) -> list[np.ndarray]:
     """Each cache's indices of the samples of some splits, one or more in all. ConfigError if there are none."""
-    chosen = [select(cache.splits, splits) for cache in caches]
+    chosen = [cache.splits.positions_of(splits) for cache in caches]
     if not any(map(len, chosen)):
-        known = sorted({split for cache in caches for split in cache.splits})
+        known = sorted({split for cache in caches for split in cache.splits.unique()})
         raise ConfigError(
             f"{', '.join(str(cache.folder) for cache in caches)}: no sample is in the splits "
             f"{', '.join(splits) or '(none)'}; the {'cache has' if len(caches) == 1 else 'caches have'} "
@@ -286,15 +286,14 @@ def samples_of_any(caches: Sequence[Cache], splits: tuple[str, ...]) -> list[np.
 
 def chosen_pairs(cache: Cache, indices: np.ndarray) -> np.ndarray:
     """(p, 2) chosen and rejected of every preference pair among some samples, one or more. ConfigError if none is."""
-    wanted = set(indices.tolist())
-    pairs = [(pair.chosen, pair.rejected) for pair in cache.pairs()]
-    found = [pair for pair in pairs if wanted.issuperset(pair)]
-    if not found:
+    pairs = cache.pair_positions()
+    found = pairs[np.isin(pairs, indices).all(axis=1)]
+    if not len(found):
         raise ConfigError(
             f"{cache.folder}: losses.preference trains on pairs, and none of the {len(indices)} samples is half of "
             "one; dump preference pairs with the family sequence, or give stages.NAME.splits theirs"
         )
-    return np.array(found, np.int64)
+    return found
 
 
 def loss_families(losses: LossesSection) -> tuple[str, ...]:

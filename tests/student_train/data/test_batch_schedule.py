@@ -17,7 +17,6 @@ from student_train.data.batch_schedule import (
     micro_batches,
     num_micro_batches,
     plans,
-    select,
 )
 from student_train.losses.row_counts import RowCounts
 
@@ -101,11 +100,6 @@ def test_stopping_and_going_on_gives_the_same_plans_however_many_ranks(num_ranks
 def test_a_rank_without_samples_gets_one_that_does_not_count() -> None:
     third = list(plans(table(5), 2, 1, steps=range(1), seed=0, rank=0, num_ranks=3))
     assert [(len(plan.rows), plan.counted) for plan in third] == [(1, False)]
-
-
-def test_select_keeps_the_order_of_the_cache() -> None:
-    assert select(["train", "test", "val", "train"], ["val", "train"]).tolist() == [0, 2, 3]
-    assert select(["train"], ["test"]).tolist() == []
 
 
 def test_read_ahead_yields_in_order() -> None:
