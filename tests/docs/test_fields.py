@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from docs.make_fields import PAGE, collect_sections, describe_type, main, make_page, read_comments
+from docs.make_fields import PAGE, collect_sections, describe_type, main, make_page, read_comments, render_section
 from stillhouse.config import SCHEMAS, AblationsSection
 from storage.config import Section, SelectionSection
 from storage.config_loader import TOP_LEVEL_KEYS, Named, _kinds_at, read_sections
 from student_train.config import StageSection
+from student_train.losses.config import RelationLossSection
 from teacher_dump.config import DataSection, SourceSection, TeacherSection
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,3 +88,12 @@ def test_every_yaml_snippet_is_one_that_the_schema_takes(text: str, tmp_path: Pa
         assert run.stage in stages
         read_sections(path, {"stages": Named(StageSection)}, run.overrides())
     assert isinstance(sections.get("ablations", AblationsSection()), Section)
+
+
+def test_a_field_without_any_meaning_is_refused() -> None:
+    (section,) = [section for section in collect_sections() if section.schema is RelationLossSection]
+    with pytest.raises(ValueError, match=r"relation\.weight: has no comment in student_train\.losses\.config"):
+        render_section(section, {})
+    notes = {f"{section.places[0]}.weight": "factor", "stages.NAME.gone": "of nothing"}
+    assert "| `weight` | number, > 0 | `1.0` | factor |" in render_section(section, notes)
+    assert list(notes) == ["stages.NAME.gone"]  # which make_page refuses
