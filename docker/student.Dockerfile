@@ -4,7 +4,7 @@ ARG TORCH_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-devel
 FROM ${TORCH_IMAGE}
 
 WORKDIR /stillhouse
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY storage ./storage
 COPY teacher_dump ./teacher_dump
 COPY student_train ./student_train

@@ -7,7 +7,7 @@ FROM vllm/vllm-openai:v${VLLM_VERSION}
 RUN apt-get update && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /stillhouse
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY storage ./storage
 COPY teacher_dump ./teacher_dump
 COPY student_train ./student_train

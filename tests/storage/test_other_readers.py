@@ -1,4 +1,4 @@
-"""DuckDB, pandas, polars and Hugging Face datasets read the scalar columns, as README.md says."""
+"""DuckDB, pandas, polars and Hugging Face datasets read the scalar columns, as docs/inspecting.md says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from storage.reader.cache import Cache
 from tests.storage.synthetic_cache import write_cache
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "inspecting.md").read_text(encoding="utf-8")
 TELL = """
 import json
 print(json.dumps({
@@ -38,13 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def snippet(language: str) -> str:
     (found,) = [
         text
-        for text in re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+        for text in re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
         if "cache/response" in text
     ]
     return found
 
 
-def test_duckdb_answers_the_query_of_the_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duckdb_answers_the_query_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import duckdb
 
     monkeypatch.chdir(folder)
