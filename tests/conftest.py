@@ -1,14 +1,31 @@
-"""For all tests: how hypothesis draws, the order of files, and one running Ray."""
+"""For all tests: how hypothesis draws, checks of shapes, the order of files, and one running Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from jaxtyping import install_import_hook
 
 from tests.hypothesis_profiles import register_profiles
 from tests.teacher_dump.ray_head import RayHead, running_ray_head
 
+SHAPED_MODULES = (  # whose functions' shapes are checked at each call
+    "student_train.data.collate",
+    "student_train.losses.fused_linear",
+    "student_train.losses.head_products",
+    "student_train.losses.load_balancing",
+    "student_train.losses.preference",
+    "student_train.losses.relation",
+    "student_train.losses.sparse_divergence",
+    "student_train.models.student",
+    "student_train.training.objective",
+    "teacher_dump.signals.lm_head",
+    "teacher_dump.signals.sparsify",
+    "teacher_dump.signals.tail_sampling",
+    "teacher_dump.signals.teacher_noise",
+    "teacher_dump.teachers.teacher",
+)
 LONGEST_FILES = (  # come first, so that two processes that share the files end at about the same time
     "test_part_pool.py",
     "test_resume.py",
@@ -21,6 +38,7 @@ LONGEST_FILES = (  # come first, so that two processes that share the files end 
 )
 
 register_profiles()
+install_import_hook(SHAPED_MODULES, "beartype.beartype")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from student_train.losses.config import PreferenceLossSection
@@ -24,7 +24,7 @@ class Rewards:
     rejected: Float[Tensor, " p"]
 
     @property
-    def num_won(self) -> Float[Tensor, ""]:
+    def num_won(self) -> Int[Tensor, ""]:
         """How many pairs the student has in the right order, relative to the teacher."""
         return (self.chosen > self.rejected).sum()
 

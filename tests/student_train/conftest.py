@@ -14,24 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from jaxtyping import install_import_hook
 
 from teacher_dump import torchvision_shim
-
-with install_import_hook(
-    [
-        "student_train.losses.sparse_divergence",
-        "student_train.losses.fused_linear",
-        "student_train.losses.relation",
-        "student_train.models.student",
-    ],
-    "beartype.beartype",
-):
-    import student_train.losses.fused_linear
-    import student_train.losses.relation
-    import student_train.losses.sparse_divergence
-    import student_train.models.student  # noqa: F401
-
 from tests.free_port import free_port
 from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_llava
