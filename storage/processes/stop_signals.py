@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NoReturn
@@ -147,14 +147,54 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def keep_handler(number: signal.Signals) -> Iterator[None]:
-    """Within it Python's handler of a signal is in force again at most some milliseconds after C code has replaced it.
+    """Keeps the process's handler of a signal while a library replaces it, in Python or in C.
 
-    Ray's core gives SIGTERM the kernel's default action when it is shut down, which takes seconds, and another
-    handler while it starts; Python does not notice. In the main thread of a process that handles the signal.
+    Ray's core gives SIGTERM the kernel's default action when it is shut down, which takes seconds; Python does not
+    notice, so the kernel's entry is written again every two milliseconds. While it starts, Ray has a handler of its
+    own, whose SystemExit may get lost; a signal that reached another handler is given to the first one at the end.
+    Without such a handler, or elsewhere than in the main thread, nothing happens.
     """
-    if not callable(signal.getsignal(number)):
+    handler = signal.getsignal(number)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
+    num_handled = [0]
+
+    def handle(received: int, frame: FrameType | None) -> None:
+        num_handled[0] += 1
+        handler(received, frame)
+
+    signal.signal(number, handle)
+    with _wakeups() as received, _kernel_entry(number):
+        try:
+            yield
+        finally:
+            signal.signal(number, handler)
+    if received.count(number) > num_handled[0]:
+        handler(number, None)
+
+
+@contextmanager
+def _wakeups() -> Iterator[bytearray]:
+    """Collects the numbers of the signals that reach Python, whoever handles them; they are there at the end."""
+    received = bytearray()
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield received
+    finally:
+        signal.set_wakeup_fd(before)
+        with suppress(BlockingIOError):
+            received += os.read(reader, 1 << 16)
+        os.close(reader)
+        os.close(writer)
+
+
+@contextmanager
+def _kernel_entry(number: signal.Signals) -> Iterator[None]:
+    """Writes the kernel's present entry for a signal again and again, from a thread."""
     libc, action = ctypes.CDLL(None), ctypes.create_string_buffer(_SIGACTION_BYTES)
     libc.sigaction(int(number), None, action)
     done = threading.Event()

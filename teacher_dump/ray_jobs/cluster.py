@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,6 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[bool]:
 
 
 def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
-    handler = signal.getsignal(signal.SIGTERM)
     if address:
         check_answers(address)
     try:
@@ -73,27 +71,19 @@ def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
             ray.init(**options)
     except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: of Ray's handler of SIGTERM
         with contextlib.suppress(Exception):  # whatever half of it is there
-            _shut_down(handler)
+            _shut_down()
         raise stop if isinstance(stop, KeyboardInterrupt) else Interrupted(signal.SIGTERM) from stop
     except (ConnectionError, ValueError, RayError, OSError, RuntimeError) as error:
         raise StillhouseError(f"Ray cannot be had at {address or 'this machine'}: {last_line(error)}") from error
-    _handle_sigterm(handler)
     try:
         yield not address
     finally:
-        _shut_down(handler)
+        _shut_down()
 
 
-def _shut_down(handler: Any) -> None:
-    """ray.shutdown, with SIGTERM's handler kept, which Ray's core has the kernel forget."""
+def _shut_down() -> None:
     with keep_handler(signal.SIGTERM):
         ray.shutdown()
-    _handle_sigterm(handler)
-
-
-def _handle_sigterm(handler: Any) -> None:
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
 
 
 def refuse_without_room(resources: Resources, *, what: str, field: str) -> None:

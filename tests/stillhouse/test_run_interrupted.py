@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 NUM_MOMENTS = 10
 STEPS = ("dump", "grid", "report")  # a moment in each of them, besides those after some seconds
 WHOLE_S = 3000.0  # of a run that nobody ends: an upper limit for a machine under load
+OWN_END_S = 30.0  # of a run that the signal found at its end
 START_S = 5.0  # of Python itself, before anybody handles signals
 LEFT_S = 120.0  # an upper limit for a machine under load; what it took is printed
 PREPARE = """
@@ -124,6 +125,7 @@ class Experiment:
             self.endings.append(ending)
             sys.stdout.write(f"{number.name} {ending}\n")
             sys.stdout.flush()
+            assert code != 0 or seconds_left < OWN_END_S, f"it went on after the signal: {command.text()}"
             if code != 0:  # else it had come to its end
                 assert code == (-number if number == signal.SIGKILL else 128 + number), command.text()
             return code == 0
