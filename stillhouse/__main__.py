@@ -229,7 +229,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from stillhouse.preflight import keep_forecast
-    from stillhouse.reporting.plan_table import as_table
+    from stillhouse.reporting.plan_table import format_forecast
     from teacher_dump.estimates.cost_calibration import forecast_dump
     from teacher_dump.settings import read_settings
 
@@ -241,7 +241,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_json(arguments, {**asdict(expected), "total_bytes": expected.total_bytes})
     else:
-        print(as_table(expected))
+        print(format_forecast(expected))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -282,14 +282,14 @@ def _replay(arguments: argparse.Namespace, settings: DumpSettings) -> Replay:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from stillhouse.inspection.inspect_cache import inspect
+    from stillhouse.inspection.inspect_cache import inspect_cache
 
     _need_cache(arguments.cache)
     for folder, name in ((arguments.tokenizer, "--tokenizer"), (arguments.images, "--images")):
         if folder is not None:
             _need_folder(folder, name)
     print(
-        inspect(
+        inspect_cache(
             arguments.cache,
             sample_ids=arguments.sample,
             tokenizer=arguments.tokenizer,

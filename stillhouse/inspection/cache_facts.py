@@ -1,4 +1,4 @@
-"""What a cache is, in numbers: identity, sizes of families, errors, what was lost, what storing by image key saved."""
+"""Collects the facts of a cache: identity, sizes of families, errors, error summaries, bytes saved by image keys."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class FamilySize:
 
 @dataclass(frozen=True)
 class ImageSharing:
-    """Signals of images are stored once an image key, however many samples name it."""
+    """Bytes saved because an image's signals are stored once for each image key, however many samples name it."""
 
-    num_named: int  # images over all samples
+    num_named: int  # images of samples, a shared one counted for each sample
     num_stored: int  # image keys
-    saved_bytes_by_family: dict[str, int]  # more bytes without sharing, each visual token at its family's mean
+    saved_bytes_by_family: dict[str, int]  # estimated by the mean bytes of a visual token
 
     @property
     def saved_bytes(self) -> int:
@@ -45,8 +45,8 @@ class ImageSharing:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What one step between teacher and cache cost a family's rows, as the commits state it."""
+class FamilyErrors:
+    """The error that one step between teacher and cache adds to a family's rows, as the commits state it."""
 
     family: str
     kind: str  # teacher_noise, selection_errors, dropped_mass, errors_by_family (the codec): see FORMAT.md
@@ -57,20 +57,20 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What a fidelity budget chose for a family, and how its prediction compares."""
+class BudgetResult:
+    """The threshold that a fidelity budget chose for a family, its prediction, and the result."""
 
     family: str
-    asked: str  # gradient_error 0.02, or bytes_per_row 30
+    target: str  # gradient_error 0.02, or bytes_per_row 30
     tau: float
     predicted_gradient_error: float  # of the proxy student
     predicted_bytes_per_row: float
-    bytes_per_row: float | None  # real; None without rows
+    bytes_per_row: float | None  # None without rows
 
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What `stillhouse inspect` tells of a cache."""
+    """Everything that `stillhouse inspect` shows of a cache without a sample."""
 
     path: str
     sealed: bool
@@ -82,16 +82,16 @@ class CacheFacts:
     num_bytes: int
     families: dict[str, FamilySize]
     image_sharing: ImageSharing
-    losses: tuple[Loss, ...]
-    budgets: tuple[Budget, ...]
-    errors: dict[str, str]  # why a sample of the plan has no record, by its id
+    error_summaries: tuple[FamilyErrors, ...]
+    budgets: tuple[BudgetResult, ...]
+    errors: dict[str, str]  # by sample id, the reason why a planned sample has no record
     identity: dict[str, Any]
 
 
-def cache_facts(cache: Cache) -> CacheFacts:
-    """Facts from the commits and the tokens' index; no signal is decoded."""
+def collect_facts(cache: Cache) -> CacheFacts:
+    """The facts of a cache, from its commits and its index of samples. Decodes no signal."""
     statistics = cache.statistics()
-    sharing, num_keys = _sharing(cache, statistics["bytes_by_family"])
+    sharing, num_keys = _measure_sharing(cache, statistics["bytes_by_family"])
     num_rows = {"tokens": cache.num_samples, "relation": num_keys, **statistics["num_rows"]}
     families = {name: FamilySize(num_rows.get(name), size) for name, size in statistics["bytes_by_family"].items()}
     return CacheFacts(
@@ -99,32 +99,32 @@ def cache_facts(cache: Cache) -> CacheFacts:
         sealed=cache.sealed,
         num_parts=statistics["num_parts"],
         num_planned_parts=sum(segment.num_parts for segment in tokens_segments(cache.segments)),
-        segments={f"segment {segment.number}": _describe(segment) for segment in cache.segments},
+        segments={f"segment {segment.number}": _describe_segment(segment) for segment in cache.segments},
         num_samples=cache.num_samples,
         num_samples_by_split={split: cache.splits.count(split) for split in sorted(set(cache.splits))},
         num_bytes=statistics["bytes"],
         families=families,
         image_sharing=sharing,
-        losses=tuple(
-            Loss(family, kind, *(one[name] for name in ("measure", "mean", "p99", "max")))
+        error_summaries=tuple(
+            FamilyErrors(family, kind, *(summary[name] for name in ("measure", "mean", "p99", "max")))
             for kind in KINDS
-            for family, one in statistics[kind].items()
+            for family, summary in statistics[kind].items()
         ),
-        budgets=tuple(_budgets(cache, families)),
+        budgets=tuple(_read_budgets(cache, families)),
         errors={error.sample_id: error.reason for error in cache.errors},
         identity=cache.identity.model_dump(mode="json"),
     )
 
 
-def _budgets(cache: Cache, families: dict[str, FamilySize]) -> Iterator[Budget]:
+def _read_budgets(cache: Cache, families: dict[str, FamilySize]) -> Iterator[BudgetResult]:
     for family, setting in cache.identity.selection.items():
         budget = setting.get("budget")
         if budget is not None and family in families:
-            asked = next(name for name in ("gradient_error", "bytes_per_row") if name in budget)
+            target = next(name for name in ("gradient_error", "bytes_per_row") if name in budget)
             predicted = budget["predicted"]
-            yield Budget(
+            yield BudgetResult(
                 family,
-                f"{asked} {budget[asked]:g}",
+                f"{target} {budget[target]:g}",
                 setting["tau"],
                 predicted["gradient_error"],
                 predicted["bytes_per_row"],
@@ -132,7 +132,7 @@ def _budgets(cache: Cache, families: dict[str, FamilySize]) -> Iterator[Budget]:
             )
 
 
-def _describe(segment: Segment) -> str:
+def _describe_segment(segment: Segment) -> str:
     stored, parts = ", ".join(segment.stored_families), segment.parts
     added = "" if segment.adds_to is None else f", added to segment {segment.adds_to}"
     if segment.retries is not None:
@@ -140,8 +140,8 @@ def _describe(segment: Segment) -> str:
     return f"{stored} of parts {parts.start} to {parts.stop - 1}{added}"
 
 
-def as_json(facts: CacheFacts) -> dict[str, Any]:
-    """The facts in JSON types, with the derived numbers."""
+def convert_facts(facts: CacheFacts) -> dict[str, Any]:
+    """The facts in JSON types, with derived numbers such as bytes a row."""
     document = asdict(facts)
     for name, family in facts.families.items():
         document["families"][name]["bytes_per_row"] = family.bytes_per_row
@@ -149,31 +149,32 @@ def as_json(facts: CacheFacts) -> dict[str, Any]:
     return document
 
 
-def least_sure(cache: Cache, count: int) -> list[tuple[int, float]]:
-    """Positions and mean entropies (nats a token) of the answers on which the teacher was least sure, worst first.
+def find_least_sure(cache: Cache, count: int) -> list[tuple[int, float]]:
+    """Positions and mean entropies (nats a token) of the `count` samples with the largest mean entropy, worst first.
 
-    Samples without an answer are left out. Reads the entropy column alone. CacheError without the family response.
+    Leaves out samples without an answer. Reads only the entropy column. CacheError without the family response.
     """
     if "response" not in cache.families:
-        raise CacheError(f"{cache.folder}: holds no response rows, so nobody knows how sure the teacher was")
+        raise CacheError(f"{cache.folder}: holds no response rows, which carry the teacher's entropy")
     lists = [chunk for table in cache.tables("response", ["entropy"]) for chunk in table["entropy"].chunks]
-    means = np.concatenate([np.zeros(0), *map(_means, lists)])
+    means = np.concatenate([np.zeros(0), *map(_average_lists, lists)])
     order = np.argsort(-np.nan_to_num(means, nan=-np.inf), kind="stable")
     return [(int(index), float(means[index])) for index in order[:count] if np.isfinite(means[index])]
 
 
-def _means(lists: Any) -> NDArray[np.float64]:
-    """The mean of each list of an Arrow list array; NaN of an empty one."""
+def _average_lists(lists: Any) -> NDArray[np.float64]:
+    """The mean of each list of an Arrow list array; NaN for an empty list."""
     lengths = lists.value_lengths().to_numpy()
     values = lists.flatten().to_numpy().astype(np.float64)
     sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), values, minlength=len(lengths))
     return np.where(lengths > 0, sums / np.maximum(lengths, 1), np.nan)
 
 
-def _sharing(cache: Cache, bytes_by_family: dict[str, int]) -> tuple[ImageSharing, int]:
+def _measure_sharing(cache: Cache, bytes_by_family: dict[str, int]) -> tuple[ImageSharing, int]:
+    """The savings by shared image keys, and the number of image keys."""
     num_tokens_by_key: dict[str, int] = {}
     named_tokens = num_named = 0
-    for key, num_tokens in _named_images(cache):
+    for key, num_tokens in _list_images(cache):
         num_tokens_by_key[key] = num_tokens
         named_tokens += num_tokens
         num_named += 1
@@ -186,10 +187,9 @@ def _sharing(cache: Cache, bytes_by_family: dict[str, int]) -> tuple[ImageSharin
     return ImageSharing(num_named, len(num_tokens_by_key), saved), len(num_tokens_by_key)
 
 
-def _named_images(cache: Cache) -> Iterator[tuple[str, int]]:
-    """Key and visual tokens of every image that a sample names."""
+def _list_images(cache: Cache) -> Iterator[tuple[str, int]]:
+    """Key and number of visual tokens of every image of every sample."""
     for table in cache.tables("tokens", ["image_keys", "image_visual_tokens"]):
-        for keys, num_tokens in zip(
-            table["image_keys"].to_pylist(), table["image_visual_tokens"].to_pylist(), strict=True
-        ):
+        columns = (table[name].to_pylist() for name in ("image_keys", "image_visual_tokens"))
+        for keys, num_tokens in zip(*columns, strict=True):
             yield from zip(keys, num_tokens, strict=True)

@@ -1,4 +1,4 @@
-"""Pictures as data URIs for a self-contained page: the data set's images made small, matrices as heat maps."""
+"""Makes data URIs for a self-contained page: the data set's images in small, matrices as heat maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from storage.images.settings import PixelSettings
 from storage.records.records import ImageRef
 
 MAX_FILE_BYTES = 64 << 20  # a larger file is not opened
-MAX_PIXELS = 50_000_000  # a larger picture is not decoded
+MAX_PIXELS = 50_000_000  # a larger image is not decoded
 MAX_SIDE = 512  # pixels that are embedded
 MAX_LOSSLESS_SIDE = 256  # up to here as PNG, larger ones as JPEG
 CLIPPED_FRACTION = 0.005  # of a matrix's values at each end, or a bright diagonal would leave the rest pale
@@ -28,7 +28,7 @@ MAX_HEAT_SIDE = 512  # a larger matrix is shown by every n-th row and column
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImagePreview:
     """An image to embed. Without a uri, `reason` says why it is not shown."""
 
     uri: str
@@ -39,18 +39,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A matrix as one pixel a value. Colours run from `low` to `high`; values beyond have the outermost ones."""
+    """A matrix as an image of one pixel a value. Values outside `low` to `high` have the outermost colours."""
 
     uri: str
     low: float
     high: float
     gradient: str  # CSS, from low to high
-    clipped: bool  # some values lie beyond
+    clipped: bool  # some values lie outside
     step: int  # every step-th row and column is shown
-    is_large: bool  # more pixels than a small picture has
+    is_large: bool  # more than MAX_SMALL_HEAT_SIDE pixels a side
 
 
-def embedded_image(
+def embed_image(
     root: Path,
     image: ImageRef,
     *,
@@ -58,50 +58,58 @@ def embedded_image(
     max_file_bytes: int = MAX_FILE_BYTES,
     max_pixels: int = MAX_PIXELS,
     follows_links: bool = False,
-) -> Picture:
-    """The image below `root` if it is the one that the teacher saw, as the teacher's pixels were made; never an error.
+) -> ImagePreview:
+    """The image below `root`, with pixels made as the teacher's were. Gives a reason in place of an error.
 
-    What is embedded is our own encoding of its pixels, so nothing hidden in the file reaches the page.
+    Only the file that the teacher saw is shown. What is embedded is our own encoding of its pixels, so nothing
+    hidden in the file reaches the page.
     """
     file = image.file(root)
     try:
         if not follows_links and not file.resolve().is_relative_to(root.resolve()):
-            return Picture("", reason="it leads out of the image root")
+            return ImagePreview("", reason="it leads out of the image root")
         if file.stat().st_size > max_file_bytes:
-            return Picture("", reason=f"its file has more than {max_file_bytes:,} bytes")
+            return ImagePreview("", reason=f"its file has more than {max_file_bytes:,} bytes")
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != image.sha256:
-            return Picture("", reason="the file there is not the image that the teacher saw (another sha256)")
+            return ImagePreview("", reason="the file there is not the image that the teacher saw (another sha256)")
         picture = image_pixels.make_pixels(content, pixels, max_pixels=max_pixels)
     except OSError as error:
-        return Picture("", reason=f"not found below {root}" if isinstance(error, FileNotFoundError) else str(error))
+        reason = f"not found below {root}" if isinstance(error, FileNotFoundError) else str(error)
+        return ImagePreview("", reason=reason)
     except image_pixels.ImageDecodeError as error:
-        return Picture("", reason=f"cannot be decoded: {error}")
+        return ImagePreview("", reason=f"cannot be decoded: {error}")
     width, height = picture.size
     small = shrink_picture(picture, MAX_SIDE)
-    return Picture(_uri(small, "png" if max(small.size) <= MAX_LOSSLESS_SIDE else "jpeg"), width, height)
+    kind = "png" if max(small.size) <= MAX_LOSSLESS_SIDE else "jpeg"
+    return ImagePreview(_encode_uri(small, kind), width, height)
 
 
-def heat_map(values: NDArray[np.float32]) -> HeatMap:
+def draw_heat_map(values: NDArray[np.float32]) -> HeatMap:
     """Colours of a matrix (n, m): from low to high values, or symmetric around 0 if it has both signs."""
     step = -(-max(values.shape) // MAX_HEAT_SIDE)
     shown = values[::step, ::step].astype(np.float64)
     low = float(np.quantile(values, CLIPPED_FRACTION, method="lower"))
     high = float(np.quantile(values, 1 - CLIPPED_FRACTION, method="higher"))
-    name = "magma_r"
+    palette = "magma_r"
     if low < 0 < high:
         high = max(-low, high)
-        low, name = -high, "RdBu_r"
-    colours = mpl.colormaps[name]
+        low, palette = -high, "RdBu_r"
+    colours = mpl.colormaps[palette]
     span = high - low
-    places = np.clip((shown - low) / span, 0, 1) if span > 0 else np.zeros_like(shown)
-    pixels = (colours(places)[..., :3] * 255).astype(np.uint8)
-    stops = ", ".join(to_hex(colours(place)) for place in np.linspace(0, 1, 9))
-    is_large = max(places.shape) > MAX_SMALL_HEAT_SIDE
-    clipped = bool(values.min() < low or values.max() > high)
-    uri = _uri(picture_of(pixels), "png")
-    return HeatMap(uri, low, high, f"linear-gradient(90deg, {stops})", clipped, step, is_large)
+    fractions = np.clip((shown - low) / span, 0, 1) if span > 0 else np.zeros_like(shown)
+    pixels = (colours(fractions)[..., :3] * 255).astype(np.uint8)
+    stops = ", ".join(to_hex(colours(fraction)) for fraction in np.linspace(0, 1, 9))
+    return HeatMap(
+        uri=_encode_uri(picture_of(pixels), "png"),
+        low=low,
+        high=high,
+        gradient=f"linear-gradient(90deg, {stops})",
+        clipped=bool(values.min() < low or values.max() > high),
+        step=step,
+        is_large=max(shown.shape) > MAX_SMALL_HEAT_SIDE,
+    )
 
 
-def _uri(picture: image_pixels.Picture, kind: Literal["png", "jpeg"]) -> str:
+def _encode_uri(picture: image_pixels.Picture, kind: Literal["png", "jpeg"]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(encode_picture(picture, kind)).decode()}"

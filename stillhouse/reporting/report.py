@@ -1,7 +1,7 @@
-"""What a run measured, gathered from its files into report.json and report.html.
+"""Collects the results of an experiment from the files of its runs, and writes report.json and report.html.
 
-Spreads are standard deviations over seeds; differences to a control are taken seed by seed (paired)
-and carry a 95 % interval of Student's t.
+Spreads are standard deviations over seeds. Differences to a control are paired by seed and have a 95 % interval of
+Student's t.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from typing import Any
 
 from scipy import stats
 
-from stillhouse.reporting.report_page import judged_turns, render_page
+from stillhouse.reporting.report_page import render_report
+from stillhouse.reporting.verdict import describe_verdict
 from storage.backends.folder import open_folder, write_atomically, write_json
 from storage.errors import ConfigError, StillhouseError
 from storage.reader.cache import Cache
 
-_AGAIN = "remove it, and run `stillhouse run` or `stillhouse ablate` again"
-DISTILLED = ("response", "visual", "relation", "preference")  # parts of a loss that come from the teacher
+_ADVICE = "remove it, and run `stillhouse run` or `stillhouse ablate` again"
+TEACHER_LOSSES = ("response", "visual", "relation", "preference")  # parts of a loss that come from the teacher
+PAIRED_MEASURES = {  # by the report's field for the differences to the controls
+    "paired": "exact_match",
+    "paired_kl_to_teacher": "kl_to_teacher",
+    "paired_unsupported_rate": "unsupported_rate",
+    "paired_hallucination_rate": "hallucination_rate",
+}
 
 
 def write_report(folder: Path) -> Path:
@@ -35,42 +42,29 @@ def write_report(folder: Path) -> Path:
         for seed in run["seeds"]
     }
     page = folder / "report.html"
-    write_atomically(page, render_page(report, metrics).encode())
+    write_atomically(page, render_report(report, metrics).encode())
     return page
 
 
 def build_report(folder: Path) -> dict[str, Any]:
     """The report as plain data; `ConfigError` when `folder` holds no finished ablation."""
-    listing = _read(folder / "ablations.json")
+    listing = _read_json(folder / "ablations.json")
     if listing is None:
         raise ConfigError(f"{folder}: ablations.json is missing; run `stillhouse run` or `stillhouse ablate` first")
     if not {"runs", "controls"} <= listing.keys():
-        raise StillhouseError(f"{folder / 'ablations.json'} is damaged: it has no runs or controls; {_AGAIN}")
+        raise StillhouseError(f"{folder / 'ablations.json'} is damaged: it has no runs or controls; {_ADVICE}")
     by_name: dict[str, list[dict[str, Any]]] = {}
     for entry in listing["runs"]:
         by_name.setdefault(entry["name"], []).append(_read_run(Path(entry["folder"]), entry))
-    runs = [_summarise(name, entries) for name, entries in by_name.items()]
-    supported = {run["name"] for run in runs if run["unsupported_rate"] is not None}
-    compared = {run["name"] for run in runs if run["kl_to_teacher"] is not None}
-    claims = {run["name"] for run in runs if "hallucination_rate" in (run["yes_no"] or {})}
+    runs = [_summarise_run(name, entries) for name, entries in by_name.items()]
     for run in runs:
-        controls = listing["controls"].get(run["name"], [])
-        run["paired"] = {control: paired_difference(by_name[run["name"]], by_name[control]) for control in controls}
-        run["paired_kl_to_teacher"] = {
-            control: paired_difference(by_name[run["name"]], by_name[control], "kl_to_teacher")
-            for control in controls
-            if {run["name"], control} <= compared
-        }
-        run["paired_unsupported_rate"] = {
-            control: paired_difference(by_name[run["name"]], by_name[control], "unsupported_rate")
-            for control in controls
-            if {run["name"], control} <= supported
-        }
-        run["paired_hallucination_rate"] = {
-            control: paired_difference(by_name[run["name"]], by_name[control], "hallucination_rate")
-            for control in controls
-            if {run["name"], control} <= claims
-        }
+        entries, controls = by_name[run["name"]], listing["controls"].get(run["name"], [])
+        for field, measure in PAIRED_MEASURES.items():
+            run[field] = {
+                control: pair_by_seed(entries, by_name[control], measure)
+                for control in controls
+                if all(entry.get(measure) is not None for entry in (*entries, *by_name[control]))
+            }
     cache = listing.get("cache")
     return {
         "name": folder.name,
@@ -79,105 +73,31 @@ def build_report(folder: Path) -> dict[str, Any]:
         "cache": {} if cache is None else _read_cache(cache),
         "dump": {} if cache is None else _read_dump(cache),
         "runs": runs,
-        "verdict": verdict(runs),
+        "verdict": describe_verdict(runs),
     }
 
 
-def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
+def compute_mean_and_sd(values: Sequence[float]) -> dict[str, float]:
     """{"mean", "sd"}; sd is the sample's, 0 for a single value."""
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
 
 
-def paired_difference(
+def pair_by_seed(
     run: list[dict[str, Any]], control: list[dict[str, Any]], measure: str = "exact_match"
 ) -> dict[str, float | None]:
-    """`measure` of `run` less that of `control`, seed by seed: mean, sd, 95 % interval (None for one seed)."""
-    of_control = {entry["seed"]: entry[measure] for entry in control}
-    differences = [entry[measure] - of_control[entry["seed"]] for entry in run if entry["seed"] in of_control]
-    summary: dict[str, float | None] = {**mean_and_sd(differences), "low": None, "high": None}
+    """`measure` of `run` minus that of `control`, seed by seed: mean, sd, 95 % interval (None for one seed)."""
+    by_seed = {entry["seed"]: entry[measure] for entry in control}
+    differences = [entry[measure] - by_seed[entry["seed"]] for entry in run if entry["seed"] in by_seed]
+    summary: dict[str, float | None] = {**compute_mean_and_sd(differences), "low": None, "high": None}
     if len(differences) > 1:
-        half = float(stats.t.ppf(0.975, len(differences) - 1)) * stdev(differences) / len(differences) ** 0.5
-        summary |= {"low": fmean(differences) - half, "high": fmean(differences) + half}
+        quantile = float(stats.t.ppf(0.975, len(differences) - 1))
+        half_width = quantile * stdev(differences) / len(differences) ** 0.5
+        summary |= {"low": fmean(differences) - half_width, "high": fmean(differences) + half_width}
     return summary
 
 
-def verdict(runs: Sequence[dict[str, Any]]) -> str:
-    """Which distilled runs beat all of their controls, judged by the paired 95 % intervals, and which are closer to
-    the teacher: the one may be true without the other."""
-    distilled = [run for run in runs if run["distilled"] and run["paired"]]
-    if not distilled:
-        return "There is nothing to compare: no distilled run has a control."
-    wins = [run for run in distilled if all(_beats(difference) for difference in run["paired"].values())]
-    losses = [run for run in distilled if run not in wins]
-    parts = []
-    if wins:
-        parts.append(f"Distillation beat its controls in {_gains(wins)}")
-    if losses:
-        opening = "but not" if wins else "Distillation did not beat its controls"
-        parts.append(f"{opening} by more than the seeds' spread in {_gains(losses)}")
-    judged = f"Exact match of {judged_turns(runs)}, paired by seed, with 95 % intervals."
-    return f"{', '.join(parts)}. {judged}{_closeness(distilled)}{_unlike(runs)}"
-
-
-def _closeness(distilled: Sequence[dict[str, Any]]) -> str:
-    """Which runs have a lower KL to the teacher than all of their controls, held out; empty where none has both."""
-    measured = [run for run in distilled if run.get("paired_kl_to_teacher")]
-    lower = [run for run in measured if all(_is_below(each) for each in run["paired_kl_to_teacher"].values())]
-    higher = [run for run in measured if any(_is_above(each) for each in run["paired_kl_to_teacher"].values())]
-    rest = [run for run in measured if run not in lower and run not in higher]
-    parts = [
-        f"{verb} in {'; '.join(_nat_gains(run) for run in some)}"
-        for verb, some in (("lower", lower), ("higher", higher), ("not shown to differ", rest))
-        if some
-    ]
-    return f" KL to the teacher: {', '.join(parts)}." if parts else ""
-
-
-def _is_below(difference: dict[str, float | None]) -> bool:
-    return difference["high"] is not None and difference["high"] < 0
-
-
-def _is_above(difference: dict[str, float | None]) -> bool:
-    return difference["low"] is not None and difference["low"] > 0
-
-
-def _nat_gains(run: dict[str, Any]) -> str:
-    found = []
-    for control, each in run["paired_kl_to_teacher"].items():
-        interval = "" if each["low"] is None else f" [{each['low']:+.3f}, {each['high']:+.3f}]"
-        found.append(f"{each['mean']:+.3f} nats{interval} to {control}")
-    return f"{run['name']} ({', '.join(found)})"
-
-
-def _unlike(runs: Sequence[dict[str, Any]]) -> str:
-    """A warning where runs were not judged on the same samples: each is on those of all its stage's caches."""
-    numbers = {run["name"]: run.get("num_held_out") for run in runs}
-    if len(set(numbers.values())) < 2:
-        return ""
-    said = ", ".join(f"{name} {number}" for name, number in numbers.items())
-    return f" Beware of differences between runs that were judged on other samples; numbers of samples: {said}."
-
-
-def _beats(difference: dict[str, float | None]) -> bool:
-    return difference["low"] is not None and difference["low"] > 0
-
-
-def _gains(runs: list[dict[str, Any]]) -> str:
-    gains = []
-    for run in runs:
-        found = ", ".join(f"{_points(difference)} to {control}" for control, difference in run["paired"].items())
-        gains.append(f"{run['name']} ({found})")
-    return "; ".join(gains)
-
-
-def _points(difference: dict[str, Any]) -> str:
-    if difference["low"] is None:
-        return f"{100 * difference['mean']:+.1f} points"
-    return f"{100 * difference['mean']:+.1f} points [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
-
-
 def _read_run(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    summary, evaluation = _read(folder / "summary.json"), _read(folder / "evaluation.json")
+    summary, evaluation = _read_json(folder / "summary.json"), _read_json(folder / "evaluation.json")
     if summary is None or evaluation is None:
         raise ConfigError(f"{folder}: summary.json or evaluation.json is missing; run `stillhouse ablate` again")
     yes_no = evaluation.get("yes_no") or {}
@@ -192,12 +112,12 @@ def _read_run(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _summarise(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _summarise_run(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
     categories = sorted({category for entry in entries for category in entry["by_category"]})
     return {
         "name": name,
         "stage": entries[0]["stage"],
-        "distilled": any(part in entries[0]["final"] for part in DISTILLED),
+        "distilled": any(loss in entries[0]["final"] for loss in TEACHER_LOSSES),
         "steps": entries[0]["steps"],
         "seeds": [entry["seed"] for entry in entries],
         "num_seeds": len(entries),
@@ -206,58 +126,63 @@ def _summarise(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
         "num_answers": entries[0].get("num_answers", entries[0].get("num_samples")),
         "num_parameters": entries[0]["num_parameters"],
         "num_activated_parameters": entries[0].get("num_activated_parameters", entries[0]["num_parameters"]),
-        "exact_match": mean_and_sd([entry["exact_match"] for entry in entries]),
+        "exact_match": compute_mean_and_sd([entry["exact_match"] for entry in entries]),
         "exact_match_by_seed": {str(entry["seed"]): entry["exact_match"] for entry in entries},
         "by_category": {
-            category: mean_and_sd([entry["by_category"][category]["exact_match"] for entry in entries])
+            category: compute_mean_and_sd([entry["by_category"][category]["exact_match"] for entry in entries])
             for category in categories
         },
-        "unsupported_rate": _optional(entries, "unsupported_rate"),
-        "yes_no": _yes_no([entry.get("yes_no") for entry in entries]),
-        "routers": _routers([entry.get("routers") for entry in entries]),
-        "cross_entropy": _optional(entries, "cross_entropy"),
-        "kl_to_teacher": _optional(entries, "kl_to_teacher"),
-        "top1_agreement": _optional(entries, "top1_agreement"),
+        "unsupported_rate": _average_measure(entries, "unsupported_rate"),
+        "yes_no": _average_yes_no([entry.get("yes_no") for entry in entries]),
+        "routers": _average_routers([entry.get("routers") for entry in entries]),
+        "cross_entropy": _average_measure(entries, "cross_entropy"),
+        "kl_to_teacher": _average_measure(entries, "kl_to_teacher"),
+        "top1_agreement": _average_measure(entries, "top1_agreement"),
         "seconds": fmean([entry["seconds"] for entry in entries]),
         "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in entries),
     }
 
 
-def _yes_no(scores: list[dict[str, Any] | None]) -> dict[str, dict[str, float]] | None:
-    """Each score's mean and spread over seeds, None where some seed has none: without yes/no questions all."""
-    if None in scores:
+def _average_yes_no(scores: list[dict[str, Any] | None]) -> dict[str, dict[str, float]] | None:
+    """The mean and spread of each score that all seeds have; None if a seed was asked no yes/no questions."""
+    measured = [score for score in scores if score is not None]
+    if len(measured) < len(scores):
         return None
-    by_name = {name: [each[name] for each in scores if each is not None] for name in scores[0] or {}}
-    return {name: mean_and_sd(values) for name, values in by_name.items() if None not in values}
+    by_name = {name: [score[name] for score in measured] for name in measured[0]}
+    return {name: compute_mean_and_sd(values) for name, values in by_name.items() if None not in values}
 
 
-def _routers(statistics: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Of sparse runs: shares of a layer's experts, the busiest first (seeds number them as they like), and the rest."""
-    found = [each for each in statistics if each is not None]
-    if not found or len(found) < len(statistics):
+def _average_routers(statistics: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Router statistics of a sparse run over its seeds; None for a dense run.
+
+    The experts of a layer are sorted by load, the busiest first, since each seed numbers them differently.
+    """
+    measured = [seed for seed in statistics if seed is not None]
+    if not measured or len(measured) < len(statistics):
         return None
-    falling = [[sorted(layer, reverse=True) for layer in each["load"]] for each in found]
+    by_load = [[sorted(layer, reverse=True) for layer in seed["load"]] for seed in measured]
     return {
-        "load": [[fmean(shares) for shares in zip(*layers, strict=True)] for layers in zip(*falling, strict=True)],
-        "load_by_seed": [each["load"] for each in found],
-        **{name: mean_and_sd([each[name] for each in found]) for name in ("entropy", "balance", "z")},
-        "dropped": sum(each["dropped"] for each in found),
+        "load": [[fmean(shares) for shares in zip(*layers, strict=True)] for layers in zip(*by_load, strict=True)],
+        "load_by_seed": [seed["load"] for seed in measured],
+        **{name: compute_mean_and_sd([seed[name] for seed in measured]) for name in ("entropy", "balance", "z")},
+        "dropped": sum(seed["dropped"] for seed in measured),
     }
 
 
-def _optional(entries: list[dict[str, Any]], key: str) -> dict[str, float] | None:
-    values = [entry[key] for entry in entries if entry.get(key) is not None]
-    return mean_and_sd(values) if len(values) == len(entries) else None
+def _average_measure(entries: list[dict[str, Any]], measure: str) -> dict[str, float] | None:
+    """Mean and spread of a measure that all seeds have; None if one lacks it."""
+    values = [entry[measure] for entry in entries if entry.get(measure) is not None]
+    return compute_mean_and_sd(values) if len(values) == len(entries) else None
 
 
 def _read_teacher(folder: str | None) -> dict[str, Any]:
-    """The teacher's own evaluation, where there is one; without its samples."""
-    evaluation = None if folder is None else _read(Path(folder) / "evaluation.json")
+    """The teacher's evaluation without its samples; empty if it was not evaluated."""
+    evaluation = None if folder is None else _read_json(Path(folder) / "evaluation.json")
     if evaluation is None:
         return {}
-    summary = _read(Path(str(folder)) / "summary.json") or {}
-    kept = {key: value for key, value in evaluation.items() if key != "samples"}
-    return {"num_parameters": summary.get("num_parameters"), "training_seconds": summary.get("seconds"), **kept}
+    summary = _read_json(Path(str(folder)) / "summary.json") or {}
+    scores = {key: value for key, value in evaluation.items() if key != "samples"}
+    return {"num_parameters": summary.get("num_parameters"), "training_seconds": summary.get("seconds"), **scores}
 
 
 def _read_cache(path: str) -> dict[str, Any]:
@@ -275,22 +200,22 @@ def _read_cache(path: str) -> dict[str, Any]:
 
 def _read_dump(path: str) -> dict[str, Any]:
     try:
-        return _parse(open_folder(path).read("dump.json"), f"{path}/dump.json")
+        return _parse_json(open_folder(path).read("dump.json"), f"{path}/dump.json")
     except FileNotFoundError:
         return {}
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The logged steps of one run, oldest first; without a last line that is still being written."""
+    """The logged steps of one run, oldest first, without an unfinished last line."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
     *lines, _ = path.read_bytes().split(b"\n")
-    return [_parse(line, path) for line in lines if line]
+    return [_parse_json(line, path) for line in lines if line]
 
 
 def describe_machine() -> str:
-    """Processor, cores and system in one line."""
+    """Processor, number of cores and operating system in one line."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -300,15 +225,16 @@ def describe_machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return _parse(path.read_bytes(), path) if path.exists() else None
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return _parse_json(path.read_bytes(), path) if path.exists() else None
 
 
-def _parse(text: bytes, path: Path | str) -> dict[str, Any]:
+def _parse_json(text: bytes, path: Path | str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        document = json.loads(text)
     except ValueError as error:
-        raise StillhouseError(f"{path} is damaged: {error}; {_AGAIN}") from error
-    if not isinstance(found, dict):
-        raise StillhouseError(f"{path} is damaged: it holds a {type(found).__name__}, expected an object; {_AGAIN}")
-    return found
+        raise StillhouseError(f"{path} is damaged: {error}; {_ADVICE}") from error
+    if not isinstance(document, dict):
+        got = type(document).__name__
+        raise StillhouseError(f"{path} is damaged: it holds a {got}, expected an object; {_ADVICE}")
+    return document

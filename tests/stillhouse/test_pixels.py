@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stillhouse.inspection.image_previews import embedded_image
+from stillhouse.inspection.image_previews import embed_image
 from storage.identity import stored_pixels
 from storage.images.settings import OLD_PIXELS
 from storage.reader.cache import Cache
@@ -77,7 +77,7 @@ def test_inspection_shows_what_the_teacher_saw(folder: Path) -> None:
     expected = {file.name: load_image(folder / "data", file.name, PIXELS).pixels for file in picture_files()}
     for index, sample_id in enumerate(cache.sample_ids):
         (image,) = cache.read(index).tokens.images
-        found = embedded_image(folder / "data", image, pixels=stored_pixels(cache.identity))
+        found = embed_image(folder / "data", image, pixels=stored_pixels(cache.identity))
         assert (found.width, found.height) == expected[sample_id].size
         if max(expected[sample_id].size) <= 256:
             with Image.open(io.BytesIO(base64.b64decode(found.uri.split(",")[1]))) as shown:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stillhouse.inspection.cache_facts import as_json, cache_facts, least_sure
-from stillhouse.inspection.sample_text import facts_text
+from stillhouse.inspection.cache_facts import collect_facts, convert_facts, find_least_sure
+from stillhouse.inspection.sample_text import format_facts
 from storage.errors import CacheError
 from storage.reader.cache import Cache
 from tests.storage.synthetic_cache import TAU, write_cache
@@ -23,7 +23,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def test_sizes_are_those_on_disk(cache: Cache) -> None:
-    facts = cache_facts(cache)
+    facts = collect_facts(cache)
     for name, family in facts.families.items():
         files = (Path(str(cache.folder)) / name).glob("*.parquet")
         assert family.num_bytes == sum(file.stat().st_size for file in files)
@@ -42,7 +42,7 @@ def test_sizes_are_those_on_disk(cache: Cache) -> None:
 
 
 def test_what_sharing_saved_is_what_a_copy_for_each_sample_would_add(cache: Cache) -> None:
-    sharing = cache_facts(cache).image_sharing
+    sharing = collect_facts(cache).image_sharing
     records = [cache.read(index) for index in range(cache.num_samples)]
     named = [(image.key, image.num_visual_tokens) for record in records for image in record.tokens.images]
     stored = dict(named)
@@ -57,7 +57,7 @@ def test_what_sharing_saved_is_what_a_copy_for_each_sample_would_add(cache: Cach
 
 def test_a_cache_without_signals_of_images_saved_nothing(tmp_path: Path) -> None:
     write_cache(tmp_path, families=("response",))
-    facts = cache_facts(Cache.open(tmp_path))
+    facts = collect_facts(Cache.open(tmp_path))
     assert facts.image_sharing.saved_bytes == 0
     assert facts.image_sharing.num_stored > 0
 
@@ -66,12 +66,12 @@ def test_an_unfinished_cache_is_described(tmp_path: Path) -> None:
     write_cache(tmp_path)
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "commits" / "part-00001.json").unlink()
-    facts = cache_facts(Cache.open(tmp_path))
+    facts = collect_facts(Cache.open(tmp_path))
     assert (facts.sealed, facts.num_parts, facts.num_planned_parts, facts.num_samples) == (False, 1, 2, 6)
 
 
 def test_facts_are_json(cache: Cache) -> None:
-    document = json.loads(json.dumps(as_json(cache_facts(cache))))
+    document = json.loads(json.dumps(convert_facts(collect_facts(cache))))
     assert document["identity"]["vocab_size"] == cache.identity.vocab_size
     assert document["families"]["visual"]["bytes_per_row"] > 0
     assert document["image_sharing"]["saved_bytes"] > 0
@@ -85,25 +85,25 @@ def test_the_least_sure_answers_have_the_greatest_mean_entropy(cache: Cache) -> 
         if rows.num_rows:
             means[index] = float(np.mean(rows.entropy.astype(np.float64)))
     expected = sorted(means, key=lambda index: -means[index])
-    found = least_sure(cache, 5)
+    found = find_least_sure(cache, 5)
     assert [index for index, _ in found] == expected[:5]
     assert [mean for _, mean in found] == pytest.approx([means[index] for index in expected[:5]])
-    assert len(least_sure(cache, 1000)) == len(means) < cache.num_samples  # empty answers are left out
+    assert len(find_least_sure(cache, 1000)) == len(means) < cache.num_samples  # empty answers are left out
 
 
 def test_without_response_rows_nobody_knows(tmp_path: Path) -> None:
     write_cache(tmp_path, families=())
     with pytest.raises(CacheError, match="no response rows"):
-        least_sure(Cache.open(tmp_path), 1)
+        find_least_sure(Cache.open(tmp_path), 1)
 
 
 def test_what_was_lost_is_what_the_manifest_states(cache: Cache) -> None:
-    facts = cache_facts(cache)
+    facts = collect_facts(cache)
     stated = cache.statistics()["errors_by_family"]
-    encoding = {one.family: one for one in facts.losses if one.kind == "errors_by_family"}
+    encoding = {one.family: one for one in facts.error_summaries if one.kind == "errors_by_family"}
     assert encoding.keys() == stated.keys() != set()
     assert all(encoding[family].mean == one["mean"] for family, one in stated.items())
-    shown = facts_text(facts)
+    shown = format_facts(facts)
     assert "encoding" in shown
     assert "budget" not in shown.split("identity")[0]
 
@@ -119,10 +119,10 @@ def test_a_budget_is_shown_beside_what_became_of_it(tmp_path: Path) -> None:
     setting = {"method": "threshold", "tau": TAU, "rounding_kl": 5e-4}
     budget = {"gradient_error": 0.02, "rows": 8192, "samples": 64, "predicted": predicted}
     write_cache(tmp_path, families=("response",), selection={"response": {**setting, "budget": budget}})
-    facts = cache_facts(Cache.open(tmp_path))
+    facts = collect_facts(Cache.open(tmp_path))
     (one,) = facts.budgets
-    assert (one.asked, one.tau, one.predicted_gradient_error) == ("gradient_error 0.02", TAU, 0.0187)
+    assert (one.target, one.tau, one.predicted_gradient_error) == ("gradient_error 0.02", TAU, 0.0187)
     assert one.bytes_per_row == facts.families["response"].bytes_per_row
-    line = next(line for line in facts_text(facts).splitlines() if "gradient_error 0.02" in line)
+    line = next(line for line in format_facts(facts).splitlines() if "gradient_error 0.02" in line)
     assert "31.5" in line
     assert f"{one.bytes_per_row:.1f}" in line

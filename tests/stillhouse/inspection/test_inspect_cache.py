@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stillhouse.__main__ import main
-from stillhouse.inspection.inspect_cache import inspect
-from stillhouse.inspection.sample_text import BAR_WIDTH, bar
+from stillhouse.inspection.inspect_cache import inspect_cache
+from stillhouse.inspection.sample_text import BAR_WIDTH, draw_bar
 from storage.reader.cache import Cache
 from tests.stillhouse.hostile_cache import QUESTION, REASON, SAMPLE_ID, write_hostile_cache
 from tests.storage.synthetic_cache import write_cache
@@ -28,7 +28,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_overview_tells_identity_families_counts_errors_and_sharing(cache: Path) -> None:
-    text = inspect(cache)
+    text = inspect_cache(cache)
     statistics = Cache.open(cache).statistics()
     lines = {line.split("  ")[0]: line for line in reversed(text.splitlines())}  # the first of a name
     assert "sealed" in lines["cache"]
@@ -46,7 +46,7 @@ def test_the_overview_tells_identity_families_counts_errors_and_sharing(cache: P
 
 
 def test_a_sample_shows_every_token_with_its_teacher(cache: Path) -> None:
-    text = inspect(cache, sample_ids=["sample-1-3"])
+    text = inspect_cache(cache, sample_ids=["sample-1-3"])
     rows = Cache.open(cache).read(9).response
     assert rows is not None
     assert "token ids, since the teacher's folder 'tiny' is not here" in text
@@ -61,12 +61,12 @@ def test_a_sample_shows_every_token_with_its_teacher(cache: Path) -> None:
 
 
 def test_several_samples_come_in_the_order_asked_for(cache: Path) -> None:
-    text = inspect(cache, sample_ids=["sample-1-3", "sample-0-1"])
+    text = inspect_cache(cache, sample_ids=["sample-1-3", "sample-0-1"])
     assert 0 < text.index("sample sample-1-3: split train") < text.index("sample sample-0-1: split train")
 
 
 def test_nothing_of_the_data_set_steers_the_terminal(hostile: Path) -> None:
-    text = inspect(hostile) + inspect(hostile, sample_ids=[f"{SAMPLE_ID}0"])
+    text = inspect_cache(hostile) + inspect_cache(hostile, sample_ids=[f"{SAMPLE_ID}0"])
     assert all(character.isprintable() or character == "\n" for character in text)
     assert QUESTION in text
     assert REASON in text
@@ -74,13 +74,13 @@ def test_nothing_of_the_data_set_steers_the_terminal(hostile: Path) -> None:
 
 
 def test_json_holds_the_facts_and_the_samples(hostile: Path) -> None:
-    facts = json.loads(inspect(hostile, as_json=True))
+    facts = json.loads(inspect_cache(hostile, as_json=True))
     assert facts["num_samples"] == 3
     assert facts["image_sharing"]["num_named"] == 3
     assert facts["image_sharing"]["num_stored"] == 1
     assert list(facts["errors"].values()) == [REASON]
     assert "samples" not in facts
-    document = json.loads(inspect(hostile, sample_ids=[f"{SAMPLE_ID}1"], as_json=True))
+    document = json.loads(inspect_cache(hostile, sample_ids=[f"{SAMPLE_ID}1"], as_json=True))
     (sample,) = document["samples"]
     assert sample["sample_id"] == f"{SAMPLE_ID}1"
     assert sample["images"][0]["num_sharing"] == 3
@@ -109,10 +109,10 @@ def test_the_command_says_what_is_wrong_with_exit_code_2(
 
 
 def test_bars_are_as_long_as_their_fraction() -> None:
-    assert bar(0).strip() == ""
-    assert bar(1) == "█" * BAR_WIDTH
-    assert bar(0.5).rstrip() == "█" * (BAR_WIDTH // 2)
-    assert bar(1.5 / BAR_WIDTH).rstrip() == "█▌"
-    assert bar(1e-6).rstrip() == "▏"  # little is not nothing
-    assert bar(1e-6, mark="░").rstrip() == "░"
-    assert {len(bar(fraction / 97)) for fraction in range(98)} == {BAR_WIDTH}
+    assert draw_bar(0).strip() == ""
+    assert draw_bar(1) == "█" * BAR_WIDTH
+    assert draw_bar(0.5).rstrip() == "█" * (BAR_WIDTH // 2)
+    assert draw_bar(1.5 / BAR_WIDTH).rstrip() == "█▌"
+    assert draw_bar(1e-6).rstrip() == "▏"  # little is not nothing
+    assert draw_bar(1e-6, mark="░").rstrip() == "░"
+    assert {len(draw_bar(fraction / 97)) for fraction in range(98)} == {BAR_WIDTH}

@@ -8,12 +8,12 @@ import pytest
 
 from stillhouse.inspection.token_texts import (
     TokenTexts,
-    _by_transformers,
-    _plain,
-    _shown_bytes,
+    _describe_bytes,
+    _load_by_tokenizers,
+    _load_by_transformers,
+    escape_unprintable,
+    load_token_texts,
     mark_spaces,
-    printable,
-    token_texts,
 )
 from storage.errors import ConfigError
 from storage.identity import Identity, tokenizer_fingerprint
@@ -38,36 +38,36 @@ def identity(folder: Path) -> Identity:
 
 def test_the_teachers_own_folder_is_read(folder: Path, identity: Identity) -> None:
     ids = make_tiny_tokenizer().encode("the left\nhalf")
-    texts = token_texts(identity, None)
-    assert texts.decodes
+    texts = load_token_texts(identity, None)
+    assert texts.has_decoder
     assert str(folder) in texts.note
-    assert texts.many(ids) == "the left\nhalf"
-    assert "".join(texts.one(token_id) for token_id in ids) == "the·left⏎half"
+    assert texts.decode(ids) == "the left\nhalf"
+    assert "".join(texts.describe_token(token_id) for token_id in ids) == "the·left⏎half"
 
 
 def test_tokenizer_json_alone_says_the_same_as_transformers(folder: Path, identity: Identity) -> None:
-    plain, slow = _plain(folder, identity), _by_transformers(folder, identity)
+    plain, slow = _load_by_tokenizers(folder, identity), _load_by_transformers(folder, identity)
     assert plain is not None
     ids = list(range(identity.vocab_size))
-    assert [plain.spell(token_id) for token_id in ids] == [slow.spell(token_id) for token_id in ids]
+    assert [plain.get_spelling(token_id) for token_id in ids] == [slow.get_spelling(token_id) for token_id in ids]
     assert [plain.decode([token_id]) for token_id in ids] == [slow.decode([token_id]) for token_id in ids]
     sentence = make_tiny_tokenizer().encode("<|im_start|>user\nthe left , half .<image>größe<|im_end|>")
     assert plain.decode(sentence) == slow.decode(sentence)
-    assert _plain(folder, identity.model_copy(update={"tokenizer_fingerprint": "0"})) is None
-    assert _plain(folder.parent, identity) is None
+    assert _load_by_tokenizers(folder, identity.model_copy(update={"tokenizer_fingerprint": "0"})) is None
+    assert _load_by_tokenizers(folder.parent, identity) is None
 
 
 def test_a_piece_of_a_character_is_shown_as_bytes_and_an_answer_as_characters(identity: Identity) -> None:
-    texts = token_texts(identity, None)
+    texts = load_token_texts(identity, None)
     ids = make_tiny_tokenizer().encode("größe 连")
-    assert "".join(texts.one(token_id) for token_id in ids) == "gr‹C3›‹B6›‹C3›‹9F›e·‹E8›‹BF›‹9E›"
-    assert "".join(texts.each(ids)) == "gr⋯ö⋯ße·⋯⋯连"
-    assert texts.many(ids) == "größe 连"
+    assert "".join(texts.describe_token(token_id) for token_id in ids) == "gr‹C3›‹B6›‹C3›‹9F›e·‹E8›‹BF›‹9E›"
+    assert "".join(texts.describe_tokens(ids)) == "gr⋯ö⋯ße·⋯⋯连"
+    assert texts.decode(ids) == "größe 连"
     for cut in range(len(ids) + 1):  # an answer may end within a character, and begin within one
-        assert len(texts.each(ids[:cut])) == cut
-        assert len(texts.each(ids[cut:])) == len(ids) - cut
-    assert texts.each(ids[-3:-1]) == ["‹E8›", "‹BF›"]
-    assert TokenTexts(None, "").each([5, 6]) == ["#5", "#6"]
+        assert len(texts.describe_tokens(ids[:cut])) == cut
+        assert len(texts.describe_tokens(ids[cut:])) == len(ids) - cut
+    assert texts.describe_tokens(ids[-3:-1]) == ["‹E8›", "‹BF›"]
+    assert TokenTexts(None, "").describe_tokens([5, 6]) == ["#5", "#6"]
 
 
 @pytest.mark.parametrize(
@@ -75,16 +75,16 @@ def test_a_piece_of_a_character_is_shown_as_bytes_and_an_answer_as_characters(id
     [("è¿", "‹E8 BF›"), ("Ġè¿", " ‹E8 BF›"), ("<0xe8>", "‹E8›"), ("ŀè", "‹9E›‹E8›"), ("▁�", "▁�")],
 )
 def test_spellings_of_both_kinds_of_vocabulary_become_bytes(spelling: str, shown: str) -> None:
-    assert _shown_bytes(spelling) == shown
+    assert _describe_bytes(spelling) == shown
 
 
 def test_a_folder_elsewhere_is_read_when_it_is_given(folder: Path, identity: Identity) -> None:
     moved = identity.model_copy(update={"teacher": "/nowhere/teacher"})
-    assert token_texts(moved, folder).many([*make_tiny_tokenizer().encode("red")]) == "red"
-    texts = token_texts(moved, None)
-    assert not texts.decodes
+    assert load_token_texts(moved, folder).decode([*make_tiny_tokenizer().encode("red")]) == "red"
+    texts = load_token_texts(moved, None)
+    assert not texts.has_decoder
     assert "'/nowhere/teacher' is not here; give the teacher's tokenizer as --tokenizer DIR" in texts.note
-    assert (texts.one(5), texts.many([5, 6])) == ("#5", "#5 #6")
+    assert (texts.describe_token(5), texts.decode([5, 6])) == ("#5", "#5 #6")
 
 
 def test_another_tokenizer_is_refused_if_given_and_not_used_if_found(folder: Path, identity: Identity) -> None:
@@ -92,19 +92,19 @@ def test_another_tokenizer_is_refused_if_given_and_not_used_if_found(folder: Pat
     with pytest.raises(
         ConfigError, match=rf"{identity.tokenizer_fingerprint[:12]}…, the cache was made with 0123456789ab"
     ):
-        token_texts(other, folder)
-    texts = token_texts(other, None)
-    assert not texts.decodes
+        load_token_texts(other, folder)
+    texts = load_token_texts(other, None)
+    assert not texts.has_decoder
     assert "fingerprint" in texts.note
 
 
 def test_a_tokenizer_that_is_none_is_the_users_mistake(tmp_path: Path, identity: Identity) -> None:
     with pytest.raises(ConfigError, match="no tokenizer can be read"):
-        token_texts(identity, tmp_path)
+        load_token_texts(identity, tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):
-        token_texts(identity, tmp_path / "nowhere")
+        load_token_texts(identity, tmp_path / "nowhere")
 
 
 def test_control_and_direction_characters_are_escaped() -> None:
-    assert printable("a\x1b[2Jb\u202ec\x00\n\td") == "a\\x1b[2Jb\\u202ec\\x00\n\td"
+    assert escape_unprintable("a\x1b[2Jb\u202ec\x00\n\td") == "a\\x1b[2Jb\\u202ec\\x00\n\td"
     assert mark_spaces(" a\tb\r\n\x07") == "·a⇥b␍⏎\\x07"

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.reporting.plots import category_plot
-from stillhouse.reporting.report import build_report, mean_and_sd, paired_difference, read_metrics, verdict
-from stillhouse.reporting.report_page import _categories, format_bytes, render_page
+from stillhouse.reporting.plots import draw_categories
+from stillhouse.reporting.report import build_report, compute_mean_and_sd, pair_by_seed, read_metrics
+from stillhouse.reporting.report_page import render_report
 from stillhouse.reporting.summary import describe_evaluation
+from stillhouse.reporting.verdict import describe_verdict
+from storage.backends.disk import format_bytes
 from storage.errors import StillhouseError
 
 
@@ -29,8 +31,12 @@ def run(name: str, *, distilled: bool, paired: dict) -> dict:
         "exact_match": {"mean": 0.5, "sd": 0.1},
         "exact_match_by_seed": {"0": 0.4, "1": 0.6},
         "by_category": {"place": {"mean": 0.5, "sd": 0.1}},
+        "cross_entropy": None,
         "kl_to_teacher": None,
         "top1_agreement": None,
+        "unsupported_rate": None,
+        "yes_no": None,
+        "routers": None,
         "seconds": 1.0,
         "peak_memory_bytes": 1,
         "paired": paired,
@@ -39,7 +45,7 @@ def run(name: str, *, distilled: bool, paired: dict) -> dict:
 
 def test_paired_difference_by_hand():
     # Differences .1, .2, .3: mean .2, sd .1, half-width 4.303 * .1 / sqrt(3) = .2484.
-    found = paired_difference(entries(0.6, 0.7, 0.8), entries(0.5, 0.5, 0.5))
+    found = pair_by_seed(entries(0.6, 0.7, 0.8), entries(0.5, 0.5, 0.5))
     assert found["mean"] == pytest.approx(0.2)
     assert found["sd"] == pytest.approx(0.1)
     assert found["low"] == pytest.approx(0.2 - 0.2484, abs=1e-4)
@@ -47,12 +53,12 @@ def test_paired_difference_by_hand():
 
 
 def test_paired_difference_pairs_by_seed_not_by_order():
-    assert paired_difference(entries(0.6, 0.7), entries(0.5, 0.6)[::-1])["sd"] == pytest.approx(0)
+    assert pair_by_seed(entries(0.6, 0.7), entries(0.5, 0.6)[::-1])["sd"] == pytest.approx(0)
 
 
 def test_one_seed_has_no_interval():
-    assert paired_difference(entries(0.6), entries(0.5))["low"] is None
-    assert mean_and_sd([0.3]) == {"mean": 0.3, "sd": 0.0}
+    assert pair_by_seed(entries(0.6), entries(0.5))["low"] is None
+    assert compute_mean_and_sd([0.3]) == {"mean": 0.3, "sd": 0.0}
 
 
 def test_verdict_is_honest_either_way():
@@ -62,12 +68,14 @@ def test_verdict_is_honest_either_way():
     wins = run("kd", distilled=True, paired={"sft": better, "double": better})
     for bad in (worse, unsure):
         loses = run("kd2", distilled=True, paired={"sft": better, "double": bad})
-        assert verdict([loses]).startswith("Distillation did not beat its controls")
-        both = verdict([wins, loses])
+        assert describe_verdict([loses]).startswith("Distillation did not beat its controls")
+        both = describe_verdict([wins, loses])
         assert both.startswith("Distillation beat its controls in kd (+10.0")
         assert "but not by more than the seeds' spread in kd2" in both
-    assert verdict([wins]).startswith("Distillation beat its controls in kd (+10.0 points [+5.0, +15.0] to sft")
-    assert "nothing to compare" in verdict([run("sft", distilled=False, paired={"x": better})])
+    assert describe_verdict([wins]).startswith(
+        "Distillation beat its controls in kd (+10.0 points [+5.0, +15.0] to sft"
+    )
+    assert "nothing to compare" in describe_verdict([run("sft", distilled=False, paired={"x": better})])
 
 
 def test_the_verdict_says_which_answers_were_judged_and_who_is_closer_to_the_teacher():
@@ -76,18 +84,18 @@ def test_the_verdict_says_which_answers_were_judged_and_who_is_closer_to_the_tea
     unsure = {"mean": -0.2, "sd": 0.5, "low": -0.7, "high": 0.3}
     wins = {**run("kd", distilled=True, paired={"sft": better}), "turns": "all"}
     for difference, said in ((lower, "lower in"), (better, "higher in"), (unsure, "not shown to differ in")):
-        sentence = verdict([{**wins, "paired_kl_to_teacher": {"sft": difference}}])
+        sentence = describe_verdict([{**wins, "paired_kl_to_teacher": {"sft": difference}}])
         assert f"KL to the teacher: {said} kd ({difference['mean']:+.3f} nats" in sentence
         assert "Exact match of all answers" in sentence
-    assert "KL" not in verdict([{**wins, "paired_kl_to_teacher": {}}])
+    assert "KL" not in describe_verdict([{**wins, "paired_kl_to_teacher": {}}])
 
 
 def test_runs_that_were_judged_on_other_samples_are_said_to_be():
     """A run is judged on the held-out samples of all caches of its stage, which its control may not read."""
     better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
     one, other = run("sft", distilled=False, paired={}), run("kd", distilled=True, paired={"sft": better})
-    assert "other samples" not in verdict([{**each, "num_held_out": 24} for each in (one, other)])
-    said = verdict([{**one, "num_held_out": 24}, {**other, "num_held_out": 34}])
+    assert "other samples" not in describe_verdict([{**each, "num_held_out": 24} for each in (one, other)])
+    said = describe_verdict([{**one, "num_held_out": 24}, {**other, "num_held_out": 34}])
     assert said.endswith("judged on other samples; numbers of samples: sft 24, kd 34.")
 
 
@@ -102,7 +110,7 @@ def test_page_escapes_text_from_data():
         "runs": [run(hostile, distilled=False, paired={})],
         "verdict": hostile,
     }
-    page = render_page(report, {f"{hostile}/seed{seed}": [{"step": 1, "cross_entropy": 2.0}] for seed in (0, 1)})
+    page = render_report(report, {f"{hostile}/seed{seed}": [{"step": 1, "cross_entropy": 2.0}] for seed in (0, 1)})
     assert "<script" not in page
     assert "&lt;script&gt;" in page
 
@@ -151,13 +159,13 @@ def test_claims_and_routers_of_a_grid_are_reported(tmp_path: Path):
     assert found["mean"] == pytest.approx(0.1 - 0.35)
     assert sparse["unsupported_rate"]["mean"] == pytest.approx(0.2)
     assert sparse["paired_unsupported_rate"]["dense"]["mean"] == pytest.approx(2 * (0.1 - 0.35))
-    page = render_page(report, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)})
+    page = render_report(report, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)})
     assert "50.0 · 35.0 · 15.0" in page
     assert "Routers of the sparse students" in page
     assert "<td>20.0 ± 0.0 %</td>" in page  # sparse's answers with words without support, and how many fewer:
     assert page.split("Words without support")[1].split("<h2>")[0].count("<td>-50.0</td>") == 1
     plain = [{**each, "unsupported_rate": None, "yes_no": None} for each in report["runs"]]
-    page = render_page(
+    page = render_report(
         {**report, "runs": plain}, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)}
     )
     assert "Words without support" not in page
@@ -173,8 +181,9 @@ def test_samples_without_a_category_have_a_name_in_every_table(tmp_path: Path) -
     }))  # fmt: skip
     assert "no category  25.0 %" in " ".join(describe_evaluation(path).split("\n"))
     runs = [{**run("sft", distilled=False, paired={}), "by_category": {"": {"mean": 0.5, "sd": 0.1}}}]
-    assert "<th>no category</th>" in _categories(runs)
-    assert "no category" in category_plot(runs)
+    report = {"name": "", "machine": "", "teacher": {}, "cache": {}, "dump": {}, "runs": runs, "verdict": ""}
+    assert "<th>no category</th>" in render_report(report, {"sft/seed0": [], "sft/seed1": []})
+    assert "no category" in draw_categories(runs)
 
 
 @pytest.mark.parametrize("text", ['{"runs": [', "[]", "null", "{}", "\0\0\0\0"])

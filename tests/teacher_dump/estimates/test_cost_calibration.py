@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.__main__ import main
-from stillhouse.reporting.plan_table import as_table
+from stillhouse.reporting.plan_table import format_forecast
 from storage.backends.folder import open_folder
 from storage.layout.commits import commit_numbers, read_commits
 from storage.layout.segments import read_segments
@@ -64,7 +64,7 @@ def test_tokens_are_forecast_without_a_teacher(write_config: WriteConfig) -> Non
     assert set(found.stage_s) == {"prompts", "encoding", "scoring"}
     assert found.data is not None
     assert (found.data.num_samples, found.data.num_images) == (24, 8)
-    assert as_table(found).splitlines()[-1].startswith("data: 24 samples, 8 images: no image is ")
+    assert format_forecast(found).splitlines()[-1].startswith("data: 24 samples, 8 images: no image is ")
 
 
 def test_a_slice_has_whole_groups_of_images_and_is_always_the_same(write_config: WriteConfig) -> None:
