@@ -38,6 +38,7 @@ from storage.records.sample_batch import SampleBatch
 
 DEFAULT_MAX_BYTES = 256 << 20
 NUM_THREADS = 4  # that read the index of a local cache
+ITERATION_BATCH = 64  # samples that iteration reads at once
 
 
 class Cache:
@@ -191,6 +192,12 @@ class Cache:
             return self._batches.read(chosen, ids, parts, rows.tolist(), draw_set=draw_set)
         except CorruptPartError as error:
             raise CorruptPartError(f"{self.folder}: {error}") from error
+
+    def __iter__(self) -> Iterator[SampleRecord]:
+        """Every sample in the cache's order, read in batches. Errors: CorruptPartError."""
+        for start in range(0, self.num_samples, ITERATION_BATCH):
+            stop = min(start + ITERATION_BATCH, self.num_samples)
+            yield from self.read_many(range(start, stop)).records()
 
     def shuffle(
         self, indices: Sequence[int] | NDArray[np.int64] | None = None, *, window_rows: int = WINDOW_ROWS
