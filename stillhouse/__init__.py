@@ -7,8 +7,8 @@
         rows = sample.response  # SparseRows: row i is the distribution of the answer's token i
 
 A writer makes a `CacheWriter` of an `Identity` and gives it `PartRecords`, part by part. Arrays are numpy's, logprobs
-are natural logarithms at temperature 1, and every error is a `StillhouseError`. The classes are imported when they are
-first used, so that `import stillhouse` alone loads neither numpy nor pyarrow.
+are natural logarithms at temperature 1, and every error is a `StillhouseError`. Classes and functions are imported when
+they are first used, so that `import stillhouse` alone loads neither numpy nor pyarrow.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import (
-    CacheError,
-    ConfigError,
-    CorruptPartError,
-    IdentityError,
-    MissingFamilyError,
-    NoCacheError,
-    StillhouseError,
-    WriteError,
-)
-
-if TYPE_CHECKING:  # type checkers do not see through __getattr__
+# Not even storage is imported here: `python -m stillhouse` runs this file before __main__.py takes the current folder,
+# where a user's own storage.py may lie, off the search path. Type checkers do not see through __getattr__.
+if TYPE_CHECKING:
     from pathlib import Path
 
     from storage.encoding.output_head import StoredHead
+    from storage.errors import (
+        CacheError,
+        ConfigError,
+        CorruptPartError,
+        IdentityError,
+        MissingFamilyError,
+        NoCacheError,
+        StillhouseError,
+        WriteError,
+    )
     from storage.identity import Identity, tokenizer_fingerprint
     from storage.images.settings import PixelSettings
     from storage.reader.cache import Cache
@@ -56,42 +57,19 @@ if TYPE_CHECKING:  # type checkers do not see through __getattr__
     from storage.writer.cache_writer import CacheWriter
 
 __all__ = [
-    "Cache",
-    "CacheError",
-    "CacheWriter",
-    "ConfigError",
-    "CorruptPartError",
-    "Identity",
-    "IdentityError",
-    "ImageRef",
-    "MissingFamilyError",
-    "Narrowing",
-    "NoCacheError",
-    "PartRecords",
-    "PixelSettings",
-    "PooledRelation",
-    "PreferencePair",
-    "RelationFactor",
-    "RelationMatrix",
-    "SampleBatch",
-    "SampleError",
-    "SampleRecord",
-    "SequenceLogprob",
-    "SparseRows",
-    "StillhouseError",
-    "StoredHead",
-    "TokensRecord",
-    "VerifyReport",
-    "WriteError",
-    "image_key",
-    "open_cache",
-    "shuffled_batches",
-    "tokenizer_fingerprint",
-    "verify",
-]
+    "Cache", "CacheError", "CacheWriter", "ConfigError", "CorruptPartError", "Identity", "IdentityError", "ImageRef",
+    "MissingFamilyError", "Narrowing", "NoCacheError", "PartRecords", "PixelSettings", "PooledRelation",
+    "PreferencePair", "RelationFactor", "RelationMatrix", "SampleBatch", "SampleError", "SampleRecord",
+    "SequenceLogprob", "SparseRows", "StillhouseError", "StoredHead", "TokensRecord", "VerifyReport", "WriteError",
+    "image_key", "open_cache", "shuffled_batches", "tokenizer_fingerprint", "verify",
+]  # fmt: skip
 
 _LAZY_NAMES = {  # by the module that defines them
     "storage.encoding.output_head": ("StoredHead",),
+    "storage.errors": (
+        "CacheError", "ConfigError", "CorruptPartError", "IdentityError", "MissingFamilyError", "NoCacheError",
+        "StillhouseError", "WriteError",
+    ),
     "storage.identity": ("Identity", "tokenizer_fingerprint"),
     "storage.images.settings": ("PixelSettings",),
     "storage.reader.cache": ("Cache",),

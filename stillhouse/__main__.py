@@ -1,7 +1,10 @@
 """The command `stillhouse`, the same as `python -m stillhouse`.
 
-Exit codes: 0 success; 2 a user's mistake, told in one message; 1 a failure; 130 after SIGINT and 143 after SIGTERM,
-with every process that the verb started; 141 nobody reads the output any more.
+Exit codes: 0 success; 2 a user's mistake, explained in one message; 1 a failure; 130 after SIGINT and 143 after
+SIGTERM, when every process that the verb started has ended; 141 if the reader of the output has closed it.
+
+A verb imports its modules when it runs, since the libraries that its comment names take from 0.3 to 5 seconds and
+`--help` must not wait for them.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+# `python -m` puts the current folder first, where a user's own storage.py would shadow our package.
 if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
     del sys.path[0]
 
@@ -22,22 +25,22 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import ConfigError, StillhouseError
+from storage.errors import ConfigError, NoCacheError, StillhouseError
 from storage.processes.search_path import check_current_folder
 from storage.processes.standard_streams import drop_output, open_closed_streams
 from storage.processes.stop_signals import exit_code, explain, interruptible, leave, leave_on_signals
 
-if TYPE_CHECKING:  # which import torch
+if TYPE_CHECKING:  # torch
     from teacher_dump.audit.replay import Replay
     from teacher_dump.settings import DumpSettings
 
 DEFAULT_FILE = "pipeline.yaml"
-PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell would say it
-Action = Callable[[argparse.Namespace], None]
+PIPE_CLOSED = 141  # 128 + SIGPIPE, the code that a shell gives
+Verb = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code. Without `argv` this process is the verb's, and a signal ends it."""
+    """Runs one verb and returns its exit code. Without `argv` the verb owns this process, and a signal ends it."""
     if argv is None:
         open_closed_streams()
     try:
@@ -56,16 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_verb(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+            stream.reconfigure(errors="replace")  # or a terminal that is not UTF-8 raises an error
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     try:
         check_current_folder()
-        _take_overrides(arguments, rest)
-        with _json_alone(arguments):
-            arguments.act(arguments)
+        _parse_overrides(arguments, rest)
+        with _reserve_stdout(arguments):
+            arguments.run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough, such as `head`
+    except BrokenPipeError:  # the reader has ended, such as `head`
         drop_output(sys.stdout, sys.stderr)
         return PIPE_CLOSED
     except ConfigError as error:
@@ -75,23 +78,23 @@ def _run_verb(argv: Sequence[str] | None) -> int:
         print(f"stillhouse: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        from storage.backends.disk import report_full_disk
+        from storage.backends.disk import report_full_disk  # 60 ms, for errors alone
 
         code = report_full_disk(error, prefix="stillhouse: ")
-        drop_output(sys.stdout)  # of which the rest would fail likewise, if it goes to that disk
+        drop_output(sys.stdout)  # the rest would fail again if it goes to that disk
         return code
     return 0
 
 
 @contextmanager
-def _json_alone(arguments: argparse.Namespace) -> Iterator[None]:
-    """Sets `arguments.output`, stdout. With --json whatever else prints to stdout, C++ and children too, has stderr."""
+def _reserve_stdout(arguments: argparse.Namespace) -> Iterator[None]:
+    """Sets `arguments.output` to stdout. With --json all other output, of C++ and children too, goes to stderr."""
     arguments.output = sys.stdout
     if not getattr(arguments, "json", False):
         yield
         return
     sys.stdout.flush()
-    if sys.stdout is not sys.__stdout__:  # something else than a descriptor, as in tests
+    if sys.stdout is not sys.__stdout__:  # an object without a file descriptor, as in tests
         with redirect_stdout(sys.stderr):
             yield
         return
@@ -117,58 +120,58 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, act: Action, text: str, *, file: bool = True) -> argparse.ArgumentParser:
+    def add_verb(name: str, run: Verb, text: str, *, file: bool = True) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
-        sub.set_defaults(act=act, takes_file=file)
+        sub.set_defaults(run=run, takes_file=file)
         if file:
             sub.add_argument("words", nargs="*", metavar="FILE | section.field=value", help=f"default {DEFAULT_FILE}")
         return sub
 
-    restart = "give up states of unfinished trainings that other settings made"
-    sub = verb("run", _run, "everything: data, teacher, dump, verify, train, evaluate, report")
+    restart = "discard the states of unfinished trainings that had other settings"
+    sub = add_verb("run", _run, "everything: data, teacher, dump, verify, train, evaluate, report")
     sub.add_argument("--restart", action="store_true", help=restart)
-    verb("check", _check, "validate configuration, data and prompts before anything costs money")
-    sub = verb("plan", _plan, "parts, bytes and hours of the dump, from a few hundred samples that are tried")
-    sub.add_argument("--samples", type=int, default=256, metavar="N", help="how many to try (256)")
+    add_verb("check", _check, "validate configuration, data and prompts before anything costs money")
+    sub = add_verb("plan", _plan, "parts, bytes and hours of the dump, estimated from a few hundred samples")
+    sub.add_argument("--samples", type=int, default=256, metavar="N", help="samples to estimate from (256)")
     sub.add_argument("--json", action="store_true", help="print the forecast as one JSON object")
-    sub = verb("dump", _dump, "run the teacher once and write the cache")
-    sub.add_argument("--retry-errors", action="store_true", help="attempt samples that had failed again")
-    sub = verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
+    sub = add_verb("dump", _dump, "run the teacher once and write the cache")
+    sub.add_argument("--retry-errors", action="store_true", help="try samples again that failed before")
+    sub = add_verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
     sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
     sub.add_argument(
         "words", nargs="*", metavar="FILE | section.field=value", help=f"of --replay; default {DEFAULT_FILE}"
     )
-    sub.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    sub.add_argument("--json", action="store_true", help="print the report as one JSON object")
     sub.add_argument("--replay", type=int, metavar="N", help="score N random samples again with the teacher of FILE")
-    sub.add_argument("--seed", type=int, default=0, help="which samples those are")
+    sub.add_argument("--seed", type=int, default=0, help="seed that draws those samples")
     sub.set_defaults(takes_file=True)
-    sub = verb("inspect", _inspect, "what is in a cache, and what the teacher said about a sample", file=False)
+    sub = add_verb("inspect", _inspect, "what is in a cache, and the teacher's signals of a sample", file=False)
     sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
     sub.add_argument("--sample", action="append", default=[], metavar="ID", help="show this sample; may be repeated")
     sub.add_argument("--html", type=Path, metavar="OUT", help="write a page; without --sample an overview")
     sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the teacher's folder, if it is there")
     sub.add_argument("--images", type=Path, metavar="DIR", help="default: the image root that the cache names")
     sub.add_argument("--json", action="store_true", help="print everything as one JSON object")
-    sub = verb("train", _train, "train one stage under torchrun")
+    sub = add_verb("train", _train, "train one stage under torchrun")
     sub.add_argument("--stage", required=True)
-    sub.add_argument("--again", action="store_true", help="train a finished stage anew, and replace its result then")
-    sub.add_argument("--restart", action="store_true", help="give up the state of an unfinished training")
-    sub = verb("evaluate", _evaluate, "accuracy of a model, and its fidelity to the cached teacher")
+    sub.add_argument("--again", action="store_true", help="train a finished stage again and replace its result")
+    sub.add_argument("--restart", action="store_true", help="discard the state of an unfinished training")
+    sub = add_verb("evaluate", _evaluate, "accuracy of a model, and its fidelity to the cached teacher")
     sub.add_argument("--model", type=Path, required=True, metavar="DIR")
-    sub = verb("ask", _ask, "ask any teacher or student about an image", file=False)
+    sub = add_verb("ask", _ask, "ask any teacher or student about an image", file=False)
     sub.add_argument("--model", type=Path, required=True, metavar="DIR")
     sub.add_argument("--image", type=Path, required=True, metavar="FILE")
     sub.add_argument("--max-new-tokens", type=int, default=64)
     sub.add_argument("question")
-    sub = verb("ablate", _ablate, "the ablation grid over one cache")
+    sub = add_verb("ablate", _ablate, "the ablation grid over one cache")
     sub.add_argument("--restart", action="store_true", help=restart)
-    sub = verb("report", _report, "report.json and report.html of a run", file=False)
+    sub = add_verb("report", _report, "report.json and report.html of a run", file=False)
     sub.add_argument("folder", type=Path, metavar="DIR")
     return parser
 
 
-def _take_overrides(arguments: argparse.Namespace, rest: list[str]) -> None:
-    """Sorts a verb's loose words into the YAML file and its overrides; refuses what is neither."""
+def _parse_overrides(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Splits a verb's words into the YAML file and its overrides. ConfigError for a word that is neither."""
     if not arguments.takes_file:
         if rest:
             raise ConfigError(f"unexpected argument {rest[0]!r}; see `stillhouse VERB --help`")
@@ -184,41 +187,40 @@ def _take_overrides(arguments: argparse.Namespace, rest: list[str]) -> None:
     arguments.overrides = [word for word in words if "=" in word]
 
 
-def _need_folder(path: Path, name: str) -> None:
+def _check_folder(path: Path, name: str) -> None:
     if not path.is_dir():
         raise ConfigError(f"{name} {path} is not a folder")
 
 
-def _need_cache(path: str) -> None:
-    from storage.backends.folder import is_url, open_folder
-    from storage.errors import NoCacheError
+def _check_cache_exists(path: str) -> None:
+    from storage.backends.folder import is_url, open_folder  # pyarrow
     from storage.layout.segments import has_cache
 
     if not is_url(path):
-        _need_folder(Path(path), "CACHE")
+        _check_folder(Path(path), "CACHE")
     if not has_cache(open_folder(path)):
         raise NoCacheError(f"{path}: no cache is here (cache.json is missing); run the dump")
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from stillhouse.config import read_experiment
+    from stillhouse.config import read_experiment  # torch, matplotlib, Ray
     from stillhouse.reporting.summary import print_summary
-    from stillhouse.run import run
+    from stillhouse.run import run_experiment
 
-    page = run(read_experiment(arguments.file, arguments.overrides), restart=arguments.restart)
+    page = run_experiment(read_experiment(arguments.file, arguments.overrides), restart=arguments.restart)
     print_summary(page.parent)
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from stillhouse.check import check
+    from stillhouse.check import check_experiment  # torch, transformers, Ray
     from stillhouse.config import read_experiment
 
-    for line in check(read_experiment(arguments.file, arguments.overrides)):
+    for line in check_experiment(read_experiment(arguments.file, arguments.overrides)):
         print(line)
 
 
 def _dump(arguments: argparse.Namespace) -> None:
-    from teacher_dump.__main__ import table, warn_of_machine
+    from teacher_dump.__main__ import table, warn_of_machine  # pyarrow, and Ray when it runs
     from teacher_dump.dump import run_dump
     from teacher_dump.settings import read_settings
 
@@ -228,7 +230,7 @@ def _dump(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from stillhouse.preflight import keep_forecast
+    from stillhouse.preflight import write_forecast  # torch, Ray
     from stillhouse.reporting.plan_table import format_forecast
     from teacher_dump.estimates.cost_calibration import forecast_dump
     from teacher_dump.settings import read_settings
@@ -236,39 +238,39 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.samples < 2:
         raise ConfigError(f"--samples is {arguments.samples}, expected at least 2")
     settings = read_settings(arguments.file, arguments.overrides)
-    expected = forecast_dump(settings, num_samples=arguments.samples)
-    keep_forecast(settings.run, num_samples=expected.samples, num_bytes=expected.total_bytes)
+    forecast = forecast_dump(settings, num_samples=arguments.samples)
+    write_forecast(settings.run, num_samples=forecast.samples, num_bytes=forecast.total_bytes)
     if arguments.json:
-        _print_json(arguments, {**asdict(expected), "total_bytes": expected.total_bytes})
+        _print_json(arguments, {**asdict(forecast), "total_bytes": forecast.total_bytes})
     else:
-        print(format_forecast(expected))
+        print(format_forecast(forecast))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from stillhouse.run import scan
+    from stillhouse.cache_scan import scan_with_progress  # pyarrow
 
     if arguments.replay is None and arguments.given:
         raise ConfigError(f"unexpected argument {arguments.given[0]!r}: FILE and overrides are for --replay N")
-    _need_cache(arguments.cache)
-    settings = None if arguments.replay is None else _replay_settings(arguments)  # a mistake there costs no scan
-    report = scan(arguments.cache)
-    found = _replay(arguments, settings) if report.ok and settings is not None else None
+    _check_cache_exists(arguments.cache)
+    settings = None if arguments.replay is None else _read_replay_settings(arguments)  # mistakes show before the scan
+    report = scan_with_progress(arguments.cache)
+    replayed = _replay(arguments, settings) if report.ok and settings is not None else None
     if arguments.json:
-        _print_json(arguments, asdict(report) | ({} if found is None else {"replay": asdict(found)}))
+        _print_json(arguments, asdict(report) | ({} if replayed is None else {"replay": asdict(replayed)}))
     elif report.ok:
         print(f"{arguments.cache}: whole; {report.num_samples:,} samples in {report.num_parts:,} parts")
     if not report.ok:
         raise StillhouseError(f"{arguments.cache}: {len(report.problems)} problems\n  " + "\n  ".join(report.problems))
-    if found is not None:
-        from teacher_dump.audit.replay import check_drift, table
+    if replayed is not None:
+        from teacher_dump.audit.replay import check_drift, table  # torch
 
         if not arguments.json:
-            print(table(found))
-        check_drift(found, arguments.cache)
+            print(table(replayed))
+        check_drift(replayed, arguments.cache)
 
 
-def _replay_settings(arguments: argparse.Namespace) -> DumpSettings:
-    from teacher_dump.settings import read_settings
+def _read_replay_settings(arguments: argparse.Namespace) -> DumpSettings:
+    from teacher_dump.settings import read_settings  # pydantic
 
     if arguments.replay < 1 or arguments.seed < 0:
         raise ConfigError(f"--replay is {arguments.replay} and --seed {arguments.seed}, expected at least 1 and 0")
@@ -276,18 +278,18 @@ def _replay_settings(arguments: argparse.Namespace) -> DumpSettings:
 
 
 def _replay(arguments: argparse.Namespace, settings: DumpSettings) -> Replay:
-    from teacher_dump.audit.replay import replay
+    from teacher_dump.audit.replay import replay  # torch
 
     return replay(settings, arguments.cache, num_samples=arguments.replay, seed=arguments.seed)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from stillhouse.inspection.inspect_cache import inspect_cache
+    from stillhouse.inspection.inspect_cache import inspect_cache  # pyarrow
 
-    _need_cache(arguments.cache)
+    _check_cache_exists(arguments.cache)
     for folder, name in ((arguments.tokenizer, "--tokenizer"), (arguments.images, "--images")):
         if folder is not None:
-            _need_folder(folder, name)
+            _check_folder(folder, name)
     print(
         inspect_cache(
             arguments.cache,
@@ -302,55 +304,55 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from stillhouse.config import read_experiment
-    from stillhouse.preflight import check_stage
-    from stillhouse.run import train
-    from stillhouse.torchrun import training_flags
+    from stillhouse.config import read_experiment  # torch, Ray
+    from stillhouse.preflight import check_stage_inputs
+    from stillhouse.run import train_stage
+    from stillhouse.torchrun import make_training_flags
 
     experiment = read_experiment(arguments.file, arguments.overrides)
-    check_stage(experiment, arguments.stage)
-    flags = training_flags(again=arguments.again, restart=arguments.restart, if_changed=False)
-    train(experiment, arguments.stage, flags=flags)
+    check_stage_inputs(experiment, arguments.stage)
+    flags = make_training_flags(again=arguments.again, restart=arguments.restart, if_changed=False)
+    train_stage(experiment, arguments.stage, flags=flags)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from stillhouse.config import read_experiment
+    from stillhouse.config import read_experiment  # torch, Ray
     from stillhouse.reporting.summary import describe_evaluation
     from stillhouse.run import evaluate_model
 
-    _need_folder(arguments.model, "--model")
+    _check_folder(arguments.model, "--model")
     print(describe_evaluation(evaluate_model(read_experiment(arguments.file, arguments.overrides), arguments.model)))
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from student_train.evaluation.ask import answer
+    from student_train.evaluation.ask import answer  # torch, transformers
 
-    _need_folder(arguments.model, "--model")
+    _check_folder(arguments.model, "--model")
     if not arguments.image.is_file():
         raise ConfigError(f"--image {arguments.image} is not a file")
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}, expected at least 1")
     if not arguments.question.strip() or "\ufffd" in arguments.question.encode(errors="replace").decode():
-        raise ConfigError("the question is empty, or is not UTF-8")
+        raise ConfigError("the question is empty or not UTF-8")
     print(answer(arguments.model, arguments.image, arguments.question, max_new_tokens=arguments.max_new_tokens))
 
 
 def _ablate(arguments: argparse.Namespace) -> None:
-    from stillhouse.ablate import ablate
+    from stillhouse.ablate import ablate  # torch, Ray, matplotlib
     from stillhouse.config import read_experiment
-    from stillhouse.preflight import warn_first
+    from stillhouse.preflight import print_warnings
     from stillhouse.reporting.report import write_report
     from stillhouse.reporting.summary import print_summary
 
     experiment = read_experiment(arguments.file, arguments.overrides)
-    warn_first(experiment, dumps=False)
+    print_warnings(experiment, dumps=False)
     ablate(experiment, restart=arguments.restart)
     write_report(experiment.run)
     print_summary(experiment.run)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from stillhouse.reporting.report import write_report
+    from stillhouse.reporting.report import write_report  # matplotlib, scipy
     from stillhouse.reporting.summary import print_summary
 
     write_report(arguments.folder)

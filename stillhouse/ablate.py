@@ -1,8 +1,8 @@
-"""The ablation grid: every run once a seed, all over one cache, scheduled by Ray, finished runs not repeated.
+"""Trains the ablation grid: every run with every seed, over one cache, scheduled by Ray. Finished runs are kept.
 
-A run that starts from another's checkpoint (`after`) waits for all seeds of it, and is done again when it changed.
-Each run lies in <run>/models/<name>/seed<k>/ with its checkpoint, metrics.jsonl, summary.json and
-evaluation.json. <run>/ablations.json lists them for the report.
+A run that starts from the checkpoint of another (`after`) waits for all seeds of it, and is trained again when that
+checkpoint changes. Each run writes <run>/models/<name>/seed<k>/ with its checkpoint, metrics.jsonl, summary.json and
+evaluation.json. <run>/ablations.json lists the runs for the report.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from stillhouse.config import Experiment
-from stillhouse.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
-from stillhouse.torchrun import training_command, training_environment, training_flags
+from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
+from stillhouse.torchrun import make_training_command, make_training_environment, make_training_flags
 from storage.backends.disk import explain_write_errors, hint_of_full_disk
 from storage.backends.folder import write_json
 from storage.config_loader import Named, read_sections
@@ -38,25 +38,26 @@ class GridRun:
     stage: str
     seed: int
     folder: Path
-    overrides: tuple[str, ...]  # the experiment's own and the run's
+    overrides: tuple[str, ...]  # those of the experiment, then those of the run
     section: StageSection  # with the overrides applied
-    parent: Path | None  # folder of the run of the same seed that this one starts from
+    parent: Path | None  # folder of the run that this one starts from, of the same seed
 
     @property
     def label(self) -> str:
+        """The run's name in messages, in the ledger and of its log file."""
         return f"{self.name}-seed{self.seed}"
 
 
-def grid(experiment: Experiment) -> Iterator[GridRun]:
-    """Every run of `ablations:` in the file's order, the seeds inside."""
+def list_grid(experiment: Experiment) -> Iterator[GridRun]:
+    """Every run of `ablations:` in the file's order, once for each seed."""
     for name, run in experiment.ablations.runs.items():
         for seed in experiment.ablations.seeds:
-            folder = _folder(experiment, name, seed)
-            parent = None if run.after is None else _folder(experiment, run.after, seed)
+            folder = _get_folder(experiment, name, seed)
+            parent = None if run.after is None else _get_folder(experiment, run.after, seed)
             place = f"stages.{run.stage}"
             overrides = (
                 *experiment.overrides,
-                *run.overrides(),
+                *run.make_overrides(),
                 f"{place}.seed={seed}",
                 f"{place}.output={json.dumps(str(folder))}",
                 *(() if parent is None else (f"{place}.init={json.dumps(str(parent))}",)),
@@ -65,40 +66,40 @@ def grid(experiment: Experiment) -> Iterator[GridRun]:
             yield GridRun(name, run.stage, seed, folder, overrides, section, parent)
 
 
-def waves(experiment: Experiment) -> list[list[GridRun]]:
-    """The grid in groups: those that start from no other run, those that start from one of these, and so on."""
+def group_by_parent(experiment: Experiment) -> list[list[GridRun]]:
+    """The grid in groups to train one after another: first runs without a parent, then their children, and so on."""
     depths: dict[str, int] = {}
-    for name, run in experiment.ablations.runs.items():  # a run stands below the one that it starts from
+    for name, run in experiment.ablations.runs.items():  # a parent comes before its children in the file
         depths[name] = 0 if run.after is None else depths[run.after] + 1
-    runs = list(grid(experiment))
+    runs = list(list_grid(experiment))
     return [[run for run in runs if depths[run.name] == depth] for depth in sorted(set(depths.values()))]
 
 
 def ablate(experiment: Experiment, *, restart: bool = False) -> list[GridRun]:
-    """`train_grid` under the lock on the run's folder."""
+    """Runs `train_grid` while holding the lock on the run's folder. HeldError if another command holds it."""
     with lock_run(experiment.run):
         return train_grid(experiment, restart=restart)
 
 
 def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun]:
-    """Runs what is not finished and writes <run>/ablations.json; `StillhouseError` names the runs that failed.
+    """Trains the runs that are not finished and writes <run>/ablations.json. StillhouseError names failed runs.
 
-    `restart`: runs give up states that other inputs made.
+    With `restart`, runs discard the saved states of trainings that had other inputs.
     """
     ledger = Ledger(experiment.run / "steps")
     with explain_write_errors(experiment.run / "logs"):
         (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
-    runs = list(grid(experiment))
+    runs = list(list_grid(experiment))
     _check_compositions(experiment, runs)
     with tqdm(total=len(runs), desc="students", unit="run") as bar:
-        for wave in waves(experiment):
-            failed = list(_train(experiment, wave, ledger, bar, restart=restart))
+        for group in group_by_parent(experiment):
+            failed = list(_train_group(experiment, group, ledger, bar, restart=restart))
             if failed:
                 raise StillhouseError("training failed:\n  " + "\n  ".join(failed))
     listing = [{"name": run.name, "stage": run.stage, "seed": run.seed, "folder": str(run.folder)} for run in runs]
     document = {
         "runs": listing,
-        "controls": {name: experiment.ablations.controls_of(name) for name in experiment.ablations.runs},
+        "controls": {name: experiment.ablations.get_controls(name) for name in experiment.ablations.runs},
         "cache": experiment.cache.path,
         "teacher": experiment.teacher.model,
     }
@@ -106,28 +107,30 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
     return runs
 
 
-def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any, *, restart: bool) -> Iterator[str]:
-    """Trains those of `runs` that are not finished, as many at once as there is room for; yields what failed."""
-    inputs = {run.label: _inputs(experiment, run) for run in runs}
-    waiting = {run.label: run for run in runs if not ledger.is_done(run.label, inputs[run.label], _outputs(run))}
+def _train_group(
+    experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any, *, restart: bool
+) -> Iterator[str]:
+    """Trains the unfinished runs of a group, as many at once as Ray has room for; yields a line for each failure."""
+    inputs = {run.label: _collect_inputs(experiment, run) for run in runs}
+    waiting = {run.label: run for run in runs if not ledger.is_done(run.label, inputs[run.label], _list_outputs(run))}
     bar.update(len(runs) - len(waiting))
     for run in waiting.values():
-        if reasons := ledger.reasons(run.label, inputs[run.label], _outputs(run)):
-            bar.write(f"{run.label} is done again:" + "".join(f"\n  {reason}" for reason in reasons))
+        if reasons := ledger.explain_redo(run.label, inputs[run.label], _list_outputs(run)):
+            bar.write(f"{run.label} is trained again:" + "".join(f"\n  {reason}" for reason in reasons))
     commands = [
         Command(
             name=run.label,
-            argv=training_command(
+            argv=make_training_command(
                 experiment.path,
                 run.stage,
                 run.overrides,
                 num_processes=run.section.num_processes,
                 evaluate=True,
-                flags=training_flags(restart=restart),
+                flags=make_training_flags(restart=restart),
             ),
-            env=training_environment(round(experiment.ablations.cpus_per_run / run.section.num_processes)),
+            env=make_training_environment(round(experiment.ablations.cpus_per_run / run.section.num_processes)),
             log_path=experiment.run / "logs" / f"{run.label}.log",
-            grace_s=math.inf,  # it saves its state, however long that takes, and ends
+            grace_s=math.inf,  # after a signal, saving its state may take long
             num_devices=run.section.num_processes,
         )
         for run in waiting.values()
@@ -139,10 +142,10 @@ def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any
         address=experiment.dump.ray_address,
         logs=experiment.run / "logs",
     )
-    with closing(results):  # which ends what runs, if this does not come to its end
+    with closing(results):  # ends the commands that still run if this loop is left early
         for result in results:
             run = waiting[result.name]
-            if result.returncode == 0 and all(path.exists() for path in _outputs(run)):
+            if result.returncode == 0 and all(path.exists() for path in _list_outputs(run)):
                 ledger.record(run.label, inputs[run.label], seconds=result.seconds)
                 accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
                 bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
@@ -153,14 +156,14 @@ def _train(experiment: Experiment, runs: list[GridRun], ledger: Ledger, bar: Any
 
 
 def _check_compositions(experiment: Experiment, runs: list[GridRun]) -> None:
-    """ConfigError for two runs that compose different students in one folder: each would undo the other's."""
+    """ConfigError for two runs that compose different students in one folder, where each would replace the other's."""
     composed: dict[str, GridRun] = {}
     for run in runs:
         if run.section.compose is None:
             continue
         place = run.section.init.replace("{seed}", str(run.seed))
         first = composed.setdefault(place, run)
-        changes = changed_fields(_composition(first), _composition(run), "compose")
+        changes = changed_fields(_dump_composition(first), _dump_composition(run), "compose")
         if changes:
             raise ConfigError(
                 f"{experiment.path}: {first.label} and {run.label} compose different students in one folder, {place}; "
@@ -169,27 +172,27 @@ def _check_compositions(experiment: Experiment, runs: list[GridRun]) -> None:
             )
 
 
-def _composition(run: GridRun) -> dict[str, Any]:
+def _dump_composition(run: GridRun) -> dict[str, Any]:
     assert run.section.compose is not None
     return {**run.section.compose.model_dump(mode="json"), "seed": run.seed}
 
 
-def _outputs(run: GridRun) -> list[Path]:
+def _list_outputs(run: GridRun) -> list[Path]:
     return [run.folder / name for name in ("config.json", "summary.json", "evaluation.json")]
 
 
-def _folder(experiment: Experiment, name: str, seed: int) -> Path:
+def _get_folder(experiment: Experiment, name: str, seed: int) -> Path:
     return experiment.run / "models" / name / f"seed{seed}"
 
 
-def _inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
-    if run.parent is not None:  # its weights: the rest of its folder is about how they were made
-        start: Any = {path.name: file_fingerprint(path) for path in sorted(run.parent.glob("*.safetensors"))}
+def _collect_inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
+    if run.parent is not None:  # only its weights matter: other files there describe how they were made
+        start: Any = {path.name: fingerprint_path(path) for path in sorted(run.parent.glob("*.safetensors"))}
     else:
         start = init_inputs(run.section, run.section.init.replace("{seed}", str(run.seed)))
     return {
         "stage": run.section.model_dump(mode="json"),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
         "init": start,
-        "cache": [cache_fingerprint(each.path) for each in run.section.sources(experiment.cache.path)],
+        "cache": [fingerprint_cache(source.path) for source in run.section.sources(experiment.cache.path)],
     }

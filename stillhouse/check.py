@@ -1,4 +1,4 @@
-"""What can be found wrong before anything costs money: no weights are loaded, no teacher is started."""
+"""`stillhouse check`: finds mistakes before anything costs money. It loads no weights and starts no teacher."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
-from stillhouse.ablate import grid
+from stillhouse.ablate import list_grid
 from stillhouse.config import Experiment
-from stillhouse.preflight import look_first, may_be_prepared
+from stillhouse.preflight import check_preconditions, may_be_made_by_prepare
 from storage.backends.folder import open_folder
 from storage.config import CacheSection
 from storage.config_loader import Named, read_sections
@@ -30,113 +30,112 @@ from teacher_dump.planning.recorded_budget import comparable
 from teacher_dump.settings import DumpSettings, read_settings
 
 
-def check(experiment: Experiment) -> Iterator[str]:
-    """Yields one line a finding that is in order; `StillhouseError` at the first that is not.
+def check_experiment(experiment: Experiment) -> Iterator[str]:
+    """Yields a line for each check that passes, and at the end what was not checked.
 
-    What the file itself has yet to make (`prepare`, `train_teacher`) is named, and the rest is checked.
+    StillhouseError at the first check that fails. Checks of files that `prepare` or `train_teacher` have yet to make
+    are left out and named.
     """
     yield f"{experiment.path}: valid"
-    yield from look_first(experiment)
+    yield from check_preconditions(experiment)
     _check_experts(experiment)
     settings = read_settings(experiment.path, experiment.overrides)
-    unmade = _unprepared(experiment)
-    if unmade:
+    unprepared = _find_unprepared(experiment)
+    if unprepared:
         assert experiment.prepare is not None
         yield (
             f"not checked yet: samples, prompts, teacher, cache and losses; {experiment.prepare.script}, which `run` "
-            f"starts first, has yet to make {_list(unmade)}"
+            f"starts first, has yet to make {_join_first(unprepared)}"
         )
         return
-    trained = experiment.train_teacher if not Path(settings.teacher.model).is_dir() else None
-    if trained is not None:  # its tokenizer and processor decide what prompts are; it is what the weights begin as
-        teacher = settings.teacher.model_copy(update={"model": trained.tokenizer})
+    untrained = experiment.train_teacher if not Path(settings.teacher.model).is_dir() else None
+    if untrained is not None:  # its tokenizer and processor, which are there, decide what the prompts are
+        teacher = settings.teacher.model_copy(update={"model": untrained.tokenizer})
         settings = replace(settings, teacher=teacher)
-    planned = plan_dump(settings)
-    yield f"samples: {planned.plan.num_samples:,} in {len(planned.plan.parts):,} parts"
-    yield from _check_prompts(experiment, settings, planned)
-    yield check_teacher(planned, settings.teacher)
-    if trained is None:
-        yield _check_cache(experiment.cache, planned.identity)
+    plan = plan_dump(settings)
+    yield f"samples: {plan.plan.num_samples:,} in {len(plan.plan.parts):,} parts"
+    yield from _check_prompts(experiment, settings, plan)
+    yield check_teacher(plan, settings.teacher)
+    if untrained is None:
+        yield _check_cache(experiment.cache, plan.identity)
     else:
         yield (
-            f"not checked yet: whether the cache fits {experiment.teacher.model}, which stage {trained.stage} has yet "
-            f"to train; {trained.tokenizer} stood in for it"
+            f"not checked yet: whether the cache fits {experiment.teacher.model}, which stage {untrained.stage} has "
+            f"yet to train; {untrained.tokenizer} was checked in its place"
         )
-    yield from _check_stages(experiment, planned.identity)
-    yield _not_looked_at(experiment)
+    yield from _check_stages(experiment, plan.identity)
+    yield _list_unchecked(experiment)
 
 
-def _not_looked_at(experiment: Experiment) -> str:
-    """What only the work itself, or another verb, can tell: nobody shall think that it was checked."""
-    unseen = ["weights, of teacher and students alike, and whether they fit into memory (`dump` and `train` load them)"]
+def _list_unchecked(experiment: Experiment) -> str:
+    """What `check` does not check, with the verb that does, so that nobody believes it was checked."""
+    lines = ["weights, of teacher and students alike, and whether they fit into memory (`dump` and `train` load them)"]
     if experiment.teacher.backend == "vllm":
-        unseen.append("whether vLLM starts and says what the model says (`dump`)")
-    unseen.append("whether the teacher sees its images (`dump` asks)")
+        lines.append("whether vLLM starts and gives the model's outputs (`dump`)")
+    lines.append("whether the teacher sees its images (`dump`)")
     if has_cache(open_folder(experiment.cache.path)):
-        unseen.append(
-            "the bytes of the cache (`verify`) and whether its rows are still the teacher's (`verify --replay`)"
-        )
+        lines.append("the bytes of the cache (`verify`) and whether its rows still fit the teacher (`verify --replay`)")
     for name, section in experiment.stages.items():
         stage = resolved(section, name)
         sources = [source.path for source in stage.sources(experiment.cache.path)]
         if not Path(stage.init).is_dir():
-            unseen.append(f"whether the student of stages.{name} fits: {stage.init} is not there yet")
+            lines.append(f"whether the student of stages.{name} fits: {stage.init} is not there yet")
         elif experiment.cache.path not in sources and not all(has_cache(open_folder(path)) for path in sources):
-            unseen.append(
-                f"whether the student of stages.{name} fits: a cache of {', '.join(sources)} is not there yet"
-            )
-    return "not looked at:" + _shown(unseen)
+            paths = ", ".join(sources)
+            lines.append(f"whether the student of stages.{name} fits: a cache of {paths} is not there yet")
+    return "not checked:" + _indent_lines(lines)
 
 
-def _unprepared(experiment: Experiment) -> list[str]:
-    """Sources and a teacher that are not there because `prepare` has not run yet. ConfigError: nor can it."""
+def _find_unprepared(experiment: Experiment) -> list[str]:
+    """Sources and teacher that are missing because `prepare` has not run yet. ConfigError if its script is missing."""
     if experiment.prepare is None or (experiment.run / "steps" / "prepare.json").exists():
         return []
     script = Path(experiment.prepare.script)
     if not script.is_file():
         raise ConfigError(f"{experiment.path}: prepare.script is {script}, which is not a file")
     teacher = experiment.teacher.model if experiment.train_teacher is None else experiment.train_teacher.tokenizer
-    places = [*(source.path for source in experiment.data.sources), teacher]
-    return [place for place in places if may_be_prepared(experiment, place) and not _is_there(place)]
+    paths = [*(source.path for source in experiment.data.sources), teacher]
+    return [path for path in paths if may_be_made_by_prepare(experiment, path) and not _has_match(path)]
 
 
-def _is_there(place: str) -> bool:
-    return Path(place).exists() or bool(glob(place))  # noqa: PTH207, for a pattern with folders
+def _has_match(pattern: str) -> bool:
+    """Whether a path exists, or some path that a pattern matches."""
+    return Path(pattern).exists() or bool(glob(pattern))  # noqa: PTH207, for a pattern with folders
 
 
-def _list(names: Sequence[str]) -> str:
-    shown = [*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else list(names)
-    return ", ".join(shown)
+def _join_first(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names)
 
 
-def _check_prompts(experiment: Experiment, settings: DumpSettings, planned: DumpPlan) -> Iterator[str]:
-    errors, report = inspect_data(settings, planned)
+def _check_prompts(experiment: Experiment, settings: DumpSettings, plan: DumpPlan) -> Iterator[str]:
+    """Yields the report on the data. ConfigError if more samples cannot be used than dump.max_error_fraction allows."""
+    errors, report = inspect_data(settings, plan)
     yield from report.lines()
-    total = planned.plan.num_samples + sum(len(part.errors) for part in planned.plan.parts)
+    total = plan.plan.num_samples + sum(len(part.errors) for part in plan.plan.parts)
     allowed = experiment.dump.max_error_fraction
-    named = "\n  ".join(map(str, errors[:10]))
+    examples = "\n  ".join(map(str, errors[:10]))
     if errors and len(errors) > allowed * total:
         raise ConfigError(
             f"{len(errors):,} of {total:,} samples cannot be used, dump.max_error_fraction allows "
-            f"{allowed:.1%}:\n  {named}"
+            f"{allowed:.1%}:\n  {examples}"
         )
-    yield f"prompts: {len(errors):,} of {total:,} samples cannot be used" + (f":\n  {named}" if errors else "")
+    yield f"prompts: {len(errors):,} of {total:,} samples cannot be used" + (f":\n  {examples}" if errors else "")
 
 
 def _check_experts(experiment: Experiment) -> None:
-    """ConfigError for experts that the ranks of a run, which the file itself starts, cannot share."""
-    for run in grid(experiment):
+    """ConfigError if the ranks of a run of the grid cannot divide its experts."""
+    for run in list_grid(experiment):
         check_ranks(run.section.num_processes, run.section.expert_parallel, stage=run.stage)
 
 
-def _will_be_made(experiment: Experiment, place: str) -> bool:
-    """Whether a checkpoint is not there yet, but the script of `prepare` or a stage may make it."""
+def _is_made_later(experiment: Experiment, path: str) -> bool:
+    """Whether a checkpoint does not exist yet, but `prepare` or a stage may make it."""
     outputs = {Path(resolved(section, name).output) for name, section in experiment.stages.items()}
-    return not Path(place).is_dir() and (may_be_prepared(experiment, place) or Path(place) in outputs)
+    return not Path(path).is_dir() and (may_be_made_by_prepare(experiment, path) or Path(path) in outputs)
 
 
 def _check_cache(section: CacheSection, identity: Identity) -> str:
-    """What a dump would find and do. Errors: IdentityError, CacheError."""
+    """A line on the cache that the dump would find, and on what it would add. Errors: IdentityError, CacheError."""
     folder = open_folder(section.path)
     found, segments = find_segment(folder, comparable(identity, section), section.families, append=section.append)
     if not segments:
@@ -144,53 +143,56 @@ def _check_cache(section: CacheSection, identity: Identity) -> str:
     cache = Cache.open(section.path, families=())
     line = f"cache: {folder} fits, {cache.num_samples:,} samples{'' if cache.sealed else ', not sealed yet'}"
     if isinstance(found, NewSegment):
-        what = "parts of new samples" if found.adds_to is None else ", ".join(found.families)
-        line += f"; the dump would add {what} as segment {found.number}"
+        added = "parts of new samples" if found.adds_to is None else ", ".join(found.families)
+        line += f"; the dump would add {added} as segment {found.number}"
     return line
 
 
 def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
-    """A line for each stage whose student is there: it fits the cache, or the teacher of the one to come.
+    """Yields a line for each stage whose student exists and fits its caches, or the teacher of the cache to come.
 
-    Errors: IdentityError; ConfigError for losses of a stage or run that the cache, once dumped, cannot serve.
+    Errors: IdentityError if a student does not fit; ConfigError for losses that a cache cannot serve.
     """
-    has_one = has_cache(open_folder(experiment.cache.path))
-    held = {"tokens", *experiment.cache.families}
-    if has_one:
-        there = Cache.open(experiment.cache.path, families=())
-        held |= set(there.families)
-        identity = identity.model_copy(update={"selection": {**there.identity.selection, **identity.selection}})
-    asked = {f"stages.{name}.losses": section for name, section in experiment.stages.items()}
-    for name, run in experiment.ablations.runs.items():
-        overrides = (*experiment.overrides, *run.overrides())
-        stages = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"]
-        stage = stages[run.stage]
-        asked[f"ablations.runs.{name}: losses"] = stage
-    for place, section in asked.items():
-        for source in section.sources(experiment.cache.path):
-            if source.path == experiment.cache.path:
-                check_losses(section.losses, identity, held, place=place)
+    own_cache = experiment.cache.path
+    families = {"tokens", *experiment.cache.families}
+    if has_cache(open_folder(own_cache)):
+        cache = Cache.open(own_cache, families=())
+        families |= set(cache.families)
+        identity = identity.model_copy(update={"selection": {**cache.identity.selection, **identity.selection}})
+    for field, section in _list_losses(experiment):
+        for source in section.sources(own_cache):
+            if source.path == own_cache:
+                check_losses(section.losses, identity, families, place=field)
             elif has_cache(open_folder(source.path)):
                 other = Cache.open(source.path, families=())
-                check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {place}")
+                check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {field}")
     for name, section in experiment.stages.items():
         stage = resolved(section, name)
-        if stage.compose is not None and not any(_will_be_made(experiment, part) for part in parts_of(stage.compose)):
+        if stage.compose is not None and not any(_is_made_later(experiment, part) for part in parts_of(stage.compose)):
             check_parts(stage.compose, f"{experiment.path}: stages.{name}")
-            yield f"stages.{name}: the parts of compose go together"
+            yield f"stages.{name}: the parts of compose fit together"
         if not Path(stage.init).is_dir():
             continue
-        paths = [source.path for source in stage.sources(experiment.cache.path)]
+        paths = [source.path for source in stage.sources(own_cache)]
         if all(has_cache(open_folder(path)) for path in paths):
-            notes = fitting_checkpoint(stage, experiment.cache.path).notes
-            yield f"stages.{name}: {stage.init} fits the {'cache' if len(paths) == 1 else 'caches'}{_shown(notes)}"
-        elif experiment.cache.path in paths:
+            notes, noun = fitting_checkpoint(stage, own_cache).notes, "cache" if len(paths) == 1 else "caches"
+            yield f"stages.{name}: {stage.init} fits the {noun}{_indent_lines(notes)}"
+        elif own_cache in paths:
             checkpoint = read_checkpoint(stage.init)
             check_architecture(checkpoint, stage)
             notes = check_fit(checkpoint, identity)
-            yield f"stages.{name}: {stage.init} fits the teacher{_shown(notes)}"
+            yield f"stages.{name}: {stage.init} fits the teacher{_indent_lines(notes)}"
 
 
-def _shown(notes: Sequence[str]) -> str:
-    """Lines below a line."""
-    return "".join(f"\n  {note}" for note in notes)
+def _list_losses(experiment: Experiment) -> Iterator[tuple[str, StageSection]]:
+    """Every stage, and the stage of every run of the grid with its changes, with the field of its losses."""
+    for name, section in experiment.stages.items():
+        yield f"stages.{name}.losses", section
+    for name, run in experiment.ablations.runs.items():
+        overrides = (*experiment.overrides, *run.make_overrides())
+        stages = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"]
+        yield f"ablations.runs.{name}: losses", stages[run.stage]
+
+
+def _indent_lines(lines: Sequence[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines)

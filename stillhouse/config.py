@@ -1,4 +1,4 @@
-"""The whole of pipeline.yaml, composed of every package's own sections and checked as one."""
+"""The schema of a whole pipeline.yaml: the sections of every package, and the checks across sections."""
 
 from __future__ import annotations
 
@@ -18,71 +18,70 @@ from teacher_dump.config import DataSection, DumpSection, TeacherSection
 
 
 class PrepareSection(Section):
-    """A script that makes data and untrained models before anything else; trusted code of the user's own."""
+    """A script that makes data and untrained models before all other steps. It is the user's own, trusted code."""
 
     script: LocalPath
     arguments: dict[str, str | int | float] = {}  # passed as --name value
 
 
 class TrainTeacherSection(Section):
-    """Trains the teacher itself, for experiments that start without one."""
+    """Trains the teacher first, for experiments that start without one."""
 
-    stage: str  # of `stages:`; its output must be teacher.model
-    tokenizer: LocalPath  # checkpoint folder whose tokenizer, template and image processor prepare the samples
+    stage: str  # a name in `stages:`, whose output must be teacher.model
+    tokenizer: LocalPath  # checkpoint folder whose tokenizer, chat template and image processor prepare the samples
     data: DataSection  # tokenised into the stage's own cache, without a teacher
-    min_exact_match: Annotated[float, Field(ge=0, le=1)] = 0.0  # on the evaluation splits; below it the run fails
+    min_exact_match: Annotated[float, Field(ge=0, le=1)] = 0.0  # on the evaluation splits; the run fails below it
 
 
 class AblationRunSection(Section):
-    """One row of the table: a stage, with some of its fields replaced."""
+    """One run of the ablation: a stage with some of its fields replaced."""
 
     stage: str
-    after: str | None = None  # a run above, whose checkpoint of the same seed is this one's init
-    set: dict[str, Any] = {}  # fields of the stage; dotted names reach into its sections
-    controls: tuple[str, ...] | None = None  # in place of ablations.controls
+    after: str | None = None  # an earlier run, whose checkpoint of the same seed this run starts from
+    set: dict[str, Any] = {}  # fields of the stage, by name; a dotted name is a field of a nested section
+    controls: tuple[str, ...] | None = None  # replaces ablations.controls for this run
 
-    def overrides(self) -> list[str]:
+    def make_overrides(self) -> list[str]:
         """The replaced fields as `section.field=value`, the form that every entry point takes."""
         return [f"stages.{self.stage}.{field}={json.dumps(value)}" for field, value in self.set.items()]
 
 
 class AblationsSection(Section):
-    """Student runs over one and the same cache."""
+    """Student runs that share one cache."""
 
     runs: dict[str, AblationRunSection] = {}
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)  # every run once a seed
-    controls: tuple[str, ...] = ()  # runs that distillation must beat; paired differences are taken to them
-    cpus_per_run: Annotated[float, Field(gt=0)] = 1  # as many runs at once as the machine (or cluster) holds
-    gpus_per_run: Annotated[float, Field(ge=0)] | None = None  # None: one a process where Ray has GPUs, or 0
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)  # each run is trained once for each seed
+    controls: tuple[str, ...] = ()  # runs to compare the others with, paired by seed
+    cpus_per_run: Annotated[float, Field(gt=0)] = 1  # Ray starts as many runs at once as the CPUs allow
+    gpus_per_run: Annotated[float, Field(ge=0)] | None = None  # None: one for each process where Ray has GPUs, else 0
 
     @field_validator("runs")
     @classmethod
-    def _each_after_one_above(cls, runs: dict[str, AblationRunSection]) -> dict[str, AblationRunSection]:
-        above: list[str] = []
+    def _check_runs(cls, runs: dict[str, AblationRunSection]) -> dict[str, AblationRunSection]:
+        earlier: list[str] = []
         for name, run in runs.items():
-            if run.after is not None and run.after not in above:
-                raise ValueError(
-                    f"{name}.after is {run.after!r}, expected a run above it: {', '.join(above) or 'none'}"
-                )
+            if run.after is not None and run.after not in earlier:
+                expected = ", ".join(earlier) or "none"
+                raise ValueError(f"{name}.after is {run.after!r}, expected a run above it: {expected}")
             if name != Path(name).name or name == "..":
-                raise ValueError(f"{name!r} is no name of a run: it becomes a folder's; leave out slashes")
+                raise ValueError(f"{name!r} cannot be the name of a run, since a folder gets it; leave out slashes")
             for field in ("seed", "output"):
                 if field in run.set:
                     raise ValueError(f"{name}.set has {field}, which the grid gives each run; see ablations.seeds")
             if run.after is not None and "init" in run.set:
                 raise ValueError(f"{name} has both after and set.init; a run starts from one checkpoint")
-            above.append(name)
+            earlier.append(name)
         return runs
 
     @field_validator("seeds")
     @classmethod
-    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+    def _check_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"seeds {list(seeds)} must differ: a seed twice is one run, counted as two")
+            raise ValueError(f"seeds {list(seeds)} must differ, or one run would count as two")
         return seeds
 
-    def controls_of(self, name: str) -> tuple[str, ...]:
-        """The runs that `name` is compared to; a control is not compared to itself."""
+    def get_controls(self, name: str) -> tuple[str, ...]:
+        """The runs that run `name` is compared with; a control is not compared with itself."""
         own = self.runs[name].controls
         return tuple(control for control in (self.controls if own is None else own) if control != name)
 
@@ -98,17 +97,17 @@ SCHEMAS = {
     "evaluation": EvaluationSection,
     "ablations": AblationsSection,
 }
-OPTIONAL = ("prepare", "train_teacher")
+OPTIONAL_SECTIONS = ("prepare", "train_teacher")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One pipeline.yaml with its overrides: what every verb of the command line is given."""
+    """One pipeline.yaml with its overrides, checked. Every verb of the command line reads one."""
 
     path: Path
     overrides: tuple[str, ...]
     name: str
-    run: Path  # <runs_dir>/<name>: everything that this experiment makes
+    run: Path  # <runs_dir>/<name>, the folder of everything that the experiment writes
     data: DataSection
     teacher: TeacherSection
     dump: DumpSection
@@ -119,20 +118,19 @@ class Experiment:
     prepare: PrepareSection | None
     train_teacher: TrainTeacherSection | None
 
-    def stage(self, name: str, *, asked_by: str) -> StageSection:
-        """The stage of that name; `ConfigError` naming who asked when there is none."""
+    def get_stage(self, name: str, *, named_by: str) -> StageSection:
+        """The stage `name`. ConfigError if there is none, with the field or option `named_by` that names it."""
         if name not in self.stages:
             known = ", ".join(self.stages) or "none"
-            raise ConfigError(f"{self.path}: {asked_by} names the stage {name!r}; stages: has {known}")
+            raise ConfigError(f"{self.path}: {named_by} names the stage {name!r}; stages: has {known}")
         return self.stages[name]
 
 
 def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The checked experiment; `ConfigError` naming file, field, what was got and what is expected."""
+    """Reads and checks an experiment. ConfigError names the file, the field, the value and what is expected."""
     present = read_sections(path, {}, overrides).document
-    sections = read_sections(
-        path, {key: schema for key, schema in SCHEMAS.items() if key not in OPTIONAL or key in present}, overrides
-    )
+    schemas = {key: schema for key, schema in SCHEMAS.items() if key not in OPTIONAL_SECTIONS or key in present}
+    sections = read_sections(path, schemas, overrides)
     experiment = Experiment(
         path=path,
         overrides=tuple(overrides),
@@ -149,18 +147,18 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         train_teacher=sections.get("train_teacher"),
     )
     for name, run in experiment.ablations.runs.items():
-        experiment.stage(run.stage, asked_by=f"ablations.runs.{name}.stage")
-        stages = read_sections(path, {"stages": Named(StageSection)}, (*overrides, *run.overrides()))["stages"]
-        _refuse_shared_gpus(path, name, stages[run.stage].num_processes, experiment.ablations.gpus_per_run)
-        for control in experiment.ablations.controls_of(name):
+        experiment.get_stage(run.stage, named_by=f"ablations.runs.{name}.stage")
+        stages = read_sections(path, {"stages": Named(StageSection)}, (*overrides, *run.make_overrides()))["stages"]
+        _check_gpus_per_run(path, name, stages[run.stage].num_processes, experiment.ablations.gpus_per_run)
+        for control in experiment.ablations.get_controls(name):
             if control not in experiment.ablations.runs:
                 raise ConfigError(f"{path}: controls of {name}: {control!r} is not one of ablations.runs")
     if experiment.train_teacher is not None:
-        stage = experiment.stage(experiment.train_teacher.stage, asked_by="train_teacher.stage")
+        stage = experiment.get_stage(experiment.train_teacher.stage, named_by="train_teacher.stage")
         if Path(stage.output) != Path(experiment.teacher.model):
             raise ConfigError(
                 f"{path}: stages.{experiment.train_teacher.stage}.output is {stage.output}, but teacher.model is "
-                f"{experiment.teacher.model}; the trained teacher must be the one that is dumped"
+                f"{experiment.teacher.model}; the dump must use the teacher that is trained"
             )
         if stage.cache is None:
             raise ConfigError(
@@ -170,8 +168,8 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     return experiment
 
 
-def _refuse_shared_gpus(path: Path, run: str, num_processes: int, gpus: float | None) -> None:
-    """ConfigError for a run whose processes would have fewer GPUs than there are of them; 0 means CPUs."""
+def _check_gpus_per_run(path: Path, run: str, num_processes: int, gpus: float | None) -> None:
+    """ConfigError for a run with fewer GPUs than processes; 0 GPUs mean that it runs on CPUs."""
     if gpus and gpus < num_processes and num_processes > 1:
         raise ConfigError(
             f"{path}: ablations.gpus_per_run is {gpus:g}, but run {run!r} has {num_processes} processes and each needs "

@@ -1,7 +1,7 @@
-"""The ledger of an experiment: which steps are done, and from what they were made.
+"""Records which steps of an experiment are finished, with the inputs of each.
 
-A step is a name and the fingerprint of everything that it depends on. Its entry is one JSON file
-under <run>/steps/, written after the step's own outputs, so its existence means that they are whole.
+A step has a name and the fingerprint of all its inputs. Its entry is a JSON file under <run>/steps/, which is written
+after the outputs of the step, so its existence means that they are complete.
 """
 
 from __future__ import annotations
@@ -22,57 +22,58 @@ from storage.layout.segments import read_segments
 
 @dataclass(frozen=True)
 class Ledger:
-    """Finished steps of one experiment, kept in `folder`."""
+    """The finished steps of one experiment, a file each in `folder`."""
 
     folder: Path
 
     def is_done(self, step: str, inputs: dict[str, Any], outputs: list[Path]) -> bool:
         """Whether `step` finished from exactly these inputs and its outputs still exist."""
-        return self._entry(step).get("fingerprint") == fingerprint(inputs) and all(path.exists() for path in outputs)
+        is_same = self._read_entry(step).get("fingerprint") == fingerprint_json(inputs)
+        return is_same and all(path.exists() for path in outputs)
 
-    def reasons(self, step: str, inputs: dict[str, Any], outputs: list[Path]) -> list[str]:
-        """Why a step that finished once is done again: fields that changed, with both values, and lost outputs.
+    def explain_redo(self, step: str, inputs: dict[str, Any], outputs: list[Path]) -> list[str]:
+        """Why a finished step must run again: input fields that changed, with both values, and missing outputs.
 
-        Empty for a step that has never finished.
+        Empty for a step that never finished.
         """
-        entry = self._entry(step)
+        entry = self._read_entry(step)
         if "inputs" not in entry:
             return []
-        gone = [f"{path}: is gone" for path in outputs if not path.exists()]
-        return [*changed_fields(entry["inputs"], inputs), *gone]
+        missing = [f"{path}: is missing" for path in outputs if not path.exists()]
+        return [*changed_fields(entry["inputs"], inputs), *missing]
 
     def record(self, step: str, inputs: dict[str, Any], **facts: Any) -> None:
-        """Notes that `step` is finished; its outputs must be on disk already."""
+        """Writes the entry of a finished `step`, with `facts` about it. Its outputs must be on disk already."""
         with explain_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        entry = {"step": step, "fingerprint": fingerprint(inputs), "inputs": inputs, **facts}
-        write_atomically(self._path(step), json.dumps(entry, indent=1, default=str).encode())
+        entry = {"step": step, "fingerprint": fingerprint_json(inputs), "inputs": inputs, **facts}
+        write_atomically(self._get_path(step), json.dumps(entry, indent=1, default=str).encode())
 
-    def _entry(self, step: str) -> dict[str, Any]:
+    def _read_entry(self, step: str) -> dict[str, Any]:
         try:
-            entry = json.loads(self._path(step).read_bytes())
+            entry = json.loads(self._get_path(step).read_bytes())
         except (FileNotFoundError, ValueError):
             return {}
         return entry if isinstance(entry, dict) else {}
 
-    def _path(self, step: str) -> Path:
+    def _get_path(self, step: str) -> Path:
         return self.folder / f"{step}.json"
 
 
 def lock_run(run: Path) -> AbstractContextManager[Lock]:
-    """The lock on a run's folder, of the one `run` or `ablate` that works there. HeldError names who has it.
+    """The lock on a run's folder, which `run` and `ablate` hold. HeldError names the process that holds it.
 
-    Dumps and stages have places of their own: a dump shares its work with others, a stage locks its output.
+    `dump` and `train` do without: several dumps may share the work on one cache, and a stage locks its own output.
     """
     return hold_lock(run / "lock", f"the run {run}")
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint_json(value: Any) -> str:
     """sha256 of the canonical JSON of `value`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def file_fingerprint(path: Path) -> str:
+def fingerprint_path(path: Path) -> str:
     """sha256 of a file's bytes, or of the names and bytes of every file in a folder."""
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
@@ -84,11 +85,11 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def cache_fingerprint(path: str) -> str:
-    """sha256 of what says all that is in a cache: its segments and their manifests. CacheError: there is none."""
+def fingerprint_cache(path: str) -> str:
+    """sha256 of a cache's segment documents and manifests, which list all its files. CacheError if there is none."""
     folder, digest = open_folder(path), hashlib.sha256()
     for segment in read_segments(folder):
         digest.update(segment.sha256.encode())
-        with suppress(FileNotFoundError):  # a segment that grows has no manifest
+        with suppress(FileNotFoundError):  # an unfinished segment has no manifest
             digest.update(folder.read(segment.manifest_file))
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""What `check` looks at first, and `run` and `ablate` before they begin: names, places, room, GPUs, the machine.
+"""Checks names, paths, disk space, GPUs and the machine: first in `check`, and in `run` and `ablate` before they start.
 
-No data are read, no model is loaded; the whole takes a second. What would certainly fail is refused, what may become
-short is told. What is only guessed at is never refused.
+It reads no data and loads no model, and takes about a second. It refuses what would certainly fail and warns of what
+may run short, such as disk space.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stillhouse.ablate import grid
+from stillhouse.ablate import list_grid
 from stillhouse.config import Experiment
 from storage.backends.disk import check_writable, existing_parent, format_bytes, free_bytes
 from storage.backends.folder import is_url, open_folder, write_atomically
@@ -31,42 +31,45 @@ from teacher_dump.teachers.hf_checkpoint import read_header, weight_files
 
 _FORECAST = "forecast.json"
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight in a checkpoint
-_STATE_BYTES = 12  # a weight that trains: a copy and two moments in float32
+_STATE_BYTES = 12  # of a weight that trains: float32 copy and two moments
 
 
 @dataclass(frozen=True)
-class Need:
-    """What something will write."""
+class DiskNeed:
+    """Bytes that will be written below a path."""
 
-    place: Path
+    path: Path
     num_bytes: int
-    what: str
-    kind: Literal["least", "about", "for a while"]  # at least so much, about so much, or so much until it is done
+    description: str
+    kind: Literal["least", "about", "temporary"]  # a lower bound, an estimate, or an estimate until training ends
 
 
-def look_first(experiment: Experiment, *, dumps: bool = True) -> Iterator[str]:
-    """Yields what was looked at, a line each; ConfigError for what would certainly fail. `dumps`: the dump runs too."""
+def check_preconditions(experiment: Experiment, *, dumps: bool = True) -> Iterator[str]:
+    """Yields a line for each result, warnings included. ConfigError for what would certainly fail.
+
+    `dumps` says that the dump will run, so its machine is checked too.
+    """
     check_splits(experiment)
     check_inits(experiment)
-    check_places(experiment)
+    check_output_folders(experiment)
     yield check_gpus(experiment)
-    yield from check_room(needs(experiment), experiment.run)
-    trains = any(not (run.folder / "evaluation.json").exists() for run in grid(experiment))
+    yield from check_disk_space(estimate_disk_needs(experiment), experiment.run)
+    trains = any(not (run.folder / "evaluation.json").exists() for run in list_grid(experiment))
     warnings = check_dump_machine(read_settings(experiment.path, experiment.overrides)) if dumps else []
-    if trains:  # Ray runs them
+    if trains:  # Ray runs the trainings
         warnings += check_machine(runs_vllm=False, ray_address=experiment.dump.ray_address)
     yield from (f"warning: {line}" for line in dict.fromkeys(warnings))
 
 
-def warn_first(experiment: Experiment, *, dumps: bool = True) -> None:
-    """`look_first` before work: only its warnings are shown, on stderr."""
-    for line in look_first(experiment, dumps=dumps):
+def print_warnings(experiment: Experiment, *, dumps: bool = True) -> None:
+    """Runs `check_preconditions` and prints its warnings to stderr."""
+    for line in check_preconditions(experiment, dumps=dumps):
         if line.startswith("warning: "):
             print(f"stillhouse: {line}", file=sys.stderr)
 
 
-def check_places(experiment: Experiment) -> None:
-    """ConfigError for a folder that will be written to and cannot be."""
+def check_output_folders(experiment: Experiment) -> None:
+    """ConfigError for a folder that the experiment writes to and cannot be written."""
     check_writable(experiment.run, field="runs_dir/name")
     check_writable(experiment.run / "logs", field="the folder of logs")
     if not is_url(experiment.cache.path):
@@ -78,47 +81,47 @@ def check_places(experiment: Experiment) -> None:
 
 
 def check_gpus(experiment: Experiment) -> str:
-    """A line on GPUs. ConfigError where a run asks for more than there are, on this machine alone."""
-    _check_collectives(experiment)
+    """A line with the number of GPUs. ConfigError where a run needs more than this machine has, without a cluster."""
+    _check_nccl(experiment)
     if not is_alone(experiment.dump.ray_address):
         address = experiment.dump.ray_address or os.environ["RAY_ADDRESS"]
-        return f"GPUs: not looked at, Ray's cluster at {address} may have, or get, what is asked for"
-    there, wanted = count_gpus(), experiment.ablations.gpus_per_run
+        return f"GPUs: not checked, since Ray's cluster at {address} may have or start as many as a run needs"
+    num_gpus, wanted = count_gpus(), experiment.ablations.gpus_per_run
     if wanted is not None and experiment.ablations.runs:
-        refuse_more_gpus(wanted, there, field="ablations.gpus_per_run")
-    return f"GPUs: {there} on this machine"
+        refuse_more_gpus(wanted, num_gpus, field="ablations.gpus_per_run")
+    return f"GPUs: {num_gpus} on this machine"
 
 
-def _check_collectives(experiment: Experiment) -> None:
-    """ConfigError for ranks that would train on this machine's GPUs with a PyTorch that has no nccl."""
-    import torch
+def _check_nccl(experiment: Experiment) -> None:
+    """ConfigError if a stage needs several ranks on GPUs and this PyTorch has no nccl."""
+    import torch  # seconds
 
-    several = [name for name, stage in experiment.stages.items() if stage.num_processes > 1]
-    if several and torch.cuda.is_available() and not torch.distributed.is_nccl_available():
+    parallel = [name for name, stage in experiment.stages.items() if stage.num_processes > 1]
+    if parallel and torch.cuda.is_available() and not torch.distributed.is_nccl_available():
         raise ConfigError(
-            f"stages.{several[0]}.num_processes is {experiment.stages[several[0]].num_processes}, but this PyTorch "
-            "has no nccl, through which ranks on GPUs meet; install a build with it, or set num_processes to 1"
+            f"stages.{parallel[0]}.num_processes is {experiment.stages[parallel[0]].num_processes}, but this PyTorch "
+            "has no nccl, by which ranks on GPUs communicate; install a build with it, or set num_processes to 1"
         )
 
 
-def check_stage(experiment: Experiment, name: str) -> None:
-    """What `train` looks at before it starts processes. ConfigError: no such init, an output that cannot be written."""
-    stage = resolved(experiment.stage(name, asked_by="--stage"), name)
+def check_stage_inputs(experiment: Experiment, name: str) -> None:
+    """Checks a stage before `train` starts it. ConfigError if its init is missing or its output cannot be written."""
+    stage = resolved(experiment.get_stage(name, named_by="--stage"), name)
     if stage.compose is None and not Path(stage.init).is_dir() and not is_hub_id(stage.init):
         raise ConfigError(
-            f"{experiment.path}: stages.{name}.init is {stage.init}: there is no such folder, and a hub id is "
-            "owner/name"
+            f"{experiment.path}: stages.{name}.init is {stage.init}, which is neither a directory nor a Hub id "
+            "(owner/name)"
         )
     check_writable(stage.output, field=f"stages.{name}.output")
 
 
-def needs(experiment: Experiment) -> list[Need]:
-    """What is known of the bytes that are still to be written: checkpoints by their inits, a cache by what it has.
+def estimate_disk_needs(experiment: Experiment) -> list[DiskNeed]:
+    """The bytes still to be written, as far as they are known: checkpoints by the sizes of their inits, and the cache.
 
-    What exists is replaced file by file, and so counts as nothing. Inits that are not there yet count as nothing too.
+    Outputs that exist already need no more space. A checkpoint whose init does not exist yet is left out.
     """
-    found, sizes = [], {}
-    stages = [(run.label, run.section, run.folder, run.parent) for run in grid(experiment)]
+    needs, sizes = [], {}
+    stages = [(run.label, run.section, run.folder, run.parent) for run in list_grid(experiment)]
     if experiment.train_teacher is not None:
         name = experiment.train_teacher.stage
         stage = resolved(experiment.stages[name], name)
@@ -128,15 +131,16 @@ def needs(experiment: Experiment) -> list[Need]:
         num_weights = sizes[folder] = sizes.get(init) or count_weights(init)
         if not num_weights or any(folder.glob("*.safetensors")):
             continue
-        found.append(Need(folder, num_weights * _ITEM_BYTES[stage.precision], f"the checkpoint of {label}", "least"))
+        size = num_weights * _ITEM_BYTES[stage.precision]
+        needs.append(DiskNeed(folder, size, f"the checkpoint of {label}", "least"))
         if stage.save_every is not None:
             size = num_weights * _STATE_BYTES * (stage.keep_states + 1)
-            found.append(Need(folder, size, f"states of {label}", "for a while"))
-    return [*found, *_need_of_cache(experiment)]
+            needs.append(DiskNeed(folder, size, f"states of {label}", "temporary"))
+    return [*needs, *_estimate_cache(experiment)]
 
 
 def count_weights(folder: Path) -> int:
-    """The elements of a checkpoint's tensors; 0 where there is none yet, or none that can be read."""
+    """The number of weights of a checkpoint; 0 where there is none yet or none that can be read."""
     try:
         headers = [read_header(path) for path in weight_files(folder)]
     except (StillhouseError, OSError):
@@ -144,146 +148,143 @@ def count_weights(folder: Path) -> int:
     return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
-def check_room(asked: Sequence[Need], run: Path) -> Iterator[str]:
-    """A line a disk: what is free and what is needed, as far as that is known. ConfigError: certainly too little.
+def check_disk_space(needs: Sequence[DiskNeed], run: Path) -> Iterator[str]:
+    """Yields a line for each disk: free and needed bytes. ConfigError where the space is certainly too small.
 
-    `run`: the folder whose disk is told of in any case.
+    The disk of the folder `run` always has a line.
     """
-    disks: dict[int, list[Need]] = {_device(run): []}
-    for need in asked:
-        disks.setdefault(_device(need.place), []).append(need)
-    for group in disks.values():
-        place = group[0].place if group else run
-        free = free_bytes(place)
+    by_disk: dict[int, list[DiskNeed]] = {_get_device(run): []}
+    for need in needs:
+        by_disk.setdefault(_get_device(need.path), []).append(need)
+    for group in by_disk.values():
+        path = group[0].path if group else run
+        free = free_bytes(path)
         if free is None:
             continue
-        line = f"the disk of {place} has {format_bytes(free)} free"
+        line = f"the disk of {path} has {format_bytes(free)} free"
         least = sum(need.num_bytes for need in group if need.kind == "least")
         if least > free:
             raise ConfigError(
-                f"{line}, and at least {format_bytes(least)} will be written there ({_shown(group)}); free space "
-                "there, or give another runs_dir"
+                f"{line}, and at least {format_bytes(least)} will be written there ({_list_largest(group)}); free "
+                "space there, or give another runs_dir"
             )
         about = least + sum(need.num_bytes for need in group if need.kind == "about")
-        about += max((need.num_bytes for need in group if need.kind == "for a while"), default=0)
-        line += (
-            f", and about {format_bytes(about)} or more will be written ({_shown(group)})"
-            if group
-            else ("; how much will be written is not known yet")
-        )
+        about += max((need.num_bytes for need in group if need.kind == "temporary"), default=0)
+        if group:
+            line += f", and about {format_bytes(about)} or more will be written ({_list_largest(group)})"
+        else:
+            line += "; how much will be written is not known yet"
         yield f"warning: {line}" if about > free else f"disk: {line}"
 
 
-def _device(path: Path) -> int:
+def _get_device(path: Path) -> int:
     return existing_parent(path).stat().st_dev
 
 
-def _shown(needs: Sequence[Need]) -> str:
+def _list_largest(needs: Sequence[DiskNeed]) -> str:
     largest = sorted(needs, key=lambda need: -need.num_bytes)
-    names = [f"{need.what} {format_bytes(need.num_bytes)}" for need in largest[:3]]
-    return ", ".join([*names, f"{len(needs) - 3} more"] if len(needs) > 3 else names)
+    texts = [f"{need.description} {format_bytes(need.num_bytes)}" for need in largest[:3]]
+    return ", ".join([*texts, f"{len(needs) - 3} more"] if len(needs) > 3 else texts)
 
 
-def _need_of_cache(experiment: Experiment) -> Iterator[Need]:
-    """The parts that a cache lacks, as large as those that it has; without any what `stillhouse plan` has forecast."""
+def _estimate_cache(experiment: Experiment) -> Iterator[DiskNeed]:
+    """The missing parts of a cache, by the mean size of its parts, or a new cache by the forecast of `plan`."""
     path = experiment.cache.path
     if is_url(path):
         return
     if has_cache(open_folder(path)):
         cache = Cache.open(path, families=())
-        missing = cache.identity.num_parts - cache.num_parts
-        if not cache.sealed and cache.num_parts and missing > 0:
-            size = int(cache.statistics()["bytes"]) * missing // cache.num_parts
-            yield Need(Path(path), size, f"the {missing:,} parts that the cache lacks", "about")
-            return
+        num_missing = cache.identity.num_parts - cache.num_parts
+        if not cache.sealed and cache.num_parts and num_missing > 0:
+            size = int(cache.statistics()["bytes"]) * num_missing // cache.num_parts
+            yield DiskNeed(Path(path), size, f"the {num_missing:,} missing parts of the cache", "about")
     elif (forecast := _read_forecast(experiment.run)) is not None:
-        what = f"the cache of {forecast['samples']:,} samples, by the forecast of `stillhouse plan`"
-        yield Need(Path(path), forecast["bytes"], what, "about")
+        description = f"the cache of {forecast['samples']:,} samples, by the forecast of `stillhouse plan`"
+        yield DiskNeed(Path(path), forecast["bytes"], description, "about")
 
 
-def keep_forecast(run: Path, *, num_samples: int, num_bytes: int) -> None:
-    """Remembers in the run's folder what a cache is expected to weigh. WriteError: a full disk, for one."""
+def write_forecast(run: Path, *, num_samples: int, num_bytes: int) -> None:
+    """Keeps the forecast size of a cache in the run's folder. WriteError if it cannot be written."""
     document = {"samples": num_samples, "bytes": num_bytes}
     write_atomically(run / _FORECAST, f"{json.dumps(document)}\n".encode())
 
 
 def _read_forecast(run: Path) -> dict[str, int] | None:
     try:
-        found = json.loads((run / _FORECAST).read_bytes())
-        return {name: int(found[name]) for name in ("samples", "bytes")}
+        document = json.loads((run / _FORECAST).read_bytes())
+        return {name: int(document[name]) for name in ("samples", "bytes")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def check_splits(experiment: Experiment) -> None:
-    """ConfigError for a split of stages, their checkpoints or evaluation that no source of the data gives.
+    """ConfigError if a stage, its checkpoint selection or the evaluation names a split that no source has.
 
     Held-out samples may lie in any cache of a stage.
     """
-    given = {source.split for source in experiment.data.sources}
-    here = experiment.cache.path
-    sources = {name: list(_sources(name, stage, here)) for name, stage in experiment.stages.items()}
-    asked = {
-        place: (source.splits or (), set())
-        for each in sources.values()
-        for place, source in each
-        if source.path == here
+    data_splits = {source.split for source in experiment.data.sources}
+    own_cache = experiment.cache.path
+    sources = {name: list(_list_sources(name, stage, own_cache)) for name, stage in experiment.stages.items()}
+    named: dict[str, tuple[Sequence[str], set[str]]] = {  # by field: its splits, and those of other caches
+        field: (source.splits or (), set())
+        for stage_sources in sources.values()
+        for field, source in stage_sources
+        if source.path == own_cache
     }
-    others = {name: _splits_of([source.path for _, source in each], here) for name, each in sources.items()}
+    others = {name: _read_splits([source.path for _, source in each], own_cache) for name, each in sources.items()}
     for name, stage in experiment.stages.items():
-        if stage.checkpoints is not None and any(source.path == here for _, source in sources[name]):
-            asked[f"stages.{name}.checkpoints"] = stage.checkpoints.splits, others[name]
-    if experiment.ablations.runs:  # which are evaluated
-        asked["evaluation"] = experiment.evaluation.splits, set().union(*others.values())
-    for place, (splits, elsewhere) in asked.items():
-        unknown = [split for split in splits if split not in given | elsewhere]
+        if stage.checkpoints is not None and any(source.path == own_cache for _, source in sources[name]):
+            named[f"stages.{name}.checkpoints"] = stage.checkpoints.splits, others[name]
+    if experiment.ablations.runs:  # they are evaluated
+        named["evaluation"] = experiment.evaluation.splits, set().union(*others.values())
+    for field, (splits, other_splits) in named.items():
+        unknown = [split for split in splits if split not in data_splits | other_splits]
         if unknown:
-            raise ConfigError(
-                f"{experiment.path}: {place}.splits names {', '.join(unknown)}; "
-                f"data.sources has {', '.join(sorted(given))}"
-                + (f", other caches {', '.join(sorted(elsewhere))}" if elsewhere else "")
-            )
+            known = f"data.sources has {', '.join(sorted(data_splits))}"
+            if other_splits:
+                known += f", other caches {', '.join(sorted(other_splits))}"
+            raise ConfigError(f"{experiment.path}: {field}.splits names {', '.join(unknown)}; {known}")
 
 
-def _splits_of(paths: Sequence[str], here: str) -> set[str]:
-    """Of the caches that are there, without the one of this file."""
-    there = [path for path in paths if path != here and has_cache(open_folder(path))]
-    return {split for path in there for split in Cache.open(path, ()).splits}
+def _read_splits(paths: Sequence[str], own_cache: str) -> set[str]:
+    """The splits of all caches at `paths` that exist, without those of the experiment's own cache."""
+    existing = [path for path in paths if path != own_cache and has_cache(open_folder(path))]
+    return {split for path in existing for split in Cache.open(path, ()).splits}
 
 
 def check_inits(experiment: Experiment) -> None:
-    """ConfigError for a checkpoint, cache or folder that is not there, and that nothing in this file will make."""
+    """ConfigError if a checkpoint, cache or image folder is missing and nothing in the experiment makes it."""
     stages = {name: resolved(section, name) for name, section in experiment.stages.items()}
-    caches = {experiment.cache.path} | (
-        {experiment.stages[experiment.train_teacher.stage].cache} if experiment.train_teacher else set()
-    )
+    made_caches = {experiment.cache.path}
+    if experiment.train_teacher is not None:
+        made_caches.add(str(experiment.stages[experiment.train_teacher.stage].cache))
     for name, stage in stages.items():
-        for place, source in _sources(name, stage, experiment.cache.path):
-            if source.path not in caches and not has_cache(open_folder(source.path)):
-                field = f"{place}.cache" if stage.caches is None else f"{place}.path"
+        for field, source in _list_sources(name, stage, experiment.cache.path):
+            if source.path not in made_caches and not has_cache(open_folder(source.path)):
+                field += ".cache" if stage.caches is None else ".path"
                 raise ConfigError(
                     f"{experiment.path}: {field} is {source.path}: no cache is there, and this file makes none"
                 )
             images = source.images
-            if images is not None and not Path(images).is_dir() and not may_be_prepared(experiment, images):
-                raise ConfigError(f"{experiment.path}: {place}.images is {images}: there is no such folder")
+            if images is not None and not Path(images).is_dir() and not may_be_made_by_prepare(experiment, images):
+                raise ConfigError(f"{experiment.path}: {field}.images is {images}: there is no such folder")
     outputs = {Path(stage.output) for stage in stages.values()}
     for name, stage in stages.items():
-        place = Path(stage.init)
-        made = may_be_prepared(experiment, place) or place in outputs or stage.compose is not None
-        if not (place.is_dir() or made or is_hub_id(stage.init)):
+        init = Path(stage.init)
+        is_made = may_be_made_by_prepare(experiment, init) or init in outputs or stage.compose is not None
+        if not (init.is_dir() or is_made or is_hub_id(stage.init)):
             raise ConfigError(
-                f"{experiment.path}: stages.{name}.init is {stage.init}: there is no such folder, no stage writes it, "
-                "and a hub id is owner/name"
+                f"{experiment.path}: stages.{name}.init is {stage.init}, which is neither a directory, nor the output "
+                "of a stage, nor a Hub id (owner/name)"
             )
 
 
-def _sources(name: str, stage: StageSection, cache_path: str) -> Iterator[tuple[str, SourceSection]]:
-    """What a stage trains on, with the place in the file where it says so."""
+def _list_sources(name: str, stage: StageSection, cache_path: str) -> Iterator[tuple[str, SourceSection]]:
+    """The caches that a stage trains on, each with the field that names it."""
     for number, source in enumerate(stage.sources(cache_path)):
         yield f"stages.{name}" if stage.caches is None else f"stages.{name}.caches.{number}", source
 
 
-def may_be_prepared(experiment: Experiment, place: str | Path) -> bool:
-    """Whether the script of `prepare` may make a place: it writes into the run's folder."""
-    return experiment.prepare is not None and Path(place).is_relative_to(experiment.run)
+def may_be_made_by_prepare(experiment: Experiment, path: str | Path) -> bool:
+    """Whether the script of `prepare` may make a path: it writes below the run's folder."""
+    return experiment.prepare is not None and Path(path).is_relative_to(experiment.run)

@@ -1,6 +1,6 @@
-"""The whole road: prepare, train the teacher if asked, dump, verify, train the students, report.
+"""Runs an experiment end to end: prepare, train the teacher if asked, dump, verify, train the students, report.
 
-Every step is in the ledger: what is finished and whose inputs have not changed is not done again.
+The ledger records every finished step. A step runs again only if its inputs changed or its outputs are missing.
 """
 
 from __future__ import annotations
@@ -11,94 +11,99 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from stillhouse.ablate import train_grid
+from stillhouse.cache_scan import scan_with_progress
 from stillhouse.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
-from stillhouse.ledger import Ledger, cache_fingerprint, file_fingerprint, lock_run
-from stillhouse.preflight import warn_first
+from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
+from stillhouse.preflight import print_warnings
 from stillhouse.reporting.report import write_report
-from stillhouse.torchrun import check_start, num_ranks, training_command, training_environment, training_flags
+from stillhouse.torchrun import (
+    check_training_start,
+    count_ranks,
+    make_training_command,
+    make_training_environment,
+    make_training_flags,
+)
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.child_process import GRACE_S, run_child
 from storage.processes.search_path import module_command
 from storage.processes.stop_signals import Interrupted, stopped_by
-from storage.verify.scan_cache import VerifyReport, verify
 from student_train.training.stage_inputs import init_inputs
 from teacher_dump.__main__ import table
 from teacher_dump.dump import run_dump
 from teacher_dump.settings import read_settings
 
 
-def run(experiment: Experiment, *, restart: bool = False) -> Path:
-    """Everything that `experiment` asks for; returns the path of report.html.
+def run_experiment(experiment: Experiment, *, restart: bool = False) -> Path:
+    """Runs every step that `experiment` asks for and returns the path of report.html.
 
-    `restart`: stages give up states that other inputs made. HeldError: another command works in the run's folder.
+    With `restart`, stages discard the saved states of trainings that had other inputs. HeldError if another command
+    works in the run's folder.
     """
     with lock_run(experiment.run):
-        return _run(experiment, restart=restart)
+        return _run_steps(experiment, restart=restart)
 
 
-def _run(experiment: Experiment, *, restart: bool) -> Path:
-    warn_first(experiment)
+def _run_steps(experiment: Experiment, *, restart: bool) -> Path:
+    print_warnings(experiment)
     ledger = Ledger(experiment.run / "steps")
     if experiment.prepare is not None:
-        prepare(experiment, experiment.prepare, ledger)
+        prepare_data(experiment, experiment.prepare, ledger)
     if experiment.train_teacher is not None:
         train_teacher(experiment, experiment.train_teacher, ledger, restart=restart)
-    dump(experiment)
-    check_cache(experiment.cache.path, ledger)
+    dump_cache(experiment)
+    verify_cache(experiment.cache.path, ledger)
     if experiment.train_teacher is not None:
         evaluate_model(experiment, Path(experiment.teacher.model), ledger, step="evaluate-teacher-on-cache")
     train_grid(experiment, restart=restart)
     return write_report(experiment.run)
 
 
-def prepare(experiment: Experiment, section: PrepareSection, ledger: Ledger) -> None:
-    """Runs the script of `prepare:` with `--out <run>`, unless it did its work from the same source files."""
+def prepare_data(experiment: Experiment, section: PrepareSection, ledger: Ledger) -> None:
+    """Runs the script of `prepare:` with `--out <run>`, unless it has run with the same source files and arguments."""
     script = Path(section.script)
     if not script.is_file():
         raise ConfigError(f"{experiment.path}: prepare.script is {script}, which is not a file")
-    sources = {path.name: file_fingerprint(path) for path in sorted(script.parent.glob("*.py"))}
+    sources = {path.name: fingerprint_path(path) for path in sorted(script.parent.glob("*.py"))}
     inputs = {"sources": sources, "arguments": section.arguments}
-    if ledger.is_done("prepare", inputs, [experiment.run / "data", experiment.run / "models"]):
-        return _say("data and untrained models: there already")
-    _say_again(ledger.reasons("prepare", inputs, [experiment.run / "data", experiment.run / "models"]))
-    _say(f"preparing data and untrained models with {script}")
+    outputs = [experiment.run / "data", experiment.run / "models"]
+    if ledger.is_done("prepare", inputs, outputs):
+        return _print_now("data and untrained models: there already")
+    _print_redo_reasons(ledger.explain_redo("prepare", inputs, outputs))
+    _print_now(f"preparing data and untrained models with {script}")
     arguments = [text for name, value in section.arguments.items() for text in (f"--{name}", str(value))]
     module = ".".join(script.with_suffix("").parts)
-    _call([sys.executable, "-m", module, "--out", str(experiment.run), *arguments], num_threads=1)
-    ledger.record("prepare", inputs)
-    return None
+    _run_command([sys.executable, "-m", module, "--out", str(experiment.run), *arguments], num_threads=1)
+    return ledger.record("prepare", inputs)
 
 
 def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: Ledger, *, restart: bool) -> None:
-    """Trains the teacher with its stage and checks its exact match on held-out questions."""
-    stage = experiment.stage(section.stage, asked_by="train_teacher.stage")
+    """Trains the teacher with its stage. StillhouseError if its exact match on held-out questions is too low."""
+    stage = experiment.get_stage(section.stage, named_by="train_teacher.stage")
     overrides = (
         f"data={section.data.model_dump_json()}",
         f"teacher.model={json.dumps(section.tokenizer)}",
         f"cache.path={json.dumps(stage.cache)}",
         "cache.families=[]",
     )
-    dump(experiment, overrides)
+    dump_cache(experiment, overrides)
     inputs = {
         "stage": stage.model_dump(mode="json"),
         "init": init_inputs(stage, stage.init.replace("{seed}", str(stage.seed))),
-        "cache": cache_fingerprint(stage.cache or experiment.cache.path),
+        "cache": fingerprint_cache(stage.cache or experiment.cache.path),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
     }
     folder = Path(stage.output)
     outputs = [folder / "config.json", folder / "evaluation.json"]
     if ledger.is_done("train-teacher", inputs, outputs):
-        _say(f"teacher: trained already, {folder}")
+        _print_now(f"teacher: trained already, {folder}")
     else:
-        _say(f"training the teacher: stage {section.stage}, {stage.num_processes} processes")
-        _say_again(ledger.reasons("train-teacher", inputs, outputs))
-        train(experiment, section.stage, evaluate=True, flags=training_flags(restart=restart))
+        _print_now(f"training the teacher: stage {section.stage}, {stage.num_processes} processes")
+        _print_redo_reasons(ledger.explain_redo("train-teacher", inputs, outputs))
+        train_stage(experiment, section.stage, evaluate=True, flags=make_training_flags(restart=restart))
         ledger.record("train-teacher", inputs)
     accuracy = json.loads((folder / "evaluation.json").read_bytes())["exact_match"]
-    _say(f"teacher: exact match {accuracy:.1%} on held-out questions")
+    _print_now(f"teacher: exact match {accuracy:.1%} on held-out questions")
     if accuracy < section.min_exact_match:
         raise StillhouseError(
             f"the teacher's exact match is {accuracy:.1%}, expected at least {section.min_exact_match:.1%} "
@@ -106,12 +111,12 @@ def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: 
         )
 
 
-def dump(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
-    """Runs the dump in this process and prints what it did."""
-    _say(table(run_dump(read_settings(experiment.path, (*experiment.overrides, *overrides)))))
+def dump_cache(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
+    """Runs the dump in this process and prints its result."""
+    _print_now(table(run_dump(read_settings(experiment.path, (*experiment.overrides, *overrides)))))
 
 
-def train(
+def train_stage(
     experiment: Experiment,
     stage_name: str,
     *,
@@ -119,65 +124,61 @@ def train(
     overrides: Sequence[str] = (),
     flags: Sequence[str] = (),
 ) -> None:
-    """Trains one stage under torchrun in the foreground; `StillhouseError` when it fails. `flags`: `training_flags`."""
+    """Trains one stage under torchrun and waits for it; `flags` come from make_training_flags.
+
+    ConfigError if the stage refuses its input, StillhouseError if the training fails.
+    """
     overrides = (*experiment.overrides, *overrides)
-    stage = read_experiment(experiment.path, overrides).stage(stage_name, asked_by="--stage")
+    stage = read_experiment(experiment.path, overrides).get_stage(stage_name, named_by="--stage")
     splits = experiment.evaluation.splits if evaluate else None
-    check_start(stage, stage_name, experiment.cache.path, splits=splits)
-    command = training_command(
+    check_training_start(stage, stage_name, experiment.cache.path, splits=splits)
+    command = make_training_command(
         experiment.path,
         stage_name,
         overrides,
-        num_processes=num_ranks(stage.num_processes),
+        num_processes=count_ranks(stage.num_processes),
         evaluate=evaluate,
         flags=flags,
     )
-    _call(command, num_threads=1, grace_s=math.inf)  # it saves its state, however long that takes, and ends
+    _run_command(command, num_threads=1, grace_s=math.inf)  # after a signal, saving its state may take long
 
 
 def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = None, *, step: str = "") -> Path:
-    """Writes <model>/evaluation.json over the cache's evaluation splits, in a process of its own."""
+    """Evaluates a model on the cache's evaluation splits in a child process; returns <model>/evaluation.json.
+
+    With a `ledger`, an evaluation that is recorded as `step` with the same inputs is not repeated.
+    """
     target = model / "evaluation.json"
     inputs = {
-        "model": file_fingerprint(model / "config.json"),
-        "manifest": cache_fingerprint(experiment.cache.path),
+        "model": fingerprint_path(model / "config.json"),
+        "manifest": fingerprint_cache(experiment.cache.path),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
     }
     if ledger is not None and ledger.is_done(step, inputs, [target]):
         return target
     command = (*module_command("student_train.evaluate"), str(experiment.path), "--model", str(model))
-    _call([*command, *experiment.overrides], num_threads=2)
+    _run_command([*command, *experiment.overrides], num_threads=2)
     if ledger is not None:
         ledger.record(step, inputs)
     return target
 
 
-def check_cache(path: str, ledger: Ledger) -> None:
-    """Verifies the sealed cache once; `StillhouseError` lists what is wrong."""
-    inputs = {"manifest": cache_fingerprint(path)}
+def verify_cache(path: str, ledger: Ledger) -> None:
+    """Scans the sealed cache unless it was scanned before. StillhouseError lists the problems."""
+    inputs = {"manifest": fingerprint_cache(path)}
     if ledger.is_done("verify", inputs, []):
-        return _say(f"cache: verified already, {path}")
-    report = scan(path)
+        return _print_now(f"cache: verified already, {path}")
+    report = scan_with_progress(path)
     if not report.ok:
         raise StillhouseError(f"{path} does not verify:\n  " + "\n  ".join(report.problems))
     ledger.record("verify", inputs)
-    return _say(f"cache: verified, {path}")
+    return _print_now(f"cache: verified, {path}")
 
 
-def scan(path: str) -> VerifyReport:
-    """The findings of a full scan of the cache, with a progress bar over its bytes."""
-    with tqdm(desc="verify", unit="B", unit_scale=True) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return verify(path, show)
-
-
-def _call(command: Sequence[str], *, num_threads: int, grace_s: float = GRACE_S) -> None:
-    code = run_child(command, env=training_environment(num_threads), grace_s=grace_s)
-    if (number := stopped_by(code)) is not None:  # it was told to stop, and we were not
+def _run_command(command: Sequence[str], *, num_threads: int, grace_s: float = GRACE_S) -> None:
+    """Runs a child process. Its exit code 2 becomes a ConfigError, another one but 0 a StillhouseError."""
+    code = run_child(command, env=make_training_environment(num_threads), grace_s=grace_s)
+    if (number := stopped_by(code)) is not None:  # a signal that this process did not get
         raise Interrupted(number)
     if code == 2:
         raise ConfigError("the step above refused its input")
@@ -185,11 +186,10 @@ def _call(command: Sequence[str], *, num_threads: int, grace_s: float = GRACE_S)
         raise StillhouseError(f"{' '.join(command[:6])} … ended with exit code {code}")
 
 
-def _say_again(reasons: list[str]) -> None:
-    """Why a step that was finished is done again."""
+def _print_redo_reasons(reasons: list[str]) -> None:
     if reasons:
-        _say("done again:" + "".join(f"\n  {reason}" for reason in reasons))
+        _print_now("done again:" + "".join(f"\n  {reason}" for reason in reasons))
 
 
-def _say(text: str) -> None:
+def _print_now(text: str) -> None:
     print(text, flush=True)

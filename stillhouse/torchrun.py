@@ -1,4 +1,4 @@
-"""Starts student_train/main.py as a person would by hand: under torchrun, or plainly for one process."""
+"""Builds the command that trains a stage: torchrun with student_train/main.py, or plain Python for one process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from storage.processes.search_path import module_command
 from student_train.config import StageSection
 
 MAIN = Path(student_train.__file__).with_name("main.py")
-_SHUTDOWN_S = 300  # of ranks that save their state after SIGTERM
+_SHUTDOWN_S = 300  # that ranks have to save their state after SIGTERM; torchrun's default is 30
 
 
-def training_command(
+def make_training_command(
     config: Path,
     stage: str,
     overrides: Sequence[str],
@@ -26,7 +26,7 @@ def training_command(
 ) -> tuple[str, ...]:
     """The argv of `torchrun --nproc_per_node N student_train/main.py FILE --stage NAME …`.
 
-    `flags`: of `training_flags`. One process needs no launcher: without it a start is seconds shorter.
+    `flags` come from make_training_flags. One process starts without torchrun, which saves seconds.
     """
     launcher = (*module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
     options = (*flags, *(("--evaluate",) if evaluate else ()))
@@ -34,13 +34,13 @@ def training_command(
     return (*(launcher if num_processes > 1 else (sys.executable,)), *script)
 
 
-def check_start(stage: StageSection, name: str, cache_path: str, *, splits: tuple[str, ...] | None) -> None:
-    """What a rank would refuse before its first step is refused here, seconds earlier and without torchrun's traceback.
+def check_training_start(stage: StageSection, name: str, cache_path: str, *, splits: tuple[str, ...] | None) -> None:
+    """Refuses what a rank would refuse before its first step: seconds earlier, and without torchrun's traceback.
 
-    `splits` of an evaluation to come. Of a student that is composed its parts are checked, where it is not there yet;
-    whether the whole fits the caches is left to the ranks.
+    `splits` are those of the evaluation after the training, None without one. A composed student that does not exist
+    yet has only its parts checked; the ranks check whether the whole fits the caches.
     """
-    from student_train.models.compose import check_parts
+    from student_train.models.compose import check_parts  # torch, as the next two
     from student_train.training.stage_data import open_mixture, prepare, samples_of_any
     from student_train.training.trainer import resolved
 
@@ -55,28 +55,26 @@ def check_start(stage: StageSection, name: str, cache_path: str, *, splits: tupl
         samples_of_any([source.cache for source in data.sources], splits)
 
 
-def training_flags(*, again: bool = False, restart: bool = False, if_changed: bool = True) -> tuple[str, ...]:
-    """How a training treats what it finds. `if_changed`: a finished stage of other inputs is trained anew."""
+def make_training_flags(*, again: bool = False, restart: bool = False, if_changed: bool = True) -> tuple[str, ...]:
+    """Options of student_train/main.py. `if_changed`: a finished stage is trained again if its inputs changed."""
     flags = {"--again": again, "--again-if-changed": if_changed and not again, "--restart": restart}
     return tuple(flag for flag, is_given in flags.items() if is_given)
 
 
-def num_ranks(wanted: int) -> int:
-    """`wanted`, or the number of this machine's GPUs if it has some but fewer: two ranks share no GPU.
+def count_ranks(wanted: int) -> int:
+    """The number of ranks to start: `wanted`, or the number of GPUs if this machine has some but fewer.
 
-    The loss does not depend on the number of ranks; see student_train/data/batch_schedule.py.
+    Two ranks cannot share a GPU. The loss does not depend on the number of ranks; see
+    student_train/data/batch_schedule.py.
     """
-    import torch
+    import torch  # seconds
 
     gpus = torch.cuda.device_count()
     return min(wanted, gpus) if gpus else wanted
 
 
-def training_environment(num_threads: int) -> dict[str, str]:
-    """This process's environment, each rank held to `num_threads` threads of arithmetic.
-
-    torchrun kills ranks that take longer to save their state than it is told, by default 30 s.
-    """
+def make_training_environment(num_threads: int) -> dict[str, str]:
+    """This process's environment with `num_threads` OpenMP threads for each rank, and time to save a state."""
     return {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
         **os.environ,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.torchrun import training_command
+from stillhouse.torchrun import make_training_command
 from storage.processes.search_path import PACKAGES, ROOT, shadowed_packages
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("stillhouse"))
@@ -57,10 +57,10 @@ def test_the_entry_of_a_rank_finds_them_on_a_safe_path_too(folder: Path) -> None
 
 def test_children_are_started_without_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    command = training_command(Path("x.yaml"), "s", (), num_processes=2, evaluate=False)
+    command = make_training_command(Path("x.yaml"), "s", (), num_processes=2, evaluate=False)
     assert command[1:4] == ("-P", "-m", "student_train.launcher")
     monkeypatch.chdir(ROOT)  # where they may lie without being installed
-    command = training_command(Path("x.yaml"), "s", (), num_processes=2, evaluate=False)
+    command = make_training_command(Path("x.yaml"), "s", (), num_processes=2, evaluate=False)
     assert command[1:3] == ("-m", "student_train.launcher")
 
 

@@ -100,15 +100,10 @@ def draw_heat_map(values: NDArray[np.float32]) -> HeatMap:
     fractions = np.clip((shown - low) / span, 0, 1) if span > 0 else np.zeros_like(shown)
     pixels = (colours(fractions)[..., :3] * 255).astype(np.uint8)
     stops = ", ".join(to_hex(colours(fraction)) for fraction in np.linspace(0, 1, 9))
-    return HeatMap(
-        uri=_encode_uri(picture_of(pixels), "png"),
-        low=low,
-        high=high,
-        gradient=f"linear-gradient(90deg, {stops})",
-        clipped=bool(values.min() < low or values.max() > high),
-        step=step,
-        is_large=max(shown.shape) > MAX_SMALL_HEAT_SIDE,
-    )
+    is_large = max(shown.shape) > MAX_SMALL_HEAT_SIDE
+    clipped = bool(values.min() < low or values.max() > high)
+    uri = _encode_uri(picture_of(pixels), "png")
+    return HeatMap(uri, low, high, f"linear-gradient(90deg, {stops})", clipped, step, is_large)
 
 
 def _encode_uri(picture: image_pixels.Picture, kind: Literal["png", "jpeg"]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 
@@ -16,12 +17,13 @@ def describe_verdict(runs: Sequence[dict[str, Any]]) -> str:
         return "There is nothing to compare: no distilled run has a control."
     wins = [run for run in distilled if all(map(_is_above_zero, run["paired"].values()))]
     others = [run for run in distilled if run not in wins]
+    describe_points = partial(_describe_differences, field="paired", unit="points", scale=100, digits=1)
     parts = []
     if wins:
-        parts.append(f"Distillation beat its controls in {_describe_gains(wins)}")
+        parts.append(f"Distillation beat its controls in {describe_points(wins)}")
     if others:
         opening = "but not" if wins else "Distillation did not beat its controls"
-        parts.append(f"{opening} by more than the seeds' spread in {_describe_gains(others)}")
+        parts.append(f"{opening} by more than the seeds' spread in {describe_points(others)}")
     judged = f"Exact match of {describe_judged_turns(runs)}, paired by seed, with 95 % intervals."
     return f"{', '.join(parts)}. {judged}{_describe_closeness(distilled)}{_warn_of_other_samples(runs)}"
 
@@ -38,7 +40,8 @@ def _describe_closeness(distilled: Sequence[dict[str, Any]]) -> str:
     higher = [run for run in measured if any(map(_is_above_zero, run["paired_kl_to_teacher"].values()))]
     others = [run for run in measured if run not in lower and run not in higher]
     groups = (("lower", lower), ("higher", higher), ("not shown to differ", others))
-    parts = [f"{verb} in {'; '.join(map(_describe_nats, group))}" for verb, group in groups if group]
+    describe_nats = partial(_describe_differences, field="paired_kl_to_teacher", unit="nats", scale=1, digits=3)
+    parts = [f"{verb} in {describe_nats(group)}" for verb, group in groups if group]
     return f" KL to the teacher: {', '.join(parts)}." if parts else ""
 
 
@@ -59,23 +62,16 @@ def _is_above_zero(difference: dict[str, float | None]) -> bool:
     return difference["low"] is not None and difference["low"] > 0
 
 
-def _describe_gains(runs: Sequence[dict[str, Any]]) -> str:
-    gains = []
-    for run in runs:
-        points = ", ".join(f"{_format_points(paired)} to {control}" for control, paired in run["paired"].items())
-        gains.append(f"{run['name']} ({points})")
-    return "; ".join(gains)
-
-
-def _format_points(difference: dict[str, Any]) -> str:
-    if difference["low"] is None:
-        return f"{100 * difference['mean']:+.1f} points"
-    return f"{100 * difference['mean']:+.1f} points [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
-
-
-def _describe_nats(run: dict[str, Any]) -> str:
+def _describe_differences(runs: Sequence[dict[str, Any]], field: str, unit: str, *, scale: float, digits: int) -> str:
+    """Runs with their differences to controls: "kd (+1.2 points [+0.5, +1.9] to sft); …"."""
     texts = []
-    for control, paired in run["paired_kl_to_teacher"].items():
-        interval = "" if paired["low"] is None else f" [{paired['low']:+.3f}, {paired['high']:+.3f}]"
-        texts.append(f"{paired['mean']:+.3f} nats{interval} to {control}")
-    return f"{run['name']} ({', '.join(texts)})"
+    for run in runs:
+        differences = []
+        for control, paired in run[field].items():
+            mean, *limits = (
+                f"{scale * paired[name]:+.{digits}f}" for name in ("mean", "low", "high") if paired[name] is not None
+            )
+            interval = f" [{', '.join(limits)}]" if limits else ""
+            differences.append(f"{mean} {unit}{interval} to {control}")
+        texts.append(f"{run['name']} ({', '.join(differences)})")
+    return "; ".join(texts)

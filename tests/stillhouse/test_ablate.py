@@ -10,9 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from stillhouse.ablate import ablate, waves
+from stillhouse.ablate import ablate, group_by_parent
 from stillhouse.config import read_experiment
-from stillhouse.run import run
+from stillhouse.run import run_experiment
 from storage.backends.lock import HeldError, hold_lock
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.ray_jobs.cluster import cluster
@@ -51,13 +51,13 @@ CHAIN = {
 
 def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path: Path):
     experiment = read_experiment(write(tmp_path, CHAIN, seeds=[3, 7]))
-    found = [[run.label for run in wave] for wave in waves(experiment)]
+    found = [[run.label for run in wave] for wave in group_by_parent(experiment)]
     assert found == [
         ["first-seed3", "first-seed7", "beside-seed3", "beside-seed7"],
         ["second-seed3", "second-seed7"],
         ["third-seed3", "third-seed7"],
     ]
-    (second, _) = waves(experiment)[1]
+    (second, _) = group_by_parent(experiment)[1]
     assert second.section.init == str(tmp_path / "runs" / "chain" / "models" / "first" / "seed3")
     assert second.section.seed == 3
 
@@ -134,7 +134,7 @@ def test_a_chain_is_trained_link_by_link_and_again_when_its_start_changed(tmp_pa
         assert all(after[name] > before[name] for name in folders)
 
 
-@pytest.mark.parametrize("verb", [run, ablate])
+@pytest.mark.parametrize("verb", [run_experiment, ablate])
 def test_a_run_s_folder_has_one_command_at_a_time(tmp_path: Path, verb: Callable[..., object]):
     experiment = read_experiment(write(tmp_path, {"first": CHAIN["first"]}, seeds=[0]))
     with hold_lock(experiment.run / "lock", "the run"):

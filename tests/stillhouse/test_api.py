@@ -14,7 +14,8 @@ import stillhouse
 
 VOCAB_SIZE = 11
 IMAGE_TOKEN = 3
-HEAVY = {"torch", "transformers", "ray", "vllm", "pyarrow", "numpy", "matplotlib", "pydantic", "fsspec", "jinja2"}
+# storage is not heavy, but a user's own storage.py would be taken for it: see stillhouse/__init__.py.
+UNWANTED = {"torch", "transformers", "ray", "vllm", "pyarrow", "numpy", "matplotlib", "pydantic", "jinja2", "storage"}
 
 
 def make_identity(num_parts: int) -> stillhouse.Identity:
@@ -185,7 +186,7 @@ def test_the_import_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "stillhouse" in loaded
-    assert loaded & HEAVY == set()
+    assert loaded & UNWANTED == set()
 
 
 def test_every_package_says_that_it_is_typed() -> None:

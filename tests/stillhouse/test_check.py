@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from stillhouse.check import check
+from stillhouse.check import check_experiment
 from stillhouse.config import read_experiment
 from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.writer.cache_writer import CacheWriter
@@ -47,12 +47,12 @@ def file(tmp_path: Path) -> Path:
 def test_a_student_that_does_not_fit_the_cache_is_found(file: Path) -> None:
     experiment = read_experiment(file)
     student = Path(experiment.stages["kd"].init)
-    assert list(check(experiment))[-2] == f"stages.kd: {student} fits the teacher"  # there is no cache yet
+    assert list(check_experiment(experiment))[-2] == f"stages.kd: {student} fits the teacher"  # there is no cache yet
     settings = read_settings(file)
     CacheWriter.open(experiment.cache.path, plan_dump(settings).identity, ("response", "visual"))
-    lines = list(check(experiment))
+    lines = list(check_experiment(experiment))
     assert lines[-2] == f"stages.kd: {student} fits the cache"
-    assert lines[-1].startswith("not looked at:\n  weights")
+    assert lines[-1].startswith("not checked:\n  weights")
     later = experiment.stages["later"].init
     assert f"whether the student of stages.later fits: {later} is not there yet" in lines[-1]
     assert "stages.kd" not in lines[-1]
@@ -61,7 +61,7 @@ def test_a_student_that_does_not_fit_the_cache_is_found(file: Path) -> None:
     config["text_config"]["vocab_size"] = 299
     (student / "config.json").write_text(json.dumps(config))
     with pytest.raises(IdentityError, match=r"vocab_size: the cache has 300, the head of .*student 299 rows"):
-        list(check(experiment))
+        list(check_experiment(experiment))
 
 
 def test_check_reports_what_is_unusual_about_the_data(file: Path) -> None:
@@ -84,8 +84,8 @@ def test_check_reports_what_is_unusual_about_the_data(file: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = []
     with pytest.raises(ConfigError, match="mute"):
-        lines += check(read_experiment(file))
-    for line in check(read_experiment(file, ("dump.max_error_fraction=0.9",))):
+        lines += check_experiment(read_experiment(file))
+    for line in check_experiment(read_experiment(file, ("dump.max_error_fraction=0.9",))):
         lines.append(line)
     said = [line for line in lines if line.startswith("data: ")]
     assert any("are of one colour" in line and rows[0]["image"] in line for line in said)
@@ -100,18 +100,18 @@ def test_a_student_with_another_tokenizer_is_found_before_there_is_a_cache(file:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (student / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(IdentityError, match=r"(?s)does not fit.*tokenizer_fingerprint: the cache has"):
-        list(check(read_experiment(file)))
+        list(check_experiment(read_experiment(file)))
 
 
 def test_a_teacher_that_cannot_be_dumped_is_found(file: Path) -> None:
     teacher = Path(read_experiment(file).teacher.model)
-    lines = list(check(read_experiment(file)))
+    lines = list(check_experiment(read_experiment(file)))
     assert "teacher: 300 tokens, head language_model.lm_head.weight, images as 299" in lines
     config = json.loads((teacher / "config.json").read_text())
     config["text_config"]["dim_model_base"] = 256
     (teacher / "config.json").write_text(json.dumps(config))
     with pytest.raises(StillhouseError, match="makes its logits in a way"):
-        list(check(read_experiment(file)))
+        list(check_experiment(read_experiment(file)))
 
 
 def test_a_setting_that_vllm_does_not_have_is_found(file: Path) -> None:
@@ -132,17 +132,17 @@ def test_a_setting_that_vllm_does_not_have_is_found(file: Path) -> None:
             r"stages\.kd\.checkpoints\.splits names vla; data\.sources has train",
         ),
         ("ablations.runs={kd: {stage: kd}}", r"evaluation\.splits names test; data\.sources has train"),
-        ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere: there is no such folder"),
+        ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere, which is neither a directory"),
         ("stages.kd.cache=/nowhere", r"stages\.kd\.cache is /nowhere: no cache is there, and this file makes none"),
         ("stages.kd.images=/nowhere", r"stages\.kd\.images is /nowhere: there is no such folder"),
         ("teacher.model=/nowhere", r"teacher\.model: /nowhere is no folder"),
         ("data.sources=[{path: /nowhere.json}]", r"/nowhere\.json"),
-        ("stages.later.init=nowhere", r"stages\.later\.init is nowhere: there is no such folder"),
+        ("stages.later.init=nowhere", r"stages\.later\.init is nowhere, which is neither a directory"),
     ],
 )
 def test_what_will_never_be_there_is_found(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        list(check(read_experiment(file, [override])))
+        list(check_experiment(read_experiment(file, [override])))
 
 
 def test_a_budget_is_compared_with_the_one_that_a_cache_was_made_by(file: Path) -> None:
@@ -152,9 +152,9 @@ def test_a_budget_is_compared_with_the_one_that_a_cache_was_made_by(file: Path) 
     chosen = {**identity.selection["response"], "tau": 0.0123, "rounding_kl": 0.002, "budget": asked}
     made = identity.model_copy(update={"selection": {**identity.selection, "response": chosen}})
     CacheWriter.open(read_experiment(file).cache.path, made, ("response", "visual", "relation"))
-    assert any("fits" in line and "add" not in line for line in check(read_experiment(file, same)))
+    assert any("fits" in line and "add" not in line for line in check_experiment(read_experiment(file, same)))
     with pytest.raises(IdentityError) as refused:
-        list(check(read_experiment(file, other)))
+        list(check_experiment(read_experiment(file, other)))
     assert "selection.response.budget.gradient_error: cache has 0.05, this run has 0.1" in str(refused.value)
     assert "tau" not in str(refused.value)  # which a budget has yet to choose
 
@@ -169,35 +169,35 @@ def test_a_budget_is_compared_with_the_one_that_a_cache_was_made_by(file: Path) 
 )
 def test_losses_that_the_dump_will_not_serve_are_found(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        list(check(read_experiment(file, [f"stages.kd.{override}"])))
+        list(check_experiment(read_experiment(file, [f"stages.kd.{override}"])))
     experiment = read_experiment(file)
     CacheWriter.open(experiment.cache.path, plan_dump(read_settings(file)).identity, ("response", "visual"))
     with pytest.raises(ConfigError, match=message):  # nor does the cache that is there
-        list(check(read_experiment(file, [f"stages.kd.{override}"])))
+        list(check_experiment(read_experiment(file, [f"stages.kd.{override}"])))
 
 
 def test_what_a_stage_reads_may_come_from_a_dump_still_to_come(file: Path) -> None:
     experiment = read_experiment(file)
     CacheWriter.open(experiment.cache.path, plan_dump(read_settings(file)).identity, ("response", "visual"))
     overrides = ["cache.families=[response, visual, hidden]", "stages.kd.losses={response: {treatment: exact}}"]
-    list(check(read_experiment(file, overrides)))
+    list(check_experiment(read_experiment(file, overrides)))
 
 
 def test_losses_of_an_ablation_are_looked_at(file: Path) -> None:
     runs = "ablations.runs={exact: {stage: kd, set: {losses.response.treatment: exact}}}"
     with pytest.raises(ConfigError, match=r"ablations\.runs\.exact: losses: these losses read hidden"):
-        list(check(read_experiment(file, [runs, "evaluation.splits=[train]"])))
+        list(check_experiment(read_experiment(file, [runs, "evaluation.splits=[train]"])))
 
 
 def test_experts_that_the_ranks_of_an_ablation_cannot_share_are_found(file: Path) -> None:
     runs = "ablations.runs={sparse: {stage: later, set: {expert_parallel: 2}}}"
     with pytest.raises(ConfigError, match=r"stages\.later\.expert_parallel is 2, which does not divide the 1 ranks"):
-        list(check(read_experiment(file, [runs, "evaluation.splits=[train]"])))
+        list(check_experiment(read_experiment(file, [runs, "evaluation.splits=[train]"])))
 
 
 def test_a_checkpoint_that_a_stage_writes_or_the_hub_may_have_is_no_mistake(file: Path) -> None:
     for override in ("stages.later.init={run}/models/kd", "stages.kd.init=owner/name"):
-        list(check(read_experiment(file, [override])))
+        list(check_experiment(read_experiment(file, [override])))
 
 
 def test_every_cache_of_a_stage_is_looked_at(file: Path) -> None:
@@ -210,11 +210,11 @@ def test_every_cache_of_a_stage_is_looked_at(file: Path) -> None:
 
     def lines() -> list[str]:
         file.write_text(yaml.safe_dump(document))
-        return list(check(read_experiment(file)))
+        return list(check_experiment(read_experiment(file)))
 
     *_, fits, unseen = lines()
     assert fits == f"stages.kd: {file.parent / 'student'} fits the teacher"
-    assert unseen.startswith("not looked at:")
+    assert unseen.startswith("not checked:")
     assert "stages.later" in unseen
     stage["caches"][0]["splits"] = ["typo"]
     with pytest.raises(ConfigError, match=r"stages\.kd\.caches\.0\.splits names typo"):
@@ -266,14 +266,14 @@ def test_prepare_may_make_what_is_not_there_but_must_be_there_itself(file: Path)
     with_sections(file, prepare={"script": str(script)})
     override = ["data.sources=[{path: '{run}/data/train.jsonl', split: train}]"]
     with pytest.raises(ConfigError, match=r"prepare\.script is .*make\.py, which is not a file"):
-        list(check(read_experiment(file, override)))
+        list(check_experiment(read_experiment(file, override)))
     script.write_text("")
-    assert "has yet to make" in list(check(read_experiment(file, override)))[-1]
+    assert "has yet to make" in list(check_experiment(read_experiment(file, override)))[-1]
     steps = read_experiment(file).run / "steps"
     steps.mkdir(parents=True)
     (steps / "prepare.json").write_text("{}")  # it ran, and did not make this
     with pytest.raises(ConfigError, match=r"data/train\.jsonl"):
-        list(check(read_experiment(file, override)))
+        list(check_experiment(read_experiment(file, override)))
 
 
 def test_a_teacher_still_to_be_trained_is_stood_in_for(file: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_teacher_still_to_be_trained_is_stood_in_for(file: Path) -> None:
     trained = {"stage": "teacher", "tokenizer": document["teacher"]["model"], "data": document["data"]}
     teacher = {**document["teacher"], "model": "{run}/models/teacher"}
     with_sections(file, stages=stages, train_teacher=trained, teacher=teacher)
-    lines = list(check(read_experiment(file)))
+    lines = list(check_experiment(read_experiment(file)))
     assert "samples: 4 in 1 parts" in lines
     assert any(line.startswith("not checked yet: whether the cache fits") for line in lines)
     assert any(line.endswith("student fits the teacher") for line in lines)
@@ -297,4 +297,4 @@ def test_a_module_that_a_student_has_not_is_found(file: Path) -> None:
     document["stages"]["kd"]["init"] = str(file.parent / "decoder")
     file.write_text(yaml.safe_dump(document))
     with pytest.raises(ConfigError, match="a 'llama' has no projector; it has llm, mlp"):
-        list(check(read_experiment(file)))
+        list(check_experiment(read_experiment(file)))

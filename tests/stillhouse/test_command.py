@@ -22,11 +22,11 @@ parse = command.build_parser
 def build_parser():
     parser = parse()
     for verb in parser._subparsers._group_actions[0].choices.values():
-        def act(arguments, act=verb.get_default("act")):
+        def act(arguments, act=verb.get_default("run")):
             print("noise of Python")
             os.write(1, b"noise of C\\n")
             act(arguments)
-        verb.set_defaults(act=act)
+        verb.set_defaults(run=act)
     return parser
 command.build_parser = build_parser
 sys.exit(command.main())

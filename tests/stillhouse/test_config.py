@@ -34,7 +34,7 @@ def test_overrides_reach_into_sections():
         ("ablations.controls=[nobody]", ["controls of", "nobody"]),
         ("ablations.seeds=[]", ["ablations.seeds"]),
         ("ablations.runs.sft.set={seed: 7}", ["sft.set has seed", "ablations.seeds"]),
-        ("ablations.runs={../x: {stage: dft}}", ["'../x' is no name of a run"]),
+        ("ablations.runs={../x: {stage: dft}}", ["'../x' cannot be the name of a run"]),
         ("ablations.seeds=[0, 0]", ["ablations.seeds", "must differ"]),
         ("cache.response.temperatures=[.inf]", ["cache.response.temperatures"]),
         ("teacher.model=elsewhere", ["stages.teacher.output", "teacher.model"]),

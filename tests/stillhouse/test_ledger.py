@@ -2,7 +2,7 @@
 
 import pytest
 
-from stillhouse.ledger import Ledger, cache_fingerprint, file_fingerprint
+from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path
 from storage.errors import CacheError
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import make_identity, make_part, write_cache
@@ -31,33 +31,33 @@ def test_folder_fingerprint_sees_names_and_bytes(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "a").write_text("1")
-    first = file_fingerprint(folder)
+    first = fingerprint_path(folder)
     (folder / "a").write_text("2")
-    second = file_fingerprint(folder)
+    second = fingerprint_path(folder)
     (folder / "a").rename(folder / "b")
-    assert len({first, second, file_fingerprint(folder)}) == 3
+    assert len({first, second, fingerprint_path(folder)}) == 3
 
 
 def test_a_cache_s_fingerprint_changes_with_any_segment_and_nothing_else(tmp_path):
     write_cache(tmp_path, families=("response",))
-    first = cache_fingerprint(str(tmp_path))
+    first = fingerprint_cache(str(tmp_path))
     (tmp_path / "dump.json").write_text("{}")
-    assert cache_fingerprint(str(tmp_path)) == first
+    assert fingerprint_cache(str(tmp_path)) == first
     writer = CacheWriter.open(tmp_path, make_identity(), ("visual",))
-    second = cache_fingerprint(str(tmp_path))
+    second = fingerprint_cache(str(tmp_path))
     for part in range(2):
         writer.write_part(part, make_part(part, families=("visual",)))
-    assert cache_fingerprint(str(tmp_path)) == second
+    assert fingerprint_cache(str(tmp_path)) == second
     writer.seal()
-    assert len({first, second, cache_fingerprint(str(tmp_path))}) == 3
+    assert len({first, second, fingerprint_cache(str(tmp_path))}) == 3
     with pytest.raises(CacheError, match="no cache is here"):
-        cache_fingerprint(str(tmp_path / "nowhere"))
+        fingerprint_cache(str(tmp_path / "nowhere"))
 
 
 def test_a_step_that_is_done_again_says_which_field_changed(tmp_path):
     ledger, output = Ledger(tmp_path), tmp_path / "out"
-    assert ledger.reasons("train", {"lr": 1}, [output]) == []
+    assert ledger.explain_redo("train", {"lr": 1}, [output]) == []
     ledger.record("train", {"stage": {"lr": 1, "steps": 3}, "init": "a" * 64})
-    found = ledger.reasons("train", {"stage": {"lr": 2, "steps": 3}, "init": "b" * 64}, [output])
-    shown = [f"init: was {'a' * 12}…, is {'b' * 12}…", f"{output}: is gone"]
+    found = ledger.explain_redo("train", {"stage": {"lr": 2, "steps": 3}, "init": "b" * 64}, [output])
+    shown = [f"init: was {'a' * 12}…, is {'b' * 12}…", f"{output}: is missing"]
     assert found == ["stage.lr: was 1, is 2", *shown]

@@ -11,7 +11,14 @@ import yaml
 
 from stillhouse.__main__ import main
 from stillhouse.config import read_experiment
-from stillhouse.preflight import Need, check_room, check_stage, keep_forecast, look_first, needs
+from stillhouse.preflight import (
+    DiskNeed,
+    check_disk_space,
+    check_preconditions,
+    check_stage_inputs,
+    estimate_disk_needs,
+    write_forecast,
+)
 from storage.errors import ConfigError
 from tests.small_disk import SmallDisk, small_disk
 from tests.tiny import make_tiny_llava
@@ -50,17 +57,17 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 def test_checkpoints_are_reckoned_from_their_inits(file: Path, student: Path) -> None:
     weights = (student / "model.safetensors").stat().st_size
-    found = needs(read_experiment(file, ["stages.kd.save_every=1"]))
-    sizes = {need.what: need.num_bytes for need in found if need.kind == "least"}
+    found = estimate_disk_needs(read_experiment(file, ["stages.kd.save_every=1"]))
+    sizes = {need.description: need.num_bytes for need in found if need.kind == "least"}
     assert list(sizes) == [f"the checkpoint of {name}-seed{seed}" for name in ("kd", "half") for seed in (0, 1)]
     assert all(0.9 * weights < sizes[f"the checkpoint of kd-seed{seed}"] < weights for seed in (0, 1))
     assert sizes["the checkpoint of half-seed0"] * 2 == sizes["the checkpoint of kd-seed0"]
-    states = [need.what for need in found if need.kind == "for a while"]
+    states = [need.description for need in found if need.kind == "temporary"]
     assert states == [f"states of {name}-seed{seed}" for name in ("kd", "half") for seed in (0, 1)]
     run = read_experiment(file).run / "models" / "kd" / "seed0"
     run.mkdir(parents=True)
     (run / "model.safetensors").write_bytes(b"")  # one that is there is replaced, not added
-    assert "the checkpoint of kd-seed0" not in {need.what for need in needs(read_experiment(file))}
+    assert "the checkpoint of kd-seed0" not in {need.description for need in estimate_disk_needs(read_experiment(file))}
 
 
 @pytest.mark.parametrize("verb", ["check", "run", "ablate"])
@@ -76,24 +83,24 @@ def test_a_disk_that_is_certainly_too_small_is_refused(
 
 
 def test_a_guess_is_told_and_never_refused(tmp_path: Path) -> None:
-    (line,) = check_room([Need(tmp_path / "cache", 10**18, "the cache", "about")], tmp_path)
+    (line,) = check_disk_space([DiskNeed(tmp_path / "cache", 10**18, "the cache", "about")], tmp_path)
     assert line.startswith("warning: the disk of ")
     assert "about 1000000.0 TB or more will be written (the cache 1000000.0 TB)" in line
-    (line,) = check_room([], tmp_path)
+    (line,) = check_disk_space([], tmp_path)
     assert line.endswith("how much will be written is not known yet")
     with pytest.raises(ConfigError, match=r"at least 1000000\.0 TB will be written there"):
-        list(check_room([Need(tmp_path, 10**18, "a checkpoint", "least")], tmp_path))
+        list(check_disk_space([DiskNeed(tmp_path, 10**18, "a checkpoint", "least")], tmp_path))
 
 
 def test_the_forecast_of_plan_is_compared(file: Path) -> None:
     experiment = read_experiment(file)
     experiment.run.mkdir(parents=True)
-    keep_forecast(experiment.run, num_samples=1000, num_bytes=10**17)
-    line = next(line for line in look_first(experiment) if "the disk of" in line)
+    write_forecast(experiment.run, num_samples=1000, num_bytes=10**17)
+    line = next(line for line in check_preconditions(experiment) if "the disk of" in line)
     assert line.startswith("warning: ")
     assert "the cache of 1,000 samples, by the forecast of `stillhouse plan` 100000.0 TB" in line
     (experiment.run / "forecast.json").write_text(json.dumps({"samples": "many"}))
-    assert any(line.startswith("disk: ") for line in look_first(experiment))
+    assert any(line.startswith("disk: ") for line in check_preconditions(experiment))
 
 
 @pytest.mark.parametrize(
@@ -106,28 +113,28 @@ def test_the_forecast_of_plan_is_compared(file: Path) -> None:
         ("ablations.gpus_per_run=1000", r"ablations\.gpus_per_run asks for 1000 GPUs and this machine has"),
         ("dump.gpus_per_actor=1000", r"dump\.gpus_per_actor asks for 1000 GPUs and this machine has"),
         ("evaluation.splits=[trian]", r"evaluation\.splits names trian; data\.sources has train"),
-        ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere: there is no such folder"),
+        ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere, which is neither a directory"),
     ],
 )
 def test_what_will_fail_is_refused_first(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        list(look_first(read_experiment(file, [override])))
+        list(check_preconditions(read_experiment(file, [override])))
 
 
 def test_gpus_of_a_cluster_are_not_counted_here(file: Path) -> None:
     overrides = ["ablations.gpus_per_run=1000", "dump.gpus_per_actor=1000", "dump.ray_address=cluster:6379"]
-    lines = list(look_first(read_experiment(file, overrides)))
-    assert any("Ray's cluster at cluster:6379 may have, or get, what is asked for" in line for line in lines)
+    lines = list(check_preconditions(read_experiment(file, overrides)))
+    assert any("Ray's cluster at cluster:6379 may have or start as many as a run needs" in line for line in lines)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere: there is no such folder"),
+        ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere, which is neither a directory"),
         ("stages.kd.output=/proc/kd", r"stages\.kd\.output is /proc/kd: it cannot be written"),
     ],
 )
 def test_train_refuses_before_it_starts_processes(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_stage(read_experiment(file, [override]), "kd")
-    check_stage(read_experiment(file, ["stages.other={init: /nowhere, steps: 1}"]), "kd")  # others do not matter
+        check_stage_inputs(read_experiment(file, [override]), "kd")
+    check_stage_inputs(read_experiment(file, ["stages.other={init: /nowhere, steps: 1}"]), "kd")  # others do not matter
