@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from stillhouse.ablate import list_grid
 from stillhouse.config import Experiment
 from storage.backends.disk import check_writable, existing_parent, format_bytes, free_bytes
@@ -94,8 +96,6 @@ def check_gpus(experiment: Experiment) -> str:
 
 def _check_nccl(experiment: Experiment) -> None:
     """ConfigError if a stage needs several ranks on GPUs and this PyTorch has no nccl."""
-    import torch  # seconds
-
     parallel = [name for name, stage in experiment.stages.items() if stage.num_processes > 1]
     if parallel and torch.cuda.is_available() and not torch.distributed.is_nccl_available():
         raise ConfigError(

@@ -7,9 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 import student_train
 from storage.processes.search_path import module_command
 from student_train.config import StageSection
+from student_train.models.compose import check_parts
+from student_train.training.stage_data import open_mixture, prepare, samples_of_any
+from student_train.training.trainer import resolved
 
 MAIN = Path(student_train.__file__).with_name("main.py")
 _SHUTDOWN_S = 300  # that ranks have to save their state after SIGTERM; torchrun's default is 30
@@ -40,10 +45,6 @@ def check_training_start(stage: StageSection, name: str, cache_path: str, *, spl
     `splits` are those of the evaluation after the training, None without one. A composed student that does not exist
     yet has only its parts checked; the ranks check whether the whole fits the caches.
     """
-    from student_train.models.compose import check_parts  # torch, as the next two
-    from student_train.training.stage_data import open_mixture, prepare, samples_of_any
-    from student_train.training.trainer import resolved
-
     stage = resolved(stage, name)
     if stage.compose is None:
         data = prepare(stage, cache_path).data
@@ -67,8 +68,6 @@ def count_ranks(wanted: int) -> int:
     Two ranks cannot share a GPU. The loss does not depend on the number of ranks; see
     student_train/data/batch_schedule.py.
     """
-    import torch  # seconds
-
     gpus = torch.cuda.device_count()
     return min(wanted, gpus) if gpus else wanted
 

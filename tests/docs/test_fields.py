@@ -86,7 +86,7 @@ def test_every_yaml_snippet_is_one_that_the_schema_takes(text: str, tmp_path: Pa
     stages = sections["stages"] if "stages" in document else {}
     for run in getattr(sections.get("ablations"), "runs", {}).values():
         assert run.stage in stages
-        read_sections(path, {"stages": Named(StageSection)}, run.overrides())
+        read_sections(path, {"stages": Named(StageSection)}, run.make_overrides())
     assert isinstance(sections.get("ablations", AblationsSection()), Section)
 
 

@@ -1,4 +1,4 @@
-"""Runs of the grid that start where another ended: in their order, from its checkpoint, again when it changed."""
+"""Runs of the grid that start from the checkpoint of another run are trained after it, and again when it changes."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_processes_that_would_share_a_gpu_are_refused(
         ({"a": {"stage": "all"}, "b": {"stage": "all", "after": "a", "set": {"init": "x"}}}, ["b has both"]),
     ],
 )
-def test_a_chain_that_cannot_be_is_refused(tmp_path: Path, runs: dict, words: list[str]):
+def test_an_impossible_chain_of_runs_is_refused(tmp_path: Path, runs: dict, words: list[str]):
     with pytest.raises(ConfigError) as caught:
         read_experiment(write(tmp_path, runs, seeds=[0]))
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -102,7 +102,7 @@ def test_a_chain_that_cannot_be_is_refused(tmp_path: Path, runs: dict, words: li
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_a_chain_is_trained_link_by_link_and_again_when_its_start_changed(tmp_path: Path):
+def test_a_chain_is_trained_in_order_and_again_when_its_init_changes(tmp_path: Path):
     init = make_tiny_llava(tmp_path / "llava", num_layers=1)
     cache = make_cache(tmp_path, init, num_samples=8, num_images=4)
     path = write(

@@ -1,4 +1,4 @@
-"""`stillhouse check` looks at the students that will be trained on a cache before anything costs money."""
+"""`stillhouse check` checks data, teacher and students before anything costs money."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_setting_that_vllm_does_not_have_is_found(file: Path) -> None:
         ("stages.later.init=nowhere", r"stages\.later\.init is nowhere, which is neither a directory"),
     ],
 )
-def test_what_will_never_be_there_is_found(file: Path, override: str, message: str) -> None:
+def test_paths_that_nothing_will_make_are_refused(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         list(check_experiment(read_experiment(file, [override])))
 
@@ -176,14 +176,14 @@ def test_losses_that_the_dump_will_not_serve_are_found(file: Path, override: str
         list(check_experiment(read_experiment(file, [f"stages.kd.{override}"])))
 
 
-def test_what_a_stage_reads_may_come_from_a_dump_still_to_come(file: Path) -> None:
+def test_a_stage_may_read_families_of_a_later_dump(file: Path) -> None:
     experiment = read_experiment(file)
     CacheWriter.open(experiment.cache.path, plan_dump(read_settings(file)).identity, ("response", "visual"))
     overrides = ["cache.families=[response, visual, hidden]", "stages.kd.losses={response: {treatment: exact}}"]
     list(check_experiment(read_experiment(file, overrides)))
 
 
-def test_losses_of_an_ablation_are_looked_at(file: Path) -> None:
+def test_losses_of_an_ablation_are_checked(file: Path) -> None:
     runs = "ablations.runs={exact: {stage: kd, set: {losses.response.treatment: exact}}}"
     with pytest.raises(ConfigError, match=r"ablations\.runs\.exact: losses: these losses read hidden"):
         list(check_experiment(read_experiment(file, [runs, "evaluation.splits=[train]"])))
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_a_stage_writes_or_the_hub_may_have_is_no_mistake(file
         list(check_experiment(read_experiment(file, [override])))
 
 
-def test_every_cache_of_a_stage_is_looked_at(file: Path) -> None:
+def test_every_cache_of_a_stage_is_checked(file: Path) -> None:
     """The one to come, by its teacher; one that is there, as it is; one that is nowhere."""
     document = yaml.safe_load(file.read_text())
     here = Path(document["runs_dir"]) / "tiny" / "cache"
@@ -242,7 +242,7 @@ def test_every_cache_of_a_stage_is_looked_at(file: Path) -> None:
         lines()
 
 
-def test_a_clean_clone_s_experiment_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_a_clean_clone_is_checked_as_far_as_its_files_exist(tmp_path: Path) -> None:
     """No folder is made, and what `prepare` has yet to make is named."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -261,7 +261,7 @@ def with_sections(file: Path, **sections: object) -> Path:
     return file
 
 
-def test_prepare_may_make_what_is_not_there_but_must_be_there_itself(file: Path) -> None:
+def test_prepare_may_make_missing_files_but_its_script_must_exist(file: Path) -> None:
     script = file.parent / "make.py"
     with_sections(file, prepare={"script": str(script)})
     override = ["data.sources=[{path: '{run}/data/train.jsonl', split: train}]"]
@@ -276,7 +276,7 @@ def test_prepare_may_make_what_is_not_there_but_must_be_there_itself(file: Path)
         list(check_experiment(read_experiment(file, override)))
 
 
-def test_a_teacher_still_to_be_trained_is_stood_in_for(file: Path) -> None:
+def test_an_untrained_teacher_is_checked_by_its_tokenizer(file: Path) -> None:
     document = yaml.safe_load(file.read_text())
     stages = {**document["stages"], "teacher": {
         "init": document["teacher"]["model"], "output": "{run}/models/teacher", "cache": "{run}/data/teacher_cache",
@@ -291,7 +291,7 @@ def test_a_teacher_still_to_be_trained_is_stood_in_for(file: Path) -> None:
     assert any(line.endswith("student fits the teacher") for line in lines)
 
 
-def test_a_module_that_a_student_has_not_is_found(file: Path) -> None:
+def test_a_module_that_a_student_lacks_is_found(file: Path) -> None:
     document = yaml.safe_load(file.read_text())
     make_teacher(file.parent / "decoder", "llama")
     document["stages"]["kd"]["init"] = str(file.parent / "decoder")

@@ -1,4 +1,4 @@
-"""The whole pipeline.yaml: what is composed, and what is refused before anything costs money."""
+"""The schema of a whole pipeline.yaml: valid experiments, overrides, and mistakes that are refused."""
 
 from pathlib import Path
 

@@ -92,7 +92,7 @@ def test_every_path_of_a_file_is_expanded_and_nothing_else(tmp_path: Path) -> No
         ("teacher.model=~nobody-is-called-so/x", "~nobody-is-called-so is no user of this machine"),
     ],
 )
-def test_what_stands_for_nothing_is_refused(tmp_path: Path, override: str, said: str) -> None:
+def test_an_unknown_variable_or_user_in_a_path_is_refused(tmp_path: Path, override: str, said: str) -> None:
     file = tmp_path / "pipeline.yaml"
     file.write_text(yaml.safe_dump({"teacher": {"model": "x"}}))
     with pytest.raises(ConfigError, match=said):

@@ -1,4 +1,4 @@
-"""What would certainly fail is refused before any work; what is only guessed at is told."""
+"""Mistakes that must fail are refused before any work; estimates give warnings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield found
 
 
-def test_checkpoints_are_reckoned_from_their_inits(file: Path, student: Path) -> None:
+def test_checkpoint_sizes_are_estimated_from_their_inits(file: Path, student: Path) -> None:
     weights = (student / "model.safetensors").stat().st_size
     found = estimate_disk_needs(read_experiment(file, ["stages.kd.save_every=1"]))
     sizes = {need.description: need.num_bytes for need in found if need.kind == "least"}
@@ -82,7 +82,7 @@ def test_a_disk_that_is_certainly_too_small_is_refused(
     assert said.count("\n") == 1
 
 
-def test_a_guess_is_told_and_never_refused(tmp_path: Path) -> None:
+def test_an_estimate_is_warned_of_and_never_refused(tmp_path: Path) -> None:
     (line,) = check_disk_space([DiskNeed(tmp_path / "cache", 10**18, "the cache", "about")], tmp_path)
     assert line.startswith("warning: the disk of ")
     assert "about 1000000.0 TB or more will be written (the cache 1000000.0 TB)" in line
@@ -116,7 +116,7 @@ def test_the_forecast_of_plan_is_compared(file: Path) -> None:
         ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere, which is neither a directory"),
     ],
 )
-def test_what_will_fail_is_refused_first(file: Path, override: str, message: str) -> None:
+def test_mistakes_that_must_fail_are_refused_before_work(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         list(check_preconditions(read_experiment(file, [override])))
 

@@ -1,4 +1,4 @@
-"""The whole road on a tiny teacher in real vLLM and Ray: killed in the dump, run again, run a third time."""
+"""An experiment with a tiny teacher in real vLLM and Ray, end to end: killed in the dump, and run two times more."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_an_experiment_of_one_run_ends_in_its_report(ray_head: RayHead, tmp_path
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_the_whole_road(tmp_path: Path) -> None:
+def test_an_experiment_runs_end_to_end_through_kills(tmp_path: Path) -> None:
     config = write_experiment(tmp_path, is_long=True)
     folder = tmp_path / "runs" / "tiny"
 

@@ -1,4 +1,4 @@
-"""A mistake in `train` is told before torchrun starts, in one sentence that is the last thing on the terminal."""
+"""`train` explains a mistake before torchrun starts, in one sentence that is the last line on the terminal."""
 
 from __future__ import annotations
 

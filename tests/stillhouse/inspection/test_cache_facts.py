@@ -41,7 +41,7 @@ def test_sizes_are_those_on_disk(cache: Cache) -> None:
     assert facts.errors == {f"broken-{part}": "image is truncated" for part in range(3)}
 
 
-def test_what_sharing_saved_is_what_a_copy_for_each_sample_would_add(cache: Cache) -> None:
+def test_saved_bytes_are_those_of_a_copy_for_each_sample(cache: Cache) -> None:
     sharing = collect_facts(cache).image_sharing
     records = [cache.read(index) for index in range(cache.num_samples)]
     named = [(image.key, image.num_visual_tokens) for record in records for image in record.tokens.images]
@@ -91,13 +91,13 @@ def test_the_least_sure_answers_have_the_greatest_mean_entropy(cache: Cache) -> 
     assert len(find_least_sure(cache, 1000)) == len(means) < cache.num_samples  # empty answers are left out
 
 
-def test_without_response_rows_nobody_knows(tmp_path: Path) -> None:
+def test_finding_the_least_sure_needs_response_rows(tmp_path: Path) -> None:
     write_cache(tmp_path, families=())
     with pytest.raises(CacheError, match="no response rows"):
         find_least_sure(Cache.open(tmp_path), 1)
 
 
-def test_what_was_lost_is_what_the_manifest_states(cache: Cache) -> None:
+def test_error_summaries_are_those_of_the_manifest(cache: Cache) -> None:
     facts = collect_facts(cache)
     stated = cache.statistics()["errors_by_family"]
     encoding = {one.family: one for one in facts.error_summaries if one.kind == "errors_by_family"}
@@ -108,7 +108,7 @@ def test_what_was_lost_is_what_the_manifest_states(cache: Cache) -> None:
     assert "budget" not in shown.split("identity")[0]
 
 
-def test_a_budget_is_shown_beside_what_became_of_it(tmp_path: Path) -> None:
+def test_a_budget_is_shown_with_its_result(tmp_path: Path) -> None:
     predicted = {
         "gradient_error": 0.0187,
         "bytes_per_row": 31.5,

@@ -46,7 +46,7 @@ def test_a_large_image_is_made_small(tmp_path: Path) -> None:
     assert len(found.uri) < 300_000 < (tmp_path / "a.png").stat().st_size
 
 
-def test_what_cannot_be_shown_says_why(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_shown_has_a_reason(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")

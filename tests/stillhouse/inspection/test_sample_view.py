@@ -121,12 +121,12 @@ def test_a_sample_without_a_record_is_answered_with_the_reason(cache: Cache) -> 
         find_sample(cache, "broken-1")
 
 
-def test_nearest_ids_of_nothing_and_of_little() -> None:
+def test_nearest_ids_among_none_and_among_two() -> None:
     assert find_nearest_ids("a", []) == []
     assert find_nearest_ids("zebra", ["ox", "zebu"]) == ["zebu", "ox"]
 
 
-def test_a_slip_is_found_among_many_ids() -> None:
+def test_a_misspelt_id_is_found_among_many() -> None:
     ids = [f"train-{part:03d}-{number:03d}" for part in range(40) for number in range(100)]
     for slip in ("trian-031-057", "train-031-057x", "train-31-057", "rain-031-057"):
         assert find_nearest_ids(slip, ids)[0] == "train-031-057"

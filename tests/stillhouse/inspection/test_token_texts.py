@@ -98,7 +98,7 @@ def test_another_tokenizer_is_refused_if_given_and_not_used_if_found(folder: Pat
     assert "fingerprint" in texts.note
 
 
-def test_a_tokenizer_that_is_none_is_the_users_mistake(tmp_path: Path, identity: Identity) -> None:
+def test_a_folder_without_a_tokenizer_is_the_users_mistake(tmp_path: Path, identity: Identity) -> None:
     with pytest.raises(ConfigError, match="no tokenizer can be read"):
         load_token_texts(identity, tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):

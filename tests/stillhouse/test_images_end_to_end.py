@@ -1,4 +1,4 @@
-"""Images that are no files of their own, all the way from a source to a trainer's pixels."""
+"""Images without files of their own, stored as bytes in a source, end to end: from the source to a trainer's pixels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_parquet(path: Path, num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("families", [[], ["images"]])
-def test_a_trainer_sees_images_that_came_as_bytes(families: list[str], tmp_path: Path) -> None:
+def test_a_trainer_reads_images_that_were_stored_as_bytes(families: list[str], tmp_path: Path) -> None:
     teacher = make_tiny_llava(tmp_path / "teacher")
     write_parquet(tmp_path / "pairs.parquet", 6)
     document = {
