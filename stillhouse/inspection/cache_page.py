@@ -39,11 +39,6 @@ class SampleGroup:
     note: str
     views: Sequence[SampleView]
 
-    @property
-    def largest_entropy(self) -> float:
-        """Nats; the largest of the samples' mean entropies, or a tiny number where all are 0."""
-        return max(1e-9, *(view.mean_entropy or 0.0 for view in self.views))
-
 
 def render_cache_page(
     facts: CacheFacts,

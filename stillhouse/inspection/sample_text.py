@@ -25,17 +25,12 @@ WIDTH = 100
 BAR_WIDTH = 30
 MAX_ERRORS = 10
 _ERROR_SOURCES = {
-    "teacher_noise": "teacher noise",
-    "selection_errors": "selection",
-    "dropped_mass": "mass dropped",
+    "teacher_noise": "teacher noise", "selection_errors": "selection", "dropped_mass": "mass dropped",
     "errors_by_family": "encoding",
-}
+}  # fmt: skip
 _REMARKS = {
-    "exact": "",
-    "hidden": "exact, not shown",
-    "tail": "all that is not exact",
-    "sampled": "sampled from the tail",
-}
+    "exact": "", "hidden": "exact, not shown", "tail": "all that is not exact", "sampled": "sampled from the tail",
+}  # fmt: skip
 
 
 def format_facts(facts: CacheFacts) -> str:

@@ -18,15 +18,9 @@ from stillhouse.reporting.text_formats import NO_CATEGORY
 
 COLOURS = ("#4c6a92", "#8aa1bf", "#c8553d", "#e09f3e", "#6b8f71", "#9a6fb0", "#5c5c5c", "#b08968")
 LOSS_UNITS = {
-    "cross_entropy": "nats",
-    "response": "nats",
-    "visual": "nats",
-    "relation": "1 − cosine",
-    "preference": "",
-    "balance": "summed over layers",
-    "router_entropy": "nats",
-    "expert_load_max": "share of a layer's choices",
-}
+    "cross_entropy": "nats", "response": "nats", "visual": "nats", "relation": "1 − cosine", "preference": "",
+    "balance": "summed over layers", "router_entropy": "nats", "expert_load_max": "share of a layer's choices",
+}  # fmt: skip
 
 
 def run_colours(runs: list[dict[str, Any]]) -> dict[str, str]:

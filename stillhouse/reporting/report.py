@@ -16,14 +16,17 @@ from typing import Any
 
 from scipy import stats
 
-from stillhouse.reporting.report_page import render_report
-from stillhouse.reporting.verdict import describe_verdict
+from stillhouse.reporting.plots import draw_accuracy, draw_categories, draw_losses, run_colours
+from stillhouse.reporting.templates import render_template
+from stillhouse.reporting.text_formats import NO_CATEGORY
+from stillhouse.reporting.verdict import describe_judged_turns, describe_verdict
 from storage.backends.folder import open_folder, write_atomically, write_json
 from storage.errors import ConfigError, StillhouseError
 from storage.reader.cache import Cache
 
 _ADVICE = "remove it, and run `stillhouse run` or `stillhouse ablate` again"
 TEACHER_LOSSES = ("response", "visual", "relation", "preference")  # parts of a loss that come from the teacher
+OPTIONAL_MEASURES = ("unsupported_rate", "cross_entropy", "kl_to_teacher", "top1_agreement")
 PAIRED_MEASURES = {  # by the report's field for the differences to the controls
     "paired": "exact_match",
     "paired_kl_to_teacher": "kl_to_teacher",
@@ -44,6 +47,23 @@ def write_report(folder: Path) -> Path:
     page = folder / "report.html"
     write_atomically(page, render_report(report, metrics).encode())
     return page
+
+
+def render_report(report: dict[str, Any], metrics: dict[str, list[dict[str, float]]]) -> str:
+    """The page of a report; `metrics` has the logged steps of a run by "<name>/seed<k>"."""
+    runs = report["runs"]
+    categories = sorted({category for run in runs for category in run["by_category"]})
+    return render_template(
+        "reporting/report.html.jinja",
+        report=report,
+        categories={category: category or NO_CATEGORY for category in categories},
+        colours=run_colours(runs),
+        judged_turns=describe_judged_turns(runs),
+        num_seeds=max((run["num_seeds"] for run in runs), default=0),
+        accuracy_plot=draw_accuracy(runs, report["teacher"].get("exact_match")),
+        category_plot=draw_categories(runs),
+        loss_plots=draw_losses(runs, metrics),
+    )
 
 
 def build_report(folder: Path) -> dict[str, Any]:
@@ -132,12 +152,9 @@ def _summarise_run(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
             category: compute_mean_and_sd([entry["by_category"][category]["exact_match"] for entry in entries])
             for category in categories
         },
-        "unsupported_rate": _average_measure(entries, "unsupported_rate"),
         "yes_no": _average_yes_no([entry.get("yes_no") for entry in entries]),
         "routers": _average_routers([entry.get("routers") for entry in entries]),
-        "cross_entropy": _average_measure(entries, "cross_entropy"),
-        "kl_to_teacher": _average_measure(entries, "kl_to_teacher"),
-        "top1_agreement": _average_measure(entries, "top1_agreement"),
+        **{measure: _average_measure(entries, measure) for measure in OPTIONAL_MEASURES},
         "seconds": fmean([entry["seconds"] for entry in entries]),
         "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in entries),
     }

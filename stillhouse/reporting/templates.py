@@ -22,11 +22,8 @@ def render_template(name: str, **values: Any) -> str:
     jinja2.UndefinedError for a name in the template that `values` lacks.
     """
     environment = Environment(
-        loader=FileSystemLoader(_PACKAGE_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(_PACKAGE_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     environment.filters |= {"as_bytes": format_bytes, "as_percent": format_percent, "as_number": format_number}
     return environment.get_template(name).render(values)

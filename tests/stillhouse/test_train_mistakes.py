@@ -32,7 +32,7 @@ def write_experiment(folder: Path, **fields: Any) -> Path:
     ("fields", "has_cache", "words"),
     [
         ({}, False, "no cache is here"),
-        ({}, True, "student: there is no such folder"),
+        ({}, True, "student, which is neither a directory nor a Hub id"),
         ({"steps": 0}, True, "stages.kd.steps"),
         ({"compose": COMPOSE}, False, "no cache is here"),
         ({"compose": COMPOSE}, True, "stages.kd: /nowhere/vision"),

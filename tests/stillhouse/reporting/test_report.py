@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.reporting.plots import draw_categories
-from stillhouse.reporting.report import build_report, compute_mean_and_sd, pair_by_seed, read_metrics
-from stillhouse.reporting.report_page import render_report
+from stillhouse.reporting.report import build_report, compute_mean_and_sd, pair_by_seed, read_metrics, render_report
 from stillhouse.reporting.summary import describe_evaluation
 from stillhouse.reporting.verdict import describe_verdict
 from storage.backends.disk import format_bytes
