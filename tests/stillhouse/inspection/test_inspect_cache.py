@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,16 @@ def test_the_command_says_what_is_wrong_with_exit_code_2(
     assert main(["inspect", str(cache), "--html", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+def test_a_look_at_a_cache_loads_no_heavy_library(verb: str, cache: Path) -> None:
+    code = "import sys; from stillhouse.__main__ import main; assert main(sys.argv[1:]) == 0; print(*sys.modules)"
+    command = [sys.executable, "-c", code, verb, str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "storage.reader.cache" in loaded
+    assert loaded & {"torch", "transformers", "ray", "matplotlib", "scipy", "jinja2"} == set()
 
 
 def test_bars_are_as_long_as_their_fraction() -> None:
