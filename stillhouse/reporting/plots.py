@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from stillhouse.reporting.text_formats import NO_CATEGORY
 
+mpl.rcParams["text.parse_math"] = False  # or a category such as "$x^$" of a data set raises a ParseException
 COLOURS = ("#4c6a92", "#8aa1bf", "#c8553d", "#e09f3e", "#6b8f71", "#9a6fb0", "#5c5c5c", "#b08968")
 LOSS_UNITS = {
     "cross_entropy": "nats", "response": "nats", "visual": "nats", "relation": "1 − cosine", "preference": "",

@@ -185,6 +185,11 @@ def test_samples_without_a_category_have_a_name_in_every_table(tmp_path: Path) -
     assert "no category" in draw_categories(runs)
 
 
+def test_a_category_that_looks_like_a_formula_is_drawn_as_it_is() -> None:
+    runs = [{**run("sft", distilled=False, paired={}), "by_category": {"$\\frac$ & x": {"mean": 0.5, "sd": 0.1}}}]
+    assert "$\\frac$ &amp; x" in draw_categories(runs)
+
+
 @pytest.mark.parametrize("text", ['{"runs": [', "[]", "null", "{}", "\0\0\0\0"])
 def test_a_damaged_list_of_runs_is_named(tmp_path, text):
     (tmp_path / "ablations.json").write_text(text)
