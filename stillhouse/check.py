@@ -12,7 +12,7 @@ from stillhouse.config import Experiment
 from stillhouse.preflight import look_first, may_be_prepared
 from storage.backends.folder import open_folder
 from storage.config import CacheSection
-from storage.config_loader import Named, read_sections
+from storage.config_loader import NamedSections, read_sections
 from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.layout.segments import NewSegment, find_segment, has_cache
@@ -163,7 +163,7 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
     asked = {f"stages.{name}.losses": section for name, section in experiment.stages.items()}
     for name, run in experiment.ablations.runs.items():
         overrides = (*experiment.overrides, *run.overrides())
-        stages = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"]
+        stages = read_sections(experiment.path, {"stages": NamedSections(StageSection)}, overrides)["stages"]
         stage = stages[run.stage]
         asked[f"ablations.runs.{name}: losses"] = stage
     for place, section in asked.items():

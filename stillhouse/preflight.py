@@ -17,7 +17,7 @@ from typing import Literal
 
 from stillhouse.ablate import grid
 from stillhouse.config import Experiment
-from storage.backends.disk import check_writable, existing_parent, format_bytes, free_bytes
+from storage.backends.disk import check_writable, find_existing_parent, format_bytes, measure_free_bytes
 from storage.backends.folder import is_url, open_folder, write_atomically
 from storage.errors import ConfigError, StillhouseError
 from storage.layout.segments import has_cache
@@ -154,7 +154,7 @@ def check_room(asked: Sequence[Need], run: Path) -> Iterator[str]:
         disks.setdefault(_device(need.place), []).append(need)
     for group in disks.values():
         place = group[0].place if group else run
-        free = free_bytes(place)
+        free = measure_free_bytes(place)
         if free is None:
             continue
         line = f"the disk of {place} has {format_bytes(free)} free"
@@ -175,7 +175,7 @@ def check_room(asked: Sequence[Need], run: Path) -> Iterator[str]:
 
 
 def _device(path: Path) -> int:
-    return existing_parent(path).stat().st_dev
+    return find_existing_parent(path).stat().st_dev
 
 
 def _shown(needs: Sequence[Need]) -> str:

@@ -21,8 +21,8 @@ from stillhouse.reporting.report import write_report
 from stillhouse.torchrun import check_start, num_ranks, training_command, training_environment, training_flags
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.child_process import GRACE_S, run_child
-from storage.processes.search_path import module_command
-from storage.processes.stop_signals import Interrupted, stopped_by
+from storage.processes.search_path import make_module_command
+from storage.processes.stop_signals import Interrupted, find_stop_signal
 from storage.verify.scan_cache import VerifyReport, verify
 from student_train.training.stage_inputs import init_inputs
 from teacher_dump.__main__ import table
@@ -145,7 +145,7 @@ def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = 
     }
     if ledger is not None and ledger.is_done(step, inputs, [target]):
         return target
-    command = (*module_command("student_train.evaluate"), str(experiment.path), "--model", str(model))
+    command = (*make_module_command("student_train.evaluate"), str(experiment.path), "--model", str(model))
     _call([*command, *experiment.overrides], num_threads=2)
     if ledger is not None:
         ledger.record(step, inputs)
@@ -177,7 +177,7 @@ def scan(path: str) -> VerifyReport:
 
 def _call(command: Sequence[str], *, num_threads: int, grace_s: float = GRACE_S) -> None:
     code = run_child(command, env=training_environment(num_threads), grace_s=grace_s)
-    if (number := stopped_by(code)) is not None:  # it was told to stop, and we were not
+    if (number := find_stop_signal(code)) is not None:  # it was told to stop, and we were not
         raise Interrupted(number)
     if code == 2:
         raise ConfigError("the step above refused its input")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import student_train
-from storage.processes.search_path import module_command
+from storage.processes.search_path import make_module_command
 from student_train.config import StageSection
 
 MAIN = Path(student_train.__file__).with_name("main.py")
@@ -28,7 +28,7 @@ def training_command(
 
     `flags`: of `training_flags`. One process needs no launcher: without it a start is seconds shorter.
     """
-    launcher = (*module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
+    launcher = (*make_module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
     options = (*flags, *(("--evaluate",) if evaluate else ()))
     script = (str(MAIN), str(config), "--stage", stage, *options, *overrides)
     return (*(launcher if num_processes > 1 else (sys.executable,)), *script)

@@ -21,7 +21,7 @@ from storage.errors import CacheError
 
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _TEMPORARY = re.compile(r".+\.tmp-\d+-[0-9a-f]+")
-_NUM_SWEEPS = 3  # how often a temporary file may be taken for a dead writer's before something else is wrong
+_MAX_ATTEMPTS = 3  # how often a temporary file may be taken for a dead writer's before something else is wrong
 
 T = TypeVar("T")
 
@@ -34,11 +34,11 @@ class Folder(Protocol):
         """True where each access costs a round trip and bytes cost money."""
         ...
 
-    def place(self, name: str) -> str:
+    def locate(self, name: str) -> str:
         """A file's whole path or URL, for messages."""
         ...
 
-    def make(self, subs: Iterable[str]) -> None:
+    def make_folders(self, subs: Iterable[str]) -> None:
         """Make the folder and these folders in it, where folders exist at all. Errors: CacheError."""
         ...
 
@@ -105,15 +105,15 @@ class LocalFolder:
     def is_remote(self) -> bool:
         return False
 
-    def place(self, name: str) -> str:
+    def locate(self, name: str) -> str:
         return str(self.path / name)
 
-    def make(self, subs: Iterable[str]) -> None:
+    def make_folders(self, subs: Iterable[str]) -> None:
         try:
             for sub in ("", *subs):
                 (self.path / sub).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise _make_write_error(self.path, error) from error
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -129,10 +129,10 @@ class LocalFolder:
         return pa.OSFile(str(self.path / name))
 
     def write(self, name: str, content: bytes) -> None:
-        self._written(self.path / name, lambda path: _replace(path, content))
+        self._write_with_retry(self.path / name, lambda path: _write_and_rename(path, content))
 
     def create(self, name: str, content: bytes) -> bool:
-        return self._written(self.path / name, lambda path: create_exclusively(path, content))
+        return self._write_with_retry(self.path / name, lambda path: create_exclusively(path, content))
 
     def names(self, sub: str = "", *, deep: bool = False) -> list[str]:
         found = (self.path / sub).glob("**/*" if deep else "*")
@@ -141,9 +141,9 @@ class LocalFolder:
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def _written(self, path: Path, step: Callable[[Path], T]) -> T:
+    def _write_with_retry(self, path: Path, step: Callable[[Path], T]) -> T:
         problem: OSError | None = None
-        for _ in range(_NUM_SWEEPS):
+        for _ in range(_MAX_ATTEMPTS):
             try:
                 return step(path)
             except FileNotFoundError as error:
@@ -152,12 +152,12 @@ class LocalFolder:
                     break
                 # a writer that sealed the cache took our temporary file for a dead writer's: once more
             except OSError as error:
-                raise _cannot_write(path, error) from error
+                raise _make_write_error(path, error) from error
         assert problem is not None
-        raise _cannot_write(path, problem) from problem
+        raise _make_write_error(path, problem) from problem
 
 
-def _cannot_write(path: Path, error: OSError) -> CacheError:
+def _make_write_error(path: Path, error: OSError) -> CacheError:
     advice = "free space there" if error.errno in FULL else "mend the folder or its permissions"
     return CacheError(
         f"{path}: cannot be written: {error.strerror}; {advice}, or give cache.path another folder, and run the "
@@ -171,7 +171,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     WriteError, and what was there before stays: a full disk, a folder that cannot be written.
     """
     with explain_write_errors(path, needed_bytes=len(content)):
-        _replace(path, content)
+        _write_and_rename(path, content)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -179,7 +179,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     write_atomically(path, f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _write_and_rename(path: Path, content: bytes) -> None:
     temporary = write_temporary(path, content)
     try:
         temporary.replace(path)

@@ -38,7 +38,7 @@ from storage.backends.folder import sync, write_atomically, write_temporary
 from storage.errors import ConfigError, StillhouseError
 
 _POLL_S = 0.2
-_SAY_EVERY_S = 60.0
+_LOG_EVERY_S = 60.0
 _COMMAND_LENGTH = 300
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class HeldError(ConfigError):
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _LockFile:
     """A lock file as it was read."""
 
     content: bytes
@@ -88,7 +88,7 @@ class Lock:
         self.path = path
         self._content = content
         self._heartbeat = heartbeat
-        self._ends = threading.Event()
+        self._stop = threading.Event()
         self._is_lost = False
         self._thread = threading.Thread(target=self._beat, name=f"lock {path.name}", daemon=True)
         self._thread.start()
@@ -104,18 +104,18 @@ class Lock:
 
     def release(self) -> None:
         """Give the lock back, if it is still ours."""
-        self._ends.set()
+        self._stop.set()
         self._thread.join()
         if not self._is_lost and self._is_ours():
             with suppress(OSError):
                 self.path.unlink()
 
     def _is_ours(self) -> bool:
-        seen = _read(self.path)
+        seen = _read_lock_file(self.path)
         return seen is not None and seen.content == self._content
 
     def _beat(self) -> None:
-        while not self._ends.wait(self._heartbeat.beat_s):
+        while not self._stop.wait(self._heartbeat.beat_s):
             try:
                 if not self._is_ours():
                     self._is_lost = True
@@ -151,14 +151,14 @@ def hold_lock(path: Path, what: str, *, patience_s: float = 0, heartbeat: Heartb
 
 
 def _acquire(path: Path, what: str, content: bytes, heartbeat: Heartbeat, *, patience_s: float) -> None:
-    watched: _Seen | None = None
+    watched: _LockFile | None = None
     began = time.monotonic()
-    since = said = -_SAY_EVERY_S
-    while not _create(path, content):
-        seen = _read(path)
+    since = said = -_LOG_EVERY_S
+    while not _create_lock_file(path, content):
+        seen = _read_lock_file(path)
         if seen is None:  # released meanwhile
             continue
-        is_alive = _is_alive_here(seen.holder)
+        is_alive = _is_holder_alive(seen.holder)
         if is_alive is None:  # on another machine: only its heartbeat tells
             if watched is None or watched.content != seen.content:
                 watched, since = seen, time.monotonic()
@@ -175,32 +175,32 @@ def _acquire(path: Path, what: str, content: bytes, heartbeat: Heartbeat, *, pat
             raise HeldError(
                 f"{what} is in use by {seen}; wait until that command has ended, or stop it ({path} is its lock)"
             )
-        if time.monotonic() - said >= _SAY_EVERY_S and (is_alive is None or said > 0):
+        if time.monotonic() - said >= _LOG_EVERY_S and (is_alive is None or said > 0):
             _log.warning("%s: waiting for %s", path, f"a sign of life of {seen}" if is_alive is None else seen)
             said = time.monotonic()
         elif said < 0:
-            said = time.monotonic() - _SAY_EVERY_S / 2  # a short wait for a living holder needs no line
+            said = time.monotonic() - _LOG_EVERY_S / 2  # a short wait for a living holder needs no line
         time.sleep(_POLL_S)
 
 
-def _take_over(path: Path, dead: _Seen, content: bytes, heartbeat: Heartbeat) -> bool:
+def _take_over(path: Path, dead: _LockFile, content: bytes, heartbeat: Heartbeat) -> bool:
     """Replace a dead holder's lock by ours; False if somebody else was quicker."""
     guard = path.with_name(f"{path.name}.after-{dead.token}")
     with hold_lock(guard, f"the lock {path.name}", patience_s=math.inf, heartbeat=heartbeat):
-        now = _read(path)
+        now = _read_lock_file(path)
         if now is None or now.content != dead.content:
             return False
         write_atomically(path, content)
         return True
 
 
-def _create(path: Path, content: bytes) -> bool:
+def _create_lock_file(path: Path, content: bytes) -> bool:
     """Make the file with its content; False if there is one."""
     temporary = write_temporary(path, content)
     try:
         os.link(temporary, path)
     except FileExistsError:
-        seen = _read(path)
+        seen = _read_lock_file(path)
         return seen is not None and seen.content == content  # a network disk may report its own success as failure
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
@@ -221,7 +221,7 @@ def _create_without_links(path: Path, content: bytes) -> bool:
     return True
 
 
-def _read(path: Path) -> _Seen | None:
+def _read_lock_file(path: Path) -> _LockFile | None:
     """The lock as it is now; None if there is none."""
     try:
         with path.open("rb") as file:  # opening asks a network disk anew
@@ -232,21 +232,21 @@ def _read(path: Path) -> _Seen | None:
         holder = json.loads(content)
     except ValueError:
         holder = {}
-    return _Seen(content, time_ns, holder if isinstance(holder, dict) else {})
+    return _LockFile(content, time_ns, holder if isinstance(holder, dict) else {})
 
 
-def _is_alive_here(holder: dict[str, Any]) -> bool | None:
+def _is_holder_alive(holder: dict[str, Any]) -> bool | None:
     """Whether a holder on this machine lives; None for one elsewhere."""
-    here = _this_machine()
+    here = _describe_machine()
     if any(holder.get(name) != value for name, value in here.items()) or not isinstance(holder.get("pid"), int):
         return None
-    started = process_start(holder["pid"])
+    started = read_process_start(holder["pid"])
     if started is not None:
         return started == holder.get("process_started")
-    return False if Path("/proc/self/stat").exists() else _answers(holder["pid"])
+    return False if Path("/proc/self/stat").exists() else _is_running(holder["pid"])
 
 
-def _answers(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     """Whether there is such a process, where /proc is not there to ask."""
     try:
         os.kill(pid, 0)
@@ -257,7 +257,7 @@ def _answers(pid: int) -> bool:
     return True
 
 
-def process_start(pid: int) -> int | None:
+def read_process_start(pid: int) -> int | None:
     """When a process of this machine started, in clock ticks since boot; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -266,7 +266,7 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in ("Z", "X") else int(fields[19])  # the 3rd field is the state, the 22nd the start
 
 
-def _this_machine() -> dict[str, str]:
+def _describe_machine() -> dict[str, str]:
     boot_id = namespace = ""
     with suppress(OSError):
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -278,9 +278,9 @@ def _this_machine() -> dict[str, str]:
 def _describe_this_process() -> bytes:
     command = " ".join(shlex.join(sys.orig_argv).split())
     document = {
-        **_this_machine(),
+        **_describe_machine(),
         "pid": os.getpid(),
-        "process_started": process_start(os.getpid()),
+        "process_started": read_process_start(os.getpid()),
         "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "command": command if len(command) <= _COMMAND_LENGTH else f"{command[:_COMMAND_LENGTH]}…",
         "token": secrets.token_hex(16),

@@ -59,12 +59,12 @@ def decode_hidden(payload: bytes | memoryview) -> NDArray[np.float32]:
     return states
 
 
-def encoding_of(payload: bytes | memoryview) -> Literal["float16", "int8"]:
+def read_hidden_encoding(payload: bytes | memoryview) -> Literal["float16", "int8"]:
     """How a payload that decode_hidden took is encoded."""
     return "float16" if memoryview(payload).cast("B")[1] == _FLOAT16 else "int8"
 
 
-def relative_errors(states: NDArray[np.float32], decoded: NDArray[np.float32]) -> NDArray[np.float32]:
+def compute_relative_errors(states: NDArray[np.float32], decoded: NDArray[np.float32]) -> NDArray[np.float32]:
     """(r,) ||decoded - states|| / ||states||; 0 for a row of zeros."""
     difference = np.linalg.norm(decoded.astype(np.float64) - states, axis=1)
     norms = np.linalg.norm(states.astype(np.float64), axis=1)

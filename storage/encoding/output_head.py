@@ -51,7 +51,7 @@ class StoredHead:
         logits = np.empty((len(hidden), self.vocab_size), np.float32)
         for start in range(0, self.vocab_size, _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            np.matmul(hidden, _float32(self.weight[chunk]).T, out=logits[:, chunk])
+            np.matmul(hidden, _to_float32(self.weight[chunk]).T, out=logits[:, chunk])
         if self.bias is not None:
             logits += self.bias
         logits *= np.float32(self.scale)
@@ -74,14 +74,14 @@ def make_head(
     soft_cap: float | None = None,
 ) -> StoredHead:
     """A head whose float32 weights are kept in the smallest dtype that holds each of them exactly."""
-    head = StoredHead(_narrowest(weight), bias, float(scale), None if soft_cap is None else float(soft_cap))
-    _check(head)
+    head = StoredHead(_narrow_weight(weight), bias, float(scale), None if soft_cap is None else float(soft_cap))
+    _check_head(head)
     return head
 
 
 def encode_head(head: StoredHead) -> bytes:
     """The file's content: the same head gives the same bytes. ValueError for one that a cache may not hold."""
-    _check(head)
+    _check_head(head)
     names = {dtype: name for name, dtype in _DTYPES.items()}
     tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
     metadata = {"scale": repr(head.scale)} | ({} if head.soft_cap is None else {"soft_cap": repr(head.soft_cap)})
@@ -105,14 +105,14 @@ def decode_head(content: bytes | memoryview) -> StoredHead:
     if len(view) < 8 or length > min(MAX_HEADER_BYTES, len(view) - 8):
         raise CorruptPartError(f"head of {len(view)} bytes has no safetensors header")
     try:
-        head = _parsed(json.loads(bytes(view[8 : 8 + length])), view[8 + length :])
-        _check(head)
+        head = _parse_head(json.loads(bytes(view[8 : 8 + length])), view[8 + length :])
+        _check_head(head)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         raise CorruptPartError(f"head: is not as FORMAT.md says: {error}") from error
     return head
 
 
-def _parsed(entries: Any, data: memoryview) -> StoredHead:
+def _parse_head(entries: Any, data: memoryview) -> StoredHead:
     if not isinstance(entries, dict) or not {"weight"} <= entries.keys() <= {"weight", "bias", "__metadata__"}:
         raise ValueError("its header must name weight, maybe bias, and nothing else")
     names = [name for name in ("weight", "bias") if name in entries]
@@ -136,7 +136,7 @@ def _parsed(entries: Any, data: memoryview) -> StoredHead:
     )
 
 
-def _check(head: StoredHead) -> None:
+def _check_head(head: StoredHead) -> None:
     """ValueError unless shapes, dtypes and numbers are those of a head."""
     weight, bias = head.weight, head.bias
     if weight.ndim != 2 or 0 in weight.shape or weight.dtype.newbyteorder("<") not in _DTYPES.values():
@@ -147,22 +147,22 @@ def _check(head: StoredHead) -> None:
         raise ValueError(f"a head's bias must be float32[{len(weight)}], got {bias.dtype}{bias.shape}")
     if not math.isfinite(head.scale) or not (head.soft_cap is None or 0 < head.soft_cap < math.inf):
         raise ValueError(f"a head has the scale {head.scale} and the soft-cap {head.soft_cap}")
-    finite = all(_all_finite(weight[start : start + _CHUNK]) for start in range(0, len(weight), _CHUNK))
+    finite = all(_is_finite(weight[start : start + _CHUNK]) for start in range(0, len(weight), _CHUNK))
     if not finite or (bias is not None and not np.isfinite(bias).all()):
         raise ValueError("a head holds a value that is not a finite number")
 
 
-def _all_finite(weight: NDArray[Any]) -> bool:
-    return bool(np.isfinite(_float32(weight)).all())
+def _is_finite(weight: NDArray[Any]) -> bool:
+    return bool(np.isfinite(_to_float32(weight)).all())
 
 
-def _float32(weight: NDArray[Any]) -> NDArray[np.float32]:
+def _to_float32(weight: NDArray[Any]) -> NDArray[np.float32]:
     if weight.dtype == np.uint16:
         return (weight.astype(np.uint32) << 16).view(np.float32)
     return weight.astype(np.float32, copy=False)
 
 
-def _narrowest(weight: NDArray[np.float32]) -> NDArray[Any]:
+def _narrow_weight(weight: NDArray[np.float32]) -> NDArray[Any]:
     if weight.dtype != np.float32:
         raise ValueError(f"a head's weight must be given as float32, got {weight.dtype}")
     weight = np.ascontiguousarray(weight)

@@ -35,7 +35,7 @@ _KINDS = (RelationMatrix, RelationMatrix, RelationFactor, RelationFactor, Pooled
 def encode_relation(matrix: RelationMatrix, section: RelationSection) -> bytes:
     """The payload of a matrix in the section's encoding. ValueError for a matrix that it cannot hold.
 
-    Its norm is not in it: see stored_norm. An int8 factor that would be no smaller than the float16 factor,
+    Its norm is not in it: see compute_stored_norm. An int8 factor that would be no smaller than the float16 factor,
     and a factor that would be no smaller than the float16 triangle, are replaced by those.
     """
     check_relation(matrix)
@@ -50,12 +50,12 @@ def encode_relation(matrix: RelationMatrix, section: RelationSection) -> bytes:
     return _encode_triangle(matrix)
 
 
-def stored_norm(matrix: RelationMatrix, section: RelationSection) -> float:
+def compute_stored_norm(matrix: RelationMatrix, section: RelationSection) -> float:
     """The Frobenius norm of what is stored of G: of G itself, or of the pooled G."""
     if section.encoding != "pooled" or matrix.norm == 0:
         return matrix.norm
     assert section.pool is not None
-    pooled_norm = float(np.linalg.norm(_pool(matrix.values, section.pool)))
+    pooled_norm = float(np.linalg.norm(_pool_matrix(matrix.values, section.pool)))
     return matrix.norm * pooled_norm if pooled_norm > NOTHING_LEFT else 0.0
 
 
@@ -64,11 +64,11 @@ def decode_relation(payload: bytes | memoryview, *, norm: float, num_visual_toke
 
     Errors: CorruptPartError for any bytes that are not the payload of an image with so many visual tokens.
     """
-    kind, pool, n, values, frobenius = _checked_values(payload, norm, num_visual_tokens)
+    kind, pool, n, values, frobenius = _read_values(payload, norm, num_visual_tokens)
     if kind in (_FACTOR_FP16, _FACTOR_INT8):
         return RelationFactor((values / math.sqrt(frobenius)).astype(np.float32), float(norm))
     values /= np.float32(frobenius)
-    matrix = _mirrored(values, num_blocks(n, pool) if pool else n)
+    matrix = _mirror_triangle(values, count_grid_blocks(n, pool) if pool else n)
     if kind == _POOLED_FP16:
         return PooledRelation(matrix, float(norm), num_visual_tokens=n, pool=pool)
     return RelationMatrix(matrix, float(norm))
@@ -78,11 +78,11 @@ def check_payload(
     payload: bytes | memoryview, *, norm: float, num_visual_tokens: int, section: RelationSection
 ) -> None:
     """All that `decode_relation` and `check_encoding` find, without making the matrix. Errors: CorruptPartError."""
-    kind, pool, *_ = _checked_values(payload, norm, num_visual_tokens)
+    kind, pool, *_ = _read_values(payload, norm, num_visual_tokens)
     _check_kind(_KINDS[kind], pool or None, section)
 
 
-def _checked_values(
+def _read_values(
     payload: bytes | memoryview, norm: float, num_visual_tokens: int
 ) -> tuple[int, int, int, NDArray[Any], float]:
     """Kind, pool, n, the factor or the packed triangle, and the Frobenius norm that it is to be divided by."""
@@ -97,16 +97,16 @@ def _checked_values(
         values = _read_factor(content, n, k, int8=kind == _FACTOR_INT8)
         frobenius = float(np.linalg.norm(values.T @ values))
     else:
-        size = num_blocks(n, pool) if kind == _POOLED_FP16 else n
+        size = count_grid_blocks(n, pool) if kind == _POOLED_FP16 else n
         values = _read_int8(content, n) if kind == _TRIANGLE_INT8 else _read_fp16(content)
-        size = num_blocks(n, pool) if kind == _POOLED_FP16 else n
+        size = count_grid_blocks(n, pool) if kind == _POOLED_FP16 else n
         wide = values.astype(np.float64)
-        diagonal = wide[_diagonal(size)]  # all else is there twice in the matrix
+        diagonal = wide[_diagonal_indices(size)]  # all else is there twice in the matrix
         frobenius = math.sqrt(2 * float(wide @ wide) - float(diagonal @ diagonal))
-    return kind, pool, n, values, _checked_norm(frobenius, norm)
+    return kind, pool, n, values, _check_norm(frobenius, norm)
 
 
-def cosine_error(payload: bytes | memoryview) -> float:
+def read_cosine_error(payload: bytes | memoryview) -> float:
     """1 - cosine to the matrix that was encoded, as its writer measured it."""
     return _read_header(memoryview(payload).cast("B"))[4]
 
@@ -123,7 +123,7 @@ def _check_kind(kind: type[Relation], pool: int | None, section: RelationSection
         raise CorruptPartError(f"relation payload is a {got}, the cache's encoding is {section.encoding!r}")
 
 
-def blocks_of_grid(num_visual_tokens: int, pool: int) -> NDArray[np.int64]:
+def assign_grid_blocks(num_visual_tokens: int, pool: int) -> NDArray[np.int64]:
     """(n,) the block that each visual token belongs to when a square grid is cut into pool x pool blocks.
 
     Tokens lie row by row, blocks too. Where `pool` does not divide the grid's side, the last blocks of
@@ -136,8 +136,8 @@ def blocks_of_grid(num_visual_tokens: int, pool: int) -> NDArray[np.int64]:
     return (line[:, None] * math.ceil(side / pool) + line).ravel()
 
 
-def num_blocks(num_visual_tokens: int, pool: int) -> int:
-    """m, the blocks of a square grid. ValueError as blocks_of_grid."""
+def count_grid_blocks(num_visual_tokens: int, pool: int) -> int:
+    """m, the blocks of a square grid. ValueError as assign_grid_blocks."""
     side = math.isqrt(num_visual_tokens)
     if side * side != num_visual_tokens or side == 0:
         raise ValueError(f"{num_visual_tokens} visual tokens are no square grid, which encoding 'pooled' needs")
@@ -159,32 +159,32 @@ def check_relation(matrix: RelationMatrix) -> None:
 
 
 def _encode_triangle(matrix: RelationMatrix) -> bytes:
-    content = matrix.values[_triangle(len(matrix.values))].astype("<f2").tobytes()
-    decoded = _mirrored(_read_fp16(memoryview(content)), len(matrix.values))
-    return _with_header(_TRIANGLE_FP16, matrix, content, _error(matrix.values, decoded))
+    content = matrix.values[_triangle_indices(len(matrix.values))].astype("<f2").tobytes()
+    decoded = _mirror_triangle(_read_fp16(memoryview(content)), len(matrix.values))
+    return _add_header(_TRIANGLE_FP16, matrix, content, _compute_cosine_error(matrix.values, decoded))
 
 
 def _encode_triangle_int8(matrix: RelationMatrix) -> bytes:
     """Values as codes * s_i * s_j with s_i ~ sqrt(G_ii / 127): a Gram matrix has |G_ij| <= sqrt(G_ii G_jj)."""
     values, n = matrix.values.astype(np.float64), len(matrix.values)
     scales = np.sqrt(np.maximum(np.diag(values), 0) / 127)
-    row, column = _triangle(n)
+    row, column = _triangle_indices(n)
     unit = scales[row] * scales[column]
     codes = np.rint(np.divide(values[row, column], unit, out=np.zeros(len(unit)), where=unit > 0))
     codes = np.clip(codes, -127, 127).astype(np.int8)
-    frobenius = float(np.linalg.norm(_mirrored(codes * unit, n)))
+    frobenius = float(np.linalg.norm(_mirror_triangle(codes * unit, n)))
     if matrix.norm > 0 and frobenius == 0:
         raise ValueError("the relation matrix has no positive diagonal: it is no Gram matrix")
     scales = (scales / math.sqrt(frobenius or 1.0)).astype("<f4")  # so that the decoded norm is 1
     content = scales.tobytes() + codes.tobytes()
-    decoded = _mirrored(_read_int8(memoryview(content), n), n)
-    return _with_header(_TRIANGLE_INT8, matrix, content, _error(matrix.values, decoded))
+    decoded = _mirror_triangle(_read_int8(memoryview(content), n), n)
+    return _add_header(_TRIANGLE_INT8, matrix, content, _compute_cosine_error(matrix.values, decoded))
 
 
 def _encode_low_rank(matrix: RelationMatrix, max_cosine_error: float, *, int8: bool) -> bytes:
     """The smallest of the int8 factor (if wanted), the float16 factor and the float16 triangle."""
     if matrix.norm == 0:
-        return _with_header(_FACTOR_INT8 if int8 else _FACTOR_FP16, matrix, b"", 0.0)
+        return _add_header(_FACTOR_INT8 if int8 else _FACTOR_FP16, matrix, b"", 0.0)
     values = matrix.values.astype(np.float64)
     eigenvalues, vectors = np.linalg.eigh((values + values.T) / 2)
     eigenvalues, vectors = np.maximum(eigenvalues[::-1], 0), vectors[:, ::-1]
@@ -215,9 +215,9 @@ def _encode_factor(
 
     def attempt(rank: int) -> tuple[bytes, float]:
         factor = roots[:, :rank]
-        content = _factor_content(factor / math.sqrt(np.linalg.norm(factor.T @ factor)), int8=int8)
+        content = _encode_factor_content(factor / math.sqrt(np.linalg.norm(factor.T @ factor)), int8=int8)
         decoded = _read_factor(memoryview(content), n, rank, int8=int8)
-        return content, _factor_error(values, decoded)
+        return content, _compute_factor_error(values, decoded)
 
     content, error = attempt(least)
     rank = least
@@ -233,10 +233,10 @@ def _encode_factor(
                 low = middle
             else:
                 rank, (content, error) = middle, tried
-    return _with_header(kind, matrix, content, error, rank=rank)
+    return _add_header(kind, matrix, content, error, rank=rank)
 
 
-def _factor_content(factor: NDArray[np.float64], *, int8: bool) -> bytes:
+def _encode_factor_content(factor: NDArray[np.float64], *, int8: bool) -> bytes:
     if not int8:
         return factor.astype("<f2").tobytes()
     scales = np.abs(factor).max(axis=0) / 127
@@ -248,24 +248,24 @@ def _factor_content(factor: NDArray[np.float64], *, int8: bool) -> bytes:
 
 
 def _encode_pooled(matrix: RelationMatrix, pool: int) -> bytes:
-    n, pooled = len(matrix.values), _pool(matrix.values, pool)
+    n, pooled = len(matrix.values), _pool_matrix(matrix.values, pool)
     frobenius = float(np.linalg.norm(pooled))
     pooled = pooled / frobenius if frobenius > NOTHING_LEFT else np.zeros_like(pooled)
-    content = pooled[_triangle(len(pooled))].astype("<f2").tobytes()
-    block = blocks_of_grid(n, pool)
-    spread = _mirrored(_read_fp16(memoryview(content)), len(pooled))[block][:, block]
-    return _with_header(_POOLED_FP16, matrix, content, _error(matrix.values, spread), pool=pool)
+    content = pooled[_triangle_indices(len(pooled))].astype("<f2").tobytes()
+    block = assign_grid_blocks(n, pool)
+    spread = _mirror_triangle(_read_fp16(memoryview(content)), len(pooled))[block][:, block]
+    return _add_header(_POOLED_FP16, matrix, content, _compute_cosine_error(matrix.values, spread), pool=pool)
 
 
-def _pool(values: NDArray[np.float32], pool: int) -> NDArray[np.float64]:
+def _pool_matrix(values: NDArray[np.float32], pool: int) -> NDArray[np.float64]:
     """(m, m) P G P^T in float64, where P averages the rows of each block."""
-    block = blocks_of_grid(len(values), pool)
+    block = assign_grid_blocks(len(values), pool)
     mean = np.zeros((int(block[-1]) + 1, len(values)))
     mean[block, np.arange(len(values))] = 1 / np.bincount(block)[block]
     return mean @ values.astype(np.float64) @ mean.T
 
 
-def _with_header(
+def _add_header(
     kind: int, matrix: RelationMatrix, content: bytes, error: float, *, rank: int = 0, pool: int = 0
 ) -> bytes:
     return _HEADER.pack(PAYLOAD_VERSION, kind, pool, len(matrix.values), rank, error) + content
@@ -285,16 +285,16 @@ def _read_header(view: memoryview) -> tuple[int, int, int, int, float]:
         raise CorruptPartError(f"relation payload of kind {kind} has pool {pool} and rank {k}")
     if not 0 <= error <= 2:
         raise CorruptPartError(f"relation payload states a cosine error of {error}")
-    expected = _HEADER.size + _content_bytes(kind, pool, n, k)
+    expected = _HEADER.size + _count_content_bytes(kind, pool, n, k)
     if len(view) != expected:
         raise CorruptPartError(f"relation payload has {len(view)} bytes, n = {n} needs {expected}")
     return kind, pool, n, k, error
 
 
-def _content_bytes(kind: int, pool: int, n: int, k: int) -> int:
+def _count_content_bytes(kind: int, pool: int, n: int, k: int) -> int:
     if kind == _POOLED_FP16:
         try:
-            m = num_blocks(n, pool)
+            m = count_grid_blocks(n, pool)
         except ValueError as error:
             raise CorruptPartError(f"relation payload: {error}") from error
         return m * (m + 1)
@@ -304,53 +304,53 @@ def _content_bytes(kind: int, pool: int, n: int, k: int) -> int:
 
 def _read_fp16(content: memoryview) -> NDArray[np.float32]:
     """The packed triangle."""
-    return _finite(np.frombuffer(content, "<f2").astype(np.float32))
+    return _check_finite(np.frombuffer(content, "<f2").astype(np.float32))
 
 
 def _read_int8(content: memoryview, n: int) -> NDArray[np.float32]:
     """The packed triangle."""
-    scales = _scales(content[: 4 * n])
-    row, column = _triangle(n)
+    scales = _read_scales(content[: 4 * n])
+    row, column = _triangle_indices(n)
     return np.frombuffer(content[4 * n :], np.int8) * scales.take(row) * scales.take(column)
 
 
 def _read_factor(content: memoryview, n: int, k: int, *, int8: bool) -> NDArray[np.float64]:
     if not int8:
-        return _finite(np.frombuffer(content, "<f2")).astype(np.float64).reshape(n, k)
-    return np.frombuffer(content[4 * k :], np.int8).reshape(n, k) * _scales(content[: 4 * k]).astype(np.float64)
+        return _check_finite(np.frombuffer(content, "<f2")).astype(np.float64).reshape(n, k)
+    return np.frombuffer(content[4 * k :], np.int8).reshape(n, k) * _read_scales(content[: 4 * k]).astype(np.float64)
 
 
-def _scales(content: memoryview) -> NDArray[np.float32]:
+def _read_scales(content: memoryview) -> NDArray[np.float32]:
     """Scales of a matrix of norm 1, or of its factor, are below 1."""
-    scales = _finite(np.frombuffer(content, "<f4"))
+    scales = _check_finite(np.frombuffer(content, "<f4"))
     if ((scales < 0) | (scales > 1)).any():
         raise CorruptPartError("relation payload has a scale outside 0..1")
     return scales
 
 
-def _finite(values: NDArray) -> NDArray:
+def _check_finite(values: NDArray) -> NDArray:
     if not np.isfinite(values).all():
         raise CorruptPartError("relation payload holds a value that is not a finite number")
     return values
 
 
-def _mirrored(triangle: NDArray, n: int) -> NDArray:
+def _mirror_triangle(triangle: NDArray, n: int) -> NDArray:
     """The symmetric matrix of an upper triangle, in its dtype."""
     values = np.empty((n, n), triangle.dtype)
-    upper = _triangle(n)
+    upper = _triangle_indices(n)
     values[upper] = triangle
     values.T[upper] = triangle
     return values
 
 
-def _checked_norm(frobenius: float, norm: float) -> float:
+def _check_norm(frobenius: float, norm: float) -> float:
     """What to divide by; CorruptPartError unless the norm is 1, or 0 where that of G is."""
     if abs(frobenius - (1.0 if norm > 0 else 0.0)) > DECODED_NORM_TOLERANCE or (norm == 0 and frobenius > 0):
         raise CorruptPartError(f"relation payload has the Frobenius norm {frobenius:.6g}, norm is {norm:.6g}")
     return frobenius if norm > 0 else 1.0
 
 
-def _error(original: NDArray, decoded: NDArray) -> float:
+def _compute_cosine_error(original: NDArray, decoded: NDArray) -> float:
     """1 - cosine: half the squared distance of the two at norm 1. 0 for two zeros, 1 where one is zero."""
     a, b = original.astype(np.float64), decoded.astype(np.float64)
     norm_a, norm_b = np.linalg.norm(a), np.linalg.norm(b)
@@ -359,19 +359,19 @@ def _error(original: NDArray, decoded: NDArray) -> float:
     return float(((a / norm_a - b / norm_b) ** 2).sum() / 2)
 
 
-def _factor_error(values: NDArray[np.float64], factor: NDArray[np.float64]) -> float:
+def _compute_factor_error(values: NDArray[np.float64], factor: NDArray[np.float64]) -> float:
     """_error(values, F F^T), without forming F F^T."""
     norms = np.linalg.norm(values) * np.linalg.norm(factor.T @ factor)
     return max(0.0, 1.0 - float(((values @ factor) * factor).sum() / norms))
 
 
 @lru_cache(maxsize=4)
-def _triangle(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _triangle_indices(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row and column of each value of an upper triangle: one size serves most images of a cache."""
     return np.triu_indices(n)
 
 
 @lru_cache(maxsize=4)
-def _diagonal(n: int) -> NDArray[np.int64]:
+def _diagonal_indices(n: int) -> NDArray[np.int64]:
     """Where the diagonal lies in an upper triangle."""
     return np.arange(n) * n - np.arange(n) * (np.arange(n) - 1) // 2

@@ -27,7 +27,7 @@ _MAX_LEVEL = 255
 _LEVELS_PER_OCTAVE = 8  # a decoded value is within a factor 2^(1/16): 4.4 %
 
 
-def tail_parts(num_parts: int) -> tuple[int, ...]:
+def select_tail_parts(num_parts: int) -> tuple[int, ...]:
     """The parts of a plan that keep their tails: at most MAX_PARTS, evenly spread, the first among them."""
     count = min(num_parts, MAX_PARTS)
     return tuple(number * num_parts // count for number in range(count))
@@ -66,13 +66,13 @@ def decode_tail_total(text: bytes, vocab_size: int) -> TailTotal:
     return TailTotal(values * (mass / max(values.sum(), 1e-300)), num_rows)
 
 
-def tail_total_of(metadata: Mapping[bytes, bytes] | None, vocab_size: int) -> TailTotal | None:
+def read_tail_total(metadata: Mapping[bytes, bytes] | None, vocab_size: int) -> TailTotal | None:
     """The sum of tails in a file's key-value metadata; None if it has none. Errors: CorruptPartError."""
     text = (metadata or {}).get(TAIL_TOTAL_KEY.encode())
     return None if text is None else decode_tail_total(text, vocab_size)
 
 
-def mean_profile(groups: Sequence[tuple[Sequence[TailTotal], int]], vocab_size: int) -> NDArray[np.float32]:
+def compute_mean_profile(groups: Sequence[tuple[Sequence[TailTotal], int]], vocab_size: int) -> NDArray[np.float32]:
     """(v,) the mean tail at sum 1, of groups of sums, each of which stands for so many rows of its segment.
 
     Uniform where no row has a tail, since it then weighs nothing.

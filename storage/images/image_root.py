@@ -19,16 +19,16 @@ def find_image_root(recorded: Sequence[str], cache: str | Path, *, example: str 
     which must be there; None: the folder alone must be.
     """
     for root in dict.fromkeys(map(Path, recorded)):
-        if _holds(root, example):
+        if _has_example(root, example):
             return root
     for root in dict.fromkeys(map(Path, recorded)):
-        for moved in _moved_roots(root, cache):
-            if _holds(moved, example):
+        for moved in _list_moved_roots(root, cache):
+            if _has_example(moved, example):
                 return moved
     return Path(recorded[0])
 
 
-def follows_links(root: Path, recorded: Sequence[str]) -> bool:
+def may_follow_links(root: Path, recorded: Sequence[str]) -> bool:
     """Whether links below a cache's image root may lead out of it: not of one that came along with the cache."""
     return root in map(Path, recorded)
 
@@ -47,11 +47,11 @@ def is_moved_root(old: str, new: str, cache: str | Path) -> bool:
     return bool(below) and Path(old).parts[-len(below) :] == below
 
 
-def _holds(root: Path, example: str | None) -> bool:
+def _has_example(root: Path, example: str | None) -> bool:
     return root.is_dir() if example is None else (root / example).is_file()
 
 
-def _moved_roots(root: Path, cache: str | Path) -> Iterator[Path]:
+def _list_moved_roots(root: Path, cache: str | Path) -> Iterator[Path]:
     """Where a root may lie now: below a folder that holds the cache, most of its path kept first."""
     if is_url(str(cache)) or not root.is_absolute():
         return

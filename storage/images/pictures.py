@@ -14,12 +14,12 @@ from storage.images.pixels import ORIENTATION, Picture
 _UPSIDE_DOWN = 3  # EXIF orientation: the picture lies on its head in the file
 
 
-def blank_picture(size: tuple[int, int]) -> Picture:
+def make_blank_picture(size: tuple[int, int]) -> Picture:
     """A black picture of this width and height."""
     return Image.new("RGB", size)
 
 
-def picture_of(values: NDArray[np.uint8]) -> Picture:
+def make_picture(values: NDArray[np.uint8]) -> Picture:
     """(h, w, 3) bytes as a picture."""
     return Image.fromarray(values)
 
@@ -41,7 +41,7 @@ def shrink_picture(picture: Picture, max_side: int) -> Picture:
     return small
 
 
-def turn_picture(picture: Picture) -> Picture:
+def rotate_picture(picture: Picture) -> Picture:
     """The picture upside down, which is of the same size."""
     return picture.transpose(Image.Transpose.ROTATE_180)
 

@@ -56,9 +56,11 @@ def make_pixels(content: bytes, settings: PixelSettings, *, max_pixels: int | No
                 if max_pixels is not None and image.width * image.height > max_pixels:
                     raise ImageDecodeError(f"has {image.width} × {image.height} pixels, more than {max_pixels:,}")
                 if settings.version == 0:
-                    return _bare(image.convert("RGB"))
+                    return _copy_pixels(image.convert("RGB"))
                 image.load()  # some formats name orientation or transparency behind the pixels
-                return _bare(_upright(_flattened(image, settings.background), read_orientation(image)))
+                return _copy_pixels(
+                    _apply_orientation(_flatten_alpha(image, settings.background), read_orientation(image))
+                )
     except ImageDecodeError:
         raise
     except UnidentifiedImageError as error:  # whose own message holds a memory address
@@ -76,14 +78,14 @@ def read_orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) and found in _TURNS else 1
 
 
-def _upright(picture: Picture, orientation: int) -> Picture:
+def _apply_orientation(picture: Picture, orientation: int) -> Picture:
     return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
 
 
-def _flattened(image: Image.Image, background: str) -> Picture:
+def _flatten_alpha(image: Image.Image, background: str) -> Picture:
     """RGB, alpha flattened on the background."""
     if image.mode.startswith("I;16") or image.mode in _DEEP:
-        return _grey(image, background)
+        return _convert_grey(image, background)
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if not has_alpha(image):
@@ -99,7 +101,7 @@ def has_alpha(image: Image.Image) -> bool:
     return "A" in bands or "transparency" in image.info or has_palette_alpha
 
 
-def _grey(image: Image.Image, background: str) -> Picture:
+def _convert_grey(image: Image.Image, background: str) -> Picture:
     """RGB of one channel of more than 8 bits; a transparent value becomes the background."""
     values = np.asarray(image)
     shown = Image.fromarray(scale_to_bytes(values)).convert("RGB")
@@ -140,7 +142,7 @@ def scale_to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
 _ROWS_AT_ONCE = 256
 
 
-def _bare(picture: Image.Image) -> Picture:
+def _copy_pixels(picture: Image.Image) -> Picture:
     """The pixels alone."""
     alone = Image.new("RGB", picture.size)
     alone.paste(picture)

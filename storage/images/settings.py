@@ -40,7 +40,7 @@ class PixelSettings(BaseModel):
     background: Background = WHITE  # what transparent pixels show; not used by version 0
     backend: Literal["pil", "torchvision"] | None = BACKEND  # of the image processor; None: not recorded
 
-    def differences(self, other: PixelSettings) -> list[tuple[str, Any, Any]]:
+    def find_differences(self, other: PixelSettings) -> list[tuple[str, Any, Any]]:
         """(field, own value, the other's) of each field in which two settings make other pixels."""
         fields = ["version"]
         if self.version > 0 and other.version > 0:
@@ -54,19 +54,19 @@ class PixelSettings(BaseModel):
 OLD_PIXELS = PixelSettings(version=0, backend=None)  # of an identity that names none
 
 
-def processor_backend(image_processor: Any) -> Literal["pil", "torchvision"]:
+def read_processor_backend(image_processor: Any) -> Literal["pil", "torchvision"]:
     """Which library a transformers image processor resizes with; processors from before there were two use Pillow."""
     return "torchvision" if getattr(image_processor, "backend", BACKEND) == "torchvision" else "pil"
 
 
-def processor_settings(image_processor: Any) -> dict[str, Any]:
+def read_processor_settings(image_processor: Any) -> dict[str, Any]:
     """What of a transformers image processor's settings changes what a model sees, as JSON has it."""
     settings = image_processor.to_dict()
     chosen = {name: settings[name] for name in _COMPARED if settings.get(name) is not None}
-    return json.loads(json.dumps(chosen, default=_as_json))
+    return json.loads(json.dumps(chosen, default=_to_json))
 
 
-def settings_differences(cache: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+def describe_settings_differences(cache: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """One line for each setting in which two image processors differ."""
     return [
         f"image_processor.{name}: the cache has {cache.get(name)}, the student {own.get(name)}"
@@ -99,7 +99,7 @@ def write_pixel_settings(settings: PixelSettings, folder: Path) -> None:
     (folder / PIXELS_FILE).write_text(f"{settings.model_dump_json(indent=1)}\n", encoding="utf-8")
 
 
-def _as_json(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """Sizes that are mappings, and enumerations."""
     if isinstance(value, Mapping):
         return {name: part for name, part in value.items() if part is not None}

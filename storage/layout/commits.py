@@ -16,7 +16,7 @@ from storage.backends.folder import Folder
 from storage.encoding.output_head import StoredHead, decode_head
 from storage.errors import CacheError, CorruptPartError
 from storage.layout.documents import Commit, CommitEntry, FileEntry, HeadEntry, Manifest, parse_document
-from storage.layout.error_summaries import totals
+from storage.layout.error_summaries import merge_all_summaries
 from storage.layout.segments import COMMITS_FOLDER, SEGMENTS_FOLDER, Segment
 
 HEAD_FOLDER = "head"
@@ -44,9 +44,9 @@ def commit_file(segment: Segment, part: int) -> str:
     return f"{segment.commits_folder}/part-{part:05d}.json"
 
 
-def commit_numbers(folder: Folder, segment: Segment) -> list[int]:
+def list_committed_parts(folder: Folder, segment: Segment) -> list[int]:
     """The parts that have a commit file, in order. Nothing is read."""
-    matches = [_COMMIT_NAME.fullmatch(_last(name)) for name in folder.names(segment.commits_folder)]
+    matches = [_COMMIT_NAME.fullmatch(_base_name(name)) for name in folder.list_files(segment.commits_folder)]
     return sorted(int(match[1]) for match in matches if match)
 
 
@@ -56,7 +56,7 @@ def read_commit(folder: Folder, segment: Segment, part: int) -> tuple[Commit, st
     Errors: FileNotFoundError, CorruptPartError if it is damaged or belongs to another cache.
     """
     name = commit_file(segment, part)
-    place, content = folder.place(name), folder.read(name)
+    place, content = folder.locate(name), folder.read(name)
     commit = parse_document(content, Commit, place)
     if commit.cache_sha256 != segment.sha256:
         raise CorruptPartError(f"{place}: belongs to another {segment.file}; delete it and run the dump again")
@@ -90,8 +90,8 @@ def check_file(folder: Folder, entry: FileEntry | HeadEntry, *, content: bool) -
         size = folder.size(entry.file)
         sha256 = folder.sha256(entry.file) if content and size == entry.file_bytes else entry.sha256
     except OSError as error:
-        raise _unreadable(folder, entry, error) from error
-    compare(folder, entry, size, sha256)
+        raise _make_read_error(folder, entry, error) from error
+    check_size_and_hash(folder, entry, size, sha256)
 
 
 def read_head(folder: Folder, entry: HeadEntry, vocab_size: int) -> StoredHead:
@@ -99,9 +99,9 @@ def read_head(folder: Folder, entry: HeadEntry, vocab_size: int) -> StoredHead:
     try:
         content = folder.read(entry.file)
     except OSError as error:
-        raise _unreadable(folder, entry, error) from error
-    compare(folder, entry, len(content), hashlib.sha256(content).hexdigest())
-    place = folder.place(entry.file)
+        raise _make_read_error(folder, entry, error) from error
+    check_size_and_hash(folder, entry, len(content), hashlib.sha256(content).hexdigest())
+    place = folder.locate(entry.file)
     try:
         head = decode_head(content)
     except CorruptPartError as error:
@@ -111,13 +111,13 @@ def read_head(folder: Folder, entry: HeadEntry, vocab_size: int) -> StoredHead:
     return head
 
 
-def _unreadable(folder: Folder, entry: FileEntry | HeadEntry, error: OSError) -> CorruptPartError:
-    return CorruptPartError(f"{folder.place(entry.file)}: cannot be read: {error.strerror or error}; {ADVICE}")
+def _make_read_error(folder: Folder, entry: FileEntry | HeadEntry, error: OSError) -> CorruptPartError:
+    return CorruptPartError(f"{folder.locate(entry.file)}: cannot be read: {error.strerror or error}; {ADVICE}")
 
 
-def compare(folder: Folder, entry: FileEntry | HeadEntry, size: int, sha256: str) -> None:
+def check_size_and_hash(folder: Folder, entry: FileEntry | HeadEntry, size: int, sha256: str) -> None:
     """CorruptPartError unless a file's size and hash are the committed ones."""
-    place = folder.place(entry.file)
+    place = folder.locate(entry.file)
     if size != entry.file_bytes:
         raise CorruptPartError(f"{place}: has {size} bytes, its commit says {entry.file_bytes}; {ADVICE}")
     if sha256 != entry.sha256:
@@ -126,7 +126,7 @@ def compare(folder: Folder, entry: FileEntry | HeadEntry, size: int, sha256: str
 
 def read_manifest(folder: Folder, segment: Segment) -> Manifest | None:
     """A segment's manifest, or None while it is growing. Errors: CorruptPartError."""
-    place = folder.place(segment.manifest_file)
+    place = folder.locate(segment.manifest_file)
     try:
         manifest = parse_document(folder.read(segment.manifest_file), Manifest, place)
     except FileNotFoundError:
@@ -149,7 +149,7 @@ def make_manifest(segment: Segment, commits: Sequence[tuple[Commit, str]]) -> Ma
         cache_sha256=segment.sha256,
         num_samples=sum(commit.num_samples for commit, _ in commits),
         num_errors=sum(len(commit.errors) for commit, _ in commits),
-        num_rows=total_rows([commit for commit, _ in commits]),
+        num_rows=count_rows([commit for commit, _ in commits]),
         bytes_by_family={
             **{family: sum(commit.families[family].file_bytes for commit, _ in commits) for family in families},
             **({} if head is None else {HEAD_FOLDER: head.file_bytes}),
@@ -157,11 +157,11 @@ def make_manifest(segment: Segment, commits: Sequence[tuple[Commit, str]]) -> Ma
         commits=tuple(entries),
         head=head,
         index=None,
-        **totals([commit for commit, _ in commits]),
+        **merge_all_summaries([commit for commit, _ in commits]),
     )
 
 
-def total_rows(commits: Sequence[Commit]) -> dict[str, int]:
+def count_rows(commits: Sequence[Commit]) -> dict[str, int]:
     """Distribution rows by family, over all commits."""
     families = dict.fromkeys(family for commit in commits for family in commit.num_rows)
     return {family: sum(commit.num_rows.get(family, 0) for commit in commits) for family in families}
@@ -192,25 +192,25 @@ def remove_orphans(folder: Folder, segment: Segment, commits: Sequence[Commit]) 
     parts = {commit.part for commit in commits}
     orphans = []
     for sub in (segment.commits_folder, *segment.stored_families):
-        for name in folder.names(sub):
-            match = _PART_NAME.fullmatch(_last(name))
+        for name in folder.list_files(sub):
+            match = _PART_NAME.fullmatch(_base_name(name))
             beaten = match is not None and int(match[1]) in parts and name not in named
-            if beaten or (files.is_temporary(_last(name)) and _part_of(name) in parts):
+            if beaten or (files.is_temporary(_base_name(name)) and _parse_part_number(name) in parts):
                 orphans.append(name)
     for sub in ("", SEGMENTS_FOLDER):
-        orphans += [name for name in folder.names(sub) if files.is_temporary(_last(name))]
+        orphans += [name for name in folder.list_files(sub) if files.is_temporary(_base_name(name))]
     heads = {commit.head.file for commit in commits if commit.head is not None}
     if heads:  # no other segment's commits can name another one
-        orphans += [name for name in folder.names(HEAD_FOLDER) if name not in heads]
+        orphans += [name for name in folder.list_files(HEAD_FOLDER) if name not in heads]
     for name in orphans:
         folder.remove(name)
     return orphans
 
 
-def _part_of(name: str) -> int | None:
-    match = _PART_OF_TEMPORARY.fullmatch(_last(name))
+def _parse_part_number(name: str) -> int | None:
+    match = _PART_OF_TEMPORARY.fullmatch(_base_name(name))
     return None if match is None else int(match[1])
 
 
-def _last(name: str) -> str:
+def _base_name(name: str) -> str:
     return name.rpartition("/")[2]

@@ -33,15 +33,15 @@ class Document(Entry):
 
     def to_bytes(self) -> bytes:
         """The file's content, its own sha256 included."""
-        body = self._body()
-        spelt = _spell(body)
-        return _with_hash(spelt, body, hashlib.sha256(spelt).hexdigest())
+        body = self._to_dict()
+        spelt = _to_canonical_json(body)
+        return _insert_hash(spelt, body, hashlib.sha256(spelt).hexdigest())
 
-    def spelt(self) -> bytes:
+    def canonical_json(self) -> bytes:
         """The content without the sha256, which is of these bytes."""
-        return _spell(self._body())
+        return _to_canonical_json(self._to_dict())
 
-    def _body(self) -> dict[str, Any]:
+    def _to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
 
 
@@ -88,7 +88,7 @@ class ErrorSummary(Entry):
     max: ErrorValue
 
 
-class Losses(Document):
+class ErrorSummaries(Document):
     """What was lost on the way to a commit's files, or to all files of a segment; None where nothing was measured."""
 
     teacher_noise: dict[str, ErrorSummary] | None = None  # of some samples that were scored twice
@@ -98,7 +98,7 @@ class Losses(Document):
     engine_check: dict[str, ErrorSummary] | None = None  # the engine against the model itself, of a slice of samples
 
 
-class Description(Document):
+class CacheDescription(Document):
     """cache.json."""
 
     format_version: int
@@ -121,7 +121,7 @@ class SegmentDescription(Document):
     failed_ids: tuple[tuple[str, ...], ...] | None = None  # of those samples, by part
 
 
-class Commit(Losses):
+class Commit(ErrorSummaries):
     """commits/part-00000.json: it exists only if the part's files are whole."""
 
     format_version: int
@@ -142,7 +142,7 @@ class CommitEntry(Entry):
     sha256: Sha256  # of the commit file's bytes
 
 
-class Manifest(Losses):
+class Manifest(ErrorSummaries):
     """manifest.json, manifest-0001.json: a segment's sealed list, a function of its document and commits alone."""
 
     format_version: int
@@ -172,7 +172,7 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
         raise CorruptPartError(f"{place}: is not a JSON object")
     version = body.get("format_version")
     claimed = body.pop("sha256", None)
-    spelt = _spell(body)
+    spelt = _to_canonical_json(body)
     actual = hashlib.sha256(spelt).hexdigest()
     if claimed != actual:
         raise CorruptPartError(f"{place}: its content has the sha256 {actual}, it says {claimed}")
@@ -185,17 +185,17 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
         document = kind.model_validate_json(spelt)
     except (ValidationError, ValueError) as error:
         raise CorruptPartError(f"{place}: {error}") from error
-    if document.spelt() != spelt or _with_hash(spelt, body, actual) != content:
+    if document.canonical_json() != spelt or _insert_hash(spelt, body, actual) != content:
         raise CorruptPartError(f"{place}: is not spelt as FORMAT.md says; its bytes were changed")
     return document
 
 
-def _spell(body: dict[str, Any]) -> bytes:
+def _to_canonical_json(body: dict[str, Any]) -> bytes:
     text = json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
     return f"{text}\n".encode("ascii")
 
 
-def _with_hash(spelt: bytes, body: Iterable[str], sha256: str) -> bytes:
+def _insert_hash(spelt: bytes, body: Iterable[str], sha256: str) -> bytes:
     """What _spell makes of a body with the key sha256, in half the time: its line, put where it belongs."""
     line = f' "sha256": "{sha256}"'.encode("ascii")
     following = min((name for name in body if name > "sha256"), default=None)

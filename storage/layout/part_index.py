@@ -10,9 +10,9 @@ from storage.encoding.parquet_schema import FAMILIES
 from storage.errors import CorruptPartError
 from storage.layout import commits as layout
 from storage.layout.documents import Commit, ErrorEntry, ErrorSummary, FileEntry
-from storage.layout.error_summaries import total
-from storage.layout.retries import errors_left
-from storage.layout.segments import Segment, additions, tokens_segments
+from storage.layout.error_summaries import merge_summaries
+from storage.layout.retries import select_remaining_errors
+from storage.layout.segments import Segment, select_additions, select_tokens_segments
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Part:
 
 def join_parts(segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]]) -> list[Part]:
     """The parts that have tokens, by number. `commits` are by segment and part."""
-    parts, left = [], errors_left(segments, commits)
-    for base in tokens_segments(segments):
-        adding = [commits[segment.number] for segment in additions(segments, base)]
+    parts, left = [], select_remaining_errors(segments, commits)
+    for base in select_tokens_segments(segments):
+        adding = [commits[segment.number] for segment in select_additions(segments, base)]
         for number, commit in sorted(commits[base.number].items()):
             of_part = (commit, *(added[number] for added in adding if number in added))
             families = {name: one for each in of_part for name, one in each.families.items()}
@@ -37,14 +37,14 @@ def join_parts(segments: Sequence[Segment], commits: Mapping[int, Mapping[int, C
     return parts
 
 
-def stated_losses(commits: Sequence[Commit], kind: str) -> dict[str, ErrorSummary]:
+def merge_stated_summaries(commits: Sequence[Commit], kind: str) -> dict[str, ErrorSummary]:
     """One kind of loss of each family, over all commits that have it; without those that one is silent about."""
     silent = {family for commit in commits if getattr(commit, kind) is None for family in commit.families}
-    stated = total([commit for commit in commits if getattr(commit, kind) is not None], kind) or {}
+    stated = merge_summaries([commit for commit in commits if getattr(commit, kind) is not None], kind) or {}
     return {family: errors for family, errors in stated.items() if family not in silent}
 
 
-def held_families(segments: Sequence[Segment], parts: Sequence[Part]) -> tuple[str, ...]:
+def select_common_families(segments: Sequence[Segment], parts: Sequence[Part]) -> tuple[str, ...]:
     """The families that every part has, tokens first; of a cache without parts, those it was begun with."""
     begun = {"tokens", *segments[0].families}
     return tuple(
@@ -67,31 +67,33 @@ def read_parts(folder: Folder, segments: Sequence[Segment]) -> tuple[list[Part],
 
 def _read_commits(folder: Folder, segment: Segment, listed: Sequence[str] | None) -> dict[int, Commit]:
     """A segment's commits by part: those whose hashes its manifest lists, or all that are there."""
-    numbers = layout.commit_numbers(folder, segment) if listed is None else segment.parts[: len(listed)]
+    numbers = layout.list_committed_parts(folder, segment) if listed is None else segment.parts[: len(listed)]
     try:
         found = layout.read_commits(folder, segment, list(numbers))
     except FileNotFoundError as error:
-        there = layout.commit_numbers(folder, segment)
+        there = layout.list_committed_parts(folder, segment)
         gone = next((part for part in numbers if part not in there), segment.first_part)
-        place = folder.place(layout.commit_file(segment, gone))
+        place = folder.locate(layout.commit_file(segment, gone))
         raise CorruptPartError(f"{place}: is missing, but the manifest names it; run the dump again") from error
     for (commit, sha256), stated in zip(found, listed or (), strict=listed is not None):
         if sha256 != stated:
-            place = folder.place(layout.commit_file(segment, commit.part))
+            place = folder.locate(layout.commit_file(segment, commit.part))
             raise CorruptPartError(f"{place}: sha256 is {sha256}, the manifest says {stated}; run the dump again")
     return {commit.part: commit for commit, _ in found}
 
 
-def lacks(folder: Folder, segments: Sequence[Segment], parts: Sequence[Part], held: Sequence[str], family: str) -> str:
+def explain_missing_family(
+    folder: Folder, segments: Sequence[Segment], parts: Sequence[Part], held: Sequence[str], family: str
+) -> str:
     """Which parts lack a family, and what to do."""
     text = f"{folder}: holds {', '.join(held)}, not {family}"
     lacking = [part.number for part in parts if family not in part.families]
     if family not in FAMILIES or not lacking or len(lacking) == len(parts):
         return f"{text}; dump that family first"
-    bases = [one for one in tokens_segments(segments) if any(part in one.parts for part in lacking)]
+    bases = [one for one in select_tokens_segments(segments) if any(part in one.parts for part in lacking)]
     spans = []
     for base in bases:
-        adding = next((one for one in additions(segments, base) if family in one.families), None)
+        adding = next((one for one in select_additions(segments, base) if family in one.families), None)
         what = "was dumped without it" if adding is None else f"gets it from segment {adding.number}, not finished"
         spans.append(f"segment {base.number} (parts {base.parts.start} to {base.parts.stop - 1}) {what}")
     return (

@@ -44,11 +44,11 @@ def read_processor_files(checkpoint: Path) -> dict[str, bytes]:
 def write_processor_files(folder: Folder, contents: Mapping[str, bytes]) -> tuple[NamedFile, ...]:
     """Writes files by their content's hash, so that any number of writers agree, and returns their entries."""
     if contents:
-        folder.make([PROCESSOR_FOLDER])
+        folder.make_folders([PROCESSOR_FOLDER])
     entries = []
     for name, content in sorted(contents.items()):
         sha256 = hashlib.sha256(content).hexdigest()
-        entry = NamedFile(name=name, file=_file(name, sha256), file_bytes=len(content), sha256=sha256)
+        entry = NamedFile(name=name, file=_make_file_name(name, sha256), file_bytes=len(content), sha256=sha256)
         folder.write(entry.file, content)
         entries.append(entry)
     return tuple(entries)
@@ -58,8 +58,8 @@ def load_processor_files(folder: Folder, entries: Sequence[NamedFile]) -> dict[s
     """The files' contents by name, each against its hash. Errors: CorruptPartError."""
     contents = {}
     for entry in entries:
-        place = folder.place(entry.file)
-        if entry.name not in NAMES or entry.file != _file(entry.name, entry.sha256):
+        place = folder.locate(entry.file)
+        if entry.name not in NAMES or entry.file != _make_file_name(entry.name, entry.sha256):
             raise CorruptPartError(
                 f"{place}: cache.json names {entry.name!r} so, expected a file of {PROCESSOR_FOLDER}/"
             )
@@ -73,5 +73,5 @@ def load_processor_files(folder: Folder, entries: Sequence[NamedFile]) -> dict[s
     return contents
 
 
-def _file(name: str, sha256: str) -> str:
+def _make_file_name(name: str, sha256: str) -> str:
     return f"{PROCESSOR_FOLDER}/{sha256[:12]}.{name}"

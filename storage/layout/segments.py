@@ -16,9 +16,9 @@ from typing import Any
 from storage.backends.folder import Folder
 from storage.encoding.parquet_schema import FAMILIES
 from storage.errors import CacheError, CorruptPartError, IdentityError, NoCacheError
-from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, difference, stored_relation
+from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, describe_differences, stored_relation
 from storage.images.image_root import is_moved_root
-from storage.layout.documents import Description, Document, NamedFile, SegmentDescription, parse_document
+from storage.layout.documents import CacheDescription, Document, NamedFile, SegmentDescription, parse_document
 
 CACHE_FILE = "cache.json"
 SEGMENTS_FOLDER = "segments"
@@ -104,38 +104,38 @@ def segment_file(number: int) -> str:
 
 def read_segments(folder: Folder) -> list[Segment]:
     """Every segment, by number. Errors: CacheError where there is no cache, CorruptPartError."""
-    segments = [_first_segment(folder)]
-    matches = [_SEGMENT_NAME.fullmatch(name) for name in folder.names(SEGMENTS_FOLDER)]
+    segments = [_read_first_segment(folder)]
+    matches = [_SEGMENT_NAME.fullmatch(name) for name in folder.list_files(SEGMENTS_FOLDER)]
     for number in sorted(int(match[1]) for match in matches if match):
         if number != len(segments):
-            missing = folder.place(segment_file(len(segments)))
+            missing = folder.locate(segment_file(len(segments)))
             raise CorruptPartError(f"{missing}: is missing, but segment {number} is there; put it back")
-        segments.append(_later_segment(folder, number, segments))
+        segments.append(_read_later_segment(folder, number, segments))
     return segments
 
 
 def has_cache(folder: Folder) -> bool:
     """Whether a cache was begun here."""
-    return CACHE_FILE in folder.names()
+    return CACHE_FILE in folder.list_files()
 
 
 def is_complete(folder: Folder, segment: Segment) -> bool:
     """Whether a segment has a manifest and as many commits as parts. Nothing is read of them."""
-    return segment.manifest_file in folder.names() and is_committed(folder, segment)
+    return segment.manifest_file in folder.list_files() and is_committed(folder, segment)
 
 
 def is_committed(folder: Folder, segment: Segment) -> bool:
     """Whether a segment, sealed or not, has as many commits as parts. Nothing is read of them."""
-    names = folder.names(segment.commits_folder)
+    names = folder.list_files(segment.commits_folder)
     return sum(_COMMIT_NAME.search(name) is not None for name in names) >= segment.num_parts
 
 
-def additions(segments: Sequence[Segment], base: Segment) -> list[Segment]:
+def select_additions(segments: Sequence[Segment], base: Segment) -> list[Segment]:
     """The segments that add families to another's parts."""
     return [segment for segment in segments if segment.adds_to == base.number]
 
 
-def merged_identity(segments: Sequence[Segment]) -> Identity:
+def merge_identities(segments: Sequence[Segment]) -> Identity:
     """Segment 0's identity, with the selection of every family of these segments, and with the first teacher."""
     first = next((one.identity for one in segments if _has_teacher(one.identity)), segments[0].identity)
     selection = {**segments[0].identity.selection}
@@ -161,27 +161,27 @@ def find_segment(
         raise CacheError(f"{folder}: unknown families {unknown}, expected some of {FAMILIES}")
     wanted = tuple(family for family in FAMILIES if family in families and family != "tokens")
     if not has_cache(folder):
-        return NewSegment(0, wanted, None, _description(wanted, identity)), []
+        return NewSegment(0, wanted, None, _make_first_document(wanted, identity)), []
     segments = read_segments(folder)
-    base = next((one for one in segments if one.has_tokens and _same_plan(one.identity, identity)), None)
+    base = next((one for one in segments if one.has_tokens and _has_same_plan(one.identity, identity)), None)
     plan_of = base or (None if append else segments[0])
-    lines = disagreement(segments, identity, wanted, plan_of=plan_of)
+    lines = describe_disagreements(segments, identity, wanted, plan_of=plan_of)
     if base is None and append:
-        lines += _other_image_root(folder, segments, identity)
+        lines += _describe_other_image_root(folder, segments, identity)
     if lines:
         hint = "" if append or base is not None else " (cache.append: true adds the samples of another plan)"
-        raise refusal(folder, lines, hint)
+        raise make_refusal(folder, lines, hint)
     if base is None:
-        return _new(segments, wanted, identity, adds_to=None), segments
-    found = _unfinished(folder, segments, base, wanted, identity)
+        return _make_later_segment(segments, wanted, identity, adds_to=None), segments
+    found = _find_unfinished(folder, segments, base, wanted, identity)
     if found is None:
-        held = {family for one in (base, *additions(segments, base)) for family in one.families}
+        held = {family for one in (base, *select_additions(segments, base)) for family in one.families}
         lacking = tuple(family for family in wanted if family not in held)
-        found = _new(segments, lacking, identity, adds_to=base) if lacking else base
+        found = _make_later_segment(segments, lacking, identity, adds_to=base) if lacking else base
     return found, segments
 
 
-def disagreement(
+def describe_disagreements(
     segments: Sequence[Segment], identity: Identity, families: Sequence[str], *, plan_of: Segment | None
 ) -> list[str]:
     """One line for each field in which another dump, of `families`, contradicts what the cache has.
@@ -189,22 +189,22 @@ def disagreement(
     The plan is compared with that of `plan_of`, if given. A family's selection is one throughout a cache, and so
     is the teacher, where both have one.
     """
-    cache = merged_identity(segments)
+    cache = merge_identities(segments)
     same = [*_OF_A_SEGMENT]
     if not (_has_teacher(cache) and _has_teacher(identity)):
         same += _OF_THE_TEACHER
     held = {family for one in segments for family in one.families}
     both = [family for family in families if family in held]
-    theirs = {"selection": {family: _selection(cache, family) for family in ("tokens", *both)}}
-    ours = {"selection": {family: _selection(identity, family) for family in ("tokens", *both)}}
+    theirs = {"selection": {family: _select_compared_settings(cache, family) for family in ("tokens", *both)}}
+    ours = {"selection": {family: _select_compared_settings(identity, family) for family in ("tokens", *both)}}
     plan = {name: getattr(identity if plan_of is None else plan_of.identity, name) for name in _OF_A_PLAN}
-    return difference(
+    return describe_differences(
         cache.model_copy(update={**theirs, **plan}),
         identity.model_copy(update={**ours, **{name: getattr(cache, name) for name in same}}),
     )
 
 
-def _selection(identity: Identity, family: str) -> dict[str, Any] | None:
+def _select_compared_settings(identity: Identity, family: str) -> dict[str, Any] | None:
     """What an identity says of a family; of relation matrices in full.
 
     Of tokens only how a conversation became ids: each segment may have been answered in its own way.
@@ -216,11 +216,11 @@ def _selection(identity: Identity, family: str) -> dict[str, Any] | None:
     return identity.selection.get(family)
 
 
-def _unfinished(
+def _find_unfinished(
     folder: Folder, segments: Sequence[Segment], base: Segment, wanted: Sequence[str], identity: Identity
 ) -> Segment | None:
     """The first segment of this plan that is not complete and whose families are wanted."""
-    for segment in (base, *additions(segments, base)):
+    for segment in (base, *select_additions(segments, base)):
         if not (segment.has_tokens or set(segment.families) & set(wanted)) or is_complete(folder, segment):
             continue
         lines = []
@@ -229,12 +229,12 @@ def _unfinished(
         if segment.identity.engine != identity.engine and segment.families:
             lines.append(f"engine: cache has {segment.identity.engine!r}, this run has {identity.engine!r}")
         if lines:
-            raise refusal(folder, lines, f" (segment {segment.number} is not finished)")
+            raise make_refusal(folder, lines, f" (segment {segment.number} is not finished)")
         return segment
     return None
 
 
-def _new(
+def _make_later_segment(
     segments: Sequence[Segment], families: tuple[str, ...], identity: Identity, *, adds_to: Segment | None
 ) -> NewSegment:
     if len(segments) > MAX_SEGMENTS:
@@ -253,11 +253,11 @@ def _new(
     return NewSegment(len(segments), families, document.adds_to, document)
 
 
-def _description(families: tuple[str, ...], identity: Identity) -> Description:
-    return Description(format_version=FORMAT_VERSION, families=families, identity=identity)
+def _make_first_document(families: tuple[str, ...], identity: Identity) -> CacheDescription:
+    return CacheDescription(format_version=FORMAT_VERSION, families=families, identity=identity)
 
 
-def refusal(folder: Folder, lines: Sequence[str], hint: str) -> IdentityError:
+def make_refusal(folder: Folder, lines: Sequence[str], hint: str) -> IdentityError:
     """What a dump is told whose identity differs from the cache's by these lines."""
     return IdentityError(
         f"{folder}: the cache there was made otherwise{hint}; undo the change, or give cache.path another folder, "
@@ -265,13 +265,13 @@ def refusal(folder: Folder, lines: Sequence[str], hint: str) -> IdentityError:
     )
 
 
-def _first_segment(folder: Folder) -> Segment:
-    place = folder.place(CACHE_FILE)
+def _read_first_segment(folder: Folder) -> Segment:
+    place = folder.locate(CACHE_FILE)
     try:
         content = folder.read(CACHE_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NoCacheError(f"{folder}: no cache is here ({CACHE_FILE} is missing); run the dump") from error
-    description = parse_document(content, Description, place)
+    description = parse_document(content, CacheDescription, place)
     _check_families(place, description.families)
     sha256 = hashlib.sha256(content).hexdigest()
     return Segment(
@@ -286,8 +286,8 @@ def _first_segment(folder: Folder) -> Segment:
     )
 
 
-def _later_segment(folder: Folder, number: int, earlier: Sequence[Segment]) -> Segment:
-    place = folder.place(segment_file(number))
+def _read_later_segment(folder: Folder, number: int, earlier: Sequence[Segment]) -> Segment:
+    place = folder.locate(segment_file(number))
     content = folder.read(segment_file(number))
     document = parse_document(content, SegmentDescription, place)
     if document.segment != number or document.cache_sha256 != earlier[0].sha256:
@@ -299,14 +299,14 @@ def _later_segment(folder: Folder, number: int, earlier: Sequence[Segment]) -> S
     )  # fmt: skip
     if document.retries is not None or document.failed_ids is not None:
         _check_retry(earlier, segment, place)
-    base = _base(earlier, segment, place)
-    lines = disagreement(earlier, segment.identity, segment.families, plan_of=base)
+    base = _find_base(earlier, segment, place)
+    lines = describe_disagreements(earlier, segment.identity, segment.families, plan_of=base)
     if lines:
         raise CorruptPartError(f"{place}: contradicts the segments before it:" + "".join(f"\n  {one}" for one in lines))
     return segment
 
 
-def _base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segment | None:
+def _find_base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segment | None:
     """The segment that this one adds to; None if it appends. CorruptPartError for a place that is not free."""
     if segment.adds_to is None:
         end = max(one.parts.stop for one in earlier)
@@ -316,7 +316,7 @@ def _base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segment |
     base = next((one for one in earlier if one.number == segment.adds_to and one.has_tokens), None)
     if base is None or segment.parts != base.parts:
         raise CorruptPartError(f"{place}: adds to segment {segment.adds_to}, which has no such parts")
-    held = {family for one in (base, *additions(earlier, base)) for family in one.families}
+    held = {family for one in (base, *select_additions(earlier, base)) for family in one.families}
     twice = sorted(held & set(segment.families))
     if twice or not segment.families:
         raise CorruptPartError(f"{place}: adds {', '.join(twice) or 'nothing'}, which parts {segment.parts} have")
@@ -335,11 +335,11 @@ def _check_retry(earlier: Sequence[Segment], segment: Segment, place: str) -> No
         raise CorruptPartError(f"{place}: has not some failed samples for each of {segment.num_parts} parts, each once")
 
 
-def _other_image_root(folder: Folder, segments: Sequence[Segment], identity: Identity) -> list[str]:
+def _describe_other_image_root(folder: Folder, segments: Sequence[Segment], identity: Identity) -> list[str]:
     """A line if new samples' images lie in another folder than the cache's: a reader looks in one for all."""
-    known = [segment.identity.image_root for segment in tokens_segments(segments)]
+    known = [segment.identity.image_root for segment in select_tokens_segments(segments)]
     new = identity.image_root
-    if new in known or any(is_moved_root(old, new, folder.place("")) for old in known):
+    if new in known or any(is_moved_root(old, new, folder.locate("")) for old in known):
         return []
     return [f"image_root: cache has {known[0]!r}, this run has {new!r}; give images a folder that holds both"]
 
@@ -350,7 +350,7 @@ def _check_families(place: str, families: Sequence[str]) -> None:
         raise CorruptPartError(f"{place}: families are {families}, expected some of {FAMILIES[1:]}")
 
 
-def _same_plan(one: Identity, other: Identity) -> bool:
+def _has_same_plan(one: Identity, other: Identity) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in _OF_A_PLAN)
 
 
@@ -358,6 +358,6 @@ def _has_teacher(identity: Identity) -> bool:
     return identity.teacher_fingerprint != NO_TEACHER
 
 
-def tokens_segments(segments: Collection[Segment]) -> list[Segment]:
+def select_tokens_segments(segments: Collection[Segment]) -> list[Segment]:
     """The segments that hold parts of their own, in the order of the parts."""
     return [segment for segment in segments if segment.has_tokens]

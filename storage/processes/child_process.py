@@ -18,7 +18,7 @@ from storage.processes import supervisor
 GRACE_S = 8.0  # between SIGTERM and SIGKILL, for a command that has nothing to save
 LAST_S = 6.0  # the same once whoever started the command is gone
 _POLL_S = 0.2  # an interruption that is no signal (Ray's cancel) does not end a wait
-_HURRY_S = 10.0
+_KILL_TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -58,13 +58,13 @@ def run_child(
         try:
             _wait(process)
         except BaseException:
-            _hurry(process)
+            _kill_now(process)
             raise
         raise
 
 
 @contextmanager
-def descendants_end_with_this() -> Iterator[None]:
+def end_descendants_on_exit() -> Iterator[None]:
     """Within it all processes below this one end within 10 s when this one is killed, whoever has started them."""
     if sys.platform != "linux":
         yield
@@ -87,7 +87,7 @@ def end_descendants(*, grace_s: float = 3.0) -> None:
     """Ends every process below this one: SIGTERM, and SIGKILL after some seconds. For a process that ends itself."""
     if sys.platform != "linux":
         return
-    left = supervisor.descendants(os.getpid())
+    left = supervisor.list_descendants(os.getpid())
     supervisor.send_signal(left, signal.SIGTERM)
     supervisor.wait_for_descendants(os.getpid(), grace_s)
     supervisor.kill_descendants(os.getpid())
@@ -101,11 +101,11 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
             continue
 
 
-def _hurry(process: subprocess.Popen[bytes]) -> None:
+def _kill_now(process: subprocess.Popen[bytes]) -> None:
     """Have the supervisor kill what it watches, now."""
-    below = supervisor.descendants(process.pid)
+    below = supervisor.list_descendants(process.pid)
     supervisor.send_signal(below, signal.SIGKILL)
     try:
-        process.wait(timeout=_HURRY_S)
+        process.wait(timeout=_KILL_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]  # holds all four packages
 PACKAGES = ("stillhouse", "storage", "student_train", "teacher_dump")
 
 
-def module_command(module: str) -> tuple[str, ...]:
+def make_module_command(module: str) -> tuple[str, ...]:
     """The argv of `python -m MODULE`; the current folder is not on sys.path, unless our packages lie there."""
     return (sys.executable, *(() if Path.cwd() == ROOT else ("-P",)), "-m", module)
 
@@ -24,7 +24,7 @@ def check_current_folder() -> None:
         raise ConfigError("the current folder does not exist any more; change to another one first") from error
 
 
-def shadowed_packages(folder: Path) -> list[str]:
+def find_shadowed_packages(folder: Path) -> list[str]:
     """Our packages that Python would find in `folder`, were it first on sys.path, though they lie elsewhere."""
     if folder.resolve() == ROOT:
         return []

@@ -19,7 +19,7 @@ def open_closed_streams() -> None:
         if getattr(sys, name) is not None:
             continue
         if not _is_open(number):
-            _lead_nowhere(number)
+            _redirect_to_null(number)
         stream = open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123, SIM115 (it stays open to the end)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
@@ -28,7 +28,7 @@ def open_closed_streams() -> None:
 def drop_output(*streams: IO[str]) -> None:
     """What these have yet to write goes nowhere, so that the interpreter's last flush finds no closed pipe."""
     for stream in streams:
-        _lead_nowhere(stream.fileno())
+        _redirect_to_null(stream.fileno())
 
 
 def _is_open(number: int) -> bool:
@@ -39,7 +39,7 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _lead_nowhere(number: int) -> None:
+def _redirect_to_null(number: int) -> None:
     opened = os.open(os.devnull, os.O_RDWR)
     if opened == number:
         os.set_inheritable(number, True)

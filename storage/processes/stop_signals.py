@@ -49,17 +49,17 @@ class HeldSignals:
             raise Interrupted(self.number)
 
 
-def explain(stop: KeyboardInterrupt) -> str:
+def describe_interruption(stop: KeyboardInterrupt) -> str:
     """What to tell a person about an interruption, whoever raised it."""
     return str(stop if isinstance(stop, Interrupted) else Interrupted())
 
 
-def exit_code(stop: KeyboardInterrupt) -> int:
+def get_exit_code(stop: KeyboardInterrupt) -> int:
     """130 after SIGINT and 143 after SIGTERM, as shells have it."""
     return 128 + getattr(stop, "number", signal.SIGINT)
 
 
-def stopped_by(returncode: int) -> int | None:
+def find_stop_signal(returncode: int) -> int | None:
     """The signal that has stopped a command which ended with this exit code (negative: died of it), or None."""
     return next((number for number in STOP_SIGNALS if returncode in (128 + number, -number)), None)
 
@@ -68,7 +68,7 @@ def stopped_by(returncode: int) -> int | None:
 def interruptible(*, adopt: bool = False) -> Iterator[None]:
     """Within it SIGTERM and SIGINT raise Interrupted in the main thread, a repetition soon after not.
 
-    `adopt`: this process inherits orphans among its descendants, so that `leave` finds them. Elsewhere than in the
+    `adopt`: this process inherits orphans among its descendants, so that `exit_now` finds them. Elsewhere than in the
     main thread nothing changes.
     """
     if adopt:
@@ -83,7 +83,7 @@ def interruptible(*, adopt: bool = False) -> Iterator[None]:
             raise Interrupted(number)
 
     try:
-        with _handlers(interrupt):
+        with _install_handlers(interrupt):
             yield
     except KeyboardInterrupt as stop:
         if _raised and not isinstance(stop, Interrupted):  # Ray's core makes its own of whatever a handler raises
@@ -108,7 +108,7 @@ def hold_signals(*, second_raises: bool = True) -> Iterator[HeldSignals]:
         elif second_raises and time.monotonic() >= first_at[0] + REPEATED_S:
             raise Interrupted(number)
 
-    with _handlers(hold):
+    with _install_handlers(hold):
         if _raised:
             hold(_raised[0], None)
         yield held
@@ -116,23 +116,23 @@ def hold_signals(*, second_raises: bool = True) -> Iterator[HeldSignals]:
 
 def end_process(code: int) -> NoReturn:
     """sys.exit; after an interruption at once, for nothing that the interpreter's end may wait for is needed then."""
-    if stopped_by(code) is None:
-        leave_on_signals(code)
+    if find_stop_signal(code) is None:
+        exit_on_signals(code)
         sys.exit(code)
-    leave(code)
+    exit_now(code)
 
 
-def leave_on_signals(code: int) -> None:
+def exit_on_signals(code: int) -> None:
     """From now on SIGTERM and SIGINT end this process at once, with the code that it was to end with.
 
     For a process whose work is done: the interpreter's own end takes seconds after some libraries, and a signal in
     them would print a traceback, or make a failure of what is finished.
     """
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda _number, _frame: leave(code))
+        signal.signal(number, lambda _number, _frame: exit_now(code))
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End this process now, after every process below it; what is printed is printed."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -174,7 +174,7 @@ def keep_handler(number: signal.Signals) -> Iterator[None]:
 
 
 @contextmanager
-def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _install_handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -47,11 +47,11 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     _prctl(_PR_SET_PDEATHSIG, number)
 
 
-def descendants(ancestor: int) -> list[int]:
+def list_descendants(ancestor: int) -> list[int]:
     """Living processes below a process, parents before their children."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208
-        if name.isdigit() and (parent := _living_child(name)):
+        if name.isdigit() and (parent := _read_parent_of_living(name)):
             children.setdefault(parent, []).append(int(name))
     below = list(children.get(ancestor, ()))
     for pid in below:  # it grows meanwhile
@@ -62,7 +62,7 @@ def descendants(ancestor: int) -> list[int]:
 def kill_descendants(ancestor: int, *, patience_s: float = _UNKILLABLE_S) -> None:
     """SIGKILL to every process below a process, until there is none; those that cannot be killed are left."""
     deadline = time.monotonic() + patience_s
-    while (left := descendants(ancestor)) and time.monotonic() < deadline:
+    while (left := list_descendants(ancestor)) and time.monotonic() < deadline:
         send_signal(left, signal.SIGKILL)
         _reap()
         time.sleep(0.01)
@@ -71,7 +71,7 @@ def kill_descendants(ancestor: int, *, patience_s: float = _UNKILLABLE_S) -> Non
 def wait_for_descendants(ancestor: int, patience_s: float) -> None:
     """Returns when no process is left below a process, or when patience is at its end."""
     deadline = time.monotonic() + patience_s
-    while descendants(ancestor) and time.monotonic() < deadline:
+    while list_descendants(ancestor) and time.monotonic() < deadline:
         _reap()
         time.sleep(0.02)
 
@@ -98,9 +98,9 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
         ended = _reap()
         if status is None and command in ended:
             status = ended[command]
-            send_signal(descendants(os.getpid()), signal.SIGTERM)
+            send_signal(list_descendants(os.getpid()), signal.SIGTERM)
             deadline = min(deadline, now + LEFTOVERS_S)
-        if status is not None and not descendants(os.getpid()):
+        if status is not None and not list_descendants(os.getpid()):
             return status
         if heard is not None and heard.si_signo in _STOPS:
             if asked_at == math.inf:
@@ -118,7 +118,7 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
             return signal.SIGKILL if status is None else status
 
 
-def watch(parent: int, *, last_s: float, list_below: Callable[[int], list[int]] = descendants) -> None:
+def watch(parent: int, *, last_s: float, list_below: Callable[[int], list[int]] = list_descendants) -> None:
     """Waits until `parent`, the process that started this one, is gone; then ends what was below it.
 
     What these processes start in their last seconds is ended as well. What was below the parent once counts as long
@@ -190,7 +190,7 @@ def _reap() -> dict[int, int]:
         ended[pid] = status
 
 
-def _living_child(pid: str) -> int:
+def _read_parent_of_living(pid: str) -> int:
     """The parent of a process; 0 if the process has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
@@ -205,7 +205,7 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _end_as(status: int) -> None:
+def _end_with_status(status: int) -> None:
     """End this process as another one has ended."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
@@ -221,4 +221,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--watch":
         watch(int(sys.argv[2]), last_s=float(sys.argv[3]))
         sys.exit()
-    _end_as(supervise(int(sys.argv[1]), sys.argv[4:], grace_s=float(sys.argv[2]), last_s=float(sys.argv[3])))
+    _end_with_status(supervise(int(sys.argv[1]), sys.argv[4:], grace_s=float(sys.argv[2]), last_s=float(sys.argv[3])))

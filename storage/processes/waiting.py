@@ -19,7 +19,7 @@ _listeners: list[Say] = []  # the newest one hears the notices of this process
 
 
 @contextmanager
-def notices_to(say: Say) -> Iterator[None]:
+def send_notices_to(say: Say) -> Iterator[None]:
     """Give all notices of this process to `say` while the block runs, such as a terminal that logs do not reach."""
     _listeners.append(say)
     try:
@@ -32,7 +32,7 @@ class Waiting:
     """Says what is waited for after `first_s` seconds, and again every `every_s`, until its end.
 
     Use as a context manager around calls that may block: a daemon thread speaks meanwhile. Notices go to `say`; by
-    default to where `notices_to` sends them, else to the log (which Python shows on standard error unless told
+    default to where `send_notices_to` sends them, else to the log (which Python shows on standard error unless told
     otherwise).
     """
 
@@ -55,7 +55,7 @@ class Waiting:
 
     def __enter__(self) -> Self:
         self.reset()
-        threading.Thread(target=self._speak, name="waiting", daemon=True).start()
+        threading.Thread(target=self._send_notices, name="waiting", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,7 +68,7 @@ class Waiting:
             self._begun = time.monotonic()
             self._due = self._begun + self._first_s
 
-    def _speak(self) -> None:
+    def _send_notices(self) -> None:
         while True:
             with self._lock:
                 now, begun, due = time.monotonic(), self._begun, self._due
@@ -77,12 +77,12 @@ class Waiting:
             if now >= due:
                 subject = self._subject if isinstance(self._subject, str) else self._subject()
                 if subject and not self._ended.is_set():
-                    _tell(self._say, f"still waiting for {subject} ({_duration(now - begun)} so far)")
+                    _send_notice(self._say, f"still waiting for {subject} ({_format_duration(now - begun)} so far)")
             elif self._ended.wait(due - now):
                 return
 
 
-def _tell(say: Say | None, notice: str) -> None:
+def _send_notice(say: Say | None, notice: str) -> None:
     if say is None and _listeners:
         say = _listeners[-1]
     try:
@@ -91,5 +91,5 @@ def _tell(say: Say | None, notice: str) -> None:
         _log.warning("%s", notice)
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

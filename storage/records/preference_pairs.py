@@ -31,7 +31,7 @@ class PreferencePair:
     rejected: int
 
 
-def pair_positions(sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+def find_pair_positions(sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
     """(p, 2) chosen and rejected of each pair, in the order of chosen answers; a lone half is no pair."""
     chosen, rejected = (
         np.flatnonzero(pc.ends_with(sample_ids, half).to_numpy(zero_copy_only=False)) for half in (CHOSEN, REJECTED)
@@ -48,11 +48,11 @@ def check_pairs(records: Iterable[TokensRecord]) -> None:
     """ValueError unless each half of a pair lies beside the other, with the same prompt and images."""
     halves = {record.sample_id: record for record in records if record.sample_id.endswith((CHOSEN, REJECTED))}
     for sample_id, record in halves.items():
-        other_id = other_half(sample_id)
+        other_id = get_other_half_id(sample_id)
         other = halves.get(other_id)
         if other is None:
             raise ValueError(f"sample {sample_id}: its part holds no {other_id}; leave both out, or keep both")
-        if record.images != other.images or not np.array_equal(_prompt(record), _prompt(other)):
+        if record.images != other.images or not np.array_equal(_select_prompt(record), _select_prompt(other)):
             raise ValueError(f"sample {sample_id}: its prompt or images differ from those of {other_id}")
 
 
@@ -66,14 +66,14 @@ def check_sequence(sequence: SequenceLogprob, record: TokensRecord) -> None:
         raise ValueError(f"{place}: its sequence logprob is {logprob}, expected at most 0")
 
 
-def other_half(sample_id: str) -> str:
+def get_other_half_id(sample_id: str) -> str:
     """The id of the other half of the pair that a sample's id ends as one of."""
     if sample_id.endswith(CHOSEN):
         return sample_id.removesuffix(CHOSEN) + REJECTED
     return sample_id.removesuffix(REJECTED) + CHOSEN
 
 
-def _prompt(record: TokensRecord) -> np.ndarray:
+def _select_prompt(record: TokensRecord) -> np.ndarray:
     """The token ids before the first response token."""
     first = int(np.argmax(record.response_mask)) if record.response_mask.any() else len(record.token_ids)
     return record.token_ids[:first]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def with_leading_ids(ids: Sequence[int], leading: Sequence[int]) -> list[int]:
+def prepend_leading_ids(ids: Sequence[int], leading: Sequence[int]) -> list[int]:
     """The ids of a rendered prompt, after the `leading` ones unless the chat template wrote them already."""
     return list(ids) if list(ids[: len(leading)]) == list(leading) else [*leading, *ids]
 
 
-def leading_special_ids(tokenizer: Any) -> list[int]:
+def find_leading_special_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before any text, such as a beginning-of-sequence token; not what it puts after it."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a", add_special_tokens=True)["input_ids"]

@@ -37,7 +37,7 @@ def check_image_path(path: str) -> str:
     return path
 
 
-def image_key(prefix_ids: Iterable[int], image_sha256s: Sequence[str], preprocessing_fingerprint: str) -> str:
+def compute_image_key(prefix_ids: Iterable[int], image_sha256s: Sequence[str], preprocessing_fingerprint: str) -> str:
     """The key of an image's visual rows and relation matrix: sha256 in hex.
 
     In a causal teacher they depend on nothing else: the token ids up to and including the image's own
@@ -123,7 +123,7 @@ class RelationFactor:
 class PooledRelation:
     """The Gram matrix of visual rows averaged over pool x pool blocks of the square grid, at norm 1.
 
-    It compares with a student whose visual rows are averaged likewise: see relation.blocks_of_grid.
+    It compares with a student whose visual rows are averaged likewise: see relation.assign_grid_blocks.
     """
 
     values: NDArray[np.float32]  # (m, m), symmetric, of norm 1 (all zero if the pooled G is)

@@ -75,7 +75,7 @@ class SparseRows:
 
     def equals(self, other: SparseRows) -> bool:
         """True if every array is the same to the bit; what is not stored is not compared."""
-        return all(_same(getattr(self, name), getattr(other, name)) for name in _DTYPES) and (
+        return all(_is_same(getattr(self, name), getattr(other, name)) for name in _DTYPES) and (
             len(self.other_sets) == len(other.other_sets)
             and all(ours.equals(theirs) for ours, theirs in zip(self.other_sets, other.other_sets, strict=True))
         )
@@ -139,8 +139,8 @@ class SparseRows:
         """
         if not parts:
             return SparseRows.empty()
-        labels = _all_or_none([part.label_logprob for part in parts], "label logprobs")
-        errors = _all_or_none([part.selection_error for part in parts], "selection errors")
+        labels = _require_all_or_none([part.label_logprob for part in parts], "label logprobs")
+        errors = _require_all_or_none([part.selection_error for part in parts], "selection errors")
         others = zip(*(part.other_sets for part in parts), strict=True)  # ValueError for other numbers of sets
         starts = np.cumsum([0] + [part.num_entries for part in parts[:-1]])
         shifted = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=True)]
@@ -175,29 +175,29 @@ class SparseRows:
     def validate(self, vocab_size: int) -> None:
         """Raise ValueError, naming the first row at fault, unless these are rows that a cache may hold."""
         for number, other in enumerate(self.other_sets, start=1):
-            if other.other_sets or not self._has_head_of(other):
+            if other.other_sets or not self._has_same_head(other):
                 raise ValueError(f"set {number} of draws is of other rows than set 0")
             other.validate(vocab_size)
         self._check_shapes()
         self._check_scalars()
         exact, row = self.is_exact(), self.row_of_entry()
         in_vocabulary = (self.ids >= 0) & (self.ids < vocab_size)
-        _check(in_vocabulary, f"an id is outside 0..{vocab_size - 1}", row)
-        _check(np.isfinite(self.logprobs), "a logprob is not finite", row)
-        _check(~exact | (self.logprobs <= LOGPROB_TOLERANCE), "an exact logprob is above 0", row)
+        _check_rows(in_vocabulary, f"an id is outside 0..{vocab_size - 1}", row)
+        _check_rows(np.isfinite(self.logprobs), "a logprob is not finite", row)
+        _check_rows(~exact | (self.logprobs <= LOGPROB_TOLERANCE), "an exact logprob is above 0", row)
         same_row = row[1:] == row[:-1]
         falling = self.logprobs[1:] <= self.logprobs[:-1]
-        _check(~(same_row & exact[1:]) | falling, "exact logprobs are not falling", row[1:])
+        _check_rows(~(same_row & exact[1:]) | falling, "exact logprobs are not falling", row[1:])
         ascending = self.ids[1:] > self.ids[:-1]
-        _check(~(same_row & ~exact[:-1]) | ascending, "sampled ids are not ascending", row[1:])
+        _check_rows(~(same_row & ~exact[:-1]) | ascending, "sampled ids are not ascending", row[1:])
         keys = np.sort(row * vocab_size + self.ids)
-        _check(keys[1:] != keys[:-1], "an id appears twice", keys[1:] // vocab_size)
+        _check_rows(keys[1:] != keys[:-1], "an id appears twice", keys[1:] // vocab_size)
         head = np.bincount(row[exact], np.exp(self.logprobs[exact].astype(np.float64)), self.num_rows)
         gap = np.abs(head - (1.0 - self.tail_mass.astype(np.float64)))
-        _check(gap <= HEAD_TOLERANCE, "exact entries and tail mass do not sum to 1")
-        _check((self.num_exact == 0) | (self.tail_mass < 1), "the tail mass is 1 beside exact entries")
+        _check_rows(gap <= HEAD_TOLERANCE, "exact entries and tail mass do not sum to 1")
+        _check_rows((self.num_exact == 0) | (self.tail_mass < 1), "the tail mass is 1 beside exact entries")
 
-    def _has_head_of(self, other: SparseRows) -> bool:
+    def _has_same_head(self, other: SparseRows) -> bool:
         """Whether the exact entries, and how many there are, are the same."""
         ours, theirs = self.is_exact(), other.is_exact()
         return (
@@ -229,7 +229,7 @@ class SparseRows:
             array = getattr(self, name)
             if array is not None and len(array) != self.num_rows:
                 raise ValueError(f"{name} has {len(array)} values for {self.num_rows} rows")
-        _check((self.num_exact >= 0) & (self.num_exact <= np.diff(self.offsets)), "num_exact is wrong")
+        _check_rows((self.num_exact >= 0) & (self.num_exact <= np.diff(self.offsets)), "num_exact is wrong")
 
     def _check_scalars(self) -> None:
         check_scalars(
@@ -249,12 +249,12 @@ def check_scalars(
 ) -> None:
     """ValueError, naming the first row at fault, unless these are scalars that rows may have."""
     # A comparison with NaN is False, so each check also refuses NaN.
-    _check((tail_mass >= 0) & (tail_mass <= 1), "the tail mass is outside 0..1")
-    _check(np.isfinite(entropy) & (entropy >= -LOGPROB_TOLERANCE), "the entropy is negative or not finite")
-    _check(np.asarray(np.isfinite(log_sum_exp).all(axis=1)), "a log-sum-exp is not finite")
+    _check_rows((tail_mass >= 0) & (tail_mass <= 1), "the tail mass is outside 0..1")
+    _check_rows(np.isfinite(entropy) & (entropy >= -LOGPROB_TOLERANCE), "the entropy is negative or not finite")
+    _check_rows(np.asarray(np.isfinite(log_sum_exp).all(axis=1)), "a log-sum-exp is not finite")
     if label_logprob is not None:
         labels = np.isfinite(label_logprob) & (label_logprob <= LOGPROB_TOLERANCE)
-        _check(labels, "the label logprob is above 0 or not finite")
+        _check_rows(labels, "the label logprob is above 0 or not finite")
 
 
 def check_sampled_total(rows: SparseRows, tau: float) -> None:
@@ -280,20 +280,20 @@ def check_sampled_weights(weights: NDArray[Any], tail_mass: NDArray[np.float32],
         )
 
 
-def _all_or_none(arrays: Sequence[NDArray | None], what: str) -> list[NDArray]:
+def _require_all_or_none(arrays: Sequence[NDArray | None], what: str) -> list[NDArray]:
     there = [array for array in arrays if array is not None]
     if 0 < len(there) < len(arrays):
         raise ValueError(f"{len(there)} of {len(arrays)} parts have {what}; all or none must")
     return there
 
 
-def _same(a: NDArray | None, b: NDArray | None) -> bool:
+def _is_same(a: NDArray | None, b: NDArray | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def _check(good: NDArray[np.bool_], problem: str, row: NDArray[np.int64] | None = None) -> None:
+def _check_rows(good: NDArray[np.bool_], problem: str, row: NDArray[np.int64] | None = None) -> None:
     """ValueError naming the row of the first False; `row` gives the row of each position, if not itself."""
     if not good.all():
         position = int(np.argmin(good))

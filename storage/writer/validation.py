@@ -15,7 +15,7 @@ from storage.records.preference_pairs import check_pairs, check_sequence
 from storage.records.records import PartRecords, TokensRecord
 
 
-class Described(Protocol):
+class RecordsDescription(Protocol):
     """What records are checked against: a segment, or cache.json."""
 
     @property
@@ -25,7 +25,7 @@ class Described(Protocol):
     def identity(self) -> Identity: ...
 
 
-def check_records(records: PartRecords, description: Described) -> None:
+def check_records(records: PartRecords, description: RecordsDescription) -> None:
     """ValueError, naming the sample, unless a part's records agree with each other and with the identity."""
     for family in FAMILIES[1:]:
         if (getattr(records, family) is None) == (family in description.families):
@@ -48,7 +48,7 @@ def check_records(records: PartRecords, description: Described) -> None:
                     f"{record.num_response_tokens} response tokens, each with a label logprob"
                 )
     _check_hidden(records)
-    _check_losses(records, description)
+    _check_measurements(records, description)
     if records.sequence is not None:
         if len(records.sequence) != len(records.tokens):
             raise ValueError(f"{len(records.sequence)} sequence logprobs for {len(records.tokens)} samples")
@@ -109,7 +109,7 @@ def _check_hidden(records: PartRecords) -> None:
             )
 
 
-def _check_losses(records: PartRecords, description: Described) -> None:
+def _check_measurements(records: PartRecords, description: RecordsDescription) -> None:
     """Tail totals and teacher noise are of families of distributions that the segment has."""
     held = {"response", "visual"} & set(description.families)
     strange = sorted({*records.tail_totals, *records.teacher_noise} - held)

@@ -10,7 +10,14 @@ import numpy as np
 
 from storage.encoding.output_head import StoredHead, make_head
 from storage.identity import Identity
-from storage.records.records import ImageRef, PartRecords, RelationMatrix, SequenceLogprob, TokensRecord, image_key
+from storage.records.records import (
+    ImageRef,
+    PartRecords,
+    RelationMatrix,
+    SequenceLogprob,
+    TokensRecord,
+    compute_image_key,
+)
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import IMAGE_TOKEN, VOCAB_SIZE, make_identity, make_relation
 
@@ -59,7 +66,7 @@ def make_family_part(part: int) -> PartRecords:
             content = image_file(part, number)
             sha256 = hashlib.sha256(content).hexdigest()
             images[sha256] = content
-            key = image_key(prompt[:2], [sha256], "d" * 8)
+            key = compute_image_key(prompt[:2], [sha256], "d" * 8)
             refs = (ImageRef(f"{part}-{number}.png", sha256, 9, key),)
             if key not in relation:
                 relation[key] = make_relation(rng, 9) if number else make_flat_relation(rng, 9)

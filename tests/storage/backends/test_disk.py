@@ -12,9 +12,9 @@ import pytest
 from storage.backends.disk import (
     check_writable,
     describe_full_disk,
-    existing_parent,
     explain_write_errors,
-    free_bytes,
+    find_existing_parent,
+    measure_free_bytes,
     report_full_disk,
 )
 from storage.backends.folder import write_atomically
@@ -92,8 +92,8 @@ def test_a_command_ends_with_the_sentence_of_a_full_disk_and_raises_other_errors
 
 def test_a_folder_that_is_not_there_yet_is_looked_at_through_its_parents(tmp_path: Path) -> None:
     deep = tmp_path / "a" / "b"
-    assert existing_parent(deep) == tmp_path
-    assert free_bytes(deep) == free_bytes(tmp_path)
+    assert find_existing_parent(deep) == tmp_path
+    assert measure_free_bytes(deep) == measure_free_bytes(tmp_path)
     check_writable(deep, field="runs_dir")
     assert not list(tmp_path.iterdir())
     (tmp_path / "a").write_text("a file")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from storage.backends.lock import Heartbeat, HeldError, hold_lock, process_start
+from storage.backends.lock import Heartbeat, HeldError, hold_lock, read_process_start
 
 ROOT = Path(__file__).parents[3]
 HOLDER = """
@@ -107,7 +107,7 @@ def test_the_lock_of_a_killed_holder_is_taken_over_with_one_line(
 
 def test_a_pid_that_another_process_has_now_is_no_living_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    started = process_start(os.getpid())
+    started = read_process_start(os.getpid())
     assert started is not None
     write_lock(path, process_started=started - 1)
     with hold_lock(path, "the run"):

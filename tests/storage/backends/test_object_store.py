@@ -17,7 +17,7 @@ import pytest
 from storage.backends.folder import open_folder
 from storage.backends.object_store import ObjectFolder, shared_store
 from storage.errors import CacheError, CorruptPartError
-from storage.processes.waiting import notices_to
+from storage.processes.waiting import send_notices_to
 from storage.reader.cache import Cache
 from storage.records.records import PartRecords, TokensRecord
 from storage.verify.scan_cache import verify
@@ -54,7 +54,7 @@ def url(trouble: Trouble, request: pytest.FixtureRequest) -> str:
 
 def objects(url):
     folder = open_folder(url)
-    return {name: folder.read(name) for name in folder.names(deep=True)}
+    return {name: folder.read(name) for name in folder.list_files(deep=True)}
 
 
 def files_of(folder):
@@ -131,7 +131,7 @@ def test_hidden_states_head_and_images_in_a_bucket_are_those_in_a_folder(url, tr
     np.testing.assert_array_equal(cache.head().weight, make_output_head().weight)
     assert trouble.requests["GET"] == read + 1
     folder = open_folder(url)
-    folder.write(folder.names("head")[0], b"other")
+    folder.write(folder.list_files("head")[0], b"other")
     with pytest.raises(CorruptPartError, match=rf"{url}/head/head\..*: has 5 bytes"):
         cache.head()
     assert any("has 5 bytes" in problem for problem in verify(url).problems)
@@ -171,7 +171,7 @@ def test_of_many_conditional_writers_one_wins(url):
     assert folder.read("x") == b"third"
     with pytest.raises(FileNotFoundError):
         folder.read("y")
-    assert folder.names("nothing") == []
+    assert folder.list_files("nothing") == []
     folder.remove("y")
 
 
@@ -295,7 +295,7 @@ def test_a_read_of_unknown_length_ends_too(trouble, monkeypatch):
 
 def test_whoever_waits_for_a_store_says_so(trouble):
     notices = []
-    with silent_s3(), notices_to(notices.append):
+    with silent_s3(), send_notices_to(notices.append):
         folder = ObjectFolder(f"s3://{BUCKET}/quiet", pauses_s=(), attempt_s=3.0, total_s=3.0, notice_s=0.1)
         with pytest.raises(CacheError, match="the store fails"):
             folder.size("x")
@@ -306,7 +306,7 @@ def test_whoever_waits_for_a_store_says_so(trouble):
 def test_damage_in_a_bucket_is_found(url):
     write_cache(url)
     folder = open_folder(url)
-    name = next(name for name in folder.names("visual"))
+    name = next(name for name in folder.list_files("visual"))
     content = bytearray(folder.read(name))
     content[len(content) // 2] ^= 1
     folder.write(name, bytes(content))
@@ -324,7 +324,7 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(url, tmp_pa
     for _ in range(5):
         process = start_writer(url, "--parts", num_parts, "--wait-before-part", num_parts - 1)
         deadline = time.monotonic() + PATIENCE_S
-        while len(folder.names("commits")) <= min(seen, num_parts - 2):
+        while len(folder.list_files("commits")) <= min(seen, num_parts - 2):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "nothing was committed"
             time.sleep(0.01)
@@ -332,7 +332,7 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(url, tmp_pa
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        seen = len(folder.names("commits"))
+        seen = len(folder.list_files("commits"))
         problems = verify(url).problems
         assert all("manifest.json: is missing" in problem for problem in problems), problems
     _, stderr = (process := start_writer(url, "--parts", num_parts)).communicate(timeout=PATIENCE_S)
@@ -343,7 +343,7 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(url, tmp_pa
 
 def test_a_cache_is_written_only_where_whole_objects_are(tmp_path):
     with pytest.raises(CacheError, match=r"http://x: a cache can be written to a local folder or s3://"):
-        ObjectFolder("http://x").make([])
+        ObjectFolder("http://x").make_folders([])
 
 
 def test_the_memory_of_a_process_is_a_store_too():

@@ -12,14 +12,14 @@ from pydantic import ValidationError
 
 from storage.config import RelationSection
 from storage.encoding.relation_matrix import (
-    blocks_of_grid,
+    assign_grid_blocks,
     check_encoding,
     check_payload,
-    cosine_error,
+    compute_stored_norm,
+    count_grid_blocks,
     decode_relation,
     encode_relation,
-    num_blocks,
-    stored_norm,
+    read_cosine_error,
 )
 from storage.errors import CorruptPartError
 from storage.records.records import PooledRelation, RelationFactor, RelationMatrix
@@ -48,7 +48,7 @@ def low_rank_matrix(rng, n, rank=3, noise=0.05):
 
 
 def decode(payload, matrix, section=None):
-    norm = matrix.norm if section is None else stored_norm(matrix, section)
+    norm = matrix.norm if section is None else compute_stored_norm(matrix, section)
     return decode_relation(payload, norm=norm, num_visual_tokens=len(matrix.values))
 
 
@@ -62,7 +62,7 @@ def spread(got):
     """(n, n) what a decoded matrix says of the original's entries."""
     if not isinstance(got, PooledRelation):
         return got.values
-    block = blocks_of_grid(got.num_visual_tokens, got.pool)
+    block = assign_grid_blocks(got.num_visual_tokens, got.pool)
     return got.values[block][:, block]
 
 
@@ -77,8 +77,8 @@ def test_matrices_come_back_with_the_stated_error(section, bound, side, seed):
     assert got.num_visual_tokens == side * side
     np.testing.assert_allclose(got.values, got.values.T, atol=1e-7)
     assert np.linalg.norm(got.values) == pytest.approx(1, abs=1e-5)
-    assert got.norm == pytest.approx(stored_norm(matrix, section))
-    stated = cosine_error(payload)
+    assert got.norm == pytest.approx(compute_stored_norm(matrix, section))
+    stated = read_cosine_error(payload)
     assert stated is not None
     assert stated == pytest.approx(one_minus_cosine(matrix.values, spread(got)), rel=0.02, abs=2e-7)
     assert stated <= bound
@@ -90,7 +90,7 @@ def test_an_all_zero_matrix_comes_back(section):
     payload = encode_relation(zero, section)
     got = decode(payload, zero, section)
     assert got.norm == 0
-    assert cosine_error(payload) == 0
+    assert read_cosine_error(payload) == 0
     assert not got.values.any()
 
 
@@ -144,7 +144,7 @@ def test_a_matrix_of_full_rank_is_kept_as_a_triangle():
     assert isinstance(got, RelationMatrix)
     check_encoding(got, section)
     assert len(payload) == 16 + 30 * 31
-    assert (cosine_error(payload) or 0) < 1e-6
+    assert (read_cosine_error(payload) or 0) < 1e-6
 
 
 def test_int8_scales_follow_the_diagonal_so_that_outlier_rows_cost_little():
@@ -175,13 +175,13 @@ def test_pooling_is_the_gram_matrix_of_averaged_rows():
 
 
 def test_blocks_lie_row_by_row_and_the_last_are_smaller():
-    assert blocks_of_grid(9, 2).reshape(3, 3).tolist() == [[0, 0, 1], [0, 0, 1], [2, 2, 3]]
-    assert num_blocks(9, 2) == 4
+    assert assign_grid_blocks(9, 2).reshape(3, 3).tolist() == [[0, 0, 1], [0, 0, 1], [2, 2, 3]]
+    assert count_grid_blocks(9, 2) == 4
     for refused in (0, 2, 575):
         with pytest.raises(ValueError, match="no square grid"):
-            num_blocks(refused, 2)
+            count_grid_blocks(refused, 2)
         with pytest.raises(ValueError, match="no square grid"):
-            blocks_of_grid(refused, 2)
+            assign_grid_blocks(refused, 2)
 
 
 def test_pooled_rows_that_cancel_out_leave_nothing_and_say_so():
@@ -190,7 +190,7 @@ def test_pooled_rows_that_cancel_out_leave_nothing_and_say_so():
     matrix = RelationMatrix((gram / np.linalg.norm(gram)).astype(np.float32), float(np.linalg.norm(gram)))
     payload = encode_relation(matrix, SECTIONS[4])
     got = decode(payload, matrix, SECTIONS[4])
-    assert (got.norm, got.values.tolist(), cosine_error(payload)) == (0.0, [[0.0]], 1.0)
+    assert (got.norm, got.values.tolist(), read_cosine_error(payload)) == (0.0, [[0.0]], 1.0)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def assert_valid_or_refused(payload, n, norm):
     assert np.isfinite(got.values).all()
     np.testing.assert_allclose(got.values, got.values.T, atol=1e-6)
     assert np.linalg.norm(got.values) == pytest.approx(float(norm > 0), abs=1e-4)
-    error = cosine_error(payload)
+    error = read_cosine_error(payload)
     assert error is None or 0 <= error <= 2
     return True
 
@@ -256,7 +256,7 @@ def test_arbitrary_bytes_never_do_worse_than_being_refused(payload, n, norm):
 @settings(max_examples=examples(500))
 def test_arbitrary_content_under_a_plausible_header_is_valid_or_refused(kind, pool, n, rank, error, content):
     header = struct.pack("<BBBxIIf", 2, kind, pool, n, rank, error)
-    m = num_blocks(n, pool) if kind == 4 and pool >= 2 and n in (1, 4) else n
+    m = count_grid_blocks(n, pool) if kind == 4 and pool >= 2 and n in (1, 4) else n
     needed = {0: m * (m + 1), 1: 4 * n + n * (n + 1) // 2, 2: 2 * n * rank, 3: rank * (4 + n), 4: m * (m + 1)}
     size = needed.get(kind, 0)
     assert_valid_or_refused(header + content.ljust(size, b"\x01")[:size], n, 1.0)

@@ -143,7 +143,7 @@ def main(folder: str) -> None:
         SampleError,
         SequenceLogprob,
         TokensRecord,
-        image_key,
+        compute_image_key,
     )
     from storage.records.sparse_rows import SparseRows
     from storage.writer.cache_writer import CacheWriter
@@ -173,7 +173,7 @@ def main(folder: str) -> None:
         refs = []
         for name in sample["images"]:
             sha256 = IMAGES[name]["sha256"]
-            key = image_key(sample["token_ids"][:2], [sha256], PREPROCESSING)
+            key = compute_image_key(sample["token_ids"][:2], [sha256], PREPROCESSING)
             refs.append(ImageRef(f"set/{name}", sha256, IMAGES[name]["num_visual_tokens"], key))
         return TokensRecord(
             sample["sample_id"], sample["split"], sample["category"],

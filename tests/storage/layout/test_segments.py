@@ -316,7 +316,7 @@ def test_a_segment_that_contradicts_the_cache_is_refused_under_a_right_hash(tmp_
     found, _ = find_segment(folder, make_identity(**NEW_PLAN), FAMILIES, append=True)
     assert isinstance(found, NewSegment)
     forged = found.document.model_copy(update=changes)
-    folder.make(["segments"])
+    folder.make_folders(["segments"])
     folder.write("segments/0001.json", forged.to_bytes())
     with pytest.raises(CorruptPartError, match=message):
         Cache.open(tmp_path)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from storage.errors import CacheError, CorruptPartError
-from storage.reader.cache import Cache, first_sample_with_images, read_identity
+from storage.reader.cache import Cache, find_first_sample_with_images, read_identity
 from storage.records.records import PartRecords
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
@@ -226,9 +226,9 @@ def test_the_first_sample_with_images_is_of_the_splits_asked_for(tmp_path):
     assert (len(text.images), len(pair.images), text.split) == (0, 2, "train")
     writer = CacheWriter.open(tmp_path, make_identity(num_parts=2), ())
     writer.write_part(0, PartRecords(tokens=[text]))
-    assert first_sample_with_images(tmp_path, ("train",)) is None
+    assert find_first_sample_with_images(tmp_path, ("train",)) is None
     writer.write_part(1, PartRecords(tokens=[tokens[0], pair]))
-    found = first_sample_with_images(tmp_path, ("train", "other"))
+    found = find_first_sample_with_images(tmp_path, ("train", "other"))
     assert found is not None
     assert (found.sample_id, found.images) == (pair.sample_id, pair.images)
-    assert first_sample_with_images(tmp_path, ("other",)) is None
+    assert find_first_sample_with_images(tmp_path, ("other",)) is None

@@ -17,7 +17,7 @@ from storage.encoding.distributions import RowFormat
 from storage.encoding.parquet_schema import SCHEMAS
 from storage.errors import CorruptPartError
 from storage.layout.documents import FileEntry
-from storage.reader.row_group_cache import PartFiles
+from storage.reader.row_group_cache import RowGroupCache
 from tests.storage.family_cache import write_family_cache
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, write_cache
 
@@ -49,13 +49,13 @@ def read_all(folder: Path, family: str, content: bytes, num_rows: int) -> None:
     """As a reader does, the file's own checksum left out."""
     (folder / "x.parquet").write_bytes(content)
     entry = entry_of(content, num_rows)
-    part_files = PartFiles(LocalFolder(folder), max_bytes=1 << 20, checksums=False)
-    part_files.columns(family, entry, SCHEMAS[family].names[:1])
+    part_files = RowGroupCache(LocalFolder(folder), max_bytes=1 << 20, checksums=False)
+    part_files.read_columns(family, entry, SCHEMAS[family].names[:1])
     for row in range(num_rows):
         if family in ("response", "visual"):
-            part_files.distribution_rows(family, entry, row, KEPT)
+            part_files.read_distribution_rows(family, entry, row, KEPT)
         else:
-            part_files.row(family, entry, row)
+            part_files.read_row(family, entry, row)
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
@@ -101,9 +101,9 @@ def test_arbitrary_bytes_are_no_parquet(tmp_path, family):
 def test_a_row_group_that_would_grow_in_memory_is_refused_before_it_does(tmp_path):
     """Another process makes it, so that this one's memory shows what reading costs."""
     code = (
-        "import sys; from storage.encoding.parquet_schema import parquet_bytes\n"
+        "import sys; from storage.encoding.parquet_schema import encode_parquet\n"
         "row = {'image_key': 'a' * 64, 'num_rows': 1, 'norm': 1.0, 'payload': bytes(300 << 20)}\n"
-        "sys.stdout.buffer.write(parquet_bytes('relation', [[row]], zstd_level=1, metadata={}))\n"
+        "sys.stdout.buffer.write(encode_parquet('relation', [[row]], zstd_level=1, metadata={}))\n"
     )
     bomb = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True).stdout
     assert len(bomb) < 1 << 20

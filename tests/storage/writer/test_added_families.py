@@ -65,7 +65,7 @@ def append(place, families=FAMILIES) -> CacheWriter:
 
 def objects(place):
     folder = open_folder(place)
-    return {name: folder.read(name) for name in folder.names(deep=True)}
+    return {name: folder.read(name) for name in folder.list_files(deep=True)}
 
 
 def image_bytes(cache, index):
@@ -120,7 +120,7 @@ def test_only_what_is_asked_for_is_opened(place):
     for families in STEPS:
         dump(place, families)
     folder = open_folder(place)
-    for name in (*folder.names("images"), *folder.names("relation"), *folder.names("head")):
+    for name in (*folder.list_files("images"), *folder.list_files("relation"), *folder.list_files("head")):
         folder.remove(name)
     cache = Cache.open(place, ("hidden",))
     record = cache.read(0)
@@ -141,7 +141,7 @@ def test_samples_appended_with_hidden_states_share_the_head(place):
     cache = Cache.open(place)
     index = cache.index_of("3-shared")
     assert image_bytes(cache, index) == [image_file(3, 0)]
-    assert len(open_folder(place).names("head")) == 1
+    assert len(open_folder(place).list_files("head")) == 1
     assert cache.statistics()["bytes"] == report.num_bytes
     assert cache.statistics()["errors_by_family"]["hidden"]["count"] == 4 * 10  # parts, response tokens
 

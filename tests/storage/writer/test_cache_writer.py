@@ -52,7 +52,7 @@ def assert_commits_are_whole(folder):
         return 0
     local, num_commits = LocalFolder(folder), 0
     for segment in read_segments(local):
-        for part in layout.commit_numbers(local, segment):
+        for part in layout.list_committed_parts(local, segment):
             commit, _ = layout.read_commit(local, segment, part)
             for entry in commit.families.values():
                 layout.check_file(local, entry, content=True)
@@ -104,7 +104,7 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
 
 def count_commits(folder):
     """Without those that are being written: a writer that is killed now leaves them behind."""
-    return sum(not is_temporary(name) for name in LocalFolder(folder).names("commits"))
+    return sum(not is_temporary(name) for name in LocalFolder(folder).list_files("commits"))
 
 
 def test_two_writers_with_different_bytes_leave_one_record_for_each_sample(tmp_path):

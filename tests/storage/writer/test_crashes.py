@@ -39,11 +39,11 @@ def files_of(folder):
 def count_whole_commits(folder: Path) -> int:
     """Every commit in the cache, after its files were compared with it to the byte."""
     local = LocalFolder(folder)
-    if "cache.json" not in local.names():
+    if "cache.json" not in local.list_files():
         return 0
     num_commits = 0
     for segment in read_segments(local):
-        for part in layout.commit_numbers(local, segment):
+        for part in layout.list_committed_parts(local, segment):
             commit, _ = layout.read_commit(local, segment, part)
             for entry in commit.families.values():
                 layout.check_file(local, entry, content=True)
