@@ -1,4 +1,4 @@
-"""What was lost between teacher and cache: to noise, selection and encoding; summed up in commits and manifest."""
+"""Summarizes the errors between teacher and cache (noise, selection, encoding) for commits and manifests."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KINDS = tuple(ErrorSummaries.model_fields)
 
 
 def summarize_encoding_errors(family: str, errors: Sequence[float]) -> ErrorSummary:
-    """One or more errors of a family's encoding: see `summarize_errors`."""
+    """Summarizes one or more errors of a family's encoding; see `summarize_errors`."""
     return summarize_errors(MEASURES[family], errors)
 
 
 def summarize_errors(measure: str, errors: Sequence[float]) -> ErrorSummary:
-    """One or more errors: the same errors in any order give the same summary."""
+    """Summarizes one or more errors; the result does not depend on their order."""
     return ErrorSummary(
         measure=measure,
         count=len(errors),
@@ -40,14 +40,14 @@ def summarize_errors(measure: str, errors: Sequence[float]) -> ErrorSummary:
 
 
 def merge_all_summaries(commits: Sequence[Commit]) -> dict[str, dict[str, ErrorSummary] | None]:
-    """Every kind of loss of all parts together, by the names of `ErrorSummaries`."""
+    """Merges the summaries of all parts, for each field of `ErrorSummaries`."""
     return {kind: merge_summaries(commits, kind) for kind in KINDS}
 
 
 def merge_summaries(commits: Sequence[Commit], kind: str = "errors_by_family") -> dict[str, ErrorSummary] | None:
-    """The summaries of all parts together; None if a part states none.
+    """Merges the summaries of all parts, by family; None if any part has none.
 
-    The exact p99 is not known: the largest p99 of a part is not below it.
+    The merged p99 is an upper bound: the largest p99 of a part.
     """
     stated = [errors for commit in commits if (errors := getattr(commit, kind)) is not None]
     if len(stated) < len(commits) or not commits:
@@ -68,7 +68,7 @@ def _merge(parts: Sequence[ErrorSummary]) -> ErrorSummary:
 
 
 def summarize_errors_before_encoding(records: PartRecords, identity: Identity) -> dict[str, dict[str, ErrorSummary]]:
-    """What was lost before encoding, by kind and family; a family of no rows, or not measured, is not named."""
+    """Summarizes the errors made before encoding, by kind and family; leaves out what was not measured."""
     rows_of = {"response": list(records.response or ()), "visual": list((records.visual or {}).values())}
     noise = {family: summarize_errors(NOISE, values) for family, values in records.teacher_noise.items() if len(values)}
     selection: dict[str, ErrorSummary] = {}

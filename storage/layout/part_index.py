@@ -1,4 +1,4 @@
-"""The committed parts of a cache, joined over its segments, and the families that all of them have."""
+"""Joins the committed parts of a cache over its segments, and finds the families that all parts have."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from storage.layout.segments import Segment, select_additions, select_tokens_seg
 
 @dataclass(frozen=True)
 class Part:
-    """A committed part with the files of every segment that has some for it."""
+    """A committed part with its files from all segments."""
 
     number: int
     commits: tuple[Commit, ...]  # of the segment that holds its tokens first, then of those that add families
     families: Mapping[str, FileEntry]
-    errors: tuple[ErrorEntry, ...] = ()  # of its samples, those that no later retry has taken up
+    errors: tuple[ErrorEntry, ...] = ()  # of its samples, without those that a later retry holds
 
 
 def join_parts(segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]]) -> list[Part]:
-    """The parts that have tokens, by number. `commits` are by segment and part."""
+    """Returns the parts that have tokens, by number. `commits`: by segment number and part number."""
     parts, left = [], select_remaining_errors(segments, commits)
     for base in select_tokens_segments(segments):
         adding = [commits[segment.number] for segment in select_additions(segments, base)]
@@ -38,14 +38,14 @@ def join_parts(segments: Sequence[Segment], commits: Mapping[int, Mapping[int, C
 
 
 def merge_stated_summaries(commits: Sequence[Commit], kind: str) -> dict[str, ErrorSummary]:
-    """One kind of loss of each family, over all commits that have it; without those that one is silent about."""
+    """Merges one kind of error summary by family; leaves out families of commits that state none."""
     silent = {family for commit in commits if getattr(commit, kind) is None for family in commit.families}
     stated = merge_summaries([commit for commit in commits if getattr(commit, kind) is not None], kind) or {}
     return {family: errors for family, errors in stated.items() if family not in silent}
 
 
 def select_common_families(segments: Sequence[Segment], parts: Sequence[Part]) -> tuple[str, ...]:
-    """The families that every part has, tokens first; of a cache without parts, those it was begun with."""
+    """Returns the families that every part has, tokens first; without parts, those of the first segment."""
     begun = {"tokens", *segments[0].families}
     return tuple(
         family for family in FAMILIES if all(family in part.families for part in parts) and (parts or family in begun)
@@ -53,7 +53,7 @@ def select_common_families(segments: Sequence[Segment], parts: Sequence[Part]) -
 
 
 def read_parts(folder: Folder, segments: Sequence[Segment]) -> tuple[list[Part], set[int]]:
-    """The committed parts, and the numbers of the segments that are sealed. Errors: CorruptPartError."""
+    """Returns the committed parts and the numbers of the sealed segments. Errors: CorruptPartError."""
     commits: dict[int, dict[int, Commit]] = {}
     sealed: set[int] = set()
     for segment in segments:
@@ -66,7 +66,7 @@ def read_parts(folder: Folder, segments: Sequence[Segment]) -> tuple[list[Part],
 
 
 def _read_commits(folder: Folder, segment: Segment, listed: Sequence[str] | None) -> dict[int, Commit]:
-    """A segment's commits by part: those whose hashes its manifest lists, or all that are there."""
+    """Reads a segment's commits by part: those that the manifest lists (by hash), or all if unsealed."""
     numbers = layout.list_committed_parts(folder, segment) if listed is None else segment.parts[: len(listed)]
     try:
         found = layout.read_commits(folder, segment, list(numbers))
@@ -85,7 +85,7 @@ def _read_commits(folder: Folder, segment: Segment, listed: Sequence[str] | None
 def explain_missing_family(
     folder: Folder, segments: Sequence[Segment], parts: Sequence[Part], held: Sequence[str], family: str
 ) -> str:
-    """Which parts lack a family, and what to do."""
+    """Returns a message that says which parts lack a family and what to do."""
     text = f"{folder}: holds {', '.join(held)}, not {family}"
     lacking = [part.number for part in parts if family not in part.families]
     if family not in FAMILIES or not lacking or len(lacking) == len(parts):

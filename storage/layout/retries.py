@@ -1,7 +1,7 @@
-"""Retries: a segment that takes up the samples of another segment that had failed, and the errors that are left.
+"""Retries: segments that dump failed samples of another segment again, and the errors that remain.
 
-A retry's document names the ids of the errors that each of its parts takes up. Once such a part is committed, its
-own records and errors count, and the errors that it took up do not. See FORMAT.md, "Segments".
+A retry's document lists the failed sample ids of each of its parts. Once such a part is committed, its
+records and errors replace the earlier errors of these samples. See FORMAT.md, "Segments".
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from storage.layout.segments import (
     select_additions,
 )
 
-FailedIds = Sequence[Sequence[str]]  # of errors, by part
+FailedIds = Sequence[Sequence[str]]  # sample ids of errors, by part of the retry
 
 
 def select_retries(segments: Sequence[Segment], base: Segment) -> list[Segment]:
-    """The segments that take up failed samples of another one, in the order in which they were begun."""
+    """Returns the segments that retry failed samples of `base`, oldest first."""
     return [segment for segment in segments if segment.retries == base.number]
 
 
 def collect_retried_ids(segments: Sequence[Segment], segment: Segment) -> frozenset[str]:
-    """The ids of a segment's errors that later segments take up."""
+    """Returns the ids of a segment's errors that later segments retry."""
     base = segment.number if segment.retries is None else segment.retries
     later = [one for one in segments[segment.number + 1 :] if one.retries == base]
     return frozenset(sample_id for one in later for ids in one.failed_ids for sample_id in ids)
 
 
 def list_families_of_parts(segments: Sequence[Segment], base: Segment) -> tuple[str, ...]:
-    """The families, besides tokens, that a segment's parts have or are about to get."""
+    """Returns the families, besides tokens, that a segment's parts have or will get."""
     return tuple(family for one in (base, *select_additions(segments, base)) for family in one.families)
 
 
 def read_contents(
     folder: Folder, segments: Sequence[Segment], base: Segment
 ) -> tuple[int, list[tuple[ErrorEntry, ...]]]:
-    """How many samples a segment and its retries hold, and the errors that are left of each part with some."""
+    """Returns the number of samples in a segment and its retries, and the remaining errors of each part."""
     own = [base, *select_retries(segments, base)]
     commits = {one.number: _read_commits_by_part(folder, one) for one in own}
     left = select_remaining_errors(own, commits)
@@ -64,7 +64,7 @@ def _read_commits_by_part(folder: Folder, segment: Segment) -> dict[int, Commit]
 def find_or_begin_retry(
     folder: Folder, identity: Identity, base: int, failed_ids: FailedIds
 ) -> tuple[Segment, list[Segment]]:
-    """A retry of segment `base` that lacks parts, or else a new one, and all segments that are there.
+    """Returns the unfinished retry of segment `base`, or creates one; and all existing segments.
 
     Errors: CacheError for an id that is not (or no longer) an error of `base` or its retries; IdentityError.
     """
@@ -88,11 +88,11 @@ def find_or_begin_retry(
             raise CacheError(f"{folder}: {shown}: expected failed samples of segment {base}; run the dump again")
         new = _new_retry(segments, segments[base], identity, failed_ids)
         folder.make_folders([new.file.rpartition("/")[0]])
-        folder.create(new.file, new.document.to_bytes())  # ours, or that of a writer that was faster
+        folder.create(new.file, new.document.to_bytes())  # False if another writer created it first: find that
 
 
 def _new_retry(segments: Sequence[Segment], base: Segment, identity: Identity, failed_ids: FailedIds) -> NewSegment:
-    """The segment that takes up errors of `base` and of its retries, with the families that their parts have.
+    """Makes the segment that retries errors of `base`, with all families of the parts of `base`.
 
     `identity` is that of a dump over the plan of `base`.
     """
@@ -114,7 +114,7 @@ def _new_retry(segments: Sequence[Segment], base: Segment, identity: Identity, f
 
 
 def make_retry_plan(number: int, failed_ids: FailedIds) -> dict[str, str | int]:
-    """What the identity of a retry says of its plan: that of segment `number`, with these ids in its parts."""
+    """Returns the plan fields of a retry's identity, for segment `number` with these ids in its parts."""
     text = json.dumps([number, [list(ids) for ids in failed_ids]], ensure_ascii=True)
     fingerprint = hashlib.sha256(f"stillhouse retry 1\0{text}".encode()).hexdigest()
     return {"plan_fingerprint": fingerprint, "num_parts": len(failed_ids)}
@@ -123,7 +123,7 @@ def make_retry_plan(number: int, failed_ids: FailedIds) -> dict[str, str | int]:
 def select_remaining_errors(
     segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]]
 ) -> dict[int, dict[int, tuple[ErrorEntry, ...]]]:
-    """The errors that count, by segment and part: those that no committed part of a later retry has taken up."""
+    """Returns the remaining errors by segment and part: those that no committed later retry replaced."""
     last_retry = {sample_id: number for number, ids in _list_retried_ids(segments, commits) for sample_id in ids}
     return {
         number: {
@@ -135,7 +135,7 @@ def select_remaining_errors(
 
 
 def find_retry_problems(segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]]) -> Iterator[str]:
-    """What is wrong with the retries of a cache whose commits are these: nothing may be lost or taken up twice."""
+    """Yields a line for each problem of a cache's retries: lost samples, or samples retried twice."""
     for retry in segments:
         if retry.retries is None:
             continue
@@ -151,7 +151,7 @@ def find_retry_problems(segments: Sequence[Segment], commits: Mapping[int, Mappi
             strange = [sample_id for sample_id in ids if sample_id not in known]
             # A part of the base whose commit is broken is reported by itself, and its errors are not known.
             if strange and all(len(commits[one.number]) == one.num_parts for one in earlier):
-                yield f"{retry.file}: part {part} takes up {strange[0]!r}, which is no error of segment {retry.retries}"
+                yield f"{retry.file}: part {part} retries {strange[0]!r}, which is no error of segment {retry.retries}"
             commit = commits[retry.number].get(part)
             if commit is not None and commit.num_samples + len(commit.errors) < len(ids):
                 yield (
@@ -163,7 +163,7 @@ def find_retry_problems(segments: Sequence[Segment], commits: Mapping[int, Mappi
 def _list_retried_ids(
     segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]]
 ) -> Iterator[tuple[int, Sequence[str]]]:
-    """(segment, ids) of every committed part of the retries, in their order."""
+    """Yields (segment number, sample ids) for every committed part of a retry, in order."""
     for segment in segments:
         for part, ids in zip(segment.parts, segment.failed_ids, strict=False):
             if part in commits[segment.number]:

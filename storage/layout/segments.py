@@ -1,8 +1,8 @@
-"""Segments, the dumps that a cache is made of, and which of them a dump goes on with or begins.
+"""Segments, one per dump into a cache, and the choice of the segment that a dump resumes or creates.
 
-Segment 0 is cache.json. A later one, segments/0001.json and so on, adds families to the parts of a segment that is
-complete, or appends parts, numbered on: of new samples, or of samples that had failed (retries.py). Nothing that an
-earlier dump wrote is changed.
+Segment 0 is described by cache.json. A later segment (segments/0001.json, …) either adds families to the
+parts of a complete segment, or appends parts with the next numbers: of new samples, or of samples that
+failed before (retries.py). A segment never changes what an earlier dump wrote.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ MAX_SEGMENTS = 9999
 
 _SEGMENT_NAME = re.compile(rf"{SEGMENTS_FOLDER}/(\d{{4}})\.json")
 _COMMIT_NAME = re.compile(r"/part-\d{5,8}\.json$")
-# What a teacher's dump says of its teacher; a segment of tokens only says nothing.
+# Fields that describe the teacher; not compared with a segment of tokens only, which has none.
 _OF_THE_TEACHER = ("teacher", "teacher_fingerprint", "dtype")
-# Of each segment by itself. `engine`: months later another version runs, and within a segment there is one.
+# Fields that may differ between segments. `engine`: a later dump may use another version; a segment has one.
 _OF_A_SEGMENT = ("format_version", "engine")
 _OF_A_PLAN = ("plan_fingerprint", "num_parts")
-_OF_TOKENS = ("tokenisation", "chat_template_arguments")  # of `selection.tokens`: one throughout a cache
+_OF_TOKENS = ("tokenisation", "chat_template_arguments")  # of `selection.tokens`; equal in all segments
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One dump's share of a cache: a set of families over a range of parts."""
+    """The part of a cache that one dump writes: a set of families over a range of parts."""
 
     number: int
     families: tuple[str, ...]  # besides tokens
@@ -46,46 +46,49 @@ class Segment:
     adds_to: int | None  # the segment whose parts get these families; None: parts, and tokens, of its own
     first_part: int
     sha256: str  # of its document's bytes
-    retries: int | None = None  # the segment whose failed samples its parts take up
-    failed_ids: tuple[tuple[str, ...], ...] = ()  # of the errors that it takes up, by part
+    retries: int | None = None  # the segment whose failed samples this one dumps again
+    failed_ids: tuple[tuple[str, ...], ...] = ()  # of these samples, by part
     processor_files: tuple[NamedFile, ...] = ()  # that segment 0 names
 
     @property
     def has_tokens(self) -> bool:
+        """True if the segment has parts of its own; False if it adds families to another segment's."""
         return self.adds_to is None
 
     @property
     def stored_families(self) -> tuple[str, ...]:
-        """The families of its files."""
+        """All families that the segment stores, including tokens if it has them."""
         return ("tokens", *self.families) if self.has_tokens else self.families
 
     @property
     def num_parts(self) -> int:
+        """The number of parts of the segment's plan."""
         return self.identity.num_parts
 
     @property
     def parts(self) -> range:
+        """The numbers of its parts within the cache."""
         return range(self.first_part, self.first_part + self.num_parts)
 
     @property
     def file(self) -> str:
-        """Its document, relative to the cache."""
+        """The path of its document, relative to the cache."""
         return segment_file(self.number)
 
     @property
     def commits_folder(self) -> str:
-        """The folder of its commits, relative to the cache."""
+        """The path of the folder of its commits, relative to the cache."""
         return COMMITS_FOLDER if self.number == 0 else f"{COMMITS_FOLDER}/{self.number:04d}"
 
     @property
     def manifest_file(self) -> str:
-        """Its sealed list, relative to the cache."""
+        """The path of its manifest, relative to the cache."""
         return "manifest.json" if self.number == 0 else f"manifest-{self.number:04d}.json"
 
 
 @dataclass(frozen=True)
 class NewSegment:
-    """A segment that is not there yet, and the document that begins it."""
+    """A segment to create, with the document that creates it."""
 
     number: int
     families: tuple[str, ...]
@@ -98,12 +101,12 @@ class NewSegment:
 
 
 def segment_file(number: int) -> str:
-    """The name of a segment's document, relative to the cache."""
+    """Returns the path of a segment's document, relative to the cache."""
     return CACHE_FILE if number == 0 else f"{SEGMENTS_FOLDER}/{number:04d}.json"
 
 
 def read_segments(folder: Folder) -> list[Segment]:
-    """Every segment, by number. Errors: CacheError where there is no cache, CorruptPartError."""
+    """Reads all segments, by number. Errors: NoCacheError if there is no cache, CorruptPartError."""
     segments = [_read_first_segment(folder)]
     matches = [_SEGMENT_NAME.fullmatch(name) for name in folder.list_files(SEGMENTS_FOLDER)]
     for number in sorted(int(match[1]) for match in matches if match):
@@ -115,28 +118,28 @@ def read_segments(folder: Folder) -> list[Segment]:
 
 
 def has_cache(folder: Folder) -> bool:
-    """Whether a cache was begun here."""
+    """True if the folder has a cache.json."""
     return CACHE_FILE in folder.list_files()
 
 
 def is_complete(folder: Folder, segment: Segment) -> bool:
-    """Whether a segment has a manifest and as many commits as parts. Nothing is read of them."""
+    """True if a segment has a manifest and as many commits as parts; reads file names only."""
     return segment.manifest_file in folder.list_files() and is_committed(folder, segment)
 
 
 def is_committed(folder: Folder, segment: Segment) -> bool:
-    """Whether a segment, sealed or not, has as many commits as parts. Nothing is read of them."""
+    """True if a segment, sealed or not, has as many commits as parts; reads file names only."""
     names = folder.list_files(segment.commits_folder)
     return sum(_COMMIT_NAME.search(name) is not None for name in names) >= segment.num_parts
 
 
 def select_additions(segments: Sequence[Segment], base: Segment) -> list[Segment]:
-    """The segments that add families to another's parts."""
+    """Returns the segments that add families to the parts of `base`."""
     return [segment for segment in segments if segment.adds_to == base.number]
 
 
 def merge_identities(segments: Sequence[Segment]) -> Identity:
-    """Segment 0's identity, with the selection of every family of these segments, and with the first teacher."""
+    """Returns segment 0's identity with the selections of all families and the first recorded teacher."""
     first = next((one.identity for one in segments if _has_teacher(one.identity)), segments[0].identity)
     selection = {**segments[0].identity.selection}
     for segment in segments[1:]:
@@ -150,11 +153,12 @@ def merge_identities(segments: Sequence[Segment]) -> Identity:
 def find_segment(
     folder: Folder, identity: Identity, families: Sequence[str], *, append: bool
 ) -> tuple[Segment | NewSegment, list[Segment]]:
-    """The segment that a dump goes on with or has to begin, and all that are there.
+    """Returns the segment that a dump must resume or create, and all existing segments.
 
-    In this order: one of this plan that is not complete; the families that this plan's samples lack; with
-    `append`, new parts for a plan that is not there; else the complete segment of this plan, for which
-    nothing is left to do. Errors: IdentityError naming each field that differs; CacheError.
+    The first of these that applies: an incomplete segment of this plan; a new segment with the families
+    that this plan's samples lack; with `append`, a new segment for a plan that the cache lacks; the
+    complete segment of this plan, which needs no more work. Errors: IdentityError naming each field that
+    differs; CacheError for an unknown family.
     """
     unknown = [family for family in families if family not in FAMILIES]
     if unknown:
@@ -184,10 +188,10 @@ def find_segment(
 def describe_disagreements(
     segments: Sequence[Segment], identity: Identity, families: Sequence[str], *, plan_of: Segment | None
 ) -> list[str]:
-    """One line for each field in which another dump, of `families`, contradicts what the cache has.
+    """Returns one line per field in which a dump of `families` with this identity contradicts the cache.
 
-    The plan is compared with that of `plan_of`, if given. A family's selection is one throughout a cache, and so
-    is the teacher, where both have one.
+    The plan is compared with that of `plan_of`, if given. The selection of a family must be the same in
+    the whole cache, and so must the teacher, if both have one.
     """
     cache = merge_identities(segments)
     same = [*_OF_A_SEGMENT]
@@ -205,9 +209,10 @@ def describe_disagreements(
 
 
 def _select_compared_settings(identity: Identity, family: str) -> dict[str, Any] | None:
-    """What an identity says of a family; of relation matrices in full.
+    """Returns the settings of a family that must agree; for relation matrices with all defaults.
 
-    Of tokens only how a conversation became ids: each segment may have been answered in its own way.
+    For tokens these are only the settings that turn a conversation into ids: the way a teacher answered
+    may differ between segments.
     """
     if family == "tokens":
         return {name: identity.selection.get("tokens", {}).get(name) for name in _OF_TOKENS}
@@ -219,7 +224,7 @@ def _select_compared_settings(identity: Identity, family: str) -> dict[str, Any]
 def _find_unfinished(
     folder: Folder, segments: Sequence[Segment], base: Segment, wanted: Sequence[str], identity: Identity
 ) -> Segment | None:
-    """The first segment of this plan that is not complete and whose families are wanted."""
+    """Returns the first incomplete segment of this plan that has requested families, or None."""
     for segment in (base, *select_additions(segments, base)):
         if not (segment.has_tokens or set(segment.families) & set(wanted)) or is_complete(folder, segment):
             continue
@@ -258,10 +263,10 @@ def _make_first_document(families: tuple[str, ...], identity: Identity) -> Cache
 
 
 def make_refusal(folder: Folder, lines: Sequence[str], hint: str) -> IdentityError:
-    """What a dump is told whose identity differs from the cache's by these lines."""
+    """Makes the error for a dump whose identity differs from the cache's; `lines` are the differences."""
     return IdentityError(
-        f"{folder}: the cache there was made otherwise{hint}; undo the change, or give cache.path another folder, "
-        "which leaves this one as it is:" + "".join(f"\n  {line}" for line in lines)
+        f"{folder}: the cache there was made with other settings{hint}; undo the change, or set cache.path to "
+        "another folder, which leaves this one unchanged:" + "".join(f"\n  {line}" for line in lines)
     )
 
 
@@ -270,7 +275,7 @@ def _read_first_segment(folder: Folder) -> Segment:
     try:
         content = folder.read(CACHE_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NoCacheError(f"{folder}: no cache is here ({CACHE_FILE} is missing); run the dump") from error
+        raise NoCacheError(f"{folder}: there is no cache here ({CACHE_FILE} is missing); run the dump") from error
     description = parse_document(content, CacheDescription, place)
     _check_families(place, description.families)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -307,7 +312,7 @@ def _read_later_segment(folder: Folder, number: int, earlier: Sequence[Segment])
 
 
 def _find_base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segment | None:
-    """The segment that this one adds to; None if it appends. CorruptPartError for a place that is not free."""
+    """Returns the segment that this one adds families to, or None. CorruptPartError for invalid parts."""
     if segment.adds_to is None:
         end = max(one.parts.stop for one in earlier)
         if segment.first_part != end:
@@ -324,7 +329,7 @@ def _find_base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segm
 
 
 def _check_retry(earlier: Sequence[Segment], segment: Segment, place: str) -> None:
-    """CorruptPartError for a retry that contradicts itself, or whose segment is not there."""
+    """Raises CorruptPartError for a retry that contradicts itself or whose base segment is missing."""
     base = next((one for one in earlier if one.number == segment.retries), None)
     ids = [sample_id for of_part in segment.failed_ids for sample_id in of_part]
     if not segment.has_tokens:
@@ -336,7 +341,7 @@ def _check_retry(earlier: Sequence[Segment], segment: Segment, place: str) -> No
 
 
 def _describe_other_image_root(folder: Folder, segments: Sequence[Segment], identity: Identity) -> list[str]:
-    """A line if new samples' images lie in another folder than the cache's: a reader looks in one for all."""
+    """Returns a line if new images lie outside the cache's image root; a reader uses one root for all."""
     known = [segment.identity.image_root for segment in select_tokens_segments(segments)]
     new = identity.image_root
     if new in known or any(is_moved_root(old, new, folder.locate("")) for old in known):
@@ -359,5 +364,5 @@ def _has_teacher(identity: Identity) -> bool:
 
 
 def select_tokens_segments(segments: Collection[Segment]) -> list[Segment]:
-    """The segments that hold parts of their own, in the order of the parts."""
+    """Returns the segments that have parts of their own, in the order of the parts."""
     return [segment for segment in segments if segment.has_tokens]

@@ -61,7 +61,7 @@ class BatchReader:
     def _add_sample(self, batch: _BatchParts, sample_id: str, part: Part, row: int) -> None:
         tokens, index = self._row_groups.read_token_rows(part.families["tokens"], row, self._identity)
         if tokens.sample_ids[index] != sample_id:
-            raise CorruptPartError(f"its tokens row is of sample {tokens.sample_ids[at]!r}")
+            raise CorruptPartError(f"its tokens row is of sample {tokens.sample_ids[index]!r}")
         batch.tokens.append((tokens, index))
         num_rows = tokens.num_response_tokens[index]
         if "response" in self._families:
@@ -84,7 +84,7 @@ class BatchReader:
             "response", part.families["response"], row, row_format, draw_set
         )
         if group.keys[index] != sample_id:
-            raise CorruptPartError(f"its response row is of sample {group.keys[at]!r}")
+            raise CorruptPartError(f"its response row is of sample {group.keys[index]!r}")
         return _select_span(group, index, num_rows, "response tokens")
 
     def _read_visual(self, part: Part, image: ImageRef, draw_set: int) -> SparseRows:

@@ -1,4 +1,4 @@
-"""What a part's records must be before they are written: in agreement with each other and with the identity."""
+"""Checks a part's records before they are written, against each other and against the identity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from storage.records.records import PartRecords, TokensRecord
 
 
 class RecordsDescription(Protocol):
-    """What records are checked against: a segment, or cache.json."""
+    """The families and the identity that records are checked against: of a segment or of cache.json."""
 
     @property
     def families(self) -> tuple[str, ...]: ...
@@ -26,10 +26,10 @@ class RecordsDescription(Protocol):
 
 
 def check_records(records: PartRecords, description: RecordsDescription) -> None:
-    """ValueError, naming the sample, unless a part's records agree with each other and with the identity."""
+    """Raises ValueError, naming the sample, if records contradict each other or the identity."""
     for family in FAMILIES[1:]:
         if (getattr(records, family) is None) == (family in description.families):
-            raise ValueError(f"{family}: records and cache must both have it or both lack it")
+            raise ValueError(f"{family}: the records and the cache must either both have this family or both lack it")
     ids = Counter(record.sample_id for record in records.tokens)
     ids.update(error.sample_id for error in records.errors)
     twice = [sample_id for sample_id, count in ids.items() if count > 1]
@@ -57,7 +57,7 @@ def check_records(records: PartRecords, description: RecordsDescription) -> None
         check_pairs(records.tokens)
     for rows in (records.visual or {}).values():
         if rows.label_logprob is not None:
-            raise ValueError("visual rows have no label")
+            raise ValueError("visual rows have label logprobs, expected none")
 
 
 def _check_tokens(record: TokensRecord, identity: Identity) -> None:
@@ -110,7 +110,7 @@ def _check_hidden(records: PartRecords) -> None:
 
 
 def _check_measurements(records: PartRecords, description: RecordsDescription) -> None:
-    """Tail totals and teacher noise are of families of distributions that the segment has."""
+    """Raises ValueError for tail totals or teacher noise of families that the segment lacks."""
     held = {"response", "visual"} & set(description.families)
     strange = sorted({*records.tail_totals, *records.teacher_noise} - held)
     if strange:
