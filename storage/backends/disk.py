@@ -1,4 +1,4 @@
-"""Room on disks: what is free, what can be written, and the one sentence for a write that failed."""
+"""Free disk space, checks that a path is writable, and messages for failed writes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from storage.errors import ConfigError, StillhouseError, WriteError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ESTALE)
-# How libraries that raise no OSError name a full disk: safetensors and other Rust code; PyTorch's C++ writer, which
-# only notices that less was written than it gave.
+# Texts for a full disk in libraries that raise no OSError: safetensors and other Rust code, and PyTorch's
+# C++ writer, which only notices a short write.
 _FULL_TEXTS = tuple(text for number in FULL for text in (os.strerror(number), f"(os error {number})"))
 _SHORT_WRITES = ("PytorchStreamWriter failed", "inline_container.cc")
 _RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
-_OPEN_FAILED = "open file failed with strerror: "  # PyTorch's writer, of a file that it could not begin
-LITTLE_BYTES = 1 << 20  # less than this free on a disk explains a failure without an error code
+_OPEN_FAILED = "open file failed with strerror: "  # PyTorch's writer, when it cannot create a file
+LITTLE_BYTES = 1 << 20  # with less free space, a full disk is assumed for failures without an error code
 
 
 def format_bytes(size: float) -> str:
-    """A size in the largest unit that leaves at least 1: 1,536 -> "1.5 kB" (decimal units)."""
+    """Formats a size in decimal units, with a number of at least 1: 1,536 -> "1.5 kB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -34,7 +34,7 @@ def format_bytes(size: float) -> str:
 
 
 def find_existing_parent(path: str | Path) -> Path:
-    """The path itself, or the closest folder above it that exists."""
+    """Returns the path itself if it exists, else the closest parent that exists."""
     path = Path(path).absolute()
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent
@@ -42,7 +42,7 @@ def find_existing_parent(path: str | Path) -> Path:
 
 
 def measure_free_bytes(path: str | Path) -> int | None:
-    """What may still be written on the disk where `path` is or would be; None where the file system does not say."""
+    """Returns the free bytes on the disk of `path`, existing or not; None if the file system cannot tell."""
     try:
         found = os.statvfs(find_existing_parent(path))
     except OSError:
@@ -51,9 +51,9 @@ def measure_free_bytes(path: str | Path) -> int | None:
 
 
 def check_writable(path: str | Path, *, field: str) -> None:
-    """ConfigError unless a folder at `path` exists, or can be made, and takes files. Leaves nothing behind.
+    """Raises ConfigError unless `path` is or can become a folder that accepts files. Creates nothing.
 
-    `field`: what names the path, for the message.
+    `field`: the configuration field that holds the path, for the message.
     """
     place = find_existing_parent(path)
     try:
@@ -70,9 +70,9 @@ def check_writable(path: str | Path, *, field: str) -> None:
 
 @contextmanager
 def explain_write_errors(path: str | Path, *, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turns whatever a failed write raises within it into a WriteError that names `path`.
+    """Turns the errors of failed writes in the block into a WriteError that names `path`.
 
-    Errors that are not about writing pass, and so do StillhouseErrors.
+    Other errors and StillhouseErrors pass unchanged.
     """
     try:
         yield
@@ -86,14 +86,14 @@ def explain_write_errors(path: str | Path, *, needed_bytes: int | None = None) -
 
 
 def is_full(error: BaseException) -> bool:
-    """True if an error, or one that caused it, is a full disk, an exceeded quota or a limit on a file's size."""
+    """Returns True if an error or its cause is a full disk, an exceeded quota or a file size limit."""
     return any(_is_full_error(each) for each in _list_causes(error))
 
 
 def describe_full_disk(error: BaseException, places: Iterable[str | Path] = ()) -> str | None:
-    """A sentence for an error that a full disk has caused, wherever it came up; None for all other errors.
+    """Returns a message for an error that a full disk caused; None for all other errors.
 
-    `places`: further paths whose disks may be the full ones.
+    `places`: further paths whose disks may be full.
     """
     if not is_full(error):
         return None
@@ -108,9 +108,9 @@ def describe_full_disk(error: BaseException, places: Iterable[str | Path] = ()) 
 
 
 def report_full_disk(error: Exception, *, prefix: str = "error: ") -> int:
-    """Writes the sentence of `describe_full_disk` to stderr and returns exit code 1; raises every other error again.
+    """Writes the message of `describe_full_disk` to stderr and returns exit code 1; re-raises other errors.
 
-    For the end of a command: a disk may be full wherever a library writes.
+    Call it at the end of a command: any library may be the one that finds the disk full.
     """
     message = describe_full_disk(error)
     if message is None:
@@ -120,7 +120,7 @@ def report_full_disk(error: Exception, *, prefix: str = "error: ") -> int:
 
 
 def suggest_freeing_space(path: str | Path) -> str:
-    """What to add to the message of a failed process whose log is `path`, if its disk is full; else nothing."""
+    """Returns advice for the message of a failed process if the disk of its log `path` is full, else ""."""
     free = measure_free_bytes(path)
     if free is None or free >= LITTLE_BYTES:
         return ""
@@ -139,9 +139,7 @@ def _find_low_disks(places: Iterable[str | Path]) -> Iterator[tuple[str | Path, 
 
 def _format_message(path: str | Path, reason: str, *, is_full: bool, needed_bytes: int | None = None) -> str:
     if not is_full:
-        return (
-            f"{path}: cannot be written: {reason}; mend the folder or its permissions, and run the same command again"
-        )
+        return f"{path}: cannot be written: {reason}; fix the folder or its permissions, and run the same command again"
     free = measure_free_bytes(path)
     facts = [] if free is None else [f"{format_bytes(free)} are free there"]
     facts += [] if needed_bytes is None else [f"{format_bytes(needed_bytes)} are needed"]
@@ -150,7 +148,7 @@ def _format_message(path: str | Path, reason: str, *, is_full: bool, needed_byte
 
 
 def _find_reason(error: Exception) -> str | None:
-    """Why a write failed; None if the error is not about writing."""
+    """Returns why a write failed; None if the error is not about writing."""
     if isinstance(error, OSError) and error.errno in (*FULL, *_REFUSED):
         return error.strerror or str(error)
     if is_full(error):
@@ -163,7 +161,7 @@ def _describe_full_error(full: BaseException) -> str:
     if isinstance(full, OSError) and full.strerror:
         return full.strerror
     if _find_error_number(full) is None and any(text in str(full) for text in _SHORT_WRITES):
-        return "the disk took a part of the file only"
+        return "only a part of the file was written"
     return _read_first_line(full)
 
 
@@ -176,7 +174,7 @@ def _is_full_error(error: BaseException) -> bool:
 
 
 def _find_error_number(error: BaseException) -> int | None:
-    """The system's error number that a library's text names; None if it names none of those known here."""
+    """Returns the error number that a library's message names; None if it names no known one."""
     text = str(error)
     if (found := _RUST_NUMBER.search(text)) is not None:
         return int(found[1])

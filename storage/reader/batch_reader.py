@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from storage.encoding.arrow_rows import decode_hidden_row, decode_relation_row, decode_sequence_row
 from storage.encoding.distributions import RowFormat
-from storage.encoding.read_token_rows import TokenRows
 from storage.encoding.relation_matrix import check_encoding
+from storage.encoding.token_rows import TokenRows
 from storage.errors import CorruptPartError
 from storage.identity import Identity, stored_hidden, stored_relation
 from storage.layout.documents import FileEntry

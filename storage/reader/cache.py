@@ -224,7 +224,7 @@ class Cache:
         about 270 bytes.
         """
         chosen = slice(None) if indices is None else np.asarray(indices, np.int64)
-        blocks = cut_blocks(self._index.parts(), self.num_response_rows, self.num_visual_tokens)
+        blocks = cut_blocks(self._index.assign_parts(), self.num_response_rows, self.num_visual_tokens)
         rows = np.bincount(blocks, self.num_response_rows + self.num_visual_tokens).astype(np.int64)
         return Shuffle(blocks[chosen], rows, window_rows=window_rows)
 

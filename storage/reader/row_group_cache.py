@@ -24,8 +24,8 @@ from storage.backends.folder import Folder
 from storage.encoding.distributions import RowFormat, decode_group, decode_id_groups
 from storage.encoding.id_groups import IdGroups
 from storage.encoding.parquet_schema import check_schema
-from storage.encoding.read_token_rows import TokenRows, decode_tokens
 from storage.encoding.tail_profile import read_tail_total
+from storage.encoding.token_rows import TokenRows, decode_tokens
 from storage.errors import CorruptPartError
 from storage.identity import Identity
 from storage.layout.commits import check_file
@@ -299,6 +299,6 @@ def validate_table(table: pa.Table, num_rows: int) -> pa.Table:
     table.validate(full=True)
     if table.num_rows != num_rows:
         raise ValueError(f"{table.num_rows} rows were read, {num_rows} expected")
-    if any(column.null_count for column in table.read_columns):
+    if any(column.null_count for column in table.columns):
         raise ValueError("a value is null")
     return table.combine_chunks()

@@ -1,7 +1,7 @@
 """Preference pairs: two samples `<id>#chosen` and `<id>#rejected` of one part, with one prompt.
 
-Each is an ordinary sample, so every other family, and a reader of single answers (KTO), needs nothing new;
-a reader of pairs (DPO) joins the two by id.
+Both are ordinary samples, so other families and losses on single answers (KTO) need no special case;
+losses on pairs (DPO) join the two by id.
 """
 
 # pyarrow makes its compute functions when it is imported:
@@ -24,7 +24,7 @@ CHOSEN, REJECTED = "#chosen", "#rejected"
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two samples of a cache, by position."""
+    """A preference pair: the positions of its chosen and rejected sample in a cache."""
 
     pair_id: str
     chosen: int
@@ -32,7 +32,10 @@ class PreferencePair:
 
 
 def find_pair_positions(sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-    """(p, 2) chosen and rejected of each pair, in the order of chosen answers; a lone half is no pair."""
+    """Returns (p, 2) the chosen and rejected positions of each pair, in the order of chosen samples.
+
+    A sample without its other half is left out.
+    """
     chosen, rejected = (
         np.flatnonzero(pc.ends_with(sample_ids, half).to_numpy(zero_copy_only=False)) for half in (CHOSEN, REJECTED)
     )
@@ -57,7 +60,7 @@ def check_pairs(records: Iterable[TokensRecord]) -> None:
 
 
 def check_sequence(sequence: SequenceLogprob, record: TokensRecord) -> None:
-    """ValueError unless a sequence logprob may be that of a sample's response."""
+    """Raises ValueError unless a sequence logprob is valid for a sample's response."""
     place, count = f"sample {record.sample_id}", record.num_response_tokens
     if sequence.num_tokens != count:
         raise ValueError(f"{place}: a sequence logprob over {sequence.num_tokens} tokens for {count} response tokens")
@@ -67,13 +70,13 @@ def check_sequence(sequence: SequenceLogprob, record: TokensRecord) -> None:
 
 
 def get_other_half_id(sample_id: str) -> str:
-    """The id of the other half of the pair that a sample's id ends as one of."""
+    """Returns the id of the other sample of a pair."""
     if sample_id.endswith(CHOSEN):
         return sample_id.removesuffix(CHOSEN) + REJECTED
     return sample_id.removesuffix(REJECTED) + CHOSEN
 
 
 def _select_prompt(record: TokensRecord) -> np.ndarray:
-    """The token ids before the first response token."""
+    """Returns the token ids before the first response token."""
     first = int(np.argmax(record.response_mask)) if record.response_mask.any() else len(record.token_ids)
     return record.token_ids[:first]

@@ -12,7 +12,7 @@ import yaml
 from docs.make_fields import PAGE, collect_sections, describe_type, main, make_page, read_comments, render_section
 from stillhouse.config import SCHEMAS, AblationsSection
 from storage.config import Section, SelectionSection
-from storage.config_loader import TOP_LEVEL_KEYS, NamedSections, _kinds_at, read_sections
+from storage.config_loader import TOP_LEVEL_KEYS, NamedSections, _find_types, read_sections
 from student_train.config import StageSection
 from student_train.losses.config import RelationLossSection
 from teacher_dump.config import DataSection, SourceSection, TeacherSection
@@ -57,7 +57,7 @@ def test_types_say_bounds_and_choices() -> None:
 
 
 def holds(schema: Any, names: list[str]) -> bool:
-    return not names or bool(_kinds_at(schema, names))
+    return not names or bool(_find_types(schema, names))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -162,10 +162,10 @@ def test_memory_for_row_groups_is_bounded(folder):
     for index in order:
         assert response_of(bounded, int(index)).equals(response_of(plain, int(index)))
     assert plain.read(0).tokens.token_ids.flags.writeable  # a copy, which holds no row group
-    assert len(bounded._files._held) == 1
-    kinds = Counter(what if isinstance(what, str) else "group" for _, what in plain._files._held)
+    assert len(bounded._row_groups._entries) == 1
+    kinds = Counter(what if isinstance(what, str) else "group" for _, what in plain._row_groups._entries)
     assert kinds == {"group": 3 * 4, "id groups": 3 * 2, "image_key": 3 * 2}  # by files that have such a thing
-    assert plain._files.held_bytes == sum(num_bytes for _, num_bytes in plain._files._held.values())
+    assert plain._row_groups.held_bytes == sum(num_bytes for _, num_bytes in plain._row_groups._entries.values())
 
 
 def test_a_removed_commit_of_a_sealed_cache_is_named(tmp_path):

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from storage.encoding.read_token_rows import decode_tokens
 
 from storage.encoding.arrow_rows import decode_tokens_row
+from storage.encoding.token_rows import decode_tokens
 from storage.errors import CorruptPartError
 from storage.reader.cache import Cache
 from storage.reader.prefetch import prefetch_batches, shuffled_batches
@@ -84,7 +84,7 @@ def test_a_row_group_of_tokens_is_what_its_rows_are_one_by_one(folder: Path) -> 
     cache = Cache.open(folder)
     part = cache._parts[1]
     for first in (0, 64):
-        table, _ = cache._files.read_row("tokens", part.families["tokens"], first)
+        table, _ = cache._row_groups.read_row("tokens", part.families["tokens"], first)
         rows = decode_tokens(table, cache.identity)
         for at in range(table.num_rows):
             ours, theirs = rows.record(at), decode_tokens_row(table, at, cache.identity)
@@ -110,7 +110,7 @@ def test_a_row_group_of_tokens_is_what_its_rows_are_one_by_one(folder: Path) -> 
 )
 def test_wrong_tokens_are_found_in_a_row_group_too(folder: Path, column: str, wrong: Callable) -> None:
     cache = Cache.open(folder)
-    table, _ = cache._files.read_row("tokens", cache._parts[0].families["tokens"], 0)
+    table, _ = cache._row_groups.read_row("tokens", cache._parts[0].families["tokens"], 0)
     values, field = table[column].to_pylist(), table.schema.field(column)
     at = next(row for row, value in enumerate(values) if value not in (0, []))
     values[at] = wrong(values[at])
