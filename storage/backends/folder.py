@@ -201,7 +201,9 @@ def create_exclusively(path: Path, content: bytes) -> bool:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        raise CacheError(f"{path}: this file system has no hard links, which commits need") from error
+        raise CacheError(
+            f"{path}: this file system has no hard links, which commits need; set cache.path to another file system"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

@@ -1,7 +1,8 @@
-"""A cache's folder in an object store, through fsspec: no rename, no lock, no listing that a commit relies on.
+"""A cache's folder in an object store, through fsspec; needs no rename, no lock and no consistent listing.
 
-A PUT of a whole object is atomic there, and `cache.json`, segments and commits are created by a conditional PUT
-(If-None-Match: *), which of many writers lets one win. Credentials and endpoint come from the environment.
+The PUT of a whole object is atomic. `cache.json`, segments and commits are created by a conditional PUT
+(If-None-Match: *), so that exactly one of several writers wins. Credentials and endpoint come from the
+environment.
 """
 
 from __future__ import annotations
@@ -25,21 +26,19 @@ from fsspec.core import strip_protocol
 from storage.errors import CacheError
 from storage.processes.waiting import Waiting
 
-# Stores whose whole-object writes are atomic and may be conditional; `memory` is fsspec's own, for tests.
+# Stores with atomic and conditional writes of whole objects; `memory` is fsspec's own, for tests.
 _ATOMIC_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
-_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # between attempts: a minute, which outlasts a throttled prefix
-_MAX_RETRIES_WITHOUT_CONTACT = (
-    2  # attempts more at a store that nobody is at, and that never answered: it is the wrong address
-)
+_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # between attempts: a minute, longer than throttling lasts
+_MAX_RETRIES_WITHOUT_CONTACT = 2  # of an unreachable store that never answered: probably a wrong address
 _TRANSIENT_STATUS = (408, 409, 425, 429)  # 409: S3 asks to repeat a conditional PUT that met another one
 _TRANSIENT_ERRORS = ("HTTPClientError", "ResponseParserError", "ClientConnectionError", "ClientPayloadError")
 _CONNECT_S = 10.0  # to open a connection
 _ATTEMPT_S = 30.0  # for one attempt of a request, besides its bytes
 _LISTING_S = 600.0  # for one attempt of a listing, which may have a thousand pages
-_TOTAL_S = 180.0  # for all attempts of a request together, besides its bytes: a throttled prefix calms down in a minute
+_TOTAL_S = 180.0  # for all attempts of a request, besides its bytes; throttling ends within a minute
 _TOTAL_WITHOUT_CONTACT_S = 75.0  # the same for a store that never answered this process
 _NOTICE_S = 30.0
-_MIN_BYTES_PER_S = 256 << 10  # of a connection that is still of use
+_MIN_BYTES_PER_S = 256 << 10  # of the slowest connection that is accepted
 _HASH_BLOCK_BYTES = 16 << 20
 _DRIVERS = {"s3": "stillhouse[s3]", "s3a": "stillhouse[s3]", "gs": "gcsfs", "gcs": "gcsfs"}
 
@@ -48,7 +47,7 @@ T = TypeVar("T")
 
 
 def open_object_folder(url: str) -> ObjectFolder:
-    """The folder at a URL. Nothing is asked of the store. CacheError: fsspec has no driver for it."""
+    """Returns the folder at a URL without accessing the store. CacheError if fsspec has no driver."""
     folder = ObjectFolder(url.rstrip("/"))
     protocol = url.partition("://")[0]
     try:
@@ -61,13 +60,13 @@ def open_object_folder(url: str) -> ObjectFolder:
 
 @dataclass(frozen=True)
 class ObjectFolder:
-    """All objects below a URL's prefix. It holds no connection, so may be forked or pickled."""
+    """The objects below a URL's prefix. It holds no connection, so it can be forked or pickled."""
 
     url: str  # s3://bucket/prefix, without a final slash
     pauses_s: tuple[float, ...] = _PAUSES_S  # before each further attempt when the store is busy or fails
     attempt_s: float = _ATTEMPT_S  # and some more for large objects and for listings
     total_s: float = _TOTAL_S  # of all attempts of a request; no attempt begins later
-    notice_s: float = _NOTICE_S  # until a long wait is told of
+    notice_s: float = _NOTICE_S  # until a long wait is logged
 
     def __str__(self) -> str:
         return self.url
@@ -80,7 +79,7 @@ class ObjectFolder:
         return f"{self.url}/{name}"
 
     def make_folders(self, subs: Iterable[str]) -> None:
-        """Nothing to make. CacheError for a store that may show half an object."""
+        """Checks that the store writes objects atomically (else CacheError); creates nothing."""
         protocol = self.url.partition("://")[0]
         if protocol not in _ATOMIC_STORES:
             known = ", ".join(f"{name}://" for name in _ATOMIC_STORES[:-1])
@@ -90,12 +89,12 @@ class ObjectFolder:
         return self._request(name, lambda store, path: store.cat_file(path), is_long=True)
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes start : stop of an object. Errors as `read`."""
+        """Returns bytes start : stop of an object. Errors as `read`."""
         content = self._request(
             name, lambda store, path: store.cat_file(path, start=start, end=stop), num_bytes=stop - start
         )
         if len(content) != stop - start:
-            raise OSError(f"{self.locate(name)}: bytes {start}:{stop} were asked for, {len(content)} came")
+            raise OSError(f"{self.locate(name)}: got {len(content)} bytes for the range {start}:{stop}")
         return content
 
     def size(self, name: str) -> int:
@@ -114,8 +113,8 @@ class ObjectFolder:
         self._write_object(name, content, "overwrite")
 
     def create(self, name: str, content: bytes) -> bool:
-        # An attempt whose answer was lost may have won: the next one then finds the object and says False, and
-        # the caller reads what is there, which is its own.
+        # If the response of a successful attempt is lost, the next attempt finds the object and returns False;
+        # the caller then reads the existing object, which is its own.
         try:
             self._write_object(name, content, "create")
         except FileExistsError:
@@ -139,13 +138,13 @@ class ObjectFolder:
         try:
             self._request(name, lambda store, path: store.pipe_file(path, content, mode=mode), num_bytes=len(content))
         except FileNotFoundError as error:
-            raise CacheError(f"{self.locate(name)}: cannot be written: {error}; make the bucket first") from error
+            raise CacheError(f"{self.locate(name)}: cannot be written: {error}; create the bucket first") from error
 
     def _request(self, name: str, request: Callable[[Any, str], T], *, num_bytes: int = 0, is_long: bool = False) -> T:
-        """The store's answer. Busy or failing stores are asked again, with growing pauses, until the time is over.
+        """Sends a request and returns the response; retries with growing pauses while the store is busy or fails.
 
-        `num_bytes` go either way; `is_long`: nobody knows how many do. Errors: FileNotFoundError, FileExistsError,
-        CacheError for all else.
+        `num_bytes`: the size of the transfer; `is_long`: the size is unknown. Errors: FileNotFoundError,
+        FileExistsError, CacheError for all other failures.
         """
         place, attempts, begun = self.locate(name), 0, time.monotonic()
         contact = _get_contact(self.url, os.getpid())
@@ -160,7 +159,7 @@ class ObjectFolder:
                     return answer
                 except (FileNotFoundError, FileExistsError, TypeError, AttributeError):
                     raise
-                except Exception as error:  # each driver has its own kinds
+                except Exception as error:  # each driver raises its own types
                     if _find_http_status(error) == 412:  # the object of a conditional PUT exists
                         raise FileExistsError(place) from error
                     attempts += 1
@@ -175,12 +174,12 @@ class ObjectFolder:
                     is_over = attempts > min(patience, len(self.pauses_s)) or waited_s >= total_s + transfer_s
                     if not _is_transient(error) or is_over:
                         raise CacheError(_describe_failure(place, error, attempts, waited_s)) from error
-                    _log.warning("%s: the store fails, asked again: %s", place, _describe_error(error))
+                    _log.warning("%s: the request failed and is retried: %s", place, _describe_error(error))
                 time.sleep(self.pauses_s[attempts - 1] * random.uniform(0.7, 1.3))
 
 
 class _StoreWithTimeout:
-    """A driver whose requests end with TimeoutError after a time, where it can be told so."""
+    """Wraps a driver so that its requests raise TimeoutError after `limit_s`, if it supports timeouts."""
 
     def __init__(self, store: Any, limit_s: float) -> None:
         self._store = store
@@ -193,7 +192,7 @@ class _StoreWithTimeout:
 
 
 class _RangeReader(io.RawIOBase):
-    """What Arrow reads of an object: one range request a read."""
+    """A file object that Arrow reads an object through, with one range request per read."""
 
     def __init__(self, folder: ObjectFolder, name: str, num_bytes: int) -> None:
         self._folder = folder
@@ -224,7 +223,7 @@ class _RangeReader(io.RawIOBase):
 
 @dataclass
 class _StoreContact:
-    """Whether a store ever answered this process."""
+    """Records whether a store ever answered this process."""
 
     has_answered: bool = False
 
@@ -236,8 +235,8 @@ def _get_contact(url: str, process: int) -> _StoreContact:
 
 @lru_cache(maxsize=16)
 def shared_store(url: str, process: int) -> Any:
-    """fsspec's driver for a URL, one for all threads of a process: each would open connections of its own."""
-    # Never a remembered listing: other writers commit meanwhile. On S3 the attempts are counted here alone.
+    """Returns fsspec's driver for a URL, shared by all threads of a process to share its connections."""
+    # No cached listings, since other writers commit at the same time. On S3 only this module retries.
     options: dict[str, Any] = {"use_listings_cache": False}
     if url.startswith(("s3://", "s3a://")):
         options["config_kwargs"] = {
@@ -249,7 +248,7 @@ def shared_store(url: str, process: int) -> Any:
 
 
 def _list_objects(store: Any, path: str, *, deep: bool) -> list[str]:
-    """Names of the objects below a path, relative to it."""
+    """Returns the names of the objects below a path, relative to it."""
     found = (
         store.find(path) if deep else [item["name"] for item in store.ls(path, detail=True) if item["type"] == "file"]
     )
@@ -265,7 +264,7 @@ def _list_causes(error: BaseException | None) -> list[BaseException]:
 
 
 def _find_http_status(error: BaseException) -> int | None:
-    """The HTTP status that a driver's error stands for; None where there is none."""
+    """Returns the HTTP status of a driver's error, or None."""
     for link in _list_causes(error):
         response = getattr(link, "response", None)  # botocore
         if isinstance(response, dict) and "ResponseMetadata" in response:
@@ -279,12 +278,12 @@ def _find_http_status(error: BaseException) -> int | None:
 def _describe_failure(place: str, error: BaseException, attempts: int, waited_s: float) -> str:
     if _is_transient(error):
         return (
-            f"{place}: the store fails, {attempts} attempts long: {_describe_error(error)} ({waited_s:.0f} s in all); "
-            "run the same command again when it answers: what is committed stays"
+            f"{place}: the store failed in {attempts} attempts: {_describe_error(error)} ({waited_s:.0f} s in all); "
+            "run the same command again when it answers: committed parts are kept"
         )
     return (
-        f"{place}: the store refuses: {_describe_error(error)}; check the credentials and the endpoint "
-        "in the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …) and what they may do"
+        f"{place}: the store refuses: {_describe_error(error)}; check the credentials, their permissions and the "
+        "endpoint in the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …)"
     )
 
 
@@ -297,7 +296,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether nobody was at the address: no such host, or nothing that takes connections."""
+    """Returns True if no server was reached: an unknown host or a refused connection."""
     kinds = {kind.__name__ for link in _list_causes(error) for kind in type(link).__mro__}
     return bool(kinds & {"EndpointConnectionError", "ConnectionRefusedError", "ClientConnectorError", "gaierror"})
 

@@ -275,7 +275,7 @@ def _read_first_segment(folder: Folder) -> Segment:
     try:
         content = folder.read(CACHE_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NoCacheError(f"{folder}: there is no cache here ({CACHE_FILE} is missing); run the dump") from error
+        raise NoCacheError(f"{folder}: no cache is here ({CACHE_FILE} is missing); run the dump") from error
     description = parse_document(content, CacheDescription, place)
     _check_families(place, description.families)
     sha256 = hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""Commands that our processes start: each under a supervisor that leaves none of its processes behind."""
+"""Runs commands, each under a supervisor that ends all processes that the command started."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def run_child(
     output: IO[bytes] | None = None,
     grace_s: float = GRACE_S,
 ) -> int:
-    """Runs a command to its end; returns its exit code, negative if a signal ended it, 127 if it cannot be started.
+    """Runs a command and returns its exit code: negative if a signal ended it, 127 if it cannot be started.
 
-    When this process is interrupted (any exception here) the command gets SIGTERM, and SIGKILL with all of its
-    descendants `grace_s` later; math.inf is for a command that saves something and ends by itself. The exception
-    goes on once all of them have ended. A second interruption kills them at once.
-    When this process is killed, they end within 10 s. `output`: a file for stdout and stderr.
+    If an exception interrupts the wait, the command gets SIGTERM, and `grace_s` seconds later SIGKILL with
+    all its descendants (math.inf: never, for a command that saves its state and ends by itself). The
+    exception is raised again once all have ended; a second interruption kills them at once. If this
+    process is killed, they end within 10 s. `output`: a file for stdout and stderr.
     """
-    if sys.platform != "linux":  # nothing there inherits orphans
+    if sys.platform != "linux":  # other systems have no subreapers
         return subprocess.run(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, check=False).returncode
     watching = [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), str(grace_s), str(LAST_S)]
     process = subprocess.Popen(
@@ -54,7 +54,7 @@ def run_child(
     except BaseException:
         process.send_signal(signal.SIGTERM)
         if grace_s == math.inf:
-            _log.warning("waiting until what was started has saved its state; a second signal ends it at once")
+            _log.warning("waiting until the started command has saved its state; a second signal ends it at once")
         try:
             _wait(process)
         except BaseException:
@@ -65,7 +65,7 @@ def run_child(
 
 @contextmanager
 def end_descendants_on_exit() -> Iterator[None]:
-    """Within it all processes below this one end within 10 s when this one is killed, whoever has started them."""
+    """If this process is killed while the block runs, ends all its descendants within 10 s."""
     if sys.platform != "linux":
         yield
         return
@@ -84,7 +84,7 @@ def end_descendants_on_exit() -> Iterator[None]:
 
 
 def end_descendants(*, grace_s: float = 3.0) -> None:
-    """Ends every process below this one: SIGTERM, and SIGKILL after some seconds. For a process that ends itself."""
+    """Ends all descendants of this process: SIGTERM, and SIGKILL after `grace_s`. Call before exiting."""
     if sys.platform != "linux":
         return
     left = supervisor.list_descendants(os.getpid())
@@ -102,7 +102,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _kill_now(process: subprocess.Popen[bytes]) -> None:
-    """Have the supervisor kill what it watches, now."""
+    """Kills the supervised command and its descendants at once."""
     below = supervisor.list_descendants(process.pid)
     supervisor.send_signal(below, signal.SIGKILL)
     try:

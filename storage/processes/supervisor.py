@@ -1,20 +1,20 @@
-"""Runs a command and ends everything that the command started: `supervisor.py PARENT GRACE_S LAST_S ARGV…`.
+"""Runs a command and ends all processes that the command started: `supervisor.py PARENT GRACE_S LAST_S ARGV…`.
 
-It stands between one of our processes (PARENT, a process id) and a command, in a session of its own, so that Ctrl-C
-in a terminal reaches PARENT alone. As the command's *subreaper* (prctl(2)) it inherits whatever the command leaves
-behind, grandchildren that changed their session too. It needs nothing but the standard library and Linux, and is
-started with `python -I -S`, which takes 20 ms.
+It runs between one of our processes (PARENT, a process id) and a command, in a session of its own, so that
+Ctrl-C in a terminal reaches PARENT only. As the command's *subreaper* (prctl(2)) it becomes the parent of
+all orphaned descendants of the command, even those in other sessions. It needs only the standard library
+and Linux, and is started with `python -I -S`, which takes 20 ms.
 
     SIGTERM or SIGINT     the command gets SIGTERM, and SIGKILL with all its descendants GRACE_S later ("inf": never)
     a second one          SIGKILL at once
     PARENT is gone        SIGTERM, and SIGKILL LAST_S later
-    the command ended     what it left behind gets SIGTERM, and SIGKILL LEFTOVERS_S later
+    the command ended     its remaining descendants get SIGTERM, and SIGKILL LEFTOVERS_S later
 
 It ends as the command ended: with its exit code, or by the same signal.
 
-`supervisor.py --watch PARENT LAST_S` runs nothing: when PARENT is gone it kills, LAST_S later, what is left of the
-processes that were below PARENT. That is for a Ray that PARENT has started: two agents of a raylet that was killed
-wait more than a minute for a server that is gone as well.
+`supervisor.py --watch PARENT LAST_S` runs no command: LAST_S after PARENT is gone, it kills the remaining
+descendants of PARENT. It is for a Ray cluster that PARENT started: two agents of a killed raylet wait more
+than a minute for a server that is gone as well.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ _STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of every descendant whose own parent ends. Does nothing but on Linux."""
+    """Makes this process the parent of descendants whose own parent ends; does nothing outside Linux."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send a signal to this process when the thread that started it ends. Linux alone can."""
+    """Makes the kernel send a signal to this process when the thread that started it ends; Linux only."""
     _prctl(_PR_SET_PDEATHSIG, number)
 
 
 def list_descendants(ancestor: int) -> list[int]:
-    """Living processes below a process, parents before their children."""
+    """Returns the ids of the living descendants of a process, parents before children."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208
         if name.isdigit() and (parent := _read_parent_of_living(name)):
             children.setdefault(parent, []).append(int(name))
     below = list(children.get(ancestor, ()))
-    for pid in below:  # it grows meanwhile
+    for pid in below:  # the list grows during the loop
         below += children.get(pid, ())
     return below
 
 
 def kill_descendants(ancestor: int, *, patience_s: float = _UNKILLABLE_S) -> None:
-    """SIGKILL to every process below a process, until there is none; those that cannot be killed are left."""
+    """Kills all descendants of a process; gives up on unkillable ones after `patience_s`."""
     deadline = time.monotonic() + patience_s
     while (left := list_descendants(ancestor)) and time.monotonic() < deadline:
         send_signal(left, signal.SIGKILL)
@@ -69,7 +69,7 @@ def kill_descendants(ancestor: int, *, patience_s: float = _UNKILLABLE_S) -> Non
 
 
 def wait_for_descendants(ancestor: int, patience_s: float) -> None:
-    """Returns when no process is left below a process, or when patience is at its end."""
+    """Waits until a process has no descendants, at most `patience_s`."""
     deadline = time.monotonic() + patience_s
     while list_descendants(ancestor) and time.monotonic() < deadline:
         _reap()
@@ -77,7 +77,7 @@ def wait_for_descendants(ancestor: int, patience_s: float) -> None:
 
 
 def send_signal(pids: Sequence[int], number: signal.Signals) -> None:
-    """Send a signal to processes of which some may be gone."""
+    """Sends a signal to processes; ignores those that are gone."""
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -86,7 +86,7 @@ def send_signal(pids: Sequence[int], number: signal.Signals) -> None:
 
 
 def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) -> int:
-    """Runs a command as this module says; returns its wait status."""
+    """Runs a command as the module's docstring describes; returns its wait status."""
     adopt_orphans()
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS | {signal.SIGCHLD})  # the loop takes them one by one
     command = _start(argv)
@@ -119,7 +119,7 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
 
 
 def watch(parent: int, *, last_s: float, list_below: Callable[[int], list[int]] = list_descendants) -> None:
-    """Waits until `parent`, the process that started this one, is gone; then ends what was below it.
+    """Waits until `parent`, which started this process, is gone; then ends the parent's descendants.
 
     What these processes start in their last seconds is ended as well. What was below the parent once counts as long
     as it lives: a process of many threads that is killed stays there for a while after its children got the kernel's
@@ -178,7 +178,7 @@ def _start(argv: list[str]) -> int:
 
 
 def _reap() -> dict[int, int]:
-    """Wait statuses of children that have ended, adopted ones too, by process id."""
+    """Returns the wait statuses, by process id, of ended children, including adopted ones."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -191,7 +191,7 @@ def _reap() -> dict[int, int]:
 
 
 def _read_parent_of_living(pid: str) -> int:
-    """The parent of a process; 0 if the process has ended."""
+    """Returns the parent of a process; 0 if the process has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
             state, parent = file.read().rpartition(b")")[2].split()[:2]
@@ -206,7 +206,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _end_with_status(status: int) -> None:
-    """End this process as another one has ended."""
+    """Ends this process with the same exit code or signal as `status`."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

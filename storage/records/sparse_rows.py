@@ -182,7 +182,7 @@ class SparseRows:
         """Raises ValueError, naming the first faulty row, unless a cache may store these rows."""
         for number, other in enumerate(self.other_sets, start=1):
             if other.other_sets or not self._has_same_head(other):
-                raise ValueError(f"draw set {number} does not have the exact entries of set 0")
+                raise ValueError(f"set {number} of draws is of other rows than set 0")
             other.validate(vocab_size)
         self._check_shapes()
         self._check_scalars()

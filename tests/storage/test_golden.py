@@ -59,7 +59,7 @@ def test_it_is_verified_and_opened_as_it_was_written(golden):
     assert set(statistics["errors_by_family"]) == {"response", "visual", "relation", "hidden"}
     assert statistics["teacher_noise"] == statistics["selection_errors"] == {}
     assert statistics["dropped_mass"]
-    with pytest.raises(CacheError, match="keeps no tail profile"):
+    with pytest.raises(CacheError, match="stores no tail profile"):
         cache.tail_profile("response")
 
 

@@ -45,7 +45,7 @@ def test_a_full_disk_keeps_the_old_file_and_says_what_is_needed(tmp_path: Path) 
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "quota exceeded"),
-        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system; mend the folder"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system; fix the folder"),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "os error 28"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "a part of the file only"),
     ],
@@ -112,7 +112,7 @@ def test_a_place_that_cannot_be_written_is_no_full_disk_whichever_library_says_s
         lambda place: safetensors.save_file({"one": np.ones(3)}, place),
         lambda place: torch.save({"one": 1}, place),
     ):
-        expected = "place: cannot be written: Is a directory; mend the folder"
+        expected = "place: cannot be written: Is a directory; fix the folder"
         with pytest.raises(WriteError, match=expected) as caught, explain_write_errors("place"):
             write(tmp_path / "taken")
         assert describe_full_disk(caught.value) is None

@@ -113,7 +113,7 @@ def test_a_writer_whose_temporary_file_is_swept_away_writes_it_again(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match=r"file: cannot be written: .*cache\.path.*what is committed stays"):
+    with pytest.raises(CacheError, match=r"file: cannot be written: .*cache\.path.*committed parts are kept"):
         files.LocalFolder(tmp_path / "file").make_folders(["tokens"])
     with pytest.raises(CacheError, match=r"gone/part: cannot be written: No such file"):
         files.LocalFolder(tmp_path / "gone").write("part", b"")

@@ -220,18 +220,18 @@ def test_a_store_that_stays_broken_is_one_clear_message(url, trouble):
     folder = ObjectFolder(url, pauses_s=(0.01, 0.01))
     trouble.busy_fraction = 1.0
     for step in (lambda: folder.write("x", b"1"), lambda: folder.read("x"), lambda: folder.create("y", b"2")):
-        with pytest.raises(CacheError, match=rf"{url}/[xy]: the store fails, 3 attempts long: .*(reduce|Unavail)"):
+        with pytest.raises(CacheError, match=rf"{url}/[xy]: the store failed in 3 attempts: .*(reduce|Unavail)"):
             step()
     trouble.calm()
     trouble.lost_fraction = 1.0
-    with pytest.raises(CacheError, match=r"internal error.*what is committed stays"):
+    with pytest.raises(CacheError, match=r"internal error.*committed parts are kept"):
         folder.write("x", b"1")
 
 
 def test_a_missing_bucket_and_refused_credentials_are_named(url, tmp_path):
     with pytest.raises(CacheError, match="s3://no-such-bucket/x: no cache is here"):
         Cache.open("s3://no-such-bucket/x")
-    with pytest.raises(CacheError, match=r"s3://no-such-bucket/x/cache.json: cannot be written: .*make the bucket"):
+    with pytest.raises(CacheError, match=r"s3://no-such-bucket/x/cache.json: cannot be written: .*create the bucket"):
         CacheWriter.open("s3://no-such-bucket/x", make_identity(), ())
     code = f"from storage.verify.scan_cache import verify; print(verify('{url}').problems[0])"
     nobody = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
@@ -259,7 +259,7 @@ def test_an_address_where_nobody_is_is_not_asked_for_a_minute():
         text=True,
         check=True,
     )
-    assert "the store fails, 3 attempts long: Could not connect" in done.stdout
+    assert "the store failed in 3 attempts: Could not connect" in done.stdout
 
 
 def test_a_store_that_never_answers_is_given_up_after_a_time(trouble):
@@ -275,7 +275,7 @@ def test_a_store_that_never_answers_is_given_up_after_a_time(trouble):
         for number, step in enumerate(steps.values()):
             url, started = f"s3://{BUCKET}/silent-{number}", time.monotonic()
             with pytest.raises(
-                CacheError, match=r"the store fails, \d attempts long: no answer in time .*when it answers"
+                CacheError, match=r"the store failed in \d attempts: no answer in time .*when it answers"
             ):
                 step(ObjectFolder(url, pauses_s=(0.01,) * 9, attempt_s=0.2, total_s=0.5))
             assert 0.5 <= time.monotonic() - started < 60
@@ -289,7 +289,7 @@ def test_a_read_of_unknown_length_ends_too(trouble, monkeypatch):
         assert 0 < limits["read_timeout"] <= 60
         assert 0 < limits["connect_timeout"] <= 60
         limits["read_timeout"] = 0.2
-        with pytest.raises(CacheError, match=r"the store fails, 2 attempts long: Read timeout"):
+        with pytest.raises(CacheError, match=r"the store failed in 2 attempts: Read timeout"):
             ObjectFolder(f"s3://{BUCKET}/silent", pauses_s=(0.01,)).read("x")
 
 
@@ -297,7 +297,7 @@ def test_whoever_waits_for_a_store_says_so(trouble):
     notices = []
     with silent_s3(), send_notices_to(notices.append):
         folder = ObjectFolder(f"s3://{BUCKET}/quiet", pauses_s=(), attempt_s=3.0, total_s=3.0, notice_s=0.1)
-        with pytest.raises(CacheError, match="the store fails"):
+        with pytest.raises(CacheError, match="the store failed"):
             folder.size("x")
     assert notices
     assert notices[0].startswith(f"still waiting for an answer of s3://{BUCKET}/quiet/x, attempt 1 (")

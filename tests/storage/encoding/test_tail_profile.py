@@ -121,9 +121,9 @@ def test_a_cache_gives_the_profile_of_the_parts_that_keep_one(tmp_path):
     profile = cache.tail_profile("response")
     assert profile[[3, 5]].tolist() == pytest.approx([2.5 / 4, 1.5 / 4], rel=0.05)
     assert profile.sum() == pytest.approx(1)
-    with pytest.raises(CacheError, match="keeps no tail profile of visual"):
+    with pytest.raises(CacheError, match="stores no tail profile of visual"):
         cache.tail_profile("visual")
-    with pytest.raises(CacheError, match="keeps no tail profile of hidden"):
+    with pytest.raises(CacheError, match="stores no tail profile of hidden"):
         cache.tail_profile("hidden")
 
 
@@ -137,7 +137,7 @@ def test_a_cache_that_grows_gives_what_is_there(tmp_path):
 
 def test_caches_without_tails_say_so(tmp_path):
     write_cache(tmp_path)
-    with pytest.raises(CacheError, match="keeps no tail profile of response; dump that family anew"):
+    with pytest.raises(CacheError, match="stores no tail profile of response; dump that family again"):
         Cache.open(tmp_path).tail_profile("response")
 
 

@@ -142,7 +142,7 @@ def test_samples_are_appended_beside_a_retry_and_failed_ones_are_not_appended(tm
     write_cache(tmp_path)
     retry(tmp_path, [["broken-0"]], mended(["broken-0"])).seal()
     for name in ("broken-0", "broken-1", "sample-0-0"):
-        with pytest.raises(CacheError, match=f"'{name}' is in part .*--retry-errors takes up"):
+        with pytest.raises(CacheError, match=f"'{name}' is in part .*--retry-errors dumps failed"):
             CacheWriter.open(tmp_path, make_identity(**NEW_PLAN), FAMILIES, append=True, sample_ids=[name])
     writer = CacheWriter.open(tmp_path, make_identity(**NEW_PLAN), FAMILIES, append=True, sample_ids=["new"])
     assert (writer.segment.number, writer.segment.first_part) == (2, 3)
@@ -220,5 +220,5 @@ def test_verification_finds_a_retry_of_what_never_failed(tmp_path):
     document = parse_document(place.read_bytes(), SegmentDescription, "?")
     place.write_bytes(document.model_copy(update={"failed_ids": (("sample-0-0",),)}).to_bytes())
     problems = verify(tmp_path).problems
-    assert any("takes up 'sample-0-0', which is no error of segment 0" in problem for problem in problems)
+    assert any("retries 'sample-0-0', which is no error of segment 0" in problem for problem in problems)
     assert any("its plan_fingerprint is not that of its failed_ids" in problem for problem in problems)

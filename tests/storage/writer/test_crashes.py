@@ -132,7 +132,7 @@ def test_a_disk_that_fills_up_commits_nothing_half_and_the_next_run_goes_on(smal
             failures += 1
             assert f"{folder}/" in message
             assert "cannot be written: No space left on device; free space there" in message
-            assert "run the same command again: what is committed stays" in message
+            assert "run the same command again: committed parts are kept" in message
         assert not any(is_temporary(path.name) for path in folder.rglob("*"))
         now = count_whole_commits(folder)
         assert now >= before
