@@ -30,7 +30,7 @@ class Identity(BaseModel):
     teacher_fingerprint: str  # content hash of weights and config; "none" when the cache holds tokens only
     dtype: str
     engine: str  # name and version
-    compute_tokenizer_fingerprint: str
+    tokenizer_fingerprint: str
     vocab_size: Annotated[int, Field(ge=1, le=2**31 - 1)]  # the tokenizer's real one; every id is below it
     chat_template_fingerprint: str
     image_preprocessing_fingerprint: str  # of the image processor's settings and of `pixels`

@@ -68,7 +68,7 @@ class Folder(Protocol):
         """Creates a file atomically; returns False and changes nothing if it exists. Errors: CacheError."""
         ...
 
-    def names(self, sub: str = "", *, deep: bool = False) -> list[str]:
+    def list_files(self, sub: str = "", *, deep: bool = False) -> list[str]:
         """Returns the sorted names of the files in a sub-folder (`deep`: also below it); [] if it is missing."""
         ...
 
@@ -136,7 +136,7 @@ class LocalFolder:
     def create(self, name: str, content: bytes) -> bool:
         return self._write_with_retry(self.path / name, lambda path: create_exclusively(path, content))
 
-    def names(self, sub: str = "", *, deep: bool = False) -> list[str]:
+    def list_files(self, sub: str = "", *, deep: bool = False) -> list[str]:
         found = (self.path / sub).glob("**/*" if deep else "*")
         return sorted(path.relative_to(self.path).as_posix() for path in found if path.is_file())
 

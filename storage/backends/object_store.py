@@ -121,7 +121,7 @@ class ObjectFolder:
             return False
         return True
 
-    def names(self, sub: str = "", *, deep: bool = False) -> list[str]:
+    def list_files(self, sub: str = "", *, deep: bool = False) -> list[str]:
         try:
             found = self._request(sub, lambda store, path: _list_objects(store, path, deep=deep), is_long=True)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Between records and the Parquet columns of schema.py: one mapping of columns for each Parquet row."""
+"""Converts records to the columns of parquet_schema.py and back, one mapping of columns per Parquet row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Columns = Mapping[str, Any]
 
 
 def encode_tokens_row(record: TokensRecord) -> Columns:
-    """A tokens row. The response mask becomes spans."""
+    """Encodes a tokens row; the response mask becomes spans."""
     starts, stops = _make_spans(record.response_mask)
     return {
         "sample_id": record.sample_id,
@@ -40,7 +40,7 @@ def encode_tokens_row(record: TokensRecord) -> Columns:
 
 
 def decode_tokens_row(table: pa.Table, row: int, identity: Identity) -> TokensRecord:
-    """The record of a tokens row. CorruptPartError (or ValueError) for spans, ids or paths out of bounds."""
+    """Decodes a tokens row. CorruptPartError (or ValueError) for spans, ids or paths out of bounds."""
     token_ids = _read_numbers(table, "token_ids", row)
     starts, stops = _read_numbers(table, "response_starts", row), _read_numbers(table, "response_stops", row)
     mask = _make_mask(starts, stops, len(token_ids))
@@ -65,14 +65,14 @@ def decode_tokens_row(table: pa.Table, row: int, identity: Identity) -> TokensRe
 
 
 def check_token_ids(token_ids: NDArray[np.int32], identity: Identity) -> None:
-    """ValueError unless every id is one of the vocabulary, or the image placeholder."""
+    """Raises ValueError unless every id is in the vocabulary or is the image placeholder."""
     known = (token_ids >= 0) & (token_ids < identity.vocab_size) | (token_ids == identity.image_token_id)
     if not known.all():
         raise ValueError(f"token id {token_ids[~known][0]} is outside 0..{identity.vocab_size - 1}")
 
 
 def encode_relation_row(matrix: RelationMatrix, section: RelationSection) -> Columns:
-    """A relation row but for its key. ValueError for a matrix that a cache may not hold."""
+    """Encodes a relation row, without its key. ValueError for a matrix that a cache may not store."""
     payload = encode_relation(matrix, section)
     return {
         "num_rows": len(matrix.values),
@@ -82,7 +82,7 @@ def encode_relation_row(matrix: RelationMatrix, section: RelationSection) -> Col
 
 
 def decode_relation_row(table: pa.Table, row: int, num_visual_tokens: int) -> Relation:
-    """The matrix of a relation row. CorruptPartError unless count and payload are those of the image."""
+    """Decodes a relation row. CorruptPartError unless its payload and columns fit the image."""
     norm = table["norm"][row].as_py()
     matrix = decode_relation(_read_payload(table, row), norm=norm, num_visual_tokens=num_visual_tokens)
     if table["num_rows"][row].as_py() != num_visual_tokens:
@@ -91,14 +91,14 @@ def decode_relation_row(table: pa.Table, row: int, num_visual_tokens: int) -> Re
 
 
 def encode_hidden_row(states: NDArray[np.float32], section: HiddenSection) -> Columns:
-    """A hidden row but for its sample. ValueError for states that a cache may not hold."""
+    """Encodes a hidden row, without its sample id. ValueError for states that a cache may not store."""
     payload = encode_hidden(states, section.encoding)
     errors = compute_relative_errors(states, decode_hidden(payload))
     return {"num_rows": len(states), "width": states.shape[1], "relative_error": errors, "payload": payload}
 
 
 def decode_hidden_row(table: pa.Table, row: int, section: HiddenSection) -> NDArray[np.float32]:
-    """(r, d) the states of a hidden row. CorruptPartError unless columns, payload and section agree."""
+    """Decodes a hidden row, (r, d). CorruptPartError unless columns, payload and section agree."""
     states = decode_hidden(_read_payload(table, row))
     if read_hidden_encoding(_read_payload(table, row)) != section.encoding:
         raise CorruptPartError(f"hidden payload is not in the cache's encoding, {section.encoding}")
@@ -110,31 +110,31 @@ def decode_hidden_row(table: pa.Table, row: int, section: HiddenSection) -> NDAr
 
 
 def encode_sequence_row(sequence: SequenceLogprob) -> Columns:
-    """A sequence row but for its sample."""
+    """Encodes a sequence row, without its sample id."""
     return {"num_tokens": sequence.num_tokens, "logprob": np.float32(sequence.logprob)}
 
 
 def decode_sequence_row(table: pa.Table, row: int) -> SequenceLogprob:
-    """What a sequence row says."""
+    """Decodes a sequence row."""
     return SequenceLogprob(table["logprob"][row].as_py(), table["num_tokens"][row].as_py())
 
 
 def encode_image_row(sha256: str, content: bytes) -> Columns:
-    """An images row."""
+    """Encodes an images row."""
     return {"sha256": sha256, "num_bytes": len(content), "payload": content}
 
 
 def decode_image_row(table: pa.Table, row: int) -> bytes:
-    """The file of an images row. CorruptPartError unless hash and size are those of its columns."""
+    """Returns the file content of an images row. CorruptPartError unless hash and size match its columns."""
     content = table["payload"][row].as_py()
     stated, got = table["sha256"][row].as_py(), hashlib.sha256(content).hexdigest()
     if got != stated or len(content) != table["num_bytes"][row].as_py():
-        raise CorruptPartError(f"image {stated} has {len(content)} bytes of the sha256 {got}")
+        raise CorruptPartError(f"image {stated} has {len(content)} bytes with the sha256 {got}")
     return content
 
 
 def collect_encoding_errors(family: str, rows: Iterable[Columns]) -> list[float]:
-    """The errors that some rows' encoding made, in their order; none for a family that has no measure."""
+    """Returns the encoding errors of rows, in order; empty for a family without an error measure."""
     if family == "relation":
         return [read_cosine_error(row["payload"]) for row in rows]
     return [float(error) for row in rows for error in row["relative_error"]] if family == "hidden" else []

@@ -1,7 +1,7 @@
-"""The Arrow schemas of the families, and a part's Parquet bytes.
+"""The Arrow schemas of the families, and the encoding of a part's Parquet file.
 
-Ids, spans, counts and scalars are ordinary columns; the entries of rows and matrices are flat binary
-payloads (codec.py). Lists of scalars have one value for each distribution row.
+Ids, spans, counts and scalars are ordinary columns; the entries of rows and matrices are binary payloads.
+Lists of scalars have one value per distribution row.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ FAMILIES = tuple(SCHEMAS)
 def encode_parquet(
     family: str, groups: Sequence[Sequence[Mapping[str, Any]]], *, zstd_level: int, metadata: Mapping[str, str]
 ) -> bytes:
-    """A part's file of one family, of these row groups. The same rows give the same bytes under the same pyarrow."""
+    """Returns the content of a part's Parquet file with these row groups.
+
+    The same rows give the same bytes with the same version of pyarrow.
+    """
     schema = SCHEMAS[family]
     sink = pa.BufferOutputStream()
     plain = [name for name in ("block", "payload") if name in schema.names and family in _COMPRESSED_ALREADY]
@@ -118,7 +121,10 @@ def encode_parquet(
 
 
 def split_row_groups(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
-    """Rows cut into groups of at most SAMPLES_PER_ROW_GROUP, and of ROW_GROUP_BYTES of payload or one row."""
+    """Splits rows into groups of at most SAMPLES_PER_ROW_GROUP rows and ROW_GROUP_BYTES of payload.
+
+    A single row may exceed ROW_GROUP_BYTES.
+    """
     groups, start, size = [], 0, 0
     for position, row in enumerate(rows):
         row_bytes = len(row.get("payload", b""))
@@ -131,7 +137,7 @@ def split_row_groups(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping
 
 
 def check_schema(family: str, got: pa.Schema, place: str) -> None:
-    """CorruptPartError unless a file's columns are those of its family."""
+    """Raises CorruptPartError unless a file has the columns of its family."""
     expected = SCHEMAS[family]
     if not got.equals(expected):
         raise CorruptPartError(f"{place}: columns are {_describe_columns(got)}, expected {_describe_columns(expected)}")

@@ -1,4 +1,4 @@
-"""A part's records as Parquet rows: every family's, in row groups, with what its encoding lost."""
+"""Encodes a part's records as Parquet rows by family, in row groups, with their encoding errors."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from storage.records.sparse_rows import SparseRows
 
 @dataclass(frozen=True)
 class FamilyRows:
-    """The Parquet rows of one family."""
+    """The Parquet rows of one family, in row groups."""
 
     groups: Sequence[Sequence[Columns]]
     metadata: Mapping[str, str]  # of the file
-    errors: Sequence[float]  # that encoding made, in the family's own measure
+    errors: Sequence[float]  # of encoding, in the family's measure (error_summaries.MEASURES)
 
     @property
     def num_rows(self) -> int:
-        """Parquet rows of all groups."""
+        """The number of Parquet rows in all groups."""
         return sum(map(len, self.groups))
 
 
 def encode_part(records: PartRecords, identity: Identity, families: Collection[str]) -> Mapping[str, FamilyRows]:
-    """The rows of some families, each of which the records have. Images are in the order of the samples.
+    """Encodes the given families of a part; images are in the order of the samples.
 
-    ValueError for rows, matrices or states that a cache may not hold.
+    Errors: ValueError for rows, matrices or states that a cache may not store.
     """
     return {family: make(records, identity) for family, make in _ENCODERS.items() if family in families}
 

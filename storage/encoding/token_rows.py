@@ -1,4 +1,4 @@
-"""A row group of the family tokens as flat arrays, all rows checked at once."""
+"""Decodes a row group of the family tokens into flat arrays and checks all rows at once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from storage.identity import Identity
 from storage.records.records import ImageRef, TokensRecord
 
 _IMAGE_COLUMNS = ("image_paths", "image_sha256s", "image_visual_tokens", "image_keys")
-_SAMPLE_BYTES, _IMAGE_BYTES = 400, 800  # about what Python's objects for one take
+_SAMPLE_BYTES, _IMAGE_BYTES = 400, 800  # approximate size of the Python objects for one
 
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """The conversations of s samples, one after another. Legend: t tokens of all together."""
+    """The conversations of s samples as flat arrays. Legend: t tokens of all samples."""
 
     sample_ids: Sequence[str]
     splits: Sequence[str]
@@ -33,13 +33,13 @@ class TokenRows:
 
     @property
     def num_bytes(self) -> int:
-        """What a reader keeps of it in memory."""
+        """Returns the approximate size in memory."""
         num_images = sum(map(len, self.images))
         arrays = self.token_ids.nbytes + self.response_mask.nbytes
         return arrays + _SAMPLE_BYTES * len(self.sample_ids) + _IMAGE_BYTES * num_images
 
     def record(self, index: int) -> TokensRecord:
-        """One sample; its arrays are views."""
+        """Returns one sample's record; its arrays are views."""
         tokens = slice(self.starts[index], self.starts[index + 1])
         return TokensRecord(
             sample_id=self.sample_ids[index],
@@ -52,7 +52,7 @@ class TokenRows:
 
 
 def decode_tokens(table: pa.Table, identity: Identity) -> TokenRows:
-    """The rows of a tokens table, equal to arrow_rows.decode_tokens_row of each.
+    """Decodes all rows of a tokens table; equal to arrow_rows.decode_tokens_row of each.
 
     CorruptPartError (or ValueError) where spans, ids or paths of any row are out of bounds.
     """
@@ -85,7 +85,7 @@ def decode_tokens(table: pa.Table, identity: Identity) -> TokenRows:
 
 
 def _decode_mask(table: pa.Table, starts: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """(t,) the response mask, and (s,) how many tokens of each sample it has."""
+    """Returns (t,) the response mask and (s,) the number of response tokens of each sample."""
     spans, firsts = _read_lists(table, "response_starts")
     others, stops = _read_lists(table, "response_stops")
     _check_rows("as many response spans must start as stop", np.diff(spans) == np.diff(others))
@@ -101,7 +101,7 @@ def _decode_mask(table: pa.Table, starts: NDArray[np.int64]) -> tuple[NDArray[np
 
 
 def _read_lists(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Where the lists of a column start (the total last), and their values one after another."""
+    """Returns the offsets of a list column (starting at 0, the total last) and its flat values."""
     lists = table[name].combine_chunks()
     offsets = lists.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0], lists.flatten().to_numpy(zero_copy_only=False)
@@ -113,7 +113,7 @@ def _sum_spans(values: NDArray, starts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _check_rows(problem: str, good: NDArray[np.bool_], sample: NDArray[np.int64] | None = None) -> None:
-    """CorruptPartError naming the row of the first False; `sample` gives the row of each position, if not itself."""
+    """Raises CorruptPartError naming the row of the first False; `sample`: the row of each position, if not itself."""
     if not good.all():
         index = int(np.argmin(good))
         raise CorruptPartError(f"row {index if sample is None else int(sample[index])} of the row group: {problem}")

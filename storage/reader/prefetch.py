@@ -45,7 +45,7 @@ def prefetch_batches(
     batch that it occurred in is requested. The threads end with the iterator.
     """
     waiting: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(num_threads, "read-ahead")
+    pool = ThreadPoolExecutor(num_threads, "prefetch")
     try:
         for indices, draw_set in zip(batches, itertools.repeat(0) if draw_sets is None else draw_sets, strict=False):
             waiting.append(pool.submit(cache.read_many, indices, draw_set=draw_set))

@@ -52,7 +52,7 @@ def make_flat_relation(rng: np.random.Generator, n: int) -> RelationMatrix:
     return RelationMatrix((gram / norm).astype(np.float32), norm)
 
 
-def image_file(part: int, number: int) -> bytes:
+def make_image_file(part: int, number: int) -> bytes:
     return np.random.default_rng([part, number]).bytes(300 + 50 * number)
 
 
@@ -63,7 +63,7 @@ def make_family_part(part: int) -> PartRecords:
     for sample_id, number, prompt, answer in SAMPLES:
         refs = ()
         if number is not None:
-            content = image_file(part, number)
+            content = make_image_file(part, number)
             sha256 = hashlib.sha256(content).hexdigest()
             images[sha256] = content
             key = compute_image_key(prompt[:2], [sha256], "d" * 8)

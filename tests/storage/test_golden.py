@@ -20,8 +20,8 @@ from tests.storage.golden.make_cache import (
     SEQUENCE_LOGPROB,
     SIGNALS,
     TAU,
-    hidden_state,
     main,
+    make_hidden_state,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "cache"
@@ -76,7 +76,7 @@ def test_its_records_read_to_the_numbers_they_were_written_with(index, golden):
         assert cosine >= 1 - 0.011
         assert relation.norm == SIGNALS[name]["norm"]
     assert got.hidden is not None
-    expected = np.array([hidden_state(row) for row in range(len(got.hidden))]).reshape(-1, 2)
+    expected = np.array([make_hidden_state(row) for row in range(len(got.hidden))]).reshape(-1, 2)
     np.testing.assert_allclose(got.hidden, expected, atol=1 / 127)
     assert got.sequence is not None
     assert got.sequence.logprob == SEQUENCE_LOGPROB * len(got.hidden)

@@ -26,7 +26,7 @@ def test_every_field_that_differs_gets_a_line():
     ]
 
 
-def test_places_decide_nothing():
+def test_location_fields_are_not_compared():
     one, other = (make_identity(teacher=f"/{place}/teacher", image_root=f"/{place}/images") for place in "ab")
     assert describe_differences(one, other) == []
     assert one.content_json() == other.content_json()

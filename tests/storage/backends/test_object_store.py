@@ -22,13 +22,13 @@ from storage.reader.cache import Cache
 from storage.records.records import PartRecords, TokensRecord
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from tests.storage.family_cache import image_file, make_output_head, write_family_cache
+from tests.storage.family_cache import make_image_file, make_output_head, write_family_cache
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
-from tests.storage.s3_server import BUCKET, Trouble, s3_environment, silent_s3
+from tests.storage.s3_server import BUCKET, Trouble, set_s3_environment, set_silent_s3
 
 REPOSITORY = Path(__file__).parents[3]
 PATIENCE_S = 600.0  # with a process that takes some seconds on an idle machine
@@ -36,7 +36,7 @@ PATIENCE_S = 600.0  # with a process that takes some seconds on an idle machine
 
 @pytest.fixture(scope="module")
 def endpoint():
-    with s3_environment() as trouble:
+    with set_s3_environment() as trouble:
         yield trouble
 
 
@@ -52,12 +52,12 @@ def url(trouble: Trouble, request: pytest.FixtureRequest) -> str:
     return f"s3://{BUCKET}/caches/{request.node.name.partition('[')[0]}"
 
 
-def objects(url):
+def list_objects(url):
     folder = open_folder(url)
     return {name: folder.read(name) for name in folder.list_files(deep=True)}
 
 
-def files_of(folder):
+def read_files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -71,7 +71,7 @@ def start_writer(url, *options):
 def test_a_cache_in_a_bucket_is_the_cache_in_a_folder(url, tmp_path):
     write_cache(url)
     write_cache(tmp_path)
-    assert objects(url) == files_of(tmp_path)
+    assert list_objects(url) == read_files(tmp_path)
     report = verify(url)
     assert report.problems == report.notes == []
     assert report.num_samples == 2 * SAMPLES_PER_PART
@@ -116,7 +116,7 @@ def test_a_dump_is_resumed_sealed_and_extended(url):
 def test_hidden_states_head_and_images_in_a_bucket_are_those_in_a_folder(url, trouble, tmp_path):
     writer = write_family_cache(url)
     write_family_cache(tmp_path)
-    assert objects(url) == files_of(tmp_path)
+    assert list_objects(url) == read_files(tmp_path)
     report = verify(url)
     assert report.problems == report.notes == []
     trouble.calm()
@@ -126,7 +126,7 @@ def test_hidden_states_head_and_images_in_a_bucket_are_those_in_a_folder(url, tr
     trouble.calm()
     index = cache.index_of("1-shared")
     sha256 = cache.read(index).tokens.images[0].sha256
-    assert cache.image_bytes(index, sha256) == image_file(1, 0)
+    assert cache.image_bytes(index, sha256) == make_image_file(1, 0)
     read = trouble.requests["GET"]
     np.testing.assert_array_equal(cache.head().weight, make_output_head().weight)
     assert trouble.requests["GET"] == read + 1
@@ -202,7 +202,7 @@ def test_a_busy_store_that_loses_answers_changes_nothing(url, trouble, tmp_path)
     assert trouble.num_busy >= 3
     assert trouble.num_lost >= 3
     trouble.calm()
-    assert objects(url) == files_of(tmp_path)
+    assert list_objects(url) == read_files(tmp_path)
 
 
 def test_a_slow_store_is_waited_for(url, trouble):
@@ -271,7 +271,7 @@ def test_a_store_that_never_answers_is_given_up_after_a_time(trouble):
         "size": lambda folder: folder.size("x"),
         "remove": lambda folder: folder.remove("x"),
     }
-    with silent_s3():
+    with set_silent_s3():
         for number, step in enumerate(steps.values()):
             url, started = f"s3://{BUCKET}/silent-{number}", time.monotonic()
             with pytest.raises(
@@ -283,7 +283,7 @@ def test_a_store_that_never_answers_is_given_up_after_a_time(trouble):
 
 def test_a_read_of_unknown_length_ends_too(trouble, monkeypatch):
     """Its time is long, so the connection's own limit has to end it."""
-    with silent_s3():
+    with set_silent_s3():
         store = shared_store(f"s3://{BUCKET}/silent", os.getpid())
         limits = store.config_kwargs
         assert 0 < limits["read_timeout"] <= 60
@@ -295,7 +295,7 @@ def test_a_read_of_unknown_length_ends_too(trouble, monkeypatch):
 
 def test_whoever_waits_for_a_store_says_so(trouble):
     notices = []
-    with silent_s3(), send_notices_to(notices.append):
+    with set_silent_s3(), send_notices_to(notices.append):
         folder = ObjectFolder(f"s3://{BUCKET}/quiet", pauses_s=(), attempt_s=3.0, total_s=3.0, notice_s=0.1)
         with pytest.raises(CacheError, match="the store failed"):
             folder.size("x")
@@ -338,7 +338,7 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(url, tmp_pa
     _, stderr = (process := start_writer(url, "--parts", num_parts)).communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, stderr.decode()
     write_cache(tmp_path, num_parts=num_parts)
-    assert objects(url) == files_of(tmp_path)
+    assert list_objects(url) == read_files(tmp_path)
 
 
 def test_a_cache_is_written_only_where_whole_objects_are(tmp_path):

@@ -14,7 +14,7 @@ def test_any_response_mask_comes_back(bits, sample_id):
     mask = np.array(bits, bool)
     record = TokensRecord(sample_id, "train", "", np.full(len(bits), 9, np.int32), mask)
     try:
-        columns = {name: pa.array([value], SCHEMAS["tokens"].field(name).type) for name, value in columns_of(record)}
+        columns = {name: pa.array([value], SCHEMAS["tokens"].field(name).type) for name, value in make_table(record)}
     except UnicodeEncodeError:
         assert any("\ud800" <= letter <= "\udfff" for letter in sample_id)
         return
@@ -24,5 +24,5 @@ def test_any_response_mask_comes_back(bits, sample_id):
     assert columns["num_response_tokens"].to_pylist() == [sum(bits)]
 
 
-def columns_of(record):
+def make_table(record):
     return encode_tokens_row(record).items()

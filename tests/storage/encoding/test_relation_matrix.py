@@ -38,7 +38,7 @@ SECTIONS = [
 BOUNDS = (1e-6, 2e-4, 1e-3, 0.05, 2.0, 2.0)  # of the cosine error
 
 
-def low_rank_matrix(rng, n, rank=3, noise=0.05):
+def make_low_rank_matrix(rng, n, rank=3, noise=0.05):
     """G / ||G|| of rows near a subspace, row norms differing by a factor of ten or so."""
     rows = rng.normal(size=(n, rank)) @ rng.normal(size=(rank, 40)) + noise * rng.normal(size=(n, 40))
     rows *= rng.lognormal(0, 0.5, size=(n, 1))
@@ -52,13 +52,13 @@ def decode(payload, matrix, section=None):
     return decode_relation(payload, norm=norm, num_visual_tokens=len(matrix.values))
 
 
-def one_minus_cosine(a, b):
+def compute_cosine_distance(a, b):
     """The slow reference, in float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return 1 - (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
 
 
-def spread(got):
+def expand_to_matrix(got):
     """(n, n) what a decoded matrix says of the original's entries."""
     if not isinstance(got, PooledRelation):
         return got.values
@@ -70,7 +70,7 @@ def spread(got):
 @given(side=st.integers(1, 7), seed=st.integers(0, 10**6))
 @settings(max_examples=examples(60))
 def test_matrices_come_back_with_the_stated_error(section, bound, side, seed):
-    matrix = low_rank_matrix(np.random.default_rng(seed), side * side)
+    matrix = make_low_rank_matrix(np.random.default_rng(seed), side * side)
     payload = encode_relation(matrix, section)
     got = decode(payload, matrix, section)
     check_encoding(got, section)
@@ -80,7 +80,7 @@ def test_matrices_come_back_with_the_stated_error(section, bound, side, seed):
     assert got.norm == pytest.approx(compute_stored_norm(matrix, section))
     stated = read_cosine_error(payload)
     assert stated is not None
-    assert stated == pytest.approx(one_minus_cosine(matrix.values, spread(got)), rel=0.02, abs=2e-7)
+    assert stated == pytest.approx(compute_cosine_distance(matrix.values, expand_to_matrix(got)), rel=0.02, abs=2e-7)
     assert stated <= bound
 
 
@@ -95,7 +95,7 @@ def test_an_all_zero_matrix_comes_back(section):
 
 
 def test_payload_sizes_at_576_visual_tokens():
-    matrix = low_rank_matrix(np.random.default_rng(0), 576, rank=8)
+    matrix = make_low_rank_matrix(np.random.default_rng(0), 576, rank=8)
     sizes = [len(encode_relation(matrix, section)) - 16 for section in SECTIONS]
     assert sizes[:2] == [576 * 577, 4 * 576 + 576 * 577 // 2]
     got = decode(encode_relation(matrix, SECTIONS[2]), matrix)
@@ -109,22 +109,22 @@ def test_payload_sizes_at_576_visual_tokens():
 @pytest.mark.parametrize("factor_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("bound", [1e-1, 1e-2, 1e-3])
 def test_the_rank_is_the_least_that_keeps_the_error(factor_dtype, bound):
-    matrix = low_rank_matrix(np.random.default_rng(3), 100, rank=20, noise=0.3)
+    matrix = make_low_rank_matrix(np.random.default_rng(3), 100, rank=20, noise=0.3)
     section = RelationSection.model_validate(
         {"encoding": "low_rank", "max_cosine_error": bound, "factor_dtype": factor_dtype}
     )
     got = decode(encode_relation(matrix, section), matrix)
     assert isinstance(got, RelationFactor)
-    assert one_minus_cosine(matrix.values, got.values) <= bound
+    assert compute_cosine_distance(matrix.values, got.values) <= bound
     values, vectors = np.linalg.eigh(matrix.values.astype(np.float64))
     rank = got.factor.shape[1]
     smaller = vectors[:, -(rank - 1) :] * values[-(rank - 1) :] @ vectors[:, -(rank - 1) :].T
-    best_below = one_minus_cosine(matrix.values, smaller) if rank > 1 else 1.0
+    best_below = compute_cosine_distance(matrix.values, smaller) if rank > 1 else 1.0
     assert best_below > bound * (0.9 if factor_dtype == "int8" else 1)  # int8 may need a rank more
 
 
 def test_an_int8_factor_gives_way_to_a_smaller_float16_one():
-    matrix = low_rank_matrix(np.random.default_rng(3), 100, rank=30, noise=0.1)
+    matrix = make_low_rank_matrix(np.random.default_rng(3), 100, rank=30, noise=0.1)
     sections = [
         RelationSection(encoding="low_rank", max_cosine_error=error, factor_dtype="int8") for error in (1e-2, 1e-6)
     ]
@@ -133,7 +133,7 @@ def test_an_int8_factor_gives_way_to_a_smaller_float16_one():
     loose, tight = (decode(encode_relation(matrix, section), matrix) for section in sections)
     assert isinstance(tight, RelationFactor)
     assert isinstance(loose, RelationFactor)
-    assert one_minus_cosine(matrix.values, tight.values) <= 1e-6
+    assert compute_cosine_distance(matrix.values, tight.values) <= 1e-6
 
 
 def test_a_matrix_of_full_rank_is_kept_as_a_triangle():
@@ -157,7 +157,7 @@ def test_int8_scales_follow_the_diagonal_so_that_outlier_rows_cost_little():
     quiet = matrix.values[3:, 3:]
     one_scale = np.rint(quiet / matrix.values.max() * 127)
     assert not one_scale.any()  # a scale for the whole matrix would lose these rows altogether
-    assert one_minus_cosine(quiet, got[3:, 3:]) < 1e-3
+    assert compute_cosine_distance(quiet, got[3:, 3:]) < 1e-3
 
 
 def test_pooling_is_the_gram_matrix_of_averaged_rows():
@@ -222,7 +222,7 @@ def test_what_an_encoding_cannot_hold_is_refused():
 
 
 def test_a_payload_of_another_encoding_is_refused():
-    matrix = low_rank_matrix(np.random.default_rng(0), 36)
+    matrix = make_low_rank_matrix(np.random.default_rng(0), 36)
     for payload_of, read_as in ((0, 4), (1, 4), (2, 0), (4, 0), (4, 5), (5, 4)):
         got = decode(encode_relation(matrix, SECTIONS[payload_of]), matrix, SECTIONS[payload_of])
         with pytest.raises(CorruptPartError, match="the cache's encoding is"):
@@ -266,7 +266,7 @@ def test_arbitrary_content_under_a_plausible_header_is_valid_or_refused(kind, po
 @given(data=st.data())
 @settings(max_examples=examples(150))
 def test_damaged_payloads_never_do_worse_than_being_refused(section, data):
-    matrix = low_rank_matrix(np.random.default_rng(5), 9)
+    matrix = make_low_rank_matrix(np.random.default_rng(5), 9)
     payload = bytearray(encode_relation(matrix, section))
     for _ in range(data.draw(st.integers(1, 4))):
         payload[data.draw(st.integers(0, len(payload) - 1))] ^= 1 << data.draw(st.integers(0, 7))

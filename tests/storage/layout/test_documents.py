@@ -51,5 +51,5 @@ def test_unknown_fields_are_refused_under_a_right_hash():
 
 def test_another_spelling_of_the_same_content_is_refused():
     content = DESCRIPTION.to_bytes().replace(b'"families"', b' "families"')
-    with pytest.raises(CorruptPartError, match="spelt"):
+    with pytest.raises(CorruptPartError, match="canonical JSON"):
         parse_document(content, CacheDescription, "x")

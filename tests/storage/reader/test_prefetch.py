@@ -1,4 +1,4 @@
-"""Batches read ahead: what single reads give, in the order of the shuffle, within the memory that was given."""
+"""Prefetched batches: what single reads give, in the order of the shuffle, within the memory that was given."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_an_error_comes_with_its_batch_and_threads_end(tmp_path: Path) -> None:
     batches = prefetch_batches(cache, [[0]] * 100)
     next(batches)
     batches.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_ranks_that_would_get_nothing_are_refused(folder: Path) -> None:
@@ -210,7 +210,7 @@ def test_ranks_that_would_get_nothing_are_refused(folder: Path) -> None:
         shuffled_batches(Cache.open(folder), batch_size=2, steps=range(1), num_ranks=3)
 
 
-class _Asked:
+class _RecordingCache:
     """A cache that notes which draws it is asked for."""
 
     def __init__(self, cache: Cache) -> None:
@@ -223,7 +223,7 @@ class _Asked:
 
 
 def test_each_epoch_asks_for_the_next_set_of_draws(folder: Path) -> None:
-    asked: Any = _Asked(Cache.open(folder, ()))
+    asked: Any = _RecordingCache(Cache.open(folder, ()))
     for step, epoch in ((0, 0), (1, 0), (2, 1), (5, 2)):
         (batch,) = shuffled_batches(asked, range(8), batch_size=4, steps=range(step, step + 1))
         assert asked.draw_sets[int(batch.indices[0])] == epoch

@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, in
     return {family: (content, len(pq.read_table(pa.BufferReader(content)))) for family, content in found.items()}
 
 
-def entry_of(content: bytes, num_rows: int) -> FileEntry:
+def make_entry(content: bytes, num_rows: int) -> FileEntry:
     return FileEntry(
         file="x.parquet", rows=num_rows, file_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
     )
@@ -48,7 +48,7 @@ def entry_of(content: bytes, num_rows: int) -> FileEntry:
 def read_all(folder: Path, family: str, content: bytes, num_rows: int) -> None:
     """As a reader does, the file's own checksum left out."""
     (folder / "x.parquet").write_bytes(content)
-    entry = entry_of(content, num_rows)
+    entry = make_entry(content, num_rows)
     part_files = RowGroupCache(LocalFolder(folder), max_bytes=1 << 20, checksums=False)
     part_files.read_columns(family, entry, SCHEMAS[family].names[:1])
     for row in range(num_rows):
@@ -58,7 +58,7 @@ def read_all(folder: Path, family: str, content: bytes, num_rows: int) -> None:
             part_files.read_row(family, entry, row)
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
+def damage_bytes(content: bytes, rng: random.Random) -> bytes:
     """Bytes changed, cut out, doubled or made up, most often near the end, where the footer is."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, 4)):
@@ -82,7 +82,7 @@ def test_damaged_parquet_is_refused_or_read(tmp_path, files, family):
     rng, refused = random.Random(0), 0
     for _ in range(NUM_DAMAGES):
         try:
-            read_all(tmp_path, family, damaged(content, rng), num_rows)
+            read_all(tmp_path, family, damage_bytes(content, rng), num_rows)
         except CorruptPartError as error:
             refused += str(tmp_path / "x.parquet") in str(error)
     assert refused > NUM_DAMAGES / 2

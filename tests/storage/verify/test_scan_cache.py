@@ -19,7 +19,7 @@ from storage.layout.segments import read_segments
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from tests.storage.damage import all_files, flips, read_everything, set_value
+from tests.storage.damage import flip_bytes, list_all_files, read_everything, set_value
 from tests.storage.synthetic_cache import (
     FAMILIES,
     SAMPLES_PER_PART,
@@ -65,7 +65,7 @@ def test_any_flipped_byte_is_found_and_no_reader_dies_of_it(tmp_path):
     folder = tmp_path / "small"
     write_cache(folder, num_samples=2)
     num_flips = 0
-    for damage in flips(all_files(folder), FLIPS_PER_FILE):
+    for damage in flip_bytes(list_all_files(folder), FLIPS_PER_FILE):
         assert verify(folder).problems, damage
         with contextlib.suppress(CacheError):
             read_everything(folder)
@@ -75,7 +75,7 @@ def test_any_flipped_byte_is_found_and_no_reader_dies_of_it(tmp_path):
 
 
 def test_cut_lengthened_emptied_and_missing_files_are_found(folder):
-    for path in all_files(folder):
+    for path in list_all_files(folder):
         content = path.read_bytes()
         for damaged in (content[:-1], content[: len(content) // 2], content + b"\n", b""):
             path.write_bytes(damaged)
