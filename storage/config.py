@@ -38,10 +38,10 @@ class SelectionSection(Section):
 
     @field_validator("temperatures")
     @classmethod
-    def _check_temperatures(cls, given: tuple[float, ...]) -> tuple[float, ...]:
-        if 1 in given or len(set(given)) < len(given):
-            raise ValueError(f"temperatures {given} must differ from 1 and from each other; 1 is always there")
-        return given
+    def _check_temperatures(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if 1 in values or len(set(values)) < len(values):
+            raise ValueError(f"temperatures {values} must differ from 1 and from each other; 1 is always included")
+        return values
 
     @model_validator(mode="after")
     def _check_draw_sets(self) -> SelectionSection:
@@ -66,11 +66,11 @@ class RelationSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_defaults(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        ours = _ENCODING_PARAMETERS.get(str(given.get("encoding")), {})
-        return {**given, **{name: value for name, value in ours.items() if given.get(name) is None}}
+    def _fill_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        ours = _ENCODING_PARAMETERS.get(str(values.get("encoding")), {})
+        return {**values, **{name: value for name, value in ours.items() if values.get(name) is None}}
 
     @model_validator(mode="after")
     def _refuse_unused_parameters(self) -> RelationSection:
@@ -135,5 +135,5 @@ class CacheSection(Section):
     def _check_budget_families(self) -> CacheSection:
         for family in self.budget.families if self.budget else ():
             if family not in self.families or getattr(self, family).method != "threshold":
-                raise ValueError(f"budget.families names {family}, which must be dumped, with method 'threshold'")
+                raise ValueError(f"budget.families names {family}; it must be in families, with method 'threshold'")
         return self

@@ -319,7 +319,7 @@ def _suggest_names(got: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(got, known, n=3) or [name for name in known if name.startswith(got)]
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"known are {', '.join(known)}" if known else "nothing is expected there"
+    return f"known are {', '.join(known)}" if known else "no fields are expected there"
 
 
 def _describe_override(problem: str, overrides: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ def read_commit(folder: Folder, segment: Segment, part: int) -> tuple[Commit, st
     families = set(segment.stored_families)
     if commit.part != part or set(commit.families) != families or part not in segment.parts:
         raise CorruptPartError(
-            f"{place}: is about part {commit.part} with {sorted(commit.families)}, expected part {part} of "
+            f"{place}: describes part {commit.part} with {sorted(commit.families)}, expected part {part} of "
             f"{segment.parts.start} to {segment.parts.stop - 1} with {sorted(families)}"
         )
     for family, entry in commit.families.items():

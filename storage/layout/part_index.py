@@ -83,20 +83,20 @@ def _read_commits(folder: Folder, segment: Segment, listed: Sequence[str] | None
 
 
 def explain_missing_family(
-    folder: Folder, segments: Sequence[Segment], parts: Sequence[Part], held: Sequence[str], family: str
+    folder: Folder, segments: Sequence[Segment], parts: Sequence[Part], stored: Sequence[str], family: str
 ) -> str:
     """Returns a message that says which parts lack a family and what to do."""
-    text = f"{folder}: holds {', '.join(held)}, not {family}"
-    lacking = [part.number for part in parts if family not in part.families]
-    if family not in FAMILIES or not lacking or len(lacking) == len(parts):
+    text = f"{folder}: holds {', '.join(stored)}, not {family}"
+    parts_without = [part.number for part in parts if family not in part.families]
+    if family not in FAMILIES or not parts_without or len(parts_without) == len(parts):
         return f"{text}; dump that family first"
-    bases = [one for one in select_tokens_segments(segments) if any(part in one.parts for part in lacking)]
-    spans = []
+    bases = [one for one in select_tokens_segments(segments) if any(part in one.parts for part in parts_without)]
+    reasons = []
     for base in bases:
         adding = next((one for one in select_additions(segments, base) if family in one.families), None)
         what = "was dumped without it" if adding is None else f"gets it from segment {adding.number}, not finished"
-        spans.append(f"segment {base.number} (parts {base.parts.start} to {base.parts.stop - 1}) {what}")
+        reasons.append(f"segment {base.number} (parts {base.parts.start} to {base.parts.stop - 1}) {what}")
     return (
-        f"{text}, of all parts: {len(lacking)} of {len(parts)} lack it, part {lacking[0]} first; {'; '.join(spans)}; "
+        f"{text}, of all parts: {len(parts_without)} of {len(parts)} lack it, part {parts_without[0]} first; {'; '.join(reasons)}; "
         f"run the dump over the samples of segment {bases[0].number} with {family} in cache.families"
     )

@@ -296,7 +296,7 @@ def _read_later_segment(folder: Folder, number: int, earlier: Sequence[Segment])
     content = folder.read(segment_file(number))
     document = parse_document(content, SegmentDescription, place)
     if document.segment != number or document.cache_sha256 != earlier[0].sha256:
-        raise CorruptPartError(f"{place}: is segment {document.segment} of another cache, or not in its place")
+        raise CorruptPartError(f"{place}: is segment {document.segment} or of another cache, expected segment {number}")
     _check_families(place, document.families)
     segment = Segment(
         number, document.families, document.identity, document.format_version, document.adds_to, document.first_part,
@@ -333,11 +333,13 @@ def _check_retry(earlier: Sequence[Segment], segment: Segment, place: str) -> No
     base = next((one for one in earlier if one.number == segment.retries), None)
     ids = [sample_id for of_part in segment.failed_ids for sample_id in of_part]
     if not segment.has_tokens:
-        raise CorruptPartError(f"{place}: takes up failed samples, but adds families")
+        raise CorruptPartError(f"{place}: retries failed samples, but also adds families to another segment")
     if base is None or not base.has_tokens or base.retries is not None:
-        raise CorruptPartError(f"{place}: takes up failed samples of segment {segment.retries}, which has none")
+        raise CorruptPartError(f"{place}: retries failed samples of segment {segment.retries}, which has none")
     if len(segment.failed_ids) != segment.num_parts or len(set(ids)) < len(ids) or not all(segment.failed_ids):
-        raise CorruptPartError(f"{place}: has not some failed samples for each of {segment.num_parts} parts, each once")
+        raise CorruptPartError(
+            f"{place}: must list failed samples for each of its {segment.num_parts} parts, each sample once"
+        )
 
 
 def _describe_other_image_root(folder: Folder, segments: Sequence[Segment], identity: Identity) -> list[str]:
@@ -346,7 +348,7 @@ def _describe_other_image_root(folder: Folder, segments: Sequence[Segment], iden
     new = identity.image_root
     if new in known or any(is_moved_root(old, new, folder.locate("")) for old in known):
         return []
-    return [f"image_root: cache has {known[0]!r}, this run has {new!r}; give images a folder that holds both"]
+    return [f"image_root: cache has {known[0]!r}, this run has {new!r}; use a folder that contains both"]
 
 
 def _check_families(place: str, families: Sequence[str]) -> None:

@@ -89,7 +89,7 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
     """Runs a command as the module's docstring describes; returns its wait status."""
     adopt_orphans()
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS | {signal.SIGCHLD})  # the loop takes them one by one
-    command = _start(argv)
+    command = _start_command(argv)
     status: int | None = None
     deadline, asked_at, is_orphan = math.inf, math.inf, False
     while True:
@@ -127,31 +127,31 @@ def watch(parent: int, *, last_s: float, list_below: Callable[[int], list[int]] 
     """
     below: dict[int, str] = {}
     while True:
-        found = _start_times(list_below(parent))
-        below = {pid: below[pid] for pid in _still_there(below)} | found
+        found = _read_start_times(list_below(parent))
+        below = {pid: below[pid] for pid in _select_running(below)} | found
         if os.getppid() != parent:
             break
         time.sleep(POLL_S)
     deadline = time.monotonic() + last_s
     while time.monotonic() < deadline:
-        for pid in _still_there(below):
-            below |= _start_times(list_below(pid))
+        for pid in _select_running(below):
+            below |= _read_start_times(list_below(pid))
         time.sleep(POLL_S)
     below.pop(os.getpid(), None)
-    send_signal(_still_there(below), signal.SIGKILL)
+    send_signal(_select_running(below), signal.SIGKILL)
 
 
-def _start_times(pids: Sequence[int]) -> dict[int, str]:
-    return {pid: started for pid in pids if (started := _start_time(pid))}
+def _read_start_times(pids: Sequence[int]) -> dict[int, str]:
+    return {pid: started for pid in pids if (started := _read_start_time(pid))}
 
 
-def _still_there(processes: Mapping[int, str]) -> list[int]:
-    """Those that have not ended, by their start times."""
-    return [pid for pid, started in processes.items() if _start_time(pid) == started]
+def _select_running(processes: Mapping[int, str]) -> list[int]:
+    """Returns the ids of the given processes (id: start time) that are still running."""
+    return [pid for pid, started in processes.items() if _read_start_time(pid) == started]
 
 
-def _start_time(pid: int) -> str:
-    """When a process began, in the kernel's ticks: another one of the same id has another; empty: it is gone."""
+def _read_start_time(pid: int) -> str:
+    """Returns a process's start in clock ticks, which tells reused ids apart; "" if it is gone."""
     try:
         with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
             return file.read().rpartition(")")[2].split()[19]
@@ -159,7 +159,7 @@ def _start_time(pid: int) -> str:
         return ""
 
 
-def _start(argv: list[str]) -> int:
+def _start_command(argv: list[str]) -> int:
     supervisor = os.getpid()
     pid = os.fork()
     if pid:

@@ -48,7 +48,7 @@ def find_pair_positions(sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.in
 
 
 def check_pairs(records: Iterable[TokensRecord]) -> None:
-    """ValueError unless each half of a pair lies beside the other, with the same prompt and images."""
+    """Raises ValueError unless both samples of each pair are in the part, with the same prompt and images."""
     halves = {record.sample_id: record for record in records if record.sample_id.endswith((CHOSEN, REJECTED))}
     for sample_id, record in halves.items():
         other_id = get_other_half_id(sample_id)

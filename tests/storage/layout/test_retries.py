@@ -209,9 +209,9 @@ def test_what_is_no_failed_sample_is_not_taken_up(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"retries": 1}, "takes up failed samples of segment 1, which has none"),
-        ({"failed_ids": (("a",), ("b",))}, "has not some failed samples for each of 1 parts"),
-        ({"failed_ids": (("a", "a"),)}, "has not some failed samples for each of 1 parts"),
+        ({"retries": 1}, "retries failed samples of segment 1, which has none"),
+        ({"failed_ids": (("a",), ("b",))}, "must list failed samples for each of its 1 parts"),
+        ({"failed_ids": (("a", "a"),)}, "must list failed samples for each of its 1 parts"),
     ],
 )
 def test_a_retry_that_contradicts_itself_is_refused_under_a_right_hash(tmp_path, changes, message):
