@@ -97,6 +97,7 @@ def explain_missing_family(
         what = "was dumped without it" if adding is None else f"gets it from segment {adding.number}, not finished"
         reasons.append(f"segment {base.number} (parts {base.parts.start} to {base.parts.stop - 1}) {what}")
     return (
-        f"{text}, of all parts: {len(parts_without)} of {len(parts)} lack it, part {parts_without[0]} first; {'; '.join(reasons)}; "
+        f"{text}, of all parts: {len(parts_without)} of {len(parts)} lack it, part {parts_without[0]} first; "
+        f"{'; '.join(reasons)}; "
         f"run the dump over the samples of segment {bases[0].number} with {family} in cache.families"
     )
