@@ -24,7 +24,7 @@ from benchmarks.results import Results, table, wants_json
 from benchmarks.text_rows import Student, TeacherRows, logit_chunks
 from storage.config import SelectionSection
 from storage.encoding.distributions import RowFormat, decode_group, decode_id_groups, encode_groups
-from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.parquet_schema import encode_parquet
 from storage.encoding.tail_profile import encode_tail_total
 from storage.records.records import TailTotal
 from storage.records.sparse_rows import SparseRows
@@ -128,7 +128,7 @@ def write(samples: list[SparseRows], kept: RowFormat) -> bytes:
     """A part's response file of some samples."""
     keys = [{"sample_id": f"sample-{number:06d}"} for number in range(len(samples))]
     groups = encode_groups(keys, samples, kept)
-    return parquet_bytes("response", groups.groups, zstd_level=ZSTD_LEVEL, metadata=groups.metadata)
+    return encode_parquet("response", groups.groups, zstd_level=ZSTD_LEVEL, metadata=groups.metadata)
 
 
 def read(content: bytes, kept: RowFormat) -> SparseRows:

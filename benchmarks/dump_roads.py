@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from storage.config import CacheSection
-from storage.encoding.parquet_schema import parquet_bytes
-from storage.encoding.part_encoder import part_rows
+from storage.encoding.parquet_schema import encode_parquet
+from storage.encoding.part_encoder import encode_part
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump import torchvision_shim
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
@@ -103,10 +103,10 @@ def steps(state: Floor) -> Road:
         clock.lap("prompts and images")
         scored = scorer.score(part)
         clock.lap("score")
-        families = part_rows(scored.records, state.planned.identity, writer.segment.stored_families)
+        families = encode_part(scored.records, state.planned.identity, writer.segment.stored_families)
         clock.lap("encoding")
         for family, rows in families.items():
-            parquet_bytes(family, rows.groups, zstd_level=state.worker.zstd_level, metadata=rows.metadata)
+            encode_parquet(family, rows.groups, zstd_level=state.worker.zstd_level, metadata=rows.metadata)
         clock.lap("Parquet and compression")
         num_rows += sum(writer.write_part(part.number, scored.records).num_rows.values())
         clock.lap("write")

@@ -25,7 +25,7 @@ from storage.identity import FORMAT_VERSION, Identity
 from storage.reader.cache import Cache
 from storage.reader.prefetch import shuffled_batches
 from storage.reader.shuffle import WINDOW_ROWS
-from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, image_key
+from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, compute_image_key
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.signals.sparsify import Threshold, row_uniforms, select_rows
@@ -90,7 +90,7 @@ def _part(part: int, rows: SparseRows, samples: int, images: bool) -> PartRecord
         if images:
             token_ids[1] = VOCAB_SIZE - 1
             sha256 = f"{part * samples + sample:064x}"
-            key = image_key(token_ids[:2], [sha256], "d" * 64)
+            key = compute_image_key(token_ids[:2], [sha256], "d" * 64)
             refs = (ImageRef(f"{part}/{sample}.png", sha256, VISUAL_TOKENS, key),)
             visual[key] = _run_of(rows, VISUAL_TOKENS, rng, labels=False)
             gram = np.corrcoef(rng.normal(size=(VISUAL_TOKENS, 16)))

@@ -111,7 +111,7 @@ def train_student(
 
 def material_of(cache: Cache, checkpoint: Checkpoint) -> Material:
     """The split `train` of a cache, in the same order whatever else the cache holds."""
-    indices = cache.splits.positions_of(["train"])
+    indices = cache.splits.find_positions(["train"])
     rows, images, visual = (
         counts[indices].astype(np.int64)
         for counts in (cache.num_response_rows, cache.num_images, cache.num_visual_tokens)

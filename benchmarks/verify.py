@@ -23,7 +23,7 @@ from storage.config import SelectionSection
 from storage.encoding.output_head import make_head
 from storage.identity import Identity
 from storage.reader.cache import Cache
-from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, image_key
+from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, compute_image_key
 from storage.records.sparse_rows import SparseRows
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
@@ -128,7 +128,7 @@ def make_part(
         if matrices:
             sha256 = hashlib.sha256(sample_id.encode()).hexdigest()
             prompt[8] = IMAGE_TOKEN
-            key = image_key(prompt[:9], [sha256], "d" * 8)
+            key = compute_image_key(prompt[:9], [sha256], "d" * 8)
             images = (ImageRef(f"train2017/{sample_id}.jpg", sha256, NUM_VISUAL_TOKENS, key),)
             relation[key] = matrices[number % len(matrices)]
             visual[key] = some_rows(rng, rows, NUM_VISUAL_TOKENS, labels=False)

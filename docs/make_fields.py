@@ -30,7 +30,7 @@ from pydantic_core import PydanticUndefined
 
 from stillhouse.config import SCHEMAS
 from storage.config import Section
-from storage.config_loader import DEFAULT_NAME, DEFAULT_RUNS_DIR, TOP_LEVEL_KEYS, Named
+from storage.config_loader import DEFAULT_NAME, DEFAULT_RUNS_DIR, TOP_LEVEL_KEYS, NamedSections
 from storage.home_paths import expand_path
 from student_train.data.sample_filter import COLUMNS, Condition
 
@@ -58,7 +58,7 @@ def collect_sections() -> list[Fields]:
         if key not in SCHEMAS:
             continue
         schema = SCHEMAS[key]
-        if isinstance(schema, Named):
+        if isinstance(schema, NamedSections):
             _collect(schema.schema, f"{key}.NAME", sections)
         else:
             _collect(schema, key, sections)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         StillhouseError,
         WriteError,
     )
-    from storage.identity import Identity, tokenizer_fingerprint
+    from storage.identity import Identity, compute_tokenizer_fingerprint
     from storage.images.settings import PixelSettings
     from storage.reader.cache import Cache
     from storage.reader.narrowing import Narrowing
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         SampleRecord,
         SequenceLogprob,
         TokensRecord,
-        image_key,
+        compute_image_key,
     )
     from storage.records.sample_batch import SampleBatch
     from storage.records.sparse_rows import SparseRows
@@ -57,11 +57,38 @@ if TYPE_CHECKING:
     from storage.writer.cache_writer import CacheWriter
 
 __all__ = [
-    "Cache", "CacheError", "CacheWriter", "ConfigError", "CorruptPartError", "Identity", "IdentityError", "ImageRef",
-    "MissingFamilyError", "Narrowing", "NoCacheError", "PartRecords", "PixelSettings", "PooledRelation",
-    "PreferencePair", "RelationFactor", "RelationMatrix", "SampleBatch", "SampleError", "SampleRecord",
-    "SequenceLogprob", "SparseRows", "StillhouseError", "StoredHead", "TokensRecord", "VerifyReport", "WriteError",
-    "image_key", "open_cache", "shuffled_batches", "tokenizer_fingerprint", "verify",
+    "Cache",
+    "CacheError",
+    "CacheWriter",
+    "ConfigError",
+    "CorruptPartError",
+    "Identity",
+    "IdentityError",
+    "ImageRef",
+    "MissingFamilyError",
+    "Narrowing",
+    "NoCacheError",
+    "PartRecords",
+    "PixelSettings",
+    "PooledRelation",
+    "PreferencePair",
+    "RelationFactor",
+    "RelationMatrix",
+    "SampleBatch",
+    "SampleError",
+    "SampleRecord",
+    "SequenceLogprob",
+    "SparseRows",
+    "StillhouseError",
+    "StoredHead",
+    "TokensRecord",
+    "VerifyReport",
+    "WriteError",
+    "compute_image_key",
+    "compute_tokenizer_fingerprint",
+    "open_cache",
+    "shuffled_batches",
+    "verify",
 ]  # fmt: skip
 
 _LAZY_NAMES = {  # by the module that defines them
@@ -70,7 +97,7 @@ _LAZY_NAMES = {  # by the module that defines them
         "CacheError", "ConfigError", "CorruptPartError", "IdentityError", "MissingFamilyError", "NoCacheError",
         "StillhouseError", "WriteError",
     ),
-    "storage.identity": ("Identity", "tokenizer_fingerprint"),
+    "storage.identity": ("Identity", "compute_tokenizer_fingerprint"),
     "storage.images.settings": ("PixelSettings",),
     "storage.reader.cache": ("Cache",),
     "storage.reader.narrowing": ("Narrowing",),
@@ -78,7 +105,7 @@ _LAZY_NAMES = {  # by the module that defines them
     "storage.records.preference_pairs": ("PreferencePair",),
     "storage.records.records": (
         "ImageRef", "PartRecords", "PooledRelation", "RelationFactor", "RelationMatrix", "SampleError", "SampleRecord",
-        "SequenceLogprob", "TokensRecord", "image_key",
+        "SequenceLogprob", "TokensRecord", "compute_image_key",
     ),
     "storage.records.sample_batch": ("SampleBatch",),
     "storage.records.sparse_rows": ("SparseRows",),

@@ -28,7 +28,13 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import ConfigError, NoCacheError, StillhouseError
 from storage.processes.search_path import check_current_folder
 from storage.processes.standard_streams import drop_output, open_closed_streams
-from storage.processes.stop_signals import exit_code, explain, interruptible, leave, leave_on_signals
+from storage.processes.stop_signals import (
+    describe_interruption,
+    exit_now,
+    exit_on_signals,
+    get_exit_code,
+    interruptible,
+)
 
 if TYPE_CHECKING:  # torch
     from teacher_dump.audit.replay import Replay
@@ -47,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible(adopt=argv is None):
             code = _run_verb(argv)
     except KeyboardInterrupt as stop:
-        print(f"stillhouse: {explain(stop)}", file=sys.stderr)
+        print(f"stillhouse: {describe_interruption(stop)}", file=sys.stderr)
         if argv is None:
-            leave(exit_code(stop))
-        return exit_code(stop)
+            exit_now(get_exit_code(stop))
+        return get_exit_code(stop)
     if argv is None:
-        leave_on_signals(code)
+        exit_on_signals(code)
     return code
 
 

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from stillhouse.config import Experiment
 from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
 from stillhouse.torchrun import make_training_command, make_training_environment, make_training_flags
-from storage.backends.disk import explain_write_errors, hint_of_full_disk
+from storage.backends.disk import explain_write_errors, suggest_freeing_space
 from storage.backends.folder import write_json
-from storage.config_loader import Named, read_sections
+from storage.config_loader import NamedSections, read_sections
 from storage.errors import ConfigError, StillhouseError
-from storage.field_changes import changed_fields
+from storage.field_changes import describe_changes
 from student_train.config import StageSection
 from student_train.training.stage_inputs import init_inputs
 from teacher_dump.ray_jobs import Command, run_commands
@@ -62,7 +62,9 @@ def list_grid(experiment: Experiment) -> Iterator[GridRun]:
                 f"{place}.output={json.dumps(str(folder))}",
                 *(() if parent is None else (f"{place}.init={json.dumps(str(parent))}",)),
             )
-            section = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"][run.stage]
+            section = read_sections(experiment.path, {"stages": NamedSections(StageSection)}, overrides)["stages"][
+                run.stage
+            ]
             yield GridRun(name, run.stage, seed, folder, overrides, section, parent)
 
 
@@ -150,7 +152,7 @@ def _train_group(
                 accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
                 bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
             else:
-                hint = hint_of_full_disk(result.log_path) or hint_of_full_disk(run.folder)
+                hint = suggest_freeing_space(result.log_path) or suggest_freeing_space(run.folder)
                 yield f"{run.label}: exit code {result.returncode}, see {result.log_path}{hint}"
             bar.update()
 
@@ -163,7 +165,7 @@ def _check_compositions(experiment: Experiment, runs: list[GridRun]) -> None:
             continue
         place = run.section.init.replace("{seed}", str(run.seed))
         first = composed.setdefault(place, run)
-        changes = changed_fields(_dump_composition(first), _dump_composition(run), "compose")
+        changes = describe_changes(_dump_composition(first), _dump_composition(run), "compose")
         if changes:
             raise ConfigError(
                 f"{experiment.path}: {first.label} and {run.label} compose different students in one folder, {place}; "

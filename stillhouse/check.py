@@ -12,7 +12,7 @@ from stillhouse.config import Experiment
 from stillhouse.preflight import check_preconditions, may_be_made_by_prepare
 from storage.backends.folder import open_folder
 from storage.config import CacheSection
-from storage.config_loader import Named, read_sections
+from storage.config_loader import NamedSections, read_sections
 from storage.errors import ConfigError
 from storage.identity import Identity
 from storage.layout.segments import NewSegment, find_segment, has_cache
@@ -190,7 +190,7 @@ def _list_losses(experiment: Experiment) -> Iterator[tuple[str, StageSection]]:
         yield f"stages.{name}.losses", section
     for name, run in experiment.ablations.runs.items():
         overrides = (*experiment.overrides, *run.make_overrides())
-        stages = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"]
+        stages = read_sections(experiment.path, {"stages": NamedSections(StageSection)}, overrides)["stages"]
         yield f"ablations.runs.{name}: losses", stages[run.stage]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from storage.config import CacheSection, LocalPath, Section
-from storage.config_loader import Named, read_sections
+from storage.config_loader import NamedSections, read_sections
 from storage.errors import ConfigError
 from student_train.config import EvaluationSection, StageSection
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
@@ -93,7 +93,7 @@ SCHEMAS = {
     "dump": DumpSection,
     "cache": CacheSection,
     "train_teacher": TrainTeacherSection,
-    "stages": Named(StageSection),
+    "stages": NamedSections(StageSection),
     "evaluation": EvaluationSection,
     "ablations": AblationsSection,
 }
@@ -148,7 +148,9 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     )
     for name, run in experiment.ablations.runs.items():
         experiment.get_stage(run.stage, named_by=f"ablations.runs.{name}.stage")
-        stages = read_sections(path, {"stages": Named(StageSection)}, (*overrides, *run.make_overrides()))["stages"]
+        stages = read_sections(path, {"stages": NamedSections(StageSection)}, (*overrides, *run.make_overrides()))[
+            "stages"
+        ]
         _check_gpus_per_run(path, name, stages[run.stage].num_processes, experiment.ablations.gpus_per_run)
         for control in experiment.ablations.get_controls(name):
             if control not in experiment.ablations.runs:

@@ -16,7 +16,7 @@ from typing import Any
 from storage.backends.disk import explain_write_errors
 from storage.backends.folder import open_folder, write_atomically
 from storage.backends.lock import Lock, hold_lock
-from storage.field_changes import changed_fields
+from storage.field_changes import describe_changes
 from storage.layout.segments import read_segments
 
 
@@ -40,7 +40,7 @@ class Ledger:
         if "inputs" not in entry:
             return []
         missing = [f"{path}: is missing" for path in outputs if not path.exists()]
-        return [*changed_fields(entry["inputs"], inputs), *missing]
+        return [*describe_changes(entry["inputs"], inputs), *missing]
 
     def record(self, step: str, inputs: dict[str, Any], **facts: Any) -> None:
         """Writes the entry of a finished `step`, with `facts` about it. Its outputs must be on disk already."""

@@ -19,7 +19,7 @@ import torch
 
 from stillhouse.ablate import list_grid
 from stillhouse.config import Experiment
-from storage.backends.disk import check_writable, existing_parent, format_bytes, free_bytes
+from storage.backends.disk import check_writable, find_existing_parent, format_bytes, measure_free_bytes
 from storage.backends.folder import is_url, open_folder, write_atomically
 from storage.errors import ConfigError, StillhouseError
 from storage.layout.segments import has_cache
@@ -158,7 +158,7 @@ def check_disk_space(needs: Sequence[DiskNeed], run: Path) -> Iterator[str]:
         by_disk.setdefault(_get_device(need.path), []).append(need)
     for group in by_disk.values():
         path = group[0].path if group else run
-        free = free_bytes(path)
+        free = measure_free_bytes(path)
         if free is None:
             continue
         line = f"the disk of {path} has {format_bytes(free)} free"
@@ -178,7 +178,7 @@ def check_disk_space(needs: Sequence[DiskNeed], run: Path) -> Iterator[str]:
 
 
 def _get_device(path: Path) -> int:
-    return existing_parent(path).stat().st_dev
+    return find_existing_parent(path).stat().st_dev
 
 
 def _list_largest(needs: Sequence[DiskNeed]) -> str:

@@ -26,8 +26,8 @@ from stillhouse.torchrun import (
 )
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.child_process import GRACE_S, run_child
-from storage.processes.search_path import module_command
-from storage.processes.stop_signals import Interrupted, stopped_by
+from storage.processes.search_path import make_module_command
+from storage.processes.stop_signals import Interrupted, find_stop_signal
 from student_train.training.stage_inputs import init_inputs
 from teacher_dump.__main__ import table
 from teacher_dump.dump import run_dump
@@ -156,7 +156,7 @@ def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = 
     }
     if ledger is not None and ledger.is_done(step, inputs, [target]):
         return target
-    command = (*module_command("student_train.evaluate"), str(experiment.path), "--model", str(model))
+    command = (*make_module_command("student_train.evaluate"), str(experiment.path), "--model", str(model))
     _run_command([*command, *experiment.overrides], num_threads=2)
     if ledger is not None:
         ledger.record(step, inputs)
@@ -178,7 +178,7 @@ def verify_cache(path: str, ledger: Ledger) -> None:
 def _run_command(command: Sequence[str], *, num_threads: int, grace_s: float = GRACE_S) -> None:
     """Runs a child process. Its exit code 2 becomes a ConfigError, another one but 0 a StillhouseError."""
     code = run_child(command, env=make_training_environment(num_threads), grace_s=grace_s)
-    if (number := stopped_by(code)) is not None:  # a signal that this process did not get
+    if (number := find_stop_signal(code)) is not None:  # a signal that this process did not get
         raise Interrupted(number)
     if code == 2:
         raise ConfigError("the step above refused its input")

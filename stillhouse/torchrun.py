@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import student_train
-from storage.processes.search_path import module_command
+from storage.processes.search_path import make_module_command
 from student_train.config import StageSection
 from student_train.models.compose import check_parts
 from student_train.training.stage_data import open_mixture, prepare, samples_of_any
@@ -33,7 +33,7 @@ def make_training_command(
 
     `flags` come from make_training_flags. One process starts without torchrun, which saves seconds.
     """
-    launcher = (*module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
+    launcher = (*make_module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
     options = (*flags, *(("--evaluate",) if evaluate else ()))
     script = (str(MAIN), str(config), "--stage", stage, *options, *overrides)
     return (*(launcher if num_processes > 1 else (sys.executable,)), *script)

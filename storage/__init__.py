@@ -1,1 +1,1 @@
-"""The cache: format, codecs, parts, commits, reader, verification. FORMAT.md is its specification."""
+"""The cache: file format, encoding, writer, reader and verification. FORMAT.md specifies the format."""

@@ -1,4 +1,4 @@
-"""The `cache:` section of pipeline.yaml: where the cache lies and what is kept of each teacher row."""
+"""The `cache:` section of pipeline.yaml: where the cache lies and what is stored of each teacher row."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LocalPath = Annotated[str, AfterValidator(expand_path)]  # `~` and `$VAR` become
 
 
 class Section(BaseModel):
-    """A frozen piece of configuration that refuses names it does not know."""
+    """A frozen configuration section that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SelectionSection(Section):
-    """Which entries of a teacher distribution are stored.
+    """Selects the entries that are stored of each teacher distribution.
 
     `threshold` keeps every token with p >= tau exactly and any other with probability p / tau and weight
     tau, so that the expected row is the dense row. `topk` keeps the k most probable tokens, `mass` the
@@ -38,24 +38,24 @@ class SelectionSection(Section):
 
     @field_validator("temperatures")
     @classmethod
-    def _not_one(cls, given: tuple[float, ...]) -> tuple[float, ...]:
-        if 1 in given or len(set(given)) < len(given):
-            raise ValueError(f"temperatures {given} must differ from 1 and from each other; 1 is always there")
-        return given
+    def _check_temperatures(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if 1 in values or len(set(values)) < len(values):
+            raise ValueError(f"temperatures {values} must differ from 1 and from each other; 1 is always included")
+        return values
 
     @model_validator(mode="after")
-    def _draws_something(self) -> SelectionSection:
+    def _check_draw_sets(self) -> SelectionSection:
         if self.draw_sets > 1 and self.method not in ("threshold", "sampled"):
             raise ValueError(f"draw_sets {self.draw_sets} with method {self.method!r}, which draws nothing")
         return self
 
 
 class RelationSection(Section):
-    """How relation matrices G / ||G|| are kept; the norm in float32 besides.
+    """Chooses the encoding of relation matrices G / ||G||; their norms are stored as float32.
 
-    `triangle_fp16` and `triangle_int8` keep the upper triangle; `low_rank` the factor F of F F^T with the
-    least rank that keeps 1 - cosine within `max_cosine_error`; `pooled` the matrix of visual rows averaged
-    over blocks of the square grid, which a student must average likewise.
+    `triangle_fp16` and `triangle_int8` store the upper triangle. `low_rank` stores the factor F of F F^T
+    with the smallest rank that keeps 1 - cosine within `max_cosine_error`. `pooled` stores the matrix of
+    visual rows averaged over blocks of the square grid; a student must average its rows in the same way.
     """
 
     centered: bool = False  # subtract the mean visual row first; the published loss does not
@@ -66,14 +66,14 @@ class RelationSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        ours = _ENCODING_PARAMETERS.get(str(given.get("encoding")), {})
-        return {**given, **{name: value for name, value in ours.items() if given.get(name) is None}}
+    def _fill_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        ours = _ENCODING_PARAMETERS.get(str(values.get("encoding")), {})
+        return {**values, **{name: value for name, value in ours.items() if values.get(name) is None}}
 
     @model_validator(mode="after")
-    def _refuse_useless(self) -> RelationSection:
+    def _refuse_unused_parameters(self) -> RelationSection:
         for encoding, parameters in _ENCODING_PARAMETERS.items():
             for name in parameters:
                 if encoding != self.encoding and getattr(self, name) is not None:
@@ -88,16 +88,17 @@ _ENCODING_PARAMETERS: dict[str, dict[str, Any]] = {
 
 
 class HiddenSection(Section):
-    """How the final-norm hidden states of response rows are kept."""
+    """Chooses the encoding of the final-norm hidden states of response rows."""
 
     encoding: Literal["float16", "int8"] = "float16"  # int8 with a float32 scale a row
 
 
 class BudgetSection(Section):
-    """What rows may lose, or weigh, instead of tau and rounding_kl: a slice of the plan chooses those.
+    """Limits the error or the size of rows; tau and rounding_kl are then chosen to fit the limit.
 
-    The teacher scores the slice before the cache is begun. The choice, and what it is predicted to lose and
-    weigh, is part of the cache's identity, and a resumed dump keeps it. One of the two limits is given.
+    The teacher scores a slice of the plan before the cache is created, and the choice follows from that.
+    The choice and its predicted error and size become part of the cache's identity; a resumed dump keeps
+    them. Exactly one of `gradient_error` and `bytes_per_row` must be given.
     """
 
     gradient_error: Annotated[float, Field(gt=0, lt=1)] | None = None  # relative, over `rows` rows, of a proxy student
@@ -107,17 +108,17 @@ class BudgetSection(Section):
     samples: Annotated[int, Field(ge=1)] = 64  # of the slice, spread evenly over the plan
 
     @model_validator(mode="after")
-    def _one_limit(self) -> BudgetSection:
+    def _check_limits(self) -> BudgetSection:
         if (self.gradient_error is None) == (self.bytes_per_row is None) or not self.families:
-            raise ValueError("give gradient_error or bytes_per_row, one of the two, and some families")
+            raise ValueError("give either gradient_error or bytes_per_row, and at least one family")
         return self
 
 
 class CacheSection(Section):
-    """Where the cache lies, and what is stored of each family.
+    """Says where the cache lies and what it stores of each family.
 
-    A dump over a cache of the same samples adds the families that it lacks. With `append` a dump of other
-    samples adds those as new parts; without it they are refused.
+    A dump into an existing cache of the same samples adds the families that the cache lacks. A dump of
+    other samples is refused, unless `append` is set: it then adds them as new parts.
     """
 
     path: LocalPath = "{run}/cache"  # a local folder, or s3://bucket/prefix
@@ -131,8 +132,8 @@ class CacheSection(Section):
     zstd_level: Annotated[int, Field(ge=1, le=19)] = 9
 
     @model_validator(mode="after")
-    def _budget_has_rows(self) -> CacheSection:
+    def _check_budget_families(self) -> CacheSection:
         for family in self.budget.families if self.budget else ():
             if family not in self.families or getattr(self, family).method != "threshold":
-                raise ValueError(f"budget.families names {family}, which must be dumped, with method 'threshold'")
+                raise ValueError(f"budget.families names {family}; it must be in families, with method 'threshold'")
         return self

@@ -1,7 +1,7 @@
 """Reads the sections of pipeline.yaml that an entry point needs, with `section.field=value` overrides.
 
-A section's schema belongs to its package; here lie only the file's top-level names, the overrides,
-the `{run}` placeholder and the messages.
+Each section's schema belongs to its own package. This module owns the top-level keys, the overrides,
+the `{run}` placeholder and the error messages.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ TOP_LEVEL_KEYS = (
     "evaluation", "ablations",
 )  # fmt: skip
 _LISTS = {"data": "sources"}  # a section that may be a list: of that field of its own
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # file systems take 255 bytes, with what we append
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # file systems take 255 bytes, with what we append
 DEFAULT_NAME = "digits"
 DEFAULT_RUNS_DIR = "runs"
 
 
 @dataclass(frozen=True)
-class Named:
-    """A section that maps names of the user's choice to sections of one schema, such as `stages:`."""
+class NamedSections:
+    """A section that maps user-chosen names to sections of one schema, such as `stages:`."""
 
     schema: type[Section]
 
 
 @dataclass(frozen=True)
 class Sections(Mapping[str, Any]):
-    """The sections asked for: sections["cache"] is a CacheSection, sections["stages"] a dict of them."""
+    """The validated sections: sections["cache"] is a CacheSection, sections["stages"] a dict by name."""
 
     path: Path  # of the YAML file
     name: str
@@ -51,7 +51,7 @@ class Sections(Mapping[str, Any]):
 
     @property
     def run(self) -> Path:
-        """The folder that everything of this run lies in, relative to the current folder."""
+        """The run's folder, `<runs_dir>/<name>`, relative to the current folder."""
         return self.runs_dir / self.name
 
     def __getitem__(self, key: str) -> Any:
@@ -65,36 +65,38 @@ class Sections(Mapping[str, Any]):
 
 
 def read_sections(
-    path: str | Path, schemas: Mapping[str, type[Section] | Named], overrides: Sequence[str] = ()
+    path: str | Path, schemas: Mapping[str, type[Section] | NamedSections], overrides: Sequence[str] = ()
 ) -> Sections:
-    """The named sections of a YAML file, checked against their schemas; the others are left unread.
+    """Reads and validates the sections named in `schemas`; other sections are not validated.
 
-    A section that the file lacks is made of its defaults. Errors: ConfigError naming the file, the dotted
-    path, what was got, what is expected, and close matches of a misspelt name.
+    A section that the file lacks gets its schema's defaults. Errors: ConfigError naming the file, the
+    dotted field, the value, what is expected, and close matches of a misspelt name.
     """
     path = Path(path)
-    document = _apply_overrides(path, _load(path), overrides)
+    document = _apply_overrides(path, _load_document(path), overrides)
     _refuse_unknown(str(path), "top-level key", document, TOP_LEVEL_KEYS)
-    name = _text(path, document, "name", DEFAULT_NAME)
-    if not _FOLDER_NAME.fullmatch(name):
+    name = _read_text_field(path, document, "name", DEFAULT_NAME)
+    if not _NAME_PATTERN.fullmatch(name):
         raise ConfigError(
             f"{path}: name: got {name!r}, expected a folder's name of letters, digits, . _ -, at most 200"
         )
     try:
-        runs_dir = Path(expand_path(_text(path, document, "runs_dir", DEFAULT_RUNS_DIR)))
+        runs_dir = Path(expand_path(_read_text_field(path, document, "runs_dir", DEFAULT_RUNS_DIR)))
     except ValueError as error:
         raise ConfigError(f"{path}: runs_dir: {error}") from error
     document = _replace_run(document, str(runs_dir / name))
     problems: list[str] = []
-    checked = {key: _section(key, schema, document.get(key), problems) for key, schema in schemas.items()}
+    checked = {key: _check_section(key, schema, document.get(key), problems) for key, schema in schemas.items()}
     if problems:
-        raise ConfigError("\n".join(f"{path}: {problem}{_origin(problem, overrides)}" for problem in problems))
-    checked = {key: _with_run_in_defaults(section, str(runs_dir / name)) for key, section in checked.items()}
+        raise ConfigError(
+            "\n".join(f"{path}: {problem}{_describe_override(problem, overrides)}" for problem in problems)
+        )
+    checked = {key: _replace_run_in_defaults(section, str(runs_dir / name)) for key, section in checked.items()}
     return Sections(path, name, runs_dir, checked, document)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, and reads 2e-5 as a number as YAML 1.2 does."""
+    """A SafeLoader that refuses duplicate keys and reads 2e-5 as a number, as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -117,35 +119,35 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load_document(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
-    document = _parse(str(path), text)
+    document = _parse_yaml(str(path), text)
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise ConfigError(f"{path}: got {_shown(document)}, expected sections such as `cache:`")
+        raise ConfigError(f"{path}: got {_shorten(document)}, expected sections such as `cache:`")
     return document
 
 
-def _parse(place: str, text: str) -> Any:
+def _parse_yaml(place: str, text: str) -> Any:
     try:
         text = re.sub(r"\{([a-z_]+)\}", "\ue000\\1\ue001", text)  # so that {run}/x needs no quotes
-        return _with_braces(yaml.load(text, Loader=_Loader))  # a SafeLoader: plain data only
+        return _restore_braces(yaml.load(text, Loader=_Loader))  # a SafeLoader: plain data only
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: is not valid YAML: {error}") from error
 
 
-def _with_braces(value: Any) -> Any:
+def _restore_braces(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace("\ue000", "{").replace("\ue001", "}")
     if isinstance(value, dict):
-        return {_with_braces(key): _with_braces(item) for key, item in value.items()}
-    return [_with_braces(item) for item in value] if isinstance(value, list) else value
+        return {_restore_braces(key): _restore_braces(item) for key, item in value.items()}
+    return [_restore_braces(item) for item in value] if isinstance(value, list) else value
 
 
 def _apply_overrides(path: Path, document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -160,11 +162,11 @@ def _apply_overrides(path: Path, document: dict[str, Any], overrides: Sequence[s
                 document[keys[0]] = {_LISTS[keys[0]]: section}  # so that its other fields can be set
             elif isinstance(section, dict) and keys[1].isdecimal():
                 keys.insert(1, _LISTS[keys[0]])  # a list still, for whoever wrote it so
-        _set(document, keys, _parse(f"override {override!r}", text), f"override {override!r}: {path}: ")
+        _set_field(document, keys, _parse_yaml(f"override {override!r}", text), f"override {override!r}: {path}: ")
     return document
 
 
-def _set(document: dict[str, Any], keys: list[str], value: Any, place: str) -> None:
+def _set_field(document: dict[str, Any], keys: list[str], value: Any, place: str) -> None:
     node: Any = document
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -177,7 +179,7 @@ def _set(document: dict[str, Any], keys: list[str], value: Any, place: str) -> N
             slot = key
         else:
             where = ".".join(keys[:depth])
-            raise ConfigError(f"{place}{where}: is {_shown(node)} and has no field {key!r}")
+            raise ConfigError(f"{place}{where}: is {_shorten(node)} and has no field {key!r}")
         if last:
             node[slot] = value
         else:
@@ -186,10 +188,10 @@ def _set(document: dict[str, Any], keys: list[str], value: Any, place: str) -> N
             node = node[slot]
 
 
-def _text(path: Path, document: Mapping[str, Any], key: str, default: str) -> str:
+def _read_text_field(path: Path, document: Mapping[str, Any], key: str, default: str) -> str:
     value = document.get(key, default)
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{path}: {key}: got {_shown(value)}, expected text")
+        raise ConfigError(f"{path}: {key}: got {_shorten(value)}, expected text")
     return value
 
 
@@ -201,45 +203,45 @@ def _replace_run(value: Any, run: str) -> Any:
     return [_replace_run(item, run) for item in value] if isinstance(value, list) else value
 
 
-def _with_run_in_defaults(section: Any, run: str) -> Any:
-    """The section, or sections by name, with `{run}` replaced in texts that came from a schema's defaults."""
+def _replace_run_in_defaults(section: Any, run: str) -> Any:
+    """Replaces `{run}` in texts that came from a schema's defaults, in one section or a dict of them."""
     if isinstance(section, dict):
-        return {name: _with_run_in_defaults(item, run) for name, item in section.items()}
+        return {name: _replace_run_in_defaults(item, run) for name, item in section.items()}
     texts = {name: text for name in type(section).model_fields if isinstance(text := getattr(section, name), str)}
     return section.model_copy(update={name: _replace_run(text, run) for name, text in texts.items()})
 
 
-def _section(key: str, schema: type[Section] | Named, value: Any, problems: list[str]) -> Any:
+def _check_section(key: str, schema: type[Section] | NamedSections, value: Any, problems: list[str]) -> Any:
     value = {} if value is None else value
-    if not isinstance(schema, Named):
-        return _validate(key, schema, value, problems)
+    if not isinstance(schema, NamedSections):
+        return _validate_section(key, schema, value, problems)
     if not isinstance(value, dict):
-        problems.append(f"{key}: got {_shown(value)}, expected names with a {schema.schema.__name__} each")
+        problems.append(f"{key}: got {_shorten(value)}, expected names with a {schema.schema.__name__} each")
         return None
     for name in value:
-        if not _FOLDER_NAME.fullmatch(str(name)):
+        if not _NAME_PATTERN.fullmatch(str(name)):
             problems.append(f"{key}.{name}: got {name!r}, expected a name of letters, digits, . _ -, at most 200")
     return {
-        str(name): _validate(f"{key}.{name}", schema.schema, {} if item is None else item, problems)
+        str(name): _validate_section(f"{key}.{name}", schema.schema, {} if item is None else item, problems)
         for name, item in value.items()
     }
 
 
-def _validate(place: str, schema: type[Section], value: Any, problems: list[str]) -> Section | None:
+def _validate_section(place: str, schema: type[Section], value: Any, problems: list[str]) -> Section | None:
     try:
         return schema.model_validate(value)
     except ValidationError as error:
         for detail in error.errors():
-            problems.append(_problem(place, schema, detail))
+            problems.append(_describe_problem(place, schema, detail))
     return None
 
 
-def _problem(place: str, schema: type[Section], detail: Any) -> str:
-    location = _fields_in(schema, detail["loc"], is_unknown=detail["type"] == "extra_forbidden")
+def _describe_problem(place: str, schema: type[Section], detail: Any) -> str:
+    location = _drop_validator_names(schema, detail["loc"], is_unknown=detail["type"] == "extra_forbidden")
     where = ".".join([place, *map(str, location)])
     if detail["type"] == "extra_forbidden":
-        known = [name for model in _models_at(schema, location[:-1]) for name in model.model_fields]
-        return f"{where}: unknown field; {_suggestion(str(location[-1]), known)}"
+        known = [name for model in _find_models(schema, location[:-1]) for name in model.model_fields]
+        return f"{where}: unknown field; {_suggest_names(str(location[-1]), known)}"
     if detail["type"] == "missing":
         return f"{where}: is missing; this field has no default"
     message = str(detail["msg"]).removeprefix("Value error, ")
@@ -250,35 +252,34 @@ def _problem(place: str, schema: type[Section], detail: Any) -> str:
         str(detail["input"]), re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
     )
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{where}: got {_shown(detail['input'])}, {expected}{hint}"
+    return f"{where}: got {_shorten(detail['input'])}, {expected}{hint}"
 
 
-def _fields_in(schema: Any, location: Sequence[int | str], *, is_unknown: bool) -> list[int | str]:
-    """The fields, items and keys of an error's location, without what pydantic adds to name its own validators.
+def _drop_validator_names(schema: Any, location: Sequence[int | str], *, is_unknown: bool) -> list[int | str]:
+    """Returns an error's location without the names of validators and union members that pydantic inserts.
 
-    Of a union it names the member that it tried, as in `width.function-after[_ordered(), Range].max` or
-    `init.list[str]`; what the schema knows at a place tells the two apart. `is_unknown`: the last step is a field
-    that the schema does not have.
+    Examples: `width.function-after[_ordered(), Range].max`, `init.list[str]`. A step is kept if the schema
+    has such a field, item or key. `is_unknown`: the last step is a field that the schema lacks; it is kept.
     """
     kept: list[int | str] = []
     for number, step in enumerate(location):
         is_last = is_unknown and number == len(location) - 1
-        if is_last or _following(_kinds_at(schema, kept), step):
+        if is_last or _find_next_types(_find_types(schema, kept), step):
             kept.append(step)
     return kept
 
 
-def _kinds_at(schema: Any, location: Sequence[int | str]) -> list[Any]:
+def _find_types(schema: Any, location: Sequence[int | str]) -> list[Any]:
     found = [schema]
     for step in location:
-        found = _following(found, step)
+        found = _find_next_types(found, step)
     return found
 
 
-def _following(kinds: Sequence[Any], step: int | str) -> list[Any]:
-    """What a field, an item or a key may be: the walk follows unions."""
+def _find_next_types(kinds: Sequence[Any], step: int | str) -> list[Any]:
+    """Returns the types that a field, item or key of these types may have; unions are expanded."""
     following: list[Any] = []
-    for kind in [member for parent in kinds for member in _members(parent)]:
+    for kind in [member for parent in kinds for member in _expand_unions(parent)]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if step in kind.model_fields:
                 following.append(kind.model_fields[str(step)].annotation)
@@ -290,39 +291,39 @@ def _following(kinds: Sequence[Any], step: int | str) -> list[Any]:
     return following
 
 
-def _models_at(schema: Any, location: Sequence[int | str]) -> list[type[BaseModel]]:
-    """The models that a location may lie in."""
+def _find_models(schema: Any, location: Sequence[int | str]) -> list[type[BaseModel]]:
+    """Returns the models that a location may lie in."""
     return [
         member
-        for kind in _kinds_at(schema, location)
-        for member in _members(kind)
+        for kind in _find_types(schema, location)
+        for member in _expand_unions(kind)
         if isinstance(member, type) and issubclass(member, BaseModel)
     ]
 
 
-def _members(kind: Any) -> list[Any]:
+def _expand_unions(kind: Any) -> list[Any]:
     if get_origin(kind) is Annotated:
-        return _members(get_args(kind)[0])
+        return _expand_unions(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
-        return [member for argument in get_args(kind) for member in _members(argument)]
+        return [member for argument in get_args(kind) for member in _expand_unions(argument)]
     return [kind]
 
 
 def _refuse_unknown(place: str, what: str, got: Mapping[Any, Any], known: Sequence[str]) -> None:
     for key in got:
         if key not in known:
-            raise ConfigError(f"{place}: {key}: unknown {what}; {_suggestion(str(key), known)}")
+            raise ConfigError(f"{place}: {key}: unknown {what}; {_suggest_names(str(key), known)}")
 
 
-def _suggestion(got: str, known: Sequence[str]) -> str:
+def _suggest_names(got: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(got, known, n=3) or [name for name in known if name.startswith(got)]
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"known are {', '.join(known)}" if known else "nothing is expected there"
+    return f"known are {', '.join(known)}" if known else "no fields are expected there"
 
 
-def _origin(problem: str, overrides: Sequence[str]) -> str:
-    """A note for a problem that an override made."""
+def _describe_override(problem: str, overrides: Sequence[str]) -> str:
+    """Returns a note naming the override that caused a problem; empty if none did."""
     where = problem.partition(": ")[0] + "."
     made = []
     for override in overrides:
@@ -332,6 +333,6 @@ def _origin(problem: str, overrides: Sequence[str]) -> str:
     return f" (from the override {made[-1]!r})" if made else ""
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

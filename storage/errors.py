@@ -1,35 +1,35 @@
-"""The exceptions that the command line turns into one clear message and an exit code."""
+"""Exceptions that the command line reports as one message, with the exit code that each stands for."""
 
 from __future__ import annotations
 
 
 class StillhouseError(Exception):
-    """A failure with one message for a person; the command line exits 1."""
+    """A failure that one message explains; the command line exits 1."""
 
 
 class ConfigError(StillhouseError):
-    """The user's mistake in a configuration or a command; the command line exits 2."""
+    """A user's mistake in the configuration or the command; the command line exits 2."""
 
 
 class WriteError(StillhouseError):
-    """A file that cannot be written: a full disk, a folder without permission. What was whole before still is."""
+    """A file cannot be written, e.g. the disk is full. Files that were complete before are unchanged."""
 
 
 class CacheError(StillhouseError):
-    """A cache that is missing, unfinished, or asked for what it does not hold."""
+    """A cache is missing or unfinished, or does not hold the requested data."""
 
 
 class NoCacheError(CacheError, ConfigError):
-    """A place that was named as a cache's and has none: the user's mistake."""
+    """The given path holds no cache (a user's mistake: exit code 2)."""
 
 
 class MissingFamilyError(CacheError, ConfigError):
-    """A cache that was asked for a family, or what came with one, that it does not hold: the user's mistake."""
+    """The cache lacks a requested family, or data that belongs to it (a user's mistake: exit code 2)."""
 
 
 class CorruptPartError(CacheError):
-    """A file of a cache whose bytes are not what was committed, or not what FORMAT.md allows."""
+    """A cache file differs from what was committed, or violates FORMAT.md."""
 
 
 class IdentityError(CacheError, ConfigError):
-    """A cache made by another teacher, tokenizer, template, preprocessing, plan or selection than was asked for."""
+    """The cache's identity (teacher, tokenizer, template, plan, selection, …) differs from the run's."""

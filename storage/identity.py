@@ -1,4 +1,4 @@
-"""What a cache was made from: the fields that must agree before anything is added to it or read from it."""
+"""The identity of a cache: what it was made from. It must agree before data is added or read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from storage.images.settings import OLD_PIXELS, PixelSettings
 
 FORMAT_VERSION = 4  # becomes 1 with the first release; other versions are refused
 NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
-PLACES = ("teacher", "image_root")  # where things lay when a segment was begun; hashes say what they are
+LOCATION_FIELDS = ("teacher", "image_root")  # paths at the time of the dump; never compared, hashes are
 
 
 class Identity(BaseModel):
-    """Fingerprints and settings that decide every byte of a cache, except the order of the work.
+    """The fingerprints and settings that determine the content of a cache.
 
-    The fields in PLACES decide none: they help a person, and are compared with nothing.
+    The fields in LOCATION_FIELDS are exceptions: they inform a person and are not compared.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,61 +44,64 @@ class Identity(BaseModel):
     selection: dict[str, dict[str, Any]]  # by family; of tokens: how they were made, and how a teacher answered
 
     def content_json(self) -> str:
-        """The identity as JSON without its places: text to compare, or to make a fingerprint of."""
-        return self.model_dump_json(exclude=set(PLACES))
+        """Returns the identity as JSON without LOCATION_FIELDS, to compare or to hash."""
+        return self.model_dump_json(exclude=set(LOCATION_FIELDS))
 
 
-def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:
-    """What ids mean: sha256 of the vocabulary, added tokens included, as [token, id] pairs by id in ASCII JSON.
+def compute_tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:
+    """Returns the sha256 (hex) of a vocabulary: ASCII JSON of its [token, id] pairs, sorted by id.
 
-    The dump writes it and the student compares it, so both take it from here.
+    `vocabulary` maps tokens to ids and includes added tokens. The dump records the fingerprint and
+    student training compares it, so that both agree on what an id means.
     """
     pairs = sorted(([token, number] for token, number in vocabulary.items()), key=lambda pair: (pair[1], pair[0]))
     return hashlib.sha256(json.dumps(pairs, ensure_ascii=True).encode()).hexdigest()
 
 
-def real_vocab_size(vocabulary: Mapping[str, int]) -> int:
-    """The highest id + 1: the rows of a head beyond it are padding, and get no probability."""
+def compute_vocab_size(vocabulary: Mapping[str, int]) -> int:
+    """Returns the highest id + 1. Rows of the output head beyond it are padding without probability."""
     return max(vocabulary.values()) + 1
 
 
-def difference(cache: Identity, run: Identity) -> list[str]:
-    """One line for each field, places excepted, in which two identities differ; empty when they agree."""
+def describe_differences(cache: Identity, run: Identity) -> list[str]:
+    """Returns one line per field in which two identities differ, except LOCATION_FIELDS; empty if equal."""
     ours, theirs = (json.loads(identity.content_json()) for identity in (run, cache))
     return [
-        line for name in Identity.model_fields for line in _differing_leaves(name, theirs.get(name), ours.get(name))
+        line
+        for name in Identity.model_fields
+        for line in _list_differing_leaves(name, theirs.get(name), ours.get(name))
     ]
 
 
-def _differing_leaves(name: str, cache: Any, run: Any) -> list[str]:
+def _list_differing_leaves(name: str, cache: Any, run: Any) -> list[str]:
     if isinstance(cache, dict) and isinstance(run, dict):
         keys = [*cache, *(key for key in run if key not in cache)]
-        return [line for key in keys for line in _differing_leaves(f"{name}.{key}", cache.get(key), run.get(key))]
+        return [line for key in keys for line in _list_differing_leaves(f"{name}.{key}", cache.get(key), run.get(key))]
     return [] if cache == run else [f"{name}: cache has {cache!r}, this run has {run!r}"]
 
 
 def stored_pixels(identity: Identity) -> PixelSettings:
-    """How the teacher's pixels were made; version 0 where the identity does not say, as without images."""
+    """Returns the teacher's pixel settings; version 0 if none are recorded (as without images)."""
     return identity.pixels or OLD_PIXELS
 
 
 def stored_template_arguments(identity: Identity) -> dict[str, Any]:
-    """The arguments that the chat template was given when the conversations were rendered."""
+    """Returns the arguments that the chat template was rendered with."""
     return dict(identity.selection.get("tokens", {}).get("chat_template_arguments", {}))
 
 
 def stored_relation(identity: Identity) -> RelationSection:
-    """How a cache's relation matrices are encoded."""
+    """Returns the encoding settings of a cache's relation matrices."""
     return RelationSection.model_validate(identity.selection.get("relation", {}))
 
 
 def stored_hidden(identity: Identity) -> HiddenSection:
-    """How a cache's hidden states are encoded."""
+    """Returns the encoding settings of a cache's hidden states."""
     return HiddenSection.model_validate(identity.selection.get("hidden", {}))
 
 
 def stored_tau(identity: Identity, family: str) -> float:
-    """The weight of one sampled draw in a family's rows; 0 where its selection stores no sampled entries."""
+    """Returns the weight of one sampled draw in a family's rows; 0 if no entries are sampled."""
     selection = identity.selection.get(family, {})
     if selection.get("method") == "threshold":
         return float(selection["tau"])
@@ -106,20 +109,20 @@ def stored_tau(identity: Identity, family: str) -> float:
 
 
 def stored_draw_sets(identity: Identity, family: str) -> int:
-    """How many independent sets of draws a family's rows have; a reader is given one of them."""
+    """Returns the number of independent draw sets of a family's rows; a reader gets one of them."""
     return int(identity.selection.get(family, {}).get("draw_sets", 1))
 
 
 def stored_temperatures(identity: Identity, family: str) -> tuple[float, ...]:
-    """The temperatures, besides 1, whose log-sum-exp a family's rows carry."""
+    """Returns the temperatures, besides 1, whose log-sum-exp a family's rows store."""
     return tuple(float(temperature) for temperature in identity.selection.get(family, {}).get("temperatures", ()))
 
 
 def stored_seed(identity: Identity, family: str) -> int:
-    """The seed of a family's draws and of its rounding; 0 where its selection records none."""
+    """Returns the seed of a family's draws and rounding; 0 if none is recorded."""
     return int(identity.selection.get(family, {}).get("seed", 0))
 
 
 def stored_rounding_kl(identity: Identity, family: str) -> float:
-    """What rounding a family's probabilities costs on average, in nats a row; 0 where they are float32."""
+    """Returns the mean KL divergence, in nats per row, that rounding may cost; 0 for float32."""
     return float(identity.selection.get(family, {}).get("rounding_kl", 0.0))

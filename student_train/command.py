@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from storage.backends.disk import report_full_disk
 from storage.backends.lock import Lock
 from storage.config import CacheSection
-from storage.config_loader import Named, Sections, read_sections
+from storage.config_loader import NamedSections, Sections, read_sections
 from storage.errors import ConfigError, StillhouseError
-from storage.processes.stop_signals import exit_code, explain, interruptible
+from storage.processes.stop_signals import describe_interruption, get_exit_code, interruptible
 from storage.processes.supervisor import die_with_parent
 from student_train.config import EvaluationSection, StageSection
 from student_train.training.stage_request import Request
@@ -24,7 +24,7 @@ from student_train.training.stage_request import Request
 if TYPE_CHECKING:  # which imports torch
     from student_train.training.stage_result import Work
 
-SCHEMAS = {"cache": CacheSection, "stages": Named(StageSection), "evaluation": EvaluationSection}
+SCHEMAS = {"cache": CacheSection, "stages": NamedSections(StageSection), "evaluation": EvaluationSection}
 
 
 def main(arguments: Sequence[str], *, started: float) -> int:
@@ -52,8 +52,8 @@ def main(arguments: Sequence[str], *, started: float) -> int:
             train(sections, options.stage, _request(options), evaluate=options.evaluate, started=started)
     except KeyboardInterrupt as stop:
         if is_first:
-            sys.stderr.write(f"{explain(stop)}\n")
-        return exit_code(stop)
+            sys.stderr.write(f"{describe_interruption(stop)}\n")
+        return get_exit_code(stop)
     except StillhouseError as error:
         if is_first or getattr(error, "of_this_rank", False):
             sys.stderr.write(f"error: {error}\n")

@@ -21,7 +21,7 @@ from storage.config import CacheSection
 from storage.config_loader import read_sections
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.standard_streams import open_closed_streams
-from storage.processes.stop_signals import end_process, exit_code, explain, interruptible
+from storage.processes.stop_signals import describe_interruption, end_process, get_exit_code, interruptible
 from student_train.config import EvaluationSection, SourceSection
 
 
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             document = evaluate_model(options.model, [source], sections["evaluation"])
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"{explain(stop)}\n")
-        return exit_code(stop)
+        sys.stderr.write(f"{describe_interruption(stop)}\n")
+        return get_exit_code(stop)
     except StillhouseError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1

@@ -23,7 +23,13 @@ from storage.backends.disk import report_full_disk
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.search_path import check_current_folder
 from storage.processes.standard_streams import drop_output, open_closed_streams
-from storage.processes.stop_signals import exit_code, explain, interruptible, leave, leave_on_signals
+from storage.processes.stop_signals import (
+    describe_interruption,
+    exit_now,
+    exit_on_signals,
+    get_exit_code,
+    interruptible,
+)
 
 if TYPE_CHECKING:  # which takes a second, in which a signal would find nobody
     from teacher_dump.dump import DumpResult, RetryOutcome
@@ -41,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interruptible(adopt=arguments is None):
             code = _dump(arguments)
     except KeyboardInterrupt as stop:
-        print(explain(stop), file=sys.stderr)
+        print(describe_interruption(stop), file=sys.stderr)
         if arguments is None:
-            leave(exit_code(stop))
-        return exit_code(stop)
+            exit_now(get_exit_code(stop))
+        return get_exit_code(stop)
     if arguments is None:
-        leave_on_signals(code)
+        exit_on_signals(code)
     return code
 
 

@@ -12,7 +12,7 @@ from storage.backends.folder import open_folder
 from storage.errors import ConfigError, StillhouseError
 from storage.layout.commits import SUMMARY_FILE
 from storage.layout.processor_files import read_processor_files
-from storage.layout.retries import families_of_parts, read_contents, retries_of
+from storage.layout.retries import list_families_of_parts, read_contents, select_retries
 from storage.layout.segments import (
     NewSegment,
     Segment,
@@ -21,7 +21,7 @@ from storage.layout.segments import (
     is_committed,
     is_complete,
     read_segments,
-    tokens_segments,
+    select_tokens_segments,
 )
 from storage.processes.stop_signals import Interrupted
 from storage.reader.cache import Cache
@@ -106,7 +106,7 @@ def _plans(planned: DumpPlan, settings: DumpSettings) -> Iterator[DumpPlan]:
     yield planned
     folder, cache = open_folder(settings.cache.path), settings.cache
     segments = read_segments(folder)
-    for retry in retries_of(segments, _base(segments, planned)):
+    for retry in select_retries(segments, _base(segments, planned)):
         found, _ = find_segment(folder, retry_identity(retry, planned), cache.families, append=False)
         if isinstance(found, NewSegment) or not is_complete(folder, found):
             yield retry_plan(retry, planned, settings)
@@ -128,13 +128,13 @@ def _retry(
     base = _base(segments, planned)
     _, failed = read_contents(folder, segments, base)
     num_failed = sum(map(len, failed))
-    missing = [family for family in families_of_parts(segments, base) if family not in cache.families]
+    missing = [family for family in list_families_of_parts(segments, base) if family not in cache.families]
     if missing:
         raise ConfigError(
             f"cache.families: lacks {', '.join(missing)}, which the samples beside those that failed have in "
             f"{folder}; a retry needs them all"
         )
-    begun = next((one for one in retries_of(segments, base) if not is_committed(folder, one)), None)
+    begun = next((one for one in select_retries(segments, base) if not is_committed(folder, one)), None)
     if begun is None and asked.data.responses == "teacher" and num_failed:
         names = {error.sample_id for errors in failed for error in errors}
         ask_again(asked, plan_questions(asked), names, progress=progress)
@@ -152,7 +152,7 @@ def _retry(
 def _base(segments: Sequence[Segment], planned: DumpPlan) -> Segment:
     """The segment that holds the parts of a plan, which is in the cache."""
     fingerprint = planned.identity.plan_fingerprint
-    return next(one for one in tokens_segments(segments) if one.identity.plan_fingerprint == fingerprint)
+    return next(one for one in select_tokens_segments(segments) if one.identity.plan_fingerprint == fingerprint)
 
 
 def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:

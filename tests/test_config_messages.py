@@ -15,7 +15,7 @@ import storage.config
 import student_train.config
 import teacher_dump.config
 from storage.config import Section
-from storage.config_loader import _members, _problem
+from storage.config_loader import _describe_problem, _expand_unions
 
 MODULES = (storage.config, teacher_dump.config, student_train.config, stillhouse.config)
 WRONG: list[Any] = [
@@ -36,7 +36,7 @@ def wrong_values(kind: Any, depth: int = 0) -> Iterator[Any]:
     yield from WRONG
     if depth > 2:
         return
-    for member in _members(kind):
+    for member in _expand_unions(kind):
         if isinstance(member, type) and issubclass(member, BaseModel):
             for name, field in member.model_fields.items():
                 yield from ({name: value} for value in wrong_values(field.annotation, depth + 1))
@@ -54,7 +54,7 @@ def problems() -> Iterator[str]:
                 try:
                     schema.model_validate({name: value})
                 except ValidationError as error:
-                    yield from (_problem("section", schema, detail) for detail in error.errors())
+                    yield from (_describe_problem("section", schema, detail) for detail in error.errors())
 
 
 def test_a_message_names_fields_and_no_validator_of_pydantic() -> None:

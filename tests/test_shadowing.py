@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.torchrun import make_training_command
-from storage.processes.search_path import PACKAGES, ROOT, shadowed_packages
+from storage.processes.search_path import PACKAGES, ROOT, find_shadowed_packages
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("stillhouse"))
 
@@ -65,10 +65,10 @@ def test_children_are_started_without_the_current_folder(folder: Path, monkeypat
 
 
 def test_only_what_python_would_import_counts_as_shadowing(folder: Path) -> None:
-    assert shadowed_packages(folder) == ["storage"]
+    assert find_shadowed_packages(folder) == ["storage"]
     (folder / "teacher_dump.py").touch()
-    assert shadowed_packages(folder) == ["storage", "teacher_dump"]
-    assert shadowed_packages(ROOT) == []
+    assert find_shadowed_packages(folder) == ["storage", "teacher_dump"]
+    assert find_shadowed_packages(ROOT) == []
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} >= set(PACKAGES)
 
 

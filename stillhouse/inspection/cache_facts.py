@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from storage.errors import CacheError
 from storage.layout.error_summaries import KINDS
-from storage.layout.segments import Segment, tokens_segments
+from storage.layout.segments import Segment, select_tokens_segments
 from storage.reader.cache import Cache
 
 IMAGE_FAMILIES = ("visual", "relation")
@@ -98,7 +98,7 @@ def collect_facts(cache: Cache) -> CacheFacts:
         path=str(cache.folder),
         sealed=cache.sealed,
         num_parts=statistics["num_parts"],
-        num_planned_parts=sum(segment.num_parts for segment in tokens_segments(cache.segments)),
+        num_planned_parts=sum(segment.num_parts for segment in select_tokens_segments(cache.segments)),
         segments={f"segment {segment.number}": _describe_segment(segment) for segment in cache.segments},
         num_samples=cache.num_samples,
         num_samples_by_split={split: cache.splits.count(split) for split in sorted(set(cache.splits))},

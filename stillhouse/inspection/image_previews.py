@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
 from storage.images import pixels as image_pixels
-from storage.images.pictures import encode_picture, picture_of, shrink_picture
+from storage.images.pictures import encode_picture, make_picture, shrink_picture
 from storage.images.settings import PixelSettings
 from storage.records.records import ImageRef
 
@@ -102,7 +102,7 @@ def draw_heat_map(values: NDArray[np.float32]) -> HeatMap:
     stops = ", ".join(to_hex(colours(fraction)) for fraction in np.linspace(0, 1, 9))
     is_large = max(shown.shape) > MAX_SMALL_HEAT_SIDE
     clipped = bool(values.min() < low or values.max() > high)
-    uri = _encode_uri(picture_of(pixels), "png")
+    uri = _encode_uri(make_picture(pixels), "png")
     return HeatMap(uri, low, high, f"linear-gradient(90deg, {stops})", clipped, step, is_large)
 
 

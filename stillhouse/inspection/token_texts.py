@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import ConfigError, StillhouseError
-from storage.identity import Identity, tokenizer_fingerprint
+from storage.identity import Identity, compute_tokenizer_fingerprint
 
 _MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "·"}
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # a decoder's sign for bytes that are no whole character
@@ -115,7 +115,7 @@ def _load_by_tokenizers(folder: Path, identity: Identity) -> Decoder | None:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception:  # the library raises nothing narrower; transformers then says what is wrong
         return None
-    if tokenizer_fingerprint(tokenizer.get_vocab(with_added_tokens=True)) != identity.tokenizer_fingerprint:
+    if compute_tokenizer_fingerprint(tokenizer.get_vocab(with_added_tokens=True)) != identity.tokenizer_fingerprint:
         return None
     return Decoder(
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
@@ -130,7 +130,7 @@ def _load_by_transformers(folder: Path, identity: Identity) -> Decoder:
         tokenizer = load_tokenizer(folder)
     except StillhouseError as error:
         raise ConfigError(str(error)) from error
-    got = tokenizer_fingerprint(tokenizer.get_vocab())
+    got = compute_tokenizer_fingerprint(tokenizer.get_vocab())
     if got != identity.tokenizer_fingerprint:
         raise ConfigError(
             f"the tokenizer in {folder} has the fingerprint {got[:12]}…, the cache was made with "

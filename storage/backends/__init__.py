@@ -1,1 +1,1 @@
-"""Folders and object stores, locks on them, full disks: every byte that a cache reads or writes. Uses processes."""
+"""File access for caches: local folders, object stores, locks and full disks. Uses processes."""

@@ -1,5 +1,7 @@
-"""The cache's only access to files: a folder that is local or in an object store, whole reads, whole writes,
-exclusive creation. A local folder needs hard links; an object store needs conditional writes (object_store.py)."""
+"""File access of a cache: a local folder or an object store, with whole reads, atomic writes and exclusive creation.
+
+A local folder needs hard links; an object store needs conditional writes (object_store.py).
+"""
 
 from __future__ import annotations
 
@@ -21,62 +23,62 @@ from storage.errors import CacheError
 
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _TEMPORARY = re.compile(r".+\.tmp-\d+-[0-9a-f]+")
-_NUM_SWEEPS = 3  # how often a temporary file may be taken for a dead writer's before something else is wrong
+_MAX_ATTEMPTS = 3  # of a write whose temporary file another writer removes as a leftover
 
 T = TypeVar("T")
 
 
 class Folder(Protocol):
-    """A cache's folder. Names are relative to it, with forward slashes; `str()` of it is for messages."""
+    """A cache's folder. Names are relative to it, with forward slashes; `str()` is its path or URL."""
 
     @property
     def is_remote(self) -> bool:
-        """True where each access costs a round trip and bytes cost money."""
+        """True for an object store, where every access is a network request."""
         ...
 
-    def place(self, name: str) -> str:
-        """A file's whole path or URL, for messages."""
+    def locate(self, name: str) -> str:
+        """Returns a file's full path or URL, for messages."""
         ...
 
-    def make(self, subs: Iterable[str]) -> None:
-        """Make the folder and these folders in it, where folders exist at all. Errors: CacheError."""
+    def make_folders(self, subs: Iterable[str]) -> None:
+        """Creates the folder and these sub-folders; an object store has none. Errors: CacheError."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A file's content. Errors: FileNotFoundError, NotADirectoryError, other OSError, CacheError."""
+        """Returns a file's content. Errors: FileNotFoundError, NotADirectoryError, other OSError, CacheError."""
         ...
 
     def size(self, name: str) -> int:
-        """A file's bytes. Errors as `read`."""
+        """Returns a file's size in bytes. Errors as `read`."""
         ...
 
     def sha256(self, name: str) -> str:
-        """sha256 of a file's content, in hex. Errors as `read`."""
+        """Returns the sha256 of a file's content, in hex. Errors as `read`."""
         ...
 
     def open_for_arrow(self, name: str, num_bytes: int) -> pa.NativeFile:
-        """A file of a known size that Arrow reads at random places. Errors as `read`."""
+        """Opens a file of `num_bytes` bytes for random access by Arrow. Errors as `read`."""
         ...
 
     def write(self, name: str, content: bytes) -> None:
-        """Make a file hold `content`: whoever looks sees all of it or none. Errors: CacheError."""
+        """Writes a file atomically: readers see all of `content` or the previous state. Errors: CacheError."""
         ...
 
     def create(self, name: str, content: bytes) -> bool:
-        """Like `write`, but False and no change if the file exists: of many writers one wins. Errors: CacheError."""
+        """Creates a file atomically; returns False and changes nothing if it exists. Errors: CacheError."""
         ...
 
-    def names(self, sub: str = "", *, deep: bool = False) -> list[str]:
-        """Files in a sub-folder (and, if deep, below it), as names in this folder, sorted; none if it is missing."""
+    def list_files(self, sub: str = "", *, deep: bool = False) -> list[str]:
+        """Returns the sorted names of the files in a sub-folder (`deep`: also below it); [] if it is missing."""
         ...
 
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Deletes a file if it exists."""
         ...
 
 
 def open_folder(path: str | Path) -> Folder:
-    """The folder at a path or URL; nothing is touched. CacheError: no driver for the URL is installed."""
+    """Returns the folder at a path or URL without accessing it. CacheError if no driver is installed."""
     protocol, separator, rest = str(path).partition("://")
     if not separator:
         return LocalFolder(Path(path))
@@ -88,13 +90,13 @@ def open_folder(path: str | Path) -> Folder:
 
 
 def is_url(path: str | Path) -> bool:
-    """True for a path such as s3://bucket/prefix."""
+    """Returns True for a URL such as s3://bucket/prefix."""
     return "://" in str(path)
 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder of this machine, or of a file system mounted in it."""
+    """A folder in a file system of this machine."""
 
     path: Path
 
@@ -105,15 +107,15 @@ class LocalFolder:
     def is_remote(self) -> bool:
         return False
 
-    def place(self, name: str) -> str:
+    def locate(self, name: str) -> str:
         return str(self.path / name)
 
-    def make(self, subs: Iterable[str]) -> None:
+    def make_folders(self, subs: Iterable[str]) -> None:
         try:
             for sub in ("", *subs):
                 (self.path / sub).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise _make_write_error(self.path, error) from error
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -129,57 +131,57 @@ class LocalFolder:
         return pa.OSFile(str(self.path / name))
 
     def write(self, name: str, content: bytes) -> None:
-        self._written(self.path / name, lambda path: _replace(path, content))
+        self._write_with_retry(self.path / name, lambda path: _write_and_rename(path, content))
 
     def create(self, name: str, content: bytes) -> bool:
-        return self._written(self.path / name, lambda path: create_exclusively(path, content))
+        return self._write_with_retry(self.path / name, lambda path: create_exclusively(path, content))
 
-    def names(self, sub: str = "", *, deep: bool = False) -> list[str]:
+    def list_files(self, sub: str = "", *, deep: bool = False) -> list[str]:
         found = (self.path / sub).glob("**/*" if deep else "*")
         return sorted(path.relative_to(self.path).as_posix() for path in found if path.is_file())
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def _written(self, path: Path, step: Callable[[Path], T]) -> T:
+    def _write_with_retry(self, path: Path, step: Callable[[Path], T]) -> T:
         problem: OSError | None = None
-        for _ in range(_NUM_SWEEPS):
+        for _ in range(_MAX_ATTEMPTS):
             try:
                 return step(path)
             except FileNotFoundError as error:
                 problem = error
                 if not path.parent.is_dir():
                     break
-                # a writer that sealed the cache took our temporary file for a dead writer's: once more
+                # Another writer sealed the cache and removed our temporary file as a leftover: try again.
             except OSError as error:
-                raise _cannot_write(path, error) from error
+                raise _make_write_error(path, error) from error
         assert problem is not None
-        raise _cannot_write(path, problem) from problem
+        raise _make_write_error(path, problem) from problem
 
 
-def _cannot_write(path: Path, error: OSError) -> CacheError:
-    advice = "free space there" if error.errno in FULL else "mend the folder or its permissions"
+def _make_write_error(path: Path, error: OSError) -> CacheError:
+    advice = "free space there" if error.errno in FULL else "fix the folder or its permissions"
     return CacheError(
-        f"{path}: cannot be written: {error.strerror}; {advice}, or give cache.path another folder, and run the "
-        "same command again: what is committed stays"
+        f"{path}: cannot be written: {error.strerror}; {advice}, or set cache.path to another folder, and run the "
+        "same command again: committed parts are kept"
     )
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Make `path` hold `content`: whoever looks, even after a power failure, sees all of it or none.
+    """Writes a file atomically: readers, even after a power failure, see all of `content` or the old file.
 
-    WriteError, and what was there before stays: a full disk, a folder that cannot be written.
+    Errors: WriteError for a full disk or a folder that cannot be written; the old file is kept.
     """
     with explain_write_errors(path, needed_bytes=len(content)):
-        _replace(path, content)
+        _write_and_rename(path, content)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Make a file hold a JSON document, whole or not at all. Errors: see write_atomically."""
+    """Writes a JSON document atomically. Errors: see write_atomically."""
     write_atomically(path, f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _write_and_rename(path: Path, content: bytes) -> None:
     temporary = write_temporary(path, content)
     try:
         temporary.replace(path)
@@ -190,7 +192,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def create_exclusively(path: Path, content: bytes) -> bool:
-    """Like write_atomically, but False and no change if the file exists: of many writers one wins."""
+    """Creates a file atomically; returns False and changes nothing if it exists: of many writers one wins."""
     temporary = write_temporary(path, content)
     try:
         os.link(temporary, path)
@@ -199,7 +201,9 @@ def create_exclusively(path: Path, content: bytes) -> bool:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        raise CacheError(f"{path}: this file system has no hard links, which commits need") from error
+        raise CacheError(
+            f"{path}: this file system has no hard links, which commits need; set cache.path to another file system"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
@@ -207,12 +211,15 @@ def create_exclusively(path: Path, content: bytes) -> bool:
 
 
 def is_temporary(name: str) -> bool:
-    """True for what a killed writer may leave behind."""
+    """Returns True for the name of a temporary file, which a killed writer may leave behind."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 def write_temporary(path: Path, content: bytes) -> Path:
-    """A synced file with that content beside `path`, to be renamed or linked to it; none is left after an error."""
+    """Writes and syncs a temporary file beside `path`, to be renamed or linked to it; returns its path.
+
+    After an error the temporary file is removed.
+    """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
     try:
         with temporary.open("xb") as file:
@@ -226,7 +233,7 @@ def write_temporary(path: Path, content: bytes) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power failure."""
+    """Flushes a file, or the names in a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

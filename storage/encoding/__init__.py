@@ -1,1 +1,1 @@
-"""How records become bytes and Arrow columns, and back. Pure; uses records."""
+"""Encodes records as bytes and Arrow columns, and decodes them. No I/O; uses records."""

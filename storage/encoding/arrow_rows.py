@@ -1,4 +1,4 @@
-"""Between records and the Parquet columns of schema.py: one mapping of columns for each Parquet row."""
+"""Converts records to the columns of parquet_schema.py and back, one mapping of columns per Parquet row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.config import HiddenSection, RelationSection
-from storage.encoding.hidden_states import decode_hidden, encode_hidden, encoding_of, relative_errors
-from storage.encoding.relation_matrix import cosine_error, decode_relation, encode_relation, stored_norm
+from storage.encoding.hidden_states import compute_relative_errors, decode_hidden, encode_hidden, read_hidden_encoding
+from storage.encoding.relation_matrix import compute_stored_norm, decode_relation, encode_relation, read_cosine_error
 from storage.errors import CorruptPartError
 from storage.identity import Identity
 from storage.records.records import ImageRef, Relation, RelationMatrix, SequenceLogprob, TokensRecord
@@ -20,9 +20,9 @@ from storage.records.records import ImageRef, Relation, RelationMatrix, Sequence
 Columns = Mapping[str, Any]
 
 
-def tokens_columns(record: TokensRecord) -> Columns:
-    """A tokens row. The response mask becomes spans."""
-    starts, stops = _spans(record.response_mask)
+def encode_tokens_row(record: TokensRecord) -> Columns:
+    """Encodes a tokens row; the response mask becomes spans."""
+    starts, stops = _make_spans(record.response_mask)
     return {
         "sample_id": record.sample_id,
         "split": record.split,
@@ -39,11 +39,11 @@ def tokens_columns(record: TokensRecord) -> Columns:
     }
 
 
-def tokens_record(table: pa.Table, row: int, identity: Identity) -> TokensRecord:
-    """The record of a tokens row. CorruptPartError (or ValueError) for spans, ids or paths out of bounds."""
-    token_ids = _numbers(table, "token_ids", row)
-    starts, stops = _numbers(table, "response_starts", row), _numbers(table, "response_stops", row)
-    mask = _mask(starts, stops, len(token_ids))
+def decode_tokens_row(table: pa.Table, row: int, identity: Identity) -> TokensRecord:
+    """Decodes a tokens row. CorruptPartError (or ValueError) for spans, ids or paths out of bounds."""
+    token_ids = _read_numbers(table, "token_ids", row)
+    starts, stops = _read_numbers(table, "response_starts", row), _read_numbers(table, "response_stops", row)
+    mask = _make_mask(starts, stops, len(token_ids))
     check_token_ids(token_ids, identity)
     if table["num_tokens"][row].as_py() != len(token_ids):
         raise CorruptPartError(f"num_tokens is not the number of token ids, {len(token_ids)}")
@@ -65,92 +65,96 @@ def tokens_record(table: pa.Table, row: int, identity: Identity) -> TokensRecord
 
 
 def check_token_ids(token_ids: NDArray[np.int32], identity: Identity) -> None:
-    """ValueError unless every id is one of the vocabulary, or the image placeholder."""
+    """Raises ValueError unless every id is in the vocabulary or is the image placeholder."""
     known = (token_ids >= 0) & (token_ids < identity.vocab_size) | (token_ids == identity.image_token_id)
     if not known.all():
         raise ValueError(f"token id {token_ids[~known][0]} is outside 0..{identity.vocab_size - 1}")
 
 
-def relation_columns(matrix: RelationMatrix, section: RelationSection) -> Columns:
-    """A relation row but for its key. ValueError for a matrix that a cache may not hold."""
+def encode_relation_row(matrix: RelationMatrix, section: RelationSection) -> Columns:
+    """Encodes a relation row, without its key. ValueError for a matrix that a cache may not store."""
     payload = encode_relation(matrix, section)
-    return {"num_rows": len(matrix.values), "norm": np.float32(stored_norm(matrix, section)), "payload": payload}
+    return {
+        "num_rows": len(matrix.values),
+        "norm": np.float32(compute_stored_norm(matrix, section)),
+        "payload": payload,
+    }
 
 
-def relation_matrix(table: pa.Table, row: int, num_visual_tokens: int) -> Relation:
-    """The matrix of a relation row. CorruptPartError unless count and payload are those of the image."""
+def decode_relation_row(table: pa.Table, row: int, num_visual_tokens: int) -> Relation:
+    """Decodes a relation row. CorruptPartError unless its payload and columns fit the image."""
     norm = table["norm"][row].as_py()
-    matrix = decode_relation(_payload(table, row), norm=norm, num_visual_tokens=num_visual_tokens)
+    matrix = decode_relation(_read_payload(table, row), norm=norm, num_visual_tokens=num_visual_tokens)
     if table["num_rows"][row].as_py() != num_visual_tokens:
         raise CorruptPartError(f"relation payload has n = {num_visual_tokens}, its column says otherwise")
     return matrix
 
 
-def hidden_columns(states: NDArray[np.float32], section: HiddenSection) -> Columns:
-    """A hidden row but for its sample. ValueError for states that a cache may not hold."""
+def encode_hidden_row(states: NDArray[np.float32], section: HiddenSection) -> Columns:
+    """Encodes a hidden row, without its sample id. ValueError for states that a cache may not store."""
     payload = encode_hidden(states, section.encoding)
-    errors = relative_errors(states, decode_hidden(payload))
+    errors = compute_relative_errors(states, decode_hidden(payload))
     return {"num_rows": len(states), "width": states.shape[1], "relative_error": errors, "payload": payload}
 
 
-def hidden_states(table: pa.Table, row: int, section: HiddenSection) -> NDArray[np.float32]:
-    """(r, d) the states of a hidden row. CorruptPartError unless columns, payload and section agree."""
-    states = decode_hidden(_payload(table, row))
-    if encoding_of(_payload(table, row)) != section.encoding:
+def decode_hidden_row(table: pa.Table, row: int, section: HiddenSection) -> NDArray[np.float32]:
+    """Decodes a hidden row, (r, d). CorruptPartError unless columns, payload and section agree."""
+    states = decode_hidden(_read_payload(table, row))
+    if read_hidden_encoding(_read_payload(table, row)) != section.encoding:
         raise CorruptPartError(f"hidden payload is not in the cache's encoding, {section.encoding}")
     stated = (table["num_rows"][row].as_py(), table["width"][row].as_py())
-    errors = _numbers(table, "relative_error", row)
+    errors = _read_numbers(table, "relative_error", row)
     if states.shape != stated or len(errors) != len(states) or not (np.isfinite(errors) & (errors >= 0)).all():
         raise CorruptPartError(f"hidden payload is {states.shape}, its columns say {stated} and {len(errors)} errors")
     return states
 
 
-def sequence_columns(sequence: SequenceLogprob) -> Columns:
-    """A sequence row but for its sample."""
+def encode_sequence_row(sequence: SequenceLogprob) -> Columns:
+    """Encodes a sequence row, without its sample id."""
     return {"num_tokens": sequence.num_tokens, "logprob": np.float32(sequence.logprob)}
 
 
-def sequence_logprob(table: pa.Table, row: int) -> SequenceLogprob:
-    """What a sequence row says."""
+def decode_sequence_row(table: pa.Table, row: int) -> SequenceLogprob:
+    """Decodes a sequence row."""
     return SequenceLogprob(table["logprob"][row].as_py(), table["num_tokens"][row].as_py())
 
 
-def image_columns(sha256: str, content: bytes) -> Columns:
-    """An images row."""
+def encode_image_row(sha256: str, content: bytes) -> Columns:
+    """Encodes an images row."""
     return {"sha256": sha256, "num_bytes": len(content), "payload": content}
 
 
-def image_content(table: pa.Table, row: int) -> bytes:
-    """The file of an images row. CorruptPartError unless hash and size are those of its columns."""
+def decode_image_row(table: pa.Table, row: int) -> bytes:
+    """Returns the file content of an images row. CorruptPartError unless hash and size match its columns."""
     content = table["payload"][row].as_py()
     stated, got = table["sha256"][row].as_py(), hashlib.sha256(content).hexdigest()
     if got != stated or len(content) != table["num_bytes"][row].as_py():
-        raise CorruptPartError(f"image {stated} has {len(content)} bytes of the sha256 {got}")
+        raise CorruptPartError(f"image {stated} has {len(content)} bytes with the sha256 {got}")
     return content
 
 
-def family_errors(family: str, rows: Iterable[Columns]) -> list[float]:
-    """The errors that some rows' encoding made, in their order; none for a family that has no measure."""
+def collect_encoding_errors(family: str, rows: Iterable[Columns]) -> list[float]:
+    """Returns the encoding errors of rows, in order; empty for a family without an error measure."""
     if family == "relation":
-        return [cosine_error(row["payload"]) for row in rows]
+        return [read_cosine_error(row["payload"]) for row in rows]
     return [float(error) for row in rows for error in row["relative_error"]] if family == "hidden" else []
 
 
-def _payload(table: pa.Table, row: int) -> memoryview:
+def _read_payload(table: pa.Table, row: int) -> memoryview:
     return memoryview(table["payload"][row].as_buffer())
 
 
-def _numbers(table: pa.Table, name: str, row: int) -> NDArray:
+def _read_numbers(table: pa.Table, name: str, row: int) -> NDArray:
     # A copy: a view would keep the whole row group in memory, and could not be written to.
     return table[name][row].values.to_numpy(zero_copy_only=False, writable=True)
 
 
-def _spans(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _make_spans(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     edges = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
     return np.flatnonzero(edges == 1).astype(np.int32), np.flatnonzero(edges == -1).astype(np.int32)
 
 
-def _mask(starts: NDArray[np.int32], stops: NDArray[np.int32], num_tokens: int) -> NDArray[np.bool_]:
+def _make_mask(starts: NDArray[np.int32], stops: NDArray[np.int32], num_tokens: int) -> NDArray[np.bool_]:
     if len(starts) != len(stops):
         raise CorruptPartError(f"{len(starts)} response spans start and {len(stops)} stop")
     bounds = np.stack([starts, stops], axis=1).ravel()

@@ -1,4 +1,4 @@
-"""The payload of final-norm hidden states: float16, or int8 with a scale a row. FORMAT.md has the bytes.
+"""The payload of final-norm hidden states: float16, or int8 with a scale per row. FORMAT.md specifies the bytes.
 
 Legend: r rows, d hidden.
 """
@@ -20,13 +20,16 @@ _FLOAT16, _INT8 = 0, 1
 
 
 def encode_hidden(states: NDArray[np.float32], encoding: Literal["float16", "int8"]) -> bytes:
-    """The payload of (r, d) hidden states. ValueError for other arrays, or values that float16 cannot hold."""
+    """Encodes (r, d) hidden states. ValueError for other arrays, or values beyond float16 if so encoded."""
     if states.ndim != 2 or states.dtype != np.float32 or not np.isfinite(states).all():
         raise ValueError(f"hidden states must be finite float32[r, d], got {states.dtype}{states.shape}")
     largest = float(np.abs(states).max(initial=0))
     if encoding == "float16":
         if largest > MAX_FLOAT16:
-            raise ValueError(f"a hidden state of {largest:.6g} is beyond float16; take cache.hidden.encoding int8")
+            raise ValueError(
+                f"a hidden state of {largest:.6g} is beyond float16, at most {MAX_FLOAT16:.0f}; "
+                "set cache.hidden.encoding to int8"
+            )
         return _HEADER.pack(PAYLOAD_VERSION, _FLOAT16, *states.shape) + states.astype("<f2").tobytes()
     scales = np.abs(states).max(axis=1, initial=0) / np.float32(127)  # (r,)
     codes = np.rint(np.divide(states, scales[:, None], out=np.zeros_like(states), where=scales[:, None] > 0))
@@ -35,7 +38,7 @@ def encode_hidden(states: NDArray[np.float32], encoding: Literal["float16", "int
 
 
 def decode_hidden(payload: bytes | memoryview) -> NDArray[np.float32]:
-    """(r, d) hidden states. CorruptPartError for any bytes that are not a payload."""
+    """Decodes a payload into (r, d) hidden states. CorruptPartError for an invalid payload."""
     view = memoryview(payload).cast("B")
     if len(view) < _HEADER.size or any(view[2:4]):
         raise CorruptPartError(f"hidden payload of {len(view)} bytes has no valid header")
@@ -59,13 +62,13 @@ def decode_hidden(payload: bytes | memoryview) -> NDArray[np.float32]:
     return states
 
 
-def encoding_of(payload: bytes | memoryview) -> Literal["float16", "int8"]:
-    """How a payload that decode_hidden took is encoded."""
+def read_hidden_encoding(payload: bytes | memoryview) -> Literal["float16", "int8"]:
+    """Returns the encoding of a valid payload."""
     return "float16" if memoryview(payload).cast("B")[1] == _FLOAT16 else "int8"
 
 
-def relative_errors(states: NDArray[np.float32], decoded: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(r,) ||decoded - states|| / ||states||; 0 for a row of zeros."""
+def compute_relative_errors(states: NDArray[np.float32], decoded: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns (r,) ||decoded - states|| / ||states||; 0 for a row of zeros."""
     difference = np.linalg.norm(decoded.astype(np.float64) - states, axis=1)
     norms = np.linalg.norm(states.astype(np.float64), axis=1)
     return np.divide(difference, norms, out=np.zeros_like(norms), where=norms > 0).astype(np.float32)

@@ -1,7 +1,7 @@
-"""The teacher's output head, kept once per cache: a safetensors file that NumPy reads, and logits from it.
+"""The teacher's output head, stored once per cache as a safetensors file, and logits computed with it.
 
-<cache>/head/head.<12 hex of its sha256>.safetensors with `weight` (v, d), maybe `bias` (v), and the scale and
-soft-cap as metadata. With it, the rows of the family `hidden` are full-vocabulary rows.
+<cache>/head/head.<12 hex of its sha256>.safetensors holds `weight` (v, d), optionally `bias` (v), and the
+scale and soft-cap as metadata. It turns the rows of the family `hidden` into full-vocabulary rows.
 
 Legend: r rows, v vocabulary, d hidden.
 """
@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 from storage.errors import CorruptPartError
 
 MAX_HEADER_BYTES = 1 << 16
-_CHUNK = 8192  # vocabulary rows that are in memory as float32 at once
+_CHUNK = 8192  # vocabulary rows converted to float32 at a time
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 @dataclass(frozen=True, eq=False)
 class StoredHead:
-    """logits = soft_cap * tanh((hidden weight^T + bias) * scale / soft_cap); without a cap: the inside."""
+    """An output head: logits = soft_cap * tanh(x / soft_cap) with x = (hidden weight^T + bias) * scale.
+
+    Without a soft-cap, logits = x.
+    """
 
     weight: NDArray[Any]  # (v, d) float32, float16, or uint16: the bits of bfloat16
     bias: NDArray[np.float32] | None = None  # (v,)
@@ -34,6 +37,7 @@ class StoredHead:
 
     @property
     def vocab_size(self) -> int:
+        """v, the real vocabulary size."""
         return self.weight.shape[0]
 
     @property
@@ -42,16 +46,16 @@ class StoredHead:
         return self.weight.shape[1]
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(r, v) raw float32 logits of (r, d) hidden states, over the real vocabulary.
+        """Returns (r, v) float32 logits of (r, d) hidden states, over the real vocabulary.
 
-        Weights become float32 in chunks. ValueError for states of another width.
+        Weights are converted to float32 in chunks. Errors: ValueError for states of another width.
         """
         if hidden.ndim != 2 or hidden.shape[1] != self.width:
             raise ValueError(f"hidden states have the shape {hidden.shape}, the head needs (rows, {self.width})")
         logits = np.empty((len(hidden), self.vocab_size), np.float32)
         for start in range(0, self.vocab_size, _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            np.matmul(hidden, _float32(self.weight[chunk]).T, out=logits[:, chunk])
+            np.matmul(hidden, _to_float32(self.weight[chunk]).T, out=logits[:, chunk])
         if self.bias is not None:
             logits += self.bias
         logits *= np.float32(self.scale)
@@ -60,7 +64,7 @@ class StoredHead:
         return logits
 
     def logprobs(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(r, v) natural logarithm of the full distributions, normalised in float64."""
+        """Returns (r, v) logprobs (natural logarithm) of (r, d) hidden states, normalised in float64."""
         logits = self.logits(hidden).astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         return (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
@@ -73,15 +77,15 @@ def make_head(
     scale: float = 1.0,
     soft_cap: float | None = None,
 ) -> StoredHead:
-    """A head whose float32 weights are kept in the smallest dtype that holds each of them exactly."""
-    head = StoredHead(_narrowest(weight), bias, float(scale), None if soft_cap is None else float(soft_cap))
-    _check(head)
+    """Makes a head whose float32 weights are stored in the smallest dtype that represents them exactly."""
+    head = StoredHead(_narrow_weight(weight), bias, float(scale), None if soft_cap is None else float(soft_cap))
+    _check_head(head)
     return head
 
 
 def encode_head(head: StoredHead) -> bytes:
-    """The file's content: the same head gives the same bytes. ValueError for one that a cache may not hold."""
-    _check(head)
+    """Encodes a head as a file's content; equal heads give equal bytes. ValueError for an invalid head."""
+    _check_head(head)
     names = {dtype: name for name, dtype in _DTYPES.items()}
     tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
     metadata = {"scale": repr(head.scale)} | ({} if head.soft_cap is None else {"soft_cap": repr(head.soft_cap)})
@@ -99,20 +103,20 @@ def encode_head(head: StoredHead) -> bytes:
 
 
 def decode_head(content: bytes | memoryview) -> StoredHead:
-    """The head in a file's content, which stays in memory. CorruptPartError for any other bytes."""
+    """Decodes a head from a file's content, whose memory it shares. CorruptPartError for invalid bytes."""
     view = memoryview(content).cast("B")
     length = int.from_bytes(view[:8], "little")
     if len(view) < 8 or length > min(MAX_HEADER_BYTES, len(view) - 8):
-        raise CorruptPartError(f"head of {len(view)} bytes has no safetensors header")
+        raise CorruptPartError(f"output head of {len(view)} bytes has no valid safetensors header")
     try:
-        head = _parsed(json.loads(bytes(view[8 : 8 + length])), view[8 + length :])
-        _check(head)
+        head = _parse_head(json.loads(bytes(view[8 : 8 + length])), view[8 + length :])
+        _check_head(head)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
-        raise CorruptPartError(f"head: is not as FORMAT.md says: {error}") from error
+        raise CorruptPartError(f"output head violates FORMAT.md: {error}") from error
     return head
 
 
-def _parsed(entries: Any, data: memoryview) -> StoredHead:
+def _parse_head(entries: Any, data: memoryview) -> StoredHead:
     if not isinstance(entries, dict) or not {"weight"} <= entries.keys() <= {"weight", "bias", "__metadata__"}:
         raise ValueError("its header must name weight, maybe bias, and nothing else")
     names = [name for name in ("weight", "bias") if name in entries]
@@ -136,8 +140,8 @@ def _parsed(entries: Any, data: memoryview) -> StoredHead:
     )
 
 
-def _check(head: StoredHead) -> None:
-    """ValueError unless shapes, dtypes and numbers are those of a head."""
+def _check_head(head: StoredHead) -> None:
+    """Raises ValueError unless shapes, dtypes and values are valid for a head."""
     weight, bias = head.weight, head.bias
     if weight.ndim != 2 or 0 in weight.shape or weight.dtype.newbyteorder("<") not in _DTYPES.values():
         raise ValueError(
@@ -147,22 +151,22 @@ def _check(head: StoredHead) -> None:
         raise ValueError(f"a head's bias must be float32[{len(weight)}], got {bias.dtype}{bias.shape}")
     if not math.isfinite(head.scale) or not (head.soft_cap is None or 0 < head.soft_cap < math.inf):
         raise ValueError(f"a head has the scale {head.scale} and the soft-cap {head.soft_cap}")
-    finite = all(_all_finite(weight[start : start + _CHUNK]) for start in range(0, len(weight), _CHUNK))
+    finite = all(_is_finite(weight[start : start + _CHUNK]) for start in range(0, len(weight), _CHUNK))
     if not finite or (bias is not None and not np.isfinite(bias).all()):
         raise ValueError("a head holds a value that is not a finite number")
 
 
-def _all_finite(weight: NDArray[Any]) -> bool:
-    return bool(np.isfinite(_float32(weight)).all())
+def _is_finite(weight: NDArray[Any]) -> bool:
+    return bool(np.isfinite(_to_float32(weight)).all())
 
 
-def _float32(weight: NDArray[Any]) -> NDArray[np.float32]:
+def _to_float32(weight: NDArray[Any]) -> NDArray[np.float32]:
     if weight.dtype == np.uint16:
         return (weight.astype(np.uint32) << 16).view(np.float32)
     return weight.astype(np.float32, copy=False)
 
 
-def _narrowest(weight: NDArray[np.float32]) -> NDArray[Any]:
+def _narrow_weight(weight: NDArray[np.float32]) -> NDArray[Any]:
     if weight.dtype != np.float32:
         raise ValueError(f"a head's weight must be given as float32, got {weight.dtype}")
     weight = np.ascontiguousarray(weight)

@@ -1,7 +1,7 @@
-"""The Arrow schemas of the families, and a part's Parquet bytes.
+"""The Arrow schemas of the families, and the encoding of a part's Parquet file.
 
-Ids, spans, counts and scalars are ordinary columns; the entries of rows and matrices are flat binary
-payloads (codec.py). Lists of scalars have one value for each distribution row.
+Ids, spans, counts and scalars are ordinary columns; the entries of rows and matrices are binary payloads.
+Lists of scalars have one value per distribution row.
 """
 
 from __future__ import annotations
@@ -20,77 +20,84 @@ _COMPRESSED_ALREADY = ("response", "visual", "images")  # in their blocks and pa
 ROW_GROUP_BYTES = 1 << 20  # of payload; a group of relation matrices would otherwise be tens of MB a read
 
 
-def _field(name: str, kind: pa.DataType) -> pa.Field:
+def _make_field(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
 
-def _list(kind: pa.DataType) -> pa.DataType:
+def _make_list(kind: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", kind, nullable=False))
 
 
 _ROW_SCALARS = [
-    _field("entropy", _list(pa.float32())),
-    _field("tail_mass", _list(pa.float32())),
-    _field("log_sum_exp", _list(pa.float32())),  # as many a row as temperatures are configured besides 1
+    _make_field("entropy", _make_list(pa.float32())),
+    _make_field("tail_mass", _make_list(pa.float32())),
+    _make_field("log_sum_exp", _make_list(pa.float32())),  # as many a row as temperatures are configured besides 1
 ]
-_ROWS = [*_ROW_SCALARS, _field("block", pa.binary())]  # of a whole row group, at its first row
+_ROWS = [*_ROW_SCALARS, _make_field("block", pa.binary())]  # of a whole row group, at its first row
 _RESPONSE = [
-    _field("sample_id", pa.string()),
-    _field("num_rows", pa.int32()),
-    _field("label_logprob", _list(pa.float32())),
+    _make_field("sample_id", pa.string()),
+    _make_field("num_rows", pa.int32()),
+    _make_field("label_logprob", _make_list(pa.float32())),
 ]
-_VISUAL = [_field("image_key", pa.string()), _field("num_rows", pa.int32())]
+_VISUAL = [_make_field("image_key", pa.string()), _make_field("num_rows", pa.int32())]
 
 SCHEMAS: Mapping[str, pa.Schema] = {
     "tokens": pa.schema(
         [
-            _field("sample_id", pa.string()),
-            _field("split", pa.string()),
-            _field("category", pa.string()),
-            _field("num_tokens", pa.int32()),
-            _field("num_response_tokens", pa.int32()),
-            _field("token_ids", _list(pa.int32())),
-            _field("response_starts", _list(pa.int32())),  # spans of the response mask: start : stop
-            _field("response_stops", _list(pa.int32())),
-            _field("image_paths", _list(pa.string())),
-            _field("image_sha256s", _list(pa.string())),
-            _field("image_visual_tokens", _list(pa.int32())),
-            _field("image_keys", _list(pa.string())),
+            _make_field("sample_id", pa.string()),
+            _make_field("split", pa.string()),
+            _make_field("category", pa.string()),
+            _make_field("num_tokens", pa.int32()),
+            _make_field("num_response_tokens", pa.int32()),
+            _make_field("token_ids", _make_list(pa.int32())),
+            _make_field("response_starts", _make_list(pa.int32())),  # spans of the response mask: start : stop
+            _make_field("response_stops", _make_list(pa.int32())),
+            _make_field("image_paths", _make_list(pa.string())),
+            _make_field("image_sha256s", _make_list(pa.string())),
+            _make_field("image_visual_tokens", _make_list(pa.int32())),
+            _make_field("image_keys", _make_list(pa.string())),
         ]
     ),
     "response": pa.schema([*_RESPONSE, *_ROWS]),
     "visual": pa.schema([*_VISUAL, *_ROWS]),
     "relation": pa.schema(
         [
-            _field("image_key", pa.string()),
-            _field("num_rows", pa.int32()),
-            _field("norm", pa.float32()),
-            _field("payload", pa.binary()),
+            _make_field("image_key", pa.string()),
+            _make_field("num_rows", pa.int32()),
+            _make_field("norm", pa.float32()),
+            _make_field("payload", pa.binary()),
         ]
     ),
     "sequence": pa.schema(
-        [_field("sample_id", pa.string()), _field("num_tokens", pa.int32()), _field("logprob", pa.float32())]
+        [
+            _make_field("sample_id", pa.string()),
+            _make_field("num_tokens", pa.int32()),
+            _make_field("logprob", pa.float32()),
+        ]
     ),
     "hidden": pa.schema(
         [
-            _field("sample_id", pa.string()),
-            _field("num_rows", pa.int32()),
-            _field("width", pa.int32()),
-            _field("relative_error", _list(pa.float32())),  # of each row's encoding
-            _field("payload", pa.binary()),
+            _make_field("sample_id", pa.string()),
+            _make_field("num_rows", pa.int32()),
+            _make_field("width", pa.int32()),
+            _make_field("relative_error", _make_list(pa.float32())),  # of each row's encoding
+            _make_field("payload", pa.binary()),
         ]
     ),
     "images": pa.schema(
-        [_field("sha256", pa.string()), _field("num_bytes", pa.int32()), _field("payload", pa.binary())]
+        [_make_field("sha256", pa.string()), _make_field("num_bytes", pa.int32()), _make_field("payload", pa.binary())]
     ),
 }
 FAMILIES = tuple(SCHEMAS)
 
 
-def parquet_bytes(
+def encode_parquet(
     family: str, groups: Sequence[Sequence[Mapping[str, Any]]], *, zstd_level: int, metadata: Mapping[str, str]
 ) -> bytes:
-    """A part's file of one family, of these row groups. The same rows give the same bytes under the same pyarrow."""
+    """Returns the content of a part's Parquet file with these row groups.
+
+    The same rows give the same bytes with the same version of pyarrow.
+    """
     schema = SCHEMAS[family]
     sink = pa.BufferOutputStream()
     plain = [name for name in ("block", "payload") if name in schema.names and family in _COMPRESSED_ALREADY]
@@ -113,8 +120,11 @@ def parquet_bytes(
     return sink.getvalue().to_pybytes()
 
 
-def row_groups(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
-    """Rows cut into groups of at most SAMPLES_PER_ROW_GROUP, and of ROW_GROUP_BYTES of payload or one row."""
+def split_row_groups(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
+    """Splits rows into groups of at most SAMPLES_PER_ROW_GROUP rows and ROW_GROUP_BYTES of payload.
+
+    A single row may exceed ROW_GROUP_BYTES.
+    """
     groups, start, size = [], 0, 0
     for position, row in enumerate(rows):
         row_bytes = len(row.get("payload", b""))
@@ -127,11 +137,11 @@ def row_groups(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, 
 
 
 def check_schema(family: str, got: pa.Schema, place: str) -> None:
-    """CorruptPartError unless a file's columns are those of its family."""
+    """Raises CorruptPartError unless a file has the columns of its family."""
     expected = SCHEMAS[family]
     if not got.equals(expected):
-        raise CorruptPartError(f"{place}: columns are {_columns(got)}, expected {_columns(expected)}")
+        raise CorruptPartError(f"{place}: columns are {_describe_columns(got)}, expected {_describe_columns(expected)}")
 
 
-def _columns(schema: pa.Schema) -> str:
+def _describe_columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)

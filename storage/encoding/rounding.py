@@ -1,7 +1,7 @@
-"""Rounding of probabilities to steps of their square roots: at random, so that the mean is the probability.
+"""Rounds probabilities to steps of their square roots, at random, so that the mean is the probability.
 
-Each row's most probable entry, its first choice, is never overtaken; where others get its level, its place among
-them is kept. FORMAT.md has the rules.
+No entry exceeds its row's most probable entry, the first choice; if others get the same level, the
+position of the first choice among them is recorded. FORMAT.md has the rules.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from storage.encoding.row_block_header import WIDE_LEVEL, level_type
 from storage.records.sparse_rows import SparseRows
 
-_LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)  # an entry is never decoded to 0
+_LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)  # so that no entry is decoded to 0
 _LEAST_STEP, _LARGEST_STEP = 1 / WIDE_LEVEL, 1 / 16
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The exact entries of some rows, each row's in the order of ranks."""
+    """The exact entries of some rows, sorted by rank within each row."""
 
     logprobs: NDArray[np.float32]
     row: NDArray[np.int64]
@@ -29,7 +29,10 @@ class Head:
 
 
 def choose_step(rows: SparseRows, rounding_kl: float) -> float:
-    """The step of sqrt(p) whose rounding costs `rounding_kl` a row on average: e entries cost e * step^2 / 3."""
+    """Returns the step of sqrt(p) whose rounding costs `rounding_kl` nats per row on average.
+
+    Rounding e entries costs e * step^2 / 3. Returns 0 (no rounding) if `rounding_kl` is 0.
+    """
     if rounding_kl == 0 or rows.num_rows == 0:
         return 0.0
     entries = max(1.0, float(rows.num_exact.mean()))
@@ -38,7 +41,7 @@ def choose_step(rows: SparseRows, rounding_kl: float) -> float:
 
 
 def round_head(head: Head, step: float, seed: int) -> tuple[float, NDArray, NDArray[np.float64]]:
-    """The probability of level 0, the values as a block holds them, and the cost of rounding each row."""
+    """Returns the probability of level 0, the values as stored in a block, and (r,) each row's KL cost."""
     if step == 0:
         return 0.0, head.logprobs.astype("<f4"), np.zeros(head.num_rows)
     row, num_rows = head.row, head.num_rows
@@ -58,10 +61,10 @@ def round_head(head: Head, step: float, seed: int) -> tuple[float, NDArray, NDAr
 
 
 def _rounds_up(head: Head, below: NDArray[np.int64], share: NDArray[np.float64], seed: int) -> NDArray[np.bool_]:
-    """True for each entry with the probability `share`, and for none that would then exceed its row's first choice.
+    """Draws True for each entry with probability `share`, such that none exceeds its row's first choice.
 
-    Entries within the first choice's step rise only if it does, and then with share / its share: their own
-    probability is `share` again. All others are independent.
+    Entries in the same step as the first choice are rounded up only if it is, with probability share / its
+    share; so each still has the probability `share`. All other entries are drawn independently.
     """
     uniforms = np.random.Generator(np.random.PCG64(seed)).random(len(share))
     up = uniforms < share
@@ -75,20 +78,20 @@ def _rounds_up(head: Head, below: NDArray[np.int64], share: NDArray[np.float64],
 
 
 def level_table(step: float, lowest: float) -> NDArray[np.float64]:
-    """The probability of each level."""
+    """Returns the probability of each level."""
     table = (np.arange(level_type(step)[1] + 1, dtype=np.float64) * step) ** 2
     table[0] = lowest
     return table
 
 
 def _float32_below(value: float) -> float:
-    """The largest float32 that is not above it."""
+    """Returns the largest float32 that is not above `value`."""
     rounded = np.float32(value)
     return float(rounded if rounded <= value else np.nextafter(rounded, np.float32(0)))
 
 
 def places_of_first(head: Head, values: NDArray, ids: NDArray[np.int32], step: float) -> NDArray[np.int64]:
-    """(r,) how many of a row's entries come before its first choice by falling value, then id; 0 in an empty row."""
+    """Returns (r,) how many entries precede a row's first choice by descending value, then id; 0 if empty."""
     falling = np.abs(values).view(np.uint32) if step == 0 else level_type(step)[1] - values
     first_ids, first_falling = np.zeros(head.num_rows, np.int64), np.zeros(head.num_rows, np.int64)
     row = head.row[head.is_first]
@@ -99,7 +102,7 @@ def places_of_first(head: Head, values: NDArray, ids: NDArray[np.int32], step: f
 
 
 def count_ties(falling: NDArray, num_exact: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(r,) how many of a row's entries are as probable as its most probable one; 0 in an empty row."""
+    """Returns (r,) how many entries are as probable as a row's most probable one; 0 if the row is empty."""
     starts = (np.cumsum(num_exact, dtype=np.int64) - num_exact)[num_exact > 0]
     if not len(starts):
         return np.zeros(len(num_exact), np.int64)

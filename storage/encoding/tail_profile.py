@@ -1,7 +1,7 @@
-"""The tail profile of a cache: the mean distribution of what lies outside its rows' exact entries.
+"""The tail profile of a cache: the mean distribution outside its rows' exact entries.
 
-A few parts, spread over the plan, keep the sum of all their rows' tails in their file; a reader takes the mean.
-Each keeps one byte a token: FORMAT.md has the bytes. Legend: v vocabulary.
+A few parts, spread over the plan, store the sum of all their rows' tails in their file, one byte per
+token; a reader averages them. FORMAT.md specifies the bytes. Legend: v vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from storage.errors import CorruptPartError
 from storage.records.records import TailTotal
 
-MAX_PARTS = 8  # of a segment, that keep tails: some hundreds of kB a cache, whatever its size
+MAX_PARTS = 8  # parts of a segment that store tails: some hundreds of kB, whatever the cache's size
 TAIL_TOTAL_KEY = "stillhouse.tail_total"
 _VERSION = 1
 _HEADER = struct.Struct("<B3xId")
@@ -27,14 +27,14 @@ _MAX_LEVEL = 255
 _LEVELS_PER_OCTAVE = 8  # a decoded value is within a factor 2^(1/16): 4.4 %
 
 
-def tail_parts(num_parts: int) -> tuple[int, ...]:
-    """The parts of a plan that keep their tails: at most MAX_PARTS, evenly spread, the first among them."""
+def select_tail_parts(num_parts: int) -> tuple[int, ...]:
+    """Returns the parts of a plan that store their tails: at most MAX_PARTS, evenly spread, from part 0."""
     count = min(num_parts, MAX_PARTS)
     return tuple(number * num_parts // count for number in range(count))
 
 
 def encode_tail_total(tail: TailTotal) -> str:
-    """A sum of tails as text for a file's metadata. ValueError for numbers that are no such sum."""
+    """Encodes a sum of tails as text for a file's metadata. ValueError for an impossible sum."""
     mass = math.fsum(tail.total)
     if not (np.isfinite(tail.total).all() and (tail.total >= 0).all() and mass <= tail.num_rows * (1 + 1e-3)):
         raise ValueError(f"the tails of {tail.num_rows} rows sum to {mass}, with values from {tail.total.min()}")
@@ -48,7 +48,7 @@ def encode_tail_total(tail: TailTotal) -> str:
 
 
 def decode_tail_total(text: bytes, vocab_size: int) -> TailTotal:
-    """The sum that `encode_tail_total` was given, with its exact mass. Errors: CorruptPartError."""
+    """Decodes the text of `encode_tail_total`; the total mass is exact. Errors: CorruptPartError."""
     try:
         content = base64.b64decode(text, validate=True)
         version, num_rows, mass = _HEADER.unpack_from(content)
@@ -66,16 +66,17 @@ def decode_tail_total(text: bytes, vocab_size: int) -> TailTotal:
     return TailTotal(values * (mass / max(values.sum(), 1e-300)), num_rows)
 
 
-def tail_total_of(metadata: Mapping[bytes, bytes] | None, vocab_size: int) -> TailTotal | None:
-    """The sum of tails in a file's key-value metadata; None if it has none. Errors: CorruptPartError."""
+def read_tail_total(metadata: Mapping[bytes, bytes] | None, vocab_size: int) -> TailTotal | None:
+    """Reads the sum of tails from a file's key-value metadata, or None. Errors: CorruptPartError."""
     text = (metadata or {}).get(TAIL_TOTAL_KEY.encode())
     return None if text is None else decode_tail_total(text, vocab_size)
 
 
-def mean_profile(groups: Sequence[tuple[Sequence[TailTotal], int]], vocab_size: int) -> NDArray[np.float32]:
-    """(v,) the mean tail at sum 1, of groups of sums, each of which stands for so many rows of its segment.
+def compute_mean_profile(groups: Sequence[tuple[Sequence[TailTotal], int]], vocab_size: int) -> NDArray[np.float32]:
+    """Returns (v,) the mean tail, normalised to sum 1.
 
-    Uniform where no row has a tail, since it then weighs nothing.
+    `groups`: per segment its sums of tails and the number of its rows, which is its weight. Uniform if no
+    row has a tail, as it then has no weight in a loss.
     """
     mean = np.zeros(vocab_size)
     for tails, num_rows in groups:

@@ -1,4 +1,4 @@
-"""A row group of the family tokens as flat arrays, all rows checked at once."""
+"""Decodes a row group of the family tokens into flat arrays and checks all rows at once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from storage.identity import Identity
 from storage.records.records import ImageRef, TokensRecord
 
 _IMAGE_COLUMNS = ("image_paths", "image_sha256s", "image_visual_tokens", "image_keys")
-_SAMPLE_BYTES, _IMAGE_BYTES = 400, 800  # about what Python's objects for one take
+_SAMPLE_BYTES, _IMAGE_BYTES = 400, 800  # approximate size of the Python objects for one
 
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """The conversations of s samples, one after another. Legend: t tokens of all together."""
+    """The conversations of s samples as flat arrays. Legend: t tokens of all samples."""
 
     sample_ids: Sequence[str]
     splits: Sequence[str]
@@ -33,35 +33,35 @@ class TokenRows:
 
     @property
     def num_bytes(self) -> int:
-        """What a reader keeps of it in memory."""
+        """Returns the approximate size in memory."""
         num_images = sum(map(len, self.images))
         arrays = self.token_ids.nbytes + self.response_mask.nbytes
         return arrays + _SAMPLE_BYTES * len(self.sample_ids) + _IMAGE_BYTES * num_images
 
-    def record(self, at: int) -> TokensRecord:
-        """One sample; its arrays are views."""
-        tokens = slice(self.starts[at], self.starts[at + 1])
+    def record(self, index: int) -> TokensRecord:
+        """Returns one sample's record; its arrays are views."""
+        tokens = slice(self.starts[index], self.starts[index + 1])
         return TokensRecord(
-            sample_id=self.sample_ids[at],
-            split=self.splits[at],
-            category=self.categories[at],
+            sample_id=self.sample_ids[index],
+            split=self.splits[index],
+            category=self.categories[index],
             token_ids=self.token_ids[tokens],
             response_mask=self.response_mask[tokens],
-            images=self.images[at],
+            images=self.images[index],
         )
 
 
 def decode_tokens(table: pa.Table, identity: Identity) -> TokenRows:
-    """The rows of a tokens table, equal to columns.tokens_record of each.
+    """Decodes all rows of a tokens table; equal to arrow_rows.decode_tokens_row of each.
 
     CorruptPartError (or ValueError) where spans, ids or paths of any row are out of bounds.
     """
-    starts, token_ids = _lists(table, "token_ids")
+    starts, token_ids = _read_lists(table, "token_ids")
     lengths = np.diff(starts)
     check_token_ids(token_ids, identity)
-    _check("num_tokens is not the number of token ids", table["num_tokens"].to_numpy() == lengths)
-    mask, num_response_tokens = _mask(table, starts)
-    _check(
+    _check_rows("num_tokens is not the number of token ids", table["num_tokens"].to_numpy() == lengths)
+    mask, num_response_tokens = _decode_mask(table, starts)
+    _check_rows(
         "num_response_tokens is not what the spans hold", table["num_response_tokens"].to_numpy() == num_response_tokens
     )
     columns = [table[name].to_pylist() for name in _IMAGE_COLUMNS]
@@ -69,9 +69,9 @@ def decode_tokens(table: pa.Table, identity: Identity) -> TokenRows:
         tuple(ImageRef(*each) for each in zip(*lists, strict=True)) if lists[0] or any(lists) else ()
         for lists in zip(*columns, strict=True)
     ]
-    placeholders = _sums(token_ids == identity.image_token_id, starts)
+    placeholders = _sum_spans(token_ids == identity.image_token_id, starts)
     counts = np.array([len(refs) for refs in images], np.int64)
-    _check("the number of image placeholders is not that of its images", placeholders == counts)
+    _check_rows("the number of image placeholders is not that of its images", placeholders == counts)
     return TokenRows(
         sample_ids=table["sample_id"].to_pylist(),
         splits=table["split"].to_pylist(),
@@ -84,36 +84,36 @@ def decode_tokens(table: pa.Table, identity: Identity) -> TokenRows:
     )
 
 
-def _mask(table: pa.Table, starts: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """(t,) the response mask, and (s,) how many tokens of each sample it has."""
-    spans, firsts = _lists(table, "response_starts")
-    others, stops = _lists(table, "response_stops")
-    _check("as many response spans must start as stop", np.diff(spans) == np.diff(others))
+def _decode_mask(table: pa.Table, starts: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Returns (t,) the response mask and (s,) the number of response tokens of each sample."""
+    spans, firsts = _read_lists(table, "response_starts")
+    others, stops = _read_lists(table, "response_stops")
+    _check_rows("as many response spans must start as stop", np.diff(spans) == np.diff(others))
     sample = np.repeat(np.arange(len(starts) - 1), np.diff(spans))
     within = (firsts >= 0) & (firsts < stops) & (stops <= np.diff(starts)[sample])
     apart = np.ones(len(sample), np.bool_)
     apart[1:] = (sample[1:] != sample[:-1]) | (firsts[1:] > stops[:-1])
-    _check("response spans are not ascending within its tokens", within & apart, sample)
+    _check_rows("response spans are not ascending within its tokens", within & apart, sample)
     edges = np.zeros(int(starts[-1]) + 1, np.int8)
     edges[firsts + starts[sample]] += 1
     edges[stops + starts[sample]] -= 1
-    return np.cumsum(edges[:-1], dtype=np.int8).astype(np.bool_), _sums(stops.astype(np.int64) - firsts, spans)
+    return np.cumsum(edges[:-1], dtype=np.int8).astype(np.bool_), _sum_spans(stops.astype(np.int64) - firsts, spans)
 
 
-def _lists(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Where the lists of a column start (the total last), and their values one after another."""
+def _read_lists(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Returns the offsets of a list column (starting at 0, the total last) and its flat values."""
     lists = table[name].combine_chunks()
     offsets = lists.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0], lists.flatten().to_numpy(zero_copy_only=False)
 
 
-def _sums(values: NDArray, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _sum_spans(values: NDArray, starts: NDArray[np.int64]) -> NDArray[np.int64]:
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
     return sums[starts[1:]] - sums[starts[:-1]]
 
 
-def _check(problem: str, good: NDArray[np.bool_], sample: NDArray[np.int64] | None = None) -> None:
-    """CorruptPartError naming the row of the first False; `sample` gives the row of each position, if not itself."""
+def _check_rows(problem: str, good: NDArray[np.bool_], sample: NDArray[np.int64] | None = None) -> None:
+    """Raises CorruptPartError naming the row of the first False; `sample`: the row of each position, if not itself."""
     if not good.all():
-        at = int(np.argmin(good))
-        raise CorruptPartError(f"row {at if sample is None else int(sample[at])} of the row group: {problem}")
+        index = int(np.argmin(good))
+        raise CorruptPartError(f"row {index if sample is None else int(sample[index])} of the row group: {problem}")

@@ -1,4 +1,4 @@
-"""Images: from the bytes of a file to the pixels that every model of an experiment sees.
+"""Images: turns a file's bytes into the pixels that every model of an experiment sees.
 
-`settings` says how pixels are made and needs no Pillow; `pixels` makes them.
+`settings` holds the settings and needs no Pillow; `pixels` decodes and converts.
 """

@@ -1,7 +1,7 @@
-"""Where a cache's images lie: the folder that its identity names, or the one that was moved along with the cache.
+"""Finds the folder of a cache's images: the recorded one, or one that was moved along with the cache.
 
-An image root is a place. Every image is checked against its sha256 when it is read, so a wrong folder is an error
-and never another picture.
+Every image is checked against its sha256 when it is read, so a wrong folder causes an error, never a
+wrong image.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from storage.backends.folder import is_url
 
 
 def find_image_root(recorded: Sequence[str], cache: str | Path, *, example: str | None) -> Path:
-    """The folder of a cache's images; the first recorded one if none is here.
+    """Returns the folder of a cache's images, or the first recorded one if none exists here.
 
-    `recorded`: the roots that segments name, the likeliest first. `example`: the path of an image below the root,
-    which must be there; None: the folder alone must be.
+    `recorded`: the roots that segments name, the likeliest first. `example`: the relative path of an image
+    that must exist in the folder; None: only the folder must exist.
     """
     for root in dict.fromkeys(map(Path, recorded)):
-        if _holds(root, example):
+        if _has_example(root, example):
             return root
     for root in dict.fromkeys(map(Path, recorded)):
-        for moved in _moved_roots(root, cache):
-            if _holds(moved, example):
+        for moved in _list_moved_roots(root, cache):
+            if _has_example(moved, example):
                 return moved
     return Path(recorded[0])
 
 
-def follows_links(root: Path, recorded: Sequence[str]) -> bool:
-    """Whether links below a cache's image root may lead out of it: not of one that came along with the cache."""
+def may_follow_links(root: Path, recorded: Sequence[str]) -> bool:
+    """Returns True if links may lead out of a cache's image root: only if the root is a recorded one."""
     return root in map(Path, recorded)
 
 
 def is_moved_root(old: str, new: str, cache: str | Path) -> bool:
-    """Whether `new` may be the folder `old` in another place: `old` is gone, or a project was copied with its cache.
+    """Returns True if `new` may be a moved or copied `old`: `old` is gone, or was copied with its project.
 
-    In a copied project the folder's path below the project, which holds the cache as well, is still the same.
+    In a copied project, the path below the project's folder, which contains the cache, is unchanged.
     """
     if not Path(old).is_dir():
         return True
@@ -47,12 +47,12 @@ def is_moved_root(old: str, new: str, cache: str | Path) -> bool:
     return bool(below) and Path(old).parts[-len(below) :] == below
 
 
-def _holds(root: Path, example: str | None) -> bool:
+def _has_example(root: Path, example: str | None) -> bool:
     return root.is_dir() if example is None else (root / example).is_file()
 
 
-def _moved_roots(root: Path, cache: str | Path) -> Iterator[Path]:
-    """Where a root may lie now: below a folder that holds the cache, most of its path kept first."""
+def _list_moved_roots(root: Path, cache: str | Path) -> Iterator[Path]:
+    """Yields candidates for a moved root below the cache's parent folders, the longest kept path first."""
     if is_url(str(cache)) or not root.is_absolute():
         return
     above = Path(cache).resolve().parents

@@ -14,40 +14,40 @@ from storage.images.pixels import ORIENTATION, Picture
 _UPSIDE_DOWN = 3  # EXIF orientation: the picture lies on its head in the file
 
 
-def blank_picture(size: tuple[int, int]) -> Picture:
-    """A black picture of this width and height."""
+def make_blank_picture(size: tuple[int, int]) -> Picture:
+    """Makes a black picture of `size` (width, height)."""
     return Image.new("RGB", size)
 
 
-def picture_of(values: NDArray[np.uint8]) -> Picture:
-    """(h, w, 3) bytes as a picture."""
+def make_picture(values: NDArray[np.uint8]) -> Picture:
+    """Makes a picture from (h, w, 3) RGB bytes."""
     return Image.fromarray(values)
 
 
 def invert_picture(picture: Picture) -> Picture:
-    """Every channel's complement."""
+    """Returns the picture with every channel inverted."""
     return ImageOps.invert(picture)
 
 
 def resize_picture(picture: Picture, size: tuple[int, int]) -> Picture:
-    """The picture stretched to this width and height."""
+    """Returns the picture stretched to `size` (width, height)."""
     return picture.resize(size)
 
 
 def shrink_picture(picture: Picture, max_side: int) -> Picture:
-    """The picture, its longer side at most `max_side` pixels."""
+    """Returns a copy whose longer side is at most `max_side` pixels."""
     small = picture.copy()
     small.thumbnail((max_side, max_side))
     return small
 
 
-def turn_picture(picture: Picture) -> Picture:
-    """The picture upside down, which is of the same size."""
+def rotate_picture(picture: Picture) -> Picture:
+    """Returns the picture rotated by 180 degrees."""
     return picture.transpose(Image.Transpose.ROTATE_180)
 
 
 def encode_picture(picture: Picture, kind: Literal["png", "jpeg"], *, is_upside_down: bool = False) -> bytes:
-    """A file of the pixels; `is_upside_down` has its EXIF say that they are to be turned by 180 degrees."""
+    """Encodes a picture as a file's bytes; `is_upside_down` sets the EXIF orientation to 180 degrees."""
     stream = io.BytesIO()
     options: dict[str, Any] = {"quality": 88} if kind == "jpeg" else {"compress_level": 1 if is_upside_down else 9}
     if is_upside_down:

@@ -1,6 +1,6 @@
-"""From a file's bytes to RGB pixels: the only way in which an image becomes input of a model, or is shown.
+"""Decodes an image file's bytes into RGB pixels; the only path by which an image reaches a model or a page.
 
-What becomes of a mode (version 1 of the pixels; version 0 is Pillow's `convert("RGB")` and nothing else):
+Conversion by mode (version 1 of the pixels; version 0 is only Pillow's `convert("RGB")`):
 
 - orientation: EXIF (or XMP) 2 to 8 is applied; one that cannot be read is taken for upright;
 - 1, L, RGB, P, CMYK, YCbCr, HSV: Pillow's conversion. Of 16-bit colour Pillow keeps the high byte of each channel;
@@ -41,13 +41,14 @@ _DEEP = ("I", "F")  # and I;16 with any byte order
 
 
 class ImageDecodeError(StillhouseError):
-    """Bytes that are no image, a broken one, or one of more pixels than are trusted."""
+    """The bytes are not an image, are damaged, or hold more pixels than allowed."""
 
 
 def make_pixels(content: bytes, settings: PixelSettings, *, max_pixels: int | None = None) -> Picture:
-    """The pixels of an image file's bytes. ImageDecodeError says why there are none.
+    """Decodes an image file's bytes into RGB pixels.
 
-    Pillow's own limit against decompression bombs holds (about 179 million pixels), and `max_pixels` if given.
+    Limits: Pillow's own against decompression bombs (about 179 million pixels), and `max_pixels` if given.
+    Errors: ImageDecodeError with the reason.
     """
     try:
         with warnings.catch_warnings():
@@ -56,9 +57,11 @@ def make_pixels(content: bytes, settings: PixelSettings, *, max_pixels: int | No
                 if max_pixels is not None and image.width * image.height > max_pixels:
                     raise ImageDecodeError(f"has {image.width} × {image.height} pixels, more than {max_pixels:,}")
                 if settings.version == 0:
-                    return _bare(image.convert("RGB"))
+                    return _copy_pixels(image.convert("RGB"))
                 image.load()  # some formats name orientation or transparency behind the pixels
-                return _bare(_upright(_flattened(image, settings.background), read_orientation(image)))
+                return _copy_pixels(
+                    _apply_orientation(_flatten_alpha(image, settings.background), read_orientation(image))
+                )
     except ImageDecodeError:
         raise
     except UnidentifiedImageError as error:  # whose own message holds a memory address
@@ -68,7 +71,7 @@ def make_pixels(content: bytes, settings: PixelSettings, *, max_pixels: int | No
 
 
 def read_orientation(image: Image.Image) -> int:
-    """1 to 8 as EXIF counts; 1 where nothing can be read."""
+    """Returns the EXIF orientation, 1 to 8; 1 (upright) if it cannot be read."""
     try:
         found = image.getexif().get(ORIENTATION, 1)
     except Exception:  # broken metadata of a good picture
@@ -76,14 +79,14 @@ def read_orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) and found in _TURNS else 1
 
 
-def _upright(picture: Picture, orientation: int) -> Picture:
+def _apply_orientation(picture: Picture, orientation: int) -> Picture:
     return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
 
 
-def _flattened(image: Image.Image, background: str) -> Picture:
-    """RGB, alpha flattened on the background."""
+def _flatten_alpha(image: Image.Image, background: str) -> Picture:
+    """Converts an image to RGB, with transparent pixels composited on the background."""
     if image.mode.startswith("I;16") or image.mode in _DEEP:
-        return _grey(image, background)
+        return _convert_grey(image, background)
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if not has_alpha(image):
@@ -93,14 +96,14 @@ def _flattened(image: Image.Image, background: str) -> Picture:
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether some of an opened file's pixels may be transparent."""
+    """Returns True if an opened image may have transparent pixels."""
     has_palette_alpha = image.palette is not None and image.palette.mode.endswith("A")
     bands = [band.upper() for band in image.getbands()]
     return "A" in bands or "transparency" in image.info or has_palette_alpha
 
 
-def _grey(image: Image.Image, background: str) -> Picture:
-    """RGB of one channel of more than 8 bits; a transparent value becomes the background."""
+def _convert_grey(image: Image.Image, background: str) -> Picture:
+    """Converts one channel of more than 8 bits to RGB; a transparent value becomes the background."""
     values = np.asarray(image)
     shown = Image.fromarray(scale_to_bytes(values)).convert("RGB")
     clear = image.info.get("transparency")
@@ -111,7 +114,10 @@ def _grey(image: Image.Image, background: str) -> Picture:
 
 
 def scale_to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Integers or floats of any range as 0 to 255; see the module's head for the rule. ImageDecodeError: no number."""
+    """Scales integers or floats of any range to 0..255; the module's docstring has the rule.
+
+    Errors: ImageDecodeError if no value is finite.
+    """
     is_float = np.issubdtype(values.dtype, np.floating)
     if is_float:
         finite = np.isfinite(values)
@@ -140,8 +146,8 @@ def scale_to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
 _ROWS_AT_ONCE = 256
 
 
-def _bare(picture: Image.Image) -> Picture:
-    """The pixels alone."""
+def _copy_pixels(picture: Image.Image) -> Picture:
+    """Returns a copy of the pixels without metadata."""
     alone = Image.new("RGB", picture.size)
     alone.paste(picture)
     return alone

@@ -1,6 +1,6 @@
-"""How pixels are made: the settings that a cache's identity and a student's checkpoint carry.
+"""The settings for making pixels, recorded in a cache's identity and in a student's checkpoint.
 
-| version | what |
+| version | meaning |
 |---|---|
 | 0 | Pillow's `convert("RGB")`: EXIF is ignored, hidden pixels show; no dump writes it, tests compare with it |
 | 1 | orientation applied, 16-bit and float values scaled, alpha flattened on the background, no metadata |
@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import StillhouseError
 
-PIXEL_VERSION = 1  # that is written
+PIXEL_VERSION = 1  # the version that is written
 PIXELS_FILE = "pixels.json"  # beside a student's weights
 Background = Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")]
 WHITE = "#ffffff"
-BACKEND = "pil"  # of every image processor that has it: it needs no package beyond Pillow, and runs everywhere
+BACKEND = "pil"  # used if an image processor supports it: needs only Pillow and runs everywhere
 
-# Of an image processor's settings, those that change what a model sees.
+# The settings of an image processor that change what a model sees.
 _COMPARED = (
     "size", "crop_size", "max_image_size", "image_mean", "image_std", "resample", "rescale_factor", "do_resize",
     "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_image_splitting", "image_grid_pinpoints",
@@ -32,7 +32,7 @@ _COMPARED = (
 
 
 class PixelSettings(BaseModel):
-    """How a file's bytes become pixels, and which library resizes them."""
+    """The settings that turn a file's bytes into pixels, and the library that resizes them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,8 +40,8 @@ class PixelSettings(BaseModel):
     background: Background = WHITE  # what transparent pixels show; not used by version 0
     backend: Literal["pil", "torchvision"] | None = BACKEND  # of the image processor; None: not recorded
 
-    def differences(self, other: PixelSettings) -> list[tuple[str, Any, Any]]:
-        """(field, own value, the other's) of each field in which two settings make other pixels."""
+    def find_differences(self, other: PixelSettings) -> list[tuple[str, Any, Any]]:
+        """Returns (field, own value, other value) for each field in which the resulting pixels differ."""
         fields = ["version"]
         if self.version > 0 and other.version > 0:
             fields.append("background")
@@ -51,32 +51,35 @@ class PixelSettings(BaseModel):
         return [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
 
 
-OLD_PIXELS = PixelSettings(version=0, backend=None)  # of an identity that names none
+OLD_PIXELS = PixelSettings(version=0, backend=None)  # for an identity that records none
 
 
-def processor_backend(image_processor: Any) -> Literal["pil", "torchvision"]:
-    """Which library a transformers image processor resizes with; processors from before there were two use Pillow."""
+def read_processor_backend(image_processor: Any) -> Literal["pil", "torchvision"]:
+    """Returns the library that a transformers image processor resizes with; old processors use Pillow."""
     return "torchvision" if getattr(image_processor, "backend", BACKEND) == "torchvision" else "pil"
 
 
-def processor_settings(image_processor: Any) -> dict[str, Any]:
-    """What of a transformers image processor's settings changes what a model sees, as JSON has it."""
+def read_processor_settings(image_processor: Any) -> dict[str, Any]:
+    """Returns the settings of a transformers image processor that change what a model sees, as JSON values."""
     settings = image_processor.to_dict()
     chosen = {name: settings[name] for name in _COMPARED if settings.get(name) is not None}
-    return json.loads(json.dumps(chosen, default=_as_json))
+    return json.loads(json.dumps(chosen, default=_to_json))
 
 
-def settings_differences(cache: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """One line for each setting in which two image processors differ."""
+def describe_settings_differences(cache: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Returns one line per setting in which two image processors differ."""
     return [
-        f"image_processor.{name}: the cache has {cache.get(name)}, the student {own.get(name)}"
+        f"image_processor.{name}: the cache has {cache.get(name)}, the student has {own.get(name)}"
         for name in dict.fromkeys([*cache, *own])
         if cache.get(name) != own.get(name)
     ]
 
 
 def read_pixel_settings(folder: str | Path) -> PixelSettings | None:
-    """The settings that a checkpoint was trained with; None where it does not say. StillhouseError: a broken file."""
+    """Reads the settings that a checkpoint was trained with; None if not recorded.
+
+    Errors: StillhouseError for a file that cannot be read or is invalid.
+    """
     path = Path(folder) / PIXELS_FILE
     try:
         content = path.read_bytes()
@@ -95,12 +98,12 @@ def read_pixel_settings(folder: str | Path) -> PixelSettings | None:
 
 
 def write_pixel_settings(settings: PixelSettings, folder: Path) -> None:
-    """Put the settings beside a checkpoint's weights."""
+    """Writes the settings beside a checkpoint's weights."""
     (folder / PIXELS_FILE).write_text(f"{settings.model_dump_json(indent=1)}\n", encoding="utf-8")
 
 
-def _as_json(value: Any) -> Any:
-    """Sizes that are mappings, and enumerations."""
+def _to_json(value: Any) -> Any:
+    """Converts sizes (mappings) and enumerations to JSON values."""
     if isinstance(value, Mapping):
         return {name: part for name, part in value.items() if part is not None}
     return getattr(value, "value", str(value))

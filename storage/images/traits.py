@@ -1,4 +1,4 @@
-"""What is unusual about an image file: its pixels lie turned, some are transparent, or all are one colour."""
+"""Finds unusual traits of image files: rotated or transparent pixels, or a single colour."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from storage.images.pixels import Picture, has_alpha, read_orientation
 
 @dataclass(frozen=True)
 class ImageTraits:
-    """What a person would want to know of an image before a teacher sees it."""
+    """Traits of an image that a person should check before the dump."""
 
-    is_constant: bool  # its pixels are one colour
-    is_transparent: bool  # some of the file's pixels are not opaque
-    is_turned: bool  # its EXIF says that the file's pixels are to be turned or mirrored
+    is_constant: bool  # all pixels have one colour
+    is_transparent: bool  # some pixels are not opaque
+    is_turned: bool  # EXIF requires rotating or mirroring the pixels
 
 
 def read_traits(content: bytes, pixels: Picture) -> ImageTraits:
-    """Traits of a file whose bytes `make_pixels` made these pixels of."""
+    """Returns the traits of an image file; `pixels` is the result of `make_pixels(content)`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content)) as image:

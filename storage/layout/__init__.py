@@ -1,1 +1,1 @@
-"""Which files a cache has and what its documents say: segments, parts, commits, manifest. Uses backends and records."""
+"""The files and documents of a cache: segments, parts, commits, manifests. Uses backends and records."""

@@ -1,7 +1,7 @@
 """The JSON files of a cache: cache.json, later segments, a part's commit, a segment's manifest.
 
-Each carries the sha256 of itself. A document is written in one spelling only (sorted keys, indent 1,
-ASCII, a final newline), so that a reader can demand it to the byte.
+Each document contains its own sha256. It is written as canonical JSON (sorted keys, indent 1, ASCII, a
+final newline), so a reader can require the exact bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from storage.identity import FORMAT_VERSION, Identity
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**62)]
-LARGEST_ERROR = 1e6  # bounded, so that sums over parts are too
+LARGEST_ERROR = 1e6  # a bound, so that sums over parts are finite
 ErrorValue = Annotated[float, Field(ge=0, le=LARGEST_ERROR, allow_inf_nan=False)]
 
 
 class Entry(BaseModel):
-    """A frozen piece of a document with no unknown fields."""
+    """A frozen part of a document; unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,16 +32,16 @@ class Document(Entry):
     """A whole JSON file."""
 
     def to_bytes(self) -> bytes:
-        """The file's content, its own sha256 included."""
-        body = self._body()
-        spelt = _spell(body)
-        return _with_hash(spelt, body, hashlib.sha256(spelt).hexdigest())
+        """Returns the file's content, including its own sha256."""
+        body = self._to_dict()
+        canonical = _to_canonical_json(body)
+        return _insert_hash(canonical, body, hashlib.sha256(canonical).hexdigest())
 
-    def spelt(self) -> bytes:
-        """The content without the sha256, which is of these bytes."""
-        return _spell(self._body())
+    def canonical_json(self) -> bytes:
+        """Returns the content without the sha256 field: the bytes that the sha256 is computed over."""
+        return _to_canonical_json(self._to_dict())
 
-    def _body(self) -> dict[str, Any]:
+    def _to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
 
 
@@ -62,7 +62,7 @@ class ErrorEntry(Entry):
 
 
 class HeadEntry(Entry):
-    """The output head's file: of the whole cache, named by every commit of one that holds hidden states."""
+    """The output head's file, one per cache; every commit with hidden states names it."""
 
     file: str  # relative to the cache
     file_bytes: Count
@@ -70,36 +70,36 @@ class HeadEntry(Entry):
 
 
 class NamedFile(Entry):
-    """A file that the cache carries: of the tokenizer, of the processor, an index."""
+    """A further file in the cache: of the tokenizer or processor, or an index."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]  # what it was called
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]  # original name
     file: str  # relative to the cache
     file_bytes: Count
     sha256: Sha256
 
 
 class ErrorSummary(Entry):
-    """Errors of one kind in a family, one for each row or matrix that was measured."""
+    """Statistics of one kind of error in a family, over the rows or matrices that were measured."""
 
-    measure: str  # see losses.MEASURES
+    measure: str  # see error_summaries.MEASURES
     count: Annotated[int, Field(ge=1, le=2**62)]
     mean: ErrorValue
     p99: ErrorValue  # in the manifest: the largest of the parts' p99
     max: ErrorValue
 
 
-class Losses(Document):
-    """What was lost on the way to a commit's files, or to all files of a segment; None where nothing was measured."""
+class ErrorSummaries(Document):
+    """Error summaries by family, of a commit's files or of a whole segment; None if not measured."""
 
     teacher_noise: dict[str, ErrorSummary] | None = None  # of some samples that were scored twice
-    selection_errors: dict[str, ErrorSummary] | None = None  # what the selection left of each dense row
+    selection_errors: dict[str, ErrorSummary] | None = None  # selected entries against the dense row
     dropped_mass: dict[str, ErrorSummary] | None = None  # of selections that draw nothing from the tail
     errors_by_family: dict[str, ErrorSummary] | None = None  # of lossy encodings
     engine_check: dict[str, ErrorSummary] | None = None  # the engine against the model itself, of a slice of samples
 
 
-class Description(Document):
-    """cache.json."""
+class CacheDescription(Document):
+    """cache.json: the families and the identity of the first segment."""
 
     format_version: int
     families: tuple[str, ...]  # besides tokens
@@ -108,7 +108,7 @@ class Description(Document):
 
 
 class SegmentDescription(Document):
-    """segments/0001.json: families added to a segment's parts, parts of new samples, or of samples that had failed."""
+    """segments/0001.json: adds families to a segment's parts, or parts of new or of failed samples."""
 
     format_version: int
     cache_sha256: Sha256  # of the bytes of cache.json
@@ -121,8 +121,8 @@ class SegmentDescription(Document):
     failed_ids: tuple[tuple[str, ...], ...] | None = None  # of those samples, by part
 
 
-class Commit(Losses):
-    """commits/part-00000.json: it exists only if the part's files are whole."""
+class Commit(ErrorSummaries):
+    """commits/part-00000.json: exists only if the part's files are complete."""
 
     format_version: int
     cache_sha256: Sha256  # of the bytes of the segment's document: cache.json, segments/0001.json
@@ -142,8 +142,8 @@ class CommitEntry(Entry):
     sha256: Sha256  # of the commit file's bytes
 
 
-class Manifest(Losses):
-    """manifest.json, manifest-0001.json: a segment's sealed list, a function of its document and commits alone."""
+class Manifest(ErrorSummaries):
+    """manifest.json, manifest-0001.json: seals a segment; determined by its document and commits alone."""
 
     format_version: int
     cache_sha256: Sha256  # as a commit's
@@ -160,9 +160,9 @@ Kind = TypeVar("Kind", bound=Document)
 
 
 def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
-    """The document in a file's bytes. Version first, then checksum, then content.
+    """Parses and checks a document's bytes: checksum, format version, then content.
 
-    Errors: CacheError for another format version, CorruptPartError for anything else.
+    Errors: CacheError for another format version, CorruptPartError for any other problem.
     """
     try:
         body = json.loads(content.decode("ascii"))
@@ -172,34 +172,34 @@ def parse_document(content: bytes, kind: type[Kind], place: str) -> Kind:
         raise CorruptPartError(f"{place}: is not a JSON object")
     version = body.get("format_version")
     claimed = body.pop("sha256", None)
-    spelt = _spell(body)
-    actual = hashlib.sha256(spelt).hexdigest()
+    canonical = _to_canonical_json(body)
+    actual = hashlib.sha256(canonical).hexdigest()
     if claimed != actual:
-        raise CorruptPartError(f"{place}: its content has the sha256 {actual}, it says {claimed}")
+        raise CorruptPartError(f"{place}: its content has the sha256 {actual}, but it states {claimed}")
     if version != FORMAT_VERSION:
         raise CacheError(
             f"{place}: format version is {version!r}, this Stillhouse reads {FORMAT_VERSION}; "
             "read it with the version that wrote it, or dump again"
         )
     try:
-        document = kind.model_validate_json(spelt)
+        document = kind.model_validate_json(canonical)
     except (ValidationError, ValueError) as error:
         raise CorruptPartError(f"{place}: {error}") from error
-    if document.spelt() != spelt or _with_hash(spelt, body, actual) != content:
-        raise CorruptPartError(f"{place}: is not spelt as FORMAT.md says; its bytes were changed")
+    if document.canonical_json() != canonical or _insert_hash(canonical, body, actual) != content:
+        raise CorruptPartError(f"{place}: is not the canonical JSON that FORMAT.md requires; its bytes were changed")
     return document
 
 
-def _spell(body: dict[str, Any]) -> bytes:
+def _to_canonical_json(body: dict[str, Any]) -> bytes:
     text = json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
     return f"{text}\n".encode("ascii")
 
 
-def _with_hash(spelt: bytes, body: Iterable[str], sha256: str) -> bytes:
-    """What _spell makes of a body with the key sha256, in half the time: its line, put where it belongs."""
+def _insert_hash(canonical: bytes, body: Iterable[str], sha256: str) -> bytes:
+    """Returns the canonical JSON with a sha256 field, by inserting its line: half the time of dumping again."""
     line = f' "sha256": "{sha256}"'.encode("ascii")
     following = min((name for name in body if name > "sha256"), default=None)
     if following is None:
-        return spelt.removesuffix(b"\n}\n") + b",\n" + line + b"\n}\n"
-    at = spelt.index(f"\n {json.dumps(following)}:".encode("ascii")) + 1
-    return spelt[:at] + line + b",\n" + spelt[at:]
+        return canonical.removesuffix(b"\n}\n") + b",\n" + line + b"\n}\n"
+    position = canonical.index(f"\n {json.dumps(following)}:".encode("ascii")) + 1
+    return canonical[:position] + line + b",\n" + canonical[position:]

@@ -1,4 +1,4 @@
-"""What was lost between teacher and cache: to noise, selection and encoding; summed up in commits and manifest."""
+"""Summarizes the errors between teacher and cache (noise, selection, encoding) for commits and manifests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from storage.identity import Identity, stored_tau
-from storage.layout.documents import Commit, ErrorSummary, Losses
+from storage.layout.documents import Commit, ErrorSummaries, ErrorSummary
 from storage.records.records import PartRecords
 
 MEASURES: Mapping[str, str] = {  # of lossy encodings
@@ -20,16 +20,16 @@ MEASURES: Mapping[str, str] = {  # of lossy encodings
 NOISE = "kl"  # of a row: KL(scored || scored again in another batch) over the vocabulary, nats
 SELECTION = "distance"  # of a row and set of draws: ||selected - p||_2 over the vocabulary
 DROPPED = "tail_mass"  # of a row: the probability of what a selection without draws leaves out
-KINDS = tuple(Losses.model_fields)
+KINDS = tuple(ErrorSummaries.model_fields)
 
 
-def summary(family: str, errors: Sequence[float]) -> ErrorSummary:
-    """One or more errors of a family's encoding: see `summarize`."""
-    return summarize(MEASURES[family], errors)
+def summarize_encoding_errors(family: str, errors: Sequence[float]) -> ErrorSummary:
+    """Summarizes one or more errors of a family's encoding; see `summarize_errors`."""
+    return summarize_errors(MEASURES[family], errors)
 
 
-def summarize(measure: str, errors: Sequence[float]) -> ErrorSummary:
-    """One or more errors: the same errors in any order give the same summary."""
+def summarize_errors(measure: str, errors: Sequence[float]) -> ErrorSummary:
+    """Summarizes one or more errors; the result does not depend on their order."""
     return ErrorSummary(
         measure=measure,
         count=len(errors),
@@ -39,24 +39,24 @@ def summarize(measure: str, errors: Sequence[float]) -> ErrorSummary:
     )
 
 
-def totals(commits: Sequence[Commit]) -> dict[str, dict[str, ErrorSummary] | None]:
-    """Every kind of loss of all parts together, by the names of `Losses`."""
-    return {kind: total(commits, kind) for kind in KINDS}
+def merge_all_summaries(commits: Sequence[Commit]) -> dict[str, dict[str, ErrorSummary] | None]:
+    """Merges the summaries of all parts, for each field of `ErrorSummaries`."""
+    return {kind: merge_summaries(commits, kind) for kind in KINDS}
 
 
-def total(commits: Sequence[Commit], kind: str = "errors_by_family") -> dict[str, ErrorSummary] | None:
-    """The summaries of all parts together; None if a part states none.
+def merge_summaries(commits: Sequence[Commit], kind: str = "errors_by_family") -> dict[str, ErrorSummary] | None:
+    """Merges the summaries of all parts, by family; None if any part has none.
 
-    The exact p99 is not known: the largest p99 of a part is not below it.
+    The merged p99 is an upper bound: the largest p99 of a part.
     """
     stated = [errors for commit in commits if (errors := getattr(commit, kind)) is not None]
     if len(stated) < len(commits) or not commits:
         return None
     families = {family for errors in stated for family in errors}
-    return {family: _merged([errors[family] for errors in stated if family in errors]) for family in sorted(families)}
+    return {family: _merge([errors[family] for errors in stated if family in errors]) for family in sorted(families)}
 
 
-def _merged(parts: Sequence[ErrorSummary]) -> ErrorSummary:
+def _merge(parts: Sequence[ErrorSummary]) -> ErrorSummary:
     count = sum(part.count for part in parts)
     return ErrorSummary(
         measure=parts[0].measure,
@@ -67,18 +67,18 @@ def _merged(parts: Sequence[ErrorSummary]) -> ErrorSummary:
     )
 
 
-def summarize_losses(records: PartRecords, identity: Identity) -> dict[str, dict[str, ErrorSummary]]:
-    """What was lost before encoding, by kind and family; a family of no rows, or not measured, is not named."""
+def summarize_errors_before_encoding(records: PartRecords, identity: Identity) -> dict[str, dict[str, ErrorSummary]]:
+    """Summarizes the errors made before encoding, by kind and family; leaves out what was not measured."""
     rows_of = {"response": list(records.response or ()), "visual": list((records.visual or {}).values())}
-    noise = {family: summarize(NOISE, values) for family, values in records.teacher_noise.items() if len(values)}
+    noise = {family: summarize_errors(NOISE, values) for family, values in records.teacher_noise.items() if len(values)}
     selection: dict[str, ErrorSummary] = {}
     dropped: dict[str, ErrorSummary] = {}
     for family, rows in rows_of.items():
         sets = [of_set.selection_error for each in rows for of_set in (each, *each.other_sets)]
         errors = [error for of_set in sets if of_set is not None for error in of_set.tolist()]
         if errors:
-            selection[family] = summarize(SELECTION, errors)
+            selection[family] = summarize_errors(SELECTION, errors)
         tails = [tail for each in rows for tail in each.tail_mass.tolist()]
         if tails and stored_tau(identity, family) == 0:
-            dropped[family] = summarize(DROPPED, tails)
+            dropped[family] = summarize_errors(DROPPED, tails)
     return {"teacher_noise": noise, "selection_errors": selection, "dropped_mass": dropped}

@@ -1,4 +1,4 @@
-"""The committed parts of a cache, joined over its segments, and the families that all of them have."""
+"""Joins the committed parts of a cache over its segments, and finds the families that all parts have."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from storage.encoding.parquet_schema import FAMILIES
 from storage.errors import CorruptPartError
 from storage.layout import commits as layout
 from storage.layout.documents import Commit, ErrorEntry, ErrorSummary, FileEntry
-from storage.layout.error_summaries import total
-from storage.layout.retries import errors_left
-from storage.layout.segments import Segment, additions, tokens_segments
+from storage.layout.error_summaries import merge_summaries
+from storage.layout.retries import select_remaining_errors
+from storage.layout.segments import Segment, select_additions, select_tokens_segments
 
 
 @dataclass(frozen=True)
 class Part:
-    """A committed part with the files of every segment that has some for it."""
+    """A committed part with its files from all segments."""
 
     number: int
     commits: tuple[Commit, ...]  # of the segment that holds its tokens first, then of those that add families
     families: Mapping[str, FileEntry]
-    errors: tuple[ErrorEntry, ...] = ()  # of its samples, those that no later retry has taken up
+    errors: tuple[ErrorEntry, ...] = ()  # of its samples, without those that a later retry holds
 
 
 def join_parts(segments: Sequence[Segment], commits: Mapping[int, Mapping[int, Commit]]) -> list[Part]:
-    """The parts that have tokens, by number. `commits` are by segment and part."""
-    parts, left = [], errors_left(segments, commits)
-    for base in tokens_segments(segments):
-        adding = [commits[segment.number] for segment in additions(segments, base)]
+    """Returns the parts that have tokens, by number. `commits`: by segment number and part number."""
+    parts, left = [], select_remaining_errors(segments, commits)
+    for base in select_tokens_segments(segments):
+        adding = [commits[segment.number] for segment in select_additions(segments, base)]
         for number, commit in sorted(commits[base.number].items()):
             of_part = (commit, *(added[number] for added in adding if number in added))
             families = {name: one for each in of_part for name, one in each.families.items()}
@@ -37,15 +37,15 @@ def join_parts(segments: Sequence[Segment], commits: Mapping[int, Mapping[int, C
     return parts
 
 
-def stated_losses(commits: Sequence[Commit], kind: str) -> dict[str, ErrorSummary]:
-    """One kind of loss of each family, over all commits that have it; without those that one is silent about."""
+def merge_stated_summaries(commits: Sequence[Commit], kind: str) -> dict[str, ErrorSummary]:
+    """Merges one kind of error summary by family; leaves out families of commits that state none."""
     silent = {family for commit in commits if getattr(commit, kind) is None for family in commit.families}
-    stated = total([commit for commit in commits if getattr(commit, kind) is not None], kind) or {}
+    stated = merge_summaries([commit for commit in commits if getattr(commit, kind) is not None], kind) or {}
     return {family: errors for family, errors in stated.items() if family not in silent}
 
 
-def held_families(segments: Sequence[Segment], parts: Sequence[Part]) -> tuple[str, ...]:
-    """The families that every part has, tokens first; of a cache without parts, those it was begun with."""
+def select_common_families(segments: Sequence[Segment], parts: Sequence[Part]) -> tuple[str, ...]:
+    """Returns the families that every part has, tokens first; without parts, those of the first segment."""
     begun = {"tokens", *segments[0].families}
     return tuple(
         family for family in FAMILIES if all(family in part.families for part in parts) and (parts or family in begun)
@@ -53,7 +53,7 @@ def held_families(segments: Sequence[Segment], parts: Sequence[Part]) -> tuple[s
 
 
 def read_parts(folder: Folder, segments: Sequence[Segment]) -> tuple[list[Part], set[int]]:
-    """The committed parts, and the numbers of the segments that are sealed. Errors: CorruptPartError."""
+    """Returns the committed parts and the numbers of the sealed segments. Errors: CorruptPartError."""
     commits: dict[int, dict[int, Commit]] = {}
     sealed: set[int] = set()
     for segment in segments:
@@ -66,35 +66,38 @@ def read_parts(folder: Folder, segments: Sequence[Segment]) -> tuple[list[Part],
 
 
 def _read_commits(folder: Folder, segment: Segment, listed: Sequence[str] | None) -> dict[int, Commit]:
-    """A segment's commits by part: those whose hashes its manifest lists, or all that are there."""
-    numbers = layout.commit_numbers(folder, segment) if listed is None else segment.parts[: len(listed)]
+    """Reads a segment's commits by part: those that the manifest lists (by hash), or all if unsealed."""
+    numbers = layout.list_committed_parts(folder, segment) if listed is None else segment.parts[: len(listed)]
     try:
         found = layout.read_commits(folder, segment, list(numbers))
     except FileNotFoundError as error:
-        there = layout.commit_numbers(folder, segment)
+        there = layout.list_committed_parts(folder, segment)
         gone = next((part for part in numbers if part not in there), segment.first_part)
-        place = folder.place(layout.commit_file(segment, gone))
+        place = folder.locate(layout.commit_file(segment, gone))
         raise CorruptPartError(f"{place}: is missing, but the manifest names it; run the dump again") from error
     for (commit, sha256), stated in zip(found, listed or (), strict=listed is not None):
         if sha256 != stated:
-            place = folder.place(layout.commit_file(segment, commit.part))
+            place = folder.locate(layout.commit_file(segment, commit.part))
             raise CorruptPartError(f"{place}: sha256 is {sha256}, the manifest says {stated}; run the dump again")
     return {commit.part: commit for commit, _ in found}
 
 
-def lacks(folder: Folder, segments: Sequence[Segment], parts: Sequence[Part], held: Sequence[str], family: str) -> str:
-    """Which parts lack a family, and what to do."""
-    text = f"{folder}: holds {', '.join(held)}, not {family}"
-    lacking = [part.number for part in parts if family not in part.families]
-    if family not in FAMILIES or not lacking or len(lacking) == len(parts):
+def explain_missing_family(
+    folder: Folder, segments: Sequence[Segment], parts: Sequence[Part], stored: Sequence[str], family: str
+) -> str:
+    """Returns a message that says which parts lack a family and what to do."""
+    text = f"{folder}: holds {', '.join(stored)}, not {family}"
+    parts_without = [part.number for part in parts if family not in part.families]
+    if family not in FAMILIES or not parts_without or len(parts_without) == len(parts):
         return f"{text}; dump that family first"
-    bases = [one for one in tokens_segments(segments) if any(part in one.parts for part in lacking)]
-    spans = []
+    bases = [one for one in select_tokens_segments(segments) if any(part in one.parts for part in parts_without)]
+    reasons = []
     for base in bases:
-        adding = next((one for one in additions(segments, base) if family in one.families), None)
+        adding = next((one for one in select_additions(segments, base) if family in one.families), None)
         what = "was dumped without it" if adding is None else f"gets it from segment {adding.number}, not finished"
-        spans.append(f"segment {base.number} (parts {base.parts.start} to {base.parts.stop - 1}) {what}")
+        reasons.append(f"segment {base.number} (parts {base.parts.start} to {base.parts.stop - 1}) {what}")
     return (
-        f"{text}, of all parts: {len(lacking)} of {len(parts)} lack it, part {lacking[0]} first; {'; '.join(spans)}; "
+        f"{text}, of all parts: {len(parts_without)} of {len(parts)} lack it, part {parts_without[0]} first; "
+        f"{'; '.join(reasons)}; "
         f"run the dump over the samples of segment {bases[0].number} with {family} in cache.families"
     )

@@ -1,6 +1,6 @@
-"""The tokenizer's and the processor's own files in a cache: what its ids and pixels mean, without the teacher.
+"""Stores the teacher's tokenizer and processor files in a cache, so that it is usable without the teacher.
 
-`cache.json` names each with its sha256; they lie in processor/ and are written before it.
+The files lie in processor/ and are written before `cache.json`, which lists each with its sha256.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from storage.layout.documents import NamedFile
 _log = logging.getLogger(__name__)
 PROCESSOR_FOLDER = "processor"
 MAX_BYTES = 64 << 20  # of one file: vocabularies have up to 35 MB
-# Data alone, no code. config.json says how many positions an image takes, and which ids stand for it.
+# Data only, no code. config.json gives the number of positions and the ids of an image.
 NAMES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
     "merges.txt", "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model",
@@ -27,14 +27,14 @@ NAMES = (
 
 
 def read_processor_files(checkpoint: Path) -> dict[str, bytes]:
-    """Those of a checkpoint's files that say what its tokenizer and processor are, by name."""
+    """Reads a checkpoint's tokenizer and processor files, by name; skips files beyond MAX_BYTES."""
     contents = {}
     for path in (checkpoint / name for name in NAMES):
         if not path.is_file():
             continue
         if (size := path.stat().st_size) > MAX_BYTES:
             _log.warning(
-                "%s: has %d bytes; the cache carries files of at most %d and leaves it out", path, size, MAX_BYTES
+                "%s: has %d bytes; the cache stores files of at most %d bytes and leaves it out", path, size, MAX_BYTES
             )
             continue
         contents[path.name] = path.read_bytes()
@@ -42,24 +42,24 @@ def read_processor_files(checkpoint: Path) -> dict[str, bytes]:
 
 
 def write_processor_files(folder: Folder, contents: Mapping[str, bytes]) -> tuple[NamedFile, ...]:
-    """Writes files by their content's hash, so that any number of writers agree, and returns their entries."""
+    """Writes files under names that contain their hash, so that writers agree; returns their entries."""
     if contents:
-        folder.make([PROCESSOR_FOLDER])
+        folder.make_folders([PROCESSOR_FOLDER])
     entries = []
     for name, content in sorted(contents.items()):
         sha256 = hashlib.sha256(content).hexdigest()
-        entry = NamedFile(name=name, file=_file(name, sha256), file_bytes=len(content), sha256=sha256)
+        entry = NamedFile(name=name, file=_make_file_name(name, sha256), file_bytes=len(content), sha256=sha256)
         folder.write(entry.file, content)
         entries.append(entry)
     return tuple(entries)
 
 
 def load_processor_files(folder: Folder, entries: Sequence[NamedFile]) -> dict[str, bytes]:
-    """The files' contents by name, each against its hash. Errors: CorruptPartError."""
+    """Reads the files' contents, by name, and checks their hashes. Errors: CorruptPartError."""
     contents = {}
     for entry in entries:
-        place = folder.place(entry.file)
-        if entry.name not in NAMES or entry.file != _file(entry.name, entry.sha256):
+        place = folder.locate(entry.file)
+        if entry.name not in NAMES or entry.file != _make_file_name(entry.name, entry.sha256):
             raise CorruptPartError(
                 f"{place}: cache.json names {entry.name!r} so, expected a file of {PROCESSOR_FOLDER}/"
             )
@@ -73,5 +73,5 @@ def load_processor_files(folder: Folder, entries: Sequence[NamedFile]) -> dict[s
     return contents
 
 
-def _file(name: str, sha256: str) -> str:
+def _make_file_name(name: str, sha256: str) -> str:
     return f"{PROCESSOR_FOLDER}/{sha256[:12]}.{name}"

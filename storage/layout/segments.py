@@ -1,8 +1,8 @@
-"""Segments, the dumps that a cache is made of, and which of them a dump goes on with or begins.
+"""Segments, one per dump into a cache, and the choice of the segment that a dump resumes or creates.
 
-Segment 0 is cache.json. A later one, segments/0001.json and so on, adds families to the parts of a segment that is
-complete, or appends parts, numbered on: of new samples, or of samples that had failed (retries.py). Nothing that an
-earlier dump wrote is changed.
+Segment 0 is described by cache.json. A later segment (segments/0001.json, …) either adds families to the
+parts of a complete segment, or appends parts with the next numbers: of new samples, or of samples that
+failed before (retries.py). A segment never changes what an earlier dump wrote.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from storage.backends.folder import Folder
 from storage.encoding.parquet_schema import FAMILIES
 from storage.errors import CacheError, CorruptPartError, IdentityError, NoCacheError
-from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, difference, stored_relation
+from storage.identity import FORMAT_VERSION, NO_TEACHER, Identity, describe_differences, stored_relation
 from storage.images.image_root import is_moved_root
-from storage.layout.documents import Description, Document, NamedFile, SegmentDescription, parse_document
+from storage.layout.documents import CacheDescription, Document, NamedFile, SegmentDescription, parse_document
 
 CACHE_FILE = "cache.json"
 SEGMENTS_FOLDER = "segments"
@@ -27,17 +27,17 @@ MAX_SEGMENTS = 9999
 
 _SEGMENT_NAME = re.compile(rf"{SEGMENTS_FOLDER}/(\d{{4}})\.json")
 _COMMIT_NAME = re.compile(r"/part-\d{5,8}\.json$")
-# What a teacher's dump says of its teacher; a segment of tokens only says nothing.
+# Fields that describe the teacher; not compared with a segment of tokens only, which has none.
 _OF_THE_TEACHER = ("teacher", "teacher_fingerprint", "dtype")
-# Of each segment by itself. `engine`: months later another version runs, and within a segment there is one.
+# Fields that may differ between segments. `engine`: a later dump may use another version; a segment has one.
 _OF_A_SEGMENT = ("format_version", "engine")
 _OF_A_PLAN = ("plan_fingerprint", "num_parts")
-_OF_TOKENS = ("tokenisation", "chat_template_arguments")  # of `selection.tokens`: one throughout a cache
+_OF_TOKENS = ("tokenisation", "chat_template_arguments")  # of `selection.tokens`; equal in all segments
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One dump's share of a cache: a set of families over a range of parts."""
+    """The part of a cache that one dump writes: a set of families over a range of parts."""
 
     number: int
     families: tuple[str, ...]  # besides tokens
@@ -46,46 +46,49 @@ class Segment:
     adds_to: int | None  # the segment whose parts get these families; None: parts, and tokens, of its own
     first_part: int
     sha256: str  # of its document's bytes
-    retries: int | None = None  # the segment whose failed samples its parts take up
-    failed_ids: tuple[tuple[str, ...], ...] = ()  # of the errors that it takes up, by part
+    retries: int | None = None  # the segment whose failed samples this one dumps again
+    failed_ids: tuple[tuple[str, ...], ...] = ()  # of these samples, by part
     processor_files: tuple[NamedFile, ...] = ()  # that segment 0 names
 
     @property
     def has_tokens(self) -> bool:
+        """True if the segment has parts of its own; False if it adds families to another segment's."""
         return self.adds_to is None
 
     @property
     def stored_families(self) -> tuple[str, ...]:
-        """The families of its files."""
+        """All families that the segment stores, including tokens if it has them."""
         return ("tokens", *self.families) if self.has_tokens else self.families
 
     @property
     def num_parts(self) -> int:
+        """The number of parts of the segment's plan."""
         return self.identity.num_parts
 
     @property
     def parts(self) -> range:
+        """The numbers of its parts within the cache."""
         return range(self.first_part, self.first_part + self.num_parts)
 
     @property
     def file(self) -> str:
-        """Its document, relative to the cache."""
+        """The path of its document, relative to the cache."""
         return segment_file(self.number)
 
     @property
     def commits_folder(self) -> str:
-        """The folder of its commits, relative to the cache."""
+        """The path of the folder of its commits, relative to the cache."""
         return COMMITS_FOLDER if self.number == 0 else f"{COMMITS_FOLDER}/{self.number:04d}"
 
     @property
     def manifest_file(self) -> str:
-        """Its sealed list, relative to the cache."""
+        """The path of its manifest, relative to the cache."""
         return "manifest.json" if self.number == 0 else f"manifest-{self.number:04d}.json"
 
 
 @dataclass(frozen=True)
 class NewSegment:
-    """A segment that is not there yet, and the document that begins it."""
+    """A segment to create, with the document that creates it."""
 
     number: int
     families: tuple[str, ...]
@@ -98,45 +101,45 @@ class NewSegment:
 
 
 def segment_file(number: int) -> str:
-    """The name of a segment's document, relative to the cache."""
+    """Returns the path of a segment's document, relative to the cache."""
     return CACHE_FILE if number == 0 else f"{SEGMENTS_FOLDER}/{number:04d}.json"
 
 
 def read_segments(folder: Folder) -> list[Segment]:
-    """Every segment, by number. Errors: CacheError where there is no cache, CorruptPartError."""
-    segments = [_first_segment(folder)]
-    matches = [_SEGMENT_NAME.fullmatch(name) for name in folder.names(SEGMENTS_FOLDER)]
+    """Reads all segments, by number. Errors: NoCacheError if there is no cache, CorruptPartError."""
+    segments = [_read_first_segment(folder)]
+    matches = [_SEGMENT_NAME.fullmatch(name) for name in folder.list_files(SEGMENTS_FOLDER)]
     for number in sorted(int(match[1]) for match in matches if match):
         if number != len(segments):
-            missing = folder.place(segment_file(len(segments)))
+            missing = folder.locate(segment_file(len(segments)))
             raise CorruptPartError(f"{missing}: is missing, but segment {number} is there; put it back")
-        segments.append(_later_segment(folder, number, segments))
+        segments.append(_read_later_segment(folder, number, segments))
     return segments
 
 
 def has_cache(folder: Folder) -> bool:
-    """Whether a cache was begun here."""
-    return CACHE_FILE in folder.names()
+    """True if the folder has a cache.json."""
+    return CACHE_FILE in folder.list_files()
 
 
 def is_complete(folder: Folder, segment: Segment) -> bool:
-    """Whether a segment has a manifest and as many commits as parts. Nothing is read of them."""
-    return segment.manifest_file in folder.names() and is_committed(folder, segment)
+    """True if a segment has a manifest and as many commits as parts; reads file names only."""
+    return segment.manifest_file in folder.list_files() and is_committed(folder, segment)
 
 
 def is_committed(folder: Folder, segment: Segment) -> bool:
-    """Whether a segment, sealed or not, has as many commits as parts. Nothing is read of them."""
-    names = folder.names(segment.commits_folder)
+    """True if a segment, sealed or not, has as many commits as parts; reads file names only."""
+    names = folder.list_files(segment.commits_folder)
     return sum(_COMMIT_NAME.search(name) is not None for name in names) >= segment.num_parts
 
 
-def additions(segments: Sequence[Segment], base: Segment) -> list[Segment]:
-    """The segments that add families to another's parts."""
+def select_additions(segments: Sequence[Segment], base: Segment) -> list[Segment]:
+    """Returns the segments that add families to the parts of `base`."""
     return [segment for segment in segments if segment.adds_to == base.number]
 
 
-def merged_identity(segments: Sequence[Segment]) -> Identity:
-    """Segment 0's identity, with the selection of every family of these segments, and with the first teacher."""
+def merge_identities(segments: Sequence[Segment]) -> Identity:
+    """Returns segment 0's identity with the selections of all families and the first recorded teacher."""
     first = next((one.identity for one in segments if _has_teacher(one.identity)), segments[0].identity)
     selection = {**segments[0].identity.selection}
     for segment in segments[1:]:
@@ -150,64 +153,66 @@ def merged_identity(segments: Sequence[Segment]) -> Identity:
 def find_segment(
     folder: Folder, identity: Identity, families: Sequence[str], *, append: bool
 ) -> tuple[Segment | NewSegment, list[Segment]]:
-    """The segment that a dump goes on with or has to begin, and all that are there.
+    """Returns the segment that a dump must resume or create, and all existing segments.
 
-    In this order: one of this plan that is not complete; the families that this plan's samples lack; with
-    `append`, new parts for a plan that is not there; else the complete segment of this plan, for which
-    nothing is left to do. Errors: IdentityError naming each field that differs; CacheError.
+    The first of these that applies: an incomplete segment of this plan; a new segment with the families
+    that this plan's samples lack; with `append`, a new segment for a plan that the cache lacks; the
+    complete segment of this plan, which needs no more work. Errors: IdentityError naming each field that
+    differs; CacheError for an unknown family.
     """
     unknown = [family for family in families if family not in FAMILIES]
     if unknown:
         raise CacheError(f"{folder}: unknown families {unknown}, expected some of {FAMILIES}")
     wanted = tuple(family for family in FAMILIES if family in families and family != "tokens")
     if not has_cache(folder):
-        return NewSegment(0, wanted, None, _description(wanted, identity)), []
+        return NewSegment(0, wanted, None, _make_first_document(wanted, identity)), []
     segments = read_segments(folder)
-    base = next((one for one in segments if one.has_tokens and _same_plan(one.identity, identity)), None)
+    base = next((one for one in segments if one.has_tokens and _has_same_plan(one.identity, identity)), None)
     plan_of = base or (None if append else segments[0])
-    lines = disagreement(segments, identity, wanted, plan_of=plan_of)
+    lines = describe_disagreements(segments, identity, wanted, plan_of=plan_of)
     if base is None and append:
-        lines += _other_image_root(folder, segments, identity)
+        lines += _describe_other_image_root(folder, segments, identity)
     if lines:
         hint = "" if append or base is not None else " (cache.append: true adds the samples of another plan)"
-        raise refusal(folder, lines, hint)
+        raise make_refusal(folder, lines, hint)
     if base is None:
-        return _new(segments, wanted, identity, adds_to=None), segments
-    found = _unfinished(folder, segments, base, wanted, identity)
+        return _make_later_segment(segments, wanted, identity, adds_to=None), segments
+    found = _find_unfinished(folder, segments, base, wanted, identity)
     if found is None:
-        held = {family for one in (base, *additions(segments, base)) for family in one.families}
+        held = {family for one in (base, *select_additions(segments, base)) for family in one.families}
         lacking = tuple(family for family in wanted if family not in held)
-        found = _new(segments, lacking, identity, adds_to=base) if lacking else base
+        found = _make_later_segment(segments, lacking, identity, adds_to=base) if lacking else base
     return found, segments
 
 
-def disagreement(
+def describe_disagreements(
     segments: Sequence[Segment], identity: Identity, families: Sequence[str], *, plan_of: Segment | None
 ) -> list[str]:
-    """One line for each field in which another dump, of `families`, contradicts what the cache has.
+    """Returns one line per field in which a dump of `families` with this identity contradicts the cache.
 
-    The plan is compared with that of `plan_of`, if given. A family's selection is one throughout a cache, and so
-    is the teacher, where both have one.
+    The plan is compared with that of `plan_of`, if given. The selection of a family must be the same in
+    the whole cache, and so must the teacher, if both have one.
     """
-    cache = merged_identity(segments)
+    cache = merge_identities(segments)
     same = [*_OF_A_SEGMENT]
     if not (_has_teacher(cache) and _has_teacher(identity)):
         same += _OF_THE_TEACHER
     held = {family for one in segments for family in one.families}
     both = [family for family in families if family in held]
-    theirs = {"selection": {family: _selection(cache, family) for family in ("tokens", *both)}}
-    ours = {"selection": {family: _selection(identity, family) for family in ("tokens", *both)}}
+    theirs = {"selection": {family: _select_compared_settings(cache, family) for family in ("tokens", *both)}}
+    ours = {"selection": {family: _select_compared_settings(identity, family) for family in ("tokens", *both)}}
     plan = {name: getattr(identity if plan_of is None else plan_of.identity, name) for name in _OF_A_PLAN}
-    return difference(
+    return describe_differences(
         cache.model_copy(update={**theirs, **plan}),
         identity.model_copy(update={**ours, **{name: getattr(cache, name) for name in same}}),
     )
 
 
-def _selection(identity: Identity, family: str) -> dict[str, Any] | None:
-    """What an identity says of a family; of relation matrices in full.
+def _select_compared_settings(identity: Identity, family: str) -> dict[str, Any] | None:
+    """Returns the settings of a family that must agree; for relation matrices with all defaults.
 
-    Of tokens only how a conversation became ids: each segment may have been answered in its own way.
+    For tokens these are only the settings that turn a conversation into ids: the way a teacher answered
+    may differ between segments.
     """
     if family == "tokens":
         return {name: identity.selection.get("tokens", {}).get(name) for name in _OF_TOKENS}
@@ -216,11 +221,11 @@ def _selection(identity: Identity, family: str) -> dict[str, Any] | None:
     return identity.selection.get(family)
 
 
-def _unfinished(
+def _find_unfinished(
     folder: Folder, segments: Sequence[Segment], base: Segment, wanted: Sequence[str], identity: Identity
 ) -> Segment | None:
-    """The first segment of this plan that is not complete and whose families are wanted."""
-    for segment in (base, *additions(segments, base)):
+    """Returns the first incomplete segment of this plan that has requested families, or None."""
+    for segment in (base, *select_additions(segments, base)):
         if not (segment.has_tokens or set(segment.families) & set(wanted)) or is_complete(folder, segment):
             continue
         lines = []
@@ -229,12 +234,12 @@ def _unfinished(
         if segment.identity.engine != identity.engine and segment.families:
             lines.append(f"engine: cache has {segment.identity.engine!r}, this run has {identity.engine!r}")
         if lines:
-            raise refusal(folder, lines, f" (segment {segment.number} is not finished)")
+            raise make_refusal(folder, lines, f" (segment {segment.number} is not finished)")
         return segment
     return None
 
 
-def _new(
+def _make_later_segment(
     segments: Sequence[Segment], families: tuple[str, ...], identity: Identity, *, adds_to: Segment | None
 ) -> NewSegment:
     if len(segments) > MAX_SEGMENTS:
@@ -253,25 +258,25 @@ def _new(
     return NewSegment(len(segments), families, document.adds_to, document)
 
 
-def _description(families: tuple[str, ...], identity: Identity) -> Description:
-    return Description(format_version=FORMAT_VERSION, families=families, identity=identity)
+def _make_first_document(families: tuple[str, ...], identity: Identity) -> CacheDescription:
+    return CacheDescription(format_version=FORMAT_VERSION, families=families, identity=identity)
 
 
-def refusal(folder: Folder, lines: Sequence[str], hint: str) -> IdentityError:
-    """What a dump is told whose identity differs from the cache's by these lines."""
+def make_refusal(folder: Folder, lines: Sequence[str], hint: str) -> IdentityError:
+    """Makes the error for a dump whose identity differs from the cache's; `lines` are the differences."""
     return IdentityError(
-        f"{folder}: the cache there was made otherwise{hint}; undo the change, or give cache.path another folder, "
-        "which leaves this one as it is:" + "".join(f"\n  {line}" for line in lines)
+        f"{folder}: the cache there was made with other settings{hint}; undo the change, or set cache.path to "
+        "another folder, which leaves this one unchanged:" + "".join(f"\n  {line}" for line in lines)
     )
 
 
-def _first_segment(folder: Folder) -> Segment:
-    place = folder.place(CACHE_FILE)
+def _read_first_segment(folder: Folder) -> Segment:
+    place = folder.locate(CACHE_FILE)
     try:
         content = folder.read(CACHE_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NoCacheError(f"{folder}: no cache is here ({CACHE_FILE} is missing); run the dump") from error
-    description = parse_document(content, Description, place)
+    description = parse_document(content, CacheDescription, place)
     _check_families(place, description.families)
     sha256 = hashlib.sha256(content).hexdigest()
     return Segment(
@@ -286,12 +291,12 @@ def _first_segment(folder: Folder) -> Segment:
     )
 
 
-def _later_segment(folder: Folder, number: int, earlier: Sequence[Segment]) -> Segment:
-    place = folder.place(segment_file(number))
+def _read_later_segment(folder: Folder, number: int, earlier: Sequence[Segment]) -> Segment:
+    place = folder.locate(segment_file(number))
     content = folder.read(segment_file(number))
     document = parse_document(content, SegmentDescription, place)
     if document.segment != number or document.cache_sha256 != earlier[0].sha256:
-        raise CorruptPartError(f"{place}: is segment {document.segment} of another cache, or not in its place")
+        raise CorruptPartError(f"{place}: is segment {document.segment} or of another cache, expected segment {number}")
     _check_families(place, document.families)
     segment = Segment(
         number, document.families, document.identity, document.format_version, document.adds_to, document.first_part,
@@ -299,15 +304,15 @@ def _later_segment(folder: Folder, number: int, earlier: Sequence[Segment]) -> S
     )  # fmt: skip
     if document.retries is not None or document.failed_ids is not None:
         _check_retry(earlier, segment, place)
-    base = _base(earlier, segment, place)
-    lines = disagreement(earlier, segment.identity, segment.families, plan_of=base)
+    base = _find_base(earlier, segment, place)
+    lines = describe_disagreements(earlier, segment.identity, segment.families, plan_of=base)
     if lines:
         raise CorruptPartError(f"{place}: contradicts the segments before it:" + "".join(f"\n  {one}" for one in lines))
     return segment
 
 
-def _base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segment | None:
-    """The segment that this one adds to; None if it appends. CorruptPartError for a place that is not free."""
+def _find_base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segment | None:
+    """Returns the segment that this one adds families to, or None. CorruptPartError for invalid parts."""
     if segment.adds_to is None:
         end = max(one.parts.stop for one in earlier)
         if segment.first_part != end:
@@ -316,7 +321,7 @@ def _base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segment |
     base = next((one for one in earlier if one.number == segment.adds_to and one.has_tokens), None)
     if base is None or segment.parts != base.parts:
         raise CorruptPartError(f"{place}: adds to segment {segment.adds_to}, which has no such parts")
-    held = {family for one in (base, *additions(earlier, base)) for family in one.families}
+    held = {family for one in (base, *select_additions(earlier, base)) for family in one.families}
     twice = sorted(held & set(segment.families))
     if twice or not segment.families:
         raise CorruptPartError(f"{place}: adds {', '.join(twice) or 'nothing'}, which parts {segment.parts} have")
@@ -324,24 +329,26 @@ def _base(earlier: Sequence[Segment], segment: Segment, place: str) -> Segment |
 
 
 def _check_retry(earlier: Sequence[Segment], segment: Segment, place: str) -> None:
-    """CorruptPartError for a retry that contradicts itself, or whose segment is not there."""
+    """Raises CorruptPartError for a retry that contradicts itself or whose base segment is missing."""
     base = next((one for one in earlier if one.number == segment.retries), None)
     ids = [sample_id for of_part in segment.failed_ids for sample_id in of_part]
     if not segment.has_tokens:
-        raise CorruptPartError(f"{place}: takes up failed samples, but adds families")
+        raise CorruptPartError(f"{place}: retries failed samples, but also adds families to another segment")
     if base is None or not base.has_tokens or base.retries is not None:
-        raise CorruptPartError(f"{place}: takes up failed samples of segment {segment.retries}, which has none")
+        raise CorruptPartError(f"{place}: retries failed samples of segment {segment.retries}, which has none")
     if len(segment.failed_ids) != segment.num_parts or len(set(ids)) < len(ids) or not all(segment.failed_ids):
-        raise CorruptPartError(f"{place}: has not some failed samples for each of {segment.num_parts} parts, each once")
+        raise CorruptPartError(
+            f"{place}: must list failed samples for each of its {segment.num_parts} parts, each sample once"
+        )
 
 
-def _other_image_root(folder: Folder, segments: Sequence[Segment], identity: Identity) -> list[str]:
-    """A line if new samples' images lie in another folder than the cache's: a reader looks in one for all."""
-    known = [segment.identity.image_root for segment in tokens_segments(segments)]
+def _describe_other_image_root(folder: Folder, segments: Sequence[Segment], identity: Identity) -> list[str]:
+    """Returns a line if new images lie outside the cache's image root; a reader uses one root for all."""
+    known = [segment.identity.image_root for segment in select_tokens_segments(segments)]
     new = identity.image_root
-    if new in known or any(is_moved_root(old, new, folder.place("")) for old in known):
+    if new in known or any(is_moved_root(old, new, folder.locate("")) for old in known):
         return []
-    return [f"image_root: cache has {known[0]!r}, this run has {new!r}; give images a folder that holds both"]
+    return [f"image_root: cache has {known[0]!r}, this run has {new!r}; use a folder that contains both"]
 
 
 def _check_families(place: str, families: Sequence[str]) -> None:
@@ -350,7 +357,7 @@ def _check_families(place: str, families: Sequence[str]) -> None:
         raise CorruptPartError(f"{place}: families are {families}, expected some of {FAMILIES[1:]}")
 
 
-def _same_plan(one: Identity, other: Identity) -> bool:
+def _has_same_plan(one: Identity, other: Identity) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in _OF_A_PLAN)
 
 
@@ -358,6 +365,6 @@ def _has_teacher(identity: Identity) -> bool:
     return identity.teacher_fingerprint != NO_TEACHER
 
 
-def tokens_segments(segments: Collection[Segment]) -> list[Segment]:
-    """The segments that hold parts of their own, in the order of the parts."""
+def select_tokens_segments(segments: Collection[Segment]) -> list[Segment]:
+    """Returns the segments that have parts of their own, in the order of the parts."""
     return [segment for segment in segments if segment.has_tokens]

@@ -1,1 +1,1 @@
-"""Processes: starting and ending them, signals, standard streams, long waits. Uses the errors alone."""
+"""Starts and ends processes; handles signals, standard streams and long waits. Uses the errors only."""

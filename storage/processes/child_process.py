@@ -1,4 +1,4 @@
-"""Commands that our processes start: each under a supervisor that leaves none of its processes behind."""
+"""Runs commands, each under a supervisor that ends all processes that the command started."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage.processes import supervisor
 GRACE_S = 8.0  # between SIGTERM and SIGKILL, for a command that has nothing to save
 LAST_S = 6.0  # the same once whoever started the command is gone
 _POLL_S = 0.2  # an interruption that is no signal (Ray's cancel) does not end a wait
-_HURRY_S = 10.0
+_KILL_TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -30,14 +30,14 @@ def run_child(
     output: IO[bytes] | None = None,
     grace_s: float = GRACE_S,
 ) -> int:
-    """Runs a command to its end; returns its exit code, negative if a signal ended it, 127 if it cannot be started.
+    """Runs a command and returns its exit code: negative if a signal ended it, 127 if it cannot be started.
 
-    When this process is interrupted (any exception here) the command gets SIGTERM, and SIGKILL with all of its
-    descendants `grace_s` later; math.inf is for a command that saves something and ends by itself. The exception
-    goes on once all of them have ended. A second interruption kills them at once.
-    When this process is killed, they end within 10 s. `output`: a file for stdout and stderr.
+    If an exception interrupts the wait, the command gets SIGTERM, and `grace_s` seconds later SIGKILL with
+    all its descendants (math.inf: never, for a command that saves its state and ends by itself). The
+    exception is raised again once all have ended; a second interruption kills them at once. If this
+    process is killed, they end within 10 s. `output`: a file for stdout and stderr.
     """
-    if sys.platform != "linux":  # nothing there inherits orphans
+    if sys.platform != "linux":  # other systems have no subreapers
         return subprocess.run(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, check=False).returncode
     watching = [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), str(grace_s), str(LAST_S)]
     process = subprocess.Popen(
@@ -54,18 +54,18 @@ def run_child(
     except BaseException:
         process.send_signal(signal.SIGTERM)
         if grace_s == math.inf:
-            _log.warning("waiting until what was started has saved its state; a second signal ends it at once")
+            _log.warning("waiting until the started command has saved its state; a second signal ends it at once")
         try:
             _wait(process)
         except BaseException:
-            _hurry(process)
+            _kill_now(process)
             raise
         raise
 
 
 @contextmanager
-def descendants_end_with_this() -> Iterator[None]:
-    """Within it all processes below this one end within 10 s when this one is killed, whoever has started them."""
+def end_descendants_on_exit() -> Iterator[None]:
+    """If this process is killed while the block runs, ends all its descendants within 10 s."""
     if sys.platform != "linux":
         yield
         return
@@ -84,10 +84,10 @@ def descendants_end_with_this() -> Iterator[None]:
 
 
 def end_descendants(*, grace_s: float = 3.0) -> None:
-    """Ends every process below this one: SIGTERM, and SIGKILL after some seconds. For a process that ends itself."""
+    """Ends all descendants of this process: SIGTERM, and SIGKILL after `grace_s`. Call before exiting."""
     if sys.platform != "linux":
         return
-    left = supervisor.descendants(os.getpid())
+    left = supervisor.list_descendants(os.getpid())
     supervisor.send_signal(left, signal.SIGTERM)
     supervisor.wait_for_descendants(os.getpid(), grace_s)
     supervisor.kill_descendants(os.getpid())
@@ -101,11 +101,11 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
             continue
 
 
-def _hurry(process: subprocess.Popen[bytes]) -> None:
-    """Have the supervisor kill what it watches, now."""
-    below = supervisor.descendants(process.pid)
+def _kill_now(process: subprocess.Popen[bytes]) -> None:
+    """Kills the supervised command and its descendants at once."""
+    below = supervisor.list_descendants(process.pid)
     supervisor.send_signal(below, signal.SIGKILL)
     try:
-        process.wait(timeout=_HURRY_S)
+        process.wait(timeout=_KILL_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()

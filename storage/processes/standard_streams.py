@@ -1,7 +1,7 @@
-"""Standard streams that are closed: by whoever started this process (`>&-`), or later by whoever reads them (`head`).
+"""Handles closed standard streams: closed by the parent process (`>&-`) or later by their reader (`head`).
 
-A descriptor 0, 1 or 2 that is closed is worse than one that leads nowhere: the next file that is opened gets its
-number, and what a library or a child prints would be written into that file.
+A closed descriptor 0, 1 or 2 is dangerous: the next opened file gets its number, and output of libraries
+or children would be written into that file. Such descriptors are redirected to /dev/null.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ _MODES = {"stdin": "r", "stdout": "w", "stderr": "w"}  # in the order of their d
 
 
 def open_closed_streams() -> None:
-    """Opens /dev/null in place of each standard stream that this process was started without."""
+    """Opens /dev/null for each standard stream that was closed when this process started."""
     for number, (name, mode) in enumerate(_MODES.items()):
         if getattr(sys, name) is not None:
             continue
         if not _is_open(number):
-            _lead_nowhere(number)
+            _redirect_to_null(number)
         stream = open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123, SIM115 (it stays open to the end)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
 
 def drop_output(*streams: IO[str]) -> None:
-    """What these have yet to write goes nowhere, so that the interpreter's last flush finds no closed pipe."""
+    """Redirects streams to /dev/null, so that the interpreter's last flush does not fail on a closed pipe."""
     for stream in streams:
-        _lead_nowhere(stream.fileno())
+        _redirect_to_null(stream.fileno())
 
 
 def _is_open(number: int) -> bool:
@@ -39,7 +39,7 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _lead_nowhere(number: int) -> None:
+def _redirect_to_null(number: int) -> None:
     opened = os.open(os.devnull, os.O_RDWR)
     if opened == number:
         os.set_inheritable(number, True)

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT as one exception, and the exit code that each command line makes of it.
+"""Turns SIGTERM and SIGINT into one exception, and gives the exit code for it.
 
-Every entry point runs within `interruptible()`. Whoever has something to finish first (a part of a cache, a state of
-a training) holds the signals with `hold_signals()` and looks at the event that they set.
+Every entry point runs within `interruptible()`. Code that must finish something first (a part of a cache,
+a training state) delays the signals with `hold_signals()` and polls the event that they set.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from storage.processes.supervisor import REPEATED_S, adopt_orphans
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SIGACTION_BYTES = 256  # at least; the C structure is opaque here, and has 152 on Linux
 _RESTORE_S = 0.002
-_raised: list[int] = []  # signals that `interruptible` has made exceptions of, which a bare `except` may have caught
+_raised: list[int] = []  # signals already raised as exceptions by `interruptible`, which other code may have caught
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGINT has come; the text says what is kept."""
+    """SIGTERM or SIGINT was received; the text says what is kept."""
 
     def __init__(self, number: int = signal.SIGINT, message: str = "") -> None:
         kept = "what is finished is kept, and the same command resumes"
@@ -38,38 +38,38 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class HeldSignals:
-    """What has come within `hold_signals()`."""
+    """The signals received within `hold_signals()`."""
 
     event: threading.Event = field(default_factory=threading.Event)
     number: int | None = None  # of the first signal
 
     def raise_interrupted(self) -> None:
-        """Interrupted, if a signal has come."""
+        """Raises Interrupted if a signal was received."""
         if self.number is not None:
             raise Interrupted(self.number)
 
 
-def explain(stop: KeyboardInterrupt) -> str:
-    """What to tell a person about an interruption, whoever raised it."""
+def describe_interruption(stop: KeyboardInterrupt) -> str:
+    """Returns the message for an interruption, ours or Python's own KeyboardInterrupt."""
     return str(stop if isinstance(stop, Interrupted) else Interrupted())
 
 
-def exit_code(stop: KeyboardInterrupt) -> int:
-    """130 after SIGINT and 143 after SIGTERM, as shells have it."""
+def get_exit_code(stop: KeyboardInterrupt) -> int:
+    """Returns 130 for SIGINT and 143 for SIGTERM, as shells do."""
     return 128 + getattr(stop, "number", signal.SIGINT)
 
 
-def stopped_by(returncode: int) -> int | None:
-    """The signal that has stopped a command which ended with this exit code (negative: died of it), or None."""
+def find_stop_signal(returncode: int) -> int | None:
+    """Returns the stop signal that an exit code stands for (negative: killed by it), or None."""
     return next((number for number in STOP_SIGNALS if returncode in (128 + number, -number)), None)
 
 
 @contextmanager
 def interruptible(*, adopt: bool = False) -> Iterator[None]:
-    """Within it SIGTERM and SIGINT raise Interrupted in the main thread, a repetition soon after not.
+    """Makes SIGTERM and SIGINT raise Interrupted while the block runs; a repetition within a second does not.
 
-    `adopt`: this process inherits orphans among its descendants, so that `leave` finds them. Elsewhere than in the
-    main thread nothing changes.
+    `adopt`: this process becomes the parent of orphaned descendants, so that `exit_now` can end them. Does
+    nothing outside the main thread.
     """
     if adopt:
         adopt_orphans()
@@ -83,10 +83,10 @@ def interruptible(*, adopt: bool = False) -> Iterator[None]:
             raise Interrupted(number)
 
     try:
-        with _handlers(interrupt):
+        with _install_handlers(interrupt):
             yield
     except KeyboardInterrupt as stop:
-        if _raised and not isinstance(stop, Interrupted):  # Ray's core makes its own of whatever a handler raises
+        if _raised and not isinstance(stop, Interrupted):  # Ray's core replaces exceptions of signal handlers
             raise Interrupted(_raised[0]) from stop
         raise
     finally:
@@ -95,9 +95,9 @@ def interruptible(*, adopt: bool = False) -> Iterator[None]:
 
 @contextmanager
 def hold_signals(*, second_raises: bool = True) -> Iterator[HeldSignals]:
-    """Within it the first SIGTERM or SIGINT sets an event; another one, a second later or more, raises Interrupted.
+    """While the block runs, the first SIGTERM or SIGINT sets an event; a later one raises Interrupted.
 
-    Elsewhere than in the main thread nothing changes, and the event is never set.
+    "Later" is a second or more. Outside the main thread it does nothing and the event is never set.
     """
     held, first_at = HeldSignals(), [0.0]
 
@@ -108,32 +108,32 @@ def hold_signals(*, second_raises: bool = True) -> Iterator[HeldSignals]:
         elif second_raises and time.monotonic() >= first_at[0] + REPEATED_S:
             raise Interrupted(number)
 
-    with _handlers(hold):
+    with _install_handlers(hold):
         if _raised:
             hold(_raised[0], None)
         yield held
 
 
 def end_process(code: int) -> NoReturn:
-    """sys.exit; after an interruption at once, for nothing that the interpreter's end may wait for is needed then."""
-    if stopped_by(code) is None:
-        leave_on_signals(code)
+    """Exits with `code`: by sys.exit, or at once if `code` stands for an interruption."""
+    if find_stop_signal(code) is None:
+        exit_on_signals(code)
         sys.exit(code)
-    leave(code)
+    exit_now(code)
 
 
-def leave_on_signals(code: int) -> None:
-    """From now on SIGTERM and SIGINT end this process at once, with the code that it was to end with.
+def exit_on_signals(code: int) -> None:
+    """Makes SIGTERM and SIGINT end this process at once with `code`.
 
-    For a process whose work is done: the interpreter's own end takes seconds after some libraries, and a signal in
-    them would print a traceback, or make a failure of what is finished.
+    For a process whose work is done: with some libraries the interpreter needs seconds to exit, and a
+    signal during that time would print a traceback or turn success into failure.
     """
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda _number, _frame: leave(code))
+        signal.signal(number, lambda _number, _frame: exit_now(code))
 
 
-def leave(code: int) -> NoReturn:
-    """End this process now, after every process below it; what is printed is printed."""
+def exit_now(code: int) -> NoReturn:
+    """Ends all descendants and then this process at once; flushes stdout and stderr."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_descendants()
@@ -214,7 +214,7 @@ def _kernel_entry(number: signal.Signals) -> Iterator[None]:
 
 
 @contextmanager
-def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _install_handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

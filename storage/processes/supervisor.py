@@ -1,20 +1,20 @@
-"""Runs a command and ends everything that the command started: `supervisor.py PARENT GRACE_S LAST_S ARGV…`.
+"""Runs a command and ends all processes that the command started: `supervisor.py PARENT GRACE_S LAST_S ARGV…`.
 
-It stands between one of our processes (PARENT, a process id) and a command, in a session of its own, so that Ctrl-C
-in a terminal reaches PARENT alone. As the command's *subreaper* (prctl(2)) it inherits whatever the command leaves
-behind, grandchildren that changed their session too. It needs nothing but the standard library and Linux, and is
-started with `python -I -S`, which takes 20 ms.
+It runs between one of our processes (PARENT, a process id) and a command, in a session of its own, so that
+Ctrl-C in a terminal reaches PARENT only. As the command's *subreaper* (prctl(2)) it becomes the parent of
+all orphaned descendants of the command, even those in other sessions. It needs only the standard library
+and Linux, and is started with `python -I -S`, which takes 20 ms.
 
     SIGTERM or SIGINT     the command gets SIGTERM, and SIGKILL with all its descendants GRACE_S later ("inf": never)
     a second one          SIGKILL at once
     PARENT is gone        SIGTERM, and SIGKILL LAST_S later
-    the command ended     what it left behind gets SIGTERM, and SIGKILL LEFTOVERS_S later
+    the command ended     its remaining descendants get SIGTERM, and SIGKILL LEFTOVERS_S later
 
 It ends as the command ended: with its exit code, or by the same signal.
 
-`supervisor.py --watch PARENT LAST_S` runs nothing: when PARENT is gone it kills, LAST_S later, what is left of the
-processes that were below PARENT. That is for a Ray that PARENT has started: two agents of a raylet that was killed
-wait more than a minute for a server that is gone as well.
+`supervisor.py --watch PARENT LAST_S` runs no command: LAST_S after PARENT is gone, it kills the remaining
+descendants of PARENT. It is for a Ray cluster that PARENT started: two agents of a killed raylet wait more
+than a minute for a server that is gone as well.
 """
 
 from __future__ import annotations
@@ -38,46 +38,46 @@ _STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of every descendant whose own parent ends. Does nothing but on Linux."""
+    """Makes this process the parent of descendants whose own parent ends; does nothing outside Linux."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send a signal to this process when the thread that started it ends. Linux alone can."""
+    """Makes the kernel send a signal to this process when the thread that started it ends; Linux only."""
     _prctl(_PR_SET_PDEATHSIG, number)
 
 
-def descendants(ancestor: int) -> list[int]:
-    """Living processes below a process, parents before their children."""
+def list_descendants(ancestor: int) -> list[int]:
+    """Returns the ids of the living descendants of a process, parents before children."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208
-        if name.isdigit() and (parent := _living_child(name)):
+        if name.isdigit() and (parent := _read_parent_of_living(name)):
             children.setdefault(parent, []).append(int(name))
     below = list(children.get(ancestor, ()))
-    for pid in below:  # it grows meanwhile
+    for pid in below:  # the list grows during the loop
         below += children.get(pid, ())
     return below
 
 
 def kill_descendants(ancestor: int, *, patience_s: float = _UNKILLABLE_S) -> None:
-    """SIGKILL to every process below a process, until there is none; those that cannot be killed are left."""
+    """Kills all descendants of a process; gives up on unkillable ones after `patience_s`."""
     deadline = time.monotonic() + patience_s
-    while (left := descendants(ancestor)) and time.monotonic() < deadline:
+    while (left := list_descendants(ancestor)) and time.monotonic() < deadline:
         send_signal(left, signal.SIGKILL)
         _reap()
         time.sleep(0.01)
 
 
 def wait_for_descendants(ancestor: int, patience_s: float) -> None:
-    """Returns when no process is left below a process, or when patience is at its end."""
+    """Waits until a process has no descendants, at most `patience_s`."""
     deadline = time.monotonic() + patience_s
-    while descendants(ancestor) and time.monotonic() < deadline:
+    while list_descendants(ancestor) and time.monotonic() < deadline:
         _reap()
         time.sleep(0.02)
 
 
 def send_signal(pids: Sequence[int], number: signal.Signals) -> None:
-    """Send a signal to processes of which some may be gone."""
+    """Sends a signal to processes; ignores those that are gone."""
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -86,10 +86,10 @@ def send_signal(pids: Sequence[int], number: signal.Signals) -> None:
 
 
 def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) -> int:
-    """Runs a command as this module says; returns its wait status."""
+    """Runs a command as the module's docstring describes; returns its wait status."""
     adopt_orphans()
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS | {signal.SIGCHLD})  # the loop takes them one by one
-    command = _start(argv)
+    command = _start_command(argv)
     status: int | None = None
     deadline, asked_at, is_orphan = math.inf, math.inf, False
     while True:
@@ -98,9 +98,9 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
         ended = _reap()
         if status is None and command in ended:
             status = ended[command]
-            send_signal(descendants(os.getpid()), signal.SIGTERM)
+            send_signal(list_descendants(os.getpid()), signal.SIGTERM)
             deadline = min(deadline, now + LEFTOVERS_S)
-        if status is not None and not descendants(os.getpid()):
+        if status is not None and not list_descendants(os.getpid()):
             return status
         if heard is not None and heard.si_signo in _STOPS:
             if asked_at == math.inf:
@@ -118,8 +118,8 @@ def supervise(parent: int, argv: list[str], *, grace_s: float, last_s: float) ->
             return signal.SIGKILL if status is None else status
 
 
-def watch(parent: int, *, last_s: float, list_below: Callable[[int], list[int]] = descendants) -> None:
-    """Waits until `parent`, the process that started this one, is gone; then ends what was below it.
+def watch(parent: int, *, last_s: float, list_below: Callable[[int], list[int]] = list_descendants) -> None:
+    """Waits until `parent`, which started this process, is gone; then ends the parent's descendants.
 
     What these processes start in their last seconds is ended as well. What was below the parent once counts as long
     as it lives: a process of many threads that is killed stays there for a while after its children got the kernel's
@@ -127,31 +127,31 @@ def watch(parent: int, *, last_s: float, list_below: Callable[[int], list[int]] 
     """
     below: dict[int, str] = {}
     while True:
-        found = _start_times(list_below(parent))
-        below = {pid: below[pid] for pid in _still_there(below)} | found
+        found = _read_start_times(list_below(parent))
+        below = {pid: below[pid] for pid in _select_running(below)} | found
         if os.getppid() != parent:
             break
         time.sleep(POLL_S)
     deadline = time.monotonic() + last_s
     while time.monotonic() < deadline:
-        for pid in _still_there(below):
-            below |= _start_times(list_below(pid))
+        for pid in _select_running(below):
+            below |= _read_start_times(list_below(pid))
         time.sleep(POLL_S)
     below.pop(os.getpid(), None)
-    send_signal(_still_there(below), signal.SIGKILL)
+    send_signal(_select_running(below), signal.SIGKILL)
 
 
-def _start_times(pids: Sequence[int]) -> dict[int, str]:
-    return {pid: started for pid in pids if (started := _start_time(pid))}
+def _read_start_times(pids: Sequence[int]) -> dict[int, str]:
+    return {pid: started for pid in pids if (started := _read_start_time(pid))}
 
 
-def _still_there(processes: Mapping[int, str]) -> list[int]:
-    """Those that have not ended, by their start times."""
-    return [pid for pid, started in processes.items() if _start_time(pid) == started]
+def _select_running(processes: Mapping[int, str]) -> list[int]:
+    """Returns the ids of the given processes (id: start time) that are still running."""
+    return [pid for pid, started in processes.items() if _read_start_time(pid) == started]
 
 
-def _start_time(pid: int) -> str:
-    """When a process began, in the kernel's ticks: another one of the same id has another; empty: it is gone."""
+def _read_start_time(pid: int) -> str:
+    """Returns a process's start in clock ticks, which tells reused ids apart; "" if it is gone."""
     try:
         with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
             return file.read().rpartition(")")[2].split()[19]
@@ -159,7 +159,7 @@ def _start_time(pid: int) -> str:
         return ""
 
 
-def _start(argv: list[str]) -> int:
+def _start_command(argv: list[str]) -> int:
     supervisor = os.getpid()
     pid = os.fork()
     if pid:
@@ -178,7 +178,7 @@ def _start(argv: list[str]) -> int:
 
 
 def _reap() -> dict[int, int]:
-    """Wait statuses of children that have ended, adopted ones too, by process id."""
+    """Returns the wait statuses, by process id, of ended children, including adopted ones."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -190,8 +190,8 @@ def _reap() -> dict[int, int]:
         ended[pid] = status
 
 
-def _living_child(pid: str) -> int:
-    """The parent of a process; 0 if the process has ended."""
+def _read_parent_of_living(pid: str) -> int:
+    """Returns the parent of a process; 0 if the process has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
             state, parent = file.read().rpartition(b")")[2].split()[:2]
@@ -205,8 +205,8 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _end_as(status: int) -> None:
-    """End this process as another one has ended."""
+def _end_with_status(status: int) -> None:
+    """Ends this process with the same exit code or signal as `status`."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -221,4 +221,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--watch":
         watch(int(sys.argv[2]), last_s=float(sys.argv[3]))
         sys.exit()
-    _end_as(supervise(int(sys.argv[1]), sys.argv[4:], grace_s=float(sys.argv[2]), last_s=float(sys.argv[3])))
+    _end_with_status(supervise(int(sys.argv[1]), sys.argv[4:], grace_s=float(sys.argv[2]), last_s=float(sys.argv[3])))

@@ -1,4 +1,4 @@
-"""Notices of long waits: whoever waits for something says for what, so that nobody takes a wait for a hang."""
+"""Prints notices during long waits, so that nobody mistakes a wait for a hang."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _FIRST_S = 30.0
 _EVERY_S = 60.0
 
 _log = logging.getLogger(__name__)
-_listeners: list[Say] = []  # the newest one hears the notices of this process
+_listeners: list[Say] = []  # the last one receives the notices of this process
 
 
 @contextmanager
-def notices_to(say: Say) -> Iterator[None]:
-    """Give all notices of this process to `say` while the block runs, such as a terminal that logs do not reach."""
+def send_notices_to(say: Say) -> Iterator[None]:
+    """Sends all notices of this process to `say` while the block runs, e.g. to a terminal that shows no logs."""
     _listeners.append(say)
     try:
         yield
@@ -29,17 +29,16 @@ def notices_to(say: Say) -> Iterator[None]:
 
 
 class Waiting:
-    """Says what is waited for after `first_s` seconds, and again every `every_s`, until its end.
+    """Sends a notice after `first_s` seconds of waiting, and again every `every_s`, until the block ends.
 
-    Use as a context manager around calls that may block: a daemon thread speaks meanwhile. Notices go to `say`; by
-    default to where `notices_to` sends them, else to the log (which Python shows on standard error unless told
-    otherwise).
+    Use it as a context manager around calls that may block; a daemon thread sends the notices. They go to
+    `say`, else to the listener of `send_notices_to`, else to the log.
     """
 
     def __init__(
         self,
-        subject: str | Callable[[], str],  # such as "Ray to start"; a function is asked before each notice, and its
-        # empty answer is none
+        subject: str | Callable[[], str],  # such as "Ray to start"; a function is called before each notice,
+        # and an empty result suppresses it
         *,
         say: Say | None = None,
         first_s: float = _FIRST_S,
@@ -55,20 +54,20 @@ class Waiting:
 
     def __enter__(self) -> Self:
         self.reset()
-        threading.Thread(target=self._speak, name="waiting", daemon=True).start()
+        threading.Thread(target=self._send_notices, name="waiting", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
 
     def reset(self, *, first_s: float | None = None) -> None:
-        """What was waited for came, and the next wait begins; `first_s` is new from now on, if it is given."""
+        """Starts a new wait, e.g. after an awaited item arrived; `first_s` replaces the old value if given."""
         with self._lock:
             self._first_s = self._first_s if first_s is None else first_s
             self._begun = time.monotonic()
             self._due = self._begun + self._first_s
 
-    def _speak(self) -> None:
+    def _send_notices(self) -> None:
         while True:
             with self._lock:
                 now, begun, due = time.monotonic(), self._begun, self._due
@@ -77,12 +76,12 @@ class Waiting:
             if now >= due:
                 subject = self._subject if isinstance(self._subject, str) else self._subject()
                 if subject and not self._ended.is_set():
-                    _tell(self._say, f"still waiting for {subject} ({_duration(now - begun)} so far)")
+                    _send_notice(self._say, f"still waiting for {subject} ({_format_duration(now - begun)} so far)")
             elif self._ended.wait(due - now):
                 return
 
 
-def _tell(say: Say | None, notice: str) -> None:
+def _send_notice(say: Say | None, notice: str) -> None:
     if say is None and _listeners:
         say = _listeners[-1]
     try:
@@ -91,5 +90,5 @@ def _tell(say: Say | None, notice: str) -> None:
         _log.warning("%s", notice)
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,4 +1,4 @@
-"""Reads a cache, sealed or still growing: its samples by position or id, with the families asked for."""
+"""Reads samples of a cache by position or id, with the requested families. The cache may be unsealed."""
 
 # pyarrow makes its compute functions when it is imported:
 # pyright: reportAttributeAccessIssue=false
@@ -15,24 +15,30 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.backends.folder import Folder, open_folder
-from storage.encoding.arrow_rows import image_content, tokens_record
+from storage.encoding.arrow_rows import decode_image_row, decode_tokens_row
 from storage.encoding.output_head import StoredHead
 from storage.encoding.parquet_schema import FAMILIES
-from storage.encoding.tail_profile import mean_profile, tail_parts
+from storage.encoding.tail_profile import compute_mean_profile, select_tail_parts
 from storage.errors import CacheError, CorruptPartError, MissingFamilyError
 from storage.identity import Identity
-from storage.images.image_root import find_image_root, follows_links
+from storage.images.image_root import find_image_root, may_follow_links
 from storage.layout import commits as layout
 from storage.layout.documents import Commit
 from storage.layout.error_summaries import KINDS
-from storage.layout.part_index import Part, held_families, lacks, read_parts, stated_losses
-from storage.layout.segments import Segment, merged_identity, read_segments, tokens_segments
+from storage.layout.part_index import (
+    Part,
+    explain_missing_family,
+    merge_stated_summaries,
+    read_parts,
+    select_common_families,
+)
+from storage.layout.segments import Segment, merge_identities, read_segments, select_tokens_segments
 from storage.reader.batch_reader import BatchReader
 from storage.reader.narrowing import Narrowing
-from storage.reader.row_group_cache import PartFiles
+from storage.reader.row_group_cache import RowGroupCache
 from storage.reader.sample_index import INDEX_COLUMNS, SampleIndex, TextColumn
 from storage.reader.shuffle import WINDOW_ROWS, Shuffle, cut_blocks
-from storage.records.preference_pairs import CHOSEN, PreferencePair, pair_positions
+from storage.records.preference_pairs import CHOSEN, PreferencePair, find_pair_positions
 from storage.records.records import SampleError, SampleRecord, TokensRecord
 from storage.records.sample_batch import SampleBatch
 
@@ -42,23 +48,24 @@ ITERATION_BATCH = 64  # samples that iteration reads at once
 
 
 class Cache:
-    """Samples in the order of parts and of rows in them. It holds no open file, so may be forked or pickled.
+    """A cache opened for reading: samples by position, in the order of parts and of rows within a part.
 
-    The index (ids, splits, categories, counts) is read when the cache is opened, signals when asked for.
+    Opening reads the index (ids, splits, categories, counts); all else is read on demand. A cache holds
+    no open file, so it can be forked, pickled, and used by several threads.
     """
 
     def __init__(
-        self, folder: Folder, segments: Sequence[Segment], parts: Sequence[Part], held: tuple[str, ...],
-        reads: tuple[str, ...], part_files: PartFiles, *, sealed: bool,
+        self, folder: Folder, segments: Sequence[Segment], parts: Sequence[Part], families: tuple[str, ...],
+        requested: tuple[str, ...], row_groups: RowGroupCache, *, sealed: bool,
     ) -> None:  # fmt: skip
         self.folder = folder
-        self.sealed = sealed  # all samples, with the families that were asked for
-        self.families = held  # that every part has
+        self.sealed = sealed  # True if all samples of the requested families are written
+        self.families = families  # those that every part has
         self.segments = tuple(segments)
-        self.identity: Identity = merged_identity(segments)
+        self.identity: Identity = merge_identities(segments)
         self._parts = parts
-        self._files = part_files
-        self._batches = BatchReader(part_files, self.identity, reads)
+        self._row_groups = row_groups
+        self._batches = BatchReader(row_groups, self.identity, requested)
         self._index = self._read_index()
 
     @classmethod
@@ -71,28 +78,30 @@ class Cache:
         checksums: bool | None = None,
         narrowing: Mapping[str, Narrowing] | None = None,
     ) -> Cache:
-        """Open a cache to read tokens and `families` (None: all that every part has).
+        """Opens a cache to read tokens and `families` (None: all families that every part has).
 
-        `max_bytes` bounds the row groups kept in memory. With `checksums` each file's sha256 is checked
-        when it is first touched, for which it is read whole; None: in a local folder, but not in an object
-        store, where rows are read by ranges and their pages' checksums must do. `narrowing`, by family: fewer
-        entries than are stored. Errors: CacheError if there is no cache or a part lacks a family; ConfigError if
-        rows cannot be narrowed so; CorruptPartError.
+        `max_bytes` bounds the decoded row groups kept in memory. `checksums`: check the sha256 of each file
+        at its first use, which reads the whole file; None means True for a local folder and False for an
+        object store, where rows are read by ranges and only page checksums are checked. `narrowing`, by
+        family, reads fewer entries per row than are stored.
+
+        Errors: CacheError if there is no cache or a part lacks a family; ConfigError if the stored rows
+        cannot be narrowed as requested; CorruptPartError.
         """
         folder = open_folder(path)
         segments = read_segments(folder)
         parts, sealed = read_parts(folder, segments)
-        held = held_families(segments, parts)
-        reads = held if families is None else tuple(families)
-        for family in reads:
-            if family not in held:
-                raise MissingFamilyError(lacks(folder, segments, parts, held, family))
-        needed = {segment.number for segment in segments if segment.has_tokens or {*segment.families} & {*reads}}
+        stored = select_common_families(segments, parts)
+        requested = stored if families is None else tuple(families)
+        for family in requested:
+            if family not in stored:
+                raise MissingFamilyError(explain_missing_family(folder, segments, parts, stored, family))
+        needed = {segment.number for segment in segments if segment.has_tokens or {*segment.families} & {*requested}}
         checksums = not folder.is_remote if checksums is None else checksums
-        for family, each in (narrowing or {}).items():
-            each.check(merged_identity(segments).selection.get(family, {}), family)
-        part_files = PartFiles(folder, max_bytes=max_bytes, checksums=checksums, narrowing=narrowing)
-        return cls(folder, segments, parts, held, reads, part_files, sealed=needed <= sealed)
+        for family, family_narrowing in (narrowing or {}).items():
+            family_narrowing.check(merge_identities(segments).selection.get(family, {}), family)
+        row_groups = RowGroupCache(folder, max_bytes=max_bytes, checksums=checksums, narrowing=narrowing)
+        return cls(folder, segments, parts, stored, requested, row_groups, sealed=needed <= sealed)
 
     @property
     def num_parts(self) -> int:
@@ -104,90 +113,104 @@ class Cache:
 
     @property
     def sample_ids(self) -> TextColumn:
+        """The id of each sample, by position."""
         return self._index.sample_ids
 
     @property
     def splits(self) -> TextColumn:
+        """The split of each sample, by position."""
         return self._index.splits
 
     @property
     def categories(self) -> TextColumn:
+        """The category of each sample, by position."""
         return self._index.categories
 
     @property
     def num_tokens(self) -> NDArray[np.int32]:
-        """Of each sample, unexpanded: an image counts as one."""
+        """(s,) token ids per sample before image expansion: an image counts as one."""
         return self._index.num_tokens
 
     @property
     def num_response_rows(self) -> NDArray[np.int32]:
+        """(s,) response tokens, and thus response rows, per sample."""
         return self._index.num_response_rows
 
     @property
     def num_images(self) -> NDArray[np.int32]:
+        """(s,) images per sample."""
         return self._index.num_images
 
     @property
     def num_visual_tokens(self) -> NDArray[np.int64]:
-        """Of each sample's images together, in the teacher's grid."""
+        """(s,) visual tokens of all images of a sample, in the teacher's grid."""
         return self._index.num_visual_tokens
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the row groups that are in memory."""
-        return self._files.held_bytes
+        """Bytes of the decoded row groups in memory."""
+        return self._row_groups.held_bytes
 
     @property
     def num_groups_read(self) -> int:
-        """Row groups read so far: more than once an epoch each, and `max_bytes` is too small for the order."""
-        return self._files.num_groups_read
+        """The number of row groups read so far.
+
+        If it exceeds one read per row group and epoch, `max_bytes` is too small for the order of reading.
+        """
+        return self._row_groups.num_groups_read
 
     @property
     def errors(self) -> list[SampleError]:
-        """Samples of the plan that have no record, with the newest reasons."""
+        """The samples of the plan that have no record, each with its most recent reason."""
         return [SampleError(error.sample_id, error.reason) for part in self._parts for error in part.errors]
 
     @property
     def image_root(self) -> Path:
-        """The folder that image paths are relative to: one that a segment names, or that was moved with the cache."""
+        """The folder that image paths are relative to: a recorded one, or one moved along with the cache."""
         index = int(np.argmax(self.num_images > 0)) if self.num_samples else 0
         example = None
         if self.num_samples and self.num_images[index]:
-            positions, rows_in_parts = self._index.places(np.array([index]))
+            positions, rows_in_parts = self._index.locate(np.array([index]))
             entry = self._parts[int(positions[0])].families["tokens"]
-            rows, at = self._files.token_rows(entry, int(rows_in_parts[0]), self.identity)
-            example = rows.images[at][0].path
-        return find_image_root(self._recorded_roots, self.folder.place(""), example=example)
+            rows, index_in_group = self._row_groups.read_token_rows(entry, int(rows_in_parts[0]), self.identity)
+            example = rows.images[index_in_group][0].path
+        return find_image_root(self._recorded_roots, self.folder.locate(""), example=example)
 
     @property
     def follows_image_links(self) -> bool:
-        """Whether links below `image_root` may lead out of it: that is the folder that was dumped, on this machine."""
-        return follows_links(self.image_root, self._recorded_roots)
+        """True if symbolic links may lead out of `image_root`: only in the folder that was dumped."""
+        return may_follow_links(self.image_root, self._recorded_roots)
 
     @property
     def _recorded_roots(self) -> list[str]:
-        return [segment.identity.image_root for segment in reversed(tokens_segments(self.segments))]
+        return [segment.identity.image_root for segment in reversed(select_tokens_segments(self.segments))]
 
     def index_of(self, sample_id: str) -> int:
-        """The position of a sample. Errors: KeyError."""
-        return self._index.position(sample_id)
+        """Returns the position of a sample. Errors: KeyError for an unknown id."""
+        return self._index.find(sample_id)
 
     def read(self, index: int, *, draw_set: int = 0) -> SampleRecord:
-        """One sample with the families asked for, draws as in `read_many`. Errors: IndexError, CorruptPartError."""
+        """Reads one sample with the requested families; `draw_set` as in `read_many`.
+
+        Errors: IndexError for a position outside 0..num_samples - 1, CorruptPartError.
+        """
         return self.read_many([index], draw_set=draw_set).record(0)
 
     def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> SampleBatch:
-        """Some samples, one or more, in this order, with the families asked for. Threads may read at once.
+        """Reads one or more samples, in the order of `indices`, with the requested families.
 
-        A row group that several of them lie in is decoded once. Where a family's rows have several sets of draws
-        (`draw_sets`), they are given with set `draw_set` modulo their number: who passes the epoch sees other draws
-        each time. Errors: IndexError, CorruptPartError.
+        Each row group is decoded at most once, and several threads may read at the same time. `draw_set`
+        selects one of a family's independent draw sets, modulo their number: pass the epoch to get other
+        draws in each epoch. Errors: IndexError for no or an unknown position, CorruptPartError.
         """
         chosen = np.asarray(indices, np.int64)
         if not len(chosen) or chosen.min() < 0 or chosen.max() >= self.num_samples:
-            raise IndexError(f"samples {chosen.tolist()[:8]} of {self.num_samples}")
-        positions, rows = self._index.places(chosen)
-        ids, parts = [self.sample_ids[index] for index in chosen], [self._parts[at] for at in positions.tolist()]
+            raise IndexError(
+                f"samples {chosen.tolist()[:8]}: expected positions from 0 to {self.num_samples - 1}, at least one"
+            )
+        positions, rows = self._index.locate(chosen)
+        ids = [self.sample_ids[index] for index in chosen]
+        parts = [self._parts[position] for position in positions.tolist()]
         try:
             return self._batches.read(chosen, ids, parts, rows.tolist(), draw_set=draw_set)
         except CorruptPartError as error:
@@ -202,19 +225,21 @@ class Cache:
     def shuffle(
         self, indices: Sequence[int] | NDArray[np.int64] | None = None, *, window_rows: int = WINDOW_ROWS
     ) -> Shuffle:
-        """The shuffled order of some samples (None: of all), whose positions it gives; see storage/reader/shuffle.py.
+        """Returns the shuffled order of some samples (None: of all); see storage/reader/shuffle.py.
 
-        Its window should fit into `max_bytes`: rows take some 270 bytes each.
+        The order yields positions within `indices`. The window should fit into `max_bytes`: a row takes
+        about 270 bytes.
         """
         chosen = slice(None) if indices is None else np.asarray(indices, np.int64)
-        blocks = cut_blocks(self._index.parts(), self.num_response_rows, self.num_visual_tokens)
+        blocks = cut_blocks(self._index.assign_parts(), self.num_response_rows, self.num_visual_tokens)
         rows = np.bincount(blocks, self.num_response_rows + self.num_visual_tokens).astype(np.int64)
         return Shuffle(blocks[chosen], rows, window_rows=window_rows)
 
     def head(self) -> StoredHead:
-        """The teacher's output head, read and checked anew: keep it. `head.logits(record.hidden)` are full rows.
+        """Reads and checks the teacher's output head; every call reads it again, so keep the result.
 
-        Errors: CacheError where the cache holds no hidden states or no part yet, CorruptPartError.
+        `head.logits(record.hidden)` returns full-vocabulary logits of a sample's response rows. Errors:
+        CacheError if the cache holds no hidden states or no part yet, CorruptPartError.
         """
         entry = layout.check_one_head(self._commits())
         if entry is None:
@@ -222,10 +247,10 @@ class Cache:
         return layout.read_head(self.folder, entry, self.identity.vocab_size)
 
     def tail_profile(self, family: str) -> NDArray[np.float32]:
-        """(v,) the mean distribution of what lies outside the exact entries of a family's rows; it sums to 1.
+        """Returns (v,) the mean distribution outside the exact entries of a family's rows; it sums to 1.
 
-        Estimated by a few parts spread over each segment (tail_profile.tail_parts). Errors: CacheError where no
-        part keeps one; CorruptPartError.
+        It is estimated from a few parts spread over each segment (tail_profile.select_tail_parts).
+        Errors: CacheError if no part stores a tail profile, CorruptPartError.
         """
         groups, vocab_size = [], self.identity.vocab_size
         for segment in self.segments:
@@ -234,9 +259,9 @@ class Cache:
                 for part in self._parts
                 if part.number in segment.parts and family in segment.families and family in part.families
             }
-            kept = [segment.first_part + number for number in tail_parts(segment.num_parts)]
+            kept = [segment.first_part + number for number in select_tail_parts(segment.num_parts)]
             found = [
-                self._files.tail_total(family, parts[number].families[family], vocab_size)
+                self._row_groups.read_tail_total(family, parts[number].families[family], vocab_size)
                 for number in kept
                 if number in parts
             ]
@@ -244,38 +269,41 @@ class Cache:
             groups.append(([tail for tail in found if tail is not None], rows))
         if not any(tails for tails, _ in groups):
             raise MissingFamilyError(
-                f"{self.folder}: keeps no tail profile of {family}; dump that family anew to have one"
+                f"{self.folder}: stores no tail profile of {family}; dump that family again to get one"
             )
-        return mean_profile(groups, vocab_size)
+        return compute_mean_profile(groups, vocab_size)
 
     def image_bytes(self, index: int, sha256: str) -> bytes:
-        """The file of one of a sample's images, with its hash checked; only its part is opened.
+        """Returns the file content of one image of a sample, its hash checked; opens that part only.
 
-        Errors: CacheError where the cache holds no images, KeyError for no image of the sample, CorruptPartError.
+        Errors: CacheError if the cache holds no images, KeyError if its part has no such image,
+        CorruptPartError.
         """
         if "images" not in self.families:
             raise CacheError(f"{self.folder}: holds no images; dump the family images first")
-        part = self._parts[int(self._index.places(np.array([index]))[0][0])]
+        part = self._parts[int(self._index.locate(np.array([index]))[0][0])]
         entry = part.families["images"]
-        table, at = self._files.row("images", entry, self._files.rows_of("images", entry, "sha256")[sha256])
+        table, at = self._row_groups.read_row(
+            "images", entry, self._row_groups.index_rows("images", entry, "sha256")[sha256]
+        )
         try:
-            return image_content(table, at)
+            return decode_image_row(table, at)
         except CorruptPartError as error:
             raise CorruptPartError(f"{self.folder}: part {part.number}: {error}") from error
 
     def pairs(self) -> list[PreferencePair]:
-        """The preference pairs: samples `<id>#chosen` and `<id>#rejected`."""
+        """Returns the preference pairs: samples `<id>#chosen` and `<id>#rejected`."""
         return [
             PreferencePair(self.sample_ids[chosen].removesuffix(CHOSEN), chosen, rejected)
             for chosen, rejected in self.pair_positions().tolist()
         ]
 
-    def pair_positions(self) -> NDArray[np.int64]:
-        """(p, 2) the positions of the chosen and the rejected answer of each preference pair."""
-        return pair_positions(self.sample_ids.arrow)
+    def find_pair_positions(self) -> NDArray[np.int64]:
+        """Returns (p, 2) the positions of the chosen and the rejected sample of each preference pair."""
+        return find_pair_positions(self.sample_ids.arrow)
 
     def count_samples_showing(self, image_key: str) -> int:
-        """The samples that show an image after the same prefix; reads one column of every part."""
+        """Counts the samples that show an image after the same prefix; reads one column of every part."""
         count = 0
         for table in self.tables("tokens", ("image_keys",)):
             keys = table["image_keys"].combine_chunks()
@@ -284,20 +312,21 @@ class Cache:
         return count
 
     def tables(self, family: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Plain columns of a family, one table a part; `tokens` and `response` in the order of the samples.
+        """Yields plain columns of a family, one table per part, without decoding payloads.
 
-        No payload is decoded, so scalars of the whole cache are read this way. Errors: CorruptPartError.
+        `tokens` and `response` have one row per sample, in the order of the samples. Use it to read a scalar
+        over the whole cache. Errors: CorruptPartError.
         """
         for part in self._parts:
-            yield self._files.columns(family, part.families[family], columns)
+            yield self._row_groups.read_columns(family, part.families[family], columns)
 
     def statistics(self) -> dict[str, Any]:
-        """Counts and bytes, from the commits alone.
+        """Returns counts, sizes in bytes and error summaries, read from the commits alone.
 
-        `bytes_per_row` are the bytes of the response and visual files by their rows (0.0 without rows).
+        `bytes_per_row` is the size of the response and visual files divided by their rows (0.0 if none).
         """
         commits = self._commits()
-        num_rows = {"response": 0, "visual": 0, **layout.total_rows(commits)}
+        num_rows = {"response": 0, "visual": 0, **layout.count_rows(commits)}
         stored = {"tokens", *(family for segment in self.segments for family in segment.families)}
         by_family = {
             family: sum(part.families[family].file_bytes for part in self._parts if family in part.families)
@@ -319,7 +348,7 @@ class Cache:
                 family: row_bytes[family] / count for family, count in num_rows.items() if count
             },
             **{
-                kind: {family: each.model_dump() for family, each in stated_losses(commits, kind).items()}
+                kind: {family: each.model_dump() for family, each in merge_stated_summaries(commits, kind).items()}
                 for kind in KINDS
             },
             "num_errors": len(self.errors),
@@ -332,7 +361,7 @@ class Cache:
 
     def _read_index(self) -> SampleIndex:
         def read(part: Part) -> pa.Table:
-            return self._files.columns("tokens", part.families["tokens"], INDEX_COLUMNS)
+            return self._row_groups.read_columns("tokens", part.families["tokens"], INDEX_COLUMNS)
 
         with ThreadPoolExecutor(layout.NUM_CONNECTIONS if self.folder.is_remote else NUM_THREADS) as pool:
             tables = list(pool.map(read, self._parts))
@@ -343,24 +372,24 @@ class Cache:
 
 
 def read_identity(path: str | Path) -> Identity:
-    """What a cache was made from, by its segments' documents alone: quick whatever its size. Errors as Cache.open."""
-    return merged_identity(read_segments(open_folder(path)))
+    """Reads a cache's identity from its segment documents, fast at any size. Errors as Cache.open."""
+    return merge_identities(read_segments(open_folder(path)))
 
 
-def first_sample_with_images(path: str | Path, splits: Sequence[str]) -> TokensRecord | None:
-    """An example of the teacher's visual grid: the first sample of some splits that has images, if any has.
+def find_first_sample_with_images(path: str | Path, splits: Sequence[str]) -> TokensRecord | None:
+    """Returns the first sample of some splits that has images, as an example of the teacher's visual grid.
 
-    Reads part after part until it is found, not the index of all. Errors as Cache.open.
+    Returns None if no sample has images. Stops at the first match. Errors as Cache.open.
     """
     folder = open_folder(path)
     segments = read_segments(folder)
-    part_files = PartFiles(folder, max_bytes=DEFAULT_MAX_BYTES, checksums=True)
-    for segment in tokens_segments(segments):
-        for number in layout.commit_numbers(folder, segment):
+    part_files = RowGroupCache(folder, max_bytes=DEFAULT_MAX_BYTES, checksums=True)
+    for segment in select_tokens_segments(segments):
+        for number in layout.list_committed_parts(folder, segment):
             entry = layout.read_commit(folder, segment, number)[0].families["tokens"]
-            table = part_files.columns("tokens", entry, ("split", "image_keys"))
+            table = part_files.read_columns("tokens", entry, ("split", "image_keys"))
             columns = zip(table["split"].to_pylist(), table["image_keys"].to_pylist(), strict=True)
             row = next((row for row, (split, keys) in enumerate(columns) if split in splits and keys), None)
             if row is not None:
-                return tokens_record(*part_files.row("tokens", entry, row), merged_identity(segments))
+                return decode_tokens_row(*part_files.read_row("tokens", entry, row), merge_identities(segments))
     return None

@@ -1,4 +1,4 @@
-"""Fewer entries than a cache stores: one dump serves every smaller k and every higher threshold."""
+"""Reads fewer entries per row than a cache stores, so one dump serves smaller k and higher thresholds."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from storage.records.sparse_rows import SparseRows
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What is left of each row: one of the two is given."""
+    """The entries to keep of each row: exactly one of `k` and `tau` is given."""
 
-    k: int | None = None  # at most so many exact entries, the most probable ones, and none that is sampled
-    tau: float | None = None  # entries of a probability of at least tau; of the others draws of weight tau
+    k: int | None = None  # keeps the k most probable exact entries and no sampled ones
+    tau: float | None = None  # keeps entries with p >= tau; draws the others with weight tau
 
     @staticmethod
     def of(*, k: int | None, tau: float | None) -> Narrowing | None:
-        """None where nothing is asked for. ValueError for both, or for numbers that select nothing."""
+        """Returns the narrowing, or None if both are None. ValueError if both are given or out of range."""
         if k is not None and tau is not None:
-            raise ValueError(f"k is {k} and tau {tau:g}; rows are narrowed by one of them")
+            raise ValueError(f"k is {k} and tau is {tau:g}; give only one of them")
         if k is not None and k < 1:
             raise ValueError(f"k is {k}, expected 1 or more")
         if tau is not None and not 0 < tau < 1:
-            raise ValueError(f"tau is {tau:g}, expected a probability")
+            raise ValueError(f"tau is {tau:g}, expected a probability between 0 and 1")
         return None if k is None and tau is None else Narrowing(k, tau)
 
     def check(self, selection: Mapping[str, Any], place: str) -> None:
-        """ConfigError for rows, of an identity's `selection`, that hold no such smaller ones."""
+        """Raises ConfigError if rows of this `selection` (from an identity) cannot be narrowed so."""
         method = selection.get("method")
         if self.k is not None and method == "sampled":
             raise ConfigError(f"{place}: k is {self.k}, but rows selected by 'sampled' keep no entry exactly")
@@ -44,26 +44,28 @@ class Narrowing:
             raise ConfigError(f"{place}: tau is {self.tau:g}, but the cache was dumped with {selection['tau']:g}")
 
 
-def narrowed(rows: SparseRows, to: Narrowing, uniforms: NDArray[np.float64]) -> SparseRows:
-    """The rows with fewer entries. What is no longer exact counts as tail; the other scalars stay what they are.
+def narrow_rows(rows: SparseRows, to: Narrowing, uniforms: NDArray[np.float64]) -> SparseRows:
+    """Returns the rows with fewer entries; dropped exact entries join the tail, other scalars stay.
 
-    `uniforms`, (r,) in [0, 1), shift the draws of weight `to.tau`: systematic ones, over the entries that are left over
-    by their weights, so that their mean is what the rows' own draws are the mean of: the dense row.
+    With `to.tau`, the remaining entries are drawn systematically by their weights, each draw with weight
+    tau; `uniforms`, (r,) in [0, 1), shift the draws. The expected row is still the dense row.
     """
     exact, row = rows.is_exact(), rows.row_of_entry()
     if to.k is not None:
         place = np.arange(rows.num_entries) - rows.offsets[row]
-        return _with(rows, exact & (place < to.k), np.zeros(rows.num_entries, np.int64), weight=1.0)
+        return _select_entries(rows, exact & (place < to.k), np.zeros(rows.num_entries, np.int64), weight=1.0)
     assert to.tau is not None
     weights = np.exp(rows.logprobs.astype(np.float64))
     kept = exact & (weights >= to.tau)
-    return _with(rows, kept, _draws(np.where(kept, 0.0, weights), rows, to.tau, uniforms), weight=to.tau)
+    return _select_entries(
+        rows, kept, _count_draws(np.where(kept, 0.0, weights), rows, to.tau, uniforms), weight=to.tau
+    )
 
 
-def _draws(
+def _count_draws(
     weights: NDArray[np.float64], rows: SparseRows, tau: float, uniforms: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """(k,) how often each entry is drawn, at the multiples of tau of its row's weights, shifted by its uniform."""
+    """Returns (k,) how often each entry is drawn: systematic draws every tau, shifted by the row's uniform."""
     sums = np.concatenate([np.zeros(1), np.cumsum(weights)])
     sizes = np.diff(rows.offsets)
     before = np.repeat(sums[rows.offsets[:-1]], sizes)
@@ -72,8 +74,10 @@ def _draws(
     return (np.maximum(up_to, 0) - np.maximum(until, 0)).astype(np.int64)
 
 
-def _with(rows: SparseRows, kept: NDArray[np.bool_], counts: NDArray[np.int64], *, weight: float) -> SparseRows:
-    """Rows of the kept exact entries, and of those drawn `counts` times."""
+def _select_entries(
+    rows: SparseRows, kept: NDArray[np.bool_], counts: NDArray[np.int64], *, weight: float
+) -> SparseRows:
+    """Returns rows with the `kept` exact entries and with the entries drawn `counts` times."""
     row, drawn = rows.row_of_entry(), counts > 0
     head, tail = np.flatnonzero(kept), np.flatnonzero(drawn)
     tail = tail[np.argsort((row[tail] << 31) | rows.ids[tail])]

@@ -1,7 +1,7 @@
-"""Batches of samples for training, read and decoded by threads ahead of who consumes them.
+"""Prefetches batches of samples for training: threads read and decode them before they are requested.
 
-A consumer that knows what it will ask for never waits for a decoder: Arrow, zstd and NumPy let go of Python's lock
-while they work, so some threads keep up beside one that computes.
+Arrow, zstd and NumPy release Python's lock while they work, so a few threads keep up with a training
+loop whose order of samples is known in advance.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from storage.records.sample_batch import SampleBatch
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 NUM_THREADS = 2
-DEPTH = 4  # batches
+DEPTH = 4  # batches that are read in advance
 
 
-class ReadsMany(Protocol[T_co]):
-    """What read_ahead needs of a cache, or of several that are read as one."""
+class BatchSource(Protocol[T_co]):
+    """Anything with Cache.read_many: one cache, or several that are read as one."""
 
     def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> T_co: ...
 
 
-def read_ahead(
-    cache: ReadsMany[T],
+def prefetch_batches(
+    cache: BatchSource[T],
     batches: Iterable[Sequence[int] | NDArray[np.int64]],
     *,
     draw_sets: Iterable[int] | None = None,
     num_threads: int = NUM_THREADS,
     depth: int = DEPTH,
 ) -> Generator[T, None, None]:
-    """`cache.read_many` of each of these, in their order, with up to `depth` read before they are asked for.
+    """Yields `cache.read_many(indices)` for each item of `batches`, in order, reading `depth` in advance.
 
-    `draw_sets`, one a batch, as `read_many` takes them: the epoch, say. None: set 0 throughout.
-    An error is raised where the batch that it happened to is asked for. Threads end with the iterator.
+    `draw_sets`: one `draw_set` per batch, such as the epoch; None: 0 for all. An error is raised when the
+    batch that it occurred in is requested. The threads end with the iterator.
     """
     waiting: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(num_threads, "read-ahead")
+    pool = ThreadPoolExecutor(num_threads, "prefetch")
     try:
         for indices, draw_set in zip(batches, itertools.repeat(0) if draw_sets is None else draw_sets, strict=False):
             waiting.append(pool.submit(cache.read_many, indices, draw_set=draw_set))
@@ -70,17 +70,19 @@ def shuffled_batches(
     num_threads: int = NUM_THREADS,
     depth: int = DEPTH,
 ) -> Generator[SampleBatch, None, None]:
-    """Batches of some samples (None: of all) in shuffled order, epoch after epoch.
+    """Yields batches of some samples (None: of all) in shuffled order, epoch after epoch.
 
-    `steps` are the numbers of the batches wanted: `range(s, n)` goes on exactly where `range(s)` ended. A batch is of
-    `batch_size` samples over all ranks, of which this one gets every `num_ranks`-th: the same samples in the same
-    batches, however many ranks there are. Order: see storage/reader/shuffle.py. Where a cache
-    has several sets of draws, each epoch reads the next. ValueError for fewer samples than ranks.
+    `steps` are batch numbers: `range(s, n)` resumes exactly where `range(s)` ended. `batch_size` counts the
+    samples over all ranks; this rank gets every `num_ranks`-th of them, so batches hold the same samples
+    for any number of ranks. storage/reader/shuffle.py describes the order. If a cache has several draw
+    sets, each epoch reads the next one. Errors: ValueError if a rank would get no sample.
     """
     if not 0 <= rank < num_ranks <= batch_size:
-        raise ValueError(f"rank {rank} of {num_ranks} for batches of {batch_size} samples: each rank must get one")
+        raise ValueError(
+            f"rank {rank} of {num_ranks} with batch_size {batch_size}: expected 0 <= rank < num_ranks <= batch_size"
+        )
     chosen = np.arange(cache.num_samples) if indices is None else np.asarray(indices, np.int64)
     order = cache.shuffle(chosen, window_rows=window_rows)
     mine = (chosen[order.batch(step, batch_size, seed=seed)][rank::num_ranks] for step in steps)
     epochs = (step * batch_size // len(order) for step in steps)
-    return read_ahead(cache, mine, draw_sets=epochs, num_threads=num_threads, depth=depth)
+    return prefetch_batches(cache, mine, draw_sets=epochs, num_threads=num_threads, depth=depth)

@@ -1,4 +1,4 @@
-"""What is known of every sample once a cache is open, as Arrow and numpy arrays: no Python object a sample."""
+"""The index of a cache's samples, as Arrow and NumPy arrays rather than a Python object per sample."""
 
 # pyarrow makes its compute functions when it is imported:
 # pyright: reportAttributeAccessIssue=false
@@ -22,7 +22,7 @@ _NO_SAMPLES = pa.schema([SCHEMAS["tokens"].field(name) for name in INDEX_COLUMNS
 
 
 class TextColumn(Sequence[str]):
-    """A column of texts that reads as a sequence of str; `arrow` holds it."""
+    """An Arrow text column (`arrow`) that behaves as a sequence of str."""
 
     def __init__(self, arrow: pa.ChunkedArray) -> None:
         self.arrow = arrow
@@ -52,24 +52,24 @@ class TextColumn(Sequence[str]):
         return f"TextColumn of {len(self):,}"
 
     def count(self, value: str) -> int:
-        """How many samples have this text."""
+        """Returns how many samples have this text."""
         return pc.sum(pc.equal(self.arrow, value)).as_py() or 0
 
     def unique(self) -> list[str]:
-        """The different texts, in the order of their first samples."""
+        """Returns the distinct texts, in the order of their first samples."""
         return self.arrow.unique().to_pylist()
 
-    def positions_of(self, values: Sequence[str]) -> NDArray[np.int64]:
-        """(n,) where any of these texts stands, ascending."""
+    def find_positions(self, values: Sequence[str]) -> NDArray[np.int64]:
+        """Returns (n,) the ascending positions of the samples that have one of these texts."""
         mask = pc.is_in(self.arrow, value_set=pa.array(list(values), pa.string()))
         return np.flatnonzero(mask.to_numpy()).astype(np.int64)
 
 
 class SampleIndex:
-    """The index of a cache: samples in the order of its parts, and of rows in them."""
+    """The index of a cache: samples in the order of its parts and of rows within a part."""
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
-        """`tables`: of each part, in order, the INDEX_COLUMNS of its tokens."""
+        """`tables`: the INDEX_COLUMNS of the tokens of each part, in order."""
         whole = pa.concat_tables(tables) if tables else _NO_SAMPLES
         self.sample_ids = TextColumn(whole["sample_id"])
         self.splits = TextColumn(whole["split"].dictionary_encode())
@@ -88,21 +88,21 @@ class SampleIndex:
         return len(self.sample_ids)
 
     def has_duplicates(self) -> bool:
-        """Whether an id stands twice."""
+        """True if two samples have the same id."""
         return pc.count_distinct(self.sample_ids.arrow).as_py() != len(self)
 
-    def places(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The parts, by position, that samples lie in, and their rows there."""
+    def locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns the positions of the parts that samples lie in, and the samples' rows there; (n,) each."""
         parts = np.searchsorted(self._part_stops, indices, side="right")
         starts = np.concatenate([np.zeros(1, np.int64), self._part_stops])[parts]
         return parts, indices - starts
 
-    def parts(self) -> NDArray[np.int64]:
-        """(n,) the part, by position, that each sample lies in."""
-        return self.places(np.arange(len(self)))[0]
+    def assign_parts(self) -> NDArray[np.int64]:
+        """Returns (s,) the position of the part that each sample lies in."""
+        return self.locate(np.arange(len(self)))[0]
 
-    def position(self, sample_id: str) -> int:
-        """Where a sample stands. Errors: KeyError."""
+    def find(self, sample_id: str) -> int:
+        """Returns the position of a sample. Errors: KeyError."""
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2
@@ -116,5 +116,5 @@ class SampleIndex:
 
     @cached_property
     def _by_id(self) -> NDArray[np.uint64]:
-        """Positions in the order of ids; Arrow sorts by UTF-8 bytes, which is the order of code points."""
+        """Positions sorted by id. Arrow sorts by UTF-8 bytes, which is the order of code points."""
         return pc.sort_indices(self.sample_ids.arrow).to_numpy()

@@ -1,13 +1,13 @@
-"""The order in which samples are read for training: shuffled so that each row group is decoded about once an epoch.
+"""Shuffles samples for training such that each row group is decoded about once per epoch.
 
-A cache larger than memory cannot be read in any order: a random one decodes a whole row group for every sample.
-So neighbouring samples form blocks, whole row groups of a part; an epoch puts the blocks into a random order,
-one after another on a line as long as all their rows, and throws each sample to a random place at most half a
-window from the middle of its block. Samples are read in the order of their places: at any time those of about a
-window of rows are mixed, from blocks of anywhere, and only these need be in memory.
+A fully random order over a cache larger than memory would decode a whole row group for every sample.
+Therefore neighbouring samples form blocks of whole row groups. An epoch places the blocks in random
+order on a line whose length is the number of rows, and moves each sample by a random distance of at
+most half a window from the middle of its block. Samples are read in the order of their positions on
+the line: about one window of rows, from blocks anywhere in the cache, is mixed and in memory at a time.
 
-Where all rows are within one window the order is a plain permutation. It depends on the cache, the samples, seed,
-epoch and window alone: not on families, ranks, workers or memory.
+If all rows fit into one window, the order is a plain permutation. The order depends only on the cache,
+the samples, seed, epoch and window: not on families, ranks, workers or memory.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from numpy.typing import NDArray
 from storage.encoding.distributions import ROWS_PER_GROUP
 
 WINDOW_ROWS = 1 << 19  # some 140 MB of text rows
-# Beside whole row groups of responses a block reads those of tokens and images that it shares with its neighbours.
+# A block also reads row groups of tokens and images that it shares with its neighbours; hence not smaller.
 BLOCK_ROWS = 1 << 15
-_KEPT_EPOCHS = 2  # a batch may run over the end of one
+_KEPT_EPOCHS = 2  # a batch may span two epochs
 
 
 def cut_blocks(
     part_of: NDArray[np.int64], num_response_rows: NDArray[np.int32], num_visual_tokens: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(s,) the block of each sample of a cache, from 0: runs of samples of one part, of BLOCK_ROWS or a little more.
+    """Returns (s,) the block number of each sample of a cache, from 0.
 
-    A block ends where a row group of the family response does (distributions.encode_groups), or with its part.
+    A block is a run of samples of one part with BLOCK_ROWS rows or slightly more. It ends at the end of a
+    row group of the family response (distributions.encode_groups) or of the part.
     """
     blocks = np.zeros(len(part_of), np.int64)
     responses = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_response_rows, dtype=np.int64)])
@@ -46,25 +47,27 @@ def cut_blocks(
     return blocks
 
 
-def piece(epoch: Callable[[int], NDArray[np.int64]], epoch_size: int, start: int, size: int) -> NDArray[np.int64]:
-    """(size,) positions `start` and on of the endless sequence of epochs, of `epoch_size` each."""
+def slice_epochs(
+    epoch: Callable[[int], NDArray[np.int64]], epoch_size: int, start: int, size: int
+) -> NDArray[np.int64]:
+    """Returns (size,) items `start` : `start + size` of all epochs joined; each has `epoch_size` items."""
     epochs = range(start // epoch_size, (start + size - 1) // epoch_size + 1)
     within = start - epochs[0] * epoch_size
     return np.concatenate([epoch(number) for number in epochs])[within : within + size]
 
 
 class Shuffle:
-    """The endless sequence of shuffled epochs of some samples. Positions are those of the samples as they were given.
+    """An endless sequence of shuffled epochs over some samples, which are named by their positions.
 
-    Invariant: every epoch has each position once.
+    Invariant: every epoch contains each position exactly once.
     """
 
     def __init__(
         self, block_of: NDArray[np.int64], block_rows: NDArray[np.int64], *, window_rows: int = WINDOW_ROWS
     ) -> None:
-        """`block_of` (s,) of the samples; `block_rows` (blocks,) of all blocks, read or not.
+        """`block_of`: (s,) the block of each sample; `block_rows`: (blocks,) the rows of every block.
 
-        ValueError for no samples or an empty window.
+        Errors: ValueError for no samples or an empty window.
         """
         if not len(block_of) or window_rows < 1:
             raise ValueError(
@@ -77,39 +80,39 @@ class Shuffle:
 
     @staticmethod
     def plain(num_samples: int) -> Shuffle:
-        """Permutations of so many samples, all in one window."""
+        """Returns a shuffle whose epochs are plain permutations of `num_samples` samples."""
         return Shuffle(np.zeros(num_samples, np.int64), np.ones(1, np.int64))
 
     def __len__(self) -> int:
         return len(self._block_of)
 
     def epoch(self, epoch: int, *, seed: int) -> NDArray[np.int64]:
-        """(s,) every position once."""
+        """Returns (s,) every position once, in the order of this epoch; read-only."""
         order = self._epochs.get((seed, epoch))
         if order is None:
-            order = self._shuffled(np.random.Generator(np.random.PCG64([seed, epoch])))
-            order.flags.writeable = False  # it is remembered
+            order = self._make_order(np.random.Generator(np.random.PCG64([seed, epoch])))
+            order.flags.writeable = False  # it is cached
             self._epochs[seed, epoch] = order
             while len(self._epochs) > _KEPT_EPOCHS:
                 self._epochs.pop(next(iter(self._epochs)))
         return order
 
     def batch(self, step: int, size: int, *, seed: int) -> NDArray[np.int64]:
-        """(size,) positions `step * size` and on of the endless sequence.
+        """Returns (size,) the positions of batch `step`: items from `step * size` on of all epochs joined.
 
-        A batch may run over the end of an epoch, and over several of a data set that is smaller than it.
+        A batch may span the end of an epoch, and several epochs if it has more samples than the data set.
         """
-        return piece(lambda epoch: self.epoch(epoch, seed=seed), len(self), step * size, size)
+        return slice_epochs(lambda epoch: self.epoch(epoch, seed=seed), len(self), step * size, size)
 
-    def _shuffled(self, random: np.random.Generator) -> NDArray[np.int64]:
+    def _make_order(self, random: np.random.Generator) -> NDArray[np.int64]:
         total = self._block_rows.sum()
         if total <= self._window_rows:
             return random.permutation(len(self))
         order = random.permutation(len(self._block_rows))
         middles = np.empty(len(order))
         middles[order] = np.cumsum(self._block_rows[order]) - self._block_rows[order] / 2
-        places = middles[self._block_of] + (random.random(len(self)) - 0.5) * self._window_rows
-        # Both ends reflect, so that samples lie as densely there as everywhere.
-        places = np.abs(places)
-        places = np.minimum(places, 2 * total - places)
-        return np.argsort(places, kind="stable")
+        line_positions = middles[self._block_of] + (random.random(len(self)) - 0.5) * self._window_rows
+        # Reflect at both ends, so that the density of samples is the same everywhere.
+        line_positions = np.abs(line_positions)
+        line_positions = np.minimum(line_positions, 2 * total - line_positions)
+        return np.argsort(line_positions, kind="stable")

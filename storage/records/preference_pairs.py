@@ -1,7 +1,7 @@
 """Preference pairs: two samples `<id>#chosen` and `<id>#rejected` of one part, with one prompt.
 
-Each is an ordinary sample, so every other family, and a reader of single answers (KTO), needs nothing new;
-a reader of pairs (DPO) joins the two by id.
+Both are ordinary samples, so other families and losses on single answers (KTO) need no special case;
+losses on pairs (DPO) join the two by id.
 """
 
 # pyarrow makes its compute functions when it is imported:
@@ -24,15 +24,18 @@ CHOSEN, REJECTED = "#chosen", "#rejected"
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two samples of a cache, by position."""
+    """A preference pair: the positions of its chosen and rejected sample in a cache."""
 
     pair_id: str
     chosen: int
     rejected: int
 
 
-def pair_positions(sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-    """(p, 2) chosen and rejected of each pair, in the order of chosen answers; a lone half is no pair."""
+def find_pair_positions(sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """Returns (p, 2) the chosen and rejected positions of each pair, in the order of chosen samples.
+
+    A sample without its other half is left out.
+    """
     chosen, rejected = (
         np.flatnonzero(pc.ends_with(sample_ids, half).to_numpy(zero_copy_only=False)) for half in (CHOSEN, REJECTED)
     )
@@ -45,19 +48,19 @@ def pair_positions(sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def check_pairs(records: Iterable[TokensRecord]) -> None:
-    """ValueError unless each half of a pair lies beside the other, with the same prompt and images."""
+    """Raises ValueError unless both samples of each pair are in the part, with the same prompt and images."""
     halves = {record.sample_id: record for record in records if record.sample_id.endswith((CHOSEN, REJECTED))}
     for sample_id, record in halves.items():
-        other_id = other_half(sample_id)
+        other_id = get_other_half_id(sample_id)
         other = halves.get(other_id)
         if other is None:
             raise ValueError(f"sample {sample_id}: its part holds no {other_id}; leave both out, or keep both")
-        if record.images != other.images or not np.array_equal(_prompt(record), _prompt(other)):
+        if record.images != other.images or not np.array_equal(_select_prompt(record), _select_prompt(other)):
             raise ValueError(f"sample {sample_id}: its prompt or images differ from those of {other_id}")
 
 
 def check_sequence(sequence: SequenceLogprob, record: TokensRecord) -> None:
-    """ValueError unless a sequence logprob may be that of a sample's response."""
+    """Raises ValueError unless a sequence logprob is valid for a sample's response."""
     place, count = f"sample {record.sample_id}", record.num_response_tokens
     if sequence.num_tokens != count:
         raise ValueError(f"{place}: a sequence logprob over {sequence.num_tokens} tokens for {count} response tokens")
@@ -66,14 +69,14 @@ def check_sequence(sequence: SequenceLogprob, record: TokensRecord) -> None:
         raise ValueError(f"{place}: its sequence logprob is {logprob}, expected at most 0")
 
 
-def other_half(sample_id: str) -> str:
-    """The id of the other half of the pair that a sample's id ends as one of."""
+def get_other_half_id(sample_id: str) -> str:
+    """Returns the id of the other sample of a pair."""
     if sample_id.endswith(CHOSEN):
         return sample_id.removesuffix(CHOSEN) + REJECTED
     return sample_id.removesuffix(REJECTED) + CHOSEN
 
 
-def _prompt(record: TokensRecord) -> np.ndarray:
-    """The token ids before the first response token."""
+def _select_prompt(record: TokensRecord) -> np.ndarray:
+    """Returns the token ids before the first response token."""
     first = int(np.argmax(record.response_mask)) if record.response_mask.any() else len(record.token_ids)
     return record.token_ids[:first]

@@ -1,4 +1,4 @@
-"""What one sample holds, what one part holds, and the key under which an image's signals are stored."""
+"""The records of a sample and of a part, and the key that an image's signals are stored under."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 @dataclass(frozen=True, eq=False)
 class TailTotal:
-    """What lies outside the exact entries of some rows, summed."""
+    """The sum of the tails (all that is not an exact entry) of some rows."""
 
     total: NDArray[np.float64]  # (v,) sum over rows of the probabilities of tokens that are no exact entry
     num_rows: int
 
 
 def check_image_path(path: str) -> str:
-    """The path itself, if it is relative, posix, and stays below its root; ValueError otherwise."""
+    """Returns the path if it is relative, has forward slashes and stays below its root; else ValueError."""
     if not path or "\0" in path or "\\" in path or path.startswith("/") or _DRIVE.match(path):
         raise ValueError(f"image path {path!r} must be relative, with forward slashes")
     parts = path.split("/")
@@ -37,11 +37,12 @@ def check_image_path(path: str) -> str:
     return path
 
 
-def image_key(prefix_ids: Iterable[int], image_sha256s: Sequence[str], preprocessing_fingerprint: str) -> str:
-    """The key of an image's visual rows and relation matrix: sha256 in hex.
+def compute_image_key(prefix_ids: Iterable[int], image_sha256s: Sequence[str], preprocessing_fingerprint: str) -> str:
+    """Returns the key (sha256, hex) of an image's visual rows and relation matrix.
 
-    In a causal teacher they depend on nothing else: the token ids up to and including the image's own
-    placeholder, the content of every image so far (this one last), and the preprocessing.
+    `prefix_ids`: the token ids up to and including the image's own placeholder. `image_sha256s`: the
+    hashes of all images so far, this one last. In a causal teacher the signals depend on nothing but
+    these and the preprocessing.
     """
     ids = np.asarray(list(prefix_ids), dtype="<i4")
     digest = hashlib.sha256(b"stillhouse image key 1\0")
@@ -53,12 +54,12 @@ def image_key(prefix_ids: Iterable[int], image_sha256s: Sequence[str], preproces
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image of a sample. ValueError for a path outside of the root or a malformed hash."""
+    """One image of a sample. Errors: ValueError for a path outside the root or a malformed hash."""
 
     path: str  # relative to the image root
     sha256: str  # of the file's bytes, in hex
-    num_visual_tokens: int  # positions that the teacher's grid gives it
-    key: str  # see image_key
+    num_visual_tokens: int  # positions in the teacher's sequence, 1 or more
+    key: str  # see compute_image_key
 
     def __post_init__(self) -> None:
         check_image_path(self.path)
@@ -67,16 +68,19 @@ class ImageRef:
                 got = getattr(self, name)
                 raise ValueError(f"{name} of image {self.path} is {got!r}, expected 64 hex digits")
         if self.num_visual_tokens < 1:
-            raise ValueError(f"image {self.path} has {self.num_visual_tokens} visual tokens, expected some")
+            raise ValueError(f"image {self.path} has {self.num_visual_tokens} visual tokens, expected 1 or more")
 
     def file(self, root: str | Path) -> Path:
-        """Where the image lies below a root."""
+        """Returns the image's path below `root`."""
         return Path(root) / self.path
 
 
 @dataclass(frozen=True, eq=False)
 class TokensRecord:
-    """A sample's conversation as token ids. One placeholder token stands for each image."""
+    """A sample's conversation as token ids, with one placeholder token per image.
+
+    t token ids; each image is expanded to its visual tokens only when a batch is collated.
+    """
 
     sample_id: str
     split: str
@@ -87,12 +91,13 @@ class TokensRecord:
 
     @property
     def num_response_tokens(self) -> int:
+        """The number of tokens where a loss counts: one response row each."""
         return int(np.count_nonzero(self.response_mask))
 
 
 @dataclass(frozen=True, eq=False)
 class RelationMatrix:
-    """The Gram matrix G of an image's visual rows of raw logits, divided by its Frobenius norm."""
+    """G / ||G||: the Gram matrix G of an image's visual rows of raw logits, at Frobenius norm 1."""
 
     values: NDArray[np.float32]  # (n, n), symmetric, of norm 1 (all zero if G is)
     norm: float  # of G
@@ -104,7 +109,7 @@ class RelationMatrix:
 
 @dataclass(frozen=True, eq=False)
 class RelationFactor:
-    """G / ||G|| as F F^T, for a trainer that needs no (n, n): <G, A> = sum(F * (A F)) / norms."""
+    """G / ||G|| as F F^T, which avoids (n, n) matrices: <F F^T, A> = sum(F * (A F))."""
 
     factor: NDArray[np.float32]  # (n, k); F F^T has norm 1 (k is 0 if G is zero)
     norm: float  # of G
@@ -115,7 +120,7 @@ class RelationFactor:
 
     @property
     def values(self) -> NDArray[np.float32]:
-        """(n, n) F F^T, made anew at each call."""
+        """(n, n) F F^T, computed at each access."""
         return self.factor @ self.factor.T
 
 
@@ -123,7 +128,7 @@ class RelationFactor:
 class PooledRelation:
     """The Gram matrix of visual rows averaged over pool x pool blocks of the square grid, at norm 1.
 
-    It compares with a student whose visual rows are averaged likewise: see relation.blocks_of_grid.
+    Compare it with student rows averaged over the same blocks: see relation_matrix.assign_grid_blocks.
     """
 
     values: NDArray[np.float32]  # (m, m), symmetric, of norm 1 (all zero if the pooled G is)
@@ -132,7 +137,7 @@ class PooledRelation:
     pool: int
 
 
-Relation = RelationMatrix | RelationFactor | PooledRelation  # as a reader gives it; a dump gives RelationMatrix
+Relation = RelationMatrix | RelationFactor | PooledRelation  # a reader returns any; a dump writes RelationMatrix
 
 
 @dataclass(frozen=True)
@@ -145,32 +150,39 @@ class SequenceLogprob:
 
 @dataclass(frozen=True, eq=False)
 class SampleRecord:
-    """Everything a reader was asked for about one sample."""
+    """One sample with the requested families; None or empty for families that were not requested.
+
+    Legend: r response tokens, d hidden size.
+    """
 
     tokens: TokensRecord
     response: SparseRows | None = None  # row r is the distribution of response token r
     visual: Mapping[str, SparseRows] = field(default_factory=dict)  # by image key
     relation: Mapping[str, Relation] = field(default_factory=dict)  # by image key
-    hidden: NDArray[np.float32] | None = None  # (r, d) final-norm states; OutputHead.logits makes row r of them
+    hidden: NDArray[np.float32] | None = None  # (r, d) final-norm states; StoredHead.logits gives their logits
     sequence: SequenceLogprob | None = None
 
 
 @dataclass(frozen=True)
 class SampleError:
-    """A sample of the plan that has no record, and why."""
+    """A sample of the plan that has no record, with the reason."""
 
     sample_id: str
     reason: str
 
     def __str__(self) -> str:
-        """Both in one line; a row without an id is named by its place, with which its reason begins."""
+        """Returns id and reason in one line; the id "row N" is left out if the reason begins with N."""
         place = self.sample_id.removeprefix("row ")
         return self.reason if self.reason.startswith(f"{place}: ") else f"{self.sample_id}: {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)
 class PartRecords:
-    """What a dump hands to the writer for one part; None for each family that the cache does not hold."""
+    """The records of one part, as a dump passes them to CacheWriter.write_part.
+
+    A family is None if the cache does not store it. Each sample of the part is either in `tokens` or in
+    `errors`. Legend: r response tokens of a sample, d hidden size.
+    """
 
     tokens: Sequence[TokensRecord]
     response: Sequence[SparseRows] | None = None  # aligned with tokens, a row for each response token
@@ -181,11 +193,11 @@ class PartRecords:
     sequence: Sequence[SequenceLogprob] | None = None  # aligned with tokens
     images: Mapping[str, bytes] | None = None  # the images' files by their sha256
     tail_totals: Mapping[str, TailTotal] = field(default_factory=dict)  # by family, of the parts that keep them
-    teacher_noise: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by family: nats a row scored twice
+    teacher_noise: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by family: KL in nats per row
 
 
 def reorder(records: PartRecords, places: Sequence[int]) -> PartRecords:
-    """Some of the samples, in another order, with the images that they name."""
+    """Returns the records of the samples at `places`, in that order, with the images that they show."""
     if list(places) == list(range(len(records.tokens))):
         return records
     tokens = [records.tokens[place] for place in places]

@@ -1,4 +1,4 @@
-"""Several samples read at once: their tokens and rows as flat arrays, which are the batch's own."""
+"""A batch of samples: tokens and rows as flat arrays that the batch owns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from storage.records.sparse_rows import SparseRows
 
 @dataclass(frozen=True, eq=False)
 class SampleBatch:
-    """b samples in the order they were asked for. Legend: t tokens, r response rows, of all samples together."""
+    """b samples in the order of `indices`. Legend: t tokens, r response rows, both over all samples."""
 
     indices: NDArray[np.int64]  # (b,) positions in the cache
     sample_ids: Sequence[str]
@@ -23,19 +23,19 @@ class SampleBatch:
     token_offsets: NDArray[np.int64]  # (b + 1,) sample i has the tokens token_offsets[i] : token_offsets[i + 1]
     token_ids: NDArray[np.int32]  # (t,)
     response_mask: NDArray[np.bool_]  # (t,) True where a loss counts
-    row_offsets: NDArray[np.int64]  # (b + 1,) likewise of response rows
+    row_offsets: NDArray[np.int64]  # (b + 1,) sample i has the response rows row_offsets[i] : row_offsets[i + 1]
     images: Sequence[tuple[ImageRef, ...]]
-    response: SparseRows | None = None  # (r) of all samples
-    visual: Mapping[str, SparseRows] = field(default_factory=dict)  # by image key, once however many samples share it
-    relation: Mapping[str, Relation] = field(default_factory=dict)  # likewise
-    hidden: Sequence[NDArray[np.float32]] | None = None  # (r of the sample, d) each
-    sequence: Sequence[SequenceLogprob] | None = None
+    response: SparseRows | None = None  # (r) rows of all samples
+    visual: Mapping[str, SparseRows] = field(default_factory=dict)  # by image key, shared by samples
+    relation: Mapping[str, Relation] = field(default_factory=dict)  # by image key, shared by samples
+    hidden: Sequence[NDArray[np.float32]] | None = None  # per sample (its response rows, d)
+    sequence: Sequence[SequenceLogprob] | None = None  # per sample
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def record(self, at: int) -> SampleRecord:
-        """The at-th sample alone; its arrays are views of the batch's."""
+        """Returns sample `at` of the batch, 0 <= at < b; its arrays are views of the batch's."""
         tokens = slice(int(self.token_offsets[at]), int(self.token_offsets[at + 1]))
         images = self.images[at]
         rows = self.response
@@ -58,5 +58,5 @@ class SampleBatch:
         )
 
     def records(self) -> list[SampleRecord]:
-        """Every sample alone."""
+        """Returns every sample as a record of its own."""
         return [self.record(at) for at in range(len(self))]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HEAD_TOLERANCE = 1e-3  # probability; how far exact entries may sum from 1 - tail before a row is refused
-LOGPROB_TOLERANCE = 1e-4  # nats above 0 that float32 rounding of a log-softmax may give
+LOGPROB_TOLERANCE = 1e-4  # nats above 0 that float32 rounding of a log-softmax may cause
 
 _DTYPES = {
     "offsets": np.int64,
@@ -29,11 +29,13 @@ _DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class SparseRows:
-    """Rows of next-token distributions at temperature 1 over the real vocabulary, natural logarithm.
+    """Sparse rows of next-token distributions: temperature 1, real vocabulary, natural logarithm.
 
-    Row i holds the entries offsets[i] : offsets[i + 1]. Its first num_exact[i] entries are exact:
-    log p in falling order. The others are sampled, by ascending id: the log of their weight,
-    which is the number of draws times tau; their expectation is the row's tail.
+    Row i has the entries offsets[i] : offsets[i + 1]. The first num_exact[i] of them are exact: log p in
+    descending order. The others are sampled, in ascending order of id: the log of their weight, which is
+    the number of draws times tau. The expected weights are the probabilities of the row's tail.
+
+    Legend: r rows, k stored entries of all rows, t temperatures besides 1. Memory: `num_bytes`.
     """
 
     offsets: NDArray[np.int64]  # (r + 1,)
@@ -49,15 +51,17 @@ class SparseRows:
 
     @property
     def num_rows(self) -> int:
+        """r, the number of rows."""
         return len(self.offsets) - 1
 
     @property
     def num_entries(self) -> int:
+        """k, the stored entries of all rows."""
         return len(self.ids)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all arrays."""
+        """The size of all arrays in bytes."""
         return sum(array.nbytes for array in self._arrays().values()) + sum(each.num_bytes for each in self.other_sets)
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -65,25 +69,25 @@ class SparseRows:
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
     def row_of_entry(self) -> NDArray[np.int64]:
-        """The row that each entry belongs to, (k,)."""
+        """Returns (k,) the row that each entry belongs to."""
         return np.repeat(np.arange(self.num_rows, dtype=np.int64), np.diff(self.offsets))
 
     def is_exact(self) -> NDArray[np.bool_]:
-        """True for exact entries, False for sampled ones, (k,)."""
+        """Returns (k,) True for exact entries, False for sampled ones."""
         end_of_exact = self.offsets[:-1] + self.num_exact
         return np.arange(self.num_entries) < np.repeat(end_of_exact, np.diff(self.offsets))
 
     def equals(self, other: SparseRows) -> bool:
-        """True if every array is the same to the bit; what is not stored is not compared."""
-        return all(_same(getattr(self, name), getattr(other, name)) for name in _DTYPES) and (
+        """Returns True if all stored arrays are equal bit for bit; `selection_error` is not compared."""
+        return all(_is_same(getattr(self, name), getattr(other, name)) for name in _DTYPES) and (
             len(self.other_sets) == len(other.other_sets)
             and all(ours.equals(theirs) for ours, theirs in zip(self.other_sets, other.other_sets, strict=True))
         )
 
     def slice(self, start: int, stop: int) -> SparseRows:
-        """Rows start : stop, with 0 <= start <= stop <= num_rows (IndexError otherwise)."""
+        """Returns rows start : stop as views. IndexError unless 0 <= start <= stop <= num_rows."""
         if not 0 <= start <= stop <= self.num_rows:
-            raise IndexError(f"rows {start}:{stop} of {self.num_rows}")
+            raise IndexError(f"rows {start}:{stop}: expected a range within 0:{self.num_rows}")
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         return SparseRows(
             offsets=self.offsets[start : stop + 1] - first,
@@ -99,15 +103,16 @@ class SparseRows:
         )
 
     def copy(self) -> SparseRows:
-        """The same rows in arrays of their own: a slice keeps all that it was cut from in memory."""
+        """Returns a copy with arrays of its own; a slice keeps the arrays it was cut from in memory."""
         copies: dict[str, Any] = {name: array.copy() for name, array in self._arrays().items()}
         return replace(self, **copies, other_sets=tuple(each.copy() for each in self.other_sets))
 
     @staticmethod
     def gather(pieces: Sequence[tuple[SparseRows, int, int]]) -> SparseRows:
-        """Rows start : stop of one after another, in arrays of their own; one piece or more.
+        """Joins rows start : stop of each (rows, start, stop) into new arrays; at least one piece.
 
-        The same as concatenating slices, in half the time. Label logprobs: all pieces have them, or none.
+        Equal to concatenating slices, in half the time. Errors: ValueError if only some pieces have label
+        logprobs.
         """
         sizes = [stop - start for _, start, stop in pieces]
         firsts = [int(rows.offsets[start]) for rows, start, _ in pieces]
@@ -117,7 +122,7 @@ class SparseRows:
         entries = list(zip((rows for rows, _, _ in pieces), firsts, lasts, strict=True))
         labelled = [(rows.label_logprob, start, stop) for rows, start, stop in pieces if rows.label_logprob is not None]
         if 0 < len(labelled) < len(pieces):
-            raise ValueError(f"{len(labelled)} of {len(pieces)} pieces have label logprobs; all or none must")
+            raise ValueError(f"{len(labelled)} of {len(pieces)} pieces have label logprobs, expected all or none")
         return SparseRows(
             offsets=np.concatenate([np.zeros(1, np.int64), ends + np.repeat(moved, sizes)]),
             ids=np.concatenate([rows.ids[first:last] for rows, first, last in entries]),
@@ -133,14 +138,15 @@ class SparseRows:
 
     @staticmethod
     def concatenate(parts: Sequence[SparseRows]) -> SparseRows:
-        """All rows one after another; no parts give no rows. Label logprobs: all parts have them, or none.
+        """Joins the rows of all parts into new arrays; returns empty rows if there are no parts.
 
-        So with selection errors; all parts have as many sets of draws.
+        Errors: ValueError if only some parts have label logprobs or selection errors, or if their numbers
+        of draw sets differ.
         """
         if not parts:
             return SparseRows.empty()
-        labels = _all_or_none([part.label_logprob for part in parts], "label logprobs")
-        errors = _all_or_none([part.selection_error for part in parts], "selection errors")
+        labels = _require_all_or_none([part.label_logprob for part in parts], "label logprobs")
+        errors = _require_all_or_none([part.selection_error for part in parts], "selection errors")
         others = zip(*(part.other_sets for part in parts), strict=True)  # ValueError for other numbers of sets
         starts = np.cumsum([0] + [part.num_entries for part in parts[:-1]])
         shifted = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=True)]
@@ -159,7 +165,7 @@ class SparseRows:
 
     @staticmethod
     def empty(*, with_labels: bool = False, num_temperatures: int = 0) -> SparseRows:
-        """No rows at all."""
+        """Returns an object with zero rows."""
         zero = np.zeros(0, np.float32)
         return SparseRows(
             offsets=np.zeros(1, np.int64),
@@ -173,32 +179,32 @@ class SparseRows:
         )
 
     def validate(self, vocab_size: int) -> None:
-        """Raise ValueError, naming the first row at fault, unless these are rows that a cache may hold."""
+        """Raises ValueError, naming the first faulty row, unless a cache may store these rows."""
         for number, other in enumerate(self.other_sets, start=1):
-            if other.other_sets or not self._has_head_of(other):
+            if other.other_sets or not self._has_same_head(other):
                 raise ValueError(f"set {number} of draws is of other rows than set 0")
             other.validate(vocab_size)
         self._check_shapes()
         self._check_scalars()
         exact, row = self.is_exact(), self.row_of_entry()
         in_vocabulary = (self.ids >= 0) & (self.ids < vocab_size)
-        _check(in_vocabulary, f"an id is outside 0..{vocab_size - 1}", row)
-        _check(np.isfinite(self.logprobs), "a logprob is not finite", row)
-        _check(~exact | (self.logprobs <= LOGPROB_TOLERANCE), "an exact logprob is above 0", row)
+        _check_rows(in_vocabulary, f"an id is outside 0..{vocab_size - 1}", row)
+        _check_rows(np.isfinite(self.logprobs), "a logprob is not finite", row)
+        _check_rows(~exact | (self.logprobs <= LOGPROB_TOLERANCE), "an exact logprob is above 0", row)
         same_row = row[1:] == row[:-1]
         falling = self.logprobs[1:] <= self.logprobs[:-1]
-        _check(~(same_row & exact[1:]) | falling, "exact logprobs are not falling", row[1:])
+        _check_rows(~(same_row & exact[1:]) | falling, "exact logprobs are not in descending order", row[1:])
         ascending = self.ids[1:] > self.ids[:-1]
-        _check(~(same_row & ~exact[:-1]) | ascending, "sampled ids are not ascending", row[1:])
+        _check_rows(~(same_row & ~exact[:-1]) | ascending, "sampled ids are not ascending", row[1:])
         keys = np.sort(row * vocab_size + self.ids)
-        _check(keys[1:] != keys[:-1], "an id appears twice", keys[1:] // vocab_size)
+        _check_rows(keys[1:] != keys[:-1], "an id appears twice", keys[1:] // vocab_size)
         head = np.bincount(row[exact], np.exp(self.logprobs[exact].astype(np.float64)), self.num_rows)
         gap = np.abs(head - (1.0 - self.tail_mass.astype(np.float64)))
-        _check(gap <= HEAD_TOLERANCE, "exact entries and tail mass do not sum to 1")
-        _check((self.num_exact == 0) | (self.tail_mass < 1), "the tail mass is 1 beside exact entries")
+        _check_rows(gap <= HEAD_TOLERANCE, "exact entries and tail mass do not sum to 1")
+        _check_rows((self.num_exact == 0) | (self.tail_mass < 1), "the tail mass is 1 although exact entries exist")
 
-    def _has_head_of(self, other: SparseRows) -> bool:
-        """Whether the exact entries, and how many there are, are the same."""
+    def _has_same_head(self, other: SparseRows) -> bool:
+        """True if the exact entries and the tail masses are the same."""
         ours, theirs = self.is_exact(), other.is_exact()
         return (
             np.array_equal(self.num_exact, other.num_exact)
@@ -219,7 +225,7 @@ class SparseRows:
         if len(self.offsets) == 0 or self.offsets[0] != 0:
             raise ValueError("offsets must start with 0")
         if (np.diff(self.offsets) < 0).any():
-            raise ValueError("offsets must not fall")
+            raise ValueError("offsets must not decrease")
         if not self.offsets[-1] == len(self.ids) == len(self.logprobs):
             raise ValueError(
                 f"offsets end at {self.offsets[-1]}, but there are {len(self.ids)} ids "
@@ -229,7 +235,7 @@ class SparseRows:
             array = getattr(self, name)
             if array is not None and len(array) != self.num_rows:
                 raise ValueError(f"{name} has {len(array)} values for {self.num_rows} rows")
-        _check((self.num_exact >= 0) & (self.num_exact <= np.diff(self.offsets)), "num_exact is wrong")
+        _check_rows((self.num_exact >= 0) & (self.num_exact <= np.diff(self.offsets)), "num_exact is wrong")
 
     def _check_scalars(self) -> None:
         check_scalars(
@@ -247,20 +253,20 @@ def check_scalars(
     log_sum_exp: NDArray[np.float32],
     label_logprob: NDArray[np.float32] | None,
 ) -> None:
-    """ValueError, naming the first row at fault, unless these are scalars that rows may have."""
+    """Raises ValueError, naming the first faulty row, unless these are valid scalars of rows."""
     # A comparison with NaN is False, so each check also refuses NaN.
-    _check((tail_mass >= 0) & (tail_mass <= 1), "the tail mass is outside 0..1")
-    _check(np.isfinite(entropy) & (entropy >= -LOGPROB_TOLERANCE), "the entropy is negative or not finite")
-    _check(np.asarray(np.isfinite(log_sum_exp).all(axis=1)), "a log-sum-exp is not finite")
+    _check_rows((tail_mass >= 0) & (tail_mass <= 1), "the tail mass is outside 0..1")
+    _check_rows(np.isfinite(entropy) & (entropy >= -LOGPROB_TOLERANCE), "the entropy is negative or not finite")
+    _check_rows(np.asarray(np.isfinite(log_sum_exp).all(axis=1)), "a log-sum-exp is not finite")
     if label_logprob is not None:
         labels = np.isfinite(label_logprob) & (label_logprob <= LOGPROB_TOLERANCE)
-        _check(labels, "the label logprob is above 0 or not finite")
+        _check_rows(labels, "the label logprob is above 0 or not finite")
 
 
 def check_sampled_total(rows: SparseRows, tau: float) -> None:
-    """ValueError unless each row's sampled weights lie within one draw of its tail, as systematic draws do.
+    """Raises ValueError unless each row's sampled weights sum to its tail mass within one draw (tau).
 
-    Nothing to check where tau is 0: such rows hold exact entries only.
+    Systematic draws guarantee that. With tau 0, rows have exact entries only and nothing is checked.
     """
     if tau <= 0:
         return
@@ -270,7 +276,7 @@ def check_sampled_total(rows: SparseRows, tau: float) -> None:
 
 
 def check_sampled_weights(weights: NDArray[Any], tail_mass: NDArray[np.float32], tau: float) -> None:
-    """ValueError unless the sum of each row's sampled weights, (r,), lies within one draw of its tail."""
+    """Raises ValueError unless `weights`, (r,) sums of sampled weights, equal the tail masses within tau."""
     gap = np.abs(weights - tail_mass)
     if (gap > tau + HEAD_TOLERANCE).any():
         row = int(np.argmax(gap))
@@ -280,21 +286,21 @@ def check_sampled_weights(weights: NDArray[Any], tail_mass: NDArray[np.float32],
         )
 
 
-def _all_or_none(arrays: Sequence[NDArray | None], what: str) -> list[NDArray]:
+def _require_all_or_none(arrays: Sequence[NDArray | None], what: str) -> list[NDArray]:
     there = [array for array in arrays if array is not None]
     if 0 < len(there) < len(arrays):
-        raise ValueError(f"{len(there)} of {len(arrays)} parts have {what}; all or none must")
+        raise ValueError(f"{len(there)} of {len(arrays)} parts have {what}, expected all or none")
     return there
 
 
-def _same(a: NDArray | None, b: NDArray | None) -> bool:
+def _is_same(a: NDArray | None, b: NDArray | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def _check(good: NDArray[np.bool_], problem: str, row: NDArray[np.int64] | None = None) -> None:
-    """ValueError naming the row of the first False; `row` gives the row of each position, if not itself."""
+def _check_rows(good: NDArray[np.bool_], problem: str, row: NDArray[np.int64] | None = None) -> None:
+    """Raises ValueError naming the row of the first False; `row`: the row of each position, if not itself."""
     if not good.all():
         position = int(np.argmin(good))
         raise ValueError(f"row {position if row is None else int(row[position])}: {problem}")

@@ -17,8 +17,8 @@ from storage.layout.documents import Commit, Manifest
 from storage.layout.error_summaries import KINDS
 from storage.layout.part_index import Part, join_parts
 from storage.layout.processor_files import load_processor_files
-from storage.layout.retries import problems_of_retries
-from storage.layout.segments import Segment, merged_identity, read_segments
+from storage.layout.retries import find_retry_problems
+from storage.layout.segments import Segment, merge_identities, read_segments
 from storage.verify.scan_part import Advance, PartFindings, scan_part
 
 Progress = Callable[[int, int], None]  # bytes of part files done, bytes in all
@@ -61,7 +61,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     report.num_segments = len(segments)
     report.sealed = True
     commits = {segment.number: _scan_documents(folder, segment, report) for segment in segments}
-    report.problems += problems_of_retries(segments, commits)
+    report.problems += find_retry_problems(segments, commits)
     parts = join_parts(segments, commits)
     report.num_parts = len(parts)
     report.num_errors = sum(len(part.errors) for part in parts)
@@ -69,7 +69,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     width = _head_width(folder, segments, commits, report)
     bar = _Bytes(progress, sum(entry.file_bytes for part in parts for entry in part.families.values()))
     holders: dict[str, int] = {}
-    for findings in _scans(folder, merged_identity(segments), parts, width, bar.advance):
+    for findings in _scans(folder, merge_identities(segments), parts, width, bar.advance):
         _add(report, findings, holders)
     _note_strangers(folder, segments, commits, report)
     return report
@@ -131,7 +131,7 @@ def _scan_documents(folder: Folder, segment: Segment, report: VerifyReport) -> d
 
 
 def _manifest(folder: Folder, segment: Segment, report: VerifyReport) -> Manifest | None:
-    place = folder.place(segment.manifest_file)
+    place = folder.locate(segment.manifest_file)
     try:
         manifest = layout.read_manifest(folder, segment)
     except (CacheError, OSError) as error:
@@ -139,7 +139,7 @@ def _manifest(folder: Folder, segment: Segment, report: VerifyReport) -> Manifes
         return None
     if manifest is None:
         whole = "the cache" if segment.number == 0 else f"segment {segment.number}"
-        committed = len(layout.commit_numbers(folder, segment))
+        committed = len(layout.list_committed_parts(folder, segment))
         report.problems.append(
             f"{place}: is missing: {whole} is not sealed, {committed} of {segment.num_parts} "
             "parts are committed; run the dump again"
@@ -154,8 +154,8 @@ def _commits(
 ) -> list[tuple[Commit, str]]:
     listed = {} if manifest is None else dict(zip(segment.parts, manifest.commits, strict=False))
     commits = []
-    for part in sorted({*layout.commit_numbers(folder, segment), *listed}):
-        place = folder.place(layout.commit_file(segment, part))
+    for part in sorted({*layout.list_committed_parts(folder, segment), *listed}):
+        place = folder.locate(layout.commit_file(segment, part))
         try:
             commit, sha256 = layout.read_commit(folder, segment, part)
         except FileNotFoundError:
@@ -180,14 +180,14 @@ def _compare_totals(
     try:
         total = layout.make_manifest(segment, commits)
     except ValueError as error:  # counts that a commit may hold, but that add up to more than a manifest may
-        report.problems.append(f"{folder.place(segment.commits_folder)}: cannot be added up: {error}")
+        report.problems.append(f"{folder.locate(segment.commits_folder)}: cannot be added up: {error}")
         return
     report.num_bytes += sum(count for family, count in total.bytes_by_family.items() if family != layout.HEAD_FOLDER)
     if manifest is not None and len(commits) == len(manifest.commits):
         for name in ("num_samples", "num_errors", "num_rows", "bytes_by_family", *KINDS, "head"):
             if getattr(manifest, name) != getattr(total, name):
                 report.problems.append(
-                    f"{folder.place(segment.manifest_file)}: {name} is {getattr(manifest, name)}, "
+                    f"{folder.locate(segment.manifest_file)}: {name} is {getattr(manifest, name)}, "
                     f"the commits say {getattr(total, name)}"
                 )
 
@@ -202,7 +202,7 @@ def _head_width(
         if entry is None:
             return None
         report.num_bytes += entry.file_bytes
-        return layout.read_head(folder, entry, merged_identity(segments).vocab_size).width
+        return layout.read_head(folder, entry, merge_identities(segments).vocab_size).width
     except (CacheError, OSError) as error:
         report.problems.append(str(error))
         return None
@@ -226,4 +226,4 @@ def _note_strangers(
         for part, commit in commits[segment.number].items():
             named |= {layout.commit_file(segment, part), *(entry.file for entry in commit.families.values())}
             named |= {commit.head.file} if commit.head is not None else set()
-    report.notes += [f"{name}: belongs to no part" for name in folder.names(deep=True) if name not in named]
+    report.notes += [f"{name}: belongs to no part" for name in folder.list_files(deep=True) if name not in named]

@@ -19,23 +19,23 @@ from numpy.typing import NDArray
 
 from storage.backends.folder import Folder
 from storage.encoding.arrow_rows import (
-    family_errors,
-    hidden_states,
-    image_content,
-    sequence_logprob,
-    tokens_record,
+    collect_encoding_errors,
+    decode_hidden_row,
+    decode_image_row,
+    decode_sequence_row,
+    decode_tokens_row,
 )
 from storage.encoding.distributions import RowFormat, check_group, decode_id_groups
 from storage.encoding.parquet_schema import check_schema
 from storage.encoding.relation_matrix import check_payload
-from storage.encoding.tail_profile import tail_total_of
+from storage.encoding.tail_profile import read_tail_total
 from storage.errors import CacheError, CorruptPartError
 from storage.identity import Identity, stored_hidden, stored_relation
 from storage.layout import commits as layout
 from storage.layout.documents import Commit, FileEntry
-from storage.layout.error_summaries import summary
+from storage.layout.error_summaries import summarize_encoding_errors
 from storage.layout.part_index import Part
-from storage.reader.row_group_cache import check_sizes, validated
+from storage.reader.row_group_cache import check_sizes, validate_table
 from storage.records.preference_pairs import check_pairs, check_sequence
 from storage.records.records import ImageRef, TokensRecord
 
@@ -119,7 +119,7 @@ class _Scan:
                     elif tokens is not None:
                         self._family(family, source, tokens)
             except _BAD as error:
-                said = str(error).removeprefix(f"{self.folder.place(entry.file)}: ")
+                said = str(error).removeprefix(f"{self.folder.locate(entry.file)}: ")
                 self._problem(entry.file, f"{family} {said}" if said.startswith("row ") else f"{family}: {said}")
         if tokens is None:
             return
@@ -131,7 +131,7 @@ class _Scan:
                 self._compare(commit)
 
     def _problem(self, file: str, text: str) -> None:
-        self.findings.problems.append(f"part {self.part.number}: {self.folder.place(file)}: {text}; {layout.ADVICE}")
+        self.findings.problems.append(f"part {self.part.number}: {self.folder.locate(file)}: {text}; {layout.ADVICE}")
 
     def _checked_file(self, entry: FileEntry) -> pa.NativeFile:
         """A file whose size and hash are those of its commit, ready to be parsed. Errors: CorruptPartError."""
@@ -147,8 +147,8 @@ class _Scan:
                     done += len(block)
                     self.advance(len(block))
         except OSError as error:
-            raise CorruptPartError(f"{self.folder.place(entry.file)}: cannot be read: {error}") from error
-        layout.compare(self.folder, entry, done, digest.hexdigest())
+            raise CorruptPartError(f"{self.folder.locate(entry.file)}: cannot be read: {error}") from error
+        layout.check_size_and_hash(self.folder, entry, done, digest.hexdigest())
         if len(whole):
             return pa.BufferReader(pa.py_buffer(whole))
         return self.folder.open_for_arrow(entry.file, entry.file_bytes)
@@ -157,7 +157,7 @@ class _Scan:
         """Each row group: its first row, itself, and the file's key-value metadata. Errors: CorruptPartError."""
         entry = self.part.families[family]
         file = pq.ParquetFile(source, page_checksum_verification=True)
-        check_schema(family, file.schema_arrow, self.folder.place(entry.file))
+        check_schema(family, file.schema_arrow, self.folder.locate(entry.file))
         metadata = file.metadata
         if metadata.num_rows != entry.rows:
             raise CorruptPartError(f"has {metadata.num_rows} rows, its commit says {entry.rows}")
@@ -165,7 +165,7 @@ class _Scan:
         row = 0
         for group in range(metadata.num_row_groups):
             num_rows = metadata.row_group(group).num_rows
-            table = validated(file.read_row_group(group, use_threads=False), num_rows)
+            table = validate_table(file.read_row_group(group, use_threads=False), num_rows)
             yield row, table, metadata.metadata or {}
             row += num_rows
 
@@ -185,7 +185,7 @@ class _Scan:
                     raise ValueError(f"image {image.path} has two visual token counts")
                 sha256s.add(image.sha256)
             if "sequence" in self.part.families:
-                records += [tokens_record(table, row, self.identity) for row in range(table.num_rows)]
+                records += [decode_tokens_row(table, row, self.identity) for row in range(table.num_rows)]
         twice = {sample_id for sample_id in ids if ids.count(sample_id) > 1} if len(set(ids)) < len(ids) else ()
         if twice:
             raise ValueError(f"sample {min(twice)!r} is in part {self.part.number} too")
@@ -220,7 +220,7 @@ class _Scan:
             try:
                 if id_groups is None:
                     id_groups = decode_id_groups(metadata, kept.vocab_size)
-                    tail_total_of(metadata, kept.vocab_size)
+                    read_tail_total(metadata, kept.vocab_size)
                 counts = check_group(table, id_groups, kept)
             except (CacheError, ValueError) as error:
                 raise CorruptPartError(f"rows {first} to {first + table.num_rows - 1}: {error}") from error
@@ -253,19 +253,21 @@ class _Scan:
         check_payload(payload, norm=norm, num_visual_tokens=expected, section=section)
         if table["num_rows"][at].as_py() != expected:
             raise CorruptPartError(f"relation payload has n = {expected}, its column says otherwise")
-        self.errors["relation"] += family_errors("relation", [{"payload": payload}])
+        self.errors["relation"] += collect_encoding_errors("relation", [{"payload": payload}])
 
     def _hidden(self, tokens: _Tokens, row: int, table: pa.Table, at: int) -> None:
         _check_sample(tokens, row, table["sample_id"][at].as_py())
-        states = hidden_states(table, at, stored_hidden(self.identity))
+        states = decode_hidden_row(table, at, stored_hidden(self.identity))
         expected = (int(tokens.num_response_tokens[row]), self.head_width or states.shape[1])
         if states.shape != expected:
             raise ValueError(f"is {states.shape}, response tokens and head have {expected}")
-        self.errors["hidden"] += family_errors("hidden", [{"relative_error": table["relative_error"][at].as_py()}])
+        self.errors["hidden"] += collect_encoding_errors(
+            "hidden", [{"relative_error": table["relative_error"][at].as_py()}]
+        )
 
     def _sequence(self, tokens: _Tokens, row: int, table: pa.Table, at: int) -> None:
         _check_sample(tokens, row, table["sample_id"][at].as_py())
-        check_sequence(sequence_logprob(table, at), tokens.records[row])
+        check_sequence(decode_sequence_row(table, at), tokens.records[row])
 
     @staticmethod
     def _image(unseen: set[str], row: int, table: pa.Table, at: int) -> None:
@@ -273,7 +275,7 @@ class _Scan:
         if sha256 not in unseen:
             raise ValueError(f"image {sha256} is of no sample, or appears twice")
         unseen.remove(sha256)
-        image_content(table, at)
+        decode_image_row(table, at)
 
     def _compare(self, commit: Commit) -> None:
         """What a commit says of its part."""
@@ -288,14 +290,16 @@ class _Scan:
         # What rounding probabilities cost was measured against numbers that are nowhere any more.
         said = {family: each for family, each in commit.errors_by_family.items() if family in self.errors}
         errors = {
-            family: summary(family, each) for family, each in self.errors.items() if each and family in commit.families
+            family: summarize_encoding_errors(family, each)
+            for family, each in self.errors.items()
+            if each and family in commit.families
         }
         if errors != said:
             self._problem(place, f"its encodings' errors are {errors}, its commit says {said}")
 
 
 def check_tokens(table: pa.Table, identity: Identity, first: int = 0) -> NDArray[np.int64]:
-    """Response tokens of each row of a tokens table, all rows of which pass the checks of columns.tokens_record.
+    """Response tokens of each row of a tokens table, all rows of which pass the checks of arrow_rows.decode_tokens_row.
 
     Images are checked by count alone. `first` is the number of the first row, for messages. Errors: ValueError.
     """

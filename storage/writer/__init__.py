@@ -1,3 +1,3 @@
-"""Writing a cache, part by part, until it is sealed. Uses layout and encoding."""
+"""Writes a cache part by part and seals it. Uses layout and encoding."""
 
 from storage.writer.cache_writer import CacheWriter as CacheWriter

@@ -1,4 +1,4 @@
-"""Writes a segment of a cache: begins or joins it, commits parts, seals it. Any number of writers may do so at once."""
+"""Writes a segment of a cache: creates or joins it, commits parts, seals it. Several writers may run at once."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from typing import Any
 import numpy as np
 
 from storage.backends.folder import Folder, open_folder
-from storage.encoding.arrow_rows import Columns, tokens_columns
+from storage.encoding.arrow_rows import Columns, encode_tokens_row
 from storage.encoding.output_head import StoredHead, encode_head
-from storage.encoding.parquet_schema import parquet_bytes
-from storage.encoding.part_encoder import FamilyRows, part_rows
+from storage.encoding.parquet_schema import encode_parquet
+from storage.encoding.part_encoder import FamilyRows, encode_part
 from storage.errors import CacheError, CorruptPartError
 from storage.identity import Identity
 from storage.layout import commits as layout
-from storage.layout.documents import Commit, Description, ErrorEntry, FileEntry, HeadEntry, Manifest
-from storage.layout.error_summaries import summarize_losses, summary
+from storage.layout.documents import CacheDescription, Commit, ErrorEntry, FileEntry, HeadEntry, Manifest
+from storage.layout.error_summaries import summarize_encoding_errors, summarize_errors_before_encoding
 from storage.layout.processor_files import write_processor_files
-from storage.layout.retries import FailedIds, find_or_begin_retry, read_contents, taken_up_later
-from storage.layout.segments import NewSegment, Segment, find_segment, read_segments, tokens_segments
-from storage.reader.row_group_cache import PartFiles
+from storage.layout.retries import FailedIds, collect_retried_ids, find_or_begin_retry, read_contents
+from storage.layout.segments import NewSegment, Segment, find_segment, read_segments, select_tokens_segments
+from storage.reader.row_group_cache import RowGroupCache
 from storage.records.preference_pairs import check_pairs
 from storage.records.records import PartRecords, SampleError, TokensRecord, reorder
 from storage.writer.validation import check_records
 
-# What an added family must have been made from, to the token: the rest of a tokens row follows from it.
+# Columns in which the tokens of an added family must equal the stored ones; the other columns follow from them.
 _ALIGNED_COLUMNS = ("sample_id", "token_ids", "response_starts", "response_stops", "image_keys")
 
 
 class CacheWriter:
-    """A segment that parts are added to. Parts are numbered as in the segment's plan, from 0.
+    """Writes the parts of one segment, numbered from 0 as in the segment's plan.
 
-    Invariant: the segment's document lies in the cache and says what this one says.
+    Several writers may write the same segment at the same time; of each part, one commit wins.
+    Invariant: the segment's document exists in the cache and describes `segment`.
     """
 
     def __init__(self, folder: Folder, segments: Sequence[Segment], number: int, zstd_level: int) -> None:
@@ -43,8 +44,8 @@ class CacheWriter:
         self.segment = segments[number]
         self._segments = segments
         self._zstd_level = zstd_level
-        self._files = PartFiles(folder, max_bytes=0, checksums=False)
-        self._holders: dict[str, int] | None = None
+        self._row_groups = RowGroupCache(folder, max_bytes=0, checksums=False)
+        self._part_of_sample: dict[str, int] | None = None
         self._retried: frozenset[str] = frozenset()  # known together with the holders
         self._head: HeadEntry | None = None
         self._head_width = 0
@@ -61,93 +62,104 @@ class CacheWriter:
         zstd_level: int = 9,
         processor_files: Mapping[str, bytes] | None = None,
     ) -> CacheWriter:
-        """The segment that a dump of `families` has to write, created if need be; see segments.find_segment.
+        """Opens the segment that a dump of `families` must write; creates it if it does not exist.
 
-        It may have fewer families than were asked for, when an earlier dump was not finished: then there is
-        more to do once this one is sealed. `families` come besides tokens. `sample_ids` of the plan, where they
-        are given, are compared with those of the cache before anything is appended. A new cache carries
-        `processor_files`, by name. Errors: IdentityError naming
-        each field that differs; CacheError, among others for an unknown family or a sample that is there.
+        `families` are those besides tokens. segments.find_segment chooses the segment. If an earlier dump is
+        unfinished, the segment may have fewer families than requested; open again once it is sealed.
+
+        `append`: add samples of another plan as new parts. `sample_ids`: the plan's ids; if given, they are
+        compared with the cache's before a segment is appended. `processor_files`: contents by name that a
+        new cache stores.
+
+        Errors: IdentityError naming each field that differs; CacheError, e.g. for an unknown family or for
+        a sample that the cache already has.
         """
         folder = open_folder(path)
         found, segments = find_segment(folder, identity, families, append=append)
         while isinstance(found, NewSegment):
             if segments and found.adds_to is None and sample_ids:
-                files = PartFiles(folder, max_bytes=0, checksums=False)
-                _refuse_known(folder, _holders(folder, segments, files), sample_ids)
-            folder.make([found.file.rpartition("/")[0]])
+                files = RowGroupCache(folder, max_bytes=0, checksums=False)
+                _refuse_known(folder, _map_samples_to_parts(folder, segments, files), sample_ids)
+            folder.make_folders([found.file.rpartition("/")[0]])
             document = found.document
-            if processor_files and isinstance(document, Description):
+            if processor_files and isinstance(document, CacheDescription):
                 entries = write_processor_files(folder, processor_files)
                 document = document.model_copy(update={"processor_files": entries})
-            folder.create(found.file, document.to_bytes())  # ours, or that of a writer that was faster
+            folder.create(found.file, document.to_bytes())  # False if another writer created it first: join that
             found, segments = find_segment(folder, identity, families, append=append)
-        folder.make([*found.stored_families, found.commits_folder])
+        folder.make_folders([*found.stored_families, found.commits_folder])
         return cls(folder, segments, found.number, zstd_level)
 
     @classmethod
     def begin_retry(
         cls, path: str | Path, identity: Identity, base: int, failed_ids: FailedIds, *, zstd_level: int = 9
     ) -> CacheWriter:
-        """A segment that takes up errors of segment `base` and of its retries, by part; an unfinished one is joined.
+        """Opens a segment that retries failed samples of segment `base`; joins an unfinished retry.
 
-        `identity` is that of a dump over the plan of `base`, of which every part is committed. Errors: CacheError
-        for an id that is no error of these parts, or is one no longer; IdentityError.
+        `identity` is that of a dump over the plan of `base`, whose parts must all be committed.
+        `failed_ids`: the ids of failed samples for each part of the retry. Errors: CacheError for an id that
+        is not (or no longer) an error of `base` and its retries; IdentityError.
         """
         folder = open_folder(path)
         retry, segments = find_or_begin_retry(folder, identity, base, failed_ids)
-        folder.make([*retry.stored_families, retry.commits_folder])
+        folder.make_folders([*retry.stored_families, retry.commits_folder])
         return cls(folder, segments, retry.number, zstd_level)
 
     @property
     def identity(self) -> Identity:
+        """The segment's identity."""
         return self.segment.identity
 
     def committed_parts(self) -> set[int]:
-        """Parts that need no more work. CorruptPartError if a file of one is gone or has another size."""
-        return {commit.part - self.segment.first_part for commit, _ in self._commits()}
+        """Returns the committed parts. CorruptPartError if a file of one is missing or has another size."""
+        return {commit.part - self.segment.first_part for commit, _ in self._read_commits()}
 
     def contents(self) -> tuple[int, list[SampleError]]:
-        """How many samples the committed parts and those of their retries hold, and the errors that are left."""
+        """Returns the number of samples in the committed parts and their retries, and the remaining errors."""
         num_samples, failed = read_contents(self.folder, read_segments(self.folder), self.segment)
         return num_samples, [SampleError(error.sample_id, error.reason) for errors in failed for error in errors]
 
     def commit_of(self, part: int) -> Commit | None:
-        """The commit of a part of the plan, if it has one: whoever asks need not make its records."""
-        return self._existing(self.segment.first_part + part)
+        """Returns the commit of a part of the plan, or None if it must still be written."""
+        return self._find_commit(self.segment.first_part + part)
 
     def write_part(self, part: int, records: PartRecords) -> Commit:
-        """Write a part's files, then its commit. A part that has a commit is left as it is.
+        """Writes a part's files, then its commit, and returns the commit that is in force.
 
-        The commit that counts is returned: of writers that race, one wins and the others adopt its commit.
-        Errors: ValueError for records that contradict each other or the identity; CacheError for records of
-        other samples than the parts that families are added to, for samples that the cache has, for a disk
-        that is full or an object store that fails.
+        A part that already has a commit is not written again. If several writers write the same part, the
+        first commit wins and the others return it.
+
+        Errors: ValueError for records that contradict each other or the identity; CacheError if families
+        are added to a part with other samples, if the cache already has a sample, if the disk is full, or
+        if the object store fails.
         """
         if not 0 <= part < self.segment.num_parts:
-            raise ValueError(f"part {part} is not one of the plan's {self.segment.num_parts}")
+            raise ValueError(f"part {part} is outside the plan, which has parts 0 to {self.segment.num_parts - 1}")
         number = self.segment.first_part + part
-        existing = self._existing(number)
+        existing = self._find_commit(number)
         if existing:
             return existing
         check_records(records, self.segment)
         self._check_widths(records)
         if self.segment.has_tokens:
-            known = self._known_ids()
-            records = self._without_retried(records)
+            known = self._load_known_ids()
+            records = self._drop_retried(records)
             ids = [record.sample_id for record in (*records.tokens, *records.errors)]
             self._check_retried(part, ids)
             _refuse_known(self.folder, known, ids)
         else:
-            records = self._aligned(number, records)
-        families = part_rows(records, self.segment.identity, self.segment.stored_families)
+            records = self._align_records(number, records)
+        families = encode_part(records, self.segment.identity, self.segment.stored_families)
         entries = {family: self._write_family(family, number, rows) for family, rows in families.items()}
-        commit = self._commit(number, records, entries, families)
+        commit = self._make_commit(number, records, entries, families)
         if self.folder.create(layout.commit_file(self.segment, number), commit.to_bytes()):
             return commit
-        winner = self._existing(number)
+        winner = self._find_commit(number)
         if winner is None:
-            raise CacheError(f"{self.folder}: somebody removes commits while the dump is running")
+            raise CacheError(
+                f"{self.folder}: the commit of part {number} was removed while the dump was running; "
+                "run the dump again, and delete no commits meanwhile"
+            )
         named = {entry.file for entry in winner.families.values()}
         for entry in entries.values():
             if entry.file not in named:
@@ -155,15 +167,15 @@ class CacheWriter:
         return winner
 
     def put_head(self, head: StoredHead) -> None:
-        """Keep the teacher's output head, before the first part of a segment that holds hidden states.
+        """Stores the teacher's output head; call it before the first part of a segment with hidden states.
 
-        Any number of writers may do so; the same head is one file. Errors: ValueError for one that does not fit;
-        CacheError for another than the cache has.
+        Several writers may store the same head; it becomes one file. Errors: ValueError if the head does not
+        fit the segment; CacheError if the cache has a different head.
         """
         if "hidden" not in self.segment.families or head.vocab_size != self.identity.vocab_size:
             raise ValueError(
-                f"a head of {head.vocab_size} tokens for a vocabulary of {self.identity.vocab_size} and the "
-                f"families {self.segment.families}; it must fit, and hidden be among them"
+                f"the output head has {head.vocab_size} tokens and the segment the families "
+                f"{self.segment.families}; expected {self.identity.vocab_size} tokens and the family hidden"
             )
         content = encode_head(head)
         sha256 = hashlib.sha256(content).hexdigest()
@@ -171,21 +183,21 @@ class CacheWriter:
         self._refuse_other_head(entry)
         try:
             layout.check_file(self.folder, entry, content=not self.folder.is_remote)
-        except CorruptPartError:  # not there, or damaged
-            self.folder.make([layout.HEAD_FOLDER])
+        except CorruptPartError:  # missing or damaged
+            self.folder.make_folders([layout.HEAD_FOLDER])
             self.folder.write(entry.file, content)
         self._head, self._head_width = entry, head.width
 
     def unseal(self) -> None:
-        """Remove the manifest of a segment whose parts are to be written again: it names commits that are gone."""
+        """Removes the segment's manifest, so that parts whose commits were deleted can be written again."""
         self.folder.remove(self.segment.manifest_file)
 
     def seal(self) -> Manifest:
-        """Write the manifest, when every part is committed. A no-op on a sealed, unchanged segment.
+        """Writes the manifest once every part is committed; does nothing if the segment is already sealed.
 
-        Errors: CacheError naming missing parts, or sample ids that two parts hold; CorruptPartError.
+        Errors: CacheError naming missing parts or a sample id that two parts hold; CorruptPartError.
         """
-        commits = self._commits()
+        commits = self._read_commits()
         committed = {commit.part for commit, _ in commits}
         missing = [part for part in self.segment.parts if part not in committed]
         if missing:
@@ -194,10 +206,10 @@ class CacheWriter:
                 f"{self.folder}: {len(missing)} of {self.segment.num_parts} parts are not committed: "
                 f"{shown}; run the dump again"
             )
-        layout.check_one_head([*(commit for commit, _ in commits), *self._commits_with_head()])
+        layout.check_one_head([*(commit for commit, _ in commits), *self._read_commits_with_head()])
         manifest = layout.make_manifest(self.segment, commits)
         content = manifest.to_bytes()
-        if self._manifest_bytes() == content:
+        if self._read_manifest_bytes() == content:
             return manifest
         if self.segment.has_tokens:
             self._refuse_duplicates([commit for commit, _ in commits])
@@ -205,20 +217,20 @@ class CacheWriter:
         self.folder.write(self.segment.manifest_file, content)
         return manifest
 
-    def _manifest_bytes(self) -> bytes | None:
+    def _read_manifest_bytes(self) -> bytes | None:
         try:
             return self.folder.read(self.segment.manifest_file)
         except FileNotFoundError:
             return None
 
-    def _existing(self, number: int) -> Commit | None:
+    def _find_commit(self, number: int) -> Commit | None:
         try:
             return layout.read_commit(self.folder, self.segment, number)[0]
         except FileNotFoundError:
             return None
 
-    def _commits(self) -> list[tuple[Commit, str]]:
-        numbers = layout.commit_numbers(self.folder, self.segment)
+    def _read_commits(self) -> list[tuple[Commit, str]]:
+        numbers = layout.list_committed_parts(self.folder, self.segment)
         commits = layout.read_commits(self.folder, self.segment, numbers)
         for commit, _ in commits:
             for entry in commit.families.values():
@@ -229,7 +241,7 @@ class CacheWriter:
         return commits
 
     def _write_family(self, family: str, number: int, rows: FamilyRows) -> FileEntry:
-        content = parquet_bytes(family, rows.groups, zstd_level=self._zstd_level, metadata=rows.metadata)
+        content = encode_parquet(family, rows.groups, zstd_level=self._zstd_level, metadata=rows.metadata)
         sha256 = hashlib.sha256(content).hexdigest()
         name = layout.part_file(family, number, sha256)
         self.folder.write(name, content)
@@ -247,24 +259,24 @@ class CacheWriter:
                     f"the head needs {self._head_width}"
                 )
 
-    def _commits_with_head(self) -> list[Commit]:
-        """One commit of every segment that holds hidden states, of those that have some."""
+    def _read_commits_with_head(self) -> list[Commit]:
+        """Returns one commit of each segment with hidden states that has any commit."""
         commits = []
-        for segment in read_segments(self.folder):  # others may have begun one since
+        for segment in read_segments(self.folder):  # other writers may have created one since
             if "hidden" in segment.families:
-                numbers = layout.commit_numbers(self.folder, segment)[:1]
+                numbers = layout.list_committed_parts(self.folder, segment)[:1]
                 commits += [commit for commit, _ in layout.read_commits(self.folder, segment, numbers)]
         return commits
 
     def _refuse_other_head(self, entry: HeadEntry) -> None:
-        there = layout.check_one_head(self._commits_with_head())
+        there = layout.check_one_head(self._read_commits_with_head())
         if there is not None and there != entry:
             raise CacheError(
-                f"{self.folder}: its hidden states were made with the output head {there.file}, this teacher's is "
-                f"{entry.file}; dump into another folder, or with the teacher and the Stillhouse of then"
+                f"{self.folder}: its hidden states belong to the output head {there.file}, this teacher's is "
+                f"{entry.file}; dump into another folder, or use the same teacher and Stillhouse version as before"
             )
 
-    def _commit(
+    def _make_commit(
         self,
         number: int,
         records: PartRecords,
@@ -286,28 +298,34 @@ class CacheWriter:
             num_rows=num_rows,
             families=dict(entries),
             errors=tuple(
-                ErrorEntry(sample_id=_encodable(error.sample_id), reason=_encodable(error.reason)) for error in errors
+                ErrorEntry(sample_id=_escape_surrogates(error.sample_id), reason=_escape_surrogates(error.reason))
+                for error in errors
             ),
-            errors_by_family={family: summary(family, rows.errors) for family, rows in families.items() if rows.errors},
+            errors_by_family={
+                family: summarize_encoding_errors(family, rows.errors)
+                for family, rows in families.items()
+                if rows.errors
+            },
             head=self._head if records.hidden is not None else None,
-            **summarize_losses(records, self.segment.identity),
+            **summarize_errors_before_encoding(records, self.segment.identity),
         )
 
-    def _aligned(self, number: int, records: PartRecords) -> PartRecords:
-        """The records in the order of the tokens that the cache has of this part, without samples that it lacks."""
+    def _align_records(self, number: int, records: PartRecords) -> PartRecords:
+        """Returns the records in the order of the part's stored tokens, without samples that the part lacks."""
         base = self._segments[self.segment.adds_to or 0]
         commit, _ = layout.read_commit(self.folder, base, number)
-        stored = self._files.columns("tokens", commit.families["tokens"], _ALIGNED_COLUMNS).to_pylist()
+        stored = self._row_groups.read_columns("tokens", commit.families["tokens"], _ALIGNED_COLUMNS).to_pylist()
         places = {record.sample_id: place for place, record in enumerate(records.tokens)}
         for row in stored:
             name = f"{self.folder}: part {number}, sample {row['sample_id']!r}"
             if row["sample_id"] not in places:
-                raise CacheError(f"{name}: is in the cache, but this dump has no record of it{_reason(row, records)}")
-            ours = _plain(tokens_columns(records.tokens[places[row["sample_id"]]]))
+                reason = _describe_missing_record(row, records)
+                raise CacheError(f"{name}: is in the cache, but this dump has no record of it{reason}")
+            ours = _to_plain_values(encode_tokens_row(records.tokens[places[row["sample_id"]]]))
             for column in _ALIGNED_COLUMNS:
                 if ours[column] != row[column]:
                     raise CacheError(
-                        f"{name}: its {column} are not those that segment {base.number} has; families can be added "
+                        f"{name}: its {column} differ from those of segment {base.number}; families can be added "
                         "only with the same samples, images and chat template"
                     )
         aligned = reorder(records, [places[row["sample_id"]] for row in stored])
@@ -315,22 +333,23 @@ class CacheWriter:
             _check_pairs_of_cache(f"{self.folder}: part {number}", aligned.tokens)
         return aligned
 
-    def _known_ids(self) -> dict[str, int]:
-        """The part of each sample of the other segments, as committed when this was first asked.
+    def _load_known_ids(self) -> dict[str, int]:
+        """Returns the part of each sample in the other segments, as committed at the first call.
 
-        Without the errors that this segment takes up, or that later ones took up of it: those ids are its own as well.
+        Leaves out the errors that this segment retries and those that later segments retried for it: these
+        ids may also occur in this segment.
         """
-        if self._holders is None:
+        if self._part_of_sample is None:
             segments = read_segments(self.folder)
             others = [segment for segment in segments if segment.number != self.segment.number]
-            self._holders = _holders(self.folder, others, self._files)
-            self._retried = taken_up_later(segments, self.segment)
+            self._part_of_sample = _map_samples_to_parts(self.folder, others, self._row_groups)
+            self._retried = collect_retried_ids(segments, self.segment)
             for sample_id in (*self._retried, *(sample_id for ids in self.segment.failed_ids for sample_id in ids)):
-                self._holders.pop(sample_id, None)
-        return self._holders
+                self._part_of_sample.pop(sample_id, None)
+        return self._part_of_sample
 
-    def _without_retried(self, records: PartRecords) -> PartRecords:
-        """The records of a part that is written anew, without samples that a later segment holds: they stay errors."""
+    def _drop_retried(self, records: PartRecords) -> PartRecords:
+        """Returns the records of a part without samples that a later segment retried; they remain errors."""
         places = [place for place, record in enumerate(records.tokens) if record.sample_id not in self._retried]
         if len(places) == len(records.tokens):
             return records
@@ -339,7 +358,7 @@ class CacheWriter:
         return replace(reorder(records, places), errors=errors)
 
     def _check_retried(self, part: int, ids: Sequence[str]) -> None:
-        """ValueError for a part of a retry that has not one record or error, at least, for each of its samples."""
+        """Raises ValueError unless a retry's part has a record or an error for each of its samples."""
         if self.segment.retries is None:
             return
         failed = self.segment.failed_ids
@@ -352,10 +371,10 @@ class CacheWriter:
             )
 
     def _refuse_duplicates(self, commits: Sequence[Commit]) -> None:
-        self._holders = None  # other dumps may have committed since
-        holders = dict(self._known_ids())
+        self._part_of_sample = None  # read again: other dumps may have committed since
+        holders = dict(self._load_known_ids())
         for commit in commits:
-            for sample_id in _sample_ids(commit, self._files):
+            for sample_id in _read_sample_ids(commit, self._row_groups):
                 if sample_id in holders:
                     raise CacheError(
                         f"{self.folder}: parts {holders[sample_id]} and {commit.part} both hold sample "
@@ -364,18 +383,18 @@ class CacheWriter:
                 holders[sample_id] = commit.part
 
 
-def _holders(folder: Folder, segments: Sequence[Segment], part_files: PartFiles) -> dict[str, int]:
-    """The part of each committed sample of some segments, whether it has a record or is an error."""
+def _map_samples_to_parts(folder: Folder, segments: Sequence[Segment], part_files: RowGroupCache) -> dict[str, int]:
+    """Returns the part of each committed sample of some segments, both records and errors."""
     holders: dict[str, int] = {}
-    for segment in tokens_segments(segments):
-        for commit, _ in layout.read_commits(folder, segment, layout.commit_numbers(folder, segment)):
-            ids = [*_sample_ids(commit, part_files), *(error.sample_id for error in commit.errors)]
+    for segment in select_tokens_segments(segments):
+        for commit, _ in layout.read_commits(folder, segment, layout.list_committed_parts(folder, segment)):
+            ids = [*_read_sample_ids(commit, part_files), *(error.sample_id for error in commit.errors)]
             holders |= dict.fromkeys(ids, commit.part)
     return holders
 
 
-def _sample_ids(commit: Commit, part_files: PartFiles) -> list[str]:
-    return part_files.columns("tokens", commit.families["tokens"], ["sample_id"])["sample_id"].to_pylist()
+def _read_sample_ids(commit: Commit, part_files: RowGroupCache) -> list[str]:
+    return part_files.read_columns("tokens", commit.families["tokens"], ["sample_id"])["sample_id"].to_pylist()
 
 
 def _refuse_known(folder: Folder, known: Mapping[str, int], sample_ids: Collection[str]) -> None:
@@ -384,12 +403,12 @@ def _refuse_known(folder: Folder, known: Mapping[str, int], sample_ids: Collecti
         shown = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
         raise CacheError(
             f"{folder}: {len(twice)} of the samples to append are in the cache already: {shown}; "
-            f"{twice[0]!r} is in part {known[twice[0]]}; give data.sources the new samples alone (--retry-errors "
-            "takes up samples that had failed, with the data.sources of then)"
+            f"{twice[0]!r} is in part {known[twice[0]]}; give only new samples in data.sources (--retry-errors "
+            "dumps failed samples again, with the same data.sources as before)"
         )
 
 
-def _reason(row: Mapping[str, Any], records: PartRecords) -> str:
+def _describe_missing_record(row: Mapping[str, Any], records: PartRecords) -> str:
     reasons = [error.reason for error in records.errors if error.sample_id == row["sample_id"]]
     return f": {reasons[0]}" if reasons else ""
 
@@ -399,13 +418,13 @@ def _check_pairs_of_cache(place: str, records: Sequence[TokensRecord]) -> None:
         check_pairs(records)
     except ValueError as error:
         raise CacheError(
-            f"{place}: {error}: the cache was begun without the family sequence; dump into another folder"
+            f"{place}: {error}: the cache was created without the family sequence; dump into another folder"
         ) from error
 
 
-def _plain(columns: Columns) -> dict[str, Any]:
+def _to_plain_values(columns: Columns) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in columns.items()}
 
 
-def _encodable(text: str) -> str:
+def _escape_surrogates(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""What a part's records must be before they are written: in agreement with each other and with the identity."""
+"""Checks a part's records before they are written, against each other and against the identity."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from storage.records.preference_pairs import check_pairs, check_sequence
 from storage.records.records import PartRecords, TokensRecord
 
 
-class Described(Protocol):
-    """What records are checked against: a segment, or cache.json."""
+class RecordsDescription(Protocol):
+    """The families and the identity that records are checked against: of a segment or of cache.json."""
 
     @property
     def families(self) -> tuple[str, ...]: ...
@@ -25,11 +25,11 @@ class Described(Protocol):
     def identity(self) -> Identity: ...
 
 
-def check_records(records: PartRecords, description: Described) -> None:
-    """ValueError, naming the sample, unless a part's records agree with each other and with the identity."""
+def check_records(records: PartRecords, description: RecordsDescription) -> None:
+    """Raises ValueError, naming the sample, if records contradict each other or the identity."""
     for family in FAMILIES[1:]:
         if (getattr(records, family) is None) == (family in description.families):
-            raise ValueError(f"{family}: records and cache must both have it or both lack it")
+            raise ValueError(f"{family}: the records and the cache must either both have this family or both lack it")
     ids = Counter(record.sample_id for record in records.tokens)
     ids.update(error.sample_id for error in records.errors)
     twice = [sample_id for sample_id, count in ids.items() if count > 1]
@@ -48,7 +48,7 @@ def check_records(records: PartRecords, description: Described) -> None:
                     f"{record.num_response_tokens} response tokens, each with a label logprob"
                 )
     _check_hidden(records)
-    _check_losses(records, description)
+    _check_measurements(records, description)
     if records.sequence is not None:
         if len(records.sequence) != len(records.tokens):
             raise ValueError(f"{len(records.sequence)} sequence logprobs for {len(records.tokens)} samples")
@@ -57,7 +57,7 @@ def check_records(records: PartRecords, description: Described) -> None:
         check_pairs(records.tokens)
     for rows in (records.visual or {}).values():
         if rows.label_logprob is not None:
-            raise ValueError("visual rows have no label")
+            raise ValueError("visual rows have label logprobs, expected none")
 
 
 def _check_tokens(record: TokensRecord, identity: Identity) -> None:
@@ -109,8 +109,8 @@ def _check_hidden(records: PartRecords) -> None:
             )
 
 
-def _check_losses(records: PartRecords, description: Described) -> None:
-    """Tail totals and teacher noise are of families of distributions that the segment has."""
+def _check_measurements(records: PartRecords, description: RecordsDescription) -> None:
+    """Raises ValueError for tail totals or teacher noise of families that the segment lacks."""
     held = {"response", "visual"} & set(description.families)
     strange = sorted({*records.tail_totals, *records.teacher_noise} - held)
     if strange:

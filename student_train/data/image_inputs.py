@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import StillhouseError
-from storage.images.pictures import blank_picture
+from storage.images.pictures import make_blank_picture
 from storage.images.pixels import Picture
 
 _OF_TEXT = ("input_ids", "attention_mask")
@@ -64,7 +64,7 @@ class ImageInputs:
         """The inputs of some images in order. StillhouseError: the processor refuses one."""
         if self._image_token_id < 0:
             return ModelInputs({}, (), (), None)
-        shown = pictures or [blank_picture(_BLANK)]
+        shown = pictures or [make_blank_picture(_BLANK)]
         made = self._ask(shown)
         ids = tuple(self.ids(picture.size) for picture in shown)
         return ModelInputs(
@@ -80,7 +80,7 @@ class ImageInputs:
             if size not in self._by_size:
                 if len(self._by_size) == _REMEMBERED_SIZES:
                     del self._by_size[next(iter(self._by_size))]
-                self._by_size[size] = self._ask([blank_picture(size)])["input_ids"][0].numpy().astype(np.int64)
+                self._by_size[size] = self._ask([make_blank_picture(size)])["input_ids"][0].numpy().astype(np.int64)
             return self._by_size[size]
 
     def fixed_count(self) -> int | None:

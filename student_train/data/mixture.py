@@ -22,7 +22,7 @@ from torch import Tensor
 from storage.identity import Identity
 from storage.images.pixels import Picture
 from storage.reader.cache import Cache
-from storage.reader.shuffle import Shuffle, piece
+from storage.reader.shuffle import Shuffle, slice_epochs
 from storage.records.records import ImageRef, SampleRecord
 from student_train.data.sample_images import Pictures, open_images
 
@@ -122,7 +122,7 @@ class Interleaving:
 
     def batch(self, step: int, size: int, *, seed: int) -> NDArray[np.int64]:
         """(size,) positions `step * size` and on of the endless sequence."""
-        return piece(lambda epoch: self.epoch(epoch, seed=seed), len(self), step * size, size)
+        return slice_epochs(lambda epoch: self.epoch(epoch, seed=seed), len(self), step * size, size)
 
     def _mixed(self, epoch: int, seed: int) -> NDArray[np.int64]:
         owners = np.repeat(np.arange(len(self._orders)), self.counts)

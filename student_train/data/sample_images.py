@@ -19,7 +19,7 @@ from torch import Tensor
 
 from storage.errors import StillhouseError
 from storage.identity import stored_pixels
-from storage.images.pictures import blank_picture
+from storage.images.pictures import make_blank_picture
 from storage.images.pixels import ImageDecodeError, Picture, make_pixels
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
@@ -96,7 +96,7 @@ class ImageFolder:
 
     def blank(self) -> Float[Tensor, "1 c h w"]:
         """A black image, for a batch without images: parameters then get a gradient (of 0) on every rank."""
-        return self._processed(blank_picture((32, 32)))[None]
+        return self._processed(make_blank_picture((32, 32)))[None]
 
     def _processed(self, picture: Picture) -> Float[Tensor, "c h w"]:
         return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]

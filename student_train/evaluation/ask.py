@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from storage.errors import ConfigError, StillhouseError
-from storage.identity import real_vocab_size
+from storage.identity import compute_vocab_size
 from storage.images.settings import PixelSettings
-from storage.records.prompt_ids import leading_special_ids, with_leading_ids
+from storage.records.prompt_ids import find_leading_special_ids, prepend_leading_ids
 from storage.records.records import ImageRef, TokensRecord
 from student_train.data.collate import collate_prompts
 from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
@@ -53,7 +53,7 @@ def _loaded(model_dir: str) -> tuple[Checkpoint, Any, Student]:
     processor = load_processor(model_dir)
     if getattr(processor, "chat_template", None) is None:
         raise StillhouseError(f"{model_dir}: has no chat template; add chat_template.jinja to it")
-    vocab_size = real_vocab_size(checkpoint.tokenizer.get_vocab())
+    vocab_size = compute_vocab_size(checkpoint.tokenizer.get_vocab())
     return checkpoint, processor, load_for_inference(checkpoint, vocab_size=vocab_size)
 
 
@@ -69,7 +69,7 @@ def _prompt(processor: Any, checkpoint: Checkpoint, image: Path, question: str) 
     except Exception as error:  # templates raise whatever they like through Jinja
         raise StillhouseError(f"{checkpoint.folder}: the chat template refuses it: {error}") from error
     ids = checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
-    token_ids = np.array(with_leading_ids(ids, leading_special_ids(checkpoint.tokenizer)), np.int32)
+    token_ids = np.array(prepend_leading_ids(ids, find_leading_special_ids(checkpoint.tokenizer)), np.int32)
     found = int(np.count_nonzero(token_ids == checkpoint.grid.image_token_id))
     if found != 1:
         raise StillhouseError(

@@ -114,7 +114,7 @@ def resampling(num_student: int, num_teacher: int, *, pool: int | None = None) -
     """What brings an image's rows from the student's square grid to the teacher's; None where they are the same.
 
     Each row is the mean over the area of a cell of the teacher's grid, or of a block of pool x pool cells (see
-    storage.encoding.relation_matrix.blocks_of_grid). Logits are linear in hidden states, so resampling these
+    storage.encoding.relation_matrix.assign_grid_blocks). Logits are linear in hidden states, so resampling these
     resamples those: no row of the teacher is changed, left out or invented. ValueError for numbers of tokens that are
     no squares.
     """

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from storage.backends.disk import explain_write_errors, format_bytes, free_bytes
+from storage.backends.disk import explain_write_errors, format_bytes, measure_free_bytes
 from storage.backends.folder import sync
 from storage.errors import ConfigError, StillhouseError
 from storage.images.settings import PIXELS_FILE, PixelSettings, write_pixel_settings
@@ -120,7 +120,7 @@ def _write_settings(
 
 def check_room(num_bytes: int, folder: Path) -> None:
     """ConfigError if a checkpoint of that size, which is written beside an older one, cannot fit on the disk."""
-    free = free_bytes(folder)
+    free = measure_free_bytes(folder)
     if free is not None and num_bytes > free:
         raise ConfigError(
             f"{folder}: its disk has {format_bytes(free)} free, and the checkpoint at the end of the stage has "

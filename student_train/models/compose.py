@@ -21,7 +21,7 @@ from torch import nn
 from storage.backends.folder import write_json
 from storage.backends.lock import hold_lock
 from storage.errors import ConfigError, StillhouseError
-from storage.field_changes import changed_fields
+from storage.field_changes import describe_changes
 from student_train.config import CompositionSection
 from student_train.models.checkpoint import put_back, save_checkpoint
 from student_train.models.checkpoint_contents import composition_inputs
@@ -94,7 +94,7 @@ def _is_there(folder: Path, inputs: dict[str, Any], *, replaces: bool) -> bool:
     except (OSError, ValueError):
         _log.warning("%s does not say what it was composed from, and is taken as it is", folder)
         return True
-    changes = changed_fields(composed, inputs, "compose")
+    changes = describe_changes(composed, inputs, "compose")
     if changes and not replaces:
         raise ConfigError(
             f"{folder} was composed from something else; give init another folder, or undo the change, or compose it "

@@ -18,8 +18,13 @@ import torch
 from torch import nn
 
 from storage.errors import ConfigError, IdentityError, StillhouseError
-from storage.identity import Identity, real_vocab_size, stored_pixels, tokenizer_fingerprint
-from storage.images.settings import PixelSettings, processor_backend, processor_settings, settings_differences
+from storage.identity import Identity, compute_tokenizer_fingerprint, compute_vocab_size, stored_pixels
+from storage.images.settings import (
+    PixelSettings,
+    describe_settings_differences,
+    read_processor_backend,
+    read_processor_settings,
+)
 from student_train.config import Module, Precision
 from student_train.data.collate import Grid
 from student_train.data.image_inputs import ImageInputs
@@ -163,8 +168,8 @@ def check_fit(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
     rows = checkpoint.config.get_text_config().vocab_size
     problems = []
     for name, ours, theirs in (
-        ("tokenizer_fingerprint", tokenizer_fingerprint(vocabulary), identity.tokenizer_fingerprint),
-        ("vocab_size", real_vocab_size(vocabulary), identity.vocab_size),
+        ("tokenizer_fingerprint", compute_tokenizer_fingerprint(vocabulary), identity.tokenizer_fingerprint),
+        ("vocab_size", compute_vocab_size(vocabulary), identity.vocab_size),
         ("image_token_id", checkpoint.grid.image_token_id, identity.image_token_id),
     ):
         if ours != theirs:
@@ -186,9 +191,9 @@ def _check_pixels(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]
         processor = processor.image_processor
     if processor is None or checkpoint.grid.image_token_id < 0:
         return ()
-    theirs, backend = stored_pixels(identity), processor_backend(processor)
+    theirs, backend = stored_pixels(identity), read_processor_backend(processor)
     trained = checkpoint.pixels or theirs.model_copy(update={"backend": backend})
-    differing = {name: (cache, own) for name, cache, own in theirs.differences(trained)}
+    differing = {name: (cache, own) for name, cache, own in theirs.find_differences(trained)}
     if theirs.backend not in (None, backend):  # what is at hand, whatever it was trained with
         differing["backend"] = (theirs.backend, backend)
     if differing:
@@ -202,7 +207,7 @@ def _check_pixels(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]
         )
     if identity.image_processor is None:
         return ()
-    return tuple(settings_differences(identity.image_processor, processor_settings(processor)))
+    return tuple(describe_settings_differences(identity.image_processor, read_processor_settings(processor)))
 
 
 def check_parts(checkpoint: Checkpoint, trained: Sequence[Module], *, place: str = "train") -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from storage.processes.stop_signals import HeldSignals
-from storage.reader.prefetch import read_ahead
+from storage.reader.prefetch import prefetch_batches
 from student_train.config import StageSection
 from student_train.data.batch_schedule import MicroPlan, ReadAhead, plans
 from student_train.data.collate import Batch, collate
@@ -45,7 +45,7 @@ class Feed:
         )
         families, grid = loss_families(stage.losses), self.material.checkpoint.grid
         micro_plans, ahead, epochs = itertools.tee(micro_plans, 3)
-        samples = read_ahead(
+        samples = prefetch_batches(
             self.material.data,
             (table.indices[plan.rows].ravel() for plan in ahead),
             draw_sets=(plan.step * size // len(table) for plan in epochs),

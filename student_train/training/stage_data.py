@@ -12,7 +12,7 @@ import torch
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.identity import Identity, stored_pixels, stored_relation, stored_temperatures
 from storage.images.image_root import find_image_root
-from storage.reader.cache import Cache, first_sample_with_images, read_identity
+from storage.reader.cache import Cache, find_first_sample_with_images, read_identity
 from storage.reader.narrowing import Narrowing
 from storage.records.records import TokensRecord
 from student_train.config import SourceSection, StageSection
@@ -123,7 +123,7 @@ def fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
     check_together(stage.losses, identities)
     if stage.losses.visual or stage.losses.relation:
         for section in sections:
-            example = first_sample_with_images(section.path, section.splits or ())
+            example = find_first_sample_with_images(section.path, section.splits or ())
             if example is not None:
                 if checkpoint.grid.tokens_per_image and checkpoint.grid.teacher_tokens_per_image is None:
                     teacher_tokens = example.images[0].num_visual_tokens
@@ -273,7 +273,7 @@ def chosen_samples(cache: Cache, splits: tuple[str, ...]) -> np.ndarray:
 
 def samples_of_any(caches: Sequence[Cache], splits: tuple[str, ...]) -> list[np.ndarray]:
     """Each cache's indices of the samples of some splits, one or more in all. ConfigError if there are none."""
-    chosen = [cache.splits.positions_of(splits) for cache in caches]
+    chosen = [cache.splits.find_positions(splits) for cache in caches]
     if not any(map(len, chosen)):
         known = sorted({split for cache in caches for split in cache.splits.unique()})
         raise ConfigError(
@@ -286,7 +286,7 @@ def samples_of_any(caches: Sequence[Cache], splits: tuple[str, ...]) -> list[np.
 
 def chosen_pairs(cache: Cache, indices: np.ndarray) -> np.ndarray:
     """(p, 2) chosen and rejected of every preference pair among some samples, one or more. ConfigError if none is."""
-    pairs = cache.pair_positions()
+    pairs = cache.find_pair_positions()
     found = pairs[np.isin(pairs, indices).all(axis=1)]
     if not len(found):
         raise ConfigError(

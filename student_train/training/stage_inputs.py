@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from storage.backends.folder import write_json
-from storage.field_changes import changed_fields
+from storage.field_changes import describe_changes
 from student_train.config import StageSection
 from student_train.models.checkpoint_contents import checkpoint_inputs, composition_inputs
 
@@ -63,15 +63,15 @@ def init_inputs(stage: StageSection, place: str) -> dict[str, Any]:
 def changes_of_state(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> list[str]:
     """The fields that decide what stage `name` computes and that differ, with both values."""
     return [
-        *changed_fields(_with_defaults(old.get("stage")), new["stage"], f"stages.{name}"),
-        *changed_fields(old.get("init"), new["init"], "init"),
+        *describe_changes(_with_defaults(old.get("stage")), new["stage"], f"stages.{name}"),
+        *describe_changes(old.get("init"), new["init"], "init"),
         *_changed_caches(old.get("caches"), new["caches"]),
     ]
 
 
 def changes_of_result(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> list[str]:
     """The same, and what a finished stage would have written besides its weights."""
-    products = changed_fields(old.get("products"), new["products"], f"stages.{name}")
+    products = describe_changes(old.get("products"), new["products"], f"stages.{name}")
     return [*changes_of_state(old, new, name), *products]
 
 
@@ -91,10 +91,10 @@ def write_record(folder: Path, inputs: Mapping[str, Any]) -> None:
 
 def _changed_caches(old: Any, new: list[Any]) -> list[str]:
     if isinstance(old, list) and len(old) == len(new) == 1:
-        return changed_fields(old[0], new[0], "cache")
+        return describe_changes(old[0], new[0], "cache")
     if isinstance(old, list) and len(old) != len(new):
         return [f"caches: were {len(old)}, are {len(new)}"]
-    return changed_fields(old, new, "caches")
+    return describe_changes(old, new, "caches")
 
 
 def _with_defaults(settings: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.encoding.relation_matrix import decode_relation, encode_relation, stored_norm
+from storage.encoding.relation_matrix import compute_stored_norm, decode_relation, encode_relation
 from storage.identity import Identity, stored_relation, stored_rounding_kl
 from storage.records.records import RelationMatrix, SampleRecord
 from storage.records.sparse_rows import LOGPROB_TOLERANCE, SparseRows
@@ -136,7 +136,7 @@ class Comparison:
         once, again = (self.head.relation(states, centered=section.centered) for states in (first, second))
 
         def encoded(matrix: RelationMatrix) -> tuple[NDArray[np.float32], float]:
-            norm = stored_norm(matrix, section)
+            norm = compute_stored_norm(matrix, section)
             payload = encode_relation(matrix, section)
             return decode_relation(payload, norm=norm, num_visual_tokens=matrix.num_visual_tokens).values, norm
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import CacheError, IdentityError, StillhouseError
-from storage.identity import Identity, difference
+from storage.identity import Identity, describe_differences
 from storage.reader.cache import Cache
 from storage.records.records import SampleError, SampleRecord
 from teacher_dump.audit.comparison import Comparison, Measured
@@ -137,7 +137,7 @@ def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) ->
 def check_teacher(cache: Identity, run: Identity, path: str) -> None:
     """IdentityError, a line for each field, unless the teacher at hand is the one that the cache names."""
     same = {name: getattr(cache, name) for name in Identity.model_fields if name not in _COMPARED}
-    lines = difference(cache, run.model_copy(update=same))
+    lines = describe_differences(cache, run.model_copy(update=same))
     if lines:
         raise IdentityError(
             f"{path}: was made by another teacher, {cache.teacher}; give the configuration that made it:"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from storage.encoding.output_head import encode_head
-from storage.encoding.parquet_schema import parquet_bytes
-from storage.encoding.part_encoder import part_rows
+from storage.encoding.parquet_schema import encode_parquet
+from storage.encoding.part_encoder import encode_part
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import Identity
 from storage.records.records import PartRecords, SampleError
@@ -156,9 +156,9 @@ def _side_by_side(scorer: PartScorer, trial: Trial) -> tuple[list[Scored], tuple
 
 
 def _measured(records: PartRecords, num_tokens: int, trial: Trial) -> Slice:
-    families = part_rows(records, trial.identity, trial.families)
+    families = encode_part(records, trial.identity, trial.families)
     family_bytes = {
-        family: len(parquet_bytes(family, rows.groups, zstd_level=trial.zstd_level, metadata=rows.metadata))
+        family: len(encode_parquet(family, rows.groups, zstd_level=trial.zstd_level, metadata=rows.metadata))
         for family, rows in families.items()
     }
     images = {image.key: image.num_visual_tokens for record in records.tokens for image in record.images}

@@ -21,7 +21,7 @@ from torch import Tensor
 from storage.config import BudgetSection
 from storage.encoding.distributions import RowFormat, encode_groups
 from storage.encoding.id_groups import IdGroups
-from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.parquet_schema import encode_parquet
 from storage.encoding.row_block import decode_block, encode_block
 from storage.errors import ConfigError
 from storage.records.sparse_rows import SparseRows
@@ -223,7 +223,7 @@ def _file_bytes(samples: Sequence[SparseRows], kept: RowFormat, rows: Rows) -> i
     name, digits = ("sample_id", 12) if rows.family == "response" else ("image_key", 64)
     keys = [{name: f"{number:0{digits}x}"} for number in range(len(samples))]
     encoded = encode_groups(keys, samples, kept)
-    return len(parquet_bytes(rows.family, encoded.groups, zstd_level=rows.zstd_level, metadata=encoded.metadata))
+    return len(encode_parquet(rows.family, encoded.groups, zstd_level=rows.zstd_level, metadata=encoded.metadata))
 
 
 def _noisy_hidden(head: OutputHead, hidden: Tensor) -> Tensor:

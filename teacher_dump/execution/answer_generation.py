@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import ConfigError, StillhouseError
-from storage.processes.search_path import module_command
+from storage.processes.search_path import make_module_command
 from teacher_dump.execution.driver import LOG_FILE
 from teacher_dump.execution.worker_setup import worker_settings
 from teacher_dump.planning.answer_files import (
@@ -64,7 +64,7 @@ def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message:
     commands = [
         ray_jobs.Command(
             name=f"answers-{stripe}",
-            argv=(*module_command("teacher_dump.execution.answer_job"), str(job), str(stripe), str(count)),
+            argv=(*make_module_command("teacher_dump.execution.answer_job"), str(job), str(stripe), str(count)),
             log_path=settings.logs.resolve() / f"answers-{stripe}.log",
             num_devices=ray_jobs.gpus_of_engine(settings.teacher.settings),
         )

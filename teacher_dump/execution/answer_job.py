@@ -12,7 +12,7 @@ from typing import Any
 from storage.backends.disk import report_full_disk
 from storage.config import CacheSection
 from storage.errors import ConfigError, StillhouseError
-from storage.processes.stop_signals import end_process, exit_code, explain, interruptible
+from storage.processes.stop_signals import describe_interruption, end_process, get_exit_code, interruptible
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
 from teacher_dump.execution.answer_generation import answer_parts
 from teacher_dump.execution.repeated_questions import answer_again
@@ -30,8 +30,8 @@ def main(arguments: Sequence[str]) -> int:
                 answer = partial(answer_again, Path(job).parent, document["again"])
             answer(_settings(document), stripe=int(stripe), num_stripes=int(num_stripes))
     except KeyboardInterrupt as stop:  # between two parts or within one: a part is written whole
-        sys.stderr.write(f"{explain(stop)}\n")
-        return exit_code(stop)
+        sys.stderr.write(f"{describe_interruption(stop)}\n")
+        return get_exit_code(stop)
     except StillhouseError as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, ConfigError) else 1

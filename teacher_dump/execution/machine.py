@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.backends.disk import check_writable, format_bytes, free_bytes
+from storage.backends.disk import check_writable, format_bytes, measure_free_bytes
 from storage.backends.folder import open_folder
 from storage.errors import ConfigError
 from storage.layout.segments import has_cache
@@ -153,7 +153,7 @@ def _check_temporary(*, is_local: bool) -> Iterator[str]:
             f"Ray's temporary folder is {of_ray}: the paths of its sockets would have {length} bytes, and "
             f"{_SOCKET_PATH_BYTES} are allowed; set RAY_TMPDIR to a shorter path, such as /tmp"
         )
-    free = free_bytes(of_ray)
+    free = measure_free_bytes(of_ray)
     if free is not None and free < _TEMPORARY_BYTES:
         yield (
             f"{of_ray} has {format_bytes(free)} free; Ray's logs, and objects that memory does not hold, go there: "
@@ -174,6 +174,6 @@ def _check_shared_memory(*, runs_vllm: bool) -> Iterator[str]:
             raise ConfigError(f"{message}; vLLM does not start without it") from error
         yield f"{message}; Ray and data loaders will be slower without it"
         return
-    free = free_bytes(_SHARED_MEMORY)
+    free = measure_free_bytes(_SHARED_MEMORY)
     if free is not None and free < _SHARED_BYTES:
         yield f"{_SHARED_MEMORY} has {format_bytes(free)} free; Ray keeps objects there, or in /tmp, slower: {advice}"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from storage.identity import Identity
 from storage.layout.documents import ErrorEntry
-from storage.layout.retries import plan_of_retry
+from storage.layout.retries import make_retry_plan
 from storage.layout.segments import Segment
-from storage.records.preference_pairs import CHOSEN, REJECTED, other_half
+from storage.records.preference_pairs import CHOSEN, REJECTED, get_other_half_id
 from storage.records.records import PartRecords, SampleError, TokensRecord
 from teacher_dump.data.partition import Part, Plan
 from teacher_dump.data.sample import SampleRefusedError
@@ -47,7 +47,7 @@ def retry_plan(retry: Segment, planned: DumpPlan, settings: DumpSettings) -> Dum
 
 def retry_identity(retry: Segment, planned: DumpPlan) -> Identity:
     """The identity of a dump over a retry's plan."""
-    return planned.identity.model_copy(update=plan_of_retry(retry.number, retry.failed_ids))
+    return planned.identity.model_copy(update=make_retry_plan(retry.number, retry.failed_ids))
 
 
 def choose_failed(planned: DumpPlan, settings: DumpSettings, failed: Sequence[Sequence[ErrorEntry]]) -> list[list[str]]:
@@ -65,7 +65,7 @@ def choose_failed(planned: DumpPlan, settings: DumpSettings, failed: Sequence[Se
     for errors in failed:
         reasons = _reasons_now([rows[error.sample_id] for error in errors if error.sample_id in rows], preparer)
         chosen = {error.sample_id for error in errors if _is_changed(error, rows.get(error.sample_id), reasons)}
-        chosen |= {other_half(name) for name in chosen if name.endswith((CHOSEN, REJECTED))}
+        chosen |= {get_other_half_id(name) for name in chosen if name.endswith((CHOSEN, REJECTED))}
         units = _units([error.sample_id for error in errors if error.sample_id in chosen])
         for position, unit in enumerate(units):
             if not parts or position == 0 or len(parts[-1]) + len(unit) > settings.dump.samples_per_part:
@@ -107,7 +107,7 @@ def _units(sample_ids: Sequence[str]) -> Iterator[list[str]]:
         if sample_id in seen:
             continue
         unit = [sample_id]
-        if sample_id.endswith((CHOSEN, REJECTED)) and other_half(sample_id) in known:
-            unit.append(other_half(sample_id))
+        if sample_id.endswith((CHOSEN, REJECTED)) and get_other_half_id(sample_id) in known:
+            unit.append(get_other_half_id(sample_id))
         seen.update(unit)
         yield unit

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from storage.backends.folder import is_url
 from storage.config import CacheSection, SelectionSection
 from storage.encoding.hidden_states import MAX_FLOAT16
-from storage.encoding.tail_profile import tail_parts
+from storage.encoding.tail_profile import select_tail_parts
 from storage.identity import Identity
 from storage.records.records import SampleError
 from teacher_dump.data.sample import SampleRefusedError
@@ -134,7 +134,7 @@ def _signal_request(settings: DumpSettings, identity: Identity) -> SignalRequest
         sequence="sequence" in cache.families,
         images="images" in cache.families,
         rows_per_chunk=settings.dump.rows_per_chunk,
-        measured_parts=frozenset(tail_parts(identity.num_parts)),
+        measured_parts=frozenset(select_tail_parts(identity.num_parts)),
     )
 
 

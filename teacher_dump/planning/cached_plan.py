@@ -15,7 +15,7 @@ from pathlib import Path
 from storage.backends.folder import open_folder
 from storage.layout import commits as layout
 from storage.layout.documents import ErrorEntry
-from storage.layout.segments import has_cache, read_segments, tokens_segments
+from storage.layout.segments import has_cache, read_segments, select_tokens_segments
 from storage.records.records import SampleError
 from teacher_dump.data.dataset import SampleSet
 from teacher_dump.data.partition import Plan
@@ -35,11 +35,11 @@ def plan_as_cached(plan: Plan, cache_path: str, *, read_again: ReadAgain, make: 
     """
     folder = open_folder(cache_path)
     segments = read_segments(folder) if has_cache(folder) else []
-    bases = [segment for segment in tokens_segments(segments) if segment.retries is None]
+    bases = [segment for segment in select_tokens_segments(segments) if segment.retries is None]
     if any(base.identity.plan_fingerprint == plan.fingerprint for base in bases):
         return plan
     for base in bases:
-        commits = layout.read_commits(folder, base, layout.commit_numbers(folder, base))
+        commits = layout.read_commits(folder, base, layout.list_committed_parts(folder, base))
         errors = {commit.part: commit.errors for commit, _ in commits}
         failed_ids = {error.sample_id for of_part in errors.values() for error in of_part}
         earlier = _before_mending(read_again(failed_ids), errors, base.first_part, make) if failed_ids else None

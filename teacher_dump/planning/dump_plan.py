@@ -128,7 +128,7 @@ def _plan(settings: DumpSettings) -> DumpPlan:
 def _check_background(folder: Path, facts: fingerprint.ProcessorFacts) -> None:
     """ConfigError: a teacher that was trained here, on transparent pixels that showed something else."""
     trained = read_pixel_settings(folder)
-    for name, theirs, ours in [] if trained is None or facts.pixels is None else trained.differences(facts.pixels):
+    for name, theirs, ours in [] if trained is None or facts.pixels is None else trained.find_differences(facts.pixels):
         if name == "background":
             raise ConfigError(
                 f"data.background is {ours}, but {folder} was trained with {theirs} ({PIXELS_FILE}); "

@@ -7,7 +7,7 @@ from typing import Any
 from storage.backends.folder import open_folder
 from storage.config import BudgetSection, CacheSection
 from storage.identity import Identity
-from storage.layout.segments import has_cache, merged_identity, read_segments
+from storage.layout.segments import has_cache, merge_identities, read_segments
 
 
 def recorded_choices(cache: CacheSection) -> dict[str, dict[str, Any]]:
@@ -15,7 +15,7 @@ def recorded_choices(cache: CacheSection) -> dict[str, dict[str, Any]]:
     folder = open_folder(cache.path) if cache.budget else None
     if cache.budget is None or folder is None or not has_cache(folder):
         return {}
-    stored, found = merged_identity(read_segments(folder)).selection, {}
+    stored, found = merge_identities(read_segments(folder)).selection, {}
     for family in cache.budget.families:
         budget = dict(stored.get(family, {}).get("budget", {}))
         budget.pop("predicted", None)
@@ -29,7 +29,7 @@ def comparable(identity: Identity, cache: CacheSection) -> Identity:
     folder, budget = open_folder(cache.path), cache.budget
     if budget is None or not has_cache(folder):
         return identity
-    stored, selection = merged_identity(read_segments(folder)).selection, dict(identity.selection)
+    stored, selection = merge_identities(read_segments(folder)).selection, dict(identity.selection)
     for family in budget.families:
         there = stored.get(family, {})
         chosen = {name: there[name] for name in ("tau", "rounding_kl") if name in there}

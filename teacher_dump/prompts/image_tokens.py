@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import StillhouseError
-from storage.images.pictures import blank_picture
+from storage.images.pictures import make_blank_picture
 from storage.images.pixels import Picture
 from teacher_dump.data.sample import SampleRefusedError
 
@@ -97,7 +97,7 @@ class VisualGrid:
         text = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
         try:
             asked = self._processor(
-                images=[blank_picture(size)], text=[text], add_special_tokens=False, return_tensors="np"
+                images=[make_blank_picture(size)], text=[text], add_special_tokens=False, return_tensors="np"
             )
         except ValueError as error:
             raise SampleRefusedError(f"the processor refuses an image of {size[0]} x {size[1]}: {error}") from error

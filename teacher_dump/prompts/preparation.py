@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from storage.images.settings import PixelSettings
-from storage.records.records import ImageRef, TokensRecord, image_key
+from storage.records.records import ImageRef, TokensRecord, compute_image_key
 from teacher_dump.config import TooLong
 from teacher_dump.data.image_loading import LoadedImage, load_image
 from teacher_dump.data.sample import Sample, SampleRefusedError
@@ -93,7 +93,7 @@ class Preparer:
                 path=image.path,
                 sha256=image.sha256,
                 num_visual_tokens=count,
-                key=image_key(
+                key=compute_image_key(
                     prompt.token_ids[: place + 1],
                     [earlier.sha256 for earlier in images[: number + 1]],
                     self._preprocessing,

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import ConfigError, StillhouseError
-from storage.identity import real_vocab_size
+from storage.identity import compute_vocab_size
 from storage.records.preference_pairs import CHOSEN, REJECTED
-from storage.records.prompt_ids import leading_special_ids, with_leading_ids
+from storage.records.prompt_ids import find_leading_special_ids, prepend_leading_ids
 from teacher_dump.data.sample import IMAGE_MARKER, Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.chat_template import (
     ChatTemplate,
@@ -69,8 +69,8 @@ class PromptBuilder:
         self._stops = StopTokens.of(tokenizer, eos_token_ids, image_token=self._image_token)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = tuple(dict.fromkeys([*special, *(token.text for token in self._stops.known)]))
-        self._first_ids = leading_special_ids(tokenizer)
-        self._vocab_size = real_vocab_size(tokenizer.get_vocab())
+        self._first_ids = find_leading_special_ids(tokenizer)
+        self._vocab_size = compute_vocab_size(tokenizer.get_vocab())
         self._template = ChatTemplate(processor, template_arguments)
         self._takes_items = self._template.takes_items()
         self._takes_images = self._takes_items and self._template.takes_images(self._image_token)
@@ -133,7 +133,7 @@ class PromptBuilder:
 
     def _with_first_ids(self, prompt: Prompt) -> Prompt:
         """The prompt, with the ids that the tokenizer puts first unless the template wrote them already."""
-        ids = with_leading_ids(prompt.token_ids.tolist(), self._first_ids)
+        ids = prepend_leading_ids(prompt.token_ids.tolist(), self._first_ids)
         num_added = len(ids) - len(prompt.token_ids)
         return Prompt(np.array(ids, np.int32), np.concatenate([np.zeros(num_added, np.bool_), prompt.response_mask]))
 

@@ -15,8 +15,8 @@ import ray
 from ray.exceptions import RayError
 
 from storage.errors import ConfigError, StillhouseError
-from storage.processes.child_process import descendants_end_with_this
-from storage.processes.search_path import shadowed_packages
+from storage.processes.child_process import end_descendants_on_exit
+from storage.processes.search_path import find_shadowed_packages
 from storage.processes.stop_signals import Interrupted, keep_handler
 from storage.processes.waiting import Waiting
 
@@ -57,9 +57,9 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[bool]:
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
     folder = Path.cwd()
-    if shadowed := shadowed_packages(folder):
+    if shadowed := find_shadowed_packages(folder):
         options["runtime_env"] = {"worker_process_setup_hook": _importing(shadowed, besides=str(folder))}
-    with contextlib.nullcontext() if address else descendants_end_with_this():
+    with contextlib.nullcontext() if address else end_descendants_on_exit():
         yield from _connection(address, options)
 
 

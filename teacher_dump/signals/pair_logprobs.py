@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from storage.records.preference_pairs import CHOSEN, REJECTED, check_pairs, other_half
+from storage.records.preference_pairs import CHOSEN, REJECTED, check_pairs, get_other_half_id
 from storage.records.records import PartRecords, SampleError, TokensRecord
 
 _Aligned = TypeVar("_Aligned")
@@ -43,7 +43,7 @@ def without_lone_halves(records: PartRecords) -> PartRecords:
 
 def _reason(name: str, halves: dict[str, TokensRecord], reasons: dict[str, str]) -> str | None:
     """Why a half cannot stay; None if it can."""
-    other = other_half(name)
+    other = get_other_half_id(name)
     if other not in halves:
         said = reasons.get(other, "the data has no such sample")
         return f"is half of a preference pair, and {other} has no record: {said}"

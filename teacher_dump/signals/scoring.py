@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.encoding.relation_matrix import num_blocks
+from storage.encoding.relation_matrix import count_grid_blocks
 from storage.records.records import PartRecords, SampleError, SequenceLogprob, TokensRecord
 from storage.records.sparse_rows import SparseRows
 from teacher_dump.data.partition import Part
@@ -118,7 +118,7 @@ class PartScorer:
             return
         for image in prepared.record.images:
             try:
-                num_blocks(image.num_visual_tokens, self._request.relation_pool)
+                count_grid_blocks(image.num_visual_tokens, self._request.relation_pool)
             except ValueError as error:
                 raise SampleRefusedError(f"image {image.path!r}: {error}") from error
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import StillhouseError
-from storage.images.pictures import encode_picture, invert_picture, resize_picture, turn_picture
+from storage.images.pictures import encode_picture, invert_picture, resize_picture, rotate_picture
 from storage.images.pixels import make_pixels
 from storage.images.settings import PixelSettings
 from storage.records.records import SampleError
@@ -130,7 +130,7 @@ def _greatest_change(one: dict[str, Tensor], other: dict[str, Tensor]) -> float 
 
 
 def _changes_when_turned(image: LoadedImage) -> bool:
-    return turn_picture(image.pixels).tobytes() != image.pixels.tobytes()
+    return rotate_picture(image.pixels).tobytes() != image.pixels.tobytes()
 
 
 def _each_image(sample: Prepared, change: Callable[[LoadedImage], LoadedImage]) -> Prepared:
@@ -139,12 +139,12 @@ def _each_image(sample: Prepared, change: Callable[[LoadedImage], LoadedImage]) 
 
 def _turned(image: LoadedImage) -> LoadedImage:
     """The picture upside down, under a key that no file has."""
-    return replace(image, pixels=turn_picture(image.pixels), sha256=f"turned {image.sha256}")
+    return replace(image, pixels=rotate_picture(image.pixels), sha256=f"turned {image.sha256}")
 
 
 def _marked(settings: PixelSettings, image: LoadedImage) -> LoadedImage:
     """Read from a file that holds the picture upside down and says so: the upright picture, under a key of its own."""
-    content = encode_picture(turn_picture(image.pixels), "png", is_upside_down=True)
+    content = encode_picture(rotate_picture(image.pixels), "png", is_upside_down=True)
     return replace(image, pixels=make_pixels(content, settings), sha256=f"marked {image.sha256}")
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from storage.backends.disk import explain_write_errors
 from storage.backends.folder import write_atomically
 from storage.errors import StillhouseError
-from storage.identity import real_vocab_size, tokenizer_fingerprint
-from storage.images.settings import PixelSettings, processor_backend, processor_settings
+from storage.identity import compute_tokenizer_fingerprint, compute_vocab_size
+from storage.images.settings import PixelSettings, read_processor_backend, read_processor_settings
 from teacher_dump.prompts.chat_template import ChatTemplate, written_stop_id
 from teacher_dump.teachers import hf_checkpoint as checkpoint
 
@@ -40,7 +40,7 @@ class ProcessorFacts:
     image_preprocessing_fingerprint: str
     image_token_id: int  # -1 for a teacher without images
     eos_token_ids: tuple[int, ...]  # the tokenizer's own first; with the one that the template writes after an answer
-    image_processor: dict[str, Any] | None = None  # see `processor_settings`; None without images
+    image_processor: dict[str, Any] | None = None  # see `read_processor_settings`; None without images
     pixels: PixelSettings | None = None  # None without images
 
     def with_background(self, background: str) -> ProcessorFacts:
@@ -68,14 +68,14 @@ def processor_facts(
     vocabulary = tokenizer.get_vocab()
     image_token_id = _image_token_id(folder, processor)
     return ProcessorFacts(
-        tokenizer_fingerprint=tokenizer_fingerprint(vocabulary),
-        vocab_size=real_vocab_size(vocabulary),
+        tokenizer_fingerprint=compute_tokenizer_fingerprint(vocabulary),
+        vocab_size=compute_vocab_size(vocabulary),
         chat_template_fingerprint=_hash(str(getattr(processor, "chat_template", None))),
         image_preprocessing_fingerprint=_hash({"image_processor": settings, "grid": grid}),
         image_token_id=image_token_id,
         eos_token_ids=_eos_token_ids(folder, processor, image_token_id, template_arguments or {}),
-        image_processor=None if image_processor is None else processor_settings(image_processor),
-        pixels=None if image_processor is None else PixelSettings(backend=processor_backend(image_processor)),
+        image_processor=None if image_processor is None else read_processor_settings(image_processor),
+        pixels=None if image_processor is None else PixelSettings(backend=read_processor_backend(image_processor)),
     )
 
 

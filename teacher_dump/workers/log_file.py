@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from storage.backends.disk import explain_write_errors
-from storage.processes.waiting import notices_to
+from storage.processes.waiting import send_notices_to
 
 
 def send_output_to(path: Path) -> None:
@@ -35,7 +35,7 @@ def quiet(path: Path) -> Iterator[TextIO]:
         os.dup2(descriptor, 2)
         with (
             os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding="utf-8", errors="replace") as screen,
-            notices_to(lambda notice: print(notice, file=screen)),
+            send_notices_to(lambda notice: print(notice, file=screen)),
         ):
             yield screen
     finally:

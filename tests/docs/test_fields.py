@@ -12,7 +12,7 @@ import yaml
 from docs.make_fields import PAGE, collect_sections, describe_type, main, make_page, read_comments, render_section
 from stillhouse.config import SCHEMAS, AblationsSection
 from storage.config import Section, SelectionSection
-from storage.config_loader import TOP_LEVEL_KEYS, Named, _kinds_at, read_sections
+from storage.config_loader import TOP_LEVEL_KEYS, NamedSections, _find_types, read_sections
 from student_train.config import StageSection
 from student_train.losses.config import RelationLossSection
 from teacher_dump.config import DataSection, SourceSection, TeacherSection
@@ -57,7 +57,7 @@ def test_types_say_bounds_and_choices() -> None:
 
 
 def holds(schema: Any, names: list[str]) -> bool:
-    return not names or bool(_kinds_at(schema, names))
+    return not names or bool(_find_types(schema, names))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -69,7 +69,7 @@ def test_every_field_that_a_page_names_exists(page: Path) -> None:
         schema: Any = StageSection if first == "losses" else SCHEMAS[first]
         if first == "losses":
             names.insert(0, first)
-        if isinstance(schema, Named):
+        if isinstance(schema, NamedSections):
             schema, names = schema.schema, names[1:]
         assert holds(schema, names), f"{page.name}: {dotted}"
 
@@ -86,7 +86,7 @@ def test_every_yaml_snippet_is_one_that_the_schema_takes(text: str, tmp_path: Pa
     stages = sections["stages"] if "stages" in document else {}
     for run in getattr(sections.get("ablations"), "runs", {}).values():
         assert run.stage in stages
-        read_sections(path, {"stages": Named(StageSection)}, run.make_overrides())
+        read_sections(path, {"stages": NamedSections(StageSection)}, run.make_overrides())
     assert isinstance(sections.get("ablations", AblationsSection()), Section)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from storage.identity import real_vocab_size, tokenizer_fingerprint
-from storage.records.records import ImageRef, PartRecords, SampleError, TokensRecord, image_key
+from storage.identity import compute_tokenizer_fingerprint, compute_vocab_size
+from storage.records.records import ImageRef, PartRecords, SampleError, TokensRecord, compute_image_key
 from storage.writer.cache_writer import CacheWriter
 from student_train.models.huggingface import transformers_module
 from teacher_dump import torchvision_shim
@@ -42,9 +42,9 @@ def write_hostile_cache(folder: Path, *, num_samples: int = 3) -> Path:
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     identity = make_identity(
         num_parts=1,
-        vocab_size=real_vocab_size(vocabulary),
+        vocab_size=compute_vocab_size(vocabulary),
         teacher=str(folder / "teacher"),
-        tokenizer_fingerprint=tokenizer_fingerprint(vocabulary),
+        tokenizer_fingerprint=compute_tokenizer_fingerprint(vocabulary),
         image_token_id=image_token_id,
         image_root=str(folder / "images"),
     )
@@ -54,7 +54,7 @@ def write_hostile_cache(folder: Path, *, num_samples: int = 3) -> Path:
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     draw = np.random.default_rng(0)
     prefix = [*tokenizer.encode("user\n"), image_token_id]
-    key = image_key(prefix, [sha256], "d" * 8)
+    key = compute_image_key(prefix, [sha256], "d" * 8)
     records, responses = [], []
     for number in range(num_samples):
         question, answer = tokenizer.encode(f"\n{QUESTION}\n"), tokenizer.encode(ANSWER)

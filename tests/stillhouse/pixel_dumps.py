@@ -23,7 +23,7 @@ from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.signals.vision_check import check_sight, choose_samples
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.teacher import Teacher
-from tests.storage.images.picture_files import BACKGROUND, picture_files
+from tests.storage.images.picture_files import BACKGROUND, make_picture_files
 from tests.teacher_dump.scorers import make_scorer, part_of
 
 PIXELS = PixelSettings(background=BACKGROUND)
@@ -34,7 +34,7 @@ def write_data(folder: Path) -> Path:
     """The files of the matrix and a JSONL file with one sample for each, named as its file."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for file in picture_files():
+    for file in make_picture_files():
         (folder / file.name).write_bytes(file.content)
         turns = [{"from": "human", "value": f"<image>\n{ASKED}"}, {"from": "gpt", "value": "red and blue"}]
         rows.append({"id": file.name, "image": file.name, "conversations": turns})
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
     engine = VllmTeacher(folder / "teacher", dtype="float32", max_length=256, settings={}, served=folder / "served")
     dump_pictures(folder, engine)
     made: dict[str, Any] = {}
-    for file in picture_files():
+    for file in make_picture_files():
         pixels = load_image(folder / "data", file.name, PIXELS).pixels
         prompt = TeacherPrompt(np.array([5, 299, 6], np.int32), (pixels,), (file.name,))
         (values,) = engine.pixel_values(prompt)

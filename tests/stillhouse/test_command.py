@@ -123,9 +123,9 @@ def test_a_tokenizer_or_image_folder_that_is_not_there_is_named(tmp_path, capsys
 
 def test_verify_and_inspect_take_the_url_of_a_cache(capsys):
     pytest.importorskip("moto.server")
-    from tests.storage.s3_server import BUCKET, s3_environment
+    from tests.storage.s3_server import BUCKET, set_s3_environment
 
-    with s3_environment():
+    with set_s3_environment():
         url = f"s3://{BUCKET}/some/cache"
         write_cache(url, families=("response",))
         assert main(["verify", url]) == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.processes.stop_signals import Interrupted, exit_code, hold_signals, interruptible, stopped_by
+from storage.processes.stop_signals import Interrupted, find_stop_signal, get_exit_code, hold_signals, interruptible
 from tests.processes import MarkedCommand, start_marked
 
 ROOT = Path(__file__).parents[2]
@@ -104,9 +104,18 @@ def test_a_signal_while_the_interpreter_ends_changes_no_exit_code(
 
 
 def test_codes_are_those_of_shells() -> None:
-    assert exit_code(Interrupted(signal.SIGTERM)) == 143
-    assert exit_code(KeyboardInterrupt()) == 130
-    assert [stopped_by(code) for code in (143, -15, 130, -2, 0, 1, 2, -9)] == [15, 15, 2, 2, None, None, None, None]
+    assert get_exit_code(Interrupted(signal.SIGTERM)) == 143
+    assert get_exit_code(KeyboardInterrupt()) == 130
+    assert [find_stop_signal(code) for code in (143, -15, 130, -2, 0, 1, 2, -9)] == [
+        15,
+        15,
+        2,
+        2,
+        None,
+        None,
+        None,
+        None,
+    ]
 
 
 def test_a_held_signal_waits_and_a_repeated_one_is_the_same() -> None:

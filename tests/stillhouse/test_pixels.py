@@ -25,7 +25,7 @@ from student_train.models.huggingface import load_image_processor
 from teacher_dump.data.image_loading import load_image
 from teacher_dump.prompts.processor import load_processor
 from tests.stillhouse.pixel_dumps import PIXELS, dump_pictures, write_data
-from tests.storage.images.picture_files import picture_files
+from tests.storage.images.picture_files import make_picture_files
 from tests.teacher_dump.scorers import reference_teacher
 from tests.tiny import make_tiny_llava
 
@@ -58,14 +58,14 @@ def kl_to_teacher(folder: Path, tmp_path: Path) -> float:
     model = shutil.copytree(folder / "teacher", tmp_path / "student")
     section = EvaluationSection(splits=("train",), max_new_tokens=1)
     found = evaluate_model(model, [SourceSection(path=str(folder / "cache"))], section)
-    assert found["num_samples"] == len(picture_files())
+    assert found["num_samples"] == len(make_picture_files())
     return found["kl_to_teacher"]
 
 
 def test_teacher_and_student_make_the_same_values_of_every_file(folder: Path) -> None:
     processor, shown = load_processor(folder / "teacher"), student_values(folder / "cache", folder / "teacher")
-    assert set(shown) == {file.name for file in picture_files()}
-    for file in picture_files():
+    assert set(shown) == {file.name for file in make_picture_files()}
+    for file in make_picture_files():
         pixels = load_image(folder / "data", file.name, PIXELS).pixels
         asked = processor(images=[pixels], text=["<image>"], return_tensors="pt")
         assert np.array_equal(asked["pixel_values"][0].numpy(), shown[file.name]), file.name
@@ -74,7 +74,7 @@ def test_teacher_and_student_make_the_same_values_of_every_file(folder: Path) ->
 
 def test_inspection_shows_what_the_teacher_saw(folder: Path) -> None:
     cache = Cache.open(folder / "cache", families=())
-    expected = {file.name: load_image(folder / "data", file.name, PIXELS).pixels for file in picture_files()}
+    expected = {file.name: load_image(folder / "data", file.name, PIXELS).pixels for file in make_picture_files()}
     for index, sample_id in enumerate(cache.sample_ids):
         (image,) = cache.read(index).tokens.images
         found = embed_image(folder / "data", image, pixels=stored_pixels(cache.identity))

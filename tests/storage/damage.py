@@ -1,4 +1,4 @@
-"""Damage to a cache's files, and what a test does with it."""
+"""Damages the files of a cache, for tests that must detect it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from storage.reader.cache import Cache
 
 
-def all_files(folder: Path) -> list[Path]:
+def list_all_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def flips(files: Sequence[Path], count: int) -> Iterator[str]:
-    """Each file with a byte changed, `count` times at random places; whole again after its last."""
+def flip_bytes(files: Sequence[Path], count: int) -> Iterator[str]:
+    """Yields each file with one changed byte, `count` times at random positions; then restores the file."""
     rng = random.Random(0)
     for path in files:
         content = path.read_bytes()
@@ -29,7 +29,7 @@ def flips(files: Sequence[Path], count: int) -> Iterator[str]:
 
 
 def read_everything(folder: Path) -> None:
-    """With whole-file checksums off, so that decoders see the damage."""
+    """Reads a whole cache without file checksums, so that decoders see the damage."""
     cache = Cache.open(folder, checksums=False)
     for index in range(cache.num_samples):
         tokens = cache.read(index).tokens
@@ -38,7 +38,7 @@ def read_everything(folder: Path) -> None:
 
 
 def set_value(name: str, row: int, value: Any) -> Callable[[dict[str, list]], dict[str, list]]:
-    """A change of columns: another value, or what `value` makes of the one that is there."""
+    """Returns a change of columns: sets a value, or the result of `value` for the old one."""
 
     def change(columns: dict[str, list]) -> dict[str, list]:
         columns[name][row] = value(columns[name][row]) if callable(value) else value

@@ -10,7 +10,14 @@ import numpy as np
 
 from storage.encoding.output_head import StoredHead, make_head
 from storage.identity import Identity
-from storage.records.records import ImageRef, PartRecords, RelationMatrix, SequenceLogprob, TokensRecord, image_key
+from storage.records.records import (
+    ImageRef,
+    PartRecords,
+    RelationMatrix,
+    SequenceLogprob,
+    TokensRecord,
+    compute_image_key,
+)
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import IMAGE_TOKEN, VOCAB_SIZE, make_identity, make_relation
 
@@ -45,7 +52,7 @@ def make_flat_relation(rng: np.random.Generator, n: int) -> RelationMatrix:
     return RelationMatrix((gram / norm).astype(np.float32), norm)
 
 
-def image_file(part: int, number: int) -> bytes:
+def make_image_file(part: int, number: int) -> bytes:
     return np.random.default_rng([part, number]).bytes(300 + 50 * number)
 
 
@@ -56,10 +63,10 @@ def make_family_part(part: int) -> PartRecords:
     for sample_id, number, prompt, answer in SAMPLES:
         refs = ()
         if number is not None:
-            content = image_file(part, number)
+            content = make_image_file(part, number)
             sha256 = hashlib.sha256(content).hexdigest()
             images[sha256] = content
-            key = image_key(prompt[:2], [sha256], "d" * 8)
+            key = compute_image_key(prompt[:2], [sha256], "d" * 8)
             refs = (ImageRef(f"{part}-{number}.png", sha256, 9, key),)
             if key not in relation:
                 relation[key] = make_relation(rng, 9) if number else make_flat_relation(rng, 9)

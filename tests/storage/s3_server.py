@@ -68,7 +68,7 @@ def _answer(start_response: Callable[..., Any], status: str, content: bytes) -> 
 
 
 @contextmanager
-def running_s3() -> Iterator[tuple[str, Trouble]]:
+def run_s3() -> Iterator[tuple[str, Trouble]]:
     """The endpoint's URL, and its trouble."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     trouble = Trouble(DomainDispatcherApplication(create_backend_app))
@@ -84,9 +84,9 @@ def running_s3() -> Iterator[tuple[str, Trouble]]:
 
 
 @contextmanager
-def s3_environment() -> Iterator[Trouble]:
+def set_s3_environment() -> Iterator[Trouble]:
     """A running endpoint that this process and its children find in the environment, with an empty bucket."""
-    with running_s3() as (url, trouble), pytest.MonkeyPatch.context() as patch:
+    with run_s3() as (url, trouble), pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", url)
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -104,7 +104,7 @@ def s3_environment() -> Iterator[Trouble]:
 
 
 @contextmanager
-def silent_s3() -> Iterator[socket.socket]:
+def set_silent_s3() -> Iterator[socket.socket]:
     """An endpoint in the environment that takes connections and never answers; its listening socket."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")

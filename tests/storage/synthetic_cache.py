@@ -24,7 +24,7 @@ from storage.records.records import (
     RelationMatrix,
     SampleError,
     TokensRecord,
-    image_key,
+    compute_image_key,
 )
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
@@ -139,7 +139,7 @@ def make_part(
             mask[-3:] = mask[num_images + 1] = True
         images = []
         for image in range(num_images):
-            key = image_key(ids[: image + 2], shas[: image + 1], "d" * 8)
+            key = compute_image_key(ids[: image + 2], shas[: image + 1], "d" * 8)
             num_visual_tokens = 4 + image
             images.append(ImageRef(f"set/{part}-{sample}-{image}.png", shas[image], num_visual_tokens, key))
             if key not in visual:

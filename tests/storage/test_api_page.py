@@ -1,4 +1,4 @@
-"""The snippets of storage/README.md run as they stand, in their order."""
+"""Runs the snippets of storage/README.md unchanged and in order."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import pytest
 from pydantic import Field
 
 from storage.config import BudgetSection, CacheSection, Section
-from storage.config_loader import Named, read_sections
+from storage.config_loader import NamedSections, read_sections
 from storage.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ class DataSection(Section):
     settings: dict[str, float] = Field(default_factory=dict)
 
 
-SCHEMAS = {"cache": CacheSection, "stages": Named(StageSection), "data": DataSection}
+SCHEMAS = {"cache": CacheSection, "stages": NamedSections(StageSection), "data": DataSection}
 
 TEXT = """
 name: trial

@@ -21,13 +21,13 @@ from storage.reader.cache import Cache
 from storage.records.records import RelationFactor, SequenceLogprob
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from tests.storage.damage import all_files, flips, read_everything, set_value
+from tests.storage.damage import flip_bytes, list_all_files, read_everything, set_value
 from tests.storage.family_cache import (
     FAMILIES,
     WIDTH,
-    image_file,
     make_family_identity,
     make_family_part,
+    make_image_file,
     make_output_head,
     write_family_cache,
 )
@@ -50,11 +50,11 @@ def folder(good, tmp_path):
     return shutil.copytree(good, tmp_path / "cache")
 
 
-def manifest_of(folder):
+def read_manifest_document(folder):
     return parse_document((folder / MANIFEST_FILE).read_bytes(), Manifest, "manifest")
 
 
-def commit_place(folder, part=0):
+def find_commit_file(folder, part=0):
     return folder / "commits" / f"part-{part:05d}.json"
 
 
@@ -81,7 +81,7 @@ def test_what_is_read_is_what_was_written(good):
                 assert isinstance(matrix, RelationFactor) == ("-0.png" in image.path)  # the others have full rank
                 values = records.relation[image.key].values
                 assert (values * matrix.values).sum() >= 1 - 1e-3 - 1e-6
-                assert cache.image_bytes(index, image.sha256) == image_file(part, int(image.path[2]))
+                assert cache.image_bytes(index, image.sha256) == make_image_file(part, int(image.path[2]))
 
 
 def test_images_are_stored_once_a_part(good):
@@ -131,7 +131,7 @@ def test_an_image_opens_only_its_own_part(folder):
     cache = Cache.open(folder)
     index = cache.index_of("0-shared")
     sha256 = cache.read(index).tokens.images[0].sha256
-    assert cache.image_bytes(index, sha256) == image_file(0, 0)
+    assert cache.image_bytes(index, sha256) == make_image_file(0, 0)
     with pytest.raises(KeyError):
         cache.image_bytes(index, "0" * 64)
 
@@ -155,7 +155,7 @@ def test_an_open_cache_survives_pickling_and_holds_no_head(good):
 
 
 def test_the_manifest_states_what_encodings_cost(good):
-    errors = manifest_of(good).errors_by_family
+    errors = read_manifest_document(good).errors_by_family
     assert errors is not None
     assert set(errors) == {"relation", "hidden"}
     parts = [make_family_part(part) for part in range(2)]
@@ -186,7 +186,7 @@ def test_a_good_cache_verifies_and_counts_its_head(good):
     assert report.problems == []
     assert report.notes == []
     head_bytes = sum(path.stat().st_size for path in (good / "head").iterdir())
-    assert manifest_of(good).bytes_by_family["head"] == head_bytes > 0
+    assert read_manifest_document(good).bytes_by_family["head"] == head_bytes > 0
     assert report.num_bytes == Cache.open(good).statistics()["bytes"]
     assert Cache.open(good).statistics()["bytes_by_family"]["head"] == head_bytes
 
@@ -208,9 +208,9 @@ def test_every_encoding_makes_a_cache_that_verifies(tmp_path, selection):
 
 def test_any_flipped_byte_is_found_and_no_reader_dies_of_it(tmp_path):
     write_family_cache(tmp_path, num_parts=1)
-    files = all_files(tmp_path)
+    files = list_all_files(tmp_path)
     assert len(files) == 3 + 1 + 1 + len(FAMILIES)  # cache, commit, manifest; head; tokens; families
-    for damage in flips(files, FLIPS_PER_FILE):
+    for damage in flip_bytes(files, FLIPS_PER_FILE):
         assert verify(tmp_path).problems, damage
         with contextlib.suppress(CacheError):
             read_everything(tmp_path)
@@ -275,14 +275,14 @@ def test_a_head_that_does_not_fit_is_refused(writer, tmp_path):
 
 
 def test_a_second_writer_adds_no_second_head(writer, tmp_path):
-    before = all_files(tmp_path)
+    before = list_all_files(tmp_path)
     again = CacheWriter.open(tmp_path / "cache", make_family_identity(num_parts=1), FAMILIES)
     again.put_head(make_output_head())
-    assert all_files(tmp_path) == before
+    assert list_all_files(tmp_path) == before
 
 
 def test_a_damaged_head_is_written_again(writer, tmp_path):
-    (place,) = all_files(tmp_path / "cache" / "head")
+    (place,) = list_all_files(tmp_path / "cache" / "head")
     content = place.read_bytes()
     for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
         place.write_bytes(damaged)
@@ -303,31 +303,31 @@ def test_parts_of_different_heads_are_not_sealed(tmp_path):
 
 def test_another_head_than_that_of_the_parts_is_refused_at_once(writer, tmp_path):
     writer.write_part(0, make_family_part(0))
-    before = all_files(tmp_path)
+    before = list_all_files(tmp_path)
     with pytest.raises(CacheError, match=r"with the output head head/.*, this teacher's is head/"):
         CacheWriter.open(tmp_path / "cache", make_family_identity(num_parts=1), FAMILIES).put_head(
             make_output_head(seed=9)
         )
-    assert all_files(tmp_path) == before
+    assert list_all_files(tmp_path) == before
 
 
 def test_sealing_removes_heads_that_no_part_names(writer, tmp_path):
     folder = tmp_path / "cache"
-    (ours,) = all_files(folder / "head")
+    (ours,) = list_all_files(folder / "head")
     CacheWriter.open(folder, make_family_identity(num_parts=1), FAMILIES).put_head(make_output_head(seed=9))
     writer.write_part(0, make_family_part(0))
     left = folder / "head" / "head.0123.safetensors.tmp-1-ab"
     left.touch()
-    assert len(all_files(folder / "head")) == 3
+    assert len(list_all_files(folder / "head")) == 3
     writer.seal()
-    assert all_files(folder / "head") == [ours]
+    assert list_all_files(folder / "head") == [ours]
     assert verify(folder).ok
 
 
 def reseal(folder, *, parts=(0,), **changes):
     """Change commits and make every hash right again."""
     for part in parts:
-        place = commit_place(folder, part)
+        place = find_commit_file(folder, part)
         commit = parse_document(place.read_bytes(), Commit, "commit")
         place.write_bytes(commit.model_copy(update=changes).to_bytes())
     local = LocalFolder(folder)
@@ -338,7 +338,7 @@ def reseal(folder, *, parts=(0,), **changes):
 
 def forge(folder, family, change, *, part=0):
     """Change columns of a part's file, and make every hash right again."""
-    commit = parse_document(commit_place(folder, part).read_bytes(), Commit, "commit")
+    commit = parse_document(find_commit_file(folder, part).read_bytes(), Commit, "commit")
     path = folder / commit.families[family].file
     table = pq.read_table(path)
     columns = change({name: table[name].to_pylist() for name in table.column_names})
@@ -406,7 +406,7 @@ def test_relation_payloads_of_another_encoding_are_found(tmp_path):
 
 
 def test_a_commit_without_its_head_or_with_one_elsewhere_is_refused(folder):
-    commit = parse_document(commit_place(folder).read_bytes(), Commit, "commit")
+    commit = parse_document(find_commit_file(folder).read_bytes(), Commit, "commit")
     assert commit.head is not None
     elsewhere = commit.head.model_copy(update={"file": "../head.safetensors"})
     for head, message in ((None, "must name an output head"), (elsewhere, "expected a file of head/")):
@@ -415,7 +415,7 @@ def test_a_commit_without_its_head_or_with_one_elsewhere_is_refused(folder):
 
 
 def test_a_head_of_other_content_under_a_right_hash_is_found(folder):
-    commit = parse_document(commit_place(folder).read_bytes(), Commit, "commit")
+    commit = parse_document(find_commit_file(folder).read_bytes(), Commit, "commit")
     assert commit.head is not None
     place = folder / commit.head.file
     for content in (b"no head", b""):
@@ -443,14 +443,14 @@ def test_forged_errors_of_a_commit_are_found(folder, value):
 def test_commits_that_cannot_be_added_up_are_found(folder):
     huge = ErrorSummary(measure="x", count=2**62, mean=1.0, p99=1.0, max=1.0)
     for part in range(2):
-        place = commit_place(folder, part)
+        place = find_commit_file(folder, part)
         commit = parse_document(place.read_bytes(), Commit, "commit")
         place.write_bytes(commit.model_copy(update={"errors_by_family": {"relation": huge}}).to_bytes())
     assert any("cannot be added up" in problem for problem in verify(folder).problems)
 
 
 def test_manifest_errors_are_compared(folder):
-    manifest = manifest_of(folder)
+    manifest = read_manifest_document(folder)
     (folder / MANIFEST_FILE).write_bytes(manifest.model_copy(update={"errors_by_family": {}}).to_bytes())
     assert any("errors_by_family is {}" in problem for problem in verify(folder).problems)
 

@@ -20,8 +20,8 @@ from tests.storage.golden.make_cache import (
     SEQUENCE_LOGPROB,
     SIGNALS,
     TAU,
-    hidden_state,
     main,
+    make_hidden_state,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "cache"
@@ -59,7 +59,7 @@ def test_it_is_verified_and_opened_as_it_was_written(golden):
     assert set(statistics["errors_by_family"]) == {"response", "visual", "relation", "hidden"}
     assert statistics["teacher_noise"] == statistics["selection_errors"] == {}
     assert statistics["dropped_mass"]
-    with pytest.raises(CacheError, match="keeps no tail profile"):
+    with pytest.raises(CacheError, match="stores no tail profile"):
         cache.tail_profile("response")
 
 
@@ -76,7 +76,7 @@ def test_its_records_read_to_the_numbers_they_were_written_with(index, golden):
         assert cosine >= 1 - 0.011
         assert relation.norm == SIGNALS[name]["norm"]
     assert got.hidden is not None
-    expected = np.array([hidden_state(row) for row in range(len(got.hidden))]).reshape(-1, 2)
+    expected = np.array([make_hidden_state(row) for row in range(len(got.hidden))]).reshape(-1, 2)
     np.testing.assert_allclose(got.hidden, expected, atol=1 / 127)
     assert got.sequence is not None
     assert got.sequence.logprob == SEQUENCE_LOGPROB * len(got.hidden)

@@ -1,23 +1,23 @@
-from storage.identity import Identity, difference, stored_tau
+from storage.identity import Identity, describe_differences, stored_tau
 from tests.storage.synthetic_cache import make_identity
 
 
 def test_equal_identities_do_not_differ_even_after_json():
     identity = make_identity()
-    assert difference(identity, identity) == []
-    assert difference(identity, Identity.model_validate_json(identity.model_dump_json())) == []
+    assert describe_differences(identity, identity) == []
+    assert describe_differences(identity, Identity.model_validate_json(identity.model_dump_json())) == []
 
 
 def test_tuples_in_a_selection_equal_their_json_lists():
     a = make_identity(selection={"response": {"temperatures": (1.0, 2.0)}})
     b = make_identity(selection={"response": {"temperatures": [1.0, 2.0]}})
-    assert difference(a, b) == []
+    assert describe_differences(a, b) == []
 
 
 def test_every_field_that_differs_gets_a_line():
     cache = make_identity(dtype="a", selection={"response": {"tau": 0.1}, "old": {"x": 1}})
     run = make_identity(dtype="b", num_parts=3, selection={"response": {"tau": 0.2}, "new": {"y": 2}})
-    assert difference(cache, run) == [
+    assert describe_differences(cache, run) == [
         "dtype: cache has 'a', this run has 'b'",
         "num_parts: cache has 2, this run has 3",
         "selection.response.tau: cache has 0.1, this run has 0.2",
@@ -26,9 +26,9 @@ def test_every_field_that_differs_gets_a_line():
     ]
 
 
-def test_places_decide_nothing():
+def test_location_fields_are_not_compared():
     one, other = (make_identity(teacher=f"/{place}/teacher", image_root=f"/{place}/images") for place in "ab")
-    assert difference(one, other) == []
+    assert describe_differences(one, other) == []
     assert one.content_json() == other.content_json()
     assert one.content_json() != make_identity(teacher="/a/teacher", teacher_fingerprint="z").content_json()
 

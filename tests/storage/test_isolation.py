@@ -7,16 +7,16 @@ FORBIDDEN = ("torch", "ray", "vllm", "deepspeed", "transformers", "stillhouse", 
 
 
 def test_storage_imports_nothing_of_teacher_or_student():
-    assert imported_with("**/*.py", FORBIDDEN) == "[]"
+    assert find_imported_packages("**/*.py", FORBIDDEN) == "[]"
 
 
 def test_storage_needs_pillow_for_pixels_alone():
-    assert imported_with("*.py", ("PIL",)) == "[]"
-    assert imported_with("images/settings.py", ("PIL",)) == "[]"
-    assert imported_with("images/pixels.py", ("PIL",)) == "['PIL']"
+    assert find_imported_packages("*.py", ("PIL",)) == "[]"
+    assert find_imported_packages("images/settings.py", ("PIL",)) == "[]"
+    assert find_imported_packages("images/pixels.py", ("PIL",)) == "['PIL']"
 
 
-def imported_with(pattern: str, names: tuple[str, ...]) -> str:
+def find_imported_packages(pattern: str, names: tuple[str, ...]) -> str:
     """Which of some packages are imported by the modules of storage that a pattern names."""
     files = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "storage").glob(pattern)]
     modules = [".".join(path.with_suffix("").parts) for path in files if path.stem != "__init__"]

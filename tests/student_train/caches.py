@@ -16,9 +16,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from storage.encoding.output_head import make_head
-from storage.identity import Identity, tokenizer_fingerprint
+from storage.identity import Identity, compute_tokenizer_fingerprint
 from storage.images.settings import PixelSettings
-from storage.records.records import ImageRef, PartRecords, RelationMatrix, SequenceLogprob, TokensRecord, image_key
+from storage.records.records import (
+    ImageRef,
+    PartRecords,
+    RelationMatrix,
+    SequenceLogprob,
+    TokensRecord,
+    compute_image_key,
+)
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
 
@@ -120,7 +127,7 @@ def make_cache(
             "teacher_fingerprint": "none",
             "dtype": "float32",
             "engine": "numpy",
-            "tokenizer_fingerprint": tokenizer_fingerprint(vocabulary),
+            "tokenizer_fingerprint": compute_tokenizer_fingerprint(vocabulary),
             "vocab_size": vocab_size,
             "chat_template_fingerprint": "test",
             "image_preprocessing_fingerprint": "test",
@@ -224,7 +231,7 @@ def _sample(
     places = np.flatnonzero(token_ids == identity.image_token_id)
     hashes = [sha256 for _, sha256, _, _ in shown]
     images = tuple(
-        ImageRef(name, sha256, tokens_per_image, image_key(token_ids[: place + 1], hashes[: n + 1], "test"))
+        ImageRef(name, sha256, tokens_per_image, compute_image_key(token_ids[: place + 1], hashes[: n + 1], "test"))
         for n, ((name, sha256, _, _), place) in enumerate(zip(shown, places, strict=True))
     )
     return TokensRecord(sample_id, split, ("left", "right", "caption")[kind], token_ids, mask, images)

@@ -258,9 +258,9 @@ def test_new_samples_are_appended_when_that_is_said(
 
 def test_a_dump_into_an_object_store(write_config: WriteConfig) -> None:
     pytest.importorskip("moto.server")
-    from tests.storage.s3_server import BUCKET, s3_environment
+    from tests.storage.s3_server import BUCKET, set_s3_environment
 
-    with s3_environment():
+    with set_s3_environment():
         url = f"s3://{BUCKET}/runs/cache"
         config = write_config(cache={**TOKENS_ONLY, "path": url})
         first = run_dump(read_settings(config), progress=False)

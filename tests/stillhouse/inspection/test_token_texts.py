@@ -16,7 +16,7 @@ from stillhouse.inspection.token_texts import (
     mark_spaces,
 )
 from storage.errors import ConfigError
-from storage.identity import Identity, tokenizer_fingerprint
+from storage.identity import Identity, compute_tokenizer_fingerprint
 from tests.stillhouse.hostile_cache import import_transformers
 from tests.storage.synthetic_cache import make_identity
 from tests.tiny import make_tiny_tokenizer
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def identity(folder: Path) -> Identity:
-    fingerprint = tokenizer_fingerprint(make_tiny_tokenizer().get_vocab())
+    fingerprint = compute_tokenizer_fingerprint(make_tiny_tokenizer().get_vocab())
     return make_identity(teacher=str(folder), tokenizer_fingerprint=fingerprint)
 
 

@@ -12,9 +12,9 @@ import pytest
 from storage.backends.disk import (
     check_writable,
     describe_full_disk,
-    existing_parent,
     explain_write_errors,
-    free_bytes,
+    find_existing_parent,
+    measure_free_bytes,
     report_full_disk,
 )
 from storage.backends.folder import write_atomically
@@ -45,7 +45,7 @@ def test_a_full_disk_keeps_the_old_file_and_says_what_is_needed(tmp_path: Path) 
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "quota exceeded"),
-        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system; mend the folder"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system; fix the folder"),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "os error 28"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "a part of the file only"),
     ],
@@ -92,8 +92,8 @@ def test_a_command_ends_with_the_sentence_of_a_full_disk_and_raises_other_errors
 
 def test_a_folder_that_is_not_there_yet_is_looked_at_through_its_parents(tmp_path: Path) -> None:
     deep = tmp_path / "a" / "b"
-    assert existing_parent(deep) == tmp_path
-    assert free_bytes(deep) == free_bytes(tmp_path)
+    assert find_existing_parent(deep) == tmp_path
+    assert measure_free_bytes(deep) == measure_free_bytes(tmp_path)
     check_writable(deep, field="runs_dir")
     assert not list(tmp_path.iterdir())
     (tmp_path / "a").write_text("a file")
@@ -112,7 +112,7 @@ def test_a_place_that_cannot_be_written_is_no_full_disk_whichever_library_says_s
         lambda place: safetensors.save_file({"one": np.ones(3)}, place),
         lambda place: torch.save({"one": 1}, place),
     ):
-        expected = "place: cannot be written: Is a directory; mend the folder"
+        expected = "place: cannot be written: Is a directory; fix the folder"
         with pytest.raises(WriteError, match=expected) as caught, explain_write_errors("place"):
             write(tmp_path / "taken")
         assert describe_full_disk(caught.value) is None

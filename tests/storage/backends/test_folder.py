@@ -74,16 +74,16 @@ def test_an_unknown_protocol_is_refused_by_name():
 
 def test_what_is_below_a_folder_is_listed_by_name(tmp_path):
     folder = files.LocalFolder(tmp_path)
-    assert folder.names("commits") == []
-    folder.make(["commits/0001"])
+    assert folder.list_files("commits") == []
+    folder.make_folders(["commits/0001"])
     for name in ("b", "a", "commits/x", "commits/0001/y"):
         folder.write(name, b"1")
-    assert folder.names() == ["a", "b"]
-    assert folder.names("commits") == ["commits/x"]
-    assert folder.names(deep=True) == ["a", "b", "commits/0001/y", "commits/x"]
+    assert folder.list_files() == ["a", "b"]
+    assert folder.list_files("commits") == ["commits/x"]
+    assert folder.list_files(deep=True) == ["a", "b", "commits/0001/y", "commits/x"]
     folder.remove("a")
     folder.remove("a")
-    assert folder.names() == ["b"]
+    assert folder.list_files() == ["b"]
 
 
 def test_a_writer_whose_temporary_file_is_swept_away_writes_it_again(tmp_path):
@@ -92,7 +92,7 @@ def test_a_writer_whose_temporary_file_is_swept_away_writes_it_again(tmp_path):
 
     def sweep():
         while not done.is_set():
-            for name in folder.names():
+            for name in folder.list_files():
                 if files.is_temporary(name):
                     folder.remove(name)
                     swept.append(name)
@@ -113,7 +113,7 @@ def test_a_writer_whose_temporary_file_is_swept_away_writes_it_again(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match=r"file: cannot be written: .*cache\.path.*what is committed stays"):
-        files.LocalFolder(tmp_path / "file").make(["tokens"])
+    with pytest.raises(CacheError, match=r"file: cannot be written: .*cache\.path.*committed parts are kept"):
+        files.LocalFolder(tmp_path / "file").make_folders(["tokens"])
     with pytest.raises(CacheError, match=r"gone/part: cannot be written: No such file"):
         files.LocalFolder(tmp_path / "gone").write("part", b"")

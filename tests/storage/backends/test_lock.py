@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from storage.backends.lock import Heartbeat, HeldError, hold_lock, process_start
+from storage.backends.lock import Heartbeat, HeldError, hold_lock, read_process_start
 
 ROOT = Path(__file__).parents[3]
 HOLDER = """
@@ -55,7 +55,7 @@ def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def said_held(process: subprocess.Popen[str]) -> bool:
+def read_held_message(process: subprocess.Popen[str]) -> bool:
     assert process.stdout is not None
     return process.stdout.readline() == "held\n"
 
@@ -75,7 +75,7 @@ FAST = Heartbeat(beat_s=0.1, quiet_s=3.0)
 def test_a_living_holder_is_named_and_its_lock_comes_free_when_it_ends(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "lock"
     holder = start(HOLDER, path)
-    assert said_held(holder)
+    assert read_held_message(holder)
     with pytest.raises(HeldError) as caught, hold_lock(path, "the run"):
         pass
     message = str(caught.value)
@@ -95,7 +95,7 @@ def test_the_lock_of_a_killed_holder_is_taken_over_with_one_line(
 ) -> None:
     path = tmp_path / "lock"
     holder = start(HOLDER, path)
-    assert said_held(holder)
+    assert read_held_message(holder)
     holder.send_signal(signal.SIGKILL)
     with caplog.at_level(logging.WARNING), hold_lock(path, "the run", patience_s=math.inf):  # a zombie counts as dead
         assert json.loads(path.read_bytes())["pid"] == os.getpid()
@@ -107,7 +107,7 @@ def test_the_lock_of_a_killed_holder_is_taken_over_with_one_line(
 
 def test_a_pid_that_another_process_has_now_is_no_living_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    started = process_start(os.getpid())
+    started = read_process_start(os.getpid())
     assert started is not None
     write_lock(path, process_started=started - 1)
     with hold_lock(path, "the run"):

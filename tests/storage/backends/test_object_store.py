@@ -17,18 +17,18 @@ import pytest
 from storage.backends.folder import open_folder
 from storage.backends.object_store import ObjectFolder, shared_store
 from storage.errors import CacheError, CorruptPartError
-from storage.processes.waiting import notices_to
+from storage.processes.waiting import send_notices_to
 from storage.reader.cache import Cache
 from storage.records.records import PartRecords, TokensRecord
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from tests.storage.family_cache import image_file, make_output_head, write_family_cache
+from tests.storage.family_cache import make_image_file, make_output_head, write_family_cache
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
-from tests.storage.s3_server import BUCKET, Trouble, s3_environment, silent_s3
+from tests.storage.s3_server import BUCKET, Trouble, set_s3_environment, set_silent_s3
 
 REPOSITORY = Path(__file__).parents[3]
 PATIENCE_S = 600.0  # with a process that takes some seconds on an idle machine
@@ -36,7 +36,7 @@ PATIENCE_S = 600.0  # with a process that takes some seconds on an idle machine
 
 @pytest.fixture(scope="module")
 def endpoint():
-    with s3_environment() as trouble:
+    with set_s3_environment() as trouble:
         yield trouble
 
 
@@ -52,12 +52,12 @@ def url(trouble: Trouble, request: pytest.FixtureRequest) -> str:
     return f"s3://{BUCKET}/caches/{request.node.name.partition('[')[0]}"
 
 
-def objects(url):
+def list_objects(url):
     folder = open_folder(url)
-    return {name: folder.read(name) for name in folder.names(deep=True)}
+    return {name: folder.read(name) for name in folder.list_files(deep=True)}
 
 
-def files_of(folder):
+def read_files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -71,7 +71,7 @@ def start_writer(url, *options):
 def test_a_cache_in_a_bucket_is_the_cache_in_a_folder(url, tmp_path):
     write_cache(url)
     write_cache(tmp_path)
-    assert objects(url) == files_of(tmp_path)
+    assert list_objects(url) == read_files(tmp_path)
     report = verify(url)
     assert report.problems == report.notes == []
     assert report.num_samples == 2 * SAMPLES_PER_PART
@@ -116,7 +116,7 @@ def test_a_dump_is_resumed_sealed_and_extended(url):
 def test_hidden_states_head_and_images_in_a_bucket_are_those_in_a_folder(url, trouble, tmp_path):
     writer = write_family_cache(url)
     write_family_cache(tmp_path)
-    assert objects(url) == files_of(tmp_path)
+    assert list_objects(url) == read_files(tmp_path)
     report = verify(url)
     assert report.problems == report.notes == []
     trouble.calm()
@@ -126,12 +126,12 @@ def test_hidden_states_head_and_images_in_a_bucket_are_those_in_a_folder(url, tr
     trouble.calm()
     index = cache.index_of("1-shared")
     sha256 = cache.read(index).tokens.images[0].sha256
-    assert cache.image_bytes(index, sha256) == image_file(1, 0)
+    assert cache.image_bytes(index, sha256) == make_image_file(1, 0)
     read = trouble.requests["GET"]
     np.testing.assert_array_equal(cache.head().weight, make_output_head().weight)
     assert trouble.requests["GET"] == read + 1
     folder = open_folder(url)
-    folder.write(folder.names("head")[0], b"other")
+    folder.write(folder.list_files("head")[0], b"other")
     with pytest.raises(CorruptPartError, match=rf"{url}/head/head\..*: has 5 bytes"):
         cache.head()
     assert any("has 5 bytes" in problem for problem in verify(url).problems)
@@ -171,7 +171,7 @@ def test_of_many_conditional_writers_one_wins(url):
     assert folder.read("x") == b"third"
     with pytest.raises(FileNotFoundError):
         folder.read("y")
-    assert folder.names("nothing") == []
+    assert folder.list_files("nothing") == []
     folder.remove("y")
 
 
@@ -202,7 +202,7 @@ def test_a_busy_store_that_loses_answers_changes_nothing(url, trouble, tmp_path)
     assert trouble.num_busy >= 3
     assert trouble.num_lost >= 3
     trouble.calm()
-    assert objects(url) == files_of(tmp_path)
+    assert list_objects(url) == read_files(tmp_path)
 
 
 def test_a_slow_store_is_waited_for(url, trouble):
@@ -220,18 +220,18 @@ def test_a_store_that_stays_broken_is_one_clear_message(url, trouble):
     folder = ObjectFolder(url, pauses_s=(0.01, 0.01))
     trouble.busy_fraction = 1.0
     for step in (lambda: folder.write("x", b"1"), lambda: folder.read("x"), lambda: folder.create("y", b"2")):
-        with pytest.raises(CacheError, match=rf"{url}/[xy]: the store fails, 3 attempts long: .*(reduce|Unavail)"):
+        with pytest.raises(CacheError, match=rf"{url}/[xy]: the store failed in 3 attempts: .*(reduce|Unavail)"):
             step()
     trouble.calm()
     trouble.lost_fraction = 1.0
-    with pytest.raises(CacheError, match=r"internal error.*what is committed stays"):
+    with pytest.raises(CacheError, match=r"internal error.*committed parts are kept"):
         folder.write("x", b"1")
 
 
 def test_a_missing_bucket_and_refused_credentials_are_named(url, tmp_path):
     with pytest.raises(CacheError, match="s3://no-such-bucket/x: no cache is here"):
         Cache.open("s3://no-such-bucket/x")
-    with pytest.raises(CacheError, match=r"s3://no-such-bucket/x/cache.json: cannot be written: .*make the bucket"):
+    with pytest.raises(CacheError, match=r"s3://no-such-bucket/x/cache.json: cannot be written: .*create the bucket"):
         CacheWriter.open("s3://no-such-bucket/x", make_identity(), ())
     code = f"from storage.verify.scan_cache import verify; print(verify('{url}').problems[0])"
     nobody = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
@@ -259,7 +259,7 @@ def test_an_address_where_nobody_is_is_not_asked_for_a_minute():
         text=True,
         check=True,
     )
-    assert "the store fails, 3 attempts long: Could not connect" in done.stdout
+    assert "the store failed in 3 attempts: Could not connect" in done.stdout
 
 
 def test_a_store_that_never_answers_is_given_up_after_a_time(trouble):
@@ -271,11 +271,11 @@ def test_a_store_that_never_answers_is_given_up_after_a_time(trouble):
         "size": lambda folder: folder.size("x"),
         "remove": lambda folder: folder.remove("x"),
     }
-    with silent_s3():
+    with set_silent_s3():
         for number, step in enumerate(steps.values()):
             url, started = f"s3://{BUCKET}/silent-{number}", time.monotonic()
             with pytest.raises(
-                CacheError, match=r"the store fails, \d attempts long: no answer in time .*when it answers"
+                CacheError, match=r"the store failed in \d attempts: no answer in time .*when it answers"
             ):
                 step(ObjectFolder(url, pauses_s=(0.01,) * 9, attempt_s=0.2, total_s=0.5))
             assert 0.5 <= time.monotonic() - started < 60
@@ -283,21 +283,21 @@ def test_a_store_that_never_answers_is_given_up_after_a_time(trouble):
 
 def test_a_read_of_unknown_length_ends_too(trouble, monkeypatch):
     """Its time is long, so the connection's own limit has to end it."""
-    with silent_s3():
+    with set_silent_s3():
         store = shared_store(f"s3://{BUCKET}/silent", os.getpid())
         limits = store.config_kwargs
         assert 0 < limits["read_timeout"] <= 60
         assert 0 < limits["connect_timeout"] <= 60
         limits["read_timeout"] = 0.2
-        with pytest.raises(CacheError, match=r"the store fails, 2 attempts long: Read timeout"):
+        with pytest.raises(CacheError, match=r"the store failed in 2 attempts: Read timeout"):
             ObjectFolder(f"s3://{BUCKET}/silent", pauses_s=(0.01,)).read("x")
 
 
 def test_whoever_waits_for_a_store_says_so(trouble):
     notices = []
-    with silent_s3(), notices_to(notices.append):
+    with set_silent_s3(), send_notices_to(notices.append):
         folder = ObjectFolder(f"s3://{BUCKET}/quiet", pauses_s=(), attempt_s=3.0, total_s=3.0, notice_s=0.1)
-        with pytest.raises(CacheError, match="the store fails"):
+        with pytest.raises(CacheError, match="the store failed"):
             folder.size("x")
     assert notices
     assert notices[0].startswith(f"still waiting for an answer of s3://{BUCKET}/quiet/x, attempt 1 (")
@@ -306,7 +306,7 @@ def test_whoever_waits_for_a_store_says_so(trouble):
 def test_damage_in_a_bucket_is_found(url):
     write_cache(url)
     folder = open_folder(url)
-    name = next(name for name in folder.names("visual"))
+    name = next(name for name in folder.list_files("visual"))
     content = bytearray(folder.read(name))
     content[len(content) // 2] ^= 1
     folder.write(name, bytes(content))
@@ -324,7 +324,7 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(url, tmp_pa
     for _ in range(5):
         process = start_writer(url, "--parts", num_parts, "--wait-before-part", num_parts - 1)
         deadline = time.monotonic() + PATIENCE_S
-        while len(folder.names("commits")) <= min(seen, num_parts - 2):
+        while len(folder.list_files("commits")) <= min(seen, num_parts - 2):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "nothing was committed"
             time.sleep(0.01)
@@ -332,18 +332,18 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(url, tmp_pa
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        seen = len(folder.names("commits"))
+        seen = len(folder.list_files("commits"))
         problems = verify(url).problems
         assert all("manifest.json: is missing" in problem for problem in problems), problems
     _, stderr = (process := start_writer(url, "--parts", num_parts)).communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, stderr.decode()
     write_cache(tmp_path, num_parts=num_parts)
-    assert objects(url) == files_of(tmp_path)
+    assert list_objects(url) == read_files(tmp_path)
 
 
 def test_a_cache_is_written_only_where_whole_objects_are(tmp_path):
     with pytest.raises(CacheError, match=r"http://x: a cache can be written to a local folder or s3://"):
-        ObjectFolder("http://x").make([])
+        ObjectFolder("http://x").make_folders([])
 
 
 def test_the_memory_of_a_process_is_a_store_too():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from storage.encoding import distributions
 from storage.encoding.distributions import RowFormat, decode_group, decode_id_groups, encode_groups, rounded
-from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.parquet_schema import encode_parquet
 from storage.errors import CorruptPartError
 from storage.records.sparse_rows import SparseRows
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select
@@ -27,7 +27,7 @@ def make_samples(counts: list[int], seed: int = 0) -> list[SparseRows]:
 def write(samples: list[SparseRows], kept: RowFormat = KEPT) -> bytes:
     keys = [{"sample_id": f"s{number}"} for number in range(len(samples))]
     groups = encode_groups(keys, samples, kept)
-    return parquet_bytes("response", groups.groups, zstd_level=3, metadata=groups.metadata)
+    return encode_parquet("response", groups.groups, zstd_level=3, metadata=groups.metadata)
 
 
 def read(content: bytes, kept: RowFormat = KEPT) -> list[list[SparseRows]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.encoding.hidden_states import decode_hidden, encode_hidden, relative_errors
+from storage.encoding.hidden_states import compute_relative_errors, decode_hidden, encode_hidden
 from storage.errors import CorruptPartError
 from tests.hypothesis_profiles import examples
 
@@ -23,7 +23,7 @@ def test_states_come_back_within_a_bound_a_row(encoding, bound, num_rows, width,
     got = decode_hidden(encode_hidden(states, encoding))
     assert got.dtype == np.float32
     assert got.shape == states.shape
-    errors = relative_errors(states, got)
+    errors = compute_relative_errors(states, got)
     for row in range(num_rows):  # the slow reference
         expected = np.linalg.norm(got[row] - states[row]) / np.linalg.norm(states[row])
         assert errors[row] == pytest.approx(expected, rel=1e-3, abs=1e-9)

@@ -30,7 +30,7 @@ HEADS = [
 ]
 
 
-def logits_in_float64(weight, hidden, bias: Any = 0.0, scale=1.0, soft_cap=None):
+def compute_logits_in_float64(weight, hidden, bias: Any = 0.0, scale=1.0, soft_cap=None):
     logits = (hidden.astype(np.float64) @ weight.astype(np.float64).T + bias) * scale
     return logits if soft_cap is None else np.tanh(logits / soft_cap) * soft_cap
 
@@ -42,7 +42,7 @@ def test_logits_are_those_of_the_float64_reference_after_a_round_trip(kind, dtyp
     head = decode_head(encode_head(make_head(weight, bias, **options)))
     assert head.weight.dtype == dtype
     hidden = np.random.default_rng(1).normal(size=(3, 8)).astype(np.float32)
-    expected = logits_in_float64(weight, hidden, bias, **options)
+    expected = compute_logits_in_float64(weight, hidden, bias, **options)
     assert head.logits(hidden).dtype == np.float32
     np.testing.assert_allclose(head.logits(hidden), expected, atol=3e-5)
     logprobs = head.logprobs(hidden)

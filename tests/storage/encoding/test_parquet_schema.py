@@ -3,23 +3,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.encoding.parquet_schema import FAMILIES, ROW_GROUP_BYTES, SCHEMAS, check_schema, parquet_bytes, row_groups
+from storage.encoding.parquet_schema import (
+    FAMILIES,
+    ROW_GROUP_BYTES,
+    SCHEMAS,
+    check_schema,
+    encode_parquet,
+    split_row_groups,
+)
 from storage.errors import CorruptPartError
 
 
-def relation_rows(count, payload_bytes):
+def make_relation_rows(count, payload_bytes):
     return [
         {"image_key": f"{row:064x}", "num_rows": 1, "norm": np.float32(1), "payload": bytes(payload_bytes)}
         for row in range(count)
     ]
 
 
-def metadata_of(content):
+def read_metadata(content):
     return pq.ParquetFile(pa.BufferReader(content)).metadata
 
 
-def group_sizes(content):
-    metadata = metadata_of(content)
+def read_group_sizes(content):
+    metadata = read_metadata(content)
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
@@ -35,17 +42,19 @@ def group_sizes(content):
     ],
 )
 def test_row_groups_end_at_64_rows_or_a_mebibyte(count, payload_bytes, sizes):
-    content = parquet_bytes("relation", row_groups(relation_rows(count, payload_bytes)), zstd_level=3, metadata={})
-    assert group_sizes(content) == sizes
+    content = encode_parquet(
+        "relation", split_row_groups(make_relation_rows(count, payload_bytes)), zstd_level=3, metadata={}
+    )
+    assert read_group_sizes(content) == sizes
     table = pq.read_table(pa.BufferReader(content))
     assert table["image_key"].to_pylist() == [f"{row:064x}" for row in range(count)]
 
 
 def test_files_are_zstd_deterministic_and_without_nulls():
-    rows = relation_rows(3, 1000)
-    content = parquet_bytes("relation", [rows], zstd_level=9, metadata={})
-    assert content == parquet_bytes("relation", [rows], zstd_level=9, metadata={})
-    group = metadata_of(content).row_group(0)
+    rows = make_relation_rows(3, 1000)
+    content = encode_parquet("relation", [rows], zstd_level=9, metadata={})
+    assert content == encode_parquet("relation", [rows], zstd_level=9, metadata={})
+    group = read_metadata(content).row_group(0)
     assert {group.column(column).compression for column in range(group.num_columns)} == {"ZSTD"}
     for family in FAMILIES:
         assert not any(field.nullable for field in SCHEMAS[family])
@@ -54,7 +63,7 @@ def test_files_are_zstd_deterministic_and_without_nulls():
 def test_a_page_with_a_flipped_bit_is_noticed_by_its_checksum():
     payload = np.random.default_rng(0).bytes(4000)  # incompressible, so it lies in the page as it is
     content = bytearray(
-        parquet_bytes("relation", [[{**relation_rows(1, 0)[0], "payload": payload}]], zstd_level=1, metadata={})
+        encode_parquet("relation", [[{**make_relation_rows(1, 0)[0], "payload": payload}]], zstd_level=1, metadata={})
     )
     position = bytes(content).index(payload[:100])
     content[position + 50] ^= 1

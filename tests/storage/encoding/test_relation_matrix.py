@@ -12,14 +12,14 @@ from pydantic import ValidationError
 
 from storage.config import RelationSection
 from storage.encoding.relation_matrix import (
-    blocks_of_grid,
+    assign_grid_blocks,
     check_encoding,
     check_payload,
-    cosine_error,
+    compute_stored_norm,
+    count_grid_blocks,
     decode_relation,
     encode_relation,
-    num_blocks,
-    stored_norm,
+    read_cosine_error,
 )
 from storage.errors import CorruptPartError
 from storage.records.records import PooledRelation, RelationFactor, RelationMatrix
@@ -38,7 +38,7 @@ SECTIONS = [
 BOUNDS = (1e-6, 2e-4, 1e-3, 0.05, 2.0, 2.0)  # of the cosine error
 
 
-def low_rank_matrix(rng, n, rank=3, noise=0.05):
+def make_low_rank_matrix(rng, n, rank=3, noise=0.05):
     """G / ||G|| of rows near a subspace, row norms differing by a factor of ten or so."""
     rows = rng.normal(size=(n, rank)) @ rng.normal(size=(rank, 40)) + noise * rng.normal(size=(n, 40))
     rows *= rng.lognormal(0, 0.5, size=(n, 1))
@@ -48,21 +48,21 @@ def low_rank_matrix(rng, n, rank=3, noise=0.05):
 
 
 def decode(payload, matrix, section=None):
-    norm = matrix.norm if section is None else stored_norm(matrix, section)
+    norm = matrix.norm if section is None else compute_stored_norm(matrix, section)
     return decode_relation(payload, norm=norm, num_visual_tokens=len(matrix.values))
 
 
-def one_minus_cosine(a, b):
+def compute_cosine_distance(a, b):
     """The slow reference, in float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return 1 - (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
 
 
-def spread(got):
+def expand_to_matrix(got):
     """(n, n) what a decoded matrix says of the original's entries."""
     if not isinstance(got, PooledRelation):
         return got.values
-    block = blocks_of_grid(got.num_visual_tokens, got.pool)
+    block = assign_grid_blocks(got.num_visual_tokens, got.pool)
     return got.values[block][:, block]
 
 
@@ -70,17 +70,17 @@ def spread(got):
 @given(side=st.integers(1, 7), seed=st.integers(0, 10**6))
 @settings(max_examples=examples(60))
 def test_matrices_come_back_with_the_stated_error(section, bound, side, seed):
-    matrix = low_rank_matrix(np.random.default_rng(seed), side * side)
+    matrix = make_low_rank_matrix(np.random.default_rng(seed), side * side)
     payload = encode_relation(matrix, section)
     got = decode(payload, matrix, section)
     check_encoding(got, section)
     assert got.num_visual_tokens == side * side
     np.testing.assert_allclose(got.values, got.values.T, atol=1e-7)
     assert np.linalg.norm(got.values) == pytest.approx(1, abs=1e-5)
-    assert got.norm == pytest.approx(stored_norm(matrix, section))
-    stated = cosine_error(payload)
+    assert got.norm == pytest.approx(compute_stored_norm(matrix, section))
+    stated = read_cosine_error(payload)
     assert stated is not None
-    assert stated == pytest.approx(one_minus_cosine(matrix.values, spread(got)), rel=0.02, abs=2e-7)
+    assert stated == pytest.approx(compute_cosine_distance(matrix.values, expand_to_matrix(got)), rel=0.02, abs=2e-7)
     assert stated <= bound
 
 
@@ -90,12 +90,12 @@ def test_an_all_zero_matrix_comes_back(section):
     payload = encode_relation(zero, section)
     got = decode(payload, zero, section)
     assert got.norm == 0
-    assert cosine_error(payload) == 0
+    assert read_cosine_error(payload) == 0
     assert not got.values.any()
 
 
 def test_payload_sizes_at_576_visual_tokens():
-    matrix = low_rank_matrix(np.random.default_rng(0), 576, rank=8)
+    matrix = make_low_rank_matrix(np.random.default_rng(0), 576, rank=8)
     sizes = [len(encode_relation(matrix, section)) - 16 for section in SECTIONS]
     assert sizes[:2] == [576 * 577, 4 * 576 + 576 * 577 // 2]
     got = decode(encode_relation(matrix, SECTIONS[2]), matrix)
@@ -109,22 +109,22 @@ def test_payload_sizes_at_576_visual_tokens():
 @pytest.mark.parametrize("factor_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("bound", [1e-1, 1e-2, 1e-3])
 def test_the_rank_is_the_least_that_keeps_the_error(factor_dtype, bound):
-    matrix = low_rank_matrix(np.random.default_rng(3), 100, rank=20, noise=0.3)
+    matrix = make_low_rank_matrix(np.random.default_rng(3), 100, rank=20, noise=0.3)
     section = RelationSection.model_validate(
         {"encoding": "low_rank", "max_cosine_error": bound, "factor_dtype": factor_dtype}
     )
     got = decode(encode_relation(matrix, section), matrix)
     assert isinstance(got, RelationFactor)
-    assert one_minus_cosine(matrix.values, got.values) <= bound
+    assert compute_cosine_distance(matrix.values, got.values) <= bound
     values, vectors = np.linalg.eigh(matrix.values.astype(np.float64))
     rank = got.factor.shape[1]
     smaller = vectors[:, -(rank - 1) :] * values[-(rank - 1) :] @ vectors[:, -(rank - 1) :].T
-    best_below = one_minus_cosine(matrix.values, smaller) if rank > 1 else 1.0
+    best_below = compute_cosine_distance(matrix.values, smaller) if rank > 1 else 1.0
     assert best_below > bound * (0.9 if factor_dtype == "int8" else 1)  # int8 may need a rank more
 
 
 def test_an_int8_factor_gives_way_to_a_smaller_float16_one():
-    matrix = low_rank_matrix(np.random.default_rng(3), 100, rank=30, noise=0.1)
+    matrix = make_low_rank_matrix(np.random.default_rng(3), 100, rank=30, noise=0.1)
     sections = [
         RelationSection(encoding="low_rank", max_cosine_error=error, factor_dtype="int8") for error in (1e-2, 1e-6)
     ]
@@ -133,7 +133,7 @@ def test_an_int8_factor_gives_way_to_a_smaller_float16_one():
     loose, tight = (decode(encode_relation(matrix, section), matrix) for section in sections)
     assert isinstance(tight, RelationFactor)
     assert isinstance(loose, RelationFactor)
-    assert one_minus_cosine(matrix.values, tight.values) <= 1e-6
+    assert compute_cosine_distance(matrix.values, tight.values) <= 1e-6
 
 
 def test_a_matrix_of_full_rank_is_kept_as_a_triangle():
@@ -144,7 +144,7 @@ def test_a_matrix_of_full_rank_is_kept_as_a_triangle():
     assert isinstance(got, RelationMatrix)
     check_encoding(got, section)
     assert len(payload) == 16 + 30 * 31
-    assert (cosine_error(payload) or 0) < 1e-6
+    assert (read_cosine_error(payload) or 0) < 1e-6
 
 
 def test_int8_scales_follow_the_diagonal_so_that_outlier_rows_cost_little():
@@ -157,7 +157,7 @@ def test_int8_scales_follow_the_diagonal_so_that_outlier_rows_cost_little():
     quiet = matrix.values[3:, 3:]
     one_scale = np.rint(quiet / matrix.values.max() * 127)
     assert not one_scale.any()  # a scale for the whole matrix would lose these rows altogether
-    assert one_minus_cosine(quiet, got[3:, 3:]) < 1e-3
+    assert compute_cosine_distance(quiet, got[3:, 3:]) < 1e-3
 
 
 def test_pooling_is_the_gram_matrix_of_averaged_rows():
@@ -175,13 +175,13 @@ def test_pooling_is_the_gram_matrix_of_averaged_rows():
 
 
 def test_blocks_lie_row_by_row_and_the_last_are_smaller():
-    assert blocks_of_grid(9, 2).reshape(3, 3).tolist() == [[0, 0, 1], [0, 0, 1], [2, 2, 3]]
-    assert num_blocks(9, 2) == 4
+    assert assign_grid_blocks(9, 2).reshape(3, 3).tolist() == [[0, 0, 1], [0, 0, 1], [2, 2, 3]]
+    assert count_grid_blocks(9, 2) == 4
     for refused in (0, 2, 575):
         with pytest.raises(ValueError, match="no square grid"):
-            num_blocks(refused, 2)
+            count_grid_blocks(refused, 2)
         with pytest.raises(ValueError, match="no square grid"):
-            blocks_of_grid(refused, 2)
+            assign_grid_blocks(refused, 2)
 
 
 def test_pooled_rows_that_cancel_out_leave_nothing_and_say_so():
@@ -190,7 +190,7 @@ def test_pooled_rows_that_cancel_out_leave_nothing_and_say_so():
     matrix = RelationMatrix((gram / np.linalg.norm(gram)).astype(np.float32), float(np.linalg.norm(gram)))
     payload = encode_relation(matrix, SECTIONS[4])
     got = decode(payload, matrix, SECTIONS[4])
-    assert (got.norm, got.values.tolist(), cosine_error(payload)) == (0.0, [[0.0]], 1.0)
+    assert (got.norm, got.values.tolist(), read_cosine_error(payload)) == (0.0, [[0.0]], 1.0)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_what_an_encoding_cannot_hold_is_refused():
 
 
 def test_a_payload_of_another_encoding_is_refused():
-    matrix = low_rank_matrix(np.random.default_rng(0), 36)
+    matrix = make_low_rank_matrix(np.random.default_rng(0), 36)
     for payload_of, read_as in ((0, 4), (1, 4), (2, 0), (4, 0), (4, 5), (5, 4)):
         got = decode(encode_relation(matrix, SECTIONS[payload_of]), matrix, SECTIONS[payload_of])
         with pytest.raises(CorruptPartError, match="the cache's encoding is"):
@@ -238,7 +238,7 @@ def assert_valid_or_refused(payload, n, norm):
     assert np.isfinite(got.values).all()
     np.testing.assert_allclose(got.values, got.values.T, atol=1e-6)
     assert np.linalg.norm(got.values) == pytest.approx(float(norm > 0), abs=1e-4)
-    error = cosine_error(payload)
+    error = read_cosine_error(payload)
     assert error is None or 0 <= error <= 2
     return True
 
@@ -256,7 +256,7 @@ def test_arbitrary_bytes_never_do_worse_than_being_refused(payload, n, norm):
 @settings(max_examples=examples(500))
 def test_arbitrary_content_under_a_plausible_header_is_valid_or_refused(kind, pool, n, rank, error, content):
     header = struct.pack("<BBBxIIf", 2, kind, pool, n, rank, error)
-    m = num_blocks(n, pool) if kind == 4 and pool >= 2 and n in (1, 4) else n
+    m = count_grid_blocks(n, pool) if kind == 4 and pool >= 2 and n in (1, 4) else n
     needed = {0: m * (m + 1), 1: 4 * n + n * (n + 1) // 2, 2: 2 * n * rank, 3: rank * (4 + n), 4: m * (m + 1)}
     size = needed.get(kind, 0)
     assert_valid_or_refused(header + content.ljust(size, b"\x01")[:size], n, 1.0)
@@ -266,7 +266,7 @@ def test_arbitrary_content_under_a_plausible_header_is_valid_or_refused(kind, po
 @given(data=st.data())
 @settings(max_examples=examples(150))
 def test_damaged_payloads_never_do_worse_than_being_refused(section, data):
-    matrix = low_rank_matrix(np.random.default_rng(5), 9)
+    matrix = make_low_rank_matrix(np.random.default_rng(5), 9)
     payload = bytearray(encode_relation(matrix, section))
     for _ in range(data.draw(st.integers(1, 4))):
         payload[data.draw(st.integers(0, len(payload) - 1))] ^= 1 << data.draw(st.integers(0, 7))

@@ -18,10 +18,10 @@ from storage.encoding import tail_profile
 from storage.encoding.tail_profile import (
     TAIL_TOTAL_KEY,
     TailTotal,
+    compute_mean_profile,
     decode_tail_total,
     encode_tail_total,
-    mean_profile,
-    tail_parts,
+    select_tail_parts,
 )
 from storage.errors import CacheError, CorruptPartError
 from storage.reader.cache import Cache
@@ -56,12 +56,12 @@ def test_the_worked_example_of_the_specification_is_read_and_written():
 
 
 def test_the_parts_that_keep_tails_are_few_and_spread():
-    assert tail_parts(0) == ()
-    assert tail_parts(1) == (0,)
-    assert tail_parts(8) == tuple(range(8))
-    assert tail_parts(1000) == (0, 125, 250, 375, 500, 625, 750, 875)
+    assert select_tail_parts(0) == ()
+    assert select_tail_parts(1) == (0,)
+    assert select_tail_parts(8) == tuple(range(8))
+    assert select_tail_parts(1000) == (0, 125, 250, 375, 500, 625, 750, 875)
     for count in range(1, 200):
-        parts = tail_parts(count)
+        parts = select_tail_parts(count)
         assert len(set(parts)) == len(parts) == min(count, 8)
         assert max(parts) < count
 
@@ -70,14 +70,16 @@ def test_the_mean_gives_each_segment_its_rows():
     one, other = np.zeros(V), np.zeros(V)
     one[3], other[5] = 2.0, 1.0
     # 20 of 100 rows leave 0.1 a row at token 3; all 50 rows of another segment leave 0.02 at token 5: 10 and 1
-    mean = mean_profile([([TailTotal(one, 20)], 100), ([TailTotal(other / 2, 25), TailTotal(other / 2, 25)], 50)], V)
+    mean = compute_mean_profile(
+        [([TailTotal(one, 20)], 100), ([TailTotal(other / 2, 25), TailTotal(other / 2, 25)], 50)], V
+    )
     assert mean.dtype == np.float32
     assert mean[[3, 5]].tolist() == pytest.approx([10 / 11, 1 / 11])
     assert mean.sum() == pytest.approx(1)
 
 
 def test_where_no_row_has_a_tail_the_profile_is_uniform():
-    assert mean_profile([([TailTotal(np.zeros(V), 7)], 7)], V).tolist() == pytest.approx([1 / V] * V)
+    assert compute_mean_profile([([TailTotal(np.zeros(V), 7)], 7)], V).tolist() == pytest.approx([1 / V] * V)
 
 
 @pytest.mark.parametrize("total", [[-1.0, 2], [np.nan, 0], [np.inf, 0], [9.0, 2]])
@@ -119,9 +121,9 @@ def test_a_cache_gives_the_profile_of_the_parts_that_keep_one(tmp_path):
     profile = cache.tail_profile("response")
     assert profile[[3, 5]].tolist() == pytest.approx([2.5 / 4, 1.5 / 4], rel=0.05)
     assert profile.sum() == pytest.approx(1)
-    with pytest.raises(CacheError, match="keeps no tail profile of visual"):
+    with pytest.raises(CacheError, match="stores no tail profile of visual"):
         cache.tail_profile("visual")
-    with pytest.raises(CacheError, match="keeps no tail profile of hidden"):
+    with pytest.raises(CacheError, match="stores no tail profile of hidden"):
         cache.tail_profile("hidden")
 
 
@@ -135,7 +137,7 @@ def test_a_cache_that_grows_gives_what_is_there(tmp_path):
 
 def test_caches_without_tails_say_so(tmp_path):
     write_cache(tmp_path)
-    with pytest.raises(CacheError, match="keeps no tail profile of response; dump that family anew"):
+    with pytest.raises(CacheError, match="stores no tail profile of response; dump that family again"):
         Cache.open(tmp_path).tail_profile("response")
 
 

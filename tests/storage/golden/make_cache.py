@@ -44,7 +44,7 @@ IDENTITY: dict[str, Any] = {
 }
 
 
-def _row(exact, sampled, tail_mass, entropy, log_sum_exp, label_logprob=None) -> dict[str, Any]:
+def _make_row(exact, sampled, tail_mass, entropy, log_sum_exp, label_logprob=None) -> dict[str, Any]:
     """One row: exact entries {id: p}, sampled entries {id: draws}, and the scalars."""
     row = {"exact": exact, "sampled": sampled, "tail_mass": tail_mass, "entropy": entropy, "log_sum_exp": log_sum_exp}
     return row if label_logprob is None else {**row, "label_logprob": label_logprob}
@@ -57,14 +57,16 @@ IMAGES: dict[str, dict[str, Any]] = {  # by file name
 SIGNALS: dict[str, dict[str, Any]] = {  # of an image that stands alone after token 1
     "red.png": {
         "visual": [
-            _row({5: 0.5, 6: 0.25, 7: 0.125}, {}, 0.125, 1.25, 10.0),
-            _row({900: 0.75, 3: 0.125, 4: 0.0625}, {}, 0.0625, 0.75, -3.5),
+            _make_row({5: 0.5, 6: 0.25, 7: 0.125}, {}, 0.125, 1.25, 10.0),
+            _make_row({900: 0.75, 3: 0.125, 4: 0.0625}, {}, 0.0625, 0.75, -3.5),
         ],
         "relation": [[0.75, 0.25], [0.25, 0.5590169943749475]],
         "norm": 12.5,
     },
     "blue.png": {
-        "visual": [_row({number: 0.5, number + 1: 0.25, 0: 0.25}, {}, 0.0, 1.0397, 2.0) for number in (10, 20, 30)],
+        "visual": [
+            _make_row({number: 0.5, number + 1: 0.25, 0: 0.25}, {}, 0.0, 1.0397, 2.0) for number in (10, 20, 30)
+        ],
         "relation": [[0.5, 0.25, 0.125], [0.25, 0.5, 0.25], [0.125, 0.25, 0.46770717334674267]],
         "norm": 1000.0,
     },
@@ -80,8 +82,8 @@ PARTS: list[dict[str, Any]] = [
                 "response_mask": [0, 0, 0, 0, 1, 1],
                 "images": ["red.png"],
                 "response": [
-                    _row({7: 0.5, 3: 0.25}, {12: 1, 500: 1}, 0.25, 1.5, 4.25, -1.3862944),
-                    _row({31: 1.0}, {}, 0.0, 0.0, 20.0, 0.0),
+                    _make_row({7: 0.5, 3: 0.25}, {12: 1, 500: 1}, 0.25, 1.5, 4.25, -1.3862944),
+                    _make_row({31: 1.0}, {}, 0.0, 0.0, 20.0, 0.0),
                 ],
             },
             {
@@ -92,8 +94,8 @@ PARTS: list[dict[str, Any]] = [
                 "response_mask": [0, 0, 0, 1, 0, 1],
                 "images": ["red.png"],
                 "response": [
-                    _row({40: 0.375, 2: 0.125}, {0: 2, 41: 1, 998: 1}, 0.5, 3.0, 1.5, -0.98082925),
-                    _row({41: 0.875}, {9: 1}, 0.125, 0.5, 7.0, -0.13353139),
+                    _make_row({40: 0.375, 2: 0.125}, {0: 2, 41: 1, 998: 1}, 0.5, 3.0, 1.5, -0.98082925),
+                    _make_row({41: 0.875}, {9: 1}, 0.125, 0.5, 7.0, -0.13353139),
                 ],
             },
             {
@@ -117,7 +119,7 @@ PARTS: list[dict[str, Any]] = [
                 "token_ids": [1, 999, 26, 50],
                 "response_mask": [0, 0, 0, 1],
                 "images": ["blue.png"],
-                "response": [_row({50: 0.625, 51: 0.125}, {70: 2}, 0.25, 1.0, 3.0, -0.47000363)],
+                "response": [_make_row({50: 0.625, 51: 0.125}, {70: 2}, 0.25, 1.0, 3.0, -0.47000363)],
             },
         ],
         "errors": [],
@@ -126,7 +128,7 @@ PARTS: list[dict[str, Any]] = [
 HEAD = [[1.0, 0.0], [0.5, -2.0]]  # weight of its first two tokens; all others are 0
 
 
-def hidden_state(row: int) -> list[float]:
+def make_hidden_state(row: int) -> list[float]:
     """The state behind an answer's row."""
     return [0.5 * row, -1.0]
 
@@ -143,19 +145,19 @@ def main(folder: str) -> None:
         SampleError,
         SequenceLogprob,
         TokensRecord,
-        image_key,
+        compute_image_key,
     )
     from storage.records.sparse_rows import SparseRows
     from storage.writer.cache_writer import CacheWriter
 
-    def rows(contents: list[dict[str, Any]], *, labels: bool, temperatures: int = 0) -> SparseRows:
+    def make_rows(contents: list[dict[str, Any]], *, labels: bool, temperatures: int = 0) -> SparseRows:
         ids = [number for row in contents for number in (*row["exact"], *row["sampled"])]
         weights = [
             p for row in contents for p in (*row["exact"].values(), *(TAU * draws for draws in row["sampled"].values()))
         ]
         sizes = [len(row["exact"]) + len(row["sampled"]) for row in contents]
 
-        def scalars(name: str) -> np.ndarray:
+        def make_scalars(name: str) -> np.ndarray:
             return np.array([row[name] for row in contents], np.float32)
 
         return SparseRows(
@@ -163,17 +165,17 @@ def main(folder: str) -> None:
             ids=np.array(ids, np.int32),
             logprobs=np.log(np.array(weights)).astype(np.float32),
             num_exact=np.array([len(row["exact"]) for row in contents], np.int32),
-            tail_mass=scalars("tail_mass"),
-            entropy=scalars("entropy"),
-            log_sum_exp=np.repeat(scalars("log_sum_exp")[:, None], temperatures, axis=1),
-            label_logprob=scalars("label_logprob") if labels else None,
+            tail_mass=make_scalars("tail_mass"),
+            entropy=make_scalars("entropy"),
+            log_sum_exp=np.repeat(make_scalars("log_sum_exp")[:, None], temperatures, axis=1),
+            label_logprob=make_scalars("label_logprob") if labels else None,
         )
 
     def tokens(sample: dict[str, Any]) -> TokensRecord:
         refs = []
         for name in sample["images"]:
             sha256 = IMAGES[name]["sha256"]
-            key = image_key(sample["token_ids"][:2], [sha256], PREPROCESSING)
+            key = compute_image_key(sample["token_ids"][:2], [sha256], PREPROCESSING)
             refs.append(ImageRef(f"set/{name}", sha256, IMAGES[name]["num_visual_tokens"], key))
         return TokensRecord(
             sample["sample_id"], sample["split"], sample["category"],
@@ -192,8 +194,8 @@ def main(folder: str) -> None:
             number,
             PartRecords(
                 tokens=records,
-                response=[rows(sample["response"], labels=True, temperatures=1) for sample in part["samples"]],
-                visual={key: rows(signals["visual"], labels=False) for key, signals in keys.items()},
+                response=[make_rows(sample["response"], labels=True, temperatures=1) for sample in part["samples"]],
+                visual={key: make_rows(signals["visual"], labels=False) for key, signals in keys.items()},
                 relation={
                     key: RelationMatrix(np.array(signals["relation"], np.float32), signals["norm"])
                     for key, signals in keys.items()
@@ -214,7 +216,8 @@ def main(folder: str) -> None:
             PartRecords(
                 tokens=records,
                 hidden=[
-                    np.array([hidden_state(row) for row in range(count)], np.float32).reshape(-1, 2) for count in counts
+                    np.array([make_hidden_state(row) for row in range(count)], np.float32).reshape(-1, 2)
+                    for count in counts
                 ],
                 sequence=[SequenceLogprob(SEQUENCE_LOGPROB * count, count) for count in counts],
             ),

@@ -36,43 +36,43 @@ class PictureFile:
     tolerance: int = 0  # of a channel
 
 
-def encoded(image: Image.Image, kind: str = "png", **options: object) -> bytes:
+def encode_image(image: Image.Image, kind: str = "png", **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
 
 
-def random_rgb(size: tuple[int, int] = SIZE, seed: int = 0) -> np.ndarray:
+def make_random_rgb(size: tuple[int, int] = SIZE, seed: int = 0) -> np.ndarray:
     """(h, w, 3), smooth enough for JPEG: 2 x 2 blocks of one colour."""
     draw = np.random.default_rng(seed)
     blocks = draw.integers(0, 256, ((size[1] + 1) // 2, (size[0] + 1) // 2, 3), dtype=np.uint8)
     return blocks.repeat(2, 0).repeat(2, 1)[: size[1], : size[0]]
 
 
-def turned_file(upright: np.ndarray, orientation: int, kind: str = "png") -> bytes:
+def make_turned_file(upright: np.ndarray, orientation: int, kind: str = "png") -> bytes:
     """A file that holds the pixels turned and says how."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     laid = np.ascontiguousarray(LAID[orientation](upright))
-    return encoded(Image.fromarray(laid), kind, exif=exif)
+    return encode_image(Image.fromarray(laid), kind, exif=exif)
 
 
-def flattened(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def flatten_by_hand(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """By hand, in floats."""
     weight = alpha[..., None] / 255
     return np.rint(rgb * weight + np.array(BACKGROUND_RGB) * (1 - weight)).astype(np.uint8)
 
 
-def picture_files() -> list[PictureFile]:
+def make_picture_files() -> list[PictureFile]:
     """One for each kind."""
-    rgb, draw = random_rgb(), np.random.default_rng(1)
+    rgb, draw = make_random_rgb(), np.random.default_rng(1)
     height, width = rgb.shape[:2]
     grey = rgb[..., 0]
     grey_rgb = np.repeat(grey[..., None], 3, 2)
     alpha = draw.choice(np.array([0, 255, 90], np.uint8), (height, width))
     ramp = np.linspace(0, 1, height * width).reshape(height, width)
     ramp_rgb = np.repeat(np.rint(ramp * 255).astype(np.uint8)[..., None], 3, 2)
-    files = [PictureFile(f"exif-{number}", turned_file(rgb, number), rgb) for number in LAID]
+    files = [PictureFile(f"exif-{number}", make_turned_file(rgb, number), rgb) for number in LAID]
     hidden = Image.fromarray(np.dstack([rgb, alpha]))
     palette = Image.fromarray(rgb).quantize(16)
     seen = np.asarray(palette.convert("RGB"))
@@ -89,14 +89,16 @@ def picture_files() -> list[PictureFile]:
         return np.where(is_clear[..., None], np.array(BACKGROUND_RGB, np.uint8), shown)
 
     def file(name: str, image: Image.Image, expected: np.ndarray, kind: str = "png", **options: object) -> PictureFile:
-        return PictureFile(name, encoded(image, kind, **options), expected)
+        return PictureFile(name, encode_image(image, kind, **options), expected)
 
     is_first, is_dark, dark = (rgb == rgb[0, 0]).all(-1), grey == grey[0, 0], int(grey[0, 0])
     from_array = Image.fromarray
     files += [
-        PictureFile("rgba", encoded(hidden), flattened(rgb, alpha), 1),
-        PictureFile("rgba-webp", encoded(hidden, "webp", lossless=True, exact=True), flattened(rgb, alpha), 1),
-        PictureFile("la", encoded(grey_alpha), flattened(grey_rgb, alpha), 1),
+        PictureFile("rgba", encode_image(hidden), flatten_by_hand(rgb, alpha), 1),
+        PictureFile(
+            "rgba-webp", encode_image(hidden, "webp", lossless=True, exact=True), flatten_by_hand(rgb, alpha), 1
+        ),
+        PictureFile("la", encode_image(grey_alpha), flatten_by_hand(grey_rgb, alpha), 1),
         file("transparent-palette", palette, on_background(clear, seen), transparency=3),
         file("transparent-colour", key, on_background(is_first, rgb), transparency=first),
         file("transparent-grey", from_array(grey), on_background(is_dark, grey_rgb), transparency=dark),
@@ -111,9 +113,9 @@ def picture_files() -> list[PictureFile]:
         file("float-wide", from_array((ramp * 7e4 - 3e4).astype(np.float32)), ramp_rgb, "tiff"),
         file("cmyk", cmyk, np.asarray(cmyk.convert("RGB")), "tiff"),
         file("one-pixel", from_array(rgb[:1, :1].copy()), rgb[:1, :1]),
-        file("tall", from_array(random_rgb((1, 2000))), random_rgb((1, 2000))),
-        file("wide", from_array(random_rgb((2000, 1))), random_rgb((2000, 1))),
-        file("three-rows", from_array(random_rgb((5, 3))), random_rgb((5, 3))),
+        file("tall", from_array(make_random_rgb((1, 2000))), make_random_rgb((1, 2000))),
+        file("wide", from_array(make_random_rgb((2000, 1))), make_random_rgb((2000, 1))),
+        file("three-rows", from_array(make_random_rgb((5, 3))), make_random_rgb((5, 3))),
         file("animated", key, rgb, save_all=True, append_images=[from_array(other)]),
         file("animated-gif", palette, seen, "gif", save_all=True, append_images=[palette.point(lambda _: 0)]),
     ]

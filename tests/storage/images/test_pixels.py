@@ -19,14 +19,14 @@ from tests.storage.images.picture_files import (
     LAID,
     ORIENTATION,
     PictureFile,
-    encoded,
-    picture_files,
-    random_rgb,
-    turned_file,
+    encode_image,
+    make_picture_files,
+    make_random_rgb,
+    make_turned_file,
 )
 
 NOW = PixelSettings(background=BACKGROUND)
-FILES = picture_files()
+FILES = make_picture_files()
 
 
 @pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
@@ -45,38 +45,38 @@ def test_a_file_becomes_what_a_person_sees(file: PictureFile) -> None:
 def test_other_formats_name_their_orientation_too(kind: str, orientation: int) -> None:
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8], upright[8:, :8] = (255, 0, 0), (0, 0, 255)
-    got = np.asarray(make_pixels(turned_file(upright, orientation, kind), NOW)).astype(int)
+    got = np.asarray(make_pixels(make_turned_file(upright, orientation, kind), NOW)).astype(int)
     assert got.shape == upright.shape
     assert abs(got - upright).mean() < 25  # what JPEG loses; a wrong turn is at 50 and more
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
 def test_an_orientation_that_is_none_is_upright(value: int) -> None:
-    exif, rgb = Image.Exif(), random_rgb()
+    exif, rgb = Image.Exif(), make_random_rgb()
     exif[ORIENTATION] = value
-    assert np.array_equal(np.asarray(make_pixels(encoded(Image.fromarray(rgb), exif=exif), NOW)), rgb)
+    assert np.array_equal(np.asarray(make_pixels(encode_image(Image.fromarray(rgb), exif=exif), NOW)), rgb)
 
 
 def test_broken_metadata_costs_no_picture() -> None:
-    rgb = random_rgb()
-    content = encoded(Image.fromarray(rgb), exif=b"Exif\0\0broken and much too short")
+    rgb = make_random_rgb()
+    content = encode_image(Image.fromarray(rgb), exif=b"Exif\0\0broken and much too short")
     assert np.array_equal(np.asarray(make_pixels(content, NOW)), rgb)
 
 
 def test_version_0_is_what_older_caches_were_made_with() -> None:
-    rgb = random_rgb()
-    old = make_pixels(turned_file(rgb, 6), PixelSettings(version=0, backend=None))
+    rgb = make_random_rgb()
+    old = make_pixels(make_turned_file(rgb, 6), PixelSettings(version=0, backend=None))
     assert np.array_equal(np.asarray(old), LAID[6](rgb))
     assert not old.getexif()
 
 
 def test_hidden_pixels_do_not_tell_pictures_apart() -> None:
     """Two files that look alike become alike, whatever lies below the alpha channel; two that differ do not."""
-    one, two = (np.dstack([random_rgb(seed=seed), np.zeros((8, 12), np.uint8)]) for seed in (1, 2))
-    assert make_pixels(encoded(Image.fromarray(one)), NOW) == make_pixels(encoded(Image.fromarray(two)), NOW)
+    one, two = (np.dstack([make_random_rgb(seed=seed), np.zeros((8, 12), np.uint8)]) for seed in (1, 2))
+    assert make_pixels(encode_image(Image.fromarray(one)), NOW) == make_pixels(encode_image(Image.fromarray(two)), NOW)
     drawing = np.zeros((8, 12, 4), np.uint8)
     drawing[2:4, :, 3] = 255  # black on black, which only alpha shows
-    assert np.asarray(make_pixels(encoded(Image.fromarray(drawing)), PixelSettings())).std() > 0
+    assert np.asarray(make_pixels(encode_image(Image.fromarray(drawing)), PixelSettings())).std() > 0
 
 
 # Libraries of other tests may have switched this process to flush subnormal numbers to zero.
@@ -123,7 +123,7 @@ def test_deep_values_are_scaled_by_the_stated_rule(values: np.ndarray, expected:
 
 def test_a_transparent_value_of_a_deep_file_shows_the_background() -> None:
     values = np.array([[0, 65535], [30000, 12]], np.uint16)
-    got = np.asarray(make_pixels(encoded(Image.fromarray(values), transparency=65535), NOW))
+    got = np.asarray(make_pixels(encode_image(Image.fromarray(values), transparency=65535), NOW))
     assert got.tolist() == [[[0, 0, 0], [0x30, 0x60, 0xC0]], [[117, 117, 117], [0, 0, 0]]]
 
 
@@ -135,14 +135,14 @@ def test_what_is_no_image_is_refused_without_a_memory_address(content: bytes) ->
 
 
 def test_a_truncated_file_is_refused() -> None:
-    content = encoded(Image.fromarray(random_rgb((64, 64))))
+    content = encode_image(Image.fromarray(make_random_rgb((64, 64))))
     for version in (0, 1):
         with pytest.raises(ImageDecodeError):
             make_pixels(content[: len(content) // 2], PixelSettings(version=version))
 
 
 def test_pictures_of_too_many_pixels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = encoded(Image.new("RGB", (64, 64)))
+    content = encode_image(Image.new("RGB", (64, 64)))
     with pytest.raises(ImageDecodeError, match="64 × 64 pixels, more than 4,095"):
         make_pixels(content, NOW, max_pixels=4095)
     assert make_pixels(content, NOW, max_pixels=4096).size == (64, 64)
@@ -152,8 +152,8 @@ def test_pictures_of_too_many_pixels_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_file_that_is_cut_inside_a_frame_that_is_not_shown_is_read() -> None:
-    frames = [Image.fromarray(random_rgb((32, 32), seed)) for seed in range(3)]
-    content = encoded(frames[0], save_all=True, append_images=frames[1:])
+    frames = [Image.fromarray(make_random_rgb((32, 32), seed)) for seed in range(3)]
+    content = encode_image(frames[0], save_all=True, append_images=frames[1:])
     with Image.open(io.BytesIO(content)) as opened:
         assert getattr(opened, "n_frames", 1) == 3
-    assert np.array_equal(np.asarray(make_pixels(content[:-200], NOW)), random_rgb((32, 32), 0))
+    assert np.array_equal(np.asarray(make_pixels(content[:-200], NOW)), make_random_rgb((32, 32), 0))

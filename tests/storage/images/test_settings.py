@@ -11,8 +11,8 @@ from storage.images.settings import (
     OLD_PIXELS,
     PIXELS_FILE,
     PixelSettings,
+    describe_settings_differences,
     read_pixel_settings,
-    settings_differences,
     write_pixel_settings,
 )
 
@@ -48,16 +48,16 @@ def test_a_background_is_six_hexadecimal_digits(background: str) -> None:
 
 def test_only_fields_that_change_pixels_differ() -> None:
     now, black = PixelSettings(), PixelSettings(background="#000000")
-    assert now.differences(now) == []
-    assert now.differences(black) == [("background", "#ffffff", "#000000")]
-    assert now.differences(OLD_PIXELS) == [("version", 1, 0)]
-    assert OLD_PIXELS.differences(PixelSettings(version=0, background="#000000")) == []
-    assert now.differences(PixelSettings(backend="torchvision")) == [("backend", "pil", "torchvision")]
+    assert now.find_differences(now) == []
+    assert now.find_differences(black) == [("background", "#ffffff", "#000000")]
+    assert now.find_differences(OLD_PIXELS) == [("version", 1, 0)]
+    assert OLD_PIXELS.find_differences(PixelSettings(version=0, background="#000000")) == []
+    assert now.find_differences(PixelSettings(backend="torchvision")) == [("backend", "pil", "torchvision")]
 
 
 def test_processors_are_compared_setting_by_setting() -> None:
     cache, own = {"size": {"height": 32}, "image_mean": [0.5]}, {"size": {"height": 64}, "image_mean": [0.5]}
-    assert settings_differences(cache, own) == [
+    assert describe_settings_differences(cache, own) == [
         "image_processor.size: the cache has {'height': 32}, the student {'height': 64}"
     ]
-    assert settings_differences(cache, cache) == []
+    assert describe_settings_differences(cache, cache) == []

@@ -22,11 +22,11 @@ TOKENS_ONLY: dict[str, Any] = {"teacher_fingerprint": "none", "dtype": "none", "
 NEW_PLAN = {"plan_fingerprint": "f" * 8, "num_parts": 3}
 
 
-def files_of(folder):
+def read_files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def add(folder, families, *, parts=2, **changes) -> CacheWriter:
+def add_families(folder, families, *, parts=2, **changes) -> CacheWriter:
     """A dump of some families over the samples that are there."""
     writer = CacheWriter.open(folder, make_identity(num_parts=parts, **changes), families)
     for part in sorted(set(range(parts)) - writer.committed_parts()):
@@ -35,7 +35,7 @@ def add(folder, families, *, parts=2, **changes) -> CacheWriter:
     return writer
 
 
-def append(folder, families=FAMILIES, *, first=2, **changes) -> CacheWriter:
+def append_samples(folder, families=FAMILIES, *, first=2, **changes) -> CacheWriter:
     """A dump of new samples: those that make_part numbers from `first` on."""
     identity = make_identity(**{**NEW_PLAN, **changes})
     writer = CacheWriter.open(folder, identity, families, append=True)
@@ -61,10 +61,10 @@ def assert_same_records(one: Cache, other: Cache) -> None:
 def test_families_added_one_by_one_make_the_cache_that_one_dump_makes(tmp_path):
     write_cache(tmp_path / "at once")
     write_cache(tmp_path / "later", families=("response",))
-    before = files_of(tmp_path / "later")
-    assert add(tmp_path / "later", ("response", "visual")).segment.number == 1
-    assert add(tmp_path / "later", FAMILIES).segment.families == ("relation",)
-    after = files_of(tmp_path / "later")
+    before = read_files(tmp_path / "later")
+    assert add_families(tmp_path / "later", ("response", "visual")).segment.number == 1
+    assert add_families(tmp_path / "later", FAMILIES).segment.families == ("relation",)
+    after = read_files(tmp_path / "later")
     assert {name: after[name] for name in before} == before  # nothing that was there has changed
     assert {"segments/0001.json", "commits/0001/part-00000.json", "manifest-0002.json"} <= set(after)
     cache = Cache.open(tmp_path / "later")
@@ -85,22 +85,22 @@ def test_a_cache_of_tokens_alone_gets_its_teacher_later(tmp_path):
     for part in range(2):
         writer.write_part(part, make_part(part, families=()))
     writer.seal()
-    add(tmp_path, ("response",))
+    add_families(tmp_path, ("response",))
     cache = Cache.open(tmp_path)
     assert cache.identity.teacher_fingerprint == "a" * 8
     assert cache.identity.selection.keys() == {"response"}
     assert verify(tmp_path).problems == []
     with pytest.raises(IdentityError, match="teacher_fingerprint: cache has 'aaaaaaaa', this run has 'zz'"):
-        add(tmp_path, ("visual",), teacher_fingerprint="zz")
+        add_families(tmp_path, ("visual",), teacher_fingerprint="zz")
 
 
 def test_appended_samples_read_after_the_others(tmp_path):
     write_cache(tmp_path / "at once", num_parts=5)
     write_cache(tmp_path / "later")
-    before = files_of(tmp_path / "later")
-    writer = append(tmp_path / "later")
+    before = read_files(tmp_path / "later")
+    writer = append_samples(tmp_path / "later")
     assert (writer.segment.number, writer.segment.first_part) == (1, 2)
-    after = files_of(tmp_path / "later")
+    after = read_files(tmp_path / "later")
     assert {name: after[name] for name in before} == before
     assert "commits/0001/part-00004.json" in after
     cache = Cache.open(tmp_path / "later")
@@ -109,41 +109,41 @@ def test_appended_samples_read_after_the_others(tmp_path):
     assert len(cache.errors) == 5
     assert_same_records(cache, Cache.open(tmp_path / "at once"))
     assert verify(tmp_path / "later").problems == []
-    append(tmp_path / "later")  # once more: it is complete
-    assert files_of(tmp_path / "later") == after
+    append_samples(tmp_path / "later")  # once more: it is complete
+    assert read_files(tmp_path / "later") == after
 
 
 def test_another_plan_is_refused_unless_append_is_said(tmp_path):
     write_cache(tmp_path)
-    before = files_of(tmp_path)
+    before = read_files(tmp_path)
     with pytest.raises(IdentityError, match=r"cache\.append: true.*\n  plan_fingerprint: .*\n  num_parts: "):
         CacheWriter.open(tmp_path, make_identity(**NEW_PLAN), FAMILIES)
     with pytest.raises(IdentityError, match=r"\n  selection\.response\.tau: cache has 0\.03, this run has 0\.5\n"):
         CacheWriter.open(tmp_path, make_identity(tau=0.5, **NEW_PLAN), ("response", "visual"), append=True)
     with pytest.raises(IdentityError, match="vocab_size: cache has 300, this run has 299"):
         CacheWriter.open(tmp_path, make_identity(vocab_size=299, **NEW_PLAN), FAMILIES, append=True)
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 def test_a_sample_that_is_there_is_not_appended_again(tmp_path):
     write_cache(tmp_path)
-    before = files_of(tmp_path)
+    before = read_files(tmp_path)
     for ids in (["new", "sample-1-0"], ["broken-1"]):
         with pytest.raises(CacheError, match=r"1 of the samples to append are in the cache already: '.*-1"):
             CacheWriter.open(tmp_path, make_identity(**NEW_PLAN), FAMILIES, append=True, sample_ids=ids)
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before
     writer = CacheWriter.open(tmp_path, make_identity(**NEW_PLAN), FAMILIES, append=True, sample_ids=["new"])
-    before = files_of(tmp_path)
+    before = read_files(tmp_path)
     for part in (make_part(1), PartRecords([], [], {}, {}, [SampleError("broken-1", "?")])):
         with pytest.raises(CacheError, match=r"in the cache already: '(sample-1-0|broken-1)'.* is in part 1"):
             writer.write_part(0, part)
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 def test_families_can_be_added_to_appended_samples(tmp_path):
     write_cache(tmp_path, families=("response",))
-    append(tmp_path, ("response",))
-    add(tmp_path, FAMILIES)
+    append_samples(tmp_path, ("response",))
+    add_families(tmp_path, FAMILIES)
     with pytest.raises(CacheError) as caught:
         Cache.open(tmp_path, families=("visual",))
     assert "holds tokens, response, not visual, of all parts: 3 of 5 lack it, part 2 first" in str(caught.value)
@@ -192,9 +192,9 @@ def test_an_unfinished_dump_is_finished_before_families_are_added(tmp_path):
     writer.write_part(0, make_part(0, families=("response",)))
     writer = CacheWriter.open(tmp_path, make_identity(), FAMILIES)
     assert (writer.segment.number, writer.segment.families) == (0, ("response",))
-    assert add(tmp_path, FAMILIES).segment.number == 0
-    assert add(tmp_path, FAMILIES).segment.number == 1
-    assert add(tmp_path, FAMILIES).segment.number == 0  # nothing is left to do
+    assert add_families(tmp_path, FAMILIES).segment.number == 0
+    assert add_families(tmp_path, FAMILIES).segment.number == 1
+    assert add_families(tmp_path, FAMILIES).segment.number == 0  # nothing is left to do
     assert len(read_segments(LocalFolder(tmp_path))) == 2
 
 
@@ -207,7 +207,7 @@ def test_an_engine_may_change_between_dumps_but_not_within_one(tmp_path):
         CacheWriter.open(tmp_path, make_identity(dtype="bfloat16"), FAMILIES)
 
 
-def spoilt(part, **changes):
+def spoil(part, **changes):
     return dataclasses.replace(part, tokens=[dataclasses.replace(part.tokens[0], **changes), *part.tokens[1:]])
 
 
@@ -217,13 +217,13 @@ def test_added_families_must_be_of_the_tokens_that_are_there(tmp_path):
     good = make_part(0, families=("visual",))
     other_ids = good.tokens[0].token_ids.copy()
     other_ids[-1] += 1
-    before = files_of(tmp_path)
+    before = read_files(tmp_path)
     with pytest.raises(CacheError, match=r"part 0, sample 'sample-0-0': its token_ids are not those that segment 0"):
-        writer.write_part(0, spoilt(good, token_ids=other_ids))
+        writer.write_part(0, spoil(good, token_ids=other_ids))
     with pytest.raises(CacheError, match="sample 'sample-0-0': its response_starts"):
-        writer.write_part(0, spoilt(good, response_mask=np.zeros(len(other_ids), bool)))
+        writer.write_part(0, spoil(good, response_mask=np.zeros(len(other_ids), bool)))
     images = tuple(dataclasses.replace(image, key="0" * 64) for image in good.tokens[0].images)
-    other = spoilt(good, images=images)
+    other = spoil(good, images=images)
     assert other.visual is not None
     other = dataclasses.replace(other, visual={**other.visual, "0" * 64: other.visual[good.tokens[0].images[0].key]})
     with pytest.raises(CacheError, match="sample 'sample-0-0': its image_keys"):
@@ -233,7 +233,7 @@ def test_added_families_must_be_of_the_tokens_that_are_there(tmp_path):
     absent = dataclasses.replace(absent, visual={key: rows for key, rows in (good.visual or {}).items() if key in used})
     with pytest.raises(CacheError, match=r"sample 'sample-0-5': is in the cache, but .* no record of it: out of mem"):
         writer.write_part(0, absent)
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 def test_records_in_another_order_and_of_samples_that_the_cache_lacks_are_put_right(tmp_path):
@@ -273,18 +273,18 @@ def test_sealing_a_segment_sweeps_its_own_orphans_and_no_others(tmp_path):
     assert all((tmp_path / name).exists() for name in others)
 
 
-def damaged(document):
+def damage(document):
     return document.replace(b'"first_part": 2', b'"first_part": 1')
 
 
 def test_damaged_segment_documents_are_named(tmp_path):
     write_cache(tmp_path)
-    append(tmp_path)
-    append(tmp_path, first=5, plan_fingerprint="g" * 8)
+    append_samples(tmp_path)
+    append_samples(tmp_path, first=5, plan_fingerprint="g" * 8)
     good = {name: tmp_path / f"segments/{name}.json" for name in ("0001", "0002")}
     content = {name: path.read_bytes() for name, path in good.items()}
     for name, path in good.items():
-        path.write_bytes(damaged(content[name]).replace(b"tiny", b"tony"))
+        path.write_bytes(damage(content[name]).replace(b"tiny", b"tony"))
         assert "sha256" in verify(tmp_path).problems[0]
         with pytest.raises(CorruptPartError, match=f"{name}.json"):
             Cache.open(tmp_path)
@@ -316,7 +316,7 @@ def test_a_segment_that_contradicts_the_cache_is_refused_under_a_right_hash(tmp_
     found, _ = find_segment(folder, make_identity(**NEW_PLAN), FAMILIES, append=True)
     assert isinstance(found, NewSegment)
     forged = found.document.model_copy(update=changes)
-    folder.make(["segments"])
+    folder.make_folders(["segments"])
     folder.write("segments/0001.json", forged.to_bytes())
     with pytest.raises(CorruptPartError, match=message):
         Cache.open(tmp_path)

@@ -143,10 +143,10 @@ def test_what_nobody_supervises_ends_with_a_watched_parent(tmp_path: Path) -> No
     """As Ray's agents, whose own parent is killed with ours."""
     parent = (
         "import subprocess, sys, time\n"
-        "from storage.processes.child_process import descendants_end_with_this\n"
+        "from storage.processes.child_process import end_descendants_on_exit\n"
         "from storage.processes.supervisor import adopt_orphans\n"
         "adopt_orphans()\n"
-        "with descendants_end_with_this():\n"
+        "with end_descendants_on_exit():\n"
         "    subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]])\n"
     )
     running = start(tmp_path, IGNORES, parent=parent)

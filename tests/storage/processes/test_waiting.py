@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from storage.processes.waiting import Waiting, notices_to
+from storage.processes.waiting import Waiting, send_notices_to
 
 
 class Notices:
@@ -55,8 +55,8 @@ def test_what_came_begins_a_new_wait() -> None:
 
 def test_notices_go_where_a_person_looks(caplog: pytest.LogCaptureFixture) -> None:
     outer, inner = Notices(), Notices()
-    with notices_to(outer):
-        with notices_to(inner), Waiting("a lock", first_s=0.01, every_s=0.01):
+    with send_notices_to(outer):
+        with send_notices_to(inner), Waiting("a lock", first_s=0.01, every_s=0.01):
             inner.wait_for(1)
         with Waiting("a disk", first_s=0.01, every_s=0.01):
             outer.wait_for(1)

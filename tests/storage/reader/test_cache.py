@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from storage.errors import CacheError, CorruptPartError
-from storage.reader.cache import Cache, first_sample_with_images, read_identity
+from storage.reader.cache import Cache, find_first_sample_with_images, read_identity
 from storage.records.records import PartRecords
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
@@ -19,13 +19,13 @@ def folder(tmp_path_factory):
     return path
 
 
-def response_of(cache, index) -> SparseRows:
+def read_response(cache, index) -> SparseRows:
     rows = cache.read(index).response
     assert rows is not None
     return rows
 
 
-def whole_part(part):
+def read_whole_part(part):
     records = make_part(part)
     assert records.response is not None
     assert records.visual is not None
@@ -47,7 +47,7 @@ def assert_rows_match(got, rows):
 def test_what_is_read_is_what_was_written(folder):
     cache = Cache.open(folder)
     for part in range(3):
-        all_tokens, response, visual, relation = whole_part(part)
+        all_tokens, response, visual, relation = read_whole_part(part)
         for row, tokens in enumerate(all_tokens):
             index = cache.index_of(tokens.sample_id)
             assert index == part * SAMPLES_PER_PART + row
@@ -86,7 +86,7 @@ def test_the_index_says_what_the_records_say(folder):
 
 def test_statistics_add_up(folder):
     statistics = Cache.open(folder).statistics()
-    parts = [whole_part(part) for part in range(3)]
+    parts = [read_whole_part(part) for part in range(3)]
     rows = {
         "response": sum(rows.num_rows for _, response, _, _ in parts for rows in response),
         "visual": sum(rows.num_rows for _, _, visual, _ in parts for rows in visual.values()),
@@ -152,7 +152,7 @@ def test_a_cache_object_survives_pickling(folder):
     cache = Cache.open(folder)
     cache.read(0)
     copy = pickle.loads(pickle.dumps(cache))
-    assert response_of(copy, 7).equals(response_of(cache, 7))
+    assert read_response(copy, 7).equals(read_response(cache, 7))
 
 
 def test_memory_for_row_groups_is_bounded(folder):
@@ -160,12 +160,12 @@ def test_memory_for_row_groups_is_bounded(folder):
     plain = Cache.open(folder)
     order = np.random.default_rng(0).permutation(bounded.num_samples)
     for index in order:
-        assert response_of(bounded, int(index)).equals(response_of(plain, int(index)))
+        assert read_response(bounded, int(index)).equals(read_response(plain, int(index)))
     assert plain.read(0).tokens.token_ids.flags.writeable  # a copy, which holds no row group
-    assert len(bounded._files._held) == 1
-    kinds = Counter(what if isinstance(what, str) else "group" for _, what in plain._files._held)
+    assert len(bounded._row_groups._entries) == 1
+    kinds = Counter(what if isinstance(what, str) else "group" for _, what in plain._row_groups._entries)
     assert kinds == {"group": 3 * 4, "id groups": 3 * 2, "image_key": 3 * 2}  # by files that have such a thing
-    assert plain._files.held_bytes == sum(num_bytes for _, num_bytes in plain._files._held.values())
+    assert plain._row_groups.held_bytes == sum(num_bytes for _, num_bytes in plain._row_groups._entries.values())
 
 
 def test_a_removed_commit_of_a_sealed_cache_is_named(tmp_path):
@@ -198,7 +198,7 @@ def test_other_programs_read_the_plain_columns(folder):
     for sample_id, num_tokens, entropy in rows:
         index = cache.index_of(sample_id)
         assert num_tokens == len(cache.read(index).tokens.token_ids)
-        assert entropy == pytest.approx(float(response_of(cache, index).entropy.sum()), rel=1e-5)
+        assert entropy == pytest.approx(float(read_response(cache, index).entropy.sum()), rel=1e-5)
 
 
 def test_plain_columns_come_part_by_part_in_the_order_of_the_samples(folder):
@@ -207,7 +207,7 @@ def test_plain_columns_come_part_by_part_in_the_order_of_the_samples(folder):
     assert len(tables) == 3
     assert [name for table in tables for name in table["sample_id"].to_pylist()] == cache.sample_ids
     entropies = [values for table in tables for values in table["entropy"].to_pylist()]
-    assert entropies == [response_of(cache, index).entropy.tolist() for index in range(cache.num_samples)]
+    assert entropies == [read_response(cache, index).entropy.tolist() for index in range(cache.num_samples)]
 
 
 def test_the_identity_is_read_from_cache_json_alone(tmp_path):
@@ -226,9 +226,9 @@ def test_the_first_sample_with_images_is_of_the_splits_asked_for(tmp_path):
     assert (len(text.images), len(pair.images), text.split) == (0, 2, "train")
     writer = CacheWriter.open(tmp_path, make_identity(num_parts=2), ())
     writer.write_part(0, PartRecords(tokens=[text]))
-    assert first_sample_with_images(tmp_path, ("train",)) is None
+    assert find_first_sample_with_images(tmp_path, ("train",)) is None
     writer.write_part(1, PartRecords(tokens=[tokens[0], pair]))
-    found = first_sample_with_images(tmp_path, ("train", "other"))
+    found = find_first_sample_with_images(tmp_path, ("train", "other"))
     assert found is not None
     assert (found.sample_id, found.images) == (pair.sample_id, pair.images)
-    assert first_sample_with_images(tmp_path, ("other",)) is None
+    assert find_first_sample_with_images(tmp_path, ("other",)) is None

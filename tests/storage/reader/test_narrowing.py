@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from storage.errors import ConfigError
 from storage.reader.cache import Cache
-from storage.reader.narrowing import Narrowing, narrowed
+from storage.reader.narrowing import Narrowing, narrow_rows
 from storage.records.sparse_rows import SparseRows, check_sampled_total
 from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select, top_k, write_cache
@@ -32,11 +32,11 @@ def entries(rows: SparseRows) -> list[tuple[int, float]]:
 
 
 def test_of_k_entries_the_largest_stay_and_the_tail_grows():
-    rows = narrowed(SMALL, Narrowing(k=1), np.zeros(1))
+    rows = narrow_rows(SMALL, Narrowing(k=1), np.zeros(1))
     assert entries(rows) == [(9, 0.5)]
     assert rows.tail_mass.tolist() == pytest.approx([0.5])
     assert rows.entropy.tolist() == [1.5]
-    assert entries(narrowed(SMALL, Narrowing(k=5), np.zeros(1))) == [(9, 0.5), (4, 0.2)]
+    assert entries(narrow_rows(SMALL, Narrowing(k=5), np.zeros(1))) == [(9, 0.5), (4, 0.2)]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_of_k_entries_the_largest_stay_and_the_tail_grows():
     [(0.1, [(4, 0.4), (7, 0.4)]), (0.2, [(4, 0.4), (7, 0.4)]), (0.3, [(4, 0.4)]), (0.6, [(2, 0.4)])],
 )
 def test_what_falls_below_a_higher_threshold_is_drawn_with_its_weight(uniform: float, drawn: list[tuple[int, float]]):
-    rows = narrowed(SMALL, Narrowing(tau=0.4), np.array([uniform]))
+    rows = narrow_rows(SMALL, Narrowing(tau=0.4), np.array([uniform]))
     assert entries(rows) == [(9, 0.5), *drawn]
     assert rows.tail_mass.tolist() == pytest.approx([0.5])
 
@@ -56,10 +56,10 @@ def test_narrowed_rows_are_rows_that_a_cache_may_hold(seed: int, num_rows: int, 
     rng = np.random.default_rng(seed)
     logits = make_logits(rng, num_rows)
     rows = select(logits, tau=TAU, rng=rng, labels=True)
-    higher = narrowed(rows, Narrowing(tau=tau), rng.random(num_rows))
+    higher = narrow_rows(rows, Narrowing(tau=tau), rng.random(num_rows))
     higher.validate(VOCAB_SIZE)
     check_sampled_total(higher, tau + TAU)
-    fewer = narrowed(rows, Narrowing(k=3), rng.random(num_rows))
+    fewer = narrow_rows(rows, Narrowing(k=3), rng.random(num_rows))
     fewer.validate(VOCAB_SIZE)
     assert (fewer.num_exact == np.minimum(rows.num_exact, 3)).all()
     assert fewer.is_exact().all()
@@ -68,7 +68,7 @@ def test_narrowed_rows_are_rows_that_a_cache_may_hold(seed: int, num_rows: int, 
 def test_fewer_of_the_largest_are_those_of_a_smaller_cache():
     logits = make_logits(np.random.default_rng(3), 40)
     got, expected = (
-        narrowed(top_k(logits, 32, labels=True), Narrowing(k=5), np.zeros(40)),
+        narrow_rows(top_k(logits, 32, labels=True), Narrowing(k=5), np.zeros(40)),
         top_k(logits, 5, labels=True),
     )
     assert np.array_equal(got.offsets, expected.offsets)
@@ -84,7 +84,7 @@ def test_a_higher_threshold_has_its_own_exact_entries_and_the_dense_row_as_its_m
     dense /= dense.sum()
     rng = np.random.default_rng(6)
     rows = select(np.tile(logits, (num_draws, 1)), tau=0.01, rng=rng, labels=False)
-    thin = narrowed(rows, Narrowing(tau=tau), rng.random(num_draws))
+    thin = narrow_rows(rows, Narrowing(tau=tau), rng.random(num_draws))
     mean = np.bincount(thin.ids, np.exp(thin.logprobs.astype(np.float64)), VOCAB_SIZE) / num_draws
     deviation = np.sqrt(tau * dense / num_draws) + 1e-9
     assert (np.abs(mean - dense) < 5 * deviation + 1e-6).all()

@@ -1,4 +1,4 @@
-"""Batches read ahead: what single reads give, in the order of the shuffle, within the memory that was given."""
+"""Prefetched batches: what single reads give, in the order of the shuffle, within the memory that was given."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.encoding.arrow_rows import tokens_record
+from storage.encoding.arrow_rows import decode_tokens_row
 from storage.encoding.token_rows import decode_tokens
 from storage.errors import CorruptPartError
 from storage.reader.cache import Cache
-from storage.reader.prefetch import read_ahead, shuffled_batches
+from storage.reader.prefetch import prefetch_batches, shuffled_batches
 from storage.records.records import SampleRecord
 from storage.records.sample_batch import SampleBatch
 from storage.records.sparse_rows import SparseRows
@@ -84,10 +84,10 @@ def test_a_row_group_of_tokens_is_what_its_rows_are_one_by_one(folder: Path) -> 
     cache = Cache.open(folder)
     part = cache._parts[1]
     for first in (0, 64):
-        table, _ = cache._files.row("tokens", part.families["tokens"], first)
+        table, _ = cache._row_groups.read_row("tokens", part.families["tokens"], first)
         rows = decode_tokens(table, cache.identity)
         for at in range(table.num_rows):
-            ours, theirs = rows.record(at), tokens_record(table, at, cache.identity)
+            ours, theirs = rows.record(at), decode_tokens_row(table, at, cache.identity)
             assert (ours.sample_id, ours.split, ours.category) == (theirs.sample_id, theirs.split, theirs.category)
             assert ours.images == theirs.images
             np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
@@ -110,13 +110,13 @@ def test_a_row_group_of_tokens_is_what_its_rows_are_one_by_one(folder: Path) -> 
 )
 def test_wrong_tokens_are_found_in_a_row_group_too(folder: Path, column: str, wrong: Callable) -> None:
     cache = Cache.open(folder)
-    table, _ = cache._files.row("tokens", cache._parts[0].families["tokens"], 0)
+    table, _ = cache._row_groups.read_row("tokens", cache._parts[0].families["tokens"], 0)
     values, field = table[column].to_pylist(), table.schema.field(column)
     at = next(row for row, value in enumerate(values) if value not in (0, []))
     values[at] = wrong(values[at])
     changed = table.set_column(table.column_names.index(column), field, pa.array(values, field.type))
     with pytest.raises((CorruptPartError, ValueError)):
-        tokens_record(changed, at, cache.identity)
+        decode_tokens_row(changed, at, cache.identity)
     with pytest.raises((CorruptPartError, ValueError)):
         decode_tokens(changed, cache.identity)
 
@@ -183,7 +183,7 @@ def test_threads_that_want_the_same_row_group_read_it_once(folder: Path) -> None
     cache = Cache.open(folder)
     alone = Cache.open(folder)
     alone.read_many(range(64))
-    for _ in read_ahead(cache, [range(64)] * 12, num_threads=6, depth=12):
+    for _ in prefetch_batches(cache, [range(64)] * 12, num_threads=6, depth=12):
         pass
     assert cache.num_groups_read == alone.num_groups_read
 
@@ -193,14 +193,14 @@ def test_an_error_comes_with_its_batch_and_threads_end(tmp_path: Path) -> None:
     victim = next((tmp_path / "response").glob("part-00001*"))
     cache = Cache.open(tmp_path)
     victim.write_bytes(victim.read_bytes()[:-9])
-    batches = read_ahead(cache, [[0], [1], [SAMPLES_PER_PART], [2]])
+    batches = prefetch_batches(cache, [[0], [1], [SAMPLES_PER_PART], [2]])
     assert [next(batches).indices.tolist() for _ in range(2)] == [[0], [1]]
     with pytest.raises(CorruptPartError, match=victim.name):
         next(batches)
-    batches = read_ahead(cache, [[0]] * 100)
+    batches = prefetch_batches(cache, [[0]] * 100)
     next(batches)
     batches.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_ranks_that_would_get_nothing_are_refused(folder: Path) -> None:
@@ -210,7 +210,7 @@ def test_ranks_that_would_get_nothing_are_refused(folder: Path) -> None:
         shuffled_batches(Cache.open(folder), batch_size=2, steps=range(1), num_ranks=3)
 
 
-class _Asked:
+class _RecordingCache:
     """A cache that notes which draws it is asked for."""
 
     def __init__(self, cache: Cache) -> None:
@@ -223,7 +223,7 @@ class _Asked:
 
 
 def test_each_epoch_asks_for_the_next_set_of_draws(folder: Path) -> None:
-    asked: Any = _Asked(Cache.open(folder, ()))
+    asked: Any = _RecordingCache(Cache.open(folder, ()))
     for step, epoch in ((0, 0), (1, 0), (2, 1), (5, 2)):
         (batch,) = shuffled_batches(asked, range(8), batch_size=4, steps=range(step, step + 1))
         assert asked.draw_sets[int(batch.indices[0])] == epoch

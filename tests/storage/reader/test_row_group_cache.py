@@ -17,7 +17,7 @@ from storage.encoding.distributions import RowFormat
 from storage.encoding.parquet_schema import SCHEMAS
 from storage.errors import CorruptPartError
 from storage.layout.documents import FileEntry
-from storage.reader.row_group_cache import PartFiles
+from storage.reader.row_group_cache import RowGroupCache
 from tests.storage.family_cache import write_family_cache
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, write_cache
 
@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, in
     return {family: (content, len(pq.read_table(pa.BufferReader(content)))) for family, content in found.items()}
 
 
-def entry_of(content: bytes, num_rows: int) -> FileEntry:
+def make_entry(content: bytes, num_rows: int) -> FileEntry:
     return FileEntry(
         file="x.parquet", rows=num_rows, file_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
     )
@@ -48,17 +48,17 @@ def entry_of(content: bytes, num_rows: int) -> FileEntry:
 def read_all(folder: Path, family: str, content: bytes, num_rows: int) -> None:
     """As a reader does, the file's own checksum left out."""
     (folder / "x.parquet").write_bytes(content)
-    entry = entry_of(content, num_rows)
-    part_files = PartFiles(LocalFolder(folder), max_bytes=1 << 20, checksums=False)
-    part_files.columns(family, entry, SCHEMAS[family].names[:1])
+    entry = make_entry(content, num_rows)
+    part_files = RowGroupCache(LocalFolder(folder), max_bytes=1 << 20, checksums=False)
+    part_files.read_columns(family, entry, SCHEMAS[family].names[:1])
     for row in range(num_rows):
         if family in ("response", "visual"):
-            part_files.distribution_rows(family, entry, row, KEPT)
+            part_files.read_distribution_rows(family, entry, row, KEPT)
         else:
-            part_files.row(family, entry, row)
+            part_files.read_row(family, entry, row)
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
+def damage_bytes(content: bytes, rng: random.Random) -> bytes:
     """Bytes changed, cut out, doubled or made up, most often near the end, where the footer is."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, 4)):
@@ -82,7 +82,7 @@ def test_damaged_parquet_is_refused_or_read(tmp_path, files, family):
     rng, refused = random.Random(0), 0
     for _ in range(NUM_DAMAGES):
         try:
-            read_all(tmp_path, family, damaged(content, rng), num_rows)
+            read_all(tmp_path, family, damage_bytes(content, rng), num_rows)
         except CorruptPartError as error:
             refused += str(tmp_path / "x.parquet") in str(error)
     assert refused > NUM_DAMAGES / 2
@@ -101,9 +101,9 @@ def test_arbitrary_bytes_are_no_parquet(tmp_path, family):
 def test_a_row_group_that_would_grow_in_memory_is_refused_before_it_does(tmp_path):
     """Another process makes it, so that this one's memory shows what reading costs."""
     code = (
-        "import sys; from storage.encoding.parquet_schema import parquet_bytes\n"
+        "import sys; from storage.encoding.parquet_schema import encode_parquet\n"
         "row = {'image_key': 'a' * 64, 'num_rows': 1, 'norm': 1.0, 'payload': bytes(300 << 20)}\n"
-        "sys.stdout.buffer.write(parquet_bytes('relation', [[row]], zstd_level=1, metadata={}))\n"
+        "sys.stdout.buffer.write(encode_parquet('relation', [[row]], zstd_level=1, metadata={}))\n"
     )
     bomb = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True).stdout
     assert len(bomb) < 1 << 20

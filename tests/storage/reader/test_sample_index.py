@@ -29,13 +29,13 @@ def index() -> SampleIndex:
 
 
 def test_samples_are_found_by_position_and_by_id(index: SampleIndex) -> None:
-    parts, rows = index.places(np.array([0, 2, 3, 4]))
+    parts, rows = index.locate(np.array([0, 2, 3, 4]))
     assert (parts.tolist(), rows.tolist()) == ([0, 0, 2, 2], [0, 2, 0, 1])
-    assert index.parts().tolist() == [0, 0, 0, 2, 2]
-    assert [index.position(name) for name in index.sample_ids] == [0, 1, 2, 3, 4]
+    assert index.assign_parts().tolist() == [0, 0, 0, 2, 2]
+    assert [index.find(name) for name in index.sample_ids] == [0, 1, 2, 3, 4]
     for name in ("A", "aa", "z", "\U0001ffff"):
         with pytest.raises(KeyError):
-            index.position(name)
+            index.find(name)
 
 
 def test_counts_are_those_of_the_lists(index: SampleIndex) -> None:
@@ -52,8 +52,8 @@ def test_a_column_reads_as_a_sequence_of_texts(index: SampleIndex) -> None:
     assert (splits[-1], splits[1:3], len(splits)) == ("train", ["test", "train"], 5)
     assert (splits.count("train"), splits.count("nobody")) == (3, 0)
     assert splits.unique() == ["train", "test", "val"]
-    assert splits.positions_of(("val", "train")).tolist() == [0, 2, 3, 4]
-    assert splits.positions_of(()).tolist() == splits.positions_of(("x",)).tolist() == []
+    assert splits.find_positions(("val", "train")).tolist() == [0, 2, 3, 4]
+    assert splits.find_positions(()).tolist() == splits.find_positions(("x",)).tolist() == []
     assert "val" in splits
     with pytest.raises(IndexError):
         splits[5]
@@ -64,7 +64,7 @@ def test_an_empty_cache_has_an_empty_index() -> None:
     assert len(index) == 0
     assert index.splits == []
     assert not index.has_duplicates()
-    assert index.parts().tolist() == index.num_visual_tokens.tolist() == []
+    assert index.assign_parts().tolist() == index.num_visual_tokens.tolist() == []
 
 
 def test_an_id_that_stands_twice_is_seen(index: SampleIndex) -> None:
@@ -83,5 +83,5 @@ def test_a_million_samples_cost_what_their_texts_do() -> None:
     texts = (index.sample_ids, index.splits, index.categories)
     numbers_bytes = index.num_tokens.nbytes + index.num_images.nbytes + index.num_visual_tokens.nbytes
     assert sum(column.arrow.get_total_buffer_size() for column in texts) + numbers_bytes < 60 * count
-    assert index.position("sample-0765432") == 765432
+    assert index.find("sample-0765432") == 765432
     assert isinstance(index.sample_ids, TextColumn)

@@ -95,7 +95,7 @@ def test_blocks_are_whole_row_groups_of_a_part(counts: list[int], data: st.DataO
     for part in np.unique(parts):
         inside = np.flatnonzero(parts == part)
         keys = [{"sample_id": str(index)} for index in inside]
-        rows = [_bare(int(count)) for count in responses[inside]]
+        rows = [_make_empty_rows(int(count)) for count in responses[inside]]
         sizes = [len(group) for group in encode_groups(keys, rows, RowFormat(4, 0.0, 0.0, 0)).groups]
         allowed |= set((inside[0] + np.cumsum([0, *sizes])).tolist())
     assert borders <= allowed
@@ -107,7 +107,7 @@ def test_blocks_are_whole_row_groups_of_a_part(counts: list[int], data: st.DataO
         assert rows >= BLOCK_ROWS or last_of_part
 
 
-def _bare(num_rows: int) -> SparseRows:
+def _make_empty_rows(num_rows: int) -> SparseRows:
     """Rows of which nothing is stored."""
     zeros = np.zeros(num_rows, np.float32)
     return SparseRows(

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from storage.records.preference_pairs import check_pairs, check_sequence, pair_positions
+from storage.records.preference_pairs import check_pairs, check_sequence, find_pair_positions
 from storage.records.records import SequenceLogprob
 from tests.storage.family_cache import make_family_part
 
@@ -13,9 +13,9 @@ TEXT, _, SHARED, CHOSEN, REJECTED = make_family_part(0).tokens
 
 def test_pairs_are_found_by_their_ids():
     ids = ["b#rejected", "a#chosen", "c", "b#chosen", "lone#chosen", "a#rejected", "#rejected"]
-    assert pair_positions(pa.array(ids)).tolist() == [[1, 5], [3, 0]]
-    assert pair_positions(pa.chunked_array([ids[:3], ids[3:]])).tolist() == [[1, 5], [3, 0]]
-    assert pair_positions(pa.array([], pa.string())).shape == (0, 2)
+    assert find_pair_positions(pa.array(ids)).tolist() == [[1, 5], [3, 0]]
+    assert find_pair_positions(pa.chunked_array([ids[:3], ids[3:]])).tolist() == [[1, 5], [3, 0]]
+    assert find_pair_positions(pa.array([], pa.string())).shape == (0, 2)
 
 
 def test_good_pairs_pass_beside_ordinary_samples():

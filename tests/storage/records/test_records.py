@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from storage.records.records import ImageRef, check_image_path, image_key
+from storage.records.records import ImageRef, check_image_path, compute_image_key
 
 SHA = "0" * 64
 
@@ -49,18 +49,18 @@ def test_an_image_has_visual_tokens():
 def test_image_key_depends_on_each_of_its_inputs():
     a, b = "a" * 64, "b" * 64
     keys = [
-        image_key([1, 7], [a], "p"),
-        image_key([1, 8], [a], "p"),
-        image_key([1, 7, 7], [a], "p"),
-        image_key([1, 7], [b], "p"),
-        image_key([1, 7], [a, b], "p"),
-        image_key([1, 7], [b, a], "p"),
-        image_key([1, 7], [a], "q"),
+        compute_image_key([1, 7], [a], "p"),
+        compute_image_key([1, 8], [a], "p"),
+        compute_image_key([1, 7, 7], [a], "p"),
+        compute_image_key([1, 7], [b], "p"),
+        compute_image_key([1, 7], [a, b], "p"),
+        compute_image_key([1, 7], [b, a], "p"),
+        compute_image_key([1, 7], [a], "q"),
     ]
     assert len(set(keys)) == len(keys)
 
 
 def test_image_key_is_the_same_for_lists_and_arrays_and_for_ever():
-    key = image_key([1, 7], ["a" * 64], "p")
-    assert key == image_key(np.array([1, 7], np.int32), ["a" * 64], "p")
+    key = compute_image_key([1, 7], ["a" * 64], "p")
+    assert key == compute_image_key(np.array([1, 7], np.int32), ["a" * 64], "p")
     assert key == "29c11d39c9883592048120061819581ab4422410f4fe3e51b50e21d20523466c"

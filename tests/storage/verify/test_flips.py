@@ -10,7 +10,7 @@ import pytest
 from storage.records.records import PartRecords
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from tests.storage.damage import all_files
+from tests.storage.damage import list_all_files
 from tests.storage.family_cache import FAMILIES as OTHER_FAMILIES
 from tests.storage.family_cache import make_family_identity, make_family_part, make_output_head
 from tests.storage.synthetic_cache import write_cache
@@ -45,7 +45,7 @@ def flip(path: Path, content: bytes, rng: random.Random) -> int:
 def test_a_flipped_byte_in_each_part_file_names_every_one_of_them(tmp_path, write):
     write(tmp_path)
     assert verify(tmp_path).ok
-    whole = {path: path.read_bytes() for path in all_files(tmp_path) if path.suffix != ".json"}
+    whole = {path: path.read_bytes() for path in list_all_files(tmp_path) if path.suffix != ".json"}
     assert len(whole) in (8, 2 * 5 + 1)
     rng = random.Random(0)
     for _ in range(NUM_ROUNDS):
@@ -60,7 +60,7 @@ def test_a_flipped_byte_in_each_part_file_names_every_one_of_them(tmp_path, writ
 
 def test_a_flipped_byte_in_any_document_is_reported(tmp_path):
     write_segments(tmp_path)
-    documents = [path for path in all_files(tmp_path) if path.suffix == ".json"]
+    documents = [path for path in list_all_files(tmp_path) if path.suffix == ".json"]
     assert len(documents) == 8  # cache.json, a segment, two manifests, four commits
     rng = random.Random(1)
     for path in documents:
@@ -75,7 +75,7 @@ def test_a_flipped_byte_in_any_document_is_reported(tmp_path):
 def test_every_single_byte_of_a_file_is_covered(tmp_path):
     """Not at random: each byte in turn, footers, page headers and padding among them."""
     write_segments(tmp_path)
-    path = all_files(tmp_path / "relation")[0]
+    path = list_all_files(tmp_path / "relation")[0]
     content = path.read_bytes()
     assert len(content) > 700
     for position in range(len(content)):

@@ -11,15 +11,15 @@ import pytest
 
 from storage.backends.folder import LocalFolder
 from storage.encoding.distributions import ID_GROUPS_KEY, RowFormat, encode_groups
-from storage.encoding.parquet_schema import parquet_bytes
+from storage.encoding.parquet_schema import encode_parquet
 from storage.errors import CacheError
 from storage.layout import commits as layout
-from storage.layout.documents import Commit, Description, Manifest, parse_document
+from storage.layout.documents import CacheDescription, Commit, Manifest, parse_document
 from storage.layout.segments import read_segments
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from tests.storage.damage import all_files, flips, read_everything, set_value
+from tests.storage.damage import flip_bytes, list_all_files, read_everything, set_value
 from tests.storage.synthetic_cache import (
     FAMILIES,
     SAMPLES_PER_PART,
@@ -65,7 +65,7 @@ def test_any_flipped_byte_is_found_and_no_reader_dies_of_it(tmp_path):
     folder = tmp_path / "small"
     write_cache(folder, num_samples=2)
     num_flips = 0
-    for damage in flips(all_files(folder), FLIPS_PER_FILE):
+    for damage in flip_bytes(list_all_files(folder), FLIPS_PER_FILE):
         assert verify(folder).problems, damage
         with contextlib.suppress(CacheError):
             read_everything(folder)
@@ -75,7 +75,7 @@ def test_any_flipped_byte_is_found_and_no_reader_dies_of_it(tmp_path):
 
 
 def test_cut_lengthened_emptied_and_missing_files_are_found(folder):
-    for path in all_files(folder):
+    for path in list_all_files(folder):
         content = path.read_bytes()
         for damaged in (content[:-1], content[: len(content) // 2], content + b"\n", b""):
             path.write_bytes(damaged)
@@ -223,7 +223,7 @@ def test_manifest_totals_are_compared(folder):
 def test_another_format_version_is_named_before_anything_is_parsed(folder):
     place = folder / "cache.json"
     assert json.loads(place.read_text())["format_version"] == 4
-    description = parse_document(place.read_bytes(), Description, "cache.json")
+    description = parse_document(place.read_bytes(), CacheDescription, "cache.json")
     place.write_bytes(description.model_copy(update={"format_version": 99}).to_bytes())
     assert "format version is 99, this Stillhouse reads 4" in verify(folder).problems[0]
 
@@ -241,7 +241,7 @@ def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):
         bare.append(dataclasses.replace(rows, offsets=offsets, ids=rows.ids[exact], logprobs=rows.logprobs[exact]))
     keys = [{"sample_id": record.tokens.sample_id} for record in records]
     encoded = encode_groups(keys, bare, RowFormat(VOCAB_SIZE, 0.0, 0.0, 0))
-    content = parquet_bytes("response", encoded.groups, zstd_level=1, metadata=encoded.metadata)
+    content = encode_parquet("response", encoded.groups, zstd_level=1, metadata=encoded.metadata)
     next((folder / "response").glob("part-00000*")).unlink()
     reseal(folder, 0, "response", content)
     problems = verify(folder).problems

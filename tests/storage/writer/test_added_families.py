@@ -17,12 +17,12 @@ from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleError
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from tests.storage.damage import all_files, flips
+from tests.storage.damage import flip_bytes, list_all_files
 from tests.storage.family_cache import (
     FAMILIES,
-    image_file,
     make_family_identity,
     make_family_part,
+    make_image_file,
     make_output_head,
     write_family_cache,
 )
@@ -42,7 +42,7 @@ def place(request, tmp_path):
         fsspec.filesystem("memory").rm(url.rpartition("/")[0], recursive=True)
 
 
-def only(records: PartRecords, families) -> PartRecords:
+def keep_families(records: PartRecords, families) -> PartRecords:
     return dataclasses.replace(records, **{name: None for name in FAMILIES if name not in families})
 
 
@@ -54,7 +54,7 @@ def dump(place, families, *, change=lambda records: records, first=0, append=Fal
     if "hidden" in held:
         writer.put_head(make_output_head())
     for part in range(2):
-        writer.write_part(part, only(change(make_family_part(first + part)), held))
+        writer.write_part(part, keep_families(change(make_family_part(first + part)), held))
     writer.seal()
     return writer
 
@@ -63,9 +63,9 @@ def append(place, families=FAMILIES) -> CacheWriter:
     return dump(place, families, first=2, append=True, plan_fingerprint="f" * 8)
 
 
-def objects(place):
+def list_objects(place):
     folder = open_folder(place)
-    return {name: folder.read(name) for name in folder.names(deep=True)}
+    return {name: folder.read(name) for name in folder.list_files(deep=True)}
 
 
 def image_bytes(cache, index):
@@ -87,9 +87,9 @@ def assert_same_records(one: Cache, other: Cache) -> None:
 def test_families_added_later_make_the_cache_that_one_dump_makes(place, tmp_path):
     write_family_cache(tmp_path / "at once")
     for number, families in enumerate(STEPS):
-        before = objects(place)
+        before = list_objects(place)
         assert dump(place, families).segment.number == number
-        after = objects(place)
+        after = list_objects(place)
         assert {name: after[name] for name in before} == before
     cache, at_once = Cache.open(place), Cache.open(tmp_path / "at once")
     assert cache.sealed
@@ -120,7 +120,7 @@ def test_only_what_is_asked_for_is_opened(place):
     for families in STEPS:
         dump(place, families)
     folder = open_folder(place)
-    for name in (*folder.names("images"), *folder.names("relation"), *folder.names("head")):
+    for name in (*folder.list_files("images"), *folder.list_files("relation"), *folder.list_files("head")):
         folder.remove(name)
     cache = Cache.open(place, ("hidden",))
     record = cache.read(0)
@@ -140,8 +140,8 @@ def test_samples_appended_with_hidden_states_share_the_head(place):
     assert report.problems == report.notes == []
     cache = Cache.open(place)
     index = cache.index_of("3-shared")
-    assert image_bytes(cache, index) == [image_file(3, 0)]
-    assert len(open_folder(place).names("head")) == 1
+    assert image_bytes(cache, index) == [make_image_file(3, 0)]
+    assert len(open_folder(place).list_files("head")) == 1
     assert cache.statistics()["bytes"] == report.num_bytes
     assert cache.statistics()["errors_by_family"]["hidden"]["count"] == 4 * 10  # parts, response tokens
 
@@ -189,13 +189,13 @@ def test_sealing_another_segment_keeps_the_head_of_a_running_dump(place):
     running.put_head(make_output_head())
     dump(place, ("sequence",))
     for part in range(2):
-        running.write_part(part, only(make_family_part(part), ("hidden",)))
+        running.write_part(part, keep_families(make_family_part(part), ("hidden",)))
     running.seal()
     report = verify(place)
     assert report.problems == report.notes == []
 
 
-def without(names):
+def drop_samples(names):
     """A change to records: some samples become errors."""
 
     def change(records):
@@ -216,7 +216,7 @@ def without(names):
     return change
 
 
-def backwards(records):
+def reverse_records(records):
     return dataclasses.replace(
         records, tokens=records.tokens[::-1], hidden=records.hidden[::-1], sequence=records.sequence[::-1]
     )
@@ -224,16 +224,16 @@ def backwards(records):
 
 def test_samples_that_the_cache_lacks_are_left_out_of_every_family(tmp_path):
     """The first dump could not do the samples of an image; the later ones can, and in another order."""
-    lacking = without(("pair#chosen", "pair#rejected"))
+    lacking = drop_samples(("pair#chosen", "pair#rejected"))
     dump(tmp_path / "at once", FAMILIES, change=lacking)
     dump(tmp_path / "later", ("relation",), change=lacking)
-    dump(tmp_path / "later", FAMILIES, change=backwards)
+    dump(tmp_path / "later", FAMILIES, change=reverse_records)
     assert verify(tmp_path / "later").problems == []
     assert_same_records(Cache.open(tmp_path / "later"), Cache.open(tmp_path / "at once"))
 
 
 def test_sequence_is_not_added_to_half_a_pair(tmp_path):
-    dump(tmp_path, ("relation",), change=without(("pair#rejected",)))
+    dump(tmp_path, ("relation",), change=drop_samples(("pair#rejected",)))
     with pytest.raises(CacheError, match=r"part 0: sample 0-pair#chosen: its part holds no 0-pair#rejected.*begun"):
         dump(tmp_path, ("relation", "sequence"))
 
@@ -241,8 +241,8 @@ def test_sequence_is_not_added_to_half_a_pair(tmp_path):
 def test_any_flipped_byte_of_any_segment_is_found(tmp_path):
     for families in STEPS:
         dump(tmp_path, families)
-    files = all_files(tmp_path)
+    files = list_all_files(tmp_path)
     assert len(files) == 3 * (1 + 2 + 1) + 1 + 2 * (1 + len(FAMILIES))
-    for damage in flips(files, FLIPS_PER_FILE):
+    for damage in flip_bytes(files, FLIPS_PER_FILE):
         assert verify(tmp_path).problems, damage
     assert verify(tmp_path).problems == []

@@ -37,7 +37,7 @@ def start_writer(folder, *options):
     return subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
 
 
-def files_of(folder):
+def read_files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -52,7 +52,7 @@ def assert_commits_are_whole(folder):
         return 0
     local, num_commits = LocalFolder(folder), 0
     for segment in read_segments(local):
-        for part in layout.commit_numbers(local, segment):
+        for part in layout.list_committed_parts(local, segment):
             commit, _ = layout.read_commit(local, segment, part)
             for entry in commit.families.values():
                 layout.check_file(local, entry, content=True)
@@ -75,7 +75,7 @@ def test_a_writer_killed_before_any_file_operation_loses_and_doubles_nothing(tmp
         deaths += 1
         assert deaths < 30
     assert deaths >= 3
-    assert files_of(folder) == files_of(undisturbed)
+    assert read_files(folder) == read_files(undisturbed)
     assert verify(folder).problems == []
 
 
@@ -99,12 +99,12 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
     assert_succeeds(start_writer(folder, "--parts", num_parts))
     undisturbed = tmp_path / "undisturbed"
     write_cache(undisturbed, num_parts=num_parts)
-    assert files_of(folder) == files_of(undisturbed)
+    assert read_files(folder) == read_files(undisturbed)
 
 
 def count_commits(folder):
     """Without those that are being written: a writer that is killed now leaves them behind."""
-    return sum(not is_temporary(name) for name in LocalFolder(folder).names("commits"))
+    return sum(not is_temporary(name) for name in LocalFolder(folder).list_files("commits"))
 
 
 def test_two_writers_with_different_bytes_leave_one_record_for_each_sample(tmp_path):
@@ -138,15 +138,15 @@ def test_two_writers_with_different_bytes_leave_one_record_for_each_sample(tmp_p
 def test_writing_is_deterministic(tmp_path):
     write_cache(tmp_path / "a")
     write_cache(tmp_path / "b")
-    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert read_files(tmp_path / "a") == read_files(tmp_path / "b")
 
 
 def test_a_committed_part_is_never_written_again(tmp_path):
     writer = CacheWriter.open(tmp_path, make_identity(num_parts=1), FAMILIES)
     first = writer.write_part(0, make_part(0))
-    before = files_of(tmp_path)
+    before = read_files(tmp_path)
     assert writer.write_part(0, make_part(0, noise=1)) == first
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 def test_sealing_a_sealed_cache_changes_nothing(tmp_path):
@@ -169,7 +169,7 @@ def test_sealing_names_the_missing_parts(tmp_path):
 def test_sealing_deletes_what_killed_writers_left_and_nothing_else(tmp_path):
     writer = CacheWriter.open(tmp_path, make_identity(num_parts=1), FAMILIES)
     writer.write_part(0, make_part(0))
-    whole = files_of(tmp_path)
+    whole = read_files(tmp_path)
     litter = [
         "tokens/part-00000.0123456789ab.parquet",
         "tokens/part-00000.0123456789ab.parquet.tmp-12-ab12",
@@ -179,7 +179,7 @@ def test_sealing_deletes_what_killed_writers_left_and_nothing_else(tmp_path):
         (tmp_path / name).write_bytes(b"?")
     (tmp_path / "tokens" / "notes.txt").write_text("a user's own file")
     writer.seal()
-    assert set(files_of(tmp_path)) == {*whole, "manifest.json", "tokens/notes.txt"}
+    assert set(read_files(tmp_path)) == {*whole, "manifest.json", "tokens/notes.txt"}
     assert verify(tmp_path).notes == ["tokens/notes.txt: belongs to no part"]
 
 
@@ -193,7 +193,7 @@ def test_a_sample_id_in_two_parts_is_refused_at_sealing(tmp_path):
 
 def test_another_identity_is_refused_naming_each_field(tmp_path):
     write_cache(tmp_path)
-    before = files_of(tmp_path)
+    before = read_files(tmp_path)
     other = make_identity(teacher="big", teacher_fingerprint="z" * 8, tau=0.5)
     with pytest.raises(IdentityError) as caught:
         CacheWriter.open(tmp_path, other, ("response",))
@@ -204,7 +204,7 @@ def test_another_identity_is_refused_naming_each_field(tmp_path):
     assert "selection.response.tau: cache has 0.03, this run has 0.5" in message
     assert "delete" not in message
     assert "undo the change, or give cache.path another folder" in message
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 def test_the_order_of_families_does_not_matter(tmp_path):
@@ -224,7 +224,7 @@ def test_other_families_are_refused_while_a_dump_is_not_finished(tmp_path):
 def test_unknown_families_are_refused(tmp_path):
     with pytest.raises(CacheError, match="unknown families"):
         CacheWriter.open(tmp_path, make_identity(), ("horoscope",))
-    assert files_of(tmp_path) == {}
+    assert read_files(tmp_path) == {}
 
 
 def test_a_committed_part_whose_file_was_cut_or_removed_is_named(tmp_path):
@@ -291,10 +291,10 @@ def spoil_tokens(part, **changes):
 )
 def test_contradictory_records_are_refused_and_nothing_is_written(tmp_path, spoil, message):
     writer = CacheWriter.open(tmp_path, make_identity(num_parts=1), FAMILIES)
-    before = files_of(tmp_path)
+    before = read_files(tmp_path)
     with pytest.raises(ValueError, match=message):
         writer.write_part(0, spoil(make_part(0)))
-    assert files_of(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 def test_a_part_that_is_not_of_the_plan_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from student_train.evaluation.ask import _prompt, _written_stop_ids, answer
 from student_train.models.huggingface import load_processor
 from student_train.models.loading import read_checkpoint
 from student_train.template_arguments import ARGUMENTS_FILE, write_template_arguments
-from tests.storage.images.picture_files import LAID, encoded, random_rgb, turned_file
+from tests.storage.images.picture_files import LAID, encode_image, make_random_rgb, make_turned_file
 from tests.tiny import CHAT_TEMPLATE, make_tiny_llava
 
 
@@ -36,10 +36,10 @@ def test_a_question_gets_an_answer(model: Path, image: Path) -> None:
 
 def test_a_question_shows_the_pixels_that_the_model_was_trained_on(model: Path, tmp_path: Path) -> None:
     """A file that lies on its side, and alpha over hidden pixels, are answered as the pictures that they show."""
-    upright = random_rgb((32, 32), seed=3)
+    upright = make_random_rgb((32, 32), seed=3)
     drawing = np.dstack([upright, np.where(upright[..., 0] > 128, 255, 0).astype(np.uint8)])
-    (tmp_path / "laid.png").write_bytes(turned_file(upright, 6))
-    (tmp_path / "clear.png").write_bytes(encoded(Image.fromarray(drawing)))
+    (tmp_path / "laid.png").write_bytes(make_turned_file(upright, 6))
+    (tmp_path / "clear.png").write_bytes(encode_image(Image.fromarray(drawing)))
     shown = {
         "laid": (upright, np.ascontiguousarray(LAID[6](upright))),
         "clear": (np.where(drawing[..., 3:] == 255, upright, 0).astype(np.uint8), upright),

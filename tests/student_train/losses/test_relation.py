@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from storage.encoding.relation_matrix import blocks_of_grid
+from storage.encoding.relation_matrix import assign_grid_blocks
 from storage.records.records import PooledRelation, Relation, RelationFactor, RelationMatrix
 from student_train.losses.relation import (
     TeacherRelations,
@@ -188,7 +188,7 @@ def test_resampling_keeps_constants_and_means(ours: int, theirs: int, pool: int 
 def test_a_pooled_grid_is_the_cache_s(side: int, pool: int) -> None:
     matrix = resampling(side**2, side**2, pool=pool)
     assert matrix is not None
-    block = blocks_of_grid(side**2, pool)
+    block = assign_grid_blocks(side**2, pool)
     expected = torch.zeros(block.max() + 1, side**2)
     expected[block, torch.arange(side**2)] = 1
     torch.testing.assert_close(matrix, expected / expected.sum(1, keepdim=True))

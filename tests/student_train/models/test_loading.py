@@ -9,16 +9,16 @@ import torch
 
 from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.identity import Identity
-from storage.images.settings import PixelSettings, processor_settings, write_pixel_settings
+from storage.images.settings import PixelSettings, read_processor_settings, write_pixel_settings
 from storage.reader.cache import Cache
 from student_train.config import Precision
 from student_train.models.loading import (
     attention_implementation,
     check_fit,
+    compute_tokenizer_fingerprint,
     freeze,
     load_student,
     read_checkpoint,
-    tokenizer_fingerprint,
 )
 
 
@@ -100,7 +100,7 @@ def test_an_older_cache_takes_a_student_that_was_not_trained_on_newer_pixels(
 
 def test_another_size_or_mean_is_reported_and_not_refused(checkpoint: Path, identity: Identity) -> None:
     found = read_checkpoint(checkpoint)
-    own = processor_settings(found.image_processor)
+    own = read_processor_settings(found.image_processor)
     assert own["size"] == {"height": 32, "width": 32}
     same = identity.model_copy(update={"image_processor": own})
     assert check_fit(found, same) == ()
@@ -169,7 +169,7 @@ def test_fingerprint_is_the_dump_s(checkpoint: Path) -> None:
     from teacher_dump.teachers import fingerprint
 
     vocabulary = read_checkpoint(checkpoint).tokenizer.get_vocab()
-    assert tokenizer_fingerprint(vocabulary) == fingerprint.tokenizer_fingerprint(vocabulary)
+    assert compute_tokenizer_fingerprint(vocabulary) == fingerprint.compute_tokenizer_fingerprint(vocabulary)
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,9 @@ def test_the_bucket_needs_exact_entries(checkpoint: Path, tmp_path: Path) -> Non
 def test_a_cache_in_an_object_store_is_material(checkpoint: Path, cache: Path) -> None:
     """What training reads is what a local cache holds; images stay local."""
     pytest.importorskip("moto.server")
-    from tests.storage.s3_server import BUCKET, s3_environment
+    from tests.storage.s3_server import BUCKET, set_s3_environment
 
-    with s3_environment():
+    with set_s3_environment():
         url = f"s3://{BUCKET}/cache"
         remote = open_folder(url)
         for path in cache.rglob("*"):

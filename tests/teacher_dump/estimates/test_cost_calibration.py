@@ -10,7 +10,7 @@ import pytest
 from stillhouse.__main__ import main
 from stillhouse.reporting.plan_table import format_forecast
 from storage.backends.folder import open_folder
-from storage.layout.commits import commit_numbers, read_commits
+from storage.layout.commits import list_committed_parts, read_commits
 from storage.layout.segments import read_segments
 from teacher_dump.estimates.cost_calibration import choose, forecast_dump
 from teacher_dump.execution.worker_setup import worker_settings
@@ -27,7 +27,7 @@ def family_bytes(cache: Path) -> dict[str, int]:
     """Bytes of the files that a cache's commits name."""
     folder = open_folder(cache)
     (segment,) = read_segments(folder)
-    commits = read_commits(folder, segment, commit_numbers(folder, segment))
+    commits = read_commits(folder, segment, list_committed_parts(folder, segment))
     return {family: sum(commit.families[family].file_bytes for commit, _ in commits) for family in FAMILIES}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import ConfigError
-from storage.identity import difference
+from storage.identity import describe_differences
 from storage.images.settings import PixelSettings, write_pixel_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
@@ -23,7 +23,7 @@ def test_another_background_is_another_cache(write_config: WriteConfig) -> None:
     assert white.identity.pixels == PixelSettings()
     assert white.identity.image_processor is not None
     assert white.identity.image_processor["size"] == {"height": 32, "width": 32}
-    fields = [line.split(":")[0] for line in difference(white.identity, black.identity)]
+    fields = [line.split(":")[0] for line in describe_differences(white.identity, black.identity)]
     assert fields == ["image_preprocessing_fingerprint", "pixels.background"]
     assert black.facts.image_preprocessing_fingerprint == black.identity.image_preprocessing_fingerprint
     again = plan_dump(read_settings(write_config(cache=TOKENS)))  # now remembered in the run's folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from storage.records.preference_pairs import check_pairs, pair_positions
+from storage.records.preference_pairs import check_pairs, find_pair_positions
 from storage.records.records import PartRecords, SampleError
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.signals.spec import SignalRequest
@@ -111,7 +111,7 @@ def test_an_error_on_one_half_reports_both_and_leaves_nothing_behind(tmp_path: P
     scorer = make_scorer(tiny_teacher, tmp_path, everything, reference_teacher(tiny_teacher))
     records = scorer.score(part_of(file)).records
     assert [record.sample_id for record in records.tokens] == ["b#chosen", "b#rejected", "c"]
-    assert pair_positions(pa.array([record.sample_id for record in records.tokens])).tolist() == [[0, 1]]
+    assert find_pair_positions(pa.array([record.sample_id for record in records.tokens])).tolist() == [[0, 1]]
     check_pairs(records.tokens)
     reasons = {error.sample_id: error.reason for error in records.errors}
     assert set(reasons) == {"a#chosen", "a#rejected", "d#chosen"}

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from storage.errors import StillhouseError
-from storage.images.pictures import turn_picture
+from storage.images.pictures import rotate_picture
 from storage.images.settings import OLD_PIXELS
 from teacher_dump.data.sample import Sample
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
@@ -73,7 +73,7 @@ class Turner:
                 replace(
                     prompt,
                     images=tuple(
-                        turn_picture(image) if self._turns(key) else image
+                        rotate_picture(image) if self._turns(key) else image
                         for image, key in zip(prompt.images, prompt.image_keys, strict=True)
                     ),
                 )

@@ -1,8 +1,9 @@
-"""Writer processes that are killed at once: a parent that has imported everything forks one after the other.
+"""Forks writer processes and kills them after a given time; the parent imports everything once.
 
-python -m tests.storage.nursery FOLDER reads a number of seconds a line, lets a writer grow FOLDER/<round> for that
-long, kills it with SIGKILL, and answers with a line: `killed`, or at once `done` if the writer had finished.
-After `done` the next round begins. It uses no Arrow itself, whose threads would not survive the fork.
+python -m tests.storage.killed_writers FOLDER reads one number of seconds per line, lets a writer write to
+FOLDER/<round> for that long, kills it with SIGKILL and prints `killed`, or prints `done` as soon as the
+writer has finished. After `done` the next round begins. The parent uses no Arrow, whose threads would not
+survive a fork.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ADDED = ("visual", "relation")
 
 
 def grow(folder: str | Path) -> None:
-    """A cache of one family, then two more families, then more samples: whatever of it is not there yet."""
+    """Writes the missing parts of a cache: one family, then two more families, then more samples."""
     plan = {"plan_fingerprint": "f", "num_parts": NUM_APPENDED}
     for families, identity, first, append in (
         (("response",), make_identity(num_parts=NUM_PARTS), 0, False),
@@ -53,7 +54,7 @@ def main(folder: Path) -> None:
 
 
 def _wait(child: int, limit_s: float) -> int:
-    """The status of a child that ended, or was killed when its time was over."""
+    """Returns the wait status of a child that ended or was killed when its time was over."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         found, status = os.waitpid(child, os.WNOHANG)
