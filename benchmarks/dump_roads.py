@@ -23,7 +23,7 @@ from storage.encoding.part_encoder import part_rows
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump import torchvision_shim
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
@@ -60,7 +60,7 @@ class Floor:
     def __init__(self, teacher: Path, source: Path) -> None:
         self.settings = dump_settings(teacher, source, cache=teacher.parent / "steps")
         self.planned = plan_dump(self.settings)
-        self.worker = worker_settings(self.planned, self.settings)
+        self.worker = make_worker_settings(self.planned, self.settings)
         self.prepared = _prepared(self.planned, self.settings)
         opened = open_teacher(self.worker)
         self.engine: Teacher = opened.engine
@@ -128,7 +128,7 @@ class PromptLogprobs:
     """An engine of vLLM's that generates, with the same settings."""
 
     def __init__(self, teacher: Path, source: Path) -> None:
-        torchvision_shim.ensure()
+        torchvision_shim.import_torch_companions()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import vllm
 
@@ -195,7 +195,7 @@ def dump_settings(teacher: Path, source: Path, *, cache: Path, cpus: int = 2) ->
 
 def _prepared(planned: DumpPlan, settings: DumpSettings) -> list[Prepared]:
     """All samples as a dump prepares them."""
-    preparer = open_preparer(worker_settings(planned, settings))
+    preparer = open_preparer(make_worker_settings(planned, settings))
     return [preparer.prepare(sample) for part in planned.plan.parts for sample in part.samples]
 
 

@@ -26,7 +26,7 @@ from student_train.training.trainer import resolved
 from teacher_dump.audit.preflight import check_teacher
 from teacher_dump.execution.worker_setup import inspect_data
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
-from teacher_dump.planning.recorded_budget import comparable
+from teacher_dump.planning.recorded_budget import make_comparable_identity
 from teacher_dump.settings import DumpSettings, read_settings
 
 
@@ -137,7 +137,9 @@ def _is_made_later(experiment: Experiment, path: str) -> bool:
 def _check_cache(section: CacheSection, identity: Identity) -> str:
     """A line on the cache that the dump would find, and on what it would add. Errors: IdentityError, CacheError."""
     folder = open_folder(section.path)
-    found, segments = find_segment(folder, comparable(identity, section), section.families, append=section.append)
+    found, segments = find_segment(
+        folder, make_comparable_identity(identity, section), section.families, append=section.append
+    )
     if not segments:
         return f"cache: none at {folder} yet"
     cache = Cache.open(section.path, families=())

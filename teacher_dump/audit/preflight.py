@@ -21,7 +21,7 @@ def check_teacher(planned: DumpPlan, section: TeacherSection) -> str:
     from teacher_dump.signals.lm_head import find_head
 
     if section.backend == "vllm" and section.settings:  # importing vLLM takes seconds
-        torchvision_shim.ensure()
+        torchvision_shim.import_torch_companions()
         from teacher_dump.teachers.vllm_teacher import check_settings
 
         check_settings(section.settings)

@@ -20,7 +20,7 @@ from storage.reader.cache import Cache
 from storage.records.records import SampleError, SampleRecord
 from teacher_dump.audit.comparison import Comparison, Measured
 from teacher_dump.data.sample import SampleRefusedError
-from teacher_dump.execution.worker_setup import with_teacher, worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings, with_teacher
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.settings import DumpSettings
@@ -150,7 +150,7 @@ def _measure(planned: DumpPlan, settings: DumpSettings, task: ReplayTask) -> Mea
         return with_teacher(planned, settings, measure, task)
     from teacher_dump.workers.worker import open_scorer
 
-    return measure(open_scorer(worker_settings(planned, settings)), task)
+    return measure(open_scorer(make_worker_settings(planned, settings)), task)
 
 
 def measure(scorer: PartScorer, task: ReplayTask) -> Measurements:
@@ -216,7 +216,7 @@ def summarised(measured: Sequence[Measured]) -> Iterator[Drift]:
         yield Drift(family, name, len(drift), noise, Spread.of(drift), excess, tuple(dict.fromkeys(drifted)))
 
 
-def table(found: Replay) -> str:
+def format_replay(found: Replay) -> str:
     """The findings for a person, one line a measure."""
     head = ("family", "measure", "rows", "noise mean", "p99", "max", "drift mean", "p99", "max", "drifted")
     lines: list[tuple[str, ...]] = [head]

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from storage.backends.folder import open_folder
 from storage.layout.segments import find_segment
-from teacher_dump.planning.recorded_budget import asked_of, comparable
+from teacher_dump.planning.recorded_budget import describe_budget_request, make_comparable_identity
 
 if TYPE_CHECKING:
     from teacher_dump.planning.dump_plan import DumpPlan
     from teacher_dump.settings import DumpSettings
 
 
-def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
+def apply_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
     """The plan with what cache.budget chooses in its identity; asks a teacher where no cache has it recorded.
 
     Errors: ConfigError for a budget that cannot be met, with the nearest numbers; those of with_teacher.
@@ -25,7 +25,7 @@ def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
     if budget is None or not missing:
         return planned
     folder = open_folder(cache.path)  # a cache that was made otherwise is refused before anything is scored
-    find_segment(folder, comparable(planned.identity, cache), cache.families, append=cache.append)
+    find_segment(folder, make_comparable_identity(planned.identity, cache), cache.families, append=cache.append)
     from teacher_dump.estimates.budget_calibration import Wanted, calibrate, spread
     from teacher_dump.execution.worker_setup import with_teacher
 
@@ -39,5 +39,9 @@ def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
     for family, choice in chosen.items():
         predicted = asdict(choice)
         setting = {name: predicted.pop(name) for name in ("tau", "rounding_kl")}
-        selection[family] = {**selection[family], **setting, "budget": {**asked_of(budget), "predicted": predicted}}
+        selection[family] = {
+            **selection[family],
+            **setting,
+            "budget": {**describe_budget_request(budget), "predicted": predicted},
+        }
     return replace(planned, identity=planned.identity.model_copy(update={"selection": selection}))

@@ -16,11 +16,11 @@ from storage.encoding.part_encoder import part_rows
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import Identity
 from storage.records.records import PartRecords, SampleError
-from teacher_dump.data.partition import Part, image_groups
+from teacher_dump.data.partition import Part, group_by_images
 from teacher_dump.data.sample import Sample, SampleRefusedError
-from teacher_dump.estimates.budget_choice import with_budget
+from teacher_dump.estimates.budget_choice import apply_budget
 from teacher_dump.estimates.cost_model import Asked, Calibration, Forecast, Slice, Work, forecast
-from teacher_dump.execution.worker_setup import with_teacher, worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings, with_teacher
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.prompts.data_report import DataReport, DataWatch
 from teacher_dump.prompts.preparation import Preparer
@@ -63,9 +63,9 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
     if not planned.plan.num_samples:
         unread = [error for part in planned.plan.parts for error in part.errors]
         raise ConfigError(f"none of the {len(unread):,} samples can be used: {unread[0]}")
-    planned = with_budget(planned, settings)
+    planned = apply_budget(planned, settings)
     halves = choose(planned.plan.parts, num_samples)
-    worker = worker_settings(planned, settings)
+    worker = make_worker_settings(planned, settings)
     families = ("tokens", *settings.cache.families)
     trial = Trial(halves, planned.identity, families, settings.cache.zstd_level)
     started = time.perf_counter()
@@ -109,7 +109,7 @@ def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:
     Drawn by groups of samples that share images, as parts are made of, so that images are shared as often as in
     the whole plan.
     """
-    groups = [(part, group) for part in parts for group in image_groups(part.samples)]
+    groups = [(part, group) for part in parts for group in group_by_images(part.samples)]
     halves: tuple[list[Sample], list[Sample]] = ([], [])
     for place in np.random.default_rng(0).permutation(len(groups)).tolist():
         if len(halves[0]) + len(halves[1]) >= num_samples:

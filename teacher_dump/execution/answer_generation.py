@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.search_path import module_command
 from teacher_dump.execution.driver import LOG_FILE
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.answer_files import (
     DONE_FILE,
-    answers_folder,
-    part_file,
-    read_lines,
-    write_lines,
+    get_part_path,
+    read_json_lines,
+    resolve_answers_folder,
+    write_json_lines,
     write_text,
 )
 from teacher_dump.planning.dump_plan import DumpPlan, plan_questions
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
 JOB_FILE = "job.json"
 
 
-def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -> None:
+def generate_missing_answers(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -> None:
     """Have the teacher answer whatever is not answered yet, in as many processes as the dump has actors.
 
     StillhouseError: a process failed; what it had answered stays.
     """
-    folder = answers_folder(settings, questions.identity)
+    folder = resolve_answers_folder(settings, questions.identity)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = sum(not part_file(folder, part.number).exists() for part in questions.plan.parts)
+    missing = sum(not get_part_path(folder, part.number).exists() for part in questions.plan.parts)
     if missing:
-        write_text(folder / JOB_FILE, json.dumps(job_of(settings)))
-        ask_in_processes(settings, folder / JOB_FILE, missing, f"the teacher answers {missing:,} parts" * progress)
+        write_text(folder / JOB_FILE, json.dumps(make_answer_job(settings)))
+        run_answer_processes(settings, folder / JOB_FILE, missing, f"the teacher answers {missing:,} parts" * progress)
     _assemble(folder, settings, questions)
 
 
-def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message: str) -> None:
+def run_answer_processes(settings: DumpSettings, job: Path, num_parts: int, message: str) -> None:
     """Do a job of so many parts in as many processes as the dump has actors. `message`: for the terminal, if any.
 
     StillhouseError: a process failed; what it had written stays.
@@ -90,15 +90,15 @@ def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message:
 def answer_parts(settings: DumpSettings, *, stripe: int, num_stripes: int) -> None:
     """Answer every `num_stripes`-th part that has no answers yet."""
     questions = plan_questions(settings)
-    folder = answers_folder(settings, questions.identity)
+    folder = resolve_answers_folder(settings, questions.identity)
     folder.mkdir(parents=True, exist_ok=True)
     parts = questions.plan.parts[stripe::num_stripes]
-    todo = [part for part in parts if not part_file(folder, part.number).exists()]
+    todo = [part for part in parts if not get_part_path(folder, part.number).exists()]
     if not todo:
         return
     answerer = open_answerer(settings, questions)
     for part in todo:
-        write_lines(part_file(folder, part.number), answerer.rows(part))
+        write_json_lines(get_part_path(folder, part.number), answerer.rows(part))
 
 
 def open_answerer(settings: DumpSettings, questions: DumpPlan) -> Answerer:
@@ -106,7 +106,7 @@ def open_answerer(settings: DumpSettings, questions: DumpPlan) -> Answerer:
     from teacher_dump.prompts.processor import load_processor
     from teacher_dump.workers.worker import open_preparer
 
-    worker = worker_settings(questions, settings)
+    worker = make_worker_settings(questions, settings)
     trust = bool(worker.engine_settings.get("trust_remote_code", False))
     processor = load_processor(worker.checkpoint, trust_remote_code=trust)
     return Answerer(
@@ -141,7 +141,7 @@ def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None
     """One file a split, in the order of the plan, and the document that says that all is there."""
     by_split: dict[str, list[str]] = {}
     for part in questions.plan.parts:
-        for row in read_lines(part_file(folder, part.number)):
+        for row in read_json_lines(get_part_path(folder, part.number)):
             split = row.pop("split") or next(iter(by_split), "train")
             by_split.setdefault(split, []).append(json.dumps(row))
     splits = [(split, f"split-{number}.jsonl") for number, split in enumerate(by_split)]
@@ -154,7 +154,7 @@ def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None
     write_text(folder / DONE_FILE, json.dumps(done, indent=1))
 
 
-def job_of(settings: DumpSettings) -> dict[str, Any]:
+def make_answer_job(settings: DumpSettings) -> dict[str, Any]:
     """What a process is told, as JSON."""
     sections = {name: getattr(settings, name).model_dump(mode="json") for name in ("data", "teacher", "dump", "cache")}
     return {"run": str(settings.run), **sections}

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from storage.records.records import SampleError
-from teacher_dump.execution.answer_generation import JOB_FILE, ask_in_processes, job_of, open_answerer
+from teacher_dump.execution.answer_generation import JOB_FILE, make_answer_job, open_answerer, run_answer_processes
 from teacher_dump.planning.answer_files import (
     AGAIN_FOLDER,
-    answers_folder,
-    part_file,
-    read_lines,
+    get_part_path,
+    read_json_lines,
     read_refusals,
-    write_lines,
+    resolve_answers_folder,
+    write_json_lines,
     write_text,
 )
 from teacher_dump.planning.dump_plan import DumpPlan, plan_questions
@@ -36,7 +36,7 @@ from teacher_dump.planning.failed_rows import (
 from teacher_dump.settings import DumpSettings
 
 
-def ask_again(
+def reask_failed_questions(
     settings: DumpSettings, questions: DumpPlan, failed_ids: Collection[str], *, progress: bool = True
 ) -> None:
     """Have the teacher answer those of the failed questions that have no answer.
@@ -44,14 +44,14 @@ def ask_again(
     `settings` with data.responses: teacher, whose answers are there; `questions`: their plan. A question that cannot
     be read yet is not asked. StillhouseError: a process failed; what it had answered stays.
     """
-    folder = answers_folder(settings, questions.identity)
+    folder = resolve_answers_folder(settings, questions.identity)
     work = begin_again(settings, folder, failed_ids)
     job = json.loads((work / JOB_FILE).read_bytes())
-    missing = sum(not part_file(work, number).exists() for number in range(len(job["again"])))
+    missing = sum(not get_part_path(work, number).exists() for number in range(len(job["again"])))
     if missing:
         num_asked = sum(map(len, job["again"]))
         message = f"the teacher is asked {num_asked:,} failed questions again" * progress
-        ask_in_processes(settings, work / JOB_FILE, missing, message)
+        run_answer_processes(settings, work / JOB_FILE, missing, message)
     _keep(folder, work, job)
 
 
@@ -60,14 +60,14 @@ def begin_again(settings: DumpSettings, folder: Path, failed_ids: Collection[str
     work = folder / AGAIN_FOLDER
     if (work / JOB_FILE).exists():
         unfinished = json.loads((work / JOB_FILE).read_bytes())
-        write_text(work / JOB_FILE, json.dumps(unfinished | job_of(settings)))  # the project may have moved
+        write_text(work / JOB_FILE, json.dumps(unfinished | make_answer_job(settings)))  # the project may have moved
         return work
     shutil.rmtree(work, ignore_errors=True)  # what a kill left of an earlier one
     rows = _rows_now(settings, folder, failed_ids)
     askable = [name for name, row in rows.items() if row.samples]
     size = settings.dump.samples_per_part
     job = {
-        **job_of(settings),
+        **make_answer_job(settings),
         "again": [askable[start : start + size] for start in range(0, len(askable), size)],
         "unreadable": [row_as_json(name, row) for name, row in rows.items() if not row.samples],
     }
@@ -81,7 +81,7 @@ def answer_again(
 ) -> None:
     """Ask every `num_stripes`-th of these parts of failed ids, where that is not done yet."""
     numbered = list(enumerate(parts))[stripe::num_stripes]
-    todo = [(number, ids) for number, ids in numbered if not part_file(work, number).exists()]
+    todo = [(number, ids) for number, ids in numbered if not get_part_path(work, number).exists()]
     if not todo:
         return
     answerer = open_answerer(settings, plan_questions(settings))
@@ -95,7 +95,7 @@ def answer_again(
                 answered[name] = FailedRow(row.samples, row.error or outcome)
             else:
                 answered[name] = FailedRow((*row.samples, outcome), row.error)
-        write_lines(part_file(work, number), (row_as_json(name, row) for name, row in answered.items()))
+        write_json_lines(get_part_path(work, number), (row_as_json(name, row) for name, row in answered.items()))
 
 
 def _rows_now(settings: DumpSettings, folder: Path, failed_ids: Collection[str]) -> dict[str, FailedRow]:
@@ -112,7 +112,7 @@ def _keep(folder: Path, work: Path, job: dict[str, Any]) -> None:
     """Add what came of asking again to the later answers, and end the work."""
     first = {error.sample_id: error.reason for errors in read_refusals(folder).values() for error in errors}
     later = read_later_rows(folder)
-    parts = [line for number in range(len(job["again"])) for line in read_lines(part_file(work, number))]
+    parts = [line for number in range(len(job["again"])) for line in read_json_lines(get_part_path(work, number))]
     for line in [*job["unreadable"], *parts]:
         name, row = line["id"], row_from_json(line)
         if row.error is not None and row.error.reason == first[name]:  # nothing new

@@ -18,7 +18,7 @@ from storage.records.preference_pairs import CHOSEN, REJECTED, other_half
 from storage.records.records import PartRecords, SampleError, TokensRecord
 from teacher_dump.data.partition import Part, Plan
 from teacher_dump.data.sample import SampleRefusedError
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan
 from teacher_dump.planning.failed_rows import FailedRow, read_failed_rows
 from teacher_dump.settings import DumpSettings
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # imports transformers
 GONE = "is no longer in data.sources"
 
 
-def retry_plan(retry: Segment, planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
+def make_retry_plan(retry: Segment, planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
     """The plan of a segment that takes up failed samples. `planned` is that of the samples beside them."""
     rows = read_failed_rows(settings, {sample_id for ids in retry.failed_ids for sample_id in ids})
     parts = []
@@ -41,16 +41,18 @@ def retry_plan(retry: Segment, planned: DumpPlan, settings: DumpSettings) -> Dum
     return replace(
         planned,
         plan=Plan(tuple(parts), retry.identity.plan_fingerprint),
-        identity=retry_identity(retry, planned),
+        identity=make_retry_identity(retry, planned),
     )
 
 
-def retry_identity(retry: Segment, planned: DumpPlan) -> Identity:
+def make_retry_identity(retry: Segment, planned: DumpPlan) -> Identity:
     """The identity of a dump over a retry's plan."""
     return planned.identity.model_copy(update=plan_of_retry(retry.number, retry.failed_ids))
 
 
-def choose_failed(planned: DumpPlan, settings: DumpSettings, failed: Sequence[Sequence[ErrorEntry]]) -> list[list[str]]:
+def select_retryable(
+    planned: DumpPlan, settings: DumpSettings, failed: Sequence[Sequence[ErrorEntry]]
+) -> list[list[str]]:
     """The ids of the errors to take up again, by part; empty if that would change nothing.
 
     `failed`: the errors that are left, by the part that they were in.
@@ -60,7 +62,7 @@ def choose_failed(planned: DumpPlan, settings: DumpSettings, failed: Sequence[Se
     if any(row.samples for row in rows.values()):
         from teacher_dump.workers.worker import open_preparer
 
-        preparer = open_preparer(worker_settings(planned, settings))
+        preparer = open_preparer(make_worker_settings(planned, settings))
     parts: list[list[str]] = []
     for errors in failed:
         reasons = _reasons_now([rows[error.sample_id] for error in errors if error.sample_id in rows], preparer)

@@ -32,7 +32,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:
+def make_worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:
     """What each worker of a planned dump is given."""
     from teacher_dump.signals.vision_check import choose_samples
     from teacher_dump.workers.worker import WorkerSettings
@@ -74,7 +74,7 @@ def with_teacher(
     """
     from teacher_dump import ray_jobs
 
-    worker, dump = worker_settings(planned, settings), settings.dump
+    worker, dump = make_worker_settings(planned, settings), settings.dump
     with quiet(settings.logs / LOG_FILE):
         return ray_jobs.with_teacher(
             worker if request is None else replace(worker, request=request),
@@ -102,7 +102,7 @@ def inspect_data(
     from teacher_dump.prompts.data_report import DataWatch
     from teacher_dump.workers.worker import open_preparer
 
-    preparer = open_preparer(worker_settings(planned, settings))
+    preparer = open_preparer(make_worker_settings(planned, settings))
     errors = [error for part in planned.plan.parts for error in part.errors]
     samples = (sample for part in planned.plan.parts for sample in part.samples)
     total = planned.plan.num_samples

@@ -16,7 +16,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Images are resized by the library that every student uses, whatever else is installed.
     """
-    torchvision_shim.ensure()
+    torchvision_shim.import_torch_companions()
     keep_videos_loadable()
     from transformers import AutoProcessor
 

@@ -30,7 +30,7 @@ class TransformersTeacher:
         unknown = sorted(set(settings) - {"trust_remote_code"})
         if unknown:
             raise ConfigError(f"teacher.settings: the transformers backend takes no {', '.join(unknown)}")
-        torchvision_shim.ensure()
+        torchvision_shim.import_torch_companions()
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         trust = bool(settings.get("trust_remote_code", False))

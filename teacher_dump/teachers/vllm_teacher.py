@@ -293,7 +293,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _import_vllm() -> Any:
-    torchvision_shim.ensure()
+    torchvision_shim.import_torch_companions()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: the actor that called
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm

@@ -106,11 +106,11 @@ class Progress:
             num_errors=self.num_errors,
             peak_memory_bytes=self.peak_memory_bytes,
             num_cut=self.num_cut,
-            error_kinds=error_kinds(errors),
+            error_kinds=count_error_kinds(errors),
         )
 
 
-def error_kinds(errors: Iterable[SampleError]) -> dict[str, int]:
+def count_error_kinds(errors: Iterable[SampleError]) -> dict[str, int]:
     """How many samples failed for each kind of reason, the most frequent first.
 
     A kind is a reason without its place, and without the names, paths and numbers that differ from sample to sample.

@@ -11,7 +11,7 @@ import torch
 
 from storage.errors import StillhouseError
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.ray_jobs import PartPool, score_parts
@@ -60,7 +60,7 @@ def main(config: str, kind: str) -> None:
     writer = CacheWriter.open(cache.path, planned.identity, cache.families, append=False, zstd_level=cache.zstd_level)
     scoring = score_parts(
         list(planned.plan.parts),
-        worker_settings(planned, settings),
+        make_worker_settings(planned, settings),
         pool=PartPool(min_actors=1, max_actors=1, num_cpus=1, num_gpus=0),
         committed=writer.committed_parts,
         stop=threading.Event(),

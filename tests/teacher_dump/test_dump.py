@@ -18,7 +18,7 @@ from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.__main__ import main
 from teacher_dump.dump import DumpResult, run_dump
-from teacher_dump.execution.worker_setup import prompt_errors, worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings, prompt_errors
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
@@ -194,7 +194,7 @@ def dump_without_ray(config: Path, *overrides: str) -> DumpResult:
     planned, cache = plan_dump(settings), settings.cache
     writer = CacheWriter.open(cache.path, planned.identity, cache.families, append=cache.append)
     own = cache.model_copy(update={"families": writer.segment.families})
-    worker = Worker(worker_settings(planned, replace(settings, cache=own)))
+    worker = Worker(make_worker_settings(planned, replace(settings, cache=own)))
     for part in planned.plan.parts:
         worker.run(part)
     return run_dump(settings, progress=False)

@@ -21,7 +21,7 @@ from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.audit.comparison import Measured
 from teacher_dump.audit.replay import NOISE_FACTOR, Replay, check_drift, replay, summarised
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import DumpSettings, read_settings
 from teacher_dump.workers.worker import open_scorer
@@ -35,7 +35,7 @@ Change = Callable[[PartRecords], PartRecords]
 def dump_changed(settings: DumpSettings, change: Change = lambda records: records, **identity: Any) -> None:
     """A dump by the same teacher, whose records are changed before they are written: a cache that verifies."""
     planned = plan_dump(settings)
-    worker = worker_settings(planned, settings)
+    worker = make_worker_settings(planned, settings)
     scorer = open_scorer(worker)
     assert scorer.teacher is not None
     writer = CacheWriter.open(worker.cache, planned.identity.model_copy(update=identity), worker.families)

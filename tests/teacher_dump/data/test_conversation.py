@@ -93,7 +93,7 @@ def test_a_conversation_that_a_pair_tells_twice_is_taken_once(told: dict[str, An
     [
         (
             {"messages": [ROLE_CONTENT[0], SURE_NO[1]], "chosen": ROLE_CONTENT, "rejected": [ROLE_CONTENT[0], BLUE]},
-            "messages and chosen begin alike and go on otherwise; leave messages out",
+            "messages and chosen begin alike but differ later; leave messages out",
         ),
         (
             {

@@ -180,7 +180,7 @@ def test_a_broken_row_that_is_taken_twice_is_two_errors_with_two_ids(tmp_path: P
 
 def test_a_weight_that_takes_no_row_is_said(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"id": str(number), "conversations": TURNS} for number in range(3)])
-    with pytest.raises(ConfigError, match=r"r\.jsonl: weight 1e-09 takes none of its 3 rows; give a larger weight"):
+    with pytest.raises(ConfigError, match=r"r\.jsonl: weight 1e-09 selects none of its 3 rows; give a larger weight"):
         read(path, weight=1e-9)
     empty = read(write_rows(tmp_path / "empty.jsonl", []), weight=1e-9)
     assert not empty.samples

@@ -13,7 +13,7 @@ from storage.backends.folder import open_folder
 from storage.layout.commits import commit_numbers, read_commits
 from storage.layout.segments import read_segments
 from teacher_dump.estimates.cost_calibration import choose, forecast_dump
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
@@ -41,7 +41,7 @@ def test_a_forecast_of_bytes_is_within_a_tenth_of_the_dump(write_config: WriteCo
     assert not (tmp_path / "cache").exists()
     settings = read_settings(config)
     planned = plan_dump(settings)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     outcomes = [worker.run(part) for part in planned.plan.parts]
     actual = family_bytes(tmp_path / "cache")
     assert found["parts"] == len(outcomes) == 6

@@ -12,9 +12,9 @@ from storage.config import BudgetSection
 from storage.errors import ConfigError, IdentityError
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.estimates.budget_calibration import Wanted, calibrate, spread
-from teacher_dump.estimates.budget_choice import with_budget
+from teacher_dump.estimates.budget_choice import apply_budget
 from teacher_dump.estimates.fidelity_budget import STUDENT_KL, Rows, _Trial, choose
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.signals.lm_head import OutputHead
@@ -115,7 +115,7 @@ def test_a_slice_is_scored_by_the_teacher_and_the_choice_fits(write_config: Writ
     assert len(samples) == 6
     sections = {"response": settings.cache.response, "visual": settings.cache.visual}
     wanted = Wanted(samples, budget, sections, samples_per_part=4, zstd_level=9)
-    chosen = calibrate(open_scorer(worker_settings(planned, settings)), wanted)
+    chosen = calibrate(open_scorer(make_worker_settings(planned, settings)), wanted)
     assert set(chosen) == {"response", "visual"}
     assert all(choice.gradient_error <= 0.3 for choice in chosen.values())
     assert all(choice.calibration_rows > 6 for choice in chosen.values())
@@ -145,9 +145,9 @@ def test_another_budget_than_a_caches_is_refused_by_what_was_asked(write_config:
         settings.cache.path, planned.identity.model_copy(update={"selection": {"response": chosen}}), ("response",)
     )
     same = plan_dump(settings)
-    assert with_budget(same, settings) is same  # no teacher is asked again
+    assert apply_budget(same, settings) is same  # no teacher is asked again
     asked = settings.cache.budget.model_copy(update={"gradient_error": 0.2})
     other = replace(settings, cache=settings.cache.model_copy(update={"budget": asked}))
     with pytest.raises(IdentityError, match=r"budget\.gradient_error: cache has 0\.3, this run has 0\.2") as refusal:
-        with_budget(plan_dump(other), other)
+        apply_budget(plan_dump(other), other)
     assert "tau" not in str(refusal.value)

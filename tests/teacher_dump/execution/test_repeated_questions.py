@@ -19,7 +19,7 @@ from storage.verify.scan_cache import verify
 from teacher_dump.__main__ import main
 from teacher_dump.execution.answer_generation import JOB_FILE, answer_parts
 from teacher_dump.execution.repeated_questions import answer_again, begin_again
-from teacher_dump.planning.answer_files import LATER_FILE, answers_folder
+from teacher_dump.planning.answer_files import LATER_FILE, resolve_answers_folder
 from teacher_dump.planning.dump_plan import plan_questions
 from teacher_dump.settings import DumpSettings, read_settings
 from tests.teacher_dump.conftest import WriteConfig
@@ -61,7 +61,7 @@ def mend(project: Path) -> None:
 
 
 def answers_of(settings: DumpSettings) -> Path:
-    return answers_folder(settings, plan_questions(settings).identity)
+    return resolve_answers_folder(settings, plan_questions(settings).identity)
 
 
 def ask_here(settings: DumpSettings) -> None:

@@ -21,8 +21,8 @@ from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.__main__ import main
-from teacher_dump.execution.retry import choose_failed, retry_plan
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.retry import make_retry_plan, select_retryable
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
@@ -93,7 +93,7 @@ def test_failed_samples_become_samples_as_they_are_mended(
     done = files_of(cache)
     assert main([str(config)]) == 0
     assert stillhouse(["dump", str(config), "--retry-errors"]) == 0
-    assert "nothing; no sample of this plan has failed" in capsys.readouterr().out
+    assert "nothing; this plan has no failed samples" in capsys.readouterr().out
     assert files_of(cache) == done
     whole = project / "whole"
     assert main([str(config), f"cache.path={json.dumps(str(whole))}"]) == 0
@@ -126,11 +126,11 @@ def begin_retry(config: Path, cache: Path) -> None:
     settings = read_settings(config, [f"cache.path={json.dumps(str(cache))}"])
     planned, folder = plan_dump(settings), open_folder(cache)
     segments = read_segments(folder)
-    failed_ids = choose_failed(planned, settings, read_contents(folder, segments, segments[0])[1])
+    failed_ids = select_retryable(planned, settings, read_contents(folder, segments, segments[0])[1])
     writer = CacheWriter.begin_retry(cache, planned.identity, 0, failed_ids)
-    again = retry_plan(writer.segment, planned, settings)
+    again = make_retry_plan(writer.segment, planned, settings)
     assert len(again.plan.parts) > 1
-    Worker(worker_settings(again, settings)).run(again.plan.parts[0])
+    Worker(make_worker_settings(again, settings)).run(again.plan.parts[0])
 
 
 def test_a_retry_that_is_stopped_is_finished_by_the_same_command_or_by_a_dump(project: Path, config: Path) -> None:

@@ -191,7 +191,7 @@ def test_templates_that_cannot_be_used_are_a_clear_error() -> None:
 
 
 def test_a_teacher_whose_placeholder_is_no_visual_token_is_named_and_can_still_read() -> None:
-    torchvision_shim.ensure()
+    torchvision_shim.import_torch_companions()
     from transformers import Gemma3Processor, SiglipImageProcessor
 
     begin, end = "<start_of_image>", "<end_of_image>"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
@@ -69,7 +69,7 @@ def dump_here(config: Path, cache: Path, *overrides: str) -> int:
     """An undisturbed dump without Ray; how many positions the teacher was asked about."""
     settings = read_settings(config, [f"cache.path={cache}", *overrides])
     planned = plan_dump(settings)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     num_tokens = sum(worker.run(part).num_tokens for part in planned.plan.parts)
     CacheWriter.open(cache, planned.identity, settings.cache.families).seal()
     return num_tokens
@@ -123,7 +123,7 @@ def assert_stopped_well(dump: subprocess.Popen[str], cache: Path) -> None:
     _, complained = dump.communicate(timeout=PATIENCE_S)  # within 30 s, where the processor is not shared with others
     assert dump.returncode == 128 + signal.SIGTERM, complained
     assert "stopped by SIGTERM: " in complained
-    assert "run the same command again to go on from here" in complained
+    assert "run the same command again to resume" in complained
     assert "Traceback" not in complained
     assert not (cache / "manifest.json").exists()
     files = {path.name for path in (cache / "response").iterdir()}

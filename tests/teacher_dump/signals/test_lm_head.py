@@ -151,7 +151,7 @@ def test_our_head_is_the_models_own(
     kind: str, settings: dict[str, Any], expected: tuple[float, float | None], tmp_path: Path
 ) -> None:
     """Hidden states of a model of transformers through our head, against the logits that it gives itself."""
-    torchvision_shim.ensure()
+    torchvision_shim.import_torch_companions()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)

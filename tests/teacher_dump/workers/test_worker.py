@@ -16,7 +16,7 @@ from storage.records.records import PooledRelation, RelationFactor
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.dump import run_dump
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker, ahead, open_preparer
@@ -29,7 +29,7 @@ def dump(config: Path) -> Path:
     settings = read_settings(config)
     planned = plan_dump(settings)
     writer = CacheWriter.open(settings.cache.path, planned.identity, settings.cache.families)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     for part in planned.plan.parts:
         worker.run(part)
     writer.seal()
@@ -98,7 +98,7 @@ def test_a_grid_that_knows_sizes_is_not_pooled(write_config: WriteConfig, tmp_pa
         )
     )
     with pytest.raises(ConfigError, match=r"cache\.relation\.pool: .* lays out visual tokens by an image's size"):
-        open_preparer(worker_settings(plan_dump(settings), settings))
+        open_preparer(make_worker_settings(plan_dump(settings), settings))
 
 
 def test_losses_and_tail_profiles_of_a_dump(write_config: WriteConfig) -> None:
@@ -204,7 +204,7 @@ def test_several_threads_write_what_one_does(write_config: WriteConfig, tmp_path
     alone = dump(config)
     settings = read_settings(config, [f"cache.path={tmp_path / 'together'}"])
     planned = plan_dump(settings)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     with ThreadPoolExecutor(5) as threads:
         outcomes = list(threads.map(worker.run, [*planned.plan.parts, *planned.plan.parts]))
     assert [outcome.part for outcome in outcomes] == 2 * [part.number for part in planned.plan.parts]
@@ -223,7 +223,7 @@ def test_several_threads_write_what_one_does(write_config: WriteConfig, tmp_path
 def test_a_cache_that_cannot_be_written_to_stops_the_worker(write_config: WriteConfig, tmp_path: Path) -> None:
     settings = read_settings(write_config(dump={"samples_per_part": 8}))
     planned = plan_dump(settings)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     worker.run(planned.plan.parts[0])
     shutil.rmtree(tmp_path / "cache/response")
     (tmp_path / "cache/response").write_text("no folder")
