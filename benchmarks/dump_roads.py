@@ -29,7 +29,7 @@ from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.settings import DumpSettings
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.loaded_teacher import OpenTeacher
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.teachers import hf_checkpoint as checkpoint
 from teacher_dump.teachers import vllm_teacher
@@ -94,7 +94,7 @@ def steps(state: Floor) -> Road:
     writer = CacheWriter.open(state.settings.cache.path, state.planned.identity, state.settings.cache.families)
     clocked = _Clocked(state.engine)
     preparer = open_preparer(state.worker)
-    scorer = PartScorer(preparer, state.worker.request, OpenTeacher(clocked, state.head))
+    scorer = PartScorer(preparer, state.worker.request, LoadedTeacher(clocked, state.head))
     clock = _Clock()
     num_tokens = num_rows = 0
     for part in state.planned.plan.parts:

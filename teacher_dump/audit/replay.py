@@ -20,7 +20,7 @@ from storage.reader.cache import Cache
 from storage.records.records import SampleError, SampleRecord
 from teacher_dump.audit.comparison import Comparison, Measured
 from teacher_dump.data.sample import SampleRefusedError
-from teacher_dump.execution.worker_setup import make_worker_settings, with_teacher
+from teacher_dump.execution.worker_setup import call_with_teacher, make_worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.settings import DumpSettings
@@ -147,7 +147,7 @@ def check_teacher(cache: Identity, run: Identity, path: str) -> None:
 
 def _measure(planned: DumpPlan, settings: DumpSettings, task: ReplayTask) -> Measurements:
     if settings.teacher.backend != "transformers":
-        return with_teacher(planned, settings, measure, task)
+        return call_with_teacher(planned, settings, measure, task)
     from teacher_dump.workers.worker import open_scorer
 
     return measure(open_scorer(make_worker_settings(planned, settings)), task)

@@ -8,15 +8,15 @@ from teacher_dump.ray_jobs.cluster import gpus_of_engine
 from teacher_dump.ray_jobs.commands import Command, CommandResult, run_commands
 from teacher_dump.ray_jobs.metrics import DumpMetrics
 from teacher_dump.ray_jobs.part_pool import PartPool, score_parts
-from teacher_dump.ray_jobs.teacher_actor import with_teacher
+from teacher_dump.ray_jobs.teacher_actor import call_with_teacher
 
 __all__ = [
     "Command",
     "CommandResult",
     "DumpMetrics",
     "PartPool",
+    "call_with_teacher",
     "gpus_of_engine",
     "run_commands",
     "score_parts",
-    "with_teacher",
 ]

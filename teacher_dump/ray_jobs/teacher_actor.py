@@ -19,7 +19,7 @@ from storage.processes.waiting import Waiting
 from teacher_dump.ray_jobs.cluster import GPUS_OF_ACTORS, cluster, lacking_room, last_line, refuse_without_room
 from teacher_dump.ray_jobs.placement import Placement
 from teacher_dump.signals.scoring import PartScorer
-from teacher_dump.workers.log_file import send_output_to
+from teacher_dump.workers.log_file import redirect_output
 from teacher_dump.workers.worker import WorkerSettings, open_scorer
 
 A = TypeVar("A")
@@ -50,7 +50,7 @@ class Said:
             raise (ConfigError if self.is_config else StillhouseError)(self.failure)
 
 
-def with_teacher(
+def call_with_teacher(
     settings: WorkerSettings,
     function: Callable[[PartScorer, A], B],
     argument: A,
@@ -111,5 +111,5 @@ def log_to_file(logs: Path) -> Path:
     """Send what this process prints and logs to a file of its own; its path."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     path = logs / f"teacher-{socket.gethostname()}-{os.getpid()}.log"
-    send_output_to(path)
+    redirect_output(path)
     return path

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class OpenTeacher:
+class LoadedTeacher:
     """A loaded teacher and its output head."""
 
     engine: Teacher

@@ -12,7 +12,7 @@ from storage.records.records import PartRecords, SampleError, TokensRecord
 _Aligned = TypeVar("_Aligned")
 
 
-def without_lone_halves(records: PartRecords) -> PartRecords:
+def drop_lone_halves(records: PartRecords) -> PartRecords:
     """The records without any half of a pair that lacks its other half or has another prompt than it.
 
     Each half that goes becomes an error of its own: what the other failed of stands in its reason.

@@ -20,8 +20,8 @@ from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import Sample, SampleRefusedError
 from teacher_dump.prompts.preparation import Prepared, Preparer
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.loaded_teacher import OpenTeacher
-from teacher_dump.signals.pair_logprobs import without_lone_halves
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
+from teacher_dump.signals.pair_logprobs import drop_lone_halves
 from teacher_dump.signals.part_accumulator import Gathered, Tail
 from teacher_dump.signals.sparsify import row_uniforms
 from teacher_dump.signals.spec import RowRequest, SignalRequest
@@ -32,7 +32,7 @@ _SAMPLES_PER_CALL = 32  # of the engine: their hidden states and pixels are in m
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredPart:
     """A part's records, and how many positions the teacher was asked about."""
 
     records: PartRecords
@@ -51,7 +51,7 @@ class Chunk:
 class PartScorer:
     """Scores parts with one teacher, or with none where only tokens are wanted."""
 
-    def __init__(self, preparer: Preparer, request: SignalRequest, teacher: OpenTeacher | None) -> None:
+    def __init__(self, preparer: Preparer, request: SignalRequest, teacher: LoadedTeacher | None) -> None:
         if request.needs_teacher and teacher is None:
             raise ValueError("these signals need a teacher")
         self._preparer = preparer
@@ -59,7 +59,7 @@ class PartScorer:
         self._teacher = teacher if request.needs_teacher else None
 
     @property
-    def teacher(self) -> OpenTeacher | None:
+    def teacher(self) -> LoadedTeacher | None:
         return self._teacher
 
     def chunks(self, part: Part) -> Iterator[Chunk]:
@@ -69,7 +69,7 @@ class PartScorer:
             ready = self.prepare(part.samples[start : start + _SAMPLES_PER_CALL], errors)
             yield Chunk(tuple(ready), tuple(errors))
 
-    def score(self, part: Part, chunks: Iterable[Chunk] | None = None) -> Scored:
+    def score(self, part: Part, chunks: Iterable[Chunk] | None = None) -> ScoredPart:
         """The part's records in the order of its samples. Rows are a function of the part and the seeds.
 
         `chunks` are those of `chunks(part)`, where another thread makes them.
@@ -89,9 +89,9 @@ class PartScorer:
                 if is_measured and scored and not gathered.noise:
                     gathered.noise = teacher_noise(self._teacher, scored, hidden, families=self._distributions())
                 self._add_signals(self._teacher.head, scored, hidden, gathered)
-        records = without_lone_halves(gathered.records(self._request))
+        records = drop_lone_halves(gathered.records(self._request))
         num_cut = sum(record.sample_id in gathered.cut for record in records.tokens)
-        return Scored(records, gathered.num_tokens, num_cut)
+        return ScoredPart(records, gathered.num_tokens, num_cut)
 
     def _distributions(self) -> list[str]:
         requests = {"response": self._request.response, "visual": self._request.visual}
@@ -125,7 +125,7 @@ class PartScorer:
     def hidden_states(
         self, samples: Sequence[Prepared], errors: list[SampleError]
     ) -> tuple[list[Prepared], list[Tensor]]:
-        """See OpenTeacher.hidden_states."""
+        """See LoadedTeacher.hidden_states."""
         assert self._teacher is not None
         return self._teacher.hidden_states(samples, errors)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from storage.layout.documents import LARGEST_ERROR
 from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.loaded_teacher import OpenTeacher
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.states import response_states, visual_states
 
 NUM_SAMPLES = 2  # of a part that measures, scored a second time
@@ -25,7 +25,7 @@ _DIGITS = 8  # of nats: below float32's own resolution of a logprob, so that an 
 
 
 def teacher_noise(
-    teacher: OpenTeacher, samples: Sequence[Prepared], hidden: Sequence[Tensor], *, families: Collection[str]
+    teacher: LoadedTeacher, samples: Sequence[Prepared], hidden: Sequence[Tensor], *, families: Collection[str]
 ) -> dict[str, list[float]]:
     """What scoring some samples again, in a batch of their own and the other way round, changes, by family.
 

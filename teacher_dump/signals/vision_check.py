@@ -72,7 +72,7 @@ def choose_samples(samples: Iterable[Sample], num_samples: int) -> tuple[Sample,
     return tuple(chosen)
 
 
-def check_sight(
+def check_vision(
     scorer: PartScorer, head: OutputHead, samples: Sequence[Sample], *, pixels: PixelSettings | None = None
 ) -> Sight | None:
     """Swap and turn the images of some samples and see which of their answers' distributions change.

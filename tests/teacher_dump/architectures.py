@@ -28,7 +28,7 @@ from teacher_dump.signals.pixel_check import check_pixel_values
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
-from teacher_dump.signals.vision_check import Sight, check_sight, choose_samples
+from teacher_dump.signals.vision_check import Sight, check_vision, choose_samples
 from teacher_dump.teachers.teacher import Teacher, TeacherStates
 from tests.teacher_dump.scorers import make_scorer, part_of
 from tests.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_teacher
@@ -151,7 +151,7 @@ def _run_engine(folder: Path) -> None:
         np.savez(folder / f"{way}.npz", allow_pickle=False, **_ask(engine, ready, way))
         assert (engine.num_shared > before) == (way != "alone" and (folder.name, way) != SCARCE), way
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
-    sight = check_sight(scorer, head, choose_samples(part.samples, 4))
+    sight = check_vision(scorer, head, choose_samples(part.samples, 4))
     processor = load_processor(folder / "teacher")
     num_compared = check_pixel_values(engine, processor, ready, image_token_id=VOCAB_SIZE - 1)
     assert num_compared == sum(len(sample.images) for sample in ready), num_compared

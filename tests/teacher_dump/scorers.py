@@ -14,7 +14,7 @@ from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.signals.lm_head import read_head
-from teacher_dump.signals.loaded_teacher import OpenTeacher
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
@@ -60,5 +60,5 @@ def make_scorer(
         image_root=image_root,
         max_length=max_length,
     )
-    teacher = None if engine is None else OpenTeacher(engine, read_head(folder, vocab_size=facts.vocab_size))
+    teacher = None if engine is None else LoadedTeacher(engine, read_head(folder, vocab_size=facts.vocab_size))
     return PartScorer(preparer, request, teacher)

@@ -18,7 +18,7 @@ from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.__main__ import main
 from teacher_dump.dump import DumpResult, run_dump
-from teacher_dump.execution.worker_setup import make_worker_settings, prompt_errors
+from teacher_dump.execution.worker_setup import list_prompt_errors, make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
@@ -77,7 +77,7 @@ def test_errors_are_counted_and_too_many_fail(
     file.write_text("\n".join([*lines, lines[0], "{broken"]) + "\n", encoding="utf-8")
     config = write_config(cache=TOKENS_ONLY, data={"sources": [{"path": str(file)}]})
     settings = read_settings(config)
-    foreseen = prompt_errors(settings, plan_dump(settings), progress=False)
+    foreseen = list_prompt_errors(settings, plan_dump(settings), progress=False)
     assert main([str(config)]) == 1
     said = capsys.readouterr().err
     assert "2 of 7 samples failed (28.6%; dump.max_error_fraction is 1.0%); 3 parts are left, but no more" in said

@@ -82,8 +82,8 @@ def test_the_documented_multiple_of_the_noise_is_allowed_and_no_more(factor, is_
     noise, zero = np.array([0.0, 2e-3]), np.zeros(2)
     allowed = np.full(2, 1e-2)  # by the encoding
     drift = allowed + np.array([0.0, factor * NOISE_FACTOR * 2e-3])
-    quiet = [Measured(f"quiet {number}", "response", "entropy", zero, zero, allowed) for number in range(9)]
-    (found,) = summarised([*quiet, Measured("s", "response", "entropy", noise, drift, allowed)])
+    log_output = [Measured(f"log_output {number}", "response", "entropy", zero, zero, allowed) for number in range(9)]
+    (found,) = summarised([*log_output, Measured("s", "response", "entropy", noise, drift, allowed)])
     assert found.samples == (("s",) if is_drift else ())
     page = (Path(__file__).parents[3] / "docs" / "commands.md").read_text(encoding="utf-8")
     assert f"{NOISE_FACTOR:g} times the largest difference between the two scorings" in " ".join(page.split())

@@ -23,7 +23,7 @@ from teacher_dump.data.dataset import read_samples
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.dump import run_dump
-from teacher_dump.execution.worker_setup import prompt_errors
+from teacher_dump.execution.worker_setup import list_prompt_errors
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Preparer
@@ -101,7 +101,7 @@ def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_tea
     script = [spoken["red"], spoken["blue"], [end], spoken["red"][:-1], spoken["white"], spoken["blue"]]
     teacher = Scripted(script)
     errors: list[SampleError] = []
-    got = make_answerer(tiny_teacher, tiny_data.parent, teacher).answered(samples, errors)
+    got = make_answerer(tiny_teacher, tiny_data.parent, teacher).replace_answers(samples, errors)
     assert [[turn.text for turn in sample.turns if turn.role == "assistant"] for sample in got] == [
         ["red", "white"],
         ["blue", "blue"],
@@ -142,7 +142,7 @@ def test_a_prompt_that_the_engine_refuses_costs_its_own_answer_only(tiny_teacher
     ):
         errors: list[SampleError] = []
         picky = Picky([refused], [spoken] * 8, error)
-        answered = make_answerer(tiny_teacher, tiny_data.parent, picky).answered(samples, errors)
+        answered = make_answerer(tiny_teacher, tiny_data.parent, picky).replace_answers(samples, errors)
         assert [sample.id for sample in answered] == [samples[at].id for at in (0, 2, 3)]
         assert errors == [SampleError(samples[1].id, reason)]
 
@@ -158,7 +158,7 @@ def test_an_engine_that_answers_nothing_ends_the_answers(tiny_teacher: Path, tin
         picky = Picky([pixels_of(tiny_data, sample) for sample in samples], [], error)
         answerer = make_answerer(tiny_teacher, tiny_data.parent, picky)
         with pytest.raises((StillhouseError, torch.AcceleratorError), match="the weights are gone"):
-            answerer.answered(samples, [])
+            answerer.replace_answers(samples, [])
 
 
 def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
@@ -172,7 +172,7 @@ def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
     samples = questions_of(tiny_data, limit=1)
     teacher = Scripted([first, second])
     answerer = make_answerer(tiny_teacher, tiny_data.parent, teacher)
-    (answered,) = answerer.answered(samples, [])
+    (answered,) = answerer.replace_answers(samples, [])
     assert [turn.text for turn in answered.turns[1::2]] == ["red<|im_start|>", "<|endoftext|>red"]
     at = len(teacher.asked[0])
     assert teacher.asked[1][: at + len(first)] == [*teacher.asked[0], *first]
@@ -211,7 +211,7 @@ def test_every_label_of_a_greedy_answer_is_the_teachers_first_choice(talker: Pat
     sampling = SamplingSection(temperature=0.0, max_new_tokens=48)
     answerer = make_answerer(talker, tiny_data.parent, teacher, sampling)
     errors: list[SampleError] = []
-    answered = answerer.answered(samples, errors)
+    answered = answerer.replace_answers(samples, errors)
     assert answered
     assert all("the teacher's answer at turn" in error.reason for error in errors)
     prepared = [answerer.preparer.prepare(sample) for sample in answered]
@@ -298,7 +298,7 @@ def test_an_answer_depends_on_its_own_seed_and_on_nothing_beside_it(talker: Path
     def said(samples: Sequence[Sample], seed: int) -> dict[str, list[str]]:
         sampling = SamplingSection(temperature=1.0, max_new_tokens=24, seed=seed)
         answerer = make_answerer(talker, tiny_data.parent, teacher, sampling)
-        return {one.id: [turn.text for turn in one.turns] for one in answerer.answered(samples, [])}
+        return {one.id: [turn.text for turn in one.turns] for one in answerer.replace_answers(samples, [])}
 
     together = said(samples, 0)
     assert len(together) > 0
@@ -320,7 +320,7 @@ def test_a_dump_of_the_teachers_own_answers(
     settings = read_settings(config)
     before = plan_dump(settings)
     assert before.plan.num_samples == 24
-    assert prompt_errors(settings, before, progress=False) == []
+    assert list_prompt_errors(settings, before, progress=False) == []
     command = [sys.executable, "-m", "teacher_dump", str(config)]  # Ray's own warnings are no errors there
     done = subprocess.run(
         command, cwd=REPOSITORY, env=ray_head.environment, capture_output=True, text=True, check=False

@@ -12,7 +12,7 @@ import pytest
 from storage.errors import WriteError
 from teacher_dump.data.image_store import ImageFiles
 from teacher_dump.teachers.fingerprint import FingerprintMemory
-from teacher_dump.workers.log_file import quiet
+from teacher_dump.workers.log_file import log_output
 from tests.small_disk import SmallDisk, small_disk
 
 
@@ -49,6 +49,6 @@ def test_the_terminal_comes_back_from_a_log_on_a_full_disk(disk: SmallDisk, tmp_
     log, screen = disk.folder / "dump.log", os.fstat(1).st_ino
     log.touch()
     disk.fill()
-    with quiet(log):
+    with log_output(log):
         sys.stdout.write("x" * 9000)
     assert os.fstat(1).st_ino == screen

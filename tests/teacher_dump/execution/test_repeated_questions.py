@@ -18,7 +18,7 @@ from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from teacher_dump.__main__ import main
 from teacher_dump.execution.answer_generation import JOB_FILE, answer_parts
-from teacher_dump.execution.repeated_questions import answer_again, begin_again
+from teacher_dump.execution.repeated_questions import answer_failed_questions, begin_reasking
 from teacher_dump.planning.answer_files import LATER_FILE, resolve_answers_folder
 from teacher_dump.planning.dump_plan import plan_questions
 from teacher_dump.settings import DumpSettings, read_settings
@@ -69,10 +69,10 @@ def ask_here(settings: DumpSettings) -> None:
     folder = open_folder(settings.cache.path)
     segments = read_segments(folder)
     failed = {error.sample_id for errors in read_contents(folder, segments, segments[0])[1] for error in errors}
-    work = begin_again(settings, answers_of(settings), failed)
+    work = begin_reasking(settings, answers_of(settings), failed)
     again = json.loads((work / JOB_FILE).read_bytes())["again"]
     for stripe in range(2):
-        answer_again(work, again, settings, stripe=stripe, num_stripes=2)
+        answer_failed_questions(work, again, settings, stripe=stripe, num_stripes=2)
 
 
 def contents(path: Path) -> dict[str, list[int]]:

@@ -321,15 +321,15 @@ def test_a_function_is_called_with_an_open_teacher(
     code = (
         "import json, sys\n"
         "from storage.errors import StillhouseError\n"
-        "from teacher_dump.execution.worker_setup import with_teacher\n"
+        "from teacher_dump.execution.worker_setup import call_with_teacher\n"
         "from teacher_dump.planning.dump_plan import plan_dump\n"
         "from teacher_dump.settings import read_settings\n"
         "from tests.teacher_dump.teacher_calls import count_tokens, fail\n"
         "settings = read_settings(sys.argv[1])\n"
         "planned = plan_dump(settings)\n"
-        "print(json.dumps(with_teacher(planned, settings, count_tokens, list(planned.plan.parts))))\n"
+        "print(json.dumps(call_with_teacher(planned, settings, count_tokens, list(planned.plan.parts))))\n"
         "try:\n"
-        "    with_teacher(planned, settings, fail, 'by a division')\n"
+        "    call_with_teacher(planned, settings, fail, 'by a division')\n"
         "except StillhouseError as error:\n"
         "    print(error)\n"
     )

@@ -17,7 +17,7 @@ from teacher_dump.data.sample import SampleRefusedError
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
-from teacher_dump.signals.loaded_teacher import OpenTeacher
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import TopK
 from teacher_dump.signals.spec import RowRequest
@@ -296,7 +296,7 @@ def test_an_answer_that_the_teacher_holds_impossible_is_an_error_of_its_sample(
     head = read_head(tiny_teacher, vocab_size=300)
     bias = torch.zeros(300)
     bias[token] = -torch.inf
-    suppressing = PartScorer(plain._preparer, request, OpenTeacher(reference, dataclasses.replace(head, bias=bias)))
+    suppressing = PartScorer(plain._preparer, request, LoadedTeacher(reference, dataclasses.replace(head, bias=bias)))
     got = suppressing.score(part).records
     assert {error.sample_id for error in got.errors} == with_it
     assert "of its answer the probability 0" in got.errors[0].reason
@@ -339,11 +339,11 @@ def test_a_teacher_that_repeats_itself_has_no_noise_and_one_that_does_not_has_so
         return [TeacherStates(state.token_ids, state.hidden * scale) for state in states]
 
     part = part_of(tiny_data)
-    quiet = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, reference).score(part).records
-    assert set(quiet.teacher_noise) == {"response", "visual"}
-    assert max(quiet.teacher_noise["response"]) <= 1e-7
-    assert quiet.response is not None
-    assert len(quiet.teacher_noise["response"]) == min(sum(rows.num_rows for rows in quiet.response[:2]), 32)
+    log_output = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, reference).score(part).records
+    assert set(log_output.teacher_noise) == {"response", "visual"}
+    assert max(log_output.teacher_noise["response"]) <= 1e-7
+    assert log_output.response is not None
+    assert len(log_output.teacher_noise["response"]) == min(sum(rows.num_rows for rows in log_output.response[:2]), 32)
     noisy = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, Twisted(reference, shaken)).score(part).records
     assert min(noisy.teacher_noise["response"]) > 1e-5
     assert min(noisy.teacher_noise["visual"]) > 0

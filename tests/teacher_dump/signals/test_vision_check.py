@@ -14,7 +14,7 @@ from storage.images.settings import OLD_PIXELS
 from teacher_dump.data.sample import Sample
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import OutputHead, read_head
-from teacher_dump.signals.vision_check import check_sight, choose_samples
+from teacher_dump.signals.vision_check import check_vision, choose_samples
 from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher
@@ -49,7 +49,7 @@ def test_a_teacher_that_sees_passes_and_a_blind_one_does_not(
     samples = choose_samples(part_of(tiny_data).samples, num_samples)
     assert len(samples) == num_samples
     scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference)
-    sight = check_sight(scorer, head, samples)
+    sight = check_vision(scorer, head, samples)
     assert sight is not None
     assert sight.num_samples == num_samples
     assert sight.change > 0.01 > 1e-4 > sight.noise
@@ -58,7 +58,7 @@ def test_a_teacher_that_sees_passes_and_a_blind_one_does_not(
     assert sight.turned > 0.01 > 1e-4 > sight.marked
     blind = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Blindfolded(reference))
     with pytest.raises(StillhouseError, match=r"the teacher is blind.*blind_check_samples=0"):
-        check_sight(blind, head, samples)
+        check_vision(blind, head, samples)
 
 
 class Turner:
@@ -90,7 +90,7 @@ def test_an_engine_that_turns_pictures_by_itself_is_refused(
     for key_begins, said in cases:  # a turn that the file asked for was made twice; one that nobody asked for
         engine = Turner(reference, lambda key, begins=key_begins: key.startswith(begins))
         with pytest.raises(StillhouseError, match=rf"{said}.*blind_check_samples=0"):
-            check_sight(make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, engine), head, samples)
+            check_vision(make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, engine), head, samples)
 
 
 def test_pixels_that_ignore_orientation_are_refused(
@@ -100,7 +100,7 @@ def test_pixels_that_ignore_orientation_are_refused(
     samples = choose_samples(part_of(tiny_data).samples, 2)
     scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference)
     with pytest.raises(StillhouseError, match="other pixels than were made for it"):
-        check_sight(scorer, head, samples, pixels=OLD_PIXELS)
+        check_vision(scorer, head, samples, pixels=OLD_PIXELS)
 
 
 def test_pictures_that_no_turn_changes_are_not_asked_about(
@@ -110,7 +110,7 @@ def test_pictures_that_no_turn_changes_are_not_asked_about(
     for number, shade in enumerate((20, 200)):
         Image.new("RGB", (32, 32), (shade, shade, shade)).save(tmp_path / f"images/train-{number:03d}.png")
     scorer = make_scorer(tiny_teacher, tmp_path, EVERYTHING, reference)
-    sight = check_sight(scorer, head, choose_samples(part_of(data).samples, 2))
+    sight = check_vision(scorer, head, choose_samples(part_of(data).samples, 2))
     assert sight is not None
     assert sight.marked is sight.turned is None
 
@@ -130,15 +130,15 @@ def test_noise_does_not_pass_for_sight(
 
     scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Noisy(reference))
     with pytest.raises(StillhouseError, match="blind"):
-        check_sight(scorer, head, choose_samples(part_of(tiny_data).samples, 4))
+        check_vision(scorer, head, choose_samples(part_of(tiny_data).samples, 4))
 
 
 def test_samples_without_usable_images_are_not_checked(
     tmp_path: Path, tiny_teacher: Path, reference: TransformersTeacher, head: OutputHead
 ) -> None:
     scorer = make_scorer(tiny_teacher, tmp_path, EVERYTHING, reference)
-    assert check_sight(scorer, head, []) is None
-    assert check_sight(scorer, head, [Sample("x", "train", "", ("gone.png",), ())]) is None
+    assert check_vision(scorer, head, []) is None
+    assert check_vision(scorer, head, [Sample("x", "train", "", ("gone.png",), ())]) is None
 
 
 def test_chosen_samples_show_different_images(tiny_data: Path) -> None:

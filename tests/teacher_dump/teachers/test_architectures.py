@@ -22,7 +22,7 @@ from teacher_dump.prompts.preparation import Prepared
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
-from teacher_dump.signals.vision_check import check_sight, choose_samples
+from teacher_dump.signals.vision_check import check_vision, choose_samples
 from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.architectures import (
@@ -272,6 +272,6 @@ def test_the_blind_check_knows_seeing_from_blind(architecture: str, asked: Path)
     assert sight.turned > 0.01 > 1e-4 > sight.marked  # a file that lies upside down, and pixels that do
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
     with pytest.raises(StillhouseError, match="the teacher is blind"):
-        check_sight(
+        check_vision(
             scorer_of(folder, Blindfolded(reference(folder))), head, choose_samples(samples_of(folder).samples, 4)
         )

@@ -19,7 +19,7 @@ from teacher_dump.dump import run_dump
 from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
-from teacher_dump.workers.worker import Worker, ahead, open_preparer
+from teacher_dump.workers.worker import Worker, open_preparer, prefetch
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny_architectures import make_teacher
 
@@ -176,11 +176,11 @@ def test_the_next_item_is_made_while_one_is_used() -> None:
             yield number
 
     with ThreadPoolExecutor(1) as executor:
-        following = ahead(items(), executor)
+        prefetched_items = prefetch(items(), executor)
         executor.submit(int).result()  # whatever was begun is done
         assert made == [0]
         seen = []
-        for item in following:
+        for item in prefetched_items:
             executor.submit(int).result()
             assert made == list(range(min(item + 2, 4)))  # one ahead, never two
             seen.append(item)
@@ -193,10 +193,10 @@ def test_what_goes_wrong_ahead_is_raised_at_its_place() -> None:
         raise StillhouseError("no more")
 
     with ThreadPoolExecutor(1) as executor:
-        following = ahead(items(), executor)
-        assert next(following) == 0
+        prefetched_items = prefetch(items(), executor)
+        assert next(prefetched_items) == 0
         with pytest.raises(StillhouseError, match="no more"):
-            next(following)
+            next(prefetched_items)
 
 
 def test_several_threads_write_what_one_does(write_config: WriteConfig, tmp_path: Path) -> None:
