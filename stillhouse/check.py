@@ -110,7 +110,7 @@ def _join_first(names: Sequence[str]) -> str:
 def _check_prompts(experiment: Experiment, settings: DumpSettings, plan: DumpPlan) -> Iterator[str]:
     """Yields the report on the data. ConfigError if more samples cannot be used than dump.max_error_fraction allows."""
     errors, report = inspect_data(settings, plan)
-    yield from report.lines()
+    yield from report.format_lines()
     total = plan.plan.num_samples + sum(len(part.errors) for part in plan.plan.parts)
     allowed = experiment.dump.max_error_fraction
     examples = "\n  ".join(map(str, errors[:10]))

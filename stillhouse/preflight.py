@@ -29,7 +29,7 @@ from student_train.models.loading import is_hub_id
 from student_train.training.trainer import resolved
 from teacher_dump.execution.machine import check_dump_machine, check_machine, count_gpus, is_local_ray, check_gpu_count
 from teacher_dump.settings import read_settings
-from teacher_dump.teachers.hf_checkpoint import read_header, weight_files
+from teacher_dump.teachers.hf_checkpoint import list_weight_files, read_header
 
 _FORECAST = "forecast.json"
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight in a checkpoint
@@ -142,7 +142,7 @@ def estimate_disk_needs(experiment: Experiment) -> list[DiskNeed]:
 def count_weights(folder: Path) -> int:
     """The number of weights of a checkpoint; 0 where there is none yet or none that can be read."""
     try:
-        headers = [read_header(path) for path in weight_files(folder)]
+        headers = [read_header(path) for path in list_weight_files(folder)]
     except (StillhouseError, OSError):
         return 0
     return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())

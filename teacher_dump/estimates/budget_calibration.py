@@ -15,7 +15,7 @@ from storage.records.records import SampleError
 from teacher_dump.data.sample import Sample
 from teacher_dump.estimates.fidelity_budget import MAX_ROWS, BudgetChoice, TeacherRows, choose_setting
 from teacher_dump.signals.scoring import PartScorer
-from teacher_dump.signals.states import new_images, response_states
+from teacher_dump.signals.states import select_new_images, select_response_states
 
 T = TypeVar("T")
 
@@ -54,9 +54,9 @@ def choose_settings(scorer: PartScorer, task: BudgetTask) -> dict[str, BudgetCho
         scored = [(one, own) for one, own in zip(taken, hidden, strict=True) if bool(torch.isfinite(own).all())]
         num_scored += len(scored)
         if "response" in states:
-            states["response"] += [response_states(one, own) for one, own in scored]
+            states["response"] += [select_response_states(one, own) for one, own in scored]
         if "visual" in states:
-            states["visual"] += [own.float() for own in new_images(scored, known).values()]
+            states["visual"] += [own.float() for own in select_new_images(scored, known).values()]
     found = {}
     for family, section in task.sections.items():
         whole = sum(map(len, states[family]))

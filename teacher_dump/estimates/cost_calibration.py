@@ -22,7 +22,7 @@ from teacher_dump.estimates.budget_choice import apply_budget
 from teacher_dump.estimates.cost_model import Calibration, Forecast, SampleCounts, SliceCost, Work, forecast
 from teacher_dump.execution.worker_setup import call_with_teacher, make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
-from teacher_dump.prompts.data_report import DataReport, DataWatch
+from teacher_dump.prompts.data_report import DataReport, DataReporter
 from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.settings import DumpSettings
 from teacher_dump.signals.scoring import PartScorer, ScoredPart
@@ -92,7 +92,7 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
 
 
 def _make_data_report(parts: Sequence[Part], tried: Sequence[Part], preparer: Preparer) -> DataReport:
-    watch = DataWatch()
+    watch = DataReporter()
     for sample in (sample for part in tried for sample in part.samples):
         try:
             watch.add(preparer.prepare(sample))
@@ -145,7 +145,7 @@ def score_slice(scorer: PartScorer, task: SliceTask) -> SliceResult:
 def _score_concurrently(scorer: PartScorer, task: SliceTask) -> tuple[list[ScoredPart], tuple[SliceCost, ...]]:
     """Scores each half while one thread prepares the next samples and another encodes the half before."""
     with ThreadPoolExecutor(1) as preparing, ThreadPoolExecutor(1) as encoding:
-        prepared = [prefetch(scorer.chunks(half), preparing) for half in task.halves]
+        prepared = [prefetch(scorer.prepare_chunks(half), preparing) for half in task.halves]
         scored: list[ScoredPart] = []
         slices: list[Future[SliceCost]] = []
         for half, chunks in zip(task.halves, prepared, strict=True):

@@ -26,7 +26,7 @@ from storage.encoding.row_block import decode_block, encode_block
 from storage.errors import ConfigError
 from storage.records.sparse_rows import SparseRows
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.sparsify import Threshold, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Threshold, make_row_uniforms, select_rows
 
 STUDENT_KL = 0.3  # nats, mean over rows
 MAX_ROWS = 2048  # of a family, for the calibration
@@ -175,7 +175,7 @@ class _BudgetTrial:
     def _select(self, tau: float) -> tuple[SparseRows, NDArray[np.float64]]:
         """Returns the rows as stored, and each row's expected squared distance: sum of p (tau - p) for p < tau."""
         rows = self._rows
-        uniforms = row_uniforms(
+        uniforms = make_row_uniforms(
             len(rows.hidden), seed=rows.seed, family=rows.family, key="calibration", num_sets=rows.draw_sets
         )
         parts, variance = [], []

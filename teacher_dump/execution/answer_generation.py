@@ -67,7 +67,7 @@ def run_answer_processes(settings: DumpSettings, job: Path, num_parts: int, mess
             name=f"answers-{stripe}",
             argv=(*module_command("teacher_dump.execution.answer_job"), str(job), str(stripe), str(count)),
             log_path=settings.logs.resolve() / f"answers-{stripe}.log",
-            num_devices=ray_jobs.gpus_of_engine(settings.teacher.settings),
+            num_devices=ray_jobs.count_engine_gpus(settings.teacher.settings),
         )
         for stripe in range(count)
     ]

@@ -34,7 +34,7 @@ B = TypeVar("B")
 
 def make_worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:
     """Returns the settings of each worker of a planned dump."""
-    from teacher_dump.signals.vision_check import choose_samples
+    from teacher_dump.signals.vision_check import choose_check_samples
     from teacher_dump.workers.worker import WorkerSettings
 
     cache, teacher = settings.cache, settings.teacher
@@ -54,7 +54,7 @@ def make_worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSet
         families=cache.families,
         append=cache.append,
         zstd_level=cache.zstd_level,
-        check_samples=choose_samples(samples, settings.dump.blind_check_samples),
+        check_samples=choose_check_samples(samples, settings.dump.blind_check_samples),
         too_long=settings.data.too_long,
         template_arguments=dict(teacher.chat_template_arguments),
     )
@@ -99,14 +99,14 @@ def inspect_data(
 
     Builds all prompts and decodes all images: a few milliseconds a sample.
     """
-    from teacher_dump.prompts.data_report import DataWatch
+    from teacher_dump.prompts.data_report import DataReporter
     from teacher_dump.workers.worker import open_preparer
 
     preparer = open_preparer(make_worker_settings(planned, settings))
     errors = [error for part in planned.plan.parts for error in part.errors]
     samples = (sample for part in planned.plan.parts for sample in part.samples)
     total = planned.plan.num_samples
-    watch = DataWatch()
+    watch = DataReporter()
     for sample in tqdm(samples, total=total, unit=" samples", desc="prompts", disable=not progress, leave=False):
         try:
             watch.add(preparer.prepare(sample))

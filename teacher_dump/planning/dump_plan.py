@@ -66,7 +66,7 @@ def _make_dump_plan(settings: DumpSettings) -> DumpPlan:
     if not sample_set.samples and not sample_set.errors:
         files = ", ".join(str(source.path) for source in settings.data.sources)
         raise ConfigError(f"data.sources: there is no sample in {files}; give files of conversations")
-    folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=needs_teacher)
+    folder = checkpoint.resolve_checkpoint(teacher.model, teacher.revision, with_weights=needs_teacher)
     memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
     trust = bool(teacher.settings.get("trust_remote_code", False))
     arguments = teacher.chat_template_arguments
@@ -93,12 +93,14 @@ def _make_dump_plan(settings: DumpSettings) -> DumpPlan:
     is_folder = Path(teacher.model).is_dir()
     dtype = fingerprint.NONE
     if needs_teacher:
-        dtype = fingerprint.served_dtype(_resolve_dtype(teacher, folder), teacher.settings)
+        dtype = fingerprint.describe_served_dtype(_resolve_dtype(teacher, folder), teacher.settings)
     identity = Identity(
         teacher=str(folder) if is_folder else f"{teacher.model}@{teacher.revision or 'main'}",
-        teacher_fingerprint=fingerprint.weights_fingerprint(folder, memory) if needs_teacher else fingerprint.NONE,
+        teacher_fingerprint=fingerprint.compute_weights_fingerprint(folder, memory)
+        if needs_teacher
+        else fingerprint.NONE,
         dtype=dtype,
-        engine=fingerprint.engine_version(teacher.backend) if needs_teacher else fingerprint.NONE,
+        engine=fingerprint.get_engine_version(teacher.backend) if needs_teacher else fingerprint.NONE,
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         vocab_size=facts.vocab_size,
         chat_template_fingerprint=facts.chat_template_fingerprint,
@@ -171,9 +173,9 @@ def _describe_selection(cache: CacheSection, recorded: Mapping[str, Mapping[str,
 
 
 def _resolve_dtype(teacher: TeacherSection, folder: Path) -> str:
-    return checkpoint.saved_dtype(folder) if teacher.dtype == "auto" else teacher.dtype
+    return checkpoint.read_saved_dtype(folder) if teacher.dtype == "auto" else teacher.dtype
 
 
 def _read_context_length(folder: Path) -> int | None:
     path = folder / "config.json"
-    return checkpoint.context_length(checkpoint.read_json(path)) if path.is_file() else None
+    return checkpoint.get_context_length(checkpoint.read_json(path)) if path.is_file() else None

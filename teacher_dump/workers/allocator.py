@@ -12,7 +12,7 @@ def share_one_arena() -> None:
     """Makes all threads that start from now on share one arena; does nothing without glibc.
 
     By default each thread keeps freed memory in its own arena, so an actor grows by some hundred megabytes until
-    each of its threads has held a part once. Measured peaks: 2,265 MB by default, 1,674 MB with one arena.
+    each of its threads has held a part once. Measurement peaks: 2,265 MB by default, 1,674 MB with one arena.
     """
     library = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(library, "gnu_get_libc_version"):

@@ -124,7 +124,7 @@ class Worker:
             if self._scorer is None:
                 self._scorer = self._teacher_thread.submit(self._open_scorer).result()
         started = time.time()
-        chunks = prefetch(self._scorer.chunks(part), self._prompt_thread)
+        chunks = prefetch(self._scorer.prepare_chunks(part), self._prompt_thread)
         scored = self._teacher_thread.submit(self._score, part, chunks).result()
         try:
             with self._write_lock:
@@ -175,7 +175,7 @@ def _make_outcome(part: Part, commit: Commit, scored: ScoredPart | None, started
         num_bytes=sum(entry.file_bytes for entry in commit.families.values()),
         started=started,
         finished=time.time(),
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=measure_peak_memory(),
         num_cut=0 if scored is None else scored.num_cut,
     )
 
@@ -193,7 +193,7 @@ def prefetch(items: Iterator[T], executor: Executor) -> Iterator[T]:
     return prefetched_items()
 
 
-def peak_memory_bytes() -> int:
+def measure_peak_memory() -> int:
     """Returns the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts kibibytes

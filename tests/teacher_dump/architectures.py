@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from teacher_dump.data.partition import Part
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
@@ -28,7 +28,7 @@ from teacher_dump.signals.pixel_check import check_pixel_values
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
-from teacher_dump.signals.vision_check import Sight, check_vision, choose_samples
+from teacher_dump.signals.vision_check import VisionCheck, check_vision, choose_check_samples
 from teacher_dump.teachers.teacher import Teacher, TeacherStates
 from tests.teacher_dump.scorers import make_scorer, part_of
 from tests.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_teacher
@@ -114,13 +114,13 @@ class Recorded:
         ]
 
 
-def recorded_sight(folder: Path) -> Sight | None:
-    """What the blind check saw in the engine."""
+def recorded_sight(folder: Path) -> VisionCheck | None:
+    """Changes that the vision check measured in the engine."""
     found = json.loads((folder / "sight.json").read_text(encoding="utf-8"))
-    return None if found is None else Sight(**found)
+    return None if found is None else VisionCheck(**found)
 
 
-def _ask(engine: Teacher, ready: Sequence[Prepared], way: str) -> dict[str, np.ndarray]:
+def _ask(engine: Teacher, ready: Sequence[PreparedSample], way: str) -> dict[str, np.ndarray]:
     prompts = [sample.prompt for sample in ready]
     if way == "reversed":
         prompts.reverse()
@@ -151,7 +151,7 @@ def _run_engine(folder: Path) -> None:
         np.savez(folder / f"{way}.npz", allow_pickle=False, **_ask(engine, ready, way))
         assert (engine.num_shared > before) == (way != "alone" and (folder.name, way) != SCARCE), way
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
-    sight = check_vision(scorer, head, choose_samples(part.samples, 4))
+    sight = check_vision(scorer, head, choose_check_samples(part.samples, 4))
     processor = load_processor(folder / "teacher")
     num_compared = check_pixel_values(engine, processor, ready, image_token_id=VOCAB_SIZE - 1)
     assert num_compared == sum(len(sample.images) for sample in ready), num_compared

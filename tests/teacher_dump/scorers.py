@@ -50,7 +50,7 @@ def make_scorer(
     """A scorer with an engine of the test's choice."""
     processor = load_processor(folder)
     pixels = pixels or PixelSettings()
-    facts = fingerprint.processor_facts(folder, processor).with_background(pixels.background)
+    facts = fingerprint.read_processor_facts(folder, processor).with_background(pixels.background)
     preparer = Preparer(
         prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
         grid=VisualGrid(processor, facts.image_token_id),

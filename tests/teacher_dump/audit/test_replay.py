@@ -19,8 +19,8 @@ from storage.records.records import PartRecords
 from storage.records.sparse_rows import SparseRows
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.audit.comparison import Measured
-from teacher_dump.audit.replay import NOISE_FACTOR, Replay, check_drift, replay, summarised
+from teacher_dump.audit.comparison import Measurement
+from teacher_dump.audit.replay import NOISE_FACTOR, Replay, check_drift, replay, summarize_drifts
 from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import DumpSettings, read_settings
@@ -82,8 +82,10 @@ def test_the_documented_multiple_of_the_noise_is_allowed_and_no_more(factor, is_
     noise, zero = np.array([0.0, 2e-3]), np.zeros(2)
     allowed = np.full(2, 1e-2)  # by the encoding
     drift = allowed + np.array([0.0, factor * NOISE_FACTOR * 2e-3])
-    log_output = [Measured(f"log_output {number}", "response", "entropy", zero, zero, allowed) for number in range(9)]
-    (found,) = summarised([*log_output, Measured("s", "response", "entropy", noise, drift, allowed)])
+    log_output = [
+        Measurement(f"log_output {number}", "response", "entropy", zero, zero, allowed) for number in range(9)
+    ]
+    (found,) = summarize_drifts([*log_output, Measurement("s", "response", "entropy", noise, drift, allowed)])
     assert found.samples == (("s",) if is_drift else ())
     page = (Path(__file__).parents[3] / "docs" / "commands.md").read_text(encoding="utf-8")
     assert f"{NOISE_FACTOR:g} times the largest difference between the two scorings" in " ".join(page.split())

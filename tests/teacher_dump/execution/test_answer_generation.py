@@ -67,7 +67,7 @@ class Scripted:
 
 def make_answerer(folder: Path, image_root: Path, generator: Any, sampling: SamplingSection = SAMPLING) -> Answerer:
     processor = load_processor(folder)
-    facts = fingerprint.processor_facts(folder, processor)
+    facts = fingerprint.read_processor_facts(folder, processor)
     preparer = Preparer(
         prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
         grid=VisualGrid(processor, facts.image_token_id),
@@ -177,7 +177,7 @@ def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
     at = len(teacher.asked[0])
     assert teacher.asked[1][: at + len(first)] == [*teacher.asked[0], *first]
     teacher.script += [first, second]
-    (row,) = answerer.rows(Part(0, samples))
+    (row,) = answerer.answer_part(Part(0, samples))
     (again,) = [Sample.from_json(json.loads(json.dumps(one.as_json()))) for one in [answered]]
     assert parse_conversation(row).turns == again.turns == answered.turns
     record = answerer.preparer.prepare(again).record
@@ -229,7 +229,7 @@ def test_ids_of_a_padded_head_are_never_said(padded: Path, tiny_data: Path) -> N
     for temperature in (0.0, 1.0):
         sampling = SamplingSection(temperature=temperature, max_new_tokens=12)
         answerer = make_answerer(padded, tiny_data.parent, teacher, sampling)
-        prompts = [answerer._prompt(sample, 1) for sample in samples]
+        prompts = [answerer._make_prompt(sample, 1) for sample in samples]
         said = teacher.generate(prompts, sampling=sampling, seeds=range(4), stop_ids=(298,), vocab_size=320)
         assert sum(max(ids) >= 300 for ids in said) >= 2, temperature
         said = teacher.generate(prompts, sampling=sampling, seeds=range(4), stop_ids=(298,), vocab_size=300)

@@ -15,7 +15,7 @@ import pytest
 from storage.config import CacheSection
 from storage.errors import ConfigError
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
-from teacher_dump.execution.machine import asks_teacher, check_dump_machine, check_gpu_count, check_machine
+from teacher_dump.execution.machine import needs_teacher, check_dump_machine, check_gpu_count, check_machine
 from teacher_dump.settings import DumpSettings
 
 REPOSITORY = Path(__file__).parents[3]
@@ -134,7 +134,7 @@ def test_gpus_that_no_machine_has_are_refused_and_a_cluster_is_trusted(tmp_path:
     check_dump_machine(settings(tmp_path, gpus_per_actor=1000, ray_address="cluster:6379"))
     check_gpu_count(0, 0, field="x")
     tokens_only = replace(settings(tmp_path, gpus_per_actor=1000), cache=CacheSection(families=()))
-    assert not asks_teacher(tokens_only)
+    assert not needs_teacher(tokens_only)
     assert check_dump_machine(tokens_only) == []
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.preprocessor import PromptBuilder
-from teacher_dump.prompts.truncation import kept_length
+from teacher_dump.prompts.truncation import compute_kept_length
 from tests.tiny import CHAT_TEMPLATE, END_OF_TURN, IMAGE_TOKEN
 from tests.tokenizer_families import FAMILIES, make_tokenizer
 
@@ -146,7 +146,7 @@ def test_ids_are_those_of_the_whole_and_generation_sees_a_prefix(
         shorter = build(tokenizer, *flat[: 2 * number + 2])
         assert shorter.token_ids.tolist() == ids[:end]
     if len(turns) > 1:  # cutting follows the same ids
-        kept = kept_length(mask, np.arange(len(ids)), max_length=len(ids) - 1, rule="cut_turns")
+        kept = compute_kept_length(mask, np.arange(len(ids)), max_length=len(ids) - 1, rule="cut_turns")
         assert ids[:kept] == build(tokenizer, *flat[:-2]).token_ids.tolist()
 
 

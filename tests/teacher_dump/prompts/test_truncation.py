@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_dump.prompts.image_tokens import expand
-from teacher_dump.prompts.truncation import kept_length
+from teacher_dump.prompts.image_tokens import expand_image_tokens
+from teacher_dump.prompts.truncation import compute_kept_length
 
 IMAGE = 9
 
@@ -19,8 +19,8 @@ def parsed(text: str) -> tuple[np.ndarray, np.ndarray]:
 def kept(text: str, max_length: int, rule: str, *, per_image: int = 4) -> str | None:
     ids, mask = parsed(text)
     grid = np.full(per_image, IMAGE, np.int64)
-    positions = expand(ids, [grid] * text.count("i"), IMAGE).positions
-    length = kept_length(mask, positions, max_length=max_length, rule=rule)  # type: ignore[arg-type]
+    positions = expand_image_tokens(ids, [grid] * text.count("i"), IMAGE).positions
+    length = compute_kept_length(mask, positions, max_length=max_length, rule=rule)  # type: ignore[arg-type]
     return None if length is None else text[:length]
 
 

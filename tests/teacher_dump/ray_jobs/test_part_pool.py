@@ -296,10 +296,10 @@ def test_sigterm_is_heard_after_ray_is_left(ray_head: RayHead) -> None:
     code = (
         "import os, signal, sys, time\n"
         "from storage.processes.stop_signals import exit_code, interruptible, leave\n"
-        "from teacher_dump.ray_jobs.cluster import cluster\n"
+        "from teacher_dump.ray_jobs.cluster import connect_to_ray\n"
         "try:\n"
         "    with interruptible():\n"
-        "        with cluster(None, local_cpus=1):\n"
+        "        with connect_to_ray(None, local_cpus=1):\n"
         "            pass\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        time.sleep(60)\n"

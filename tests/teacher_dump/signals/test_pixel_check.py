@@ -12,7 +12,7 @@ from torch import Tensor
 
 from storage.errors import StillhouseError
 from teacher_dump.data.sample import Sample
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.pixel_check import check_pixel_values
@@ -38,7 +38,7 @@ class Shower:
 
 
 @pytest.fixture
-def ready(tiny_teacher: Path, tmp_path: Path) -> list[Prepared]:
+def ready(tiny_teacher: Path, tmp_path: Path) -> list[PreparedSample]:
     """Two samples whose images are larger than what the tower takes, and one without."""
     data = make_tiny_dataset(tmp_path, num_samples=2, num_images=2, image_size=80)["train"]
     scorer = make_scorer(tiny_teacher, tmp_path, NOTHING, None)
@@ -48,14 +48,14 @@ def ready(tiny_teacher: Path, tmp_path: Path) -> list[Prepared]:
     return found
 
 
-def test_equal_values_are_counted_in_any_dtype_and_shape(tiny_teacher: Path, ready: list[Prepared]) -> None:
+def test_equal_values_are_counted_in_any_dtype_and_shape(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
     processor = load_processor(tiny_teacher)
     for change in (lambda values: values, lambda values: values[None].to(torch.bfloat16)):
         engine = Shower(processor, change)
         assert check_pixel_values(engine, processor, ready, image_token_id=IMAGE_TOKEN_ID) == 2
 
 
-def test_values_of_another_resizing_library_are_refused(tiny_teacher: Path, ready: list[Prepared]) -> None:
+def test_values_of_another_resizing_library_are_refused(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
     from transformers import AutoProcessor
 
     processor, other = load_processor(tiny_teacher), AutoProcessor.from_pretrained(tiny_teacher, backend="torchvision")
@@ -65,7 +65,7 @@ def test_values_of_another_resizing_library_are_refused(tiny_teacher: Path, read
         check_pixel_values(engine, processor, ready, image_token_id=IMAGE_TOKEN_ID)
 
 
-def test_a_picture_that_the_engine_turned_is_refused(tiny_teacher: Path, ready: list[Prepared]) -> None:
+def test_a_picture_that_the_engine_turned_is_refused(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
     processor = load_processor(tiny_teacher)
     engine = Shower(processor, lambda values: values.flip(1))
     with pytest.raises(StillhouseError, match="differ from those of the teacher's processor by up to"):
@@ -73,7 +73,7 @@ def test_a_picture_that_the_engine_turned_is_refused(tiny_teacher: Path, ready: 
 
 
 def test_values_in_another_form_are_logged(
-    tiny_teacher: Path, ready: list[Prepared], caplog: pytest.LogCaptureFixture
+    tiny_teacher: Path, ready: list[PreparedSample], caplog: pytest.LogCaptureFixture
 ) -> None:
     processor = load_processor(tiny_teacher)
     for change in (lambda _: None, lambda values: values[:, :8]):
@@ -83,7 +83,7 @@ def test_values_in_another_form_are_logged(
         caplog.clear()
 
 
-def test_an_engine_that_shows_nothing_is_not_asked(tiny_teacher: Path, ready: list[Prepared]) -> None:
+def test_an_engine_that_shows_nothing_is_not_asked(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
     class Quiet:
         def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
             raise AssertionError("only pixel values are asked for")

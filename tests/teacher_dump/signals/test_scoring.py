@@ -21,7 +21,7 @@ from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import TopK
 from teacher_dump.signals.spec import RowRequest
-from teacher_dump.signals.teacher_noise import rescored_kl
+from teacher_dump.signals.teacher_noise import compute_rescored_kl
 from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, NOTHING, make_scorer, part_of, reference_teacher
@@ -352,9 +352,9 @@ def test_a_teacher_that_repeats_itself_has_no_noise_and_one_that_does_not_has_so
 def test_noise_is_the_divergence_of_the_two_rows(tiny_teacher: Path) -> None:
     head = read_head(tiny_teacher, vocab_size=300)
     first, second = (torch.randn(300, head.weight.shape[1], generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    got = rescored_kl(head, first, second)
+    got = compute_rescored_kl(head, first, second)
     spread = [number * 300 // 32 for number in range(32)]
     p, q = (torch.log_softmax(head.logits(states[spread]).double(), dim=1) for states in (first, second))
     np.testing.assert_allclose(got, (p.exp() * (p - q)).sum(dim=1), rtol=1e-6, atol=1e-7)
-    assert rescored_kl(head, first, first) == [0.0] * 32
-    assert rescored_kl(head, first[:5], first[:5]) == [0.0] * 5
+    assert compute_rescored_kl(head, first, first) == [0.0] * 32
+    assert compute_rescored_kl(head, first[:5], first[:5]) == [0.0] * 5

@@ -14,7 +14,7 @@ from storage.images.settings import OLD_PIXELS
 from teacher_dump.data.sample import Sample
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import OutputHead, read_head
-from teacher_dump.signals.vision_check import check_vision, choose_samples
+from teacher_dump.signals.vision_check import check_vision, choose_check_samples
 from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, reference_teacher
@@ -46,7 +46,7 @@ def head(tiny_teacher: Path) -> OutputHead:
 def test_a_teacher_that_sees_passes_and_a_blind_one_does_not(
     num_samples: int, tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher, head: OutputHead
 ) -> None:
-    samples = choose_samples(part_of(tiny_data).samples, num_samples)
+    samples = choose_check_samples(part_of(tiny_data).samples, num_samples)
     assert len(samples) == num_samples
     scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference)
     sight = check_vision(scorer, head, samples)
@@ -85,8 +85,8 @@ class Turner:
 def test_an_engine_that_turns_pictures_by_itself_is_refused(
     tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher, head: OutputHead
 ) -> None:
-    samples = choose_samples(part_of(tiny_data).samples, 2)
-    cases = (("marked", "the teacher sees other pixels than were made for it"), ("turned", "where things are"))
+    samples = choose_check_samples(part_of(tiny_data).samples, 2)
+    cases = (("marked", "the teacher sees other pixels than those prepared for it"), ("turned", "ignores orientation"))
     for key_begins, said in cases:  # a turn that the file asked for was made twice; one that nobody asked for
         engine = Turner(reference, lambda key, begins=key_begins: key.startswith(begins))
         with pytest.raises(StillhouseError, match=rf"{said}.*blind_check_samples=0"):
@@ -97,9 +97,9 @@ def test_pixels_that_ignore_orientation_are_refused(
     tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher, head: OutputHead
 ) -> None:
     """Version 0 of the pixels leaves them as they lie in the file."""
-    samples = choose_samples(part_of(tiny_data).samples, 2)
+    samples = choose_check_samples(part_of(tiny_data).samples, 2)
     scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, reference)
-    with pytest.raises(StillhouseError, match="other pixels than were made for it"):
+    with pytest.raises(StillhouseError, match="other pixels than those prepared for it"):
         check_vision(scorer, head, samples, pixels=OLD_PIXELS)
 
 
@@ -110,7 +110,7 @@ def test_pictures_that_no_turn_changes_are_not_asked_about(
     for number, shade in enumerate((20, 200)):
         Image.new("RGB", (32, 32), (shade, shade, shade)).save(tmp_path / f"images/train-{number:03d}.png")
     scorer = make_scorer(tiny_teacher, tmp_path, EVERYTHING, reference)
-    sight = check_vision(scorer, head, choose_samples(part_of(data).samples, 2))
+    sight = check_vision(scorer, head, choose_check_samples(part_of(data).samples, 2))
     assert sight is not None
     assert sight.marked is sight.turned is None
 
@@ -130,7 +130,7 @@ def test_noise_does_not_pass_for_sight(
 
     scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Noisy(reference))
     with pytest.raises(StillhouseError, match="blind"):
-        check_vision(scorer, head, choose_samples(part_of(tiny_data).samples, 4))
+        check_vision(scorer, head, choose_check_samples(part_of(tiny_data).samples, 4))
 
 
 def test_samples_without_usable_images_are_not_checked(
@@ -143,6 +143,6 @@ def test_samples_without_usable_images_are_not_checked(
 
 def test_chosen_samples_show_different_images(tiny_data: Path) -> None:
     text_only = Sample("text", "train", "", (), ())
-    chosen = choose_samples([text_only, *part_of(tiny_data).samples], 100)
+    chosen = choose_check_samples([text_only, *part_of(tiny_data).samples], 100)
     assert len(chosen) == 8
     assert len({image for sample in chosen for image in sample.images}) == 8

@@ -18,11 +18,11 @@ from PIL import Image
 from storage.errors import StillhouseError
 from storage.records.records import PartRecords
 from teacher_dump.prompts.image_tokens import VisualGrid
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
-from teacher_dump.signals.vision_check import check_vision, choose_samples
+from teacher_dump.signals.vision_check import check_vision, choose_check_samples
 from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.architectures import (
@@ -80,7 +80,7 @@ def reference(folder: Path) -> TransformersTeacher:
     return TransformersTeacher(folder / "teacher", dtype="float32", image_token_id=image_token_id, settings={})
 
 
-def prepared(folder: Path) -> dict[str, Prepared]:
+def prepared(folder: Path) -> dict[str, PreparedSample]:
     ready = scorer_of(folder, Blindfolded(reference(folder))).prepare(samples_of(folder).samples, [])
     return {sample.record.sample_id: sample for sample in ready}
 
@@ -273,5 +273,5 @@ def test_the_blind_check_knows_seeing_from_blind(architecture: str, asked: Path)
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
     with pytest.raises(StillhouseError, match="the teacher is blind"):
         check_vision(
-            scorer_of(folder, Blindfolded(reference(folder))), head, choose_samples(samples_of(folder).samples, 4)
+            scorer_of(folder, Blindfolded(reference(folder))), head, choose_check_samples(samples_of(folder).samples, 4)
         )

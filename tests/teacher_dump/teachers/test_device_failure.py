@@ -226,7 +226,7 @@ def test_a_lack_of_memory_halves_the_rows_at_once_for_good() -> None:
     plain = OutputHead(head.weight)
     totals = [torch.zeros(50, dtype=torch.float64) for _ in range(2)]
     rows, expected = (
-        one.sparse_rows(
+        one.select_sparse_rows(
             hidden,
             labels=torch.arange(20),
             selection=TopK(5),
@@ -241,15 +241,15 @@ def test_a_lack_of_memory_halves_the_rows_at_once_for_good() -> None:
     np.testing.assert_allclose(rows.logprobs, expected.logprobs, atol=1e-6)
     torch.testing.assert_close(*totals)  # the failed attempt has added nothing
     head.asked.clear()
-    logprobs = head.label_logprobs(hidden, torch.arange(20), rows_per_chunk=16)
+    logprobs = head.compute_label_logprobs(hidden, torch.arange(20), rows_per_chunk=16)
     assert head.asked == [8, 8, 4]
-    torch.testing.assert_close(logprobs, plain.label_logprobs(hidden, torch.arange(20), rows_per_chunk=16))
+    torch.testing.assert_close(logprobs, plain.compute_label_logprobs(hidden, torch.arange(20), rows_per_chunk=16))
 
 
 def test_a_second_lack_of_memory_is_raised() -> None:
     head = short_of_memory(3)
     with pytest.raises(torch.OutOfMemoryError):
-        head.label_logprobs(torch.zeros(20, 8), torch.arange(20), rows_per_chunk=16)
+        head.compute_label_logprobs(torch.zeros(20, 8), torch.arange(20), rows_per_chunk=16)
     assert head.asked == [16, 8]
 
 
