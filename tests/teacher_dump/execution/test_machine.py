@@ -15,7 +15,7 @@ import pytest
 from storage.config import CacheSection
 from storage.errors import ConfigError
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
-from teacher_dump.execution.machine import needs_teacher, check_dump_machine, check_gpu_count, check_machine
+from teacher_dump.execution.machine import check_dump_machine, check_gpu_count, check_machine, needs_teacher
 from teacher_dump.settings import DumpSettings
 
 REPOSITORY = Path(__file__).parents[3]
