@@ -62,7 +62,7 @@ ASKED: dict[str, tuple[list[str], list[str]]] = {  # images; questions and answe
 
 
 def write_samples(folder: Path, *, with_images: bool) -> Path:
-    """ASKED as a LLaVA JSONL file over pictures of noise; without those that show any, if the teacher sees none."""
+    """Writes ASKED as a LLaVA JSONL file with noise images; for a text-only teacher without samples with images."""
     draw = np.random.default_rng(0)
     for name, (width, height) in IMAGES.items():
         Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
@@ -77,14 +77,14 @@ def write_samples(folder: Path, *, with_images: bool) -> Path:
 
 
 def make_all(root: Path) -> None:
-    """Teachers and samples of all architectures."""
+    """Makes teachers and samples of all architectures."""
     for name in ARCHITECTURES:
         make_teacher(root / name / "teacher", name)
         write_samples(root / name, with_images=name not in ("llama", "qwen2"))
 
 
-def scorer_of(folder: Path, engine: Teacher | None) -> PartScorer:
-    """A scorer of an architecture's samples with an engine of the caller's choice."""
+def make_architecture_scorer(folder: Path, engine: Teacher | None) -> PartScorer:
+    """Makes a scorer of an architecture's samples with the given engine."""
     return make_scorer(folder / "teacher", folder, SIGNALS, engine, max_length=512)
 
 
@@ -92,16 +92,16 @@ def samples_of(folder: Path) -> Part:
     return part_of(folder / "samples.jsonl")
 
 
-def prompt_key(prompt: TeacherPrompt) -> str:
-    """What a prompt asks: ids and pixels."""
+def make_prompt_key(prompt: TeacherPrompt) -> str:
+    """Returns a key of a prompt's ids and pixels."""
     digest = hashlib.sha256(prompt.token_ids.tobytes())
     for image in prompt.images:
         digest.update(repr(image.size).encode() + image.tobytes())
     return digest.hexdigest()
 
 
-class Recorded:
-    """A teacher that says again what an engine said."""
+class RecordedTeacher:
+    """A teacher that returns an engine's recorded states."""
 
     def __init__(self, file: Path) -> None:
         with np.load(file) as arrays:
@@ -110,11 +110,11 @@ class Recorded:
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
         return [
             TeacherStates(self._states[f"{key}.ids"], torch.from_numpy(self._states[f"{key}.hidden"]))
-            for key in map(prompt_key, prompts)
+            for key in map(make_prompt_key, prompts)
         ]
 
 
-def recorded_sight(folder: Path) -> VisionCheck | None:
+def read_vision_check(folder: Path) -> VisionCheck | None:
     """Changes that the vision check measured in the engine."""
     found = json.loads((folder / "sight.json").read_text(encoding="utf-8"))
     return None if found is None else VisionCheck(**found)
@@ -128,7 +128,7 @@ def _ask(engine: Teacher, ready: Sequence[PreparedSample], way: str) -> dict[str
     answers = {}
     for call in calls:
         for prompt, states in zip(call, engine.hidden_states(call), strict=True):
-            key = prompt_key(prompt)
+            key = make_prompt_key(prompt)
             answers |= {f"{key}.ids": states.token_ids, f"{key}.hidden": states.hidden.numpy()}
     return answers
 
@@ -143,7 +143,7 @@ def _run_engine(folder: Path) -> None:
         folder / "teacher", dtype="float32", max_length=512, settings=settings, served=folder / "served",
         remembered_images=5,  # the engine forgets them between some of the calls
     )  # fmt: skip
-    scorer = scorer_of(folder, engine)
+    scorer = make_architecture_scorer(folder, engine)
     part = samples_of(folder)
     ready = scorer.prepare(part.samples, [])
     for way in WAYS:

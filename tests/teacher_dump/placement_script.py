@@ -1,4 +1,4 @@
-"""Run by test_placement in a process of its own: places an engine in a Ray that believes in four GPUs."""
+"""Run by test_placement in a process of its own: places an engine in a Ray that is told it has four GPUs."""
 
 from __future__ import annotations
 

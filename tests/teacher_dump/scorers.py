@@ -1,4 +1,4 @@
-"""Scorers over the tiny teacher, put together without Ray."""
+"""Makes scorers over the tiny teacher, without Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOTHING = SignalRequest()
 
 
 def part_of(file: Path, **fields: Any) -> Part:
-    """All samples of a file as one part."""
+    """Returns all samples of a file as one part."""
     found = read_samples([SourceSection(path=str(file), **fields)], extracted=file.parent / "extracted")
     return Part(0, found.samples, found.errors)
 
@@ -47,7 +47,7 @@ def make_scorer(
     max_length: int = 256,
     pixels: PixelSettings | None = None,
 ) -> PartScorer:
-    """A scorer with an engine of the test's choice."""
+    """Makes a scorer with the test's engine."""
     processor = load_processor(folder)
     pixels = pixels or PixelSettings()
     facts = fingerprint.read_processor_facts(folder, processor).with_background(pixels.background)

@@ -189,7 +189,7 @@ def test_the_cache_knows_the_image_root(write_config: WriteConfig, tiny_data: Pa
 
 
 def dump_without_ray(config: Path, *overrides: str) -> DumpResult:
-    """What Ray's actors would do, in this process; then the dump, which finds every part written."""
+    """Writes all parts in this process, in place of Ray's actors; then runs the dump, which finds them written."""
     settings = read_settings(config, overrides)
     planned, cache = plan_dump(settings), settings.cache
     writer = CacheWriter.open(cache.path, planned.identity, cache.families, append=cache.append)
@@ -200,7 +200,7 @@ def dump_without_ray(config: Path, *overrides: str) -> DumpResult:
     return run_dump(settings, progress=False)
 
 
-def test_a_later_dump_adds_only_the_families_that_the_cache_lacks(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_a_later_dump_adds_only_missing_families(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config()
     path, at_once = tmp_path / "cache", tmp_path / "at once"
     run_dump(read_settings(config, ["cache.families=[]"]), progress=False)
@@ -227,7 +227,7 @@ def test_a_later_dump_adds_only_the_families_that_the_cache_lacks(write_config: 
         run_dump(read_settings(config, ["cache.response.tau=0.2"]), progress=False)
 
 
-def test_new_samples_are_appended_when_that_is_said(
+def test_new_samples_are_appended_with_cache_append(
     write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = make_tiny_dataset(tmp_path / "data", num_samples=8, num_images=4, splits=("train", "test"))

@@ -24,7 +24,7 @@ NEEDS_OPERATORS = (
 
 
 def run(code: str, folder: Path) -> str:
-    """What a Python says that the environment's own repair (a .pth file) has not touched: `-S` reads none."""
+    """Runs a Python without the environment's own repair (a .pth file; `-S` reads none), returns its output."""
     paths = [str(folder), str(REPOSITORY), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     done = subprocess.run(
         [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {paths}\n{code}"],
@@ -43,7 +43,7 @@ def fake(folder: Path, package: str, code: str) -> Path:
     return folder
 
 
-def test_transformers_finds_its_models_once_it_ran() -> None:
+def test_transformers_finds_its_models_after_the_hook() -> None:
     torchvision_shim.import_torch_companions()
     torchvision_shim.import_torch_companions()
     from transformers import LlavaForConditionalGeneration, SiglipImageProcessor
@@ -106,7 +106,7 @@ def test_importing_our_package_is_enough(tmp_path: Path) -> None:
     assert run("import torchvision", tmp_path) == "RuntimeError: operator torchvision::nms does not exist"
 
 
-def test_absent_packages_are_no_matter(tmp_path: Path) -> None:
+def test_missing_packages_are_ignored(tmp_path: Path) -> None:
     for package in ("torchvision", "torchaudio"):
         fake(tmp_path, package, f"raise ModuleNotFoundError('no', name={package!r})\n")
     code = "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions(); print('well')"

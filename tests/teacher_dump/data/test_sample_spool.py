@@ -23,7 +23,7 @@ samples = st.lists(
 
 
 @given(samples)
-def test_what_is_read_is_what_was_written_with_shorter_paths(written: list[Sample]) -> None:
+def test_samples_read_back_equal_those_written_with_shorter_paths(written: list[Sample]) -> None:
     read = SampleFile(iter(written))
     assert list(read) == written
     read.strip_path_prefix(len("/root/"))
@@ -36,7 +36,7 @@ def test_what_is_read_is_what_was_written_with_shorter_paths(written: list[Sampl
     assert list(reversed(read)) == expected[::-1]
 
 
-def test_places_choose_and_those_beyond_the_end_are_refused(tmp_path: Path) -> None:
+def test_subsets_select_by_position_and_refuse_positions_beyond_the_end(tmp_path: Path) -> None:
     written = [Sample(str(number), "train", "", (), ()) for number in range(5)]
     read = SampleFile(written, folder=tmp_path / "made" / "here")
     chosen = SampleSubset(read, array("q", [4, 0, 2]))

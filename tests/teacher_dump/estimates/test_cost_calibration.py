@@ -24,7 +24,7 @@ FAMILIES = ("tokens", "response", "visual", "relation")
 
 
 def family_bytes(cache: Path) -> dict[str, int]:
-    """Bytes of the files that a cache's commits name."""
+    """Returns the bytes of the files that a cache's commits name, by family."""
     folder = open_folder(cache)
     (segment,) = read_segments(folder)
     commits = read_commits(folder, segment, commit_numbers(folder, segment))

@@ -1,4 +1,4 @@
-"""The forecast's arithmetic, worked by hand."""
+"""The forecast's arithmetic, computed by hand."""
 
 from __future__ import annotations
 

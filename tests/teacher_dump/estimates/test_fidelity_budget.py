@@ -1,4 +1,4 @@
-"""The fidelity budget: what it predicts is what is lost and weighed, and what it cannot do it says."""
+"""The fidelity budget: its predictions equal the measured error and size, and impossible budgets are refused."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_nearest_numbers(budget:
         choose_setting(make_rows(), budget)
 
 
-def test_bytes_are_reckoned_for_the_rows_of_a_part() -> None:
+def test_bytes_are_predicted_for_the_rows_of_a_part() -> None:
     few = make_rows(8)
     predicted = _BudgetTrial(replace(few, rows_per_part=640), 8192).evaluate(0.05, 5e-4).bytes_per_row
     real = _BudgetTrial(make_rows(32), 8192).evaluate(0.05, 5e-4).bytes_per_row
     assert predicted == pytest.approx(real, rel=0.1)
 
 
-def test_a_slice_is_scored_by_the_teacher_and_the_choice_fits(write_config: WriteConfig) -> None:
+def test_the_choice_on_a_scored_slice_meets_the_budget(write_config: WriteConfig) -> None:
     fields = {"families": ["response", "visual"], "budget": {"gradient_error": 0.3, "families": ["response", "visual"]}}
     settings = read_settings(write_config(cache=fields))
     planned, budget = plan_dump(settings), settings.cache.budget
@@ -132,12 +132,12 @@ def test_a_slice_is_scored_by_the_teacher_and_the_choice_fits(write_config: Writ
         ({"budget": {"bytes_per_row": 30}, "response": {"method": "topk"}}, "with method 'threshold'"),
     ],
 )
-def test_budgets_that_make_no_sense_are_refused(write_config: WriteConfig, cache: dict, problem: str) -> None:
+def test_invalid_budgets_are_refused(write_config: WriteConfig, cache: dict, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         read_settings(write_config(cache=cache))
 
 
-def test_another_budget_than_a_caches_is_refused_by_what_was_asked(write_config: WriteConfig) -> None:
+def test_a_budget_other_than_the_caches_is_refused_by_name(write_config: WriteConfig) -> None:
     settings = read_settings(write_config(cache={"budget": {"gradient_error": 0.3}, "families": ["response"]}))
     planned = plan_dump(settings)
     assert settings.cache.budget is not None

@@ -44,8 +44,8 @@ SAMPLING = SamplingSection(temperature=1.0, max_new_tokens=24, seed=3)
 
 
 @dataclass
-class Scripted:
-    """A teacher that says what it is told, and remembers what it was asked."""
+class ScriptedTeacher:
+    """A teacher that gives scripted answers and records its prompts."""
 
     script: list[list[int]]
     asked: list[list[int]] = field(default_factory=list)
@@ -88,7 +88,7 @@ def make_answerer(folder: Path, image_root: Path, generator: Any, sampling: Samp
     )
 
 
-def questions_of(file: Path, **fields: Any) -> Sequence[Sample]:
+def read_questions(file: Path, **fields: Any) -> Sequence[Sample]:
     source = SourceSection(path=str(file), **fields)
     return read_samples([source], extracted=file.parent / "extracted", only_questions=True).samples
 
@@ -97,9 +97,9 @@ def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_tea
     tokenizer = load_processor(tiny_teacher).tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     spoken = {text: [*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in ("red", "blue", "white")}
-    samples = questions_of(tiny_data, limit=4)
+    samples = read_questions(tiny_data, limit=4)
     script = [spoken["red"], spoken["blue"], [end], spoken["red"][:-1], spoken["white"], spoken["blue"]]
-    teacher = Scripted(script)
+    teacher = ScriptedTeacher(script)
     errors: list[SampleError] = []
     got = make_answerer(tiny_teacher, tiny_data.parent, teacher).replace_answers(samples, errors)
     assert [[turn.text for turn in sample.turns if turn.role == "assistant"] for sample in got] == [
@@ -117,8 +117,8 @@ def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_tea
     assert teacher.num_images == [1] * 6
 
 
-class Picky(Scripted):
-    """Refuses every call that shows one of these pictures."""
+class PickyTeacher(ScriptedTeacher):
+    """A teacher that refuses every call that shows one of these images."""
 
     def __init__(self, refused: Sequence[bytes], script: list[list[int]], error: Exception) -> None:
         super().__init__(script)
@@ -134,28 +134,28 @@ class Picky(Scripted):
 def test_a_prompt_that_the_engine_refuses_costs_its_own_answer_only(tiny_teacher: Path, tiny_data: Path) -> None:
     tokenizer = load_processor(tiny_teacher).tokenizer
     spoken = [*tokenizer("red", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    samples = questions_of(tiny_data, limit=4)
-    refused = pixels_of(tiny_data, samples[1])
+    samples = read_questions(tiny_data, limit=4)
+    refused = get_pixels(tiny_data, samples[1])
     for error, reason in (
         (PromptRefusedError("At most 1 image(s)"), "the teacher refuses this sample: At most 1 image(s)"),
         (RuntimeError("no"), "the teacher failed: no"),
     ):
         errors: list[SampleError] = []
-        picky = Picky([refused], [spoken] * 8, error)
+        picky = PickyTeacher([refused], [spoken] * 8, error)
         answered = make_answerer(tiny_teacher, tiny_data.parent, picky).replace_answers(samples, errors)
         assert [sample.id for sample in answered] == [samples[at].id for at in (0, 2, 3)]
         assert errors == [SampleError(samples[1].id, reason)]
 
 
-def pixels_of(file: Path, sample: Sample) -> bytes:
+def get_pixels(file: Path, sample: Sample) -> bytes:
     with Image.open(file.parent / sample.images[0]) as image:
         return image.convert("RGB").tobytes()
 
 
 def test_an_engine_that_answers_nothing_ends_the_answers(tiny_teacher: Path, tiny_data: Path) -> None:
-    samples = questions_of(tiny_data, limit=4)
+    samples = read_questions(tiny_data, limit=4)
     for error in (RuntimeError("the weights are gone"), torch.AcceleratorError("CUDA error: the weights are gone")):
-        picky = Picky([pixels_of(tiny_data, sample) for sample in samples], [], error)
+        picky = PickyTeacher([get_pixels(tiny_data, sample) for sample in samples], [], error)
         answerer = make_answerer(tiny_teacher, tiny_data.parent, picky)
         with pytest.raises((StillhouseError, torch.AcceleratorError), match="the weights are gone"):
             answerer.replace_answers(samples, [])
@@ -169,8 +169,8 @@ def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "red"]
     assert tokenizer("red", add_special_tokens=False)["input_ids"] != letters
     first, second = [*letters, begin, end], [pad, *letters, end]
-    samples = questions_of(tiny_data, limit=1)
-    teacher = Scripted([first, second])
+    samples = read_questions(tiny_data, limit=1)
+    teacher = ScriptedTeacher([first, second])
     answerer = make_answerer(tiny_teacher, tiny_data.parent, teacher)
     (answered,) = answerer.replace_answers(samples, [])
     assert [turn.text for turn in answered.turns[1::2]] == ["red<|im_start|>", "<|endoftext|>red"]
@@ -198,15 +198,15 @@ def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
 def test_impossible_generated_ids_are_refused(
     tiny_teacher: Path, tiny_data: Path, ids: list[int], message: str
 ) -> None:
-    (sample,) = questions_of(tiny_data, limit=1)
+    (sample,) = read_questions(tiny_data, limit=1)
     broken = replace(sample, turns=(sample.turns[0], Turn("assistant", "red", token_ids=tuple(ids))))
-    preparer = make_answerer(tiny_teacher, tiny_data.parent, Scripted([])).preparer
+    preparer = make_answerer(tiny_teacher, tiny_data.parent, ScriptedTeacher([])).preparer
     with pytest.raises(SampleRefusedError, match=message):
         preparer.prepare(broken)
 
 
 def test_every_label_of_a_greedy_answer_is_the_teachers_first_choice(talker: Path, tiny_data: Path) -> None:
-    samples = questions_of(tiny_data)
+    samples = read_questions(tiny_data)
     teacher = TransformersTeacher(talker, dtype="float32", image_token_id=299, settings={})
     sampling = SamplingSection(temperature=0.0, max_new_tokens=48)
     answerer = make_answerer(talker, tiny_data.parent, teacher, sampling)
@@ -222,9 +222,9 @@ def test_every_label_of_a_greedy_answer_is_the_teachers_first_choice(talker: Pat
         assert first.tolist() == one.record.token_ids[one.record.response_mask].tolist()
 
 
-def test_ids_of_a_padded_head_are_never_said(padded: Path, tiny_data: Path) -> None:
+def test_ids_of_a_padded_head_are_never_generated(padded: Path, tiny_data: Path) -> None:
     """Without the mask many answers hold them: their rows are the largest."""
-    samples = questions_of(tiny_data, limit=4)
+    samples = read_questions(tiny_data, limit=4)
     teacher = TransformersTeacher(padded, dtype="float32", image_token_id=299, settings={})
     for temperature in (0.0, 1.0):
         sampling = SamplingSection(temperature=temperature, max_new_tokens=12)
@@ -291,8 +291,8 @@ def test_both_engines_give_the_same_greedy_answers_and_end_them_alike(
     assert not all(kinds)
 
 
-def test_an_answer_depends_on_its_own_seed_and_on_nothing_beside_it(talker: Path, tiny_data: Path) -> None:
-    samples = questions_of(tiny_data, limit=6)
+def test_an_answer_depends_only_on_its_prompt_and_seed(talker: Path, tiny_data: Path) -> None:
+    samples = read_questions(tiny_data, limit=6)
     teacher = TransformersTeacher(talker, dtype="float32", image_token_id=299, settings={})
 
     def said(samples: Sequence[Sample], seed: int) -> dict[str, list[str]]:

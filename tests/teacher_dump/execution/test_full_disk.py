@@ -1,4 +1,4 @@
-"""What a dump writes besides the cache, on a full disk: one sentence, nothing half, and the terminal comes back."""
+"""Files of a dump besides the cache, on a full disk: one error, no partial file, and the terminal is restored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield found
 
 
-def test_an_image_that_does_not_fit_is_not_there_by_half(disk: SmallDisk) -> None:
+def test_an_image_on_a_full_disk_is_not_written_in_part(disk: SmallDisk) -> None:
     files = ImageFiles(disk.folder / "images")
     first = files.file(bytes(100), disk.folder)
     disk.fill(free_bytes=8192)
@@ -34,7 +34,7 @@ def test_an_image_that_does_not_fit_is_not_there_by_half(disk: SmallDisk) -> Non
     assert Path(files.file(bytes(50_000), disk.folder)).stat().st_size == 50_000
 
 
-def test_what_was_remembered_stays(disk: SmallDisk) -> None:
+def test_a_cached_fingerprint_survives_a_full_disk(disk: SmallDisk) -> None:
     path, file = disk.folder / "fingerprints.json", disk.folder / "file"
     file.write_bytes(b"1")
     FingerprintMemory(path).recall("a", [file], lambda: "x")
@@ -45,7 +45,7 @@ def test_what_was_remembered_stays(disk: SmallDisk) -> None:
     assert path.read_bytes() == before
 
 
-def test_the_terminal_comes_back_from_a_log_on_a_full_disk(disk: SmallDisk, tmp_path: Path) -> None:
+def test_the_terminal_is_restored_after_a_log_on_a_full_disk(disk: SmallDisk, tmp_path: Path) -> None:
     log, screen = disk.folder / "dump.log", os.fstat(1).st_ino
     log.touch()
     disk.fill()

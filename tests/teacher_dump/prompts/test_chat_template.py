@@ -1,4 +1,4 @@
-"""What chat templates do: stop tokens, arguments, think blocks, dates; handled, or refused saying what happened."""
+"""Chat templates with stop tokens, arguments, think blocks and dates: handled, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ THINKING = (
 
 
 def build(template: str, *texts: str, eos: tuple[str, ...] = (END_OF_TURN,), **arguments: Any) -> tuple[str, str]:
-    """The text of a conversation's tokens, and of its answers."""
+    """Returns the text of a conversation's tokens, and of its answers."""
     tokenizer = make_tiny_tokenizer(template=template)
     tokenizer.eos_token = eos[0]
     builder = PromptBuilder(

@@ -85,7 +85,7 @@ def test_a_report_counts_each_image_once_and_names_the_first_three(tmp_path: Pat
     ]
 
 
-def test_a_clean_data_set_is_said_to_be_clean(tmp_path: Path) -> None:
+def test_a_clean_data_set_is_reported_clean(tmp_path: Path) -> None:
     Image.fromarray(PLAIN).save(tmp_path / "a.png")
     watch = DataReporter()
     watch.add(prepared("a", [load_image(tmp_path, "a.png", PixelSettings())]))

@@ -51,7 +51,7 @@ def test_without_images_nothing_moves() -> None:
     assert expansion.visual == ()
 
 
-def test_another_number_of_images_is_refused() -> None:
+def test_a_wrong_number_of_images_is_refused() -> None:
     with pytest.raises(ValueError, match="3 placeholders for 2 images"):
         expand_image_tokens(IDS, plain(3, 1), 9)
 
@@ -64,7 +64,7 @@ def test_another_number_of_images_is_refused() -> None:
         ([5, 9, 9, 9, 6, 9, 9, 9, 7, 7], "10 positions, expected 9"),
     ],
 )
-def test_an_engine_that_expands_otherwise_is_told_where(engine_ids: list[int], message: str) -> None:
+def test_the_first_different_token_of_an_expansion_is_described(engine_ids: list[int], message: str) -> None:
     expansion = expand_image_tokens(IDS, plain(3, 1, 2), 9)
     assert expansion.describe_difference(expansion.token_ids) == ""
     assert message in expansion.describe_difference(np.array(engine_ids))

@@ -175,7 +175,7 @@ def test_images_stay_where_their_markers_are_and_one_without_marker_comes_first(
         (sample("what?", "<|im_start|>user"), "special token"),
     ],
 )
-def test_conversations_that_cannot_be_asked_are_refused(refused: Sample, message: str) -> None:
+def test_unusable_conversations_are_refused(refused: Sample, message: str) -> None:
     with pytest.raises(SampleRefusedError, match=message.replace("|", r"\|")):
         builder()[0].build(refused)
 

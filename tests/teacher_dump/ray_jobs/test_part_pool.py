@@ -52,7 +52,7 @@ def wait_until(
 
 
 def commits(cache: Path) -> dict[str, Any]:
-    """What each committed part is made of: name and sha256 of its files, errors, counts."""
+    """Returns the content of each commit: name and sha256 of its files, errors, counts."""
     found = {}
     for path in sorted((cache / "commits").glob("part-*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -61,12 +61,12 @@ def commits(cache: Path) -> dict[str, Any]:
 
 
 def teacher_processes(run: Path) -> set[int]:
-    """Actors that have begun, by the names of their log files."""
+    """Returns the actors that have started, by the names of their log files."""
     return {int(log.stem.rsplit("-", 1)[1]) for log in (run / "runs/tiny/logs").glob("teacher-*")}
 
 
 def dump_here(config: Path, cache: Path, *overrides: str) -> int:
-    """An undisturbed dump without Ray; how many positions the teacher was asked about."""
+    """Runs an undisturbed dump without Ray; returns how many positions the teacher scored."""
     settings = read_settings(config, [f"cache.path={cache}", *overrides])
     planned = plan_dump(settings)
     worker = Worker(make_worker_settings(planned, settings))
@@ -119,7 +119,7 @@ def test_a_dump_resumes_after_a_sigterm_a_killed_worker_and_a_killed_driver(
 
 
 def assert_stopped_well(dump: subprocess.Popen[str], cache: Path) -> None:
-    """A dump that was sent SIGTERM ends between two parts and loses none of those in flight."""
+    """Asserts that a dump that got SIGTERM ends between two parts and loses none in flight."""
     _, complained = dump.communicate(timeout=PATIENCE_S)  # within 30 s, where the processor is not shared with others
     assert dump.returncode == 128 + signal.SIGTERM, complained
     assert "stopped by SIGTERM: " in complained
@@ -134,7 +134,7 @@ def assert_stopped_well(dump: subprocess.Popen[str], cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_dump_goes_on_where_it_stopped(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_a_killed_dump_resumes(write_config: WriteConfig, tmp_path: Path) -> None:
     """The driver is killed, then a worker of the second run; the records are those of an undisturbed dump."""
     file = make_tiny_dataset(tmp_path / "data", num_samples=480, num_images=240, turns=2)["train"]
     (tmp_path / "data/images/train-005.png").write_bytes(b"no image")
@@ -314,7 +314,7 @@ def test_sigterm_is_heard_after_ray_is_left(ray_head: RayHead) -> None:
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_a_function_is_called_with_an_open_teacher(
+def test_a_function_is_called_with_a_loaded_teacher(
     ray_head: RayHead, write_config: WriteConfig, tmp_path: Path
 ) -> None:
     """Its result comes back, its failure is a StillhouseError, and what it prints is in the logs."""

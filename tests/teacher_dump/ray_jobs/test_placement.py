@@ -55,7 +55,7 @@ def test_a_run_of_several_processes_has_a_gpu_for_each_of_them(tmp_path: Path) -
     )
 
 
-def test_a_ray_that_never_answers_is_given_up() -> None:
+def test_a_ray_that_never_answers_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=8) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(StillhouseError, match=rf"cannot connect to Ray at {address}: no answer within 0.5 s"):

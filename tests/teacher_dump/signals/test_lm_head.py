@@ -169,7 +169,7 @@ def test_our_head_is_the_models_own(
     np.testing.assert_allclose(head.logits(hidden), logits, atol=1e-4)
 
 
-def test_logits_that_are_made_in_another_way_are_refused_by_name(tmp_path: Path) -> None:
+def test_unsupported_logits_are_refused_by_name(tmp_path: Path) -> None:
     for config, message in (
         ({"model_type": "chameleon"}, "chameleon makes its logits.*forbids image tokens"),
         ({"text_config": {"model_type": "step3p5"}}, "before the last norm"),
@@ -215,7 +215,7 @@ def test_the_count_of_live_tensors_counts() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that torch made in this mode and nobody has let go of, now and at most."""
+    """Counts bytes of live storages that torch made in this mode, now and at most."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -32,8 +32,8 @@ def reference(tiny_teacher: Path) -> TransformersTeacher:
     return reference_teacher(tiny_teacher)
 
 
-class Twisted:
-    """A teacher whose states pass through a function of the batch before anyone sees them."""
+class ChangedTeacher:
+    """A teacher whose states are changed by a function of the batch."""
 
     def __init__(self, teacher: TransformersTeacher, twist: Any) -> None:
         self._teacher = teacher
@@ -159,7 +159,7 @@ def test_a_sample_that_the_engine_refuses_costs_only_itself(
         ]
 
     for twist, reason in ((refuse, "I will not"), (spoil, "not finite"), (expand_more, "expands images in another")):
-        scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Twisted(reference, twist))
+        scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, ChangedTeacher(reference, twist))
         records = scorer.score(part).records
         assert len(records.tokens) == 6 - len(records.errors)
         assert part.samples[2].id in {error.sample_id for error in records.errors}
@@ -174,7 +174,7 @@ def test_an_engine_that_expands_every_image_otherwise_leaves_no_record_and_measu
     def expand_more(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
         return [TeacherStates(np.insert(state.token_ids, 6, 299), state.hidden) for state in states]
 
-    scorer = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, Twisted(reference, expand_more))
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, ChangedTeacher(reference, expand_more))
     records = scorer.score(part_of(tiny_data, limit=4)).records
     assert (len(records.tokens), len(records.errors)) == (0, 4)
     assert records.teacher_noise == {}
@@ -187,7 +187,7 @@ def test_an_engine_that_fails_on_everything_stops_the_dump(
     def refuse(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
         raise RuntimeError("out of memory")
 
-    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Twisted(reference, refuse))
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, ChangedTeacher(reference, refuse))
     with pytest.raises(StillhouseError, match=r"fails on every sample.*out of memory"):
         scorer.score(part_of(tiny_data, limit=4))
 
@@ -251,7 +251,7 @@ def test_a_hidden_state_that_float16_cannot_hold_costs_its_sample_only(
         states[2].hidden[0, 0] = 70000.0  # of no response row
         return states
 
-    teacher = Twisted(reference, grow)
+    teacher = ChangedTeacher(reference, grow)
     request = dataclasses.replace(NOTHING, hidden_limit=65504.0, images=True)
     records = make_scorer(tiny_teacher, tiny_data.parent, request, teacher).score(part).records
     assert [error.sample_id for error in records.errors] == [part.samples[1].id]
@@ -344,7 +344,7 @@ def test_a_teacher_that_repeats_itself_has_no_noise_and_one_that_does_not_has_so
     assert max(log_output.teacher_noise["response"]) <= 1e-7
     assert log_output.response is not None
     assert len(log_output.teacher_noise["response"]) == min(sum(rows.num_rows for rows in log_output.response[:2]), 32)
-    noisy = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, Twisted(reference, shaken)).score(part).records
+    noisy = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, ChangedTeacher(reference, shaken)).score(part).records
     assert min(noisy.teacher_noise["response"]) > 1e-5
     assert min(noisy.teacher_noise["visual"]) > 0
 

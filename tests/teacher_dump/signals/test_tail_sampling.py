@@ -9,8 +9,8 @@ from teacher_dump.signals.tail_sampling import Draws, draw_independently, draw_s
 from tests.hypothesis_profiles import examples
 
 
-def by_hand(weights: np.ndarray, unit: float, uniform: float) -> dict[int, int]:
-    """The definition: token i is drawn once for each whole m with c[i-1] <= (u + m) unit < c[i]."""
+def draw_by_definition(weights: np.ndarray, unit: float, uniform: float) -> dict[int, int]:
+    """Draws by the definition: token i once for each integer m with c[i-1] <= (u + m) unit < c[i]."""
     drawn: dict[int, int] = {}
     total = 0.0
     for token, weight in enumerate(weights.tolist()):
@@ -34,7 +34,7 @@ def test_systematic_draws_are_those_of_the_definition(seed: int, vocab: int, uni
     drawn = draw_systematically(
         torch.from_numpy(weights)[None], unit=torch.tensor([unit], dtype=torch.float64), uniforms=np.array([uniform])
     )
-    assert as_dictionary(drawn, 0) == by_hand(weights, unit, uniform)
+    assert as_dictionary(drawn, 0) == draw_by_definition(weights, unit, uniform)
 
 
 def test_a_token_without_weight_is_never_drawn() -> None:

@@ -21,8 +21,8 @@ from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, referen
 from tests.tiny import make_tiny_dataset
 
 
-class Blindfolded:
-    """Shows its teacher one and the same image whatever it is asked about."""
+class BlindTeacher:
+    """Shows its teacher the same image in place of every image."""
 
     def __init__(self, teacher: TransformersTeacher) -> None:
         self._teacher = teacher
@@ -43,7 +43,7 @@ def head(tiny_teacher: Path) -> OutputHead:
 
 
 @pytest.mark.parametrize("num_samples", [1, 4])
-def test_a_teacher_that_sees_passes_and_a_blind_one_does_not(
+def test_a_working_teacher_passes_the_vision_check_and_a_blind_one_does_not(
     num_samples: int, tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher, head: OutputHead
 ) -> None:
     samples = choose_check_samples(part_of(tiny_data).samples, num_samples)
@@ -56,13 +56,13 @@ def test_a_teacher_that_sees_passes_and_a_blind_one_does_not(
     assert sight.marked is not None
     assert sight.turned is not None
     assert sight.turned > 0.01 > 1e-4 > sight.marked
-    blind = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Blindfolded(reference))
+    blind = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, BlindTeacher(reference))
     with pytest.raises(StillhouseError, match=r"the teacher is blind.*blind_check_samples=0"):
         check_vision(blind, head, samples)
 
 
-class Turner:
-    """Turns pictures by itself, as an engine does that reads EXIF once more: some, or every second time it is asked."""
+class RotatingTeacher:
+    """Rotates images, as an engine that applies EXIF again: some, or at every second call."""
 
     def __init__(self, teacher: TransformersTeacher, turns: Callable[[str], bool]) -> None:
         self._teacher, self._turns = teacher, turns
@@ -88,7 +88,7 @@ def test_an_engine_that_turns_pictures_by_itself_is_refused(
     samples = choose_check_samples(part_of(tiny_data).samples, 2)
     cases = (("marked", "the teacher sees other pixels than those prepared for it"), ("turned", "ignores orientation"))
     for key_begins, said in cases:  # a turn that the file asked for was made twice; one that nobody asked for
-        engine = Turner(reference, lambda key, begins=key_begins: key.startswith(begins))
+        engine = RotatingTeacher(reference, lambda key, begins=key_begins: key.startswith(begins))
         with pytest.raises(StillhouseError, match=rf"{said}.*blind_check_samples=0"):
             check_vision(make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, engine), head, samples)
 
@@ -103,7 +103,7 @@ def test_pixels_that_ignore_orientation_are_refused(
         check_vision(scorer, head, samples, pixels=OLD_PIXELS)
 
 
-def test_pictures_that_no_turn_changes_are_not_asked_about(
+def test_pictures_that_no_turn_changes_are_skipped(
     tmp_path: Path, tiny_teacher: Path, reference: TransformersTeacher, head: OutputHead
 ) -> None:
     data = make_tiny_dataset(tmp_path, num_samples=2, num_images=2)["train"]
@@ -115,12 +115,12 @@ def test_pictures_that_no_turn_changes_are_not_asked_about(
     assert sight.marked is sight.turned is None
 
 
-def test_noise_does_not_pass_for_sight(
+def test_noise_alone_does_not_pass_the_vision_check(
     tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher, head: OutputHead
 ) -> None:
     generator = torch.Generator().manual_seed(0)
 
-    class Noisy(Blindfolded):
+    class NoisyTeacher(BlindTeacher):
         def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
             states = super().hidden_states(prompts)
             return [
@@ -128,7 +128,7 @@ def test_noise_does_not_pass_for_sight(
                 for one in states
             ]
 
-    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Noisy(reference))
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, NoisyTeacher(reference))
     with pytest.raises(StillhouseError, match="blind"):
         check_vision(scorer, head, choose_check_samples(part_of(tiny_data).samples, 4))
 

@@ -41,7 +41,7 @@ def test_weights_fingerprint_is_of_the_content_and_forgotten_when_it_changes(
     assert fingerprint.compute_weights_fingerprint(two, memory) != before
 
 
-def test_a_broken_memory_is_an_empty_one(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_broken_fingerprint_file_is_an_empty_cache(tiny_teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "memory.json").write_text("{broken", encoding="utf-8")
     memory = fingerprint.FingerprintMemory(tmp_path / "memory.json")
     assert memory.recall("x", [tiny_teacher / "config.json"], lambda: 7) == 7

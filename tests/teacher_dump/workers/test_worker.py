@@ -25,7 +25,7 @@ from tests.tiny_architectures import make_teacher
 
 
 def dump(config: Path) -> Path:
-    """A whole dump by one worker in this process, sealed."""
+    """Runs a whole dump by one worker in this process, and seals it."""
     settings = read_settings(config)
     planned = plan_dump(settings)
     writer = CacheWriter.open(settings.cache.path, planned.identity, settings.cache.families)
@@ -90,7 +90,7 @@ def test_images_travel_with_a_cache_that_has_no_teacher(write_config: WriteConfi
             assert cache.image_bytes(index, image.sha256) == (tiny_data.parent / image.path).read_bytes()
 
 
-def test_a_grid_that_knows_sizes_is_not_pooled(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_a_grid_that_depends_on_image_size_is_not_pooled(write_config: WriteConfig, tmp_path: Path) -> None:
     settings = read_settings(
         write_config(
             teacher={"model": str(make_teacher(tmp_path / "qwen", "qwen2_vl"))},
@@ -101,7 +101,7 @@ def test_a_grid_that_knows_sizes_is_not_pooled(write_config: WriteConfig, tmp_pa
         open_preparer(make_worker_settings(plan_dump(settings), settings))
 
 
-def test_losses_and_tail_profiles_of_a_dump(write_config: WriteConfig) -> None:
+def test_error_summary_and_tail_profiles_of_a_dump(write_config: WriteConfig) -> None:
     """The manifest splits what was lost, and the profile is the mean of all tails."""
     rows = {"method": "topk", "k": 4, "rounding_kl": 1e-3}
     visual = {"method": "threshold", "tau": 0.01, "draw_sets": 3}
@@ -167,7 +167,7 @@ def test_a_selection_that_draws_nothing_has_no_sets(write_config: WriteConfig) -
         read_settings(config)
 
 
-def test_the_next_item_is_made_while_one_is_used() -> None:
+def test_prefetch_makes_the_next_item_while_one_is_used() -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -187,7 +187,7 @@ def test_the_next_item_is_made_while_one_is_used() -> None:
     assert seen == [0, 1, 2, 3]
 
 
-def test_what_goes_wrong_ahead_is_raised_at_its_place() -> None:
+def test_prefetch_raises_an_error_at_its_item() -> None:
     def items() -> Iterator[int]:
         yield 0
         raise StillhouseError("no more")

@@ -1,4 +1,4 @@
-"""One data set in every format that a source may have, and what each format must refuse."""
+"""One data set in every format that a source may have, and the inputs that each format must refuse."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write_tar(path: Path, rows: list[dict[str, Any]], mode: str = "w") -> Path:
 
 
 def make_source(kind: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The data set in one format: its path, and further fields of its source."""
+    """Writes the data set in one format; returns its path, and further fields of its source."""
     folder.mkdir(exist_ok=True)
     if kind == "jsonl with a folder":
         write_folder(folder)
@@ -242,7 +242,7 @@ def test_hostile_members_of_a_tar_cost_their_row_and_write_nowhere_else(tmp_path
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_what_a_cut_tar_lost_is_said(mode: str, tmp_path: Path) -> None:
+def test_the_lost_end_of_a_cut_tar_is_reported(mode: str, tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", [{**ROWS[0], "id": f"{number:02d}"} for number in range(20)], mode)
     content = whole.read_bytes()
     end = len(content.rstrip(b"\0")) if mode == "w" else len(content) - 1
@@ -254,7 +254,7 @@ def test_what_a_cut_tar_lost_is_said(mode: str, tmp_path: Path) -> None:
         assert [sample.id for sample in got.samples] == [f"{number:02d}" for number in range(len(got.samples))]
 
 
-def test_a_damaged_header_in_the_middle_of_a_tar_is_no_silent_end(tmp_path: Path) -> None:
+def test_a_damaged_header_in_the_middle_of_a_tar_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "rows.tar", [{**ROWS[0], "id": f"{number:02d}"} for number in range(4)])
     content = bytearray(path.read_bytes())
     at = content.index(b"./02.json")
