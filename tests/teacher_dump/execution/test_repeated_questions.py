@@ -32,7 +32,7 @@ NUM_SAMPLES = 24
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """24 questions about 8 images: the first image is broken, the second missing, and the last row broken.
+    """Writes 24 questions about 8 images: the first image is broken, the second missing, and the last row broken.
 
     `whole` has the same data with nothing broken.
     """
