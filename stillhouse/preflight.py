@@ -27,7 +27,7 @@ from storage.reader.cache import Cache
 from student_train.config import SourceSection, StageSection
 from student_train.models.loading import is_hub_id
 from student_train.training.trainer import resolved
-from teacher_dump.execution.machine import check_dump_machine, check_machine, count_gpus, is_local_ray, check_gpu_count
+from teacher_dump.execution.machine import check_dump_machine, check_gpu_count, check_machine, count_gpus, is_local_ray
 from teacher_dump.settings import read_settings
 from teacher_dump.teachers.hf_checkpoint import list_weight_files, read_header
 

@@ -184,7 +184,7 @@ class _SampleReader:
         ignored = frozenset(source.ignore)
         conversation = parse_conversation(fields, only_questions=self._only_questions, ignored=ignored)
         category = _read_category(fields)
-        paths = tuple(self.files.file(value, images) for value in conversation.images)
+        paths = tuple(self.files.resolve(value, images) for value in conversation.images)
         turns = conversation.turns
         samples = [Sample(names[0], source.split, category, paths, turns)]
         if conversation.rejected is not None:

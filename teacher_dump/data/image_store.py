@@ -36,7 +36,7 @@ class ImageFiles:
         self._known_folders: dict[tuple[Path, str], str] = {}
         self.folders: dict[Path, None] = {}  # that images are in
 
-    def file(self, value: Any, place: Path | Archive) -> str:
+    def resolve(self, value: Any, place: Path | Archive) -> str:
         """Returns the absolute path of an image that a row names or holds.
 
         `value`: a name relative to `place`, bytes, a data: or file: URL, or {bytes, path} as Hugging Face has it.

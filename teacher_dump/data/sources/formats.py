@@ -40,7 +40,7 @@ def read_rows(source: SourceSection) -> SourceRows:
     readers: Mapping[Format, Callable[[Path], SourceRows]] = {
         "json": read_json_rows,
         "parquet": read_parquet_rows,
-        "webdataset": TarReader(frozenset(source.ignore)).rows,
+        "webdataset": TarReader(frozenset(source.ignore)).read_rows,
     }
     for path in _find_files(source.path):
         yield from readers[kind](path)

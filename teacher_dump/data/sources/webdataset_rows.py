@@ -36,7 +36,7 @@ class TarReader:
         self._ignores_media = "media" in ignored
         self._has_warned = False
 
-    def rows(self, path: Path) -> SourceRows:
+    def read_rows(self, path: Path) -> SourceRows:
         """Yields rows of one tar, compressed or not.
 
         An unusable row becomes a BrokenRow, as does the end of a cut archive. Raises ConfigError if it is

@@ -24,14 +24,14 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 def test_an_image_on_a_full_disk_is_not_written_in_part(disk: SmallDisk) -> None:
     files = ImageFiles(disk.folder / "images")
-    first = files.file(bytes(100), disk.folder)
+    first = files.resolve(bytes(100), disk.folder)
     disk.fill(free_bytes=8192)
     with pytest.raises(WriteError, match=r"images/.*: cannot be written: No space left .*50\.0 kB are needed"):
-        files.file(bytes(50_000), disk.folder)
+        files.resolve(bytes(50_000), disk.folder)
     there = [path for path in (disk.folder / "images").rglob("*") if path.is_file()]
     assert there == [Path(first)]
     disk.make_room()
-    assert Path(files.file(bytes(50_000), disk.folder)).stat().st_size == 50_000
+    assert Path(files.resolve(bytes(50_000), disk.folder)).stat().st_size == 50_000
 
 
 def test_a_cached_fingerprint_survives_a_full_disk(disk: SmallDisk) -> None:

@@ -154,7 +154,7 @@ def test_a_retry_without_the_answers_of_the_cache_is_refused_before_anything_is_
     file = project / "data/train.jsonl"
     file.write_text(file.read_text(encoding="utf-8").replace("what colour", "which colour"), encoding="utf-8")
     assert main([str(config), "--retry-errors"]) == 2
-    assert "has none to the questions of data.sources; undo what was changed" in capsys.readouterr().err
+    assert "has none for the questions of data.sources; undo all changes" in capsys.readouterr().err
     assert len(list((settings.run / "answers").iterdir())) == 1
 
 

@@ -172,7 +172,7 @@ def test_a_killed_dump_resumes(write_config: WriteConfig, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_sigterm_ends_a_dump_between_two_parts(write_config: WriteConfig, tmp_path: Path) -> None:
-    """As a spot node's: parts in flight are committed, the message says how to go on, and going on works."""
+    """As a spot node's: parts in flight are committed, the message says how to resume, and resuming works."""
     file = make_tiny_dataset(tmp_path / "data", num_samples=480, num_images=240)["train"]
     config = write_config(data={"sources": [{"path": str(file)}]})
     cache = tmp_path / "cache"
