@@ -95,13 +95,13 @@ def _parse_url(value: str) -> str | bytes:
         raise SampleRefusedError(f"image {shorten(value)} is an address; expected a file, bytes, or a data: URL")
     head, comma, payload = value.partition(",")
     if not comma:
-        raise SampleRefusedError(f"image {shorten(value)} is no data: URL: it has no comma")
+        raise SampleRefusedError(f"image {shorten(value)} is not a valid data: URL: it has no comma")
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(payload)
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except ValueError as error:
-        raise SampleRefusedError(f"image {shorten(value)} is no data: URL: its base64 is broken") from error
+        raise SampleRefusedError(f"image {shorten(value)} is not a valid data: URL: its base64 is broken") from error
 
 
 def _find_in_folder(files: ImageFiles, name: str, folder: Path) -> str:

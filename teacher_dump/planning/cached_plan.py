@@ -78,13 +78,13 @@ def _rebuild_earlier_plan(
     """
     current_errors = {error.sample_id: error for error in sample_set.errors}
     earlier_errors: list[SampleError] = []
-    mended: set[str] = set()
+    fixed_ids: set[str] = set()
     earlier_images: dict[str, str] = {}
     for part, of_part in errors.items():
         for error in of_part:
             row = sample_set.rows.get(error.sample_id)
             if row is not None and error.reason.startswith(f"{row.place}: "):  # of the row, not of a sample's prompt
-                mended.update(row.sample_ids)
+                fixed_ids.update(row.sample_ids)
                 earlier_errors.append(SampleError(error.sample_id, error.reason))
             elif error.sample_id in current_errors and part == first_part:
                 earlier_errors.append(current_errors[error.sample_id])
@@ -93,11 +93,11 @@ def _rebuild_earlier_plan(
     kept = array("q")
     renamed: dict[int, Sample] = {}
     for place, sample in enumerate(sample_set.samples):
-        if sample.id not in mended:
+        if sample.id not in fixed_ids:
             kept.append(place)
         name = earlier_images.get(sample.id)
         if name is not None and len(sample.images) == 1 and sample.images[0] != name:
             renamed[place] = replace(sample, images=(name,))
-    if not mended and not renamed:
+    if not fixed_ids and not renamed:
         return None
     return make_parts(SampleSubset(SubstitutedSamples(sample_set.samples, renamed), kept), earlier_errors)
