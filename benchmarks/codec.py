@@ -28,7 +28,7 @@ from storage.encoding.parquet_schema import encode_parquet
 from storage.encoding.tail_profile import encode_tail_total
 from storage.records.records import TailTotal
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK, make_row_uniforms, select_rows
 
 ROWS_PER_SAMPLE = {"digits": 8}  # of the others, a sequence: 512
 ZSTD_LEVEL = 9
@@ -98,7 +98,7 @@ class Stored:
 def select_all(teacher: TeacherRows, settings: tuple[Setting, ...]) -> dict[Setting, SparseRows]:
     """Every setting's rows, in one pass over the teacher's logits."""
     most = max(setting.draw_sets for setting in settings)
-    uniforms = row_uniforms(len(teacher.hidden), seed=0, family="response", key=teacher.name, num_sets=most)
+    uniforms = make_row_uniforms(len(teacher.hidden), seed=0, family="response", key=teacher.name, num_sets=most)
     selections = dict.fromkeys((setting.selection, setting.draw_sets) for setting in settings)
     parts: dict[tuple[Selection, int], list[SparseRows]] = {selection: [] for selection in selections}
     for rows, logits in teacher.logits():

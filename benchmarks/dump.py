@@ -24,7 +24,7 @@ from benchmarks.dump_roads import Floor, PromptLogprobs, Road, dump_settings
 from benchmarks.results import Results, table, wants_json
 from student_train.models.huggingface import transformers_module
 from teacher_dump.dump import run_dump
-from teacher_dump.workers.log_file import quiet
+from teacher_dump.workers.log_file import log_output
 
 RUN = Path("runs/bench_dump")
 IMAGE_SIZE = 128  # 64 visual tokens; LLaVA-1.5 has 576
@@ -174,7 +174,7 @@ def main() -> None:
     results = Results("benchmarks.dump")
     log = RUN.with_name(f"{RUN.name}-engines.log")
     print(f"the engines' messages go to {log}", file=sys.stderr, flush=True)
-    with quiet(log):  # their processes too: vLLM warns once a call
+    with log_output(log):  # their processes too: vLLM warns once a call
         lines = measure(Sizes(), RUN, results)
     results.details["seconds"] = lines
     print(table(["teacher", "road", "tokens", "rows", "median s", "least", "most"], lines))

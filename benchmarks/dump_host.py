@@ -20,7 +20,7 @@ from storage.identity import Identity
 from storage.records.records import PartRecords, TokensRecord
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.signals.sparsify import Threshold, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Threshold, make_row_uniforms, select_rows
 
 NUM_SAMPLES = 256
 SAMPLE_ROWS = 64
@@ -48,7 +48,7 @@ def rows_per_s(folder: Path) -> tuple[list[float], list[float]]:
 def _selected(num_rows: int, tau: float) -> tuple[SparseRows, np.ndarray, int]:
     """Sparse rows, their labels, and the size of the vocabulary."""
     hidden, weight, labels = text_rows.natural(num_rows)
-    uniforms = row_uniforms(num_rows, seed=0, family="response", key="host")
+    uniforms = make_row_uniforms(num_rows, seed=0, family="response", key="host")
     parts = [
         select_rows(logits, labels=labels[span], selection=Threshold(tau), uniforms=uniforms[span])
         for span, logits in text_rows.logit_chunks(hidden, weight)

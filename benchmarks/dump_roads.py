@@ -23,13 +23,13 @@ from storage.encoding.part_encoder import encode_part
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump import torchvision_shim
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.settings import DumpSettings
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.loaded_teacher import OpenTeacher
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.teachers import hf_checkpoint as checkpoint
 from teacher_dump.teachers import vllm_teacher
@@ -60,7 +60,7 @@ class Floor:
     def __init__(self, teacher: Path, source: Path) -> None:
         self.settings = dump_settings(teacher, source, cache=teacher.parent / "steps")
         self.planned = plan_dump(self.settings)
-        self.worker = worker_settings(self.planned, self.settings)
+        self.worker = make_worker_settings(self.planned, self.settings)
         self.prepared = _prepared(self.planned, self.settings)
         opened = open_teacher(self.worker)
         self.engine: Teacher = opened.engine
@@ -94,7 +94,7 @@ def steps(state: Floor) -> Road:
     writer = CacheWriter.open(state.settings.cache.path, state.planned.identity, state.settings.cache.families)
     clocked = _Clocked(state.engine)
     preparer = open_preparer(state.worker)
-    scorer = PartScorer(preparer, state.worker.request, OpenTeacher(clocked, state.head))
+    scorer = PartScorer(preparer, state.worker.request, LoadedTeacher(clocked, state.head))
     clock = _Clock()
     num_tokens = num_rows = 0
     for part in state.planned.plan.parts:
@@ -128,7 +128,7 @@ class PromptLogprobs:
     """An engine of vLLM's that generates, with the same settings."""
 
     def __init__(self, teacher: Path, source: Path) -> None:
-        torchvision_shim.ensure()
+        torchvision_shim.import_torch_companions()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import vllm
 
@@ -138,7 +138,7 @@ class PromptLogprobs:
         self.folder.mkdir(exist_ok=True)
         vllm_teacher.register_in_process(checkpoint.read_json(teacher / "config.json")["architectures"])
         self.engine = vllm.LLM(
-            str(checkpoint.servable_view(teacher, into=teacher.parent / "served")),
+            str(checkpoint.make_servable_view(teacher, into=teacher.parent / "served")),
             dtype="float32",
             max_model_len=MAX_LENGTH,
             enforce_eager=True,
@@ -149,7 +149,7 @@ class PromptLogprobs:
         self.sampling = vllm.SamplingParams(
             max_tokens=1, prompt_logprobs=TOP, flat_logprobs=True, detokenize=False, temperature=0
         )
-        prompts = [vllm_teacher.engine_prompt(sample.prompt) for sample in self.prepared[:_CALL]]
+        prompts = [vllm_teacher.make_engine_prompt(sample.prompt) for sample in self.prepared[:_CALL]]
         self.engine.generate(prompts, self.sampling, use_tqdm=False)
 
 
@@ -163,7 +163,7 @@ def prompt_logprobs(state: PromptLogprobs) -> Road:
     num_tokens = num_rows = 0
     for start in range(0, len(state.prepared), _CALL):
         batch = state.prepared[start : start + _CALL]
-        prompts = [vllm_teacher.engine_prompt(sample.prompt) for sample in batch]
+        prompts = [vllm_teacher.make_engine_prompt(sample.prompt) for sample in batch]
         outputs = state.engine.generate(prompts, state.sampling, use_tqdm=False)
         clock.lap("generate")
         ids, logprobs = [], []
@@ -193,13 +193,13 @@ def dump_settings(teacher: Path, source: Path, *, cache: Path, cpus: int = 2) ->
     )
 
 
-def _prepared(planned: DumpPlan, settings: DumpSettings) -> list[Prepared]:
+def _prepared(planned: DumpPlan, settings: DumpSettings) -> list[PreparedSample]:
     """All samples as a dump prepares them."""
-    preparer = open_preparer(worker_settings(planned, settings))
+    preparer = open_preparer(make_worker_settings(planned, settings))
     return [preparer.prepare(sample) for part in planned.plan.parts for sample in part.samples]
 
 
-def _ask(engine: Teacher, samples: Sequence[Prepared]) -> list[TeacherStates]:
+def _ask(engine: Teacher, samples: Sequence[PreparedSample]) -> list[TeacherStates]:
     batches = [samples[start : start + _CALL] for start in range(0, len(samples), _CALL)]
     prompts = ([replace(sample.prompt, image_keys=()) for sample in batch] for batch in batches)  # sharing nothing
     return [states for batch in prompts for states in engine.hidden_states(batch)]

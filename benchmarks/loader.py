@@ -28,7 +28,7 @@ from storage.reader.shuffle import WINDOW_ROWS
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, compute_image_key
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.signals.sparsify import Threshold, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Threshold, make_row_uniforms, select_rows
 
 NUM_ROWS = 2048  # of the model; answers are runs of them
 VOCAB_SIZE = 49_152
@@ -47,7 +47,7 @@ def natural_rows() -> SparseRows:
     tokens = tokens[: NUM_ROWS // text_rows.LENGTH]
     hidden = text_rows.hidden_states(model, tokens)
     labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).flatten()
-    uniforms = row_uniforms(len(hidden), seed=0, family="response", key="natural")
+    uniforms = make_row_uniforms(len(hidden), seed=0, family="response", key="natural")
     selection = Threshold(DEFAULT.tau)
     with torch.no_grad():
         chunks = text_rows.logit_chunks(hidden, model.lm_head.weight)

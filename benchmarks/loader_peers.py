@@ -128,7 +128,7 @@ def _streaming(peer: Peer, cache_path: Path, place: Path, batch_size: int) -> It
 
     from teacher_dump import torchvision_shim
 
-    torchvision_shim.ensure()  # streaming imports torchvision for data sets that are not used here
+    torchvision_shim.import_torch_companions()  # streaming imports torchvision for data sets that are not used here
     streaming = importlib.import_module("streaming")
     importlib.import_module("streaming.base.util").clean_stale_shared_memory()
     if not place.exists():

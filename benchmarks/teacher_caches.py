@@ -29,7 +29,7 @@ from student_train.data.collate import Batch, collate
 from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
 from student_train.models.loading import Checkpoint, load_for_inference, read_checkpoint
 from student_train.models.student import Student
-from teacher_dump.signals.sparsify import Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Sampled, Selection, Threshold, TopK, make_row_uniforms, select_rows
 
 _BATCH = 64
 
@@ -152,7 +152,7 @@ def _select(
     total = torch.zeros(size, dtype=torch.float64)
     rows = []
     for number, (key, states) in enumerate(zip(keys, hidden, strict=True)):
-        uniforms = row_uniforms(len(states), seed=section.seed, family=family, key=key, num_sets=section.draw_sets)
+        uniforms = make_row_uniforms(len(states), seed=section.seed, family=family, key=key, num_sets=section.draw_sets)
         rows.append(
             select_rows(
                 head.logits(states, dtype=torch.float32),

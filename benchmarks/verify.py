@@ -27,7 +27,7 @@ from storage.records.records import ImageRef, PartRecords, RelationMatrix, Token
 from storage.records.sparse_rows import SparseRows
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.signals.sparsify import Threshold, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Threshold, make_row_uniforms, select_rows
 
 VOCAB_SIZE = 32_000
 IMAGE_TOKEN = VOCAB_SIZE
@@ -171,7 +171,7 @@ def make_rows(num_rows: int) -> SparseRows:
         noise *= rng.uniform(3, 7, (len(places), 1)).astype(np.float32)
         logits = torch.from_numpy(noise + frequency)
         labels = torch.multinomial(logits.softmax(dim=1), 1)[:, 0]
-        uniforms = row_uniforms(len(places), seed=0, family="response", key=str(start))
+        uniforms = make_row_uniforms(len(places), seed=0, family="response", key=str(start))
         parts.append(select_rows(logits, labels=labels, selection=Threshold(SELECTION.tau), uniforms=uniforms))
     return SparseRows.concatenate(parts)
 

@@ -226,13 +226,13 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _dump(arguments: argparse.Namespace) -> None:
-    from teacher_dump.__main__ import table, warn_of_machine  # pyarrow, and Ray when it runs
+    from teacher_dump.__main__ import format_result, warn_of_machine  # pyarrow, and Ray when it runs
     from teacher_dump.dump import run_dump
     from teacher_dump.settings import read_settings
 
     settings = read_settings(arguments.file, arguments.overrides)
     warn_of_machine(settings)
-    print(table(run_dump(settings, retry_errors=arguments.retry_errors)))
+    print(format_result(run_dump(settings, retry_errors=arguments.retry_errors)))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -268,10 +268,10 @@ def _verify(arguments: argparse.Namespace) -> None:
     if not report.ok:
         raise StillhouseError(f"{arguments.cache}: {len(report.problems)} problems\n  " + "\n  ".join(report.problems))
     if replayed is not None:
-        from teacher_dump.audit.replay import check_drift, table  # torch
+        from teacher_dump.audit.replay import check_drift, format_replay  # torch
 
         if not arguments.json:
-            print(table(replayed))
+            print(format_replay(replayed))
         check_drift(replayed, arguments.cache)
 
 

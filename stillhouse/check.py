@@ -26,7 +26,7 @@ from student_train.training.trainer import resolved
 from teacher_dump.audit.preflight import check_teacher
 from teacher_dump.execution.worker_setup import inspect_data
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
-from teacher_dump.planning.recorded_budget import comparable
+from teacher_dump.planning.recorded_budget import make_comparable_identity
 from teacher_dump.settings import DumpSettings, read_settings
 
 
@@ -110,7 +110,7 @@ def _join_first(names: Sequence[str]) -> str:
 def _check_prompts(experiment: Experiment, settings: DumpSettings, plan: DumpPlan) -> Iterator[str]:
     """Yields the report on the data. ConfigError if more samples cannot be used than dump.max_error_fraction allows."""
     errors, report = inspect_data(settings, plan)
-    yield from report.lines()
+    yield from report.format_lines()
     total = plan.plan.num_samples + sum(len(part.errors) for part in plan.plan.parts)
     allowed = experiment.dump.max_error_fraction
     examples = "\n  ".join(map(str, errors[:10]))
@@ -137,7 +137,9 @@ def _is_made_later(experiment: Experiment, path: str) -> bool:
 def _check_cache(section: CacheSection, identity: Identity) -> str:
     """A line on the cache that the dump would find, and on what it would add. Errors: IdentityError, CacheError."""
     folder = open_folder(section.path)
-    found, segments = find_segment(folder, comparable(identity, section), section.families, append=section.append)
+    found, segments = find_segment(
+        folder, make_comparable_identity(identity, section), section.families, append=section.append
+    )
     if not segments:
         return f"cache: none at {folder} yet"
     cache = Cache.open(section.path, families=())

@@ -27,9 +27,9 @@ from storage.reader.cache import Cache
 from student_train.config import SourceSection, StageSection
 from student_train.models.loading import is_hub_id
 from student_train.training.trainer import resolved
-from teacher_dump.execution.machine import check_dump_machine, check_machine, count_gpus, is_alone, refuse_more_gpus
+from teacher_dump.execution.machine import check_dump_machine, check_gpu_count, check_machine, count_gpus, is_local_ray
 from teacher_dump.settings import read_settings
-from teacher_dump.teachers.hf_checkpoint import read_header, weight_files
+from teacher_dump.teachers.hf_checkpoint import list_weight_files, read_header
 
 _FORECAST = "forecast.json"
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight in a checkpoint
@@ -85,12 +85,12 @@ def check_output_folders(experiment: Experiment) -> None:
 def check_gpus(experiment: Experiment) -> str:
     """A line with the number of GPUs. ConfigError where a run needs more than this machine has, without a cluster."""
     _check_nccl(experiment)
-    if not is_alone(experiment.dump.ray_address):
+    if not is_local_ray(experiment.dump.ray_address):
         address = experiment.dump.ray_address or os.environ["RAY_ADDRESS"]
         return f"GPUs: not checked, since Ray's cluster at {address} may have or start as many as a run needs"
     num_gpus, wanted = count_gpus(), experiment.ablations.gpus_per_run
     if wanted is not None and experiment.ablations.runs:
-        refuse_more_gpus(wanted, num_gpus, field="ablations.gpus_per_run")
+        check_gpu_count(wanted, num_gpus, field="ablations.gpus_per_run")
     return f"GPUs: {num_gpus} on this machine"
 
 
@@ -142,7 +142,7 @@ def estimate_disk_needs(experiment: Experiment) -> list[DiskNeed]:
 def count_weights(folder: Path) -> int:
     """The number of weights of a checkpoint; 0 where there is none yet or none that can be read."""
     try:
-        headers = [read_header(path) for path in weight_files(folder)]
+        headers = [read_header(path) for path in list_weight_files(folder)]
     except (StillhouseError, OSError):
         return 0
     return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())

@@ -29,7 +29,7 @@ from storage.processes.child_process import GRACE_S, run_child
 from storage.processes.search_path import make_module_command
 from storage.processes.stop_signals import Interrupted, find_stop_signal
 from student_train.training.stage_inputs import init_inputs
-from teacher_dump.__main__ import table
+from teacher_dump.__main__ import format_result
 from teacher_dump.dump import run_dump
 from teacher_dump.settings import read_settings
 
@@ -113,7 +113,7 @@ def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: 
 
 def dump_cache(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
     """Runs the dump in this process and prints its result."""
-    _print_now(table(run_dump(read_settings(experiment.path, (*experiment.overrides, *overrides)))))
+    _print_now(format_result(run_dump(read_settings(experiment.path, (*experiment.overrides, *overrides)))))
 
 
 def train_stage(

@@ -1,7 +1,7 @@
-"""`python -m teacher_dump [FILE] [section.field=value …]`: the dump, by itself or as a submitted Ray job.
+"""`python -m teacher_dump [FILE] [section.field=value …]` runs the dump, here or as a submitted Ray job.
 
-Exits 0 on success, 2 on a user's mistake, 1 on a failure, 130 or 143 when SIGINT or SIGTERM has stopped it,
-141 when nobody reads its output any more.
+Exit codes: 0 success, 2 a user's mistake, 1 a failure, 130 or 143 after SIGINT or SIGTERM,
+141 when the reader of its output has closed the pipe.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+# `python -m` puts the current folder first, where a user's own storage.py would hide our package.
 if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
     del sys.path[0]
 
@@ -31,21 +31,21 @@ from storage.processes.stop_signals import (
     interruptible,
 )
 
-if TYPE_CHECKING:  # which takes a second, in which a signal would find nobody
+if TYPE_CHECKING:  # this import takes a second, and no signal handler is installed yet
     from teacher_dump.dump import DumpResult, RetryOutcome
     from teacher_dump.settings import DumpSettings
 
-PIPE_CLOSED = 141  # 128 + SIGPIPE, as a shell would say it
-RETRY_HELP = "attempt samples that had failed again, after their images or rows were mended"
+PIPE_CLOSED = 141  # 128 + SIGPIPE, as shells report it
+RETRY_HELP = "retry samples that failed, after their images or rows were fixed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the dump that a YAML file describes; returns the exit code."""
+    """Runs the dump that a YAML file describes and returns the exit code."""
     if arguments is None:
         open_closed_streams()
     try:
         with interruptible(adopt=arguments is None):
-            code = _dump(arguments)
+            code = _parse_and_dump(arguments)
     except KeyboardInterrupt as stop:
         print(describe_interruption(stop), file=sys.stderr)
         if arguments is None:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _dump(arguments: Sequence[str] | None) -> int:
+def _parse_and_dump(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m teacher_dump", description="Dump a teacher's signals.")
     parser.add_argument("file", nargs="?", default="pipeline.yaml", help="the experiment (pipeline.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -72,8 +72,8 @@ def _dump(arguments: Sequence[str] | None) -> int:
 
         settings = read_settings(file, overrides)
         warn_of_machine(settings)
-        print(table(run_dump(settings, retry_errors=parsed.retry_errors)), flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough
+        print(format_result(run_dump(settings, retry_errors=parsed.retry_errors)), flush=True)
+    except BrokenPipeError:  # the reader has closed the pipe
         drop_output(sys.stdout, sys.stderr)
         return PIPE_CLOSED
     except ConfigError as error:
@@ -88,15 +88,18 @@ def _dump(arguments: Sequence[str] | None) -> int:
 
 
 def warn_of_machine(settings: DumpSettings) -> None:
-    """Says on stderr what may become short on this machine. ConfigError for what keeps a dump from starting."""
+    """Prints on stderr which resources of this machine may run short.
+
+    Raises ConfigError if one of them keeps a dump from starting.
+    """
     from teacher_dump.execution.machine import check_dump_machine
 
     for line in check_dump_machine(settings):
         print(f"warning: {line}", file=sys.stderr)
 
 
-def table(result: DumpResult) -> str:
-    """A dump's result for a terminal."""
+def format_result(result: DumpResult) -> str:
+    """Formats a dump's result for a terminal."""
     rows = [
         ("cache", result.cache),
         ("samples", f"{result.num_samples:,}"),
@@ -123,7 +126,7 @@ def table(result: DumpResult) -> str:
 
 def _describe_retry(retried: RetryOutcome) -> str:
     if not retried.num_failed:
-        return "nothing; no sample of this plan has failed"
+        return "nothing; this plan has no failed samples"
     if not retried.num_attempted:
         return f"nothing; {retried.num_failed:,} failed samples cannot be read yet, for the same reasons as before"
     return (

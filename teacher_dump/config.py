@@ -1,4 +1,4 @@
-"""The `data:`, `teacher:` and `dump:` sections of pipeline.yaml: samples, the teacher, the work."""
+"""The `data:`, `teacher:` and `dump:` sections of pipeline.yaml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TooLong = Literal["refuse", "cut_turns", "cut_answer"]  # see teacher_dump/promp
 Ignorable = Literal[  # see teacher_dump/data/unread_fields.py
     "video", "audio", "tools", "reasoning_content", "<video>", "<audio>", "<img>", "<image 1>", "<ImageHere>", "media"
 ]  # fmt: skip
-_NOT_OF_A_TEMPLATE = frozenset(
+_RESERVED_ARGUMENTS = frozenset(
     {
         "messages", "conversation", "conversations", "chat_template", "add_generation_prompt", "tokenize", "padding",
         "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "processor_kwargs",
@@ -24,7 +24,7 @@ _NOT_OF_A_TEMPLATE = frozenset(
 
 
 class SourceSection(Section):
-    """One file of conversations or preference pairs, several that a pattern like part-*.parquet names, or a data set.
+    """A file of conversations or preference pairs, a pattern such as part-*.parquet, or a data set.
 
     Every format may hold every shape of conversation that teacher_dump/data/conversation.py lists.
     """
@@ -34,18 +34,18 @@ class SourceSection(Section):
     images: LocalPath | None = None  # folder, zip or tar that image names are relative to; None: the file's own folder
     split: str = "train"  # a name that stages and evaluation select by
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0  # 0.25: a random quarter of the rows; 2: every row twice
-    seed: Annotated[int, Field(ge=0)] = 0  # of the rows that `weight` leaves out
-    limit: Annotated[int, Field(ge=1)] | None = None  # rows, from the start, of those that `weight` takes
+    seed: Annotated[int, Field(ge=0)] = 0  # chooses the rows that `weight` leaves out
+    limit: Annotated[int, Field(ge=1)] | None = None  # the first rows only, counted after `weight`
     ids: Literal["given", "position"] = "given"  # position: file name and row number, where ids repeat or are missing;
     # of several sources of one file name the second is name@2, and so on
     columns: dict[str, str] = {}  # our field: the source's own name for it, such as {id: idx}
-    ignore: tuple[Ignorable, ...] = ()  # of what is not read and refuses its sample: teacher_dump/data/unread_fields.py
+    ignore: tuple[Ignorable, ...] = ()  # unsupported content to leave out: teacher_dump/data/unread_fields.py
     subset: str | None = None  # of a hub data set that has several; datasets only
-    hub_split: str = "train"  # the data set's own name for what is read; datasets only
+    hub_split: str = "train"  # the data set's own name for the split to read; datasets only
     revision: str | None = None  # of a hub data set; datasets only
 
     @model_validator(mode="after")
-    def _refuse_useless(self) -> SourceSection:
+    def _check_hub_fields(self) -> SourceSection:
         given = [name for name in ("subset", "hub_split", "revision") if name in self.model_fields_set]
         if given and self.format not in ("datasets", None):
             raise ValueError(f"{given[0]} belongs to format 'datasets', but format is {self.format!r}")
@@ -53,7 +53,7 @@ class SourceSection(Section):
 
 
 class SamplingSection(Section):
-    """How the teacher answers, where the answers are its own."""
+    """How the teacher samples its answers when `data.responses` is `teacher`."""
 
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0  # 0: always the most probable token
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -62,25 +62,25 @@ class SamplingSection(Section):
 
 
 class DataSection(Section):
-    """What the teacher is asked about: sources one after another. Sample ids must be unique over all of them.
+    """The sources of samples, read in order. Sample ids must be unique over all sources.
 
-    A list in place of the section is its sources.
+    A list in place of the section is read as its sources.
     """
 
     sources: tuple[SourceSection, ...] = ()
-    extracted: LocalPath | None = (
-        None  # folder for images that are no files of their own; None: images/ in the run's folder
-    )
-    background: Background = WHITE  # that transparent pixels show, as #rrggbb
-    too_long: TooLong = "refuse"  # what becomes of a sample beyond max_length:
-    # cut_turns leaves out whole questions with their answers from the end; cut_answer ends the answer at max_length
+    # folder for images that are not files yet (bytes, archives); None: images/ in the run's folder
+    extracted: LocalPath | None = None
+    background: Background = WHITE  # the color behind transparent pixels, as #rrggbb
+    # how a sample longer than max_length is handled: cut_turns leaves out whole questions with their
+    # answers from the end; cut_answer ends the answer at max_length
+    too_long: TooLong = "refuse"
 
-    responses: Literal["dataset", "teacher"] = "dataset"  # teacher: every answer is the teacher's own, asked for first
-    sampling: SamplingSection = SamplingSection()  # of the teacher's own answers
+    responses: Literal["dataset", "teacher"] = "dataset"  # teacher: the teacher generates every answer first
+    sampling: SamplingSection = SamplingSection()  # for answers that the teacher generates
 
     @model_validator(mode="before")
     @classmethod
-    def _of_list(cls, given: Any) -> Any:
+    def _accept_list(cls, given: Any) -> Any:
         return {"sources": given} if isinstance(given, list) else given
 
 
@@ -98,8 +98,8 @@ class TeacherSection(Section):
 
     @field_validator("chat_template_arguments")
     @classmethod
-    def _refuse_reserved(cls, given: dict[str, Any]) -> dict[str, Any]:
-        reserved = sorted(set(given) & _NOT_OF_A_TEMPLATE)
+    def _check_template_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
+        reserved = sorted(set(given) & _RESERVED_ARGUMENTS)
         if reserved:
             raise ValueError(f"{reserved[0]} is set by the dump itself; leave it out")
         try:
@@ -112,7 +112,7 @@ class TeacherSection(Section):
 class ActorRange(Section):
     """A pool of actors that grows while parts wait and the cluster has room, and shrinks when actors are idle.
 
-    A number in place of the section is both the least and the most.
+    A number in place of the section is both the minimum and the maximum.
     """
 
     min: Annotated[int, Field(ge=1)] = 1
@@ -120,7 +120,7 @@ class ActorRange(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_number(cls, given: Any) -> Any:
+    def _accept_number(cls, given: Any) -> Any:
         if isinstance(given, bool) or not isinstance(given, int | dict | ActorRange):
             raise ValueError("expected a whole number, or {min, max}")
         if isinstance(given, int) and given < 1:
@@ -128,20 +128,20 @@ class ActorRange(Section):
         return {"min": given, "max": given} if isinstance(given, int) else given
 
     @model_validator(mode="after")
-    def _ordered(self) -> ActorRange:
+    def _check_order(self) -> ActorRange:
         if self.min > self.max:
             raise ValueError(f"min is {self.min} and max {self.max}; min must not be the larger")
         return self
 
 
 class DumpSection(Section):
-    """How the work is cut and who does it."""
+    """How samples are divided into parts, and the Ray actors that score them."""
 
     samples_per_part: Annotated[int, Field(ge=1)] = 256
     actors: ActorRange = ActorRange(max=1)  # one teacher each; a number, or {min, max}: as the cluster has room
     cpus_per_actor: Annotated[float, Field(ge=0)] = 1
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None  # None: tensor_parallel_size where Ray has GPUs, or 0
     ray_address: str | None = None  # of a running cluster; None: RAY_ADDRESS if set, else a local one
-    rows_per_chunk: Annotated[int, Field(ge=1)] = 1024  # rows of [rows, vocabulary] in memory at once
+    rows_per_chunk: Annotated[int, Field(ge=1)] = 1024  # rows of logits [rows, vocabulary] in memory at once
     max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of samples; above it the dump fails
-    blind_check_samples: Annotated[int, Field(ge=0)] = 4  # images swapped and turned to see that outputs change
+    blind_check_samples: Annotated[int, Field(ge=0)] = 4  # samples of the vision check; 0 turns it off

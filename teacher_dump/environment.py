@@ -1,9 +1,9 @@
-"""`python -m teacher_dump.environment`: makes transformers and vLLM importable in every Python of this environment.
+"""`python -m teacher_dump.environment` makes transformers and vLLM importable in every Python of this environment.
 
-Where torchvision, torchaudio or torchcodec is installed and cannot be imported, a `.pth` file in site-packages installs
-the hook of torchvision_shim at each start, so that processes that never import this package have it too: vLLM's and
-Ray's children, a person's own scripts. A start takes less than a millisecond more. The file is removed once all of
-them can be imported.
+If torchvision, torchaudio or torchcodec is installed but cannot be imported, a `.pth` file in site-packages
+installs the hook of torchvision_shim at each start. So processes that never import this package have it too:
+vLLM's and Ray's children, a user's own scripts. It adds less than a millisecond to a start. The command
+removes the file once all three packages can be imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from teacher_dump import torchvision_shim
 
-_PACKAGES = ("torchvision", *torchvision_shim.SOUND_PACKAGES)
+_PACKAGES = ("torchvision", *torchvision_shim.AUDIO_PACKAGES)
 _COPY = "stillhouse_torch_companions"  # the shim's name in site-packages, where it outlives a removed Stillhouse
 # One line, since `site` reads a .pth file line by line. Without the copy it does nothing.
 _PTH = (
@@ -31,7 +31,7 @@ _TRIAL = (
 
 
 def repair_environment() -> str:
-    """Writes the `.pth` file if a companion of torch cannot be imported, else removes it; says what was done."""
+    """Writes the `.pth` file if a companion of torch cannot be imported, else removes it; returns a report."""
     folder = Path(sysconfig.get_path("purelib"))
     pth, copy = folder / f"{_COPY}.pth", folder / f"{_COPY}.py"
     failed = []
@@ -44,7 +44,7 @@ def repair_environment() -> str:
         pth.unlink(missing_ok=True)
         copy.unlink(missing_ok=True)
         return "torchvision, torchaudio and torchcodec can be imported, or are not installed: nothing to do"
-    hidden = tuple(name for name in failed if name in torchvision_shim.SOUND_PACKAGES)
+    hidden = tuple(name for name in failed if name in torchvision_shim.AUDIO_PACKAGES)
     copy.write_bytes(Path(torchvision_shim.__file__).read_bytes())
     pth.write_text(_PTH.format(copy=_COPY, hidden=hidden), encoding="utf-8")
     done_to = [f"hides {name}" if name in hidden else f"repairs {name}" for name in failed]
@@ -52,7 +52,7 @@ def repair_environment() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code."""
+    """Repairs the environment, prints a report and returns the exit code."""
     if arguments:
         sys.stderr.write(f"unexpected argument {arguments[0]!r}; usage: python -m teacher_dump.environment\n")
         return 2

@@ -23,19 +23,20 @@ class DumpSettings:
     teacher: TeacherSection
     dump: DumpSection
     cache: CacheSection
-    answered: dict[str, Any] = field(default_factory=dict)  # how the answers were made, if they are the teacher's
-    answers: Path | None = None  # the folder of those answers
+    answer_selection: dict[str, Any] = field(default_factory=dict)  # how the teacher's answers were sampled; else empty
+    answers: Path | None = None  # the folder of the teacher's answers; None: the answers are the data set's
 
     @staticmethod
     def from_sections(sections: Sections) -> DumpSettings:
-        """From sections that were read with (at least) `SCHEMAS`."""
+        """Makes settings from sections that were read with (at least) `SCHEMAS`."""
         return DumpSettings(sections.run, *(sections[name] for name in SCHEMAS))
 
     @property
     def logs(self) -> Path:
+        """The folder of the run's log files."""
         return self.run / "logs"
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> DumpSettings:
-    """The dump's sections of a YAML file. ConfigError for a user's mistake."""
+    """Reads the dump's sections of a YAML file. Raises ConfigError for a user's mistake."""
     return DumpSettings.from_sections(read_sections(path, SCHEMAS, overrides))

@@ -18,7 +18,7 @@ _OPERATORS = {  # as declared in torchvision/csrc/ops/nms.cpp and ops/quantized/
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-SOUND_PACKAGES = ("torchaudio", "torchcodec")  # nothing of ours needs them
+AUDIO_PACKAGES = ("torchaudio", "torchcodec")  # Stillhouse does not use them
 
 
 class _Finder:
@@ -55,7 +55,7 @@ class _Loader:
         except RuntimeError as error:
             if "operator torchvision::" not in str(error):
                 raise
-            _forget("torchvision.")
+            _remove_modules("torchvision.")
             library = importlib.import_module("torch.library")
             for name, schema in _OPERATORS.items():
                 library.define(f"torchvision::{name}", schema)
@@ -63,7 +63,7 @@ class _Loader:
 
 
 def install(*, hidden: tuple[str, ...] = ()) -> None:
-    """Add the hook to this process, once; packages in `hidden` look as if they were not installed.
+    """Adds the hook to this process, once, and makes packages in `hidden` look as if not installed.
 
     torchvision's missing operators get a schema and no kernel: calling one fails.
     """
@@ -73,20 +73,20 @@ def install(*, hidden: tuple[str, ...] = ()) -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # Python's own way to bar an import
 
 
-def ensure() -> None:
-    """Import torchvision, torchaudio and torchcodec where they are installed; hide the latter two if they cannot load.
+def import_torch_companions() -> None:
+    """Imports torchvision, torchaudio and torchcodec if installed; hides the latter two if they fail to load.
 
     A torchvision that cannot be repaired raises its own error.
     """
     install()
     _import_if_installed("torchvision")
-    for name in SOUND_PACKAGES:
+    for name in AUDIO_PACKAGES:
         if name in sys.modules:
             continue
         try:
             _import_if_installed(name)
         except Exception:  # of whatever kind: OSError, RuntimeError and ImportError have been seen
-            _forget(name)
+            _remove_modules(name)
             sys.modules[name] = None  # type: ignore[assignment]
             if (loaded := sys.modules.get("transformers.utils.import_utils")) is not None:
                 getattr(loaded, f"is_{name}_available").cache_clear()  # it may have looked before
@@ -100,6 +100,6 @@ def _import_if_installed(package: str) -> None:
             raise
 
 
-def _forget(prefix: str) -> None:
+def _remove_modules(prefix: str) -> None:
     for name in [name for name in sys.modules if f"{name}.".startswith(prefix) and name != prefix.rstrip(".")]:
         del sys.modules[name]

@@ -32,7 +32,7 @@ LONGEST_FILES = (  # come first, so that two processes that share the files end 
     "test_expert_parallel.py",
     "test_run.py",
     "test_architectures.py",
-    "test_whole_road.py",
+    "test_end_to_end.py",
     "test_answer_generation.py",
     "test_vllm_teacher.py",
 )

@@ -76,8 +76,8 @@ def test_the_first_step_of_a_worker_imports_ours_beside_the_users(folder: Path) 
     """It travels as code: the process that runs it has the user's folder first on sys.path, as Ray puts it."""
     code = (
         "import sys, types\n"
-        "from teacher_dump.ray_jobs.cluster import _importing\n"
-        "step = _importing(['storage'], besides=FOLDER)\n"
+        "from teacher_dump.ray_jobs.cluster import _make_setup_hook\n"
+        "step = _make_setup_hook(['storage'], besides=FOLDER)\n"
         "for name in [name for name in sys.modules if name.split('.')[0] in ('storage', 'teacher_dump')]:\n"
         "    del sys.modules[name]\n"
         "sys.path.insert(0, FOLDER)\n"

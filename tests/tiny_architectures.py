@@ -182,7 +182,7 @@ def make_teacher(folder: Path, architecture: str) -> Path:
     """A checkpoint of one of ARCHITECTURES, in `folder`."""
     from teacher_dump import torchvision_shim
 
-    torchvision_shim.ensure()
+    torchvision_shim.import_torch_companions()
     return ARCHITECTURES[architecture](folder)
 
 

@@ -23,7 +23,7 @@ def format_forecast(forecast: Forecast) -> str:
     tried, refused = f"{forecast.calibration_samples:,}", f"{forecast.calibration_errors:,}"
     lines = [format_columns(rows), f"{tried} samples were tried, {refused} of them cannot be used"]
     if forecast.data is not None:
-        lines += ["of these, and of the rows that could not be read:", *forecast.data.lines()]
+        lines += ["of these, and of the rows that could not be read:", *forecast.data.format_lines()]
     return "\n".join(lines)
 
 

@@ -105,7 +105,7 @@ def _new_retry(segments: Sequence[Segment], base: Segment, identity: Identity, f
         first_part=max(segment.parts.stop for segment in segments),
         families=families,
         identity=identity.model_copy(
-            update={"selection": selection, **make_retry_plan(number, failed_ids)},
+            update={"selection": selection, **make_retry_fields(number, failed_ids)},
         ),
         retries=base.number,
         failed_ids=tuple(map(tuple, failed_ids)),
@@ -113,7 +113,7 @@ def _new_retry(segments: Sequence[Segment], base: Segment, identity: Identity, f
     return NewSegment(number, families, None, document)
 
 
-def make_retry_plan(number: int, failed_ids: FailedIds) -> dict[str, str | int]:
+def make_retry_fields(number: int, failed_ids: FailedIds) -> dict[str, str | int]:
     """Returns the plan fields of a retry's identity, for segment `number` with these ids in its parts."""
     text = json.dumps([number, [list(ids) for ids in failed_ids]], ensure_ascii=True)
     fingerprint = hashlib.sha256(f"stillhouse retry 1\0{text}".encode()).hexdigest()
@@ -139,7 +139,7 @@ def find_retry_problems(segments: Sequence[Segment], commits: Mapping[int, Mappi
     for retry in segments:
         if retry.retries is None:
             continue
-        if {name: getattr(retry.identity, name) for name in make_retry_plan(0, ())} != make_retry_plan(
+        if {name: getattr(retry.identity, name) for name in make_retry_fields(0, ())} != make_retry_fields(
             retry.number, retry.failed_ids
         ):
             yield f"{retry.file}: its plan_fingerprint is not that of its failed_ids"

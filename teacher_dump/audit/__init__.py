@@ -1,1 +1,1 @@
-"""Asking the teacher again and comparing with the cache. Uses estimates and execution."""
+"""Scores cached samples again and compares them with the cache. Uses estimates and execution."""

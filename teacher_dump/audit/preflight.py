@@ -1,4 +1,4 @@
-"""What can be known of a teacher before it is loaded, and before a GPU is taken for it."""
+"""Checks a teacher before it is loaded, and before it needs a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from teacher_dump.planning.dump_plan import DumpPlan
 
 
 def check_teacher(planned: DumpPlan, section: TeacherSection) -> str:
-    """A line on the teacher: vocabulary, output head, image token. No weights are loaded.
+    """Returns a line about the teacher: vocabulary, output head, image token. Loads no weights.
 
-    StillhouseError: an output head that the dump cannot use (see find_head). ConfigError: a setting that vLLM does
+    Raises StillhouseError for an unsupported output head (see find_head); ConfigError for a setting that vLLM does
     not have.
     """
     facts = planned.facts
@@ -21,7 +21,7 @@ def check_teacher(planned: DumpPlan, section: TeacherSection) -> str:
     from teacher_dump.signals.lm_head import find_head
 
     if section.backend == "vllm" and section.settings:  # importing vLLM takes seconds
-        torchvision_shim.ensure()
+        torchvision_shim.import_torch_companions()
         from teacher_dump.teachers.vllm_teacher import check_settings
 
         check_settings(section.settings)

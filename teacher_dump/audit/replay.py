@@ -1,8 +1,8 @@
-"""Replay: random samples of a cache scored again by its teacher, and how far the cache lies from that.
+"""Replay: scores random samples of a cache again with its teacher, and measures how much the cache differs.
 
-Each sample is scored twice, in different batches: what the two differ by is the teacher's own noise. The cache may
-differ from the first by what its encoding may have cost, and by NOISE_FACTOR times that noise; more is drift.
-It finds rows of another sample, shifted rows, rows of another teacher, and rows that a stale prefix gave.
+Each sample is scored twice, in different batches: their difference is the teacher's own noise. The cache may differ
+from the first scoring by its encoding error and by NOISE_FACTOR times that noise; more is drift.
+It finds rows of another sample, shifted rows, rows of another teacher, and rows computed with a stale prefix.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from storage.errors import CacheError, IdentityError, StillhouseError
 from storage.identity import Identity, describe_differences
 from storage.reader.cache import Cache
 from storage.records.records import SampleError, SampleRecord
-from teacher_dump.audit.comparison import Comparison, Measured
+from teacher_dump.audit.comparison import Comparison, Measurement
 from teacher_dump.data.sample import SampleRefusedError
-from teacher_dump.execution.worker_setup import with_teacher, worker_settings
+from teacher_dump.execution.worker_setup import call_with_teacher, make_worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.settings import DumpSettings
 from teacher_dump.signals.scoring import PartScorer
 
-# As the blind check takes it: two of a few hundred numbers of one kind seldom differ by more. Of two equal sets of
-# numbers either has the larger maximum as often, so a factor of 1 would refuse every second good cache.
+# As in the vision check: the maxima of two sets of a few hundred such numbers rarely differ by more. With a factor of
+# 1 every second good cache would be refused, since either of two equal sets may have the larger maximum.
 NOISE_FACTOR = 4.0
 FROM_THE_TEACHER = ("response", "visual", "relation", "sequence", "hidden")
-_SAMPLES_AT_ONCE = 32  # whose hidden states are in memory together; the second time the batches are smaller
-_SECOND_BATCH = 5
-# Of what decides a teacher's answer; `engine` may be newer, and then replay says what that changed.
+_SAMPLES_AT_ONCE = 32  # whose hidden states are in memory together
+_SECOND_BATCH = 5  # samples in a batch of the second scoring
+# The fields that decide a teacher's outputs; `engine` may be newer, and then replay measures what that changed.
 _COMPARED = (
     "teacher_fingerprint", "dtype", "tokenizer_fingerprint", "vocab_size", "chat_template_fingerprint",
     "image_preprocessing_fingerprint", "pixels", "image_processor", "image_token_id", "eos_token_ids",
@@ -41,15 +41,15 @@ _COMPARED = (
 
 @dataclass(frozen=True)
 class Spread:
-    """Some numbers, none of them negative."""
+    """Mean, 99th percentile and maximum of numbers that are not negative."""
 
     mean: float
     p99: float
     max: float
 
     @staticmethod
-    def of(values: NDArray[np.float64]) -> Spread:
-        """Zeros of no numbers."""
+    def from_values(values: NDArray[np.float64]) -> Spread:
+        """Computes the statistics; zeros if there are no numbers."""
         if not len(values):
             return Spread(0.0, 0.0, 0.0)
         p99 = np.quantile(values, 0.99, method="higher")
@@ -58,14 +58,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Drift:
-    """One measure of one family over all replayed samples."""
+    """The drift of one measure of one family over all replayed samples."""
 
     family: str
     measure: str
     count: int  # rows, matrices or samples
     noise: Spread  # between two scorings of the same samples in different batches
     drift: Spread  # between the cache and the first scoring
-    excess: Spread  # of the drift over what the cache's encoding may have cost
+    excess: Spread  # of the drift beyond the possible error of the cache's encoding
     samples: tuple[str, ...]  # ids of those that drifted
 
     @property
@@ -75,11 +75,11 @@ class Drift:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay found. A cache is its teacher's if `ok`."""
+    """The result of a replay. The cache matches its teacher if `ok`."""
 
     seed: int
     num_samples: int
-    engine: tuple[str, str]  # the cache's and the one at hand
+    engine: tuple[str, str]  # the cache's and the present one
     drifts: tuple[Drift, ...]
     refused: tuple[SampleError, ...]  # samples that could not be scored again
 
@@ -90,26 +90,26 @@ class Replay:
 
 @dataclass(frozen=True)
 class ReplayTask:
-    """What an actor is told."""
+    """The cache and the sample indices that an actor replays."""
 
     cache: str
     indices: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Measurements:
-    """Of all replayed samples."""
+class ReplayMeasurements:
+    """The measurements of all replayed samples, and samples that could not be scored."""
 
-    measured: list[Measured] = field(default_factory=list)
+    measured: list[Measurement] = field(default_factory=list)
     refused: list[SampleError] = field(default_factory=list)
 
 
 def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) -> Replay:
-    """Score `num_samples` random samples of the cache at `path` again with the teacher of `settings`.
+    """Scores `num_samples` random samples of the cache at `path` again with the teacher of `settings`.
 
-    Images are read where the cache says, or where `settings` do if that folder is gone. The vLLM backend runs in
-    an actor of Ray, transformers in this process. Errors: IdentityError naming each
-    field in which that teacher is not the cache's; CacheError for a cache without a teacher's signals or samples.
+    Reads images from the cache's image root, or from that of `settings` if that folder is gone. The vLLM backend
+    runs in an actor of Ray, transformers in this process. Raises IdentityError naming each field in which the
+    teacher differs from the cache's; CacheError for a cache without a teacher's signals or samples.
     """
     cache = Cache.open(path)
     held = tuple(family for family in FROM_THE_TEACHER if family in cache.families)
@@ -118,24 +118,24 @@ def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) ->
     own = settings.cache.model_copy(update={"path": path, "families": held})
     settings = replace(settings, cache=own)
     planned = plan_dump(settings)
-    check_teacher(cache.identity, planned.identity, path)
+    check_same_teacher(cache.identity, planned.identity, path)
     if (root := cache.image_root).is_dir():
         there = planned.identity.model_copy(update={"image_root": str(root)})
         planned = replace(planned, identity=there)
     chosen = np.random.default_rng(seed).permutation(cache.num_samples)[:num_samples]
     task = ReplayTask(path, tuple(sorted(int(index) for index in chosen)))
-    found = _measure(planned, settings, task)
+    found = _measure_with_teacher(planned, settings, task)
     return Replay(
         seed=seed,
         num_samples=len(task.indices),
         engine=(cache.identity.engine, planned.identity.engine),
-        drifts=tuple(summarised(found.measured)),
+        drifts=tuple(summarize_drifts(found.measured)),
         refused=tuple(found.refused),
     )
 
 
-def check_teacher(cache: Identity, run: Identity, path: str) -> None:
-    """IdentityError, a line for each field, unless the teacher at hand is the one that the cache names."""
+def check_same_teacher(cache: Identity, run: Identity, path: str) -> None:
+    """Raises IdentityError, with a line for each differing field, if the present teacher is not the cache's."""
     same = {name: getattr(cache, name) for name in Identity.model_fields if name not in _COMPARED}
     lines = describe_differences(cache, run.model_copy(update=same))
     if lines:
@@ -145,37 +145,37 @@ def check_teacher(cache: Identity, run: Identity, path: str) -> None:
         )
 
 
-def _measure(planned: DumpPlan, settings: DumpSettings, task: ReplayTask) -> Measurements:
+def _measure_with_teacher(planned: DumpPlan, settings: DumpSettings, task: ReplayTask) -> ReplayMeasurements:
     if settings.teacher.backend != "transformers":
-        return with_teacher(planned, settings, measure, task)
+        return call_with_teacher(planned, settings, measure, task)
     from teacher_dump.workers.worker import open_scorer
 
-    return measure(open_scorer(worker_settings(planned, settings)), task)
+    return measure(open_scorer(make_worker_settings(planned, settings)), task)
 
 
-def measure(scorer: PartScorer, task: ReplayTask) -> Measurements:
-    """The numbers of each replayed sample, by an open teacher."""
-    cache, found = Cache.open(task.cache), Measurements()
+def measure(scorer: PartScorer, task: ReplayTask) -> ReplayMeasurements:
+    """Measures each replayed sample with a loaded teacher."""
+    cache, found = Cache.open(task.cache), ReplayMeasurements()
     bounds = {family: errors["max"] for family, errors in cache.statistics()["errors_by_family"].items()}
     assert scorer.teacher is not None
     head = scorer.teacher.head
     for start in range(0, len(task.indices), _SAMPLES_AT_ONCE):
-        records, ready = _restored(scorer, cache, task.indices[start : start + _SAMPLES_AT_ONCE], found)
-        first = _states(scorer, [ready], found.refused)
+        records, ready = _restore_samples(scorer, cache, task.indices[start : start + _SAMPLES_AT_ONCE], found)
+        first = _compute_states(scorer, [ready], found.refused)
         others = ready[::-1]
         batches = [others[at : at + _SECOND_BATCH] for at in range(0, len(others), _SECOND_BATCH)]
-        second = _states(scorer, batches, [])
+        second = _compute_states(scorer, batches, [])
         for sample in ready:
             name = sample.record.sample_id
             if name in first and name in second:
                 comparison = Comparison(cache.identity, head, sample, records[name], bounds)
-                found.measured.extend(comparison.measured(first[name], second[name]))
+                found.measured.extend(comparison.measure(first[name], second[name]))
     return found
 
 
-def _restored(
-    scorer: PartScorer, cache: Cache, indices: Sequence[int], found: Measurements
-) -> tuple[dict[str, SampleRecord], list[Prepared]]:
+def _restore_samples(
+    scorer: PartScorer, cache: Cache, indices: Sequence[int], found: ReplayMeasurements
+) -> tuple[dict[str, SampleRecord], list[PreparedSample]]:
     records, ready = {}, []
     for index in indices:
         record = cache.read(index)
@@ -187,8 +187,10 @@ def _restored(
     return records, ready
 
 
-def _states(scorer: PartScorer, batches: Sequence[Sequence[Prepared]], errors: list[SampleError]) -> dict[str, Tensor]:
-    """Hidden states by sample id, (T, d), of samples that the teacher takes."""
+def _compute_states(
+    scorer: PartScorer, batches: Sequence[Sequence[PreparedSample]], errors: list[SampleError]
+) -> dict[str, Tensor]:
+    """Computes hidden states by sample id, (T, d), of samples that the teacher accepts."""
     states: dict[str, Tensor] = {}
     for batch in batches:
         taken, hidden = scorer.hidden_states(batch, errors)
@@ -196,14 +198,14 @@ def _states(scorer: PartScorer, batches: Sequence[Sequence[Prepared]], errors: l
     return states
 
 
-def summarised(measured: Sequence[Measured]) -> Iterator[Drift]:
-    """One line for each family and measure, and the samples that drifted by it."""
+def summarize_drifts(measured: Sequence[Measurement]) -> Iterator[Drift]:
+    """Yields the drift of each family and measure, with the samples that drifted."""
     for family, name in dict.fromkeys((one.family, one.measure) for one in measured):
         some = [one for one in measured if (one.family, one.measure) == (family, name)]
-        noise = Spread.of(np.concatenate([one.noise for one in some]))
+        noise = Spread.from_values(np.concatenate([one.noise for one in some]))
         drift = np.concatenate([one.drift for one in some])
         beyond = {id(one): np.maximum(0, one.drift - one.allowed) for one in some}
-        excess = Spread.of(np.concatenate(list(beyond.values())))
+        excess = Spread.from_values(np.concatenate(list(beyond.values())))
         drifted = [
             one.sample_id
             for one in some
@@ -213,11 +215,11 @@ def summarised(measured: Sequence[Measured]) -> Iterator[Drift]:
                 or (excess.mean > NOISE_FACTOR * noise.mean and beyond[id(one)].mean() >= excess.mean)
             )
         ]
-        yield Drift(family, name, len(drift), noise, Spread.of(drift), excess, tuple(dict.fromkeys(drifted)))
+        yield Drift(family, name, len(drift), noise, Spread.from_values(drift), excess, tuple(dict.fromkeys(drifted)))
 
 
-def table(found: Replay) -> str:
-    """The findings for a person, one line a measure."""
+def format_replay(found: Replay) -> str:
+    """Formats the findings for a terminal, one line per measure."""
     head = ("family", "measure", "rows", "noise mean", "p99", "max", "drift mean", "p99", "max", "drifted")
     lines: list[tuple[str, ...]] = [head]
     for one in found.drifts:
@@ -233,7 +235,7 @@ def table(found: Replay) -> str:
 
 
 def check_drift(found: Replay, path: str) -> None:
-    """StillhouseError naming the samples that drifted, or could not be scored again."""
+    """Raises StillhouseError naming the samples that drifted, or could not be scored again."""
     if found.ok:
         return
     lines = [f"  {error.sample_id}: cannot be scored again: {error.reason}" for error in found.refused]

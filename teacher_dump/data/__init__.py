@@ -1,1 +1,1 @@
-"""From a user's files to samples: formats, conversations, images, the split into parts. Uses the config alone."""
+"""Reads a user's files as samples: formats, conversations, images, the split into parts. Uses only the config."""

@@ -1,6 +1,6 @@
-"""Images inside of a zip or a tar that lies next to its JSON, by their member's name.
+"""Images inside a zip or tar, looked up by member name.
 
-A name is looked up and never becomes a path on this machine.
+A name never becomes a path on this machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from storage.errors import ConfigError
 from teacher_dump.data.sample import SampleRefusedError, shorten
-from teacher_dump.data.sources.row import Broken, printable
+from teacher_dump.data.sources.row import BrokenRow, make_printable
 from teacher_dump.data.sources.webdataset_rows import MAX_MEMBER_BYTES, read_member
 
 
@@ -21,12 +21,12 @@ class Archive(Protocol):
     """Files by name."""
 
     def read(self, name: str) -> bytes:
-        """A member's content. SampleRefusedError: none of that name, or one that cannot be used."""
+        """Returns a member's content. Raises SampleRefusedError if it is missing or cannot be used."""
         ...
 
 
 def open_archive(path: Path) -> Archive:
-    """A zip or tar, its names read. ConfigError: neither of them."""
+    """Opens a zip or tar and reads its names. Raises ConfigError for any other file."""
     try:
         if zipfile.is_zipfile(path):
             return ZipArchive(path)
@@ -65,7 +65,7 @@ class ZipArchive:
 
 
 class TarArchive:
-    """Members of a tar. A compressed one is read from its start for each member that lies further back."""
+    """Members of a tar. To read an earlier member, a compressed tar is read again from its start."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -76,8 +76,8 @@ class TarArchive:
         """See Archive."""
         member = self._members.get(name.removeprefix("./"))
         if member is None:
-            raise SampleRefusedError(f"image {shorten(printable(name))} is missing in {self._path}")
+            raise SampleRefusedError(f"image {shorten(make_printable(name))} is missing in {self._path}")
         content = read_member(self._tar, member)
-        if isinstance(content, Broken):
-            raise SampleRefusedError(f"image {shorten(printable(name))}: {content.reason}")
+        if isinstance(content, BrokenRow):
+            raise SampleRefusedError(f"image {shorten(make_printable(name))}: {content.reason}")
         return content

@@ -1,4 +1,4 @@
-"""Reading: the sources' rows as samples, mixed, checked and counted; nothing is lost in silence."""
+"""Reads the sources' rows as samples; every row becomes samples or a recorded error."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.records import SampleError, check_image_path
 from teacher_dump.config import SourceSection
 from teacher_dump.data.archives import Archive, open_archive
-from teacher_dump.data.conversation import encodable, is_pair, parse_conversation
+from teacher_dump.data.conversation import check_encodable, is_pair, parse_conversation
 from teacher_dump.data.image_store import ImageFiles
 from teacher_dump.data.sample import Sample, SampleRefusedError, shorten
 from teacher_dump.data.sample_spool import SampleFile
 from teacher_dump.data.sources.formats import read_rows
-from teacher_dump.data.sources.row import Broken
+from teacher_dump.data.sources.row import BrokenRow
 
 _MAX_ID = 1000  # characters
-_MAX_REASON = 1000  # whatever a library puts into its message
+_MAX_REASON = 1000  # characters; messages of libraries may be long
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """What the sources hold: usable samples in their order, and every row that is not one."""
+    """The usable samples of the sources in order, and an error for every other row."""
 
-    samples: Sequence[Sample]  # on disk, read as they are asked for
+    samples: Sequence[Sample]  # on disk, read on access
     errors: tuple[SampleError, ...]
     image_root: Path  # absolute; the folder that all images lie in
-    rows: Mapping[str, Row] = field(default_factory=dict)  # of the names in `watched`, those of usable samples
+    rows: Mapping[str, WatchedRow] = field(default_factory=dict)  # of the names in `watched`, those of usable samples
 
 
 @dataclass
-class Row:
-    """A row that became samples."""
+class WatchedRow:
+    """A watched row that became samples."""
 
     place: str  # file and number
     sample_ids: list[str]
@@ -53,43 +53,43 @@ def read_samples(
     spool: Path | None = None,
     watched: Container[str] = (),
 ) -> SampleSet:
-    """All samples of all sources.
+    """Reads all samples of all sources.
 
-    A broken row, a duplicate id, a missing image or a path out of its image folder costs that sample only
-    and becomes a SampleError, under its id or, where that is unknown or taken, under its place in the file;
-    a preference pair becomes two, under both of its ids. `extracted` is the folder for images that are bytes
-    or lie in archives; `only_questions` leaves all answers out; `spool` is the folder of the samples' file.
-    `watched`: ids or places of rows whose samples are wanted in `rows`.
-    ConfigError: no sources, one that is missing or cannot be read at all.
+    A broken row, a duplicate id, a missing image or a path outside its image folder costs only that sample.
+    It becomes a SampleError under its id or, if the id is unknown or taken, under its place in the file;
+    a preference pair becomes two errors, under both of its ids. `extracted` is the folder for images that are
+    bytes or lie in archives; `only_questions` drops all answers; `spool` is the folder of the samples' file.
+    `watched`: ids or places of rows to report in `rows`.
+    Raises ConfigError for no sources, or a source that is missing or cannot be read at all.
     """
     if not sources:
         raise ConfigError("data.sources: is empty; name at least one file of conversations, such as a LLaVA JSON")
-    reading = _Reading(ImageFiles(extracted.resolve()), only_questions=only_questions, watched=watched)
-    samples = SampleFile(_samples(sources, reading), folder=spool)
-    root = _common_folder(list(reading.files.folders) or [_image_folder(sources[0])])
-    samples.cut_paths(len(str(root).rstrip("/")) + 1)
-    return SampleSet(samples, _named_once(reading.errors, reading.first_place), root, reading.rows)
+    reader = _SampleReader(ImageFiles(extracted.resolve()), only_questions=only_questions, watched=watched)
+    samples = SampleFile(_iterate_samples(sources, reader), folder=spool)
+    root = _find_common_folder(list(reader.files.folders) or [_resolve_image_folder(sources[0])])
+    samples.strip_path_prefix(len(str(root).rstrip("/")) + 1)
+    return SampleSet(samples, _make_names_unique(reader.errors, reader.first_place), root, reader.rows)
 
 
-def _samples(sources: Sequence[SourceSection], reading: _Reading) -> Iterator[Sample]:
-    for source, name in zip(sources, _position_names(sources), strict=True):
-        images = _image_place(source)
+def _iterate_samples(sources: Sequence[SourceSection], reader: _SampleReader) -> Iterator[Sample]:
+    for source, name in zip(sources, _make_position_names(sources), strict=True):
+        images = _open_image_source(source)
         number = None
-        columns = _Columns(source)
-        for number, copy, (place, row) in islice(_taken(source), source.limit):
+        columns = _ColumnNames(source)
+        for number, copy, (place, row) in islice(_iterate_weighted_rows(source), source.limit):
             given = f"{name}:{number}" if source.ids == "position" else None
-            yield from reading.take(row, place=place, given=given, copy=copy, columns=columns, images=images)
+            yield from reader.read_row(row, place=place, given=given, copy=copy, columns=columns, images=images)
         if number is None and (num_rows := sum(1 for _ in read_rows(source))):
             raise ConfigError(
-                f"data.sources: {source.path}: weight {source.weight:g} takes none of its {num_rows:,} rows; "
+                f"data.sources: {source.path}: weight {source.weight:g} selects none of its {num_rows:,} rows; "
                 "give a larger weight, or another seed"
             )
         if source.limit is None and source.weight >= 1:  # every row was seen
             columns.check_all_seen()
 
 
-def _position_names(sources: Sequence[SourceSection]) -> list[str]:
-    """What `ids: position` calls each source: its file's name, and from the second of one name on its count."""
+def _make_position_names(sources: Sequence[SourceSection]) -> list[str]:
+    """Returns each source's name under `ids: position`: its file's name, with @2 and so on if it repeats."""
     counts: Counter[str] = Counter()
     names = []
     for source in sources:
@@ -99,8 +99,8 @@ def _position_names(sources: Sequence[SourceSection]) -> list[str]:
     return names
 
 
-class _Columns:
-    """A source's own names for our fields."""
+class _ColumnNames:
+    """Maps a source's field names to ours."""
 
     def __init__(self, source: SourceSection) -> None:
         self.source = source
@@ -108,7 +108,7 @@ class _Columns:
         self._fields: dict[str, None] = {}  # of the first row
 
     def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row under our names; what a name is mapped from is left out."""
+        """Returns the row under our names, without the source's own."""
         if not self.source.columns:
             return dict(row)
         self._unseen.difference_update(row)
@@ -117,7 +117,7 @@ class _Columns:
         return {**kept, **{ours: row.get(theirs) for ours, theirs in self.source.columns.items()}}
 
     def check_all_seen(self) -> None:
-        """ConfigError: a name that no row has."""
+        """Raises ConfigError if `columns` names a field that no row has."""
         if self._unseen and self._fields:
             raise ConfigError(
                 f"data.sources: {self.source.path}: columns names {', '.join(sorted(self._unseen))}, which no row has; "
@@ -125,10 +125,10 @@ class _Columns:
             )
 
 
-def _taken(source: SourceSection) -> Iterator[tuple[int, int, tuple[str, Any]]]:
-    """(row number, copy, row) of what `weight` takes: every row as often as its whole part says, and some once more.
+def _iterate_weighted_rows(source: SourceSection) -> Iterator[tuple[int, int, tuple[str, Any]]]:
+    """Yields (row number, copy, row): each row floor(weight) times, and a random fraction once more.
 
-    Which those are follows from seed and row number alone, so a source that grows keeps them.
+    The random choice depends only on seed and row number, so a source that grows keeps its earlier rows.
     """
     copies, fraction = divmod(source.weight, 1)
     for number, row in enumerate(read_rows(source)):
@@ -138,60 +138,60 @@ def _taken(source: SourceSection) -> Iterator[tuple[int, int, tuple[str, Any]]]:
             yield number, copy, row
 
 
-class _Reading:
-    """Rows become samples or errors; ids are looked at once."""
+class _SampleReader:
+    """Turns rows into samples or errors, and checks that ids are unique."""
 
     def __init__(self, files: ImageFiles, *, only_questions: bool, watched: Container[str] = ()) -> None:
         self.files = files
         self._only_questions = only_questions
         self._watched = watched
-        self.rows: dict[str, Row] = {}  # by watched id or place
+        self.rows: dict[str, WatchedRow] = {}  # by watched id or place
         self.errors: list[SampleError] = []
         self.first_place: dict[str, str] = {}  # by sample id
 
-    def take(
-        self, row: Any, *, place: str, given: str | None, copy: int, columns: _Columns, images: Path | Archive
+    def read_row(
+        self, row: Any, *, place: str, given: str | None, copy: int, columns: _ColumnNames, images: Path | Archive
     ) -> list[Sample]:
-        """The samples of a row; none of one that is an error. `given`: its id, or None: the row's own."""
+        """Returns the samples of a row; none if it is an error. `given`: its id; None: the row's own."""
         names = [place]
         try:
-            if isinstance(row, Broken):
+            if isinstance(row, BrokenRow):
                 raise SampleRefusedError(row.reason)
             if not isinstance(row, dict):
                 raise SampleRefusedError(f"row is {type(row).__name__}, expected an object")
             fields = columns.rename(row)
-            name = (given or _id(fields)) + (f"~{copy + 1}" if copy else "")
+            name = (given or _read_id(fields)) + (f"~{copy + 1}" if copy else "")
             of_row = [name + CHOSEN, name + REJECTED] if is_pair(fields) else [name]
             for name in of_row:
-                self._refuse_known(name)
+                self._check_unique(name)
             names = of_row
             self.first_place.update(dict.fromkeys(names, place))
-            samples = self._parsed(names, fields, columns.source, images)
+            samples = self._make_samples(names, fields, columns.source, images)
         except SampleRefusedError as refusal:
             reason = str(refusal) if len(str(refusal)) <= _MAX_REASON else f"{str(refusal)[:_MAX_REASON]}…"
             self.errors += [SampleError(name, f"{place}: {reason}") for name in names]
             return []
         for name in names:
             if name in self._watched:
-                self.rows[name] = Row(place, [name])
+                self.rows[name] = WatchedRow(place, [name])
             elif place in self._watched:
-                self.rows.setdefault(place, Row(place, [])).sample_ids.append(name)
+                self.rows.setdefault(place, WatchedRow(place, [])).sample_ids.append(name)
         return samples
 
-    def _parsed(
+    def _make_samples(
         self, names: Sequence[str], fields: dict[str, Any], source: SourceSection, images: Path | Archive
     ) -> list[Sample]:
         ignored = frozenset(source.ignore)
         conversation = parse_conversation(fields, only_questions=self._only_questions, ignored=ignored)
-        category = _category(fields)
-        paths = tuple(self.files.file(value, images) for value in conversation.images)
+        category = _read_category(fields)
+        paths = tuple(self.files.resolve(value, images) for value in conversation.images)
         turns = conversation.turns
         samples = [Sample(names[0], source.split, category, paths, turns)]
         if conversation.rejected is not None:
             samples.append(Sample(names[1], source.split, category, paths, (*turns[:-1], conversation.rejected)))
         return samples
 
-    def _refuse_known(self, name: str) -> None:
+    def _check_unique(self, name: str) -> None:
         if name in self.first_place:
             raise SampleRefusedError(
                 f"duplicate id {shorten(name)}, first seen at {self.first_place[name]}; that one is kept "
@@ -199,8 +199,8 @@ class _Reading:
             )
 
 
-def _named_once(errors: Sequence[SampleError], taken: Container[str]) -> tuple[SampleError, ...]:
-    """The errors, a place marked where it is a sample's id or another error's, so that no two are the same."""
+def _make_names_unique(errors: Sequence[SampleError], taken: Container[str]) -> tuple[SampleError, ...]:
+    """Returns the errors with unique ids; renames those that collide with a sample or another error."""
     named: list[SampleError] = []
     seen: dict[str, int] = {}
     for error in errors:
@@ -214,35 +214,35 @@ def _named_once(errors: Sequence[SampleError], taken: Container[str]) -> tuple[S
     return tuple(named)
 
 
-def _id(fields: dict[str, Any]) -> str:
+def _read_id(fields: dict[str, Any]) -> str:
     value = fields.get("id")
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise SampleRefusedError(
             f"id is {shorten(value)}, expected text or a number (`ids: position` numbers the rows)"
         )
-    text = encodable(str(value), "id")
+    text = check_encodable(str(value), "id")
     if len(text) > _MAX_ID:
         raise SampleRefusedError(f"id is {shorten(text)}, expected at most {_MAX_ID:,} characters")
     return text
 
 
-def _category(fields: dict[str, Any]) -> str:
+def _read_category(fields: dict[str, Any]) -> str:
     value = fields.get("category")
     if not isinstance(value, str | None):
         raise SampleRefusedError(f"category is {shorten(value)}, expected text")
-    return encodable(value or "", "category")
+    return check_encodable(value or "", "category")
 
 
-def _image_place(source: SourceSection) -> Path | Archive:
-    folder = _image_folder(source)
+def _open_image_source(source: SourceSection) -> Path | Archive:
+    folder = _resolve_image_folder(source)
     return open_archive(folder) if source.images is not None and folder.is_file() else folder
 
 
-def _image_folder(source: SourceSection) -> Path:
+def _resolve_image_folder(source: SourceSection) -> Path:
     return Path(source.images if source.images is not None else Path(source.path).parent).resolve()
 
 
-def _common_folder(folders: Sequence[Path]) -> Path:
+def _find_common_folder(folders: Sequence[Path]) -> Path:
     try:
         common = Path(os.path.commonpath(folders))
     except ValueError as error:  # two drives

@@ -1,4 +1,4 @@
-"""Images: a file below the image root, its content hash, its pixels."""
+"""Loads an image file below the image root: its bytes, content hash and pixels."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class LoadedImage:
 
 
 def load_image(root: Path, path: str, settings: PixelSettings) -> LoadedImage:
-    """Read and decode one image. SampleRefusedError: outside of the root, unreadable, no image, too large to trust.
+    """Reads and decodes one image.
 
+    Raises SampleRefusedError if it lies outside the root, cannot be read or decoded, or is too large.
     The root is a folder of this machine, so links below it are followed wherever they lead.
     """
     try:
@@ -35,7 +36,7 @@ def load_image(root: Path, path: str, settings: PixelSettings) -> LoadedImage:
         raise SampleRefusedError(f"image {path!r} lies outside of {root}: {error}") from error
     try:
         file = root / path
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # reading a pipe would block
             raise SampleRefusedError(f"image {path!r}: cannot be read: there is no such file")
         if file.stat().st_size > MAX_IMAGE_BYTES:
             raise SampleRefusedError(

@@ -1,7 +1,7 @@
-"""Images of rows as files: those of a folder are looked at, all others are written to a folder, once.
+"""Resolves images of rows to files: finds those of a folder, and writes all others to a folder once.
 
-The rest of Stillhouse, a trainer included, knows images as files below one root. Bytes in a row or in an archive
-become files named by their sha256, so that equal images are one, wherever they came from.
+The rest of Stillhouse, trainers included, reads images as files below one root. Bytes in a row or archive
+become files named by their sha256, so equal images share one file.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ _DIGITS = 2  # of the hash that name a folder
 
 
 class ImageFiles:
-    """Where each image of the rows is a file. Nothing is looked at or written twice."""
+    """Resolves each image of the rows to a file; remembers what it has resolved or written."""
 
     def __init__(self, extracted: Path) -> None:
-        """`extracted`: absolute; the folder for images that are no files."""
+        """`extracted`: absolute; the folder for images that are not files yet."""
         self._extracted = extracted
         self._known: dict[tuple[int, str], str] = {}  # by the place's identity and the name in it
         self._written: dict[str, str] = {}  # by sha256
-        self._directories: dict[tuple[Path, str], str] = {}
+        self._known_folders: dict[tuple[Path, str], str] = {}
         self.folders: dict[Path, None] = {}  # that images are in
 
-    def file(self, value: Any, place: Path | Archive) -> str:
-        """The absolute path of an image that a row names or holds.
+    def resolve(self, value: Any, place: Path | Archive) -> str:
+        """Returns the absolute path of an image that a row names or holds.
 
         `value`: a name relative to `place`, bytes, a data: or file: URL, or {bytes, path} as Hugging Face has it.
-        Links in a folder are followed wherever they lead. SampleRefusedError: it is none of these, is missing, or
-        its name leads out of its folder.
+        Links in a folder are followed wherever they lead. Raises SampleRefusedError if the value is none of
+        these, the file is missing, or its name leads out of its folder.
         """
         if isinstance(value, dict) and ("bytes" in value or "path" in value):
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if isinstance(value, str):
-            value = _of_url(value)
+            value = _parse_url(value)
         if isinstance(value, bytes):
             return self._extract(value)
         if not isinstance(value, str) or not value:
@@ -54,7 +54,7 @@ class ImageFiles:
         key = (id(place), value)
         known = self._known.get(key)
         if known is None:
-            found = _in_folder(self, value, place) if isinstance(place, Path) else self._extract(place.read(value))
+            found = _find_in_folder(self, value, place) if isinstance(place, Path) else self._extract(place.read(value))
             known = self._known[key] = found
         return known
 
@@ -65,22 +65,25 @@ class ImageFiles:
         known = self._written.get(sha256)
         if known is None:
             self.folders[self._extracted] = None
-            known = self._written[sha256] = _written(self._extracted / sha256[:_DIGITS] / sha256, content)
+            known = self._written[sha256] = _write_once(self._extracted / sha256[:_DIGITS] / sha256, content)
         return known
 
-    def directory(self, folder: Path, name: str) -> str:
-        """A folder below `folder`, with a slash: where links lead, if that is below it, too; else by its name."""
-        known = self._directories.get((folder, name))
+    def resolve_folder(self, folder: Path, name: str) -> str:
+        """Returns a folder below `folder`, with a slash: its real path if that is below `folder`, else its name."""
+        known = self._known_folders.get((folder, name))
         if known is None:
             found = f"{os.path.realpath(folder / name)}/"
-            if not found.startswith(_inside(folder)):
+            if not found.startswith(_make_prefix(folder)):
                 found = f"{folder / name}/"
-            known = self._directories[folder, name] = found
+            known = self._known_folders[folder, name] = found
         return known
 
 
-def _of_url(value: str) -> str | bytes:
-    """The bytes of a data: URL, the name in a file: URL, any other text as it is. SampleRefusedError: another URL."""
+def _parse_url(value: str) -> str | bytes:
+    """Returns the bytes of a data: URL, the path in a file: URL, and other text unchanged.
+
+    Raises SampleRefusedError for any other URL.
+    """
     scheme = _ADDRESS.match(value)
     if scheme is None:
         return value
@@ -92,30 +95,30 @@ def _of_url(value: str) -> str | bytes:
         raise SampleRefusedError(f"image {shorten(value)} is an address; expected a file, bytes, or a data: URL")
     head, comma, payload = value.partition(",")
     if not comma:
-        raise SampleRefusedError(f"image {shorten(value)} is no data: URL: it has no comma")
+        raise SampleRefusedError(f"image {shorten(value)} is not a valid data: URL: it has no comma")
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(payload)
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except ValueError as error:
-        raise SampleRefusedError(f"image {shorten(value)} is no data: URL: its base64 is broken") from error
+        raise SampleRefusedError(f"image {shorten(value)} is not a valid data: URL: its base64 is broken") from error
 
 
-def _in_folder(files: ImageFiles, name: str, folder: Path) -> str:
-    """The absolute path of a file below a folder; a link keeps its own name where it leads out of the folder."""
-    inside = _inside(folder)
+def _find_in_folder(files: ImageFiles, name: str, folder: Path) -> str:
+    """Returns the absolute path of a file below a folder; a link that leads out of it keeps its own name."""
+    prefix = _make_prefix(folder)
     shown = shorten(name)
     try:
-        if (name.startswith("/") and not name.startswith(inside)) or ".." in name.split("/"):  # may lead anywhere
+        if (name.startswith("/") and not name.startswith(prefix)) or ".." in name.split("/"):  # may lead anywhere
             found = os.path.realpath(folder / name)
-            if not found.startswith(inside):
+            if not found.startswith(prefix):
                 raise SampleRefusedError(f"image {shown} lies outside of its folder {folder}")
         else:
-            parent, _, base = name.removeprefix(inside).rpartition("/")
-            found = files.directory(folder, parent) + base
+            parent, _, base = name.removeprefix(prefix).rpartition("/")
+            found = files.resolve_folder(folder, parent) + base
             if not stat.S_ISREG(os.lstat(found).st_mode):
                 target = os.path.realpath(found)
-                found = target if target.startswith(inside) else found
+                found = target if target.startswith(prefix) else found
         mode = os.stat(found).st_mode  # noqa: PTH116
     except FileNotFoundError as error:
         raise SampleRefusedError(f"image {shown} is missing in {folder}") from error
@@ -124,21 +127,21 @@ def _in_folder(files: ImageFiles, name: str, folder: Path) -> str:
     except ValueError as error:
         raise SampleRefusedError(f"image {shown}: {error}") from error
     if not stat.S_ISREG(mode):
-        raise SampleRefusedError(f"image {shown} is missing in {folder}: what has its name is no file")
+        raise SampleRefusedError(f"image {shown} is missing in {folder}: the path is not a regular file")
     try:
-        check_image_path(found[len(inside) :])
+        check_image_path(found[len(prefix) :])
     except ValueError as error:
-        raise SampleRefusedError(f"image {shown} is no relative path with forward slashes") from error
+        raise SampleRefusedError(f"image {shown} is not a relative path with forward slashes") from error
     files.folders[folder] = None
     return found
 
 
-def _inside(folder: Path) -> str:
+def _make_prefix(folder: Path) -> str:
     return f"{folder}/".replace("//", "/")
 
 
-def _written(path: Path, content: bytes) -> str:
-    """The path, once a file of this content is there. Its name is its hash: one of the same size is whole."""
+def _write_once(path: Path, content: bytes) -> str:
+    """Writes the file unless it exists, and returns its path. The name is the hash: same size means whole."""
     with explain_write_errors(path, needed_bytes=len(content)):
         if path.is_file() and not path.is_symlink() and path.stat().st_size == len(content):
             return str(path)

@@ -1,4 +1,4 @@
-"""Lists of messages in the forms that files give them: a list, its JSON text, or a struct of equally long lists."""
+"""Parses lists of messages: a list, its JSON text, or a struct of equally long lists."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 from teacher_dump.data.sample import SampleRefusedError
 
 
-def as_list(value: Any, name: str) -> Any:
-    """The list that a field holds; any other value as it is. SampleRefusedError: columns of different lengths."""
+def parse_list(value: Any, name: str) -> Any:
+    """Returns the list that a field holds; any other value unchanged.
+
+    Raises SampleRefusedError for columns of different lengths.
+    """
     if isinstance(value, str):
         return _of_text(value)
     if isinstance(value, dict) and value and all(isinstance(column, list | None) for column in value.values()):
@@ -23,9 +26,9 @@ def as_list(value: Any, name: str) -> Any:
     return value
 
 
-def text_or_list(value: Any, name: str) -> Any:
-    """As `as_list` for a field that may be plain text: JSON text counts only where it is a list of messages."""
-    found = as_list(value, name)
+def parse_text_or_list(value: Any, name: str) -> Any:
+    """Parses a field that may be plain text: JSON text is parsed only if it is a list of messages."""
+    found = parse_list(value, name)
     if not isinstance(value, str):
         return found
     is_messages = isinstance(found, list) and found and all(_is_message(item) for item in found)
@@ -37,11 +40,11 @@ def _is_message(value: Any) -> bool:
 
 
 def _of_text(value: str) -> Any:
-    """The list or struct whose JSON a text is; any other text as it is."""
+    """Parses JSON text of a list or struct; returns any other text unchanged."""
     if not value.lstrip().startswith(("[", "{")):
         return value
     try:
         parsed = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return as_list(parsed, "JSON text") if isinstance(parsed, list | dict) else value
+    return parse_list(parsed, "JSON text") if isinstance(parsed, list | dict) else value

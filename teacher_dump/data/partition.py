@@ -1,4 +1,4 @@
-"""The plan: a pure, deterministic split of the samples into parts, the units of work, retry and commit."""
+"""The plan: a deterministic split of the samples into parts, the units of work, retry and commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.records import SampleError
 from teacher_dump.config import TooLong
 from teacher_dump.data.sample import Sample
-from teacher_dump.data.sample_spool import Chosen
+from teacher_dump.data.sample_spool import SampleSubset
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,17 @@ class Part:
     """Samples that are scored and committed together. No image is in two parts."""
 
     number: int
-    samples: Sequence[Sample]  # which may be read from disk anew each time
+    samples: Sequence[Sample]  # may be read from disk on each access
     errors: tuple[SampleError, ...] = ()  # rows that never became a sample; all of them in part 0
 
     def to_text(self) -> str:
-        """JSON, for another process."""
+        """Returns the part as JSON text, for another process."""
         errors = [[error.sample_id, error.reason] for error in self.errors]
         return json.dumps([self.number, [sample.as_json() for sample in self.samples], errors])
 
     @staticmethod
     def from_text(text: str) -> Part:
-        """The inverse of `to_text`."""
+        """Inverts `to_text`."""
         number, samples, errors = json.loads(text)
         return Part(
             number,
@@ -62,31 +62,31 @@ def make_plan(
     max_length: int,
     too_long: TooLong = "refuse",
 ) -> Plan:
-    """Parts of about `samples_per_part` samples, in the samples' order.
+    """Splits the samples into parts of about `samples_per_part`, in the samples' order.
 
-    Samples that share an image, directly or through others, form a group that is never cut, so a part is
-    larger where one group is; so do the halves of a preference pair. `max_length` (tokens) and `too_long`
-    decide which samples are refused or cut and are part of the fingerprint. Rows that are no samples travel
-    as errors of part 0; with no samples there is one part.
+    Samples that share an image, directly or through others, form a group that is never split, as do the
+    halves of a preference pair; a part is larger if one group is. `max_length` (tokens) and `too_long` decide
+    which samples are refused or cut and are part of the fingerprint. `errors` go to part 0; with no samples
+    there is one part.
     """
     parts: list[array[int]] = []  # places of samples
-    for group in image_groups(samples):
+    for group in group_by_images(samples):
         if not parts or len(parts[-1]) + len(group) > samples_per_part:
             parts.append(array("q"))
         parts[-1].extend(group)
     numbered = tuple(
-        Part(number, Chosen(samples, places) if places else (), tuple(errors) if number == 0 else ())
+        Part(number, SampleSubset(samples, places) if places else (), tuple(errors) if number == 0 else ())
         for number, places in enumerate(parts or [array("q")])
     )
-    return Plan(numbered, _fingerprint(numbered, max_length, too_long))
+    return Plan(numbered, _hash_parts(numbered, max_length, too_long))
 
 
-def image_groups(samples: Sequence[Sample]) -> Iterator[list[int]]:
-    """Places of samples connected by images, groups and members in the order of first appearance."""
+def group_by_images(samples: Sequence[Sample]) -> Iterator[list[int]]:
+    """Yields positions of samples connected by images, groups and members in order of first appearance."""
     parent = array("q", range(len(samples)))
     first_with: dict[str, int] = {}
     for index, sample in enumerate(samples):
-        for shared in (*sample.images, *_pair(sample.id)):
+        for shared in (*sample.images, *_get_pair_key(sample.id)):
             one, other = first_with.setdefault(shared, index), index
             while parent[one] != one:
                 parent[one] = one = parent[parent[one]]
@@ -104,12 +104,12 @@ def image_groups(samples: Sequence[Sample]) -> Iterator[list[int]]:
         yield order[start:stop].tolist()
 
 
-def _pair(sample_id: str) -> tuple[str, ...]:
-    """A name that both halves of a preference pair share, and no image has; none of another sample."""
+def _get_pair_key(sample_id: str) -> tuple[str, ...]:
+    """Returns a key that both halves of a preference pair share and no image has; none for other samples."""
     return (f"{sample_id.rpartition('#')[0]}\0",) if sample_id.endswith((CHOSEN, REJECTED)) else ()
 
 
-def _fingerprint(parts: Sequence[Part], max_length: int, too_long: TooLong) -> str:
+def _hash_parts(parts: Sequence[Part], max_length: int, too_long: TooLong) -> str:
     rule = "" if too_long == "refuse" else f"{too_long}\0"
     digest = hashlib.sha256(f"stillhouse plan 1\0{max_length}\0{rule}".encode())
     for part in parts:

@@ -1,4 +1,4 @@
-"""Samples: one conversation each, about any number of images."""
+"""Samples: one conversation each, with any number of images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_SHOWN = 60  # characters of a user's value in a reason
 
 
 def shorten(value: Any) -> str:
-    """A value as a reason shows it: its repr, of which at most `MAX_SHOWN` characters."""
+    """Returns a value's repr for an error message, at most `MAX_SHOWN` characters of it."""
     if isinstance(value, bytes):
         return f"{len(value):,} bytes"
     cut = value[: MAX_SHOWN + 1] if isinstance(value, str | list | tuple) else value
@@ -26,7 +26,7 @@ def shorten(value: Any) -> str:
 
 
 class SampleRefusedError(StillhouseError):
-    """One sample that cannot be used; the message is the reason that its SampleError carries."""
+    """Refuses one sample; the message becomes the reason of its SampleError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Turn:
     token_ids: tuple[int, ...] | None = None  # of an answer that the teacher generated, its stop token last
 
     def as_json(self) -> list[Any]:
-        """Plain data; whether it is trained on and its ids only where they say something."""
+        """Returns plain data, without defaults at its end."""
         row: list[Any] = [self.role, self.text]
         if self.token_ids is not None:
             return [*row, self.is_trained, list(self.token_ids)]
@@ -47,14 +47,14 @@ class Turn:
 
     @staticmethod
     def from_json(row: list[Any]) -> Turn:
-        """The inverse of `as_json`."""
+        """Inverts `as_json`."""
         role, text, is_trained, ids = [*row, *(True, None)[len(row) - 2 :]]
         return Turn(role, text, is_trained, None if ids is None else tuple(ids))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation about any number of images."""
+    """One conversation with any number of images."""
 
     id: str
     split: str
@@ -63,7 +63,7 @@ class Sample:
     turns: tuple[Turn, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, for a fingerprint or another process."""
+        """Returns plain data, for a fingerprint or another process."""
         return {
             "id": self.id,
             "split": self.split,
@@ -74,6 +74,6 @@ class Sample:
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> Sample:
-        """The inverse of `as_json`."""
+        """Inverts `as_json`."""
         turns = tuple(Turn.from_json(turn) for turn in row["turns"])
         return Sample(row["id"], row["split"], row["category"], tuple(row["images"]), turns)

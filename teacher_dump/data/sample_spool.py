@@ -1,4 +1,4 @@
-"""Samples on disk: a plan of millions, of which memory holds only where each one begins."""
+"""Samples on disk: memory holds only the offset of each, so a plan may have millions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from storage.errors import ConfigError, StillhouseError
 from teacher_dump.data.sample import Sample
 
 
-class _Samples(Sequence[Sample], ABC):
-    """Samples that are read by their place each time."""
+class _LazySamples(Sequence[Sample], ABC):
+    """A sequence that reads a sample on each access."""
 
     @abstractmethod
-    def _at(self, place: int) -> Sample: ...
+    def _read_at(self, place: int) -> Sample: ...
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -28,19 +28,20 @@ class _Samples(Sequence[Sample], ABC):
     def __getitem__(self, index: slice) -> tuple[Sample, ...]: ...
     def __getitem__(self, index: int | slice) -> Sample | tuple[Sample, ...]:
         places = range(len(self))[index]  # IndexError beyond the end, and negative ones from there
-        return self._at(places) if isinstance(places, int) else tuple(map(self._at, places))
+        return self._read_at(places) if isinstance(places, int) else tuple(map(self._read_at, places))
 
 
-class SampleFile(_Samples):
-    """Samples in the order in which they came, read again whenever one is asked for; 8 bytes of memory each.
+class SampleFile(_LazySamples):
+    """Samples in their order of arrival, read from a file on each access; 8 bytes of memory each.
 
-    The file has no name, and goes away with the object or its process.
+    The file has no name and disappears with the object or its process.
     """
 
     def __init__(self, samples: Iterable[Sample], *, folder: Path | None = None) -> None:
-        """`folder` is where there is room for them, made if need be; None: where temporary files go.
+        """Writes the samples below `folder`, which is created if missing; None: the folder of temporary files.
 
-        Errors: those of `samples`; ConfigError, the folder cannot be written to; StillhouseError, its disk is full.
+        Raises the errors of `samples`; ConfigError if the folder cannot be written; StillhouseError if its
+        disk is full.
         """
         self._starts = array("Q", [0])
         self._bytes: mmap.mmap | bytes = b""
@@ -64,21 +65,21 @@ class SampleFile(_Samples):
                 raise
             raise StillhouseError(f"{place}: has no room for the plan's samples; give another runs_dir") from error
 
-    def cut_paths(self, num_characters: int) -> None:
-        """Leave out the first characters of every image's path from now on."""
+    def strip_path_prefix(self, num_characters: int) -> None:
+        """Removes the first characters of every image's path from now on."""
         self._num_cut = num_characters
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def _at(self, place: int) -> Sample:
+    def _read_at(self, place: int) -> Sample:
         row = json.loads(self._bytes[self._starts[place] : self._starts[place + 1]])
         row["images"] = [path[self._num_cut :] for path in row["images"]]
         return Sample.from_json(row)
 
 
-class Replaced(_Samples):
-    """A sequence's samples, with others at some places."""
+class SubstitutedSamples(_LazySamples):
+    """A sequence's samples, with others at some positions."""
 
     def __init__(self, samples: Sequence[Sample], others: Mapping[int, Sample]) -> None:
         self._samples = samples
@@ -87,12 +88,12 @@ class Replaced(_Samples):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def _at(self, place: int) -> Sample:
+    def _read_at(self, place: int) -> Sample:
         return self._others[place] if place in self._others else self._samples[place]
 
 
-class Chosen(_Samples):
-    """Some of a sequence's samples, by their places in it. Another process gets the samples themselves."""
+class SampleSubset(_LazySamples):
+    """Some of a sequence's samples, by their positions. Pickled as the samples themselves."""
 
     def __init__(self, samples: Sequence[Sample], places: Sequence[int]) -> None:
         self._samples = samples
@@ -101,7 +102,7 @@ class Chosen(_Samples):
     def __len__(self) -> int:
         return len(self._places)
 
-    def _at(self, place: int) -> Sample:
+    def _read_at(self, place: int) -> Sample:
         return self._samples[self._places[place]]
 
     def __reduce__(self) -> tuple[type, tuple]:

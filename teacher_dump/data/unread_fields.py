@@ -1,4 +1,4 @@
-"""What a row may hold that no teacher of ours reads: refused by name, unless its source ignores it.
+"""Unsupported fields, items and markers of rows: refused by name, unless their source ignores them.
 
 | name in `ignore` | where it stands |
 |---|---|
@@ -57,12 +57,12 @@ _MARKERS: Mapping[Ignorable, re.Pattern[str]] = {
 
 
 def check_row_fields(row: Mapping[str, Any], ignored: Ignored) -> None:
-    """SampleRefusedError: the row has a field that is not read."""
+    """Raises SampleRefusedError if the row has an unsupported field."""
     _check_fields(row, _ROW_FIELDS, ignored, "the row")
 
 
 def check_message_fields(message: Mapping[str, Any], ignored: Ignored, place: str) -> None:
-    """SampleRefusedError: a message has a field that is not read."""
+    """Raises SampleRefusedError if a message has an unsupported field."""
     _check_fields(message, _MESSAGE_FIELDS, ignored, place)
     for name in ("image", "images"):
         if _is_given(message.get(name)):
@@ -70,7 +70,7 @@ def check_message_fields(message: Mapping[str, Any], ignored: Ignored, place: st
 
 
 def is_ignored_item(kind: Any, ignored: Ignored, place: str) -> bool:
-    """Whether an item of this type is left out. SampleRefusedError: it is of a type that is not read."""
+    """Returns whether an item of this type is left out. Raises SampleRefusedError if it is unsupported."""
     name = _ITEM_TYPES.get(kind) if isinstance(kind, str) else None
     if name is not None and name not in ignored:
         raise SampleRefusedError(f"{place} has an item of type {kind!r}, which is not read{_opt_out(name)}")
@@ -78,7 +78,7 @@ def is_ignored_item(kind: Any, ignored: Ignored, place: str) -> bool:
 
 
 def check_markers(text: str, ignored: Ignored, place: str) -> None:
-    """SampleRefusedError: a text has a marker of other media, or one that another tool replaces by an image."""
+    """Raises SampleRefusedError if a text has a marker of other media, or another tool's image marker."""
     for name, pattern in _MARKERS.items():
         if name not in ignored and pattern.search(text):
             raise SampleRefusedError(

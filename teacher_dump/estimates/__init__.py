@@ -1,1 +1,1 @@
-"""What a dump will cost and lose, from a slice of it: bytes, hours, the fidelity budget. Uses execution."""
+"""Estimates of a dump from a slice of it: bytes, hours, the fidelity budget. Uses execution."""

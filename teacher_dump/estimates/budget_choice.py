@@ -1,4 +1,4 @@
-"""Has `cache.budget` choose, by asking a teacher, and puts the choice into the identity of a planned dump."""
+"""Chooses settings that meet `cache.budget`, with a teacher, and puts them into a planned dump's identity."""
 
 from __future__ import annotations
 
@@ -7,37 +7,41 @@ from typing import TYPE_CHECKING
 
 from storage.backends.folder import open_folder
 from storage.layout.segments import find_segment
-from teacher_dump.planning.recorded_budget import asked_of, comparable
+from teacher_dump.planning.recorded_budget import describe_budget_request, make_comparable_identity
 
 if TYPE_CHECKING:
     from teacher_dump.planning.dump_plan import DumpPlan
     from teacher_dump.settings import DumpSettings
 
 
-def with_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
-    """The plan with what cache.budget chooses in its identity; asks a teacher where no cache has it recorded.
+def apply_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
+    """Returns the plan with the settings that cache.budget chooses; runs a teacher unless a cache records them.
 
-    Errors: ConfigError for a budget that cannot be met, with the nearest numbers; those of with_teacher.
+    Raises ConfigError for a budget that cannot be met, with the nearest numbers; the errors of call_with_teacher.
     """
     cache, budget = settings.cache, settings.cache.budget
     asked = budget.families if budget is not None else ()
     missing = [family for family in asked if "budget" not in planned.identity.selection[family]]
     if budget is None or not missing:
         return planned
-    folder = open_folder(cache.path)  # a cache that was made otherwise is refused before anything is scored
-    find_segment(folder, comparable(planned.identity, cache), cache.families, append=cache.append)
-    from teacher_dump.estimates.budget_calibration import Wanted, calibrate, spread
-    from teacher_dump.execution.worker_setup import with_teacher
+    folder = open_folder(cache.path)  # an incompatible cache is refused before anything is scored
+    find_segment(folder, make_comparable_identity(planned.identity, cache), cache.families, append=cache.append)
+    from teacher_dump.estimates.budget_calibration import BudgetTask, choose_settings, pick_evenly
+    from teacher_dump.execution.worker_setup import call_with_teacher
 
     every = (sample for part in planned.plan.parts for sample in part.samples)
-    places = set(spread(range(planned.plan.num_samples), budget.samples))
+    places = set(pick_evenly(range(planned.plan.num_samples), budget.samples))
     samples = tuple(sample for place, sample in enumerate(every) if place in places)
     sections = {family: getattr(settings.cache, family) for family in missing}
-    wanted = Wanted(samples, budget, sections, settings.dump.samples_per_part, settings.cache.zstd_level)
-    chosen = with_teacher(planned, settings, calibrate, wanted)
+    task = BudgetTask(samples, budget, sections, settings.dump.samples_per_part, settings.cache.zstd_level)
+    chosen = call_with_teacher(planned, settings, choose_settings, task)
     selection = dict(planned.identity.selection)
     for family, choice in chosen.items():
         predicted = asdict(choice)
         setting = {name: predicted.pop(name) for name in ("tau", "rounding_kl")}
-        selection[family] = {**selection[family], **setting, "budget": {**asked_of(budget), "predicted": predicted}}
+        selection[family] = {
+            **selection[family],
+            **setting,
+            "budget": {**describe_budget_request(budget), "predicted": predicted},
+        }
     return replace(planned, identity=planned.identity.model_copy(update={"selection": selection}))

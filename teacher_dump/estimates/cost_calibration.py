@@ -1,4 +1,4 @@
-"""The calibration: a slice of the plan, scored by the real teacher and encoded for real, for a forecast of the rest."""
+"""Calibrates a forecast: the real teacher scores a slice of the plan, which is encoded as the dump would."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from storage.encoding.part_encoder import encode_part
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import Identity
 from storage.records.records import PartRecords, SampleError
-from teacher_dump.data.partition import Part, image_groups
+from teacher_dump.data.partition import Part, group_by_images
 from teacher_dump.data.sample import Sample, SampleRefusedError
-from teacher_dump.estimates.budget_choice import with_budget
-from teacher_dump.estimates.cost_model import Asked, Calibration, Forecast, Slice, Work, forecast
-from teacher_dump.execution.worker_setup import with_teacher, worker_settings
+from teacher_dump.estimates.budget_choice import apply_budget
+from teacher_dump.estimates.cost_model import Calibration, Forecast, SampleCounts, SliceCost, Work, forecast
+from teacher_dump.execution.worker_setup import call_with_teacher, make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
-from teacher_dump.prompts.data_report import DataReport, DataWatch
+from teacher_dump.prompts.data_report import DataReport, DataReporter
 from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.settings import DumpSettings
-from teacher_dump.signals.scoring import PartScorer, Scored
-from teacher_dump.workers.worker import ahead, open_preparer, open_scorer
+from teacher_dump.signals.scoring import PartScorer, ScoredPart
+from teacher_dump.workers.worker import open_preparer, open_scorer, prefetch
 
 NUM_SAMPLES = 256
-_WARM_UP = 32  # samples, as many as an engine is given at once: its first calls are slow
+_WARM_UP = 32  # samples, one call of the engine: its first calls are slow
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a worker is to try, and how it would encode it."""
+class SliceTask:
+    """The samples that a worker scores for the calibration, and how it encodes them."""
 
     halves: tuple[Part, ...]  # no image in two of them
     identity: Identity
@@ -43,56 +43,56 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """What came of it."""
+class SliceResult:
+    """The measurements of a SliceTask."""
 
-    whole: Slice
-    halves: tuple[Slice, ...]
+    whole: SliceCost
+    halves: tuple[SliceCost, ...]
     seconds: Mapping[str, float]
-    total_s: float  # of the trial
+    total_s: float  # of the task
     errors: tuple[SampleError, ...]
     head_bytes: int
 
 
 def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> Forecast:
-    """What the whole dump will weigh and take, whatever of it is done already. Writes nothing to the cache.
+    """Forecasts bytes and time of the whole dump, finished parts included. Writes nothing to the cache.
 
-    Errors: as dump.run_dump's; StillhouseError: no sample can be scored.
+    Raises the errors of dump.run_dump, and StillhouseError if no sample can be scored.
     """
     planned = plan_dump(settings)
     if not planned.plan.num_samples:
         unread = [error for part in planned.plan.parts for error in part.errors]
         raise ConfigError(f"none of the {len(unread):,} samples can be used: {unread[0]}")
-    planned = with_budget(planned, settings)
-    halves = choose(planned.plan.parts, num_samples)
-    worker = worker_settings(planned, settings)
+    planned = apply_budget(planned, settings)
+    halves = choose_halves(planned.plan.parts, num_samples)
+    worker = make_worker_settings(planned, settings)
     families = ("tokens", *settings.cache.families)
-    trial = Trial(halves, planned.identity, families, settings.cache.zstd_level)
+    task = SliceTask(halves, planned.identity, families, settings.cache.zstd_level)
     started = time.perf_counter()
     if worker.request.needs_teacher:
-        tried = with_teacher(planned, settings, try_slice, trial)
+        result = call_with_teacher(planned, settings, score_slice, task)
     else:
-        tried = try_slice(open_scorer(worker), trial)
-    start_s = time.perf_counter() - started - tried.total_s
-    if tried.whole.work.samples == 0:
-        reason = tried.errors[0].reason if tried.errors else "there are none"
+        result = score_slice(open_scorer(worker), task)
+    start_s = time.perf_counter() - started - result.total_s
+    if result.whole.work.samples == 0:
+        reason = result.errors[0].reason if result.errors else "there are none"
         raise StillhouseError(f"none of the samples that were tried can be scored: {reason}")
     calibration = Calibration(
-        asked=Asked.of(sample for half in halves for sample in half.samples),
-        whole=tried.whole,
-        halves=tried.halves,
-        seconds=tried.seconds,
+        counts=SampleCounts.count(sample for half in halves for sample in half.samples),
+        whole=result.whole,
+        halves=result.halves,
+        seconds=result.seconds,
         start_s=start_s,
-        num_errors=len(tried.errors),
-        head_bytes=tried.head_bytes,
+        num_errors=len(result.errors),
+        head_bytes=result.head_bytes,
     )
-    asked = Asked.of(sample for part in planned.plan.parts for sample in part.samples)
-    expected = forecast(calibration, asked, num_parts=len(planned.plan.parts), num_actors=settings.dump.actors.max)
-    return replace(expected, data=_data_report(planned.plan.parts, halves, open_preparer(worker)))
+    counts = SampleCounts.count(sample for part in planned.plan.parts for sample in part.samples)
+    expected = forecast(calibration, counts, num_parts=len(planned.plan.parts), num_actors=settings.dump.actors.max)
+    return replace(expected, data=_make_data_report(planned.plan.parts, halves, open_preparer(worker)))
 
 
-def _data_report(parts: Sequence[Part], tried: Sequence[Part], preparer: Preparer) -> DataReport:
-    watch = DataWatch()
+def _make_data_report(parts: Sequence[Part], tried: Sequence[Part], preparer: Preparer) -> DataReport:
+    watch = DataReporter()
     for sample in (sample for part in tried for sample in part.samples):
         try:
             watch.add(preparer.prepare(sample))
@@ -103,13 +103,12 @@ def _data_report(parts: Sequence[Part], tried: Sequence[Part], preparer: Prepare
     return watch.report
 
 
-def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:
-    """Two halves of at least `num_samples` samples in all (or all that there are), the same at each call.
+def choose_halves(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:
+    """Returns two halves with at least `num_samples` samples in all (or all samples). Deterministic.
 
-    Drawn by groups of samples that share images, as parts are made of, so that images are shared as often as in
-    the whole plan.
+    Draws whole groups of samples that share images, as parts do, so images are shared as often as in the plan.
     """
-    groups = [(part, group) for part in parts for group in image_groups(part.samples)]
+    groups = [(part, group) for part in parts for group in group_by_images(part.samples)]
     halves: tuple[list[Sample], list[Sample]] = ([], [])
     for place in np.random.default_rng(0).permutation(len(groups)).tolist():
         if len(halves[0]) + len(halves[1]) >= num_samples:
@@ -119,46 +118,46 @@ def choose(parts: Sequence[Part], num_samples: int) -> tuple[Part, Part]:
     return Part(0, tuple(halves[0])), Part(1, tuple(halves[1]))
 
 
-def try_slice(scorer: PartScorer, trial: Trial) -> Tried:
-    """Scores and encodes both halves as a worker does, side by side; then encodes both as one part."""
+def score_slice(scorer: PartScorer, task: SliceTask) -> SliceResult:
+    """Scores and encodes both halves concurrently, as a worker does; then encodes both as one part."""
     started = time.perf_counter()
-    samples = [sample for half in trial.halves for sample in half.samples]
+    samples = [sample for half in task.halves for sample in half.samples]
     if scorer.teacher is not None:
         scorer.score(Part(0, tuple(samples[:_WARM_UP])))
     before = time.perf_counter()
     scorer.prepare(samples, [])
     prompts_s = time.perf_counter() - before
     before = time.perf_counter()
-    scored, halves = _side_by_side(scorer, trial)
+    scored, halves = _score_concurrently(scorer, task)
     scoring_s = time.perf_counter() - before
     records = [each.records for each in scored]
     before = time.perf_counter()
-    whole = _measured(_together(records), sum(each.num_tokens for each in scored), trial)
+    whole = _measure_slice(_merge_records(records), sum(each.num_tokens for each in scored), task)
     encoding_s = time.perf_counter() - before
     seconds = {"prompts": prompts_s, "encoding": encoding_s, "scoring": scoring_s}
     errors = tuple(error for each in records for error in each.errors)
     head_bytes = 0
-    if scorer.teacher is not None and "hidden" in trial.families:
+    if scorer.teacher is not None and "hidden" in task.families:
         head_bytes = len(encode_head(scorer.teacher.head.stored()))
-    return Tried(whole, halves, seconds, time.perf_counter() - started, errors, head_bytes)
+    return SliceResult(whole, halves, seconds, time.perf_counter() - started, errors, head_bytes)
 
 
-def _side_by_side(scorer: PartScorer, trial: Trial) -> tuple[list[Scored], tuple[Slice, ...]]:
-    """Scores each half, while a thread prepares its next samples and another encodes the half before."""
+def _score_concurrently(scorer: PartScorer, task: SliceTask) -> tuple[list[ScoredPart], tuple[SliceCost, ...]]:
+    """Scores each half while one thread prepares the next samples and another encodes the half before."""
     with ThreadPoolExecutor(1) as preparing, ThreadPoolExecutor(1) as encoding:
-        prepared = [ahead(scorer.chunks(half), preparing) for half in trial.halves]
-        scored: list[Scored] = []
-        slices: list[Future[Slice]] = []
-        for half, chunks in zip(trial.halves, prepared, strict=True):
+        prepared = [prefetch(scorer.prepare_chunks(half), preparing) for half in task.halves]
+        scored: list[ScoredPart] = []
+        slices: list[Future[SliceCost]] = []
+        for half, chunks in zip(task.halves, prepared, strict=True):
             scored.append(scorer.score(half, chunks))
-            slices.append(encoding.submit(_measured, scored[-1].records, scored[-1].num_tokens, trial))
+            slices.append(encoding.submit(_measure_slice, scored[-1].records, scored[-1].num_tokens, task))
         return scored, tuple(each.result() for each in slices)
 
 
-def _measured(records: PartRecords, num_tokens: int, trial: Trial) -> Slice:
-    families = encode_part(records, trial.identity, trial.families)
+def _measure_slice(records: PartRecords, num_tokens: int, task: SliceTask) -> SliceCost:
+    families = encode_part(records, task.identity, task.families)
     family_bytes = {
-        family: len(encode_parquet(family, rows.groups, zstd_level=trial.zstd_level, metadata=rows.metadata))
+        family: len(encode_parquet(family, rows.groups, zstd_level=task.zstd_level, metadata=rows.metadata))
         for family, rows in families.items()
     }
     images = {image.key: image.num_visual_tokens for record in records.tokens for image in record.images}
@@ -171,11 +170,11 @@ def _measured(records: PartRecords, num_tokens: int, trial: Trial) -> Slice:
         visual_rows=sum(images.values()),
         images=len(images),
     )
-    return Slice(work, family_bytes)
+    return SliceCost(work, family_bytes)
 
 
-def _together(parts: Iterable[PartRecords]) -> PartRecords:
-    """The records of several parts as those of one."""
+def _merge_records(parts: Iterable[PartRecords]) -> PartRecords:
+    """Merges the records of several parts into those of one."""
     joined: dict[str, Any] = {}
     for part in parts:
         for field in fields(part):

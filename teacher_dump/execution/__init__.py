@@ -1,1 +1,1 @@
-"""A dump from plan to commits: set-up, driver, generated answers, retries. Uses planning, workers and ray_jobs."""
+"""Executes a dump plan: setup, driver, generated answers, retries. Uses planning, workers and ray_jobs."""

@@ -1,8 +1,8 @@
-"""Answers of the teacher's own, for `data.responses: teacher`: asked for once, before the dump that scores them.
+"""Generates the teacher's own answers, for `data.responses: teacher`, before the dump that scores them.
 
-They lie in a folder of the run (teacher_dump/planning/answer_files.py). Whatever is there is not asked again, so a run
-that was stopped resumes; failed questions are asked again by `--retry-errors` alone (repeated_questions.py).
-Ray starts a process for each stripe of the parts (answer_job.py).
+Answers lie in a folder of the run (teacher_dump/planning/answer_files.py). Existing answers are kept, so a stopped
+run resumes; only `--retry-errors` asks failed questions again (repeated_questions.py).
+Ray starts one process for each stripe of the parts (answer_job.py).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.search_path import make_module_command
 from teacher_dump.execution.driver import LOG_FILE
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.answer_files import (
     DONE_FILE,
-    answers_folder,
-    part_file,
-    read_lines,
-    write_lines,
+    get_part_path,
+    read_json_lines,
+    resolve_answers_folder,
+    write_json_lines,
     write_text,
 )
 from teacher_dump.planning.dump_plan import DumpPlan, plan_questions
 from teacher_dump.settings import DumpSettings
 from teacher_dump.workers.answerer import Answerer
-from teacher_dump.workers.log_file import quiet
+from teacher_dump.workers.log_file import log_output
 
 if TYPE_CHECKING:
     from teacher_dump.prompts.teacher_prompt import TeacherPrompt
@@ -39,24 +39,25 @@ if TYPE_CHECKING:
 JOB_FILE = "job.json"
 
 
-def ask(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -> None:
-    """Have the teacher answer whatever is not answered yet, in as many processes as the dump has actors.
+def generate_missing_answers(settings: DumpSettings, questions: DumpPlan, *, progress: bool = True) -> None:
+    """Generates all missing answers, in as many processes as the dump has actors.
 
-    StillhouseError: a process failed; what it had answered stays.
+    Raises StillhouseError if a process fails; the answers that it wrote stay.
     """
-    folder = answers_folder(settings, questions.identity)
+    folder = resolve_answers_folder(settings, questions.identity)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = sum(not part_file(folder, part.number).exists() for part in questions.plan.parts)
+    missing = sum(not get_part_path(folder, part.number).exists() for part in questions.plan.parts)
     if missing:
-        write_text(folder / JOB_FILE, json.dumps(job_of(settings)))
-        ask_in_processes(settings, folder / JOB_FILE, missing, f"the teacher answers {missing:,} parts" * progress)
-    _assemble(folder, settings, questions)
+        write_text(folder / JOB_FILE, json.dumps(make_answer_job(settings)))
+        run_answer_processes(settings, folder / JOB_FILE, missing, f"the teacher answers {missing:,} parts" * progress)
+    _write_answer_data_set(folder, settings, questions)
 
 
-def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message: str) -> None:
-    """Do a job of so many parts in as many processes as the dump has actors. `message`: for the terminal, if any.
+def run_answer_processes(settings: DumpSettings, job: Path, num_parts: int, message: str) -> None:
+    """Runs an answer job of `num_parts` parts in as many processes as the dump has actors.
 
-    StillhouseError: a process failed; what it had written stays.
+    Prints `message` on the terminal unless it is empty. Raises StillhouseError if a process fails; its finished
+    parts stay.
     """
     from teacher_dump import ray_jobs
 
@@ -66,11 +67,11 @@ def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message:
             name=f"answers-{stripe}",
             argv=(*make_module_command("teacher_dump.execution.answer_job"), str(job), str(stripe), str(count)),
             log_path=settings.logs.resolve() / f"answers-{stripe}.log",
-            num_devices=ray_jobs.gpus_of_engine(settings.teacher.settings),
+            num_devices=ray_jobs.count_engine_gpus(settings.teacher.settings),
         )
         for stripe in range(count)
     ]
-    with quiet(settings.logs / LOG_FILE) as screen:
+    with log_output(settings.logs / LOG_FILE) as screen:
         if message:
             print(f"answers: {message}; logs are in {settings.logs}", file=screen)
         results = ray_jobs.run_commands(
@@ -84,34 +85,34 @@ def ask_in_processes(settings: DumpSettings, job: Path, num_parts: int, message:
             failed = [result for result in results if result.returncode]
     if failed:
         kind = ConfigError if failed[0].returncode == 2 else StillhouseError
-        raise kind(f"the teacher's answers: {_last_line(failed[0].log_path)} (see {failed[0].log_path})")
+        raise kind(f"the teacher's answers: {_read_last_line(failed[0].log_path)} (see {failed[0].log_path})")
 
 
 def answer_parts(settings: DumpSettings, *, stripe: int, num_stripes: int) -> None:
-    """Answer every `num_stripes`-th part that has no answers yet."""
+    """Answers every `num_stripes`-th part that has no answers yet."""
     questions = plan_questions(settings)
-    folder = answers_folder(settings, questions.identity)
+    folder = resolve_answers_folder(settings, questions.identity)
     folder.mkdir(parents=True, exist_ok=True)
     parts = questions.plan.parts[stripe::num_stripes]
-    todo = [part for part in parts if not part_file(folder, part.number).exists()]
+    todo = [part for part in parts if not get_part_path(folder, part.number).exists()]
     if not todo:
         return
     answerer = open_answerer(settings, questions)
     for part in todo:
-        write_lines(part_file(folder, part.number), answerer.rows(part))
+        write_json_lines(get_part_path(folder, part.number), answerer.answer_part(part))
 
 
 def open_answerer(settings: DumpSettings, questions: DumpPlan) -> Answerer:
-    """What asks the teacher of a plan of questions; its engine starts with the first question that can be asked."""
+    """Returns the answerer for a plan of questions; its engine starts with the first usable question."""
     from teacher_dump.prompts.processor import load_processor
     from teacher_dump.workers.worker import open_preparer
 
-    worker = worker_settings(questions, settings)
+    worker = make_worker_settings(questions, settings)
     trust = bool(worker.engine_settings.get("trust_remote_code", False))
     processor = load_processor(worker.checkpoint, trust_remote_code=trust)
     return Answerer(
         preparer=open_preparer(worker),
-        generator=_LateGenerator(worker),
+        generator=_LazyGenerator(worker),
         tokenizer=getattr(processor, "tokenizer", processor),
         image_token_id=worker.facts.image_token_id,
         eos_token_ids=worker.facts.eos_token_ids,
@@ -120,8 +121,8 @@ def open_answerer(settings: DumpSettings, questions: DumpPlan) -> Answerer:
     )
 
 
-class _LateGenerator:
-    """A generating engine that starts when it is asked something for the first time."""
+class _LazyGenerator:
+    """A generating engine that starts on its first call with prompts."""
 
     def __init__(self, worker: WorkerSettings) -> None:
         self._worker = worker
@@ -137,11 +138,11 @@ class _LateGenerator:
         return self._engine.generate(prompts, **options) if prompts else []
 
 
-def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None:
-    """One file a split, in the order of the plan, and the document that says that all is there."""
+def _write_answer_data_set(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None:
+    """Writes one file per split, in the plan's order, and then the document that marks the answers complete."""
     by_split: dict[str, list[str]] = {}
     for part in questions.plan.parts:
-        for row in read_lines(part_file(folder, part.number)):
+        for row in read_json_lines(get_part_path(folder, part.number)):
             split = row.pop("split") or next(iter(by_split), "train")
             by_split.setdefault(split, []).append(json.dumps(row))
     splits = [(split, f"split-{number}.jsonl") for number, split in enumerate(by_split)]
@@ -154,12 +155,12 @@ def _assemble(folder: Path, settings: DumpSettings, questions: DumpPlan) -> None
     write_text(folder / DONE_FILE, json.dumps(done, indent=1))
 
 
-def job_of(settings: DumpSettings) -> dict[str, Any]:
-    """What a process is told, as JSON."""
+def make_answer_job(settings: DumpSettings) -> dict[str, Any]:
+    """Returns the job document for an answer process, as JSON values."""
     sections = {name: getattr(settings, name).model_dump(mode="json") for name in ("data", "teacher", "dump", "cache")}
     return {"run": str(settings.run), **sections}
 
 
-def _last_line(log: Path) -> str:
+def _read_last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    return next((line for line in reversed(lines) if line.strip()), "no word in the log")
+    return next((line for line in reversed(lines) if line.strip()), "the log is empty")

@@ -15,20 +15,20 @@ from storage.errors import ConfigError, StillhouseError
 from storage.processes.stop_signals import describe_interruption, end_process, get_exit_code, interruptible
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
 from teacher_dump.execution.answer_generation import answer_parts
-from teacher_dump.execution.repeated_questions import answer_again
+from teacher_dump.execution.repeated_questions import answer_failed_questions
 from teacher_dump.settings import DumpSettings
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer one stripe of a job's parts; returns the exit code."""
+    """Answers one stripe of a job's parts and returns the exit code."""
     job, stripe, num_stripes = arguments
     try:
         with interruptible():
             document = json.loads(Path(job).read_bytes())
             answer = answer_parts
             if "again" in document:
-                answer = partial(answer_again, Path(job).parent, document["again"])
-            answer(_settings(document), stripe=int(stripe), num_stripes=int(num_stripes))
+                answer = partial(answer_failed_questions, Path(job).parent, document["again"])
+            answer(_parse_settings(document), stripe=int(stripe), num_stripes=int(num_stripes))
     except KeyboardInterrupt as stop:  # between two parts or within one: a part is written whole
         sys.stderr.write(f"{describe_interruption(stop)}\n")
         return get_exit_code(stop)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _settings(job: dict[str, Any]) -> DumpSettings:
+def _parse_settings(job: dict[str, Any]) -> DumpSettings:
     return DumpSettings(
         Path(job["run"]),
         DataSection.model_validate(job["data"]),

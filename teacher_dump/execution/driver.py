@@ -1,4 +1,4 @@
-"""Writing the parts that a cache lacks: here or by Ray's actors, with one progress line, until done or stopped."""
+"""Writes the parts that a cache lacks, in this process or by Ray's actors, with one progress line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from storage.processes.stop_signals import hold_signals
 from teacher_dump.config import DumpSection
 from teacher_dump.data.partition import Part
-from teacher_dump.workers.log_file import quiet
+from teacher_dump.workers.log_file import log_output
 from teacher_dump.workers.progress import Progress
 
 if TYPE_CHECKING:  # these import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # these import torch
 
 LOG_FILE = "dump.log"
 _BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} samples{postfix}"
-_TERMINAL_S, _LOG_S = 0.5, 30.0  # between two progress lines: a terminal is painted over, a log grows
+_TERMINAL_S, _LOG_S = 0.5, 30.0  # between two progress lines: a terminal overwrites its line, a log grows
 
 
 def write_parts(
@@ -35,14 +35,14 @@ def write_parts(
     max_errors: float,
     progress: bool,
 ) -> tuple[Progress, int | None]:
-    """Score and commit parts, in any order; what came of it, and the signal that has stopped it, if one has.
+    """Scores and commits parts in any order; returns the progress, and the signal that stopped it, if any.
 
-    `committed` tells which parts have their commits. It ends early, too, when more than `max_errors` samples have
-    failed. Whatever is printed meanwhile goes to the log files in the run's folder.
+    `committed` tells which parts have their commits. Ends early when more than `max_errors` samples have failed.
+    Output that libraries print goes to the log files in the run's folder.
     """
     sizes = {part.number: len(part.samples) for part in parts}
     so_far = Progress(num_samples_planned=sum(sizes.values()), num_parts_planned=len(parts))
-    with hold_signals() as held, quiet(run / "logs" / LOG_FILE) as screen:
+    with hold_signals() as held, log_output(run / "logs" / LOG_FILE) as screen:
         if progress:
             print(f"dump: logs are in {run / 'logs'}", file=screen)
         interval = _TERMINAL_S if screen.isatty() else _LOG_S
@@ -51,11 +51,11 @@ def write_parts(
             mininterval=interval, maxinterval=interval,
         )  # fmt: skip
         if worker.request.needs_teacher:
-            outcomes = _by_ray(
+            outcomes = _run_by_ray(
                 parts, worker, so_far, dump=dump, run=run, committed=committed, stop=held.event, screen=screen
             )
         else:
-            outcomes = _here(parts, worker, held.event)
+            outcomes = _run_here(parts, worker, held.event)
         with closing(outcomes), bar:
             for outcome in outcomes:
                 so_far.add(outcome)
@@ -66,17 +66,20 @@ def write_parts(
         return so_far, held.number
 
 
-def _here(parts: Sequence[Part], worker: WorkerSettings, stop: threading.Event) -> Generator[PartOutcome, None, None]:
+def _run_here(
+    parts: Sequence[Part], worker: WorkerSettings, stop: threading.Event
+) -> Generator[PartOutcome, None, None]:
+    """Yields the outcomes of parts that this process writes."""
     from teacher_dump.workers.worker import Worker
 
-    here = Worker(worker)
+    local_worker = Worker(worker)
     for part in parts:
         if stop.is_set():
             return
-        yield here.run(part)
+        yield local_worker.run(part)
 
 
-def _by_ray(
+def _run_by_ray(
     parts: Sequence[Part],
     worker: WorkerSettings,
     so_far: Progress,
@@ -87,7 +90,7 @@ def _by_ray(
     stop: threading.Event,
     screen: TextIO,
 ) -> Generator[PartOutcome, None, None]:
-    """Outcomes of actors. Parts go in an order of chance, so that two jobs over one cache meet only at the end."""
+    """Yields the outcomes of Ray's actors. Parts are shuffled, so two jobs on one cache rarely do the same part."""
     from teacher_dump import ray_jobs
 
     scoring = ray_jobs.score_parts(
@@ -109,5 +112,5 @@ def _by_ray(
     with closing(scoring):
         for outcome in scoring:
             yield outcome
-            metrics = metrics or ray_jobs.DumpMetrics(run.name)  # there is a connection to Ray by now
+            metrics = metrics or ray_jobs.DumpMetrics(run.name)  # Ray is connected by now
             metrics.show(so_far)

@@ -1,7 +1,7 @@
-"""What Ray and vLLM need of the machine that starts them, looked at before any work: each lack is one sentence.
+"""Checks what Ray and vLLM need of the machine that starts them, before any work; one sentence per problem.
 
-The numbers were measured with Ray 2.60 and vLLM 0.32 on 2 cores: with 64 file descriptors Ray never comes up, with
-256 it does; a temporary folder of 2 MB and a /dev/shm of 1 MB do, with little data.
+The numbers were measured with Ray 2.60 and vLLM 0.32 on 2 cores: with 64 file descriptors Ray never starts, with
+256 it does; with little data, a temporary folder of 2 MB and a /dev/shm of 1 MB are enough.
 """
 
 from __future__ import annotations
@@ -31,58 +31,61 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def check_dump_machine(settings: DumpSettings) -> list[str]:
-    """`check_machine` for what a dump starts, and its GPUs; nothing where it asks no teacher, or its cache is whole."""
-    if not asks_teacher(settings) or is_sealed(settings.cache.path):
+    """Runs `check_machine` and checks GPUs for a dump.
+
+    Checks nothing if the dump needs no teacher, or its cache is sealed.
+    """
+    if not needs_teacher(settings) or is_sealed(settings.cache.path):
         return []
     check_engine_gpus(settings)
     return check_machine(runs_vllm=settings.teacher.backend == "vllm", ray_address=settings.dump.ray_address)
 
 
 def check_machine(*, runs_vllm: bool, ray_address: str | None) -> list[str]:
-    """Sentences about what may become short here. ConfigError for what keeps Ray or vLLM from starting.
+    """Returns warnings about scarce resources. Raises ConfigError if Ray or vLLM could not start.
 
-    `ray_address`: of a running cluster, whose machines are not looked at.
+    `ray_address`: of a running cluster, whose machines are not checked.
     """
     return [
         *_check_home(),
         *_check_files(),
-        *_check_temporary(is_local=is_alone(ray_address)),
+        *_check_temporary(is_local=is_local_ray(ray_address)),
         *_check_shared_memory(runs_vllm=runs_vllm),
     ]
 
 
 def check_engine_gpus(settings: DumpSettings) -> None:
-    """ConfigError for an actor with fewer GPUs than its engine has ranks, or more than this machine has.
+    """Raises ConfigError for an actor with fewer GPUs than its engine has ranks, or more than this machine has.
 
-    Without a cluster's address only: what a cluster has, or may get, is Ray's to know.
+    Checks nothing for a cluster: only Ray knows which GPUs it has or may get.
     """
-    if not is_alone(settings.dump.ray_address) or not asks_teacher(settings):
+    if not is_local_ray(settings.dump.ray_address) or not needs_teacher(settings):
         return
-    there, wanted, ranks = count_gpus(), settings.dump.gpus_per_actor, _num_ranks(settings.teacher.settings)
+    num_available, wanted, ranks = count_gpus(), settings.dump.gpus_per_actor, _num_ranks(settings.teacher.settings)
     if wanted is None:
-        wanted, field = (ranks if there else 0), "teacher.settings.tensor_parallel_size"
+        wanted, field = (ranks if num_available else 0), "teacher.settings.tensor_parallel_size"
     else:
         field = "dump.gpus_per_actor"
-    refuse_more_gpus(wanted, there, field=field)
+    check_gpu_count(wanted, num_available, field=field)
     by_ray = settings.teacher.settings.get("distributed_executor_backend") == "ray"
-    if there and 0 < wanted < ranks and not by_ray:
+    if num_available and 0 < wanted < ranks and not by_ray:
         raise ConfigError(
             f"dump.gpus_per_actor is {wanted:g}, but teacher.settings make {ranks} ranks (tensor_parallel_size × "
             f"pipeline_parallel_size), each with a GPU of its own; give {ranks}, or leave it out"
         )
 
 
-def refuse_more_gpus(wanted: float, there: int, *, field: str) -> None:
-    """ConfigError if one piece of work asks this machine for more GPUs than there are: it would wait for ever."""
-    if wanted > there:
+def check_gpu_count(wanted: float, num_available: int, *, field: str) -> None:
+    """Raises ConfigError if one task wants more GPUs than this machine has: it would wait for ever."""
+    if wanted > num_available:
         raise ConfigError(
-            f"{field} asks for {wanted:g} GPUs and this machine has {there}: the work would wait for ever; ask for "
-            "fewer, or give dump.ray_address of a cluster that has them"
+            f"{field} asks for {wanted:g} GPUs and this machine has {num_available}: the work would wait for ever; "
+            "ask for fewer, or give dump.ray_address of a cluster that has them"
         )
 
 
 def count_gpus() -> int:
-    """The GPUs that Ray will find on this machine."""
+    """Returns how many GPUs Ray will find on this machine."""
     import torch
 
     found = torch.cuda.device_count()
@@ -93,18 +96,18 @@ def count_gpus() -> int:
     return found or (xpu.device_count() if xpu is not None else 0)
 
 
-def is_alone(ray_address: str | None) -> bool:
-    """Whether Ray will be this machine, and not a cluster that runs elsewhere."""
+def is_local_ray(ray_address: str | None) -> bool:
+    """Returns whether Ray will run on this machine only, not on an existing cluster."""
     return not (ray_address or os.environ.get("RAY_ADDRESS"))
 
 
-def asks_teacher(settings: DumpSettings) -> bool:
-    """Whether a dump starts a teacher at all."""
+def needs_teacher(settings: DumpSettings) -> bool:
+    """Returns whether a dump needs a teacher at all."""
     return settings.data.responses == "teacher" or any(family != "images" for family in settings.cache.families)
 
 
 def is_sealed(cache_path: str) -> bool:
-    """Whether a cache that is whole lies there: a dump may have nothing to do."""
+    """Returns whether the path holds a sealed cache, so that a dump may have nothing to do."""
     folder = open_folder(cache_path)
     return has_cache(folder) and Cache.open(cache_path, families=()).sealed
 
@@ -144,19 +147,19 @@ def _check_temporary(*, is_local: bool) -> Iterator[str]:
         general = tempfile.gettempdir()
     except FileNotFoundError as error:  # none of its candidates can be written
         raise ConfigError(f"there is no folder for temporary files: {error.strerror}; set TMPDIR to one") from error
-    of_ray = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray chooses
-    for name, folder in {"TMPDIR": general, **({"RAY_TMPDIR": of_ray} if is_local else {})}.items():
+    ray_folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray chooses
+    for name, folder in {"TMPDIR": general, **({"RAY_TMPDIR": ray_folder} if is_local else {})}.items():
         check_writable(folder, field=f"the folder for temporary files ({name})")
-    length = len(os.fsencode(str(Path(of_ray).absolute()) + _RAY_SOCKET))
+    length = len(os.fsencode(str(Path(ray_folder).absolute()) + _RAY_SOCKET))
     if is_local and length > _SOCKET_PATH_BYTES:
         raise ConfigError(
-            f"Ray's temporary folder is {of_ray}: the paths of its sockets would have {length} bytes, and "
+            f"Ray's temporary folder is {ray_folder}: the paths of its sockets would have {length} bytes, and "
             f"{_SOCKET_PATH_BYTES} are allowed; set RAY_TMPDIR to a shorter path, such as /tmp"
         )
-    free = measure_free_bytes(of_ray)
+    free = measure_free_bytes(ray_folder)
     if free is not None and free < _TEMPORARY_BYTES:
         yield (
-            f"{of_ray} has {format_bytes(free)} free; Ray's logs, and objects that memory does not hold, go there: "
+            f"{ray_folder} has {format_bytes(free)} free; Ray's logs, and objects that memory does not hold, go there: "
             f"free {format_bytes(_TEMPORARY_BYTES)}, or set RAY_TMPDIR"
         )
 

@@ -1,8 +1,8 @@
-"""Questions that a teacher is asked again: those that had no answer, and whose samples are errors of a cache.
+"""Asks a teacher failed questions again: those without an answer, whose samples are errors of a cache.
 
-Their images or rows may have been mended. What comes of it is added to later.jsonl (answer_files.py), which a retry
-reads; the first answers stay as they are, and so does the plan of the dump over them. The work lies in
-again/ until then, so what was stopped resumes.
+Their images or rows may have been fixed. The results go to later.jsonl (answer_files.py), which a retry reads;
+the first answers do not change, nor does the plan of the dump over them. Unfinished work lies in again/, so a
+stopped run resumes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from storage.records.records import SampleError
-from teacher_dump.execution.answer_generation import JOB_FILE, ask_in_processes, job_of, open_answerer
+from teacher_dump.execution.answer_generation import JOB_FILE, make_answer_job, open_answerer, run_answer_processes
 from teacher_dump.planning.answer_files import (
     AGAIN_FOLDER,
-    answers_folder,
-    part_file,
-    read_lines,
+    get_part_path,
+    read_json_lines,
     read_refusals,
-    write_lines,
+    resolve_answers_folder,
+    write_json_lines,
     write_text,
 )
 from teacher_dump.planning.dump_plan import DumpPlan, plan_questions
@@ -36,38 +36,38 @@ from teacher_dump.planning.failed_rows import (
 from teacher_dump.settings import DumpSettings
 
 
-def ask_again(
+def reask_failed_questions(
     settings: DumpSettings, questions: DumpPlan, failed_ids: Collection[str], *, progress: bool = True
 ) -> None:
-    """Have the teacher answer those of the failed questions that have no answer.
+    """Has the teacher answer the failed questions that still have no answer.
 
-    `settings` with data.responses: teacher, whose answers are there; `questions`: their plan. A question that cannot
-    be read yet is not asked. StillhouseError: a process failed; what it had answered stays.
+    `settings` have data.responses: teacher, and their first answers exist; `questions` is their plan. Questions that
+    cannot be read yet are skipped. Raises StillhouseError if a process fails; the answers that it wrote stay.
     """
-    folder = answers_folder(settings, questions.identity)
-    work = begin_again(settings, folder, failed_ids)
+    folder = resolve_answers_folder(settings, questions.identity)
+    work = begin_reasking(settings, folder, failed_ids)
     job = json.loads((work / JOB_FILE).read_bytes())
-    missing = sum(not part_file(work, number).exists() for number in range(len(job["again"])))
+    missing = sum(not get_part_path(work, number).exists() for number in range(len(job["again"])))
     if missing:
         num_asked = sum(map(len, job["again"]))
         message = f"the teacher is asked {num_asked:,} failed questions again" * progress
-        ask_in_processes(settings, work / JOB_FILE, missing, message)
-    _keep(folder, work, job)
+        run_answer_processes(settings, work / JOB_FILE, missing, message)
+    _save_later_answers(folder, work, job)
 
 
-def begin_again(settings: DumpSettings, folder: Path, failed_ids: Collection[str]) -> Path:
-    """The folder of the work of asking again, with its job: an unfinished one, or a new one for these ids."""
+def begin_reasking(settings: DumpSettings, folder: Path, failed_ids: Collection[str]) -> Path:
+    """Returns the work folder with its job document: the unfinished job, or a new one for these ids."""
     work = folder / AGAIN_FOLDER
     if (work / JOB_FILE).exists():
         unfinished = json.loads((work / JOB_FILE).read_bytes())
-        write_text(work / JOB_FILE, json.dumps(unfinished | job_of(settings)))  # the project may have moved
+        write_text(work / JOB_FILE, json.dumps(unfinished | make_answer_job(settings)))  # the project may have moved
         return work
-    shutil.rmtree(work, ignore_errors=True)  # what a kill left of an earlier one
-    rows = _rows_now(settings, folder, failed_ids)
+    shutil.rmtree(work, ignore_errors=True)  # remains of a killed run
+    rows = _read_current_rows(settings, folder, failed_ids)
     askable = [name for name, row in rows.items() if row.samples]
     size = settings.dump.samples_per_part
     job = {
-        **job_of(settings),
+        **make_answer_job(settings),
         "again": [askable[start : start + size] for start in range(0, len(askable), size)],
         "unreadable": [row_as_json(name, row) for name, row in rows.items() if not row.samples],
     }
@@ -76,12 +76,12 @@ def begin_again(settings: DumpSettings, folder: Path, failed_ids: Collection[str
     return work
 
 
-def answer_again(
+def answer_failed_questions(
     work: Path, parts: Sequence[Sequence[str]], settings: DumpSettings, *, stripe: int, num_stripes: int
 ) -> None:
-    """Ask every `num_stripes`-th of these parts of failed ids, where that is not done yet."""
+    """Answers every `num_stripes`-th of these parts of failed ids that has no answers yet."""
     numbered = list(enumerate(parts))[stripe::num_stripes]
-    todo = [(number, ids) for number, ids in numbered if not part_file(work, number).exists()]
+    todo = [(number, ids) for number, ids in numbered if not get_part_path(work, number).exists()]
     if not todo:
         return
     answerer = open_answerer(settings, plan_questions(settings))
@@ -89,17 +89,17 @@ def answer_again(
     for number, ids in todo:
         asked = [(name, sample) for name in ids if name in rows for sample in rows[name].samples]
         answered: dict[str, FailedRow] = {}
-        for (name, _), outcome in zip(asked, answerer.outcomes([sample for _, sample in asked]), strict=True):
+        for (name, _), outcome in zip(asked, answerer.answer_samples([sample for _, sample in asked]), strict=True):
             row = answered.get(name, FailedRow())
             if isinstance(outcome, SampleError):
                 answered[name] = FailedRow(row.samples, row.error or outcome)
             else:
                 answered[name] = FailedRow((*row.samples, outcome), row.error)
-        write_lines(part_file(work, number), (row_as_json(name, row) for name, row in answered.items()))
+        write_json_lines(get_part_path(work, number), (row_as_json(name, row) for name, row in answered.items()))
 
 
-def _rows_now(settings: DumpSettings, folder: Path, failed_ids: Collection[str]) -> dict[str, FailedRow]:
-    """What the sources hold now of the failed questions that have no answer, by the ids of their errors."""
+def _read_current_rows(settings: DumpSettings, folder: Path, failed_ids: Collection[str]) -> dict[str, FailedRow]:
+    """Reads the current rows of failed questions without an answer, by the ids of their errors."""
     later = read_later_rows(folder)
     refused = [error.sample_id for errors in read_refusals(folder).values() for error in errors]
     answered = {name for name, row in later.items() if row.samples}
@@ -108,16 +108,16 @@ def _rows_now(settings: DumpSettings, folder: Path, failed_ids: Collection[str])
     return {name: rows[name] for name in wanted if name in rows}
 
 
-def _keep(folder: Path, work: Path, job: dict[str, Any]) -> None:
-    """Add what came of asking again to the later answers, and end the work."""
+def _save_later_answers(folder: Path, work: Path, job: dict[str, Any]) -> None:
+    """Adds the results of asking again to the later answers, and removes the work folder."""
     first = {error.sample_id: error.reason for errors in read_refusals(folder).values() for error in errors}
     later = read_later_rows(folder)
-    parts = [line for number in range(len(job["again"])) for line in read_lines(part_file(work, number))]
+    parts = [line for number in range(len(job["again"])) for line in read_json_lines(get_part_path(work, number))]
     for line in [*job["unreadable"], *parts]:
         name, row = line["id"], row_from_json(line)
-        if row.error is not None and row.error.reason == first[name]:  # nothing new
+        if row.error is not None and row.error.reason == first[name]:  # it failed as before
             later.pop(name, None)
         else:
             later[name] = row
     write_later_rows(folder, later)
-    shutil.rmtree(work, ignore_errors=True)  # another job on this cache may be as far
+    shutil.rmtree(work, ignore_errors=True)  # another job on this cache may remove it, too

@@ -1,4 +1,4 @@
-"""What the workers of a planned dump are given, and one of them for a single call."""
+"""Makes the settings of a planned dump's workers, and calls a function in a single worker."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from teacher_dump.data.sample import SampleRefusedError
 from teacher_dump.execution.driver import LOG_FILE
 from teacher_dump.planning.dump_plan import DumpPlan
 from teacher_dump.settings import DumpSettings
-from teacher_dump.workers.log_file import quiet
+from teacher_dump.workers.log_file import log_output
 
-if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does without
+if TYPE_CHECKING:  # these import torch, which a dump over a complete cache does not need
     from teacher_dump.prompts.data_report import DataReport
     from teacher_dump.signals.scoring import PartScorer
     from teacher_dump.signals.spec import RowRequest, SignalRequest
@@ -32,9 +32,9 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:
-    """What each worker of a planned dump is given."""
-    from teacher_dump.signals.vision_check import choose_samples
+def make_worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings:
+    """Returns the settings of each worker of a planned dump."""
+    from teacher_dump.signals.vision_check import choose_check_samples
     from teacher_dump.workers.worker import WorkerSettings
 
     cache, teacher = settings.cache, settings.teacher
@@ -48,19 +48,19 @@ def worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSettings
         served=(settings.run / "served").resolve(),
         facts=planned.facts,
         image_root=Path(planned.identity.image_root),
-        request=_signal_request(settings, planned.identity),
-        cache=_whole_path(cache.path),
+        request=_make_signal_request(settings, planned.identity),
+        cache=_make_absolute(cache.path),
         identity=planned.identity,
         families=cache.families,
         append=cache.append,
         zstd_level=cache.zstd_level,
-        check_samples=choose_samples(samples, settings.dump.blind_check_samples),
+        check_samples=choose_check_samples(samples, settings.dump.blind_check_samples),
         too_long=settings.data.too_long,
         template_arguments=dict(teacher.chat_template_arguments),
     )
 
 
-def with_teacher(
+def call_with_teacher(
     planned: DumpPlan,
     settings: DumpSettings,
     function: Callable[[PartScorer, A], B],
@@ -68,15 +68,15 @@ def with_teacher(
     *,
     request: SignalRequest | None = None,
 ) -> B:
-    """`function(scorer, argument)` in one actor of a dump, its teacher open. See ray_jobs.with_teacher.
+    """Calls `function(scorer, argument)` in one actor with its teacher loaded. See ray_jobs.call_with_teacher.
 
-    `request`: the scorer's, where it is to make other signals than the dump's.
+    `request` replaces the signals of the dump.
     """
     from teacher_dump import ray_jobs
 
-    worker, dump = worker_settings(planned, settings), settings.dump
-    with quiet(settings.logs / LOG_FILE):
-        return ray_jobs.with_teacher(
+    worker, dump = make_worker_settings(planned, settings), settings.dump
+    with log_output(settings.logs / LOG_FILE):
+        return ray_jobs.call_with_teacher(
             worker if request is None else replace(worker, request=request),
             function,
             argument,
@@ -87,26 +87,26 @@ def with_teacher(
         )
 
 
-def prompt_errors(settings: DumpSettings, planned: DumpPlan, *, progress: bool = True) -> list[SampleError]:
-    """Every row of the sources that a dump would count as an error. See `inspect_data`."""
+def list_prompt_errors(settings: DumpSettings, planned: DumpPlan, *, progress: bool = True) -> list[SampleError]:
+    """Returns every row of the sources that a dump would count as an error. See `inspect_data`."""
     return inspect_data(settings, planned, progress=progress)[0]
 
 
 def inspect_data(
     settings: DumpSettings, planned: DumpPlan, *, progress: bool = True
 ) -> tuple[list[SampleError], DataReport]:
-    """Every row of the sources that a dump would count as an error, as far as that shows without a teacher.
+    """Returns the rows that a dump would count as errors, and a report of unusual data; needs no teacher.
 
-    And what is unusual about the others. Builds all prompts and decodes all images: a few milliseconds a sample.
+    Builds all prompts and decodes all images: a few milliseconds a sample.
     """
-    from teacher_dump.prompts.data_report import DataWatch
+    from teacher_dump.prompts.data_report import DataReporter
     from teacher_dump.workers.worker import open_preparer
 
-    preparer = open_preparer(worker_settings(planned, settings))
+    preparer = open_preparer(make_worker_settings(planned, settings))
     errors = [error for part in planned.plan.parts for error in part.errors]
     samples = (sample for part in planned.plan.parts for sample in part.samples)
     total = planned.plan.num_samples
-    watch = DataWatch()
+    watch = DataReporter()
     for sample in tqdm(samples, total=total, unit=" samples", desc="prompts", disable=not progress, leave=False):
         try:
             watch.add(preparer.prepare(sample))
@@ -116,21 +116,21 @@ def inspect_data(
     return errors, watch.report
 
 
-def _whole_path(path: str) -> str:
-    """A cache's path for other processes, which may run in another folder."""
+def _make_absolute(path: str) -> str:
+    """Makes a cache's path absolute, for processes that may run in another folder."""
     return path if is_url(path) else str(Path(path).resolve())
 
 
-def _signal_request(settings: DumpSettings, identity: Identity) -> SignalRequest:
+def _make_signal_request(settings: DumpSettings, identity: Identity) -> SignalRequest:
     from teacher_dump.signals.spec import SignalRequest
 
     cache = settings.cache
     return SignalRequest(
-        response=_row_request(cache.response, identity, "response") if "response" in cache.families else None,
-        visual=_row_request(cache.visual, identity, "visual") if "visual" in cache.families else None,
+        response=_make_row_request(cache.response, identity, "response") if "response" in cache.families else None,
+        visual=_make_row_request(cache.visual, identity, "visual") if "visual" in cache.families else None,
         relation_centered=cache.relation.centered if "relation" in cache.families else None,
         relation_pool=cache.relation.pool if "relation" in cache.families else None,
-        hidden_limit=_hidden_limit(cache) if "hidden" in cache.families else None,
+        hidden_limit=_get_hidden_limit(cache) if "hidden" in cache.families else None,
         sequence="sequence" in cache.families,
         images="images" in cache.families,
         rows_per_chunk=settings.dump.rows_per_chunk,
@@ -138,11 +138,11 @@ def _signal_request(settings: DumpSettings, identity: Identity) -> SignalRequest
     )
 
 
-def _hidden_limit(cache: CacheSection) -> float:
+def _get_hidden_limit(cache: CacheSection) -> float:
     return MAX_FLOAT16 if cache.hidden.encoding == "float16" else math.inf
 
 
-def _row_request(section: SelectionSection, identity: Identity, family: str) -> RowRequest:
+def _make_row_request(section: SelectionSection, identity: Identity, family: str) -> RowRequest:
     from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK
     from teacher_dump.signals.spec import RowRequest
 

@@ -1,1 +1,1 @@
-"""What a dump will do, decided before it starts, and what a cache there has decided already. Uses teachers."""
+"""Plans a dump before it starts, and recovers the plan of an existing cache. Uses teachers."""

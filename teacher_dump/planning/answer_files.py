@@ -1,15 +1,15 @@
-"""The folder of a teacher's own answers: its name, its files, and what they say of questions without an answer.
+"""The folder of a teacher's generated answers: its name, its files, and the questions without an answer.
 
 ```
 <run>/answers/<key>/part-00000.jsonl   the answered samples of a part of the questions' plan, written whole
 <run>/answers/<key>/<split>.jsonl      the data set that the dump reads in place of data.sources
 <run>/answers/<key>/answers.json       written last: the splits, the sampling
-<run>/answers/<key>/later.jsonl        what became of failed questions that were asked again
-<run>/answers/<key>/again/             the work of asking again, until it is in later.jsonl
+<run>/answers/<key>/later.jsonl        the results of failed questions that were asked again
+<run>/answers/<key>/again/             unfinished work of asking again, until it is in later.jsonl
 ```
 
-The key is a hash of questions, teacher, tokenisation and sampling. What the first three files hold never changes, so
-the plan of the dump over them does not either; a retry reads later.jsonl beside them.
+The key is a hash of questions, teacher, tokenisation and sampling. The first three files never change, so the
+plan of the dump over them stays the same; a retry also reads later.jsonl.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ DONE_FILE, LATER_FILE, AGAIN_FOLDER = "answers.json", "later.jsonl", "again"
 _PART = "part-{:05d}.jsonl"
 
 
-def answers_key(questions: Identity, sampling: SamplingSection) -> str:
-    """The folder's name for a plan of questions."""
+def compute_answers_key(questions: Identity, sampling: SamplingSection) -> str:
+    """Computes the name of the answers' folder for a plan of questions."""
     identity = questions.model_dump(mode="json", exclude={"selection", "image_root", "teacher"})
     key = json.dumps([identity, questions.selection["tokens"], sampling.model_dump(mode="json")], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def answers_folder(settings: DumpSettings, questions: Identity) -> Path:
-    """Where the answers to a plan of questions lie."""
-    key = answers_key(questions, settings.data.sampling)
+def resolve_answers_folder(settings: DumpSettings, questions: Identity) -> Path:
+    """Returns the absolute folder of the answers to a plan of questions."""
+    key = compute_answers_key(questions, settings.data.sampling)
     return (settings.run / ANSWERS_FOLDER / key).resolve()
 
 
-def answered_settings(settings: DumpSettings, questions: Identity) -> DumpSettings | None:
-    """The settings of a dump over the teacher's answers, if all of them are there.
+def load_answered_settings(settings: DumpSettings, questions: Identity) -> DumpSettings | None:
+    """Returns settings whose sources are the teacher's answers; None if answers are missing.
 
     `questions`: the identity of the plan of `settings`.
     """
-    folder = answers_folder(settings, questions)
+    folder = resolve_answers_folder(settings, questions)
     try:
         done = json.loads((folder / DONE_FILE).read_bytes())
     except FileNotFoundError:
@@ -62,40 +62,40 @@ def answered_settings(settings: DumpSettings, questions: Identity) -> DumpSettin
             format="json",
             images=questions.image_root,
             split=split,
-            ignore=IGNORABLE,  # what the data's own sources do not ignore is refused by now
+            ignore=IGNORABLE,  # the data's own sources have refused everything that they do not ignore
         )
         for split, name in done["splits"]
     )
     data = settings.data.model_copy(update={"sources": sources, "responses": "dataset"})
-    return replace(settings, data=data, answered={"responses": "teacher", **done["sampling"]}, answers=folder)
+    return replace(settings, data=data, answer_selection={"responses": "teacher", **done["sampling"]}, answers=folder)
 
 
-def part_file(folder: Path, number: int) -> Path:
-    """Where the answers of a part lie."""
+def get_part_path(folder: Path, number: int) -> Path:
+    """Returns the path of a part's answers."""
     return folder / _PART.format(number)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines; none where there is no file."""
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file of JSON lines; nothing if there is no such file."""
     if path.is_file():
         yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
-def write_lines(path: Path, rows: Iterator[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, the whole file or nothing."""
+def write_json_lines(path: Path, rows: Iterator[Mapping[str, Any]]) -> None:
+    """Writes rows as JSON lines, atomically."""
     write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write the whole file or nothing."""
+    """Writes a text file atomically."""
     write_atomically(path, text.encode())
 
 
 def read_refusals(folder: Path) -> dict[int, tuple[ErrorEntry, ...]]:
-    """The questions without an answer, and why they had none when they were first asked, by part."""
+    """Returns the questions without an answer, and why the first attempt gave none, by part."""
     refusals: dict[int, tuple[ErrorEntry, ...]] = {}
     for path in sorted(folder.glob("part-*.jsonl")):
-        rows = [row for row in read_lines(path) if "refused" in row]
+        rows = [row for row in read_json_lines(path) if "refused" in row]
         if rows:
             number = int(path.stem.removeprefix("part-"))
             refusals[number] = tuple(ErrorEntry(sample_id=row["id"], reason=row["refused"]) for row in rows)

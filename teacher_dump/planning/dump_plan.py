@@ -1,4 +1,4 @@
-"""What a dump would do, known without a teacher in memory: samples, parts and the identity of its cache."""
+"""The plan of a dump, made without loading a teacher: samples, parts and the identity of its cache."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from teacher_dump.config import TeacherSection
 from teacher_dump.data.dataset import SampleSet, read_samples
 from teacher_dump.data.partition import Plan, make_plan
 from teacher_dump.data.sample import Sample
-from teacher_dump.planning.answer_files import ANSWERS_FOLDER, answered_settings, answers_key
-from teacher_dump.planning.cached_plan import plan_as_answered, plan_as_cached
-from teacher_dump.planning.recorded_budget import recorded_choices
+from teacher_dump.planning.answer_files import ANSWERS_FOLDER, compute_answers_key, load_answered_settings
+from teacher_dump.planning.cached_plan import restore_answered_plan, restore_cached_plan
+from teacher_dump.planning.recorded_budget import read_recorded_choices
 from teacher_dump.prompts.preprocessor import TOKENISATION
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.settings import DumpSettings
@@ -31,7 +31,7 @@ from teacher_dump.teachers import hf_checkpoint as checkpoint
 
 @dataclass(frozen=True)
 class DumpPlan:
-    """What a dump would do, known without a teacher in memory."""
+    """The parts of a dump, the identity of its cache, and the teacher's checkpoint and processor facts."""
 
     plan: Plan
     identity: Identity
@@ -41,41 +41,41 @@ class DumpPlan:
 
 
 def plan_dump(settings: DumpSettings) -> DumpPlan:
-    """Samples, parts and identity. Hashes of weights are remembered in the run's folder (fingerprints.json).
+    """Reads the samples and makes parts and identity. Caches hashes of weights in <run>/fingerprints.json.
 
-    Where the answers are to be the teacher's own and are not there yet, each is a placeholder.
+    If the teacher is to generate answers and they do not exist yet, each answer is a placeholder.
     """
     if settings.data.responses == "dataset":
-        return _plan(settings)
+        return _make_dump_plan(settings)
     questions = plan_questions(settings)
-    found = answered_settings(settings, questions.identity)
-    return questions if found is None else _plan(found)
+    found = load_answered_settings(settings, questions.identity)
+    return questions if found is None else _make_dump_plan(found)
 
 
 def plan_questions(settings: DumpSettings) -> DumpPlan:
-    """The plan of the questions alone, for a teacher that answers them itself."""
-    return _plan(settings)
+    """Plans the questions alone, for a teacher that generates the answers."""
+    return _make_dump_plan(settings)
 
 
-def _plan(settings: DumpSettings) -> DumpPlan:
+def _make_dump_plan(settings: DumpSettings) -> DumpPlan:
     teacher, answers = settings.teacher, settings.data.responses == "teacher"
-    asks_teacher = answers or _asks_teacher(settings.cache)
+    needs_teacher = answers or _needs_teacher(settings.cache)
     extracted = Path(settings.data.extracted or settings.run / "images")
     read = partial(read_samples, settings.data.sources, extracted=extracted, only_questions=answers, spool=settings.run)
     sample_set = read()
     if not sample_set.samples and not sample_set.errors:
         files = ", ".join(str(source.path) for source in settings.data.sources)
         raise ConfigError(f"data.sources: there is no sample in {files}; give files of conversations")
-    folder = checkpoint.local_checkpoint(teacher.model, teacher.revision, with_weights=asks_teacher)
+    folder = checkpoint.resolve_checkpoint(teacher.model, teacher.revision, with_weights=needs_teacher)
     memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
     trust = bool(teacher.settings.get("trust_remote_code", False))
     arguments = teacher.chat_template_arguments
     facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust), arguments)
     facts = facts.with_background(settings.data.background)
     _check_background(folder, facts)
-    max_length = min(teacher.max_length, _context_length(folder) or teacher.max_length)
+    max_length = min(teacher.max_length, _read_context_length(folder) or teacher.max_length)
 
-    def make(samples: Sequence[Sample], errors: Sequence[SampleError]) -> Plan:
+    def make_parts(samples: Sequence[Sample], errors: Sequence[SampleError]) -> Plan:
         return make_plan(
             samples,
             errors=errors,
@@ -87,15 +87,20 @@ def _plan(settings: DumpSettings) -> DumpPlan:
     def read_again(watched: Collection[str]) -> SampleSet:
         return read(watched=watched)
 
-    plan = make(sample_set.samples, sample_set.errors)
+    plan = make_parts(sample_set.samples, sample_set.errors)
     if not answers:
-        plan = plan_as_cached(plan, settings.cache.path, read_again=read_again, make=make)
+        plan = restore_cached_plan(plan, settings.cache.path, read_again=read_again, make_parts=make_parts)
     is_folder = Path(teacher.model).is_dir()
+    dtype = fingerprint.NONE
+    if needs_teacher:
+        dtype = fingerprint.describe_served_dtype(_resolve_dtype(teacher, folder), teacher.settings)
     identity = Identity(
         teacher=str(folder) if is_folder else f"{teacher.model}@{teacher.revision or 'main'}",
-        teacher_fingerprint=fingerprint.weights_fingerprint(folder, memory) if asks_teacher else fingerprint.NONE,
-        dtype=fingerprint.served_dtype(_dtype(teacher, folder), teacher.settings) if asks_teacher else fingerprint.NONE,
-        engine=fingerprint.engine_version(teacher.backend) if asks_teacher else fingerprint.NONE,
+        teacher_fingerprint=fingerprint.compute_weights_fingerprint(folder, memory)
+        if needs_teacher
+        else fingerprint.NONE,
+        dtype=dtype,
+        engine=fingerprint.get_engine_version(teacher.backend) if needs_teacher else fingerprint.NONE,
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         vocab_size=facts.vocab_size,
         chat_template_fingerprint=facts.chat_template_fingerprint,
@@ -107,26 +112,26 @@ def _plan(settings: DumpSettings) -> DumpPlan:
         plan_fingerprint=plan.fingerprint,
         num_parts=len(plan.parts),
         image_root=str(sample_set.image_root),
-        selection=_selection(settings.cache, recorded_choices(settings.cache))
-        | {"tokens": _tokens_selection(settings)},
+        selection=_describe_selection(settings.cache, read_recorded_choices(settings.cache))
+        | {"tokens": _describe_tokens(settings)},
     )
 
     def identity_of(other: Plan) -> Identity:
         return identity.model_copy(update={"plan_fingerprint": other.fingerprint, "num_parts": len(other.parts)})
 
-    if answers and has_cache(open_folder(settings.cache.path)):  # which a retry may take up
-        plan = plan_as_answered(
+    if answers and has_cache(open_folder(settings.cache.path)):  # a retry may need the earlier plan
+        plan = restore_answered_plan(
             plan,
             settings.run / ANSWERS_FOLDER,
-            key_of=lambda other: answers_key(identity_of(other), settings.data.sampling),
+            compute_key=lambda other: compute_answers_key(identity_of(other), settings.data.sampling),
             read_again=read_again,
-            make=make,
+            make_parts=make_parts,
         )
     return DumpPlan(plan, identity_of(plan), folder, facts, max_length)
 
 
 def _check_background(folder: Path, facts: fingerprint.ProcessorFacts) -> None:
-    """ConfigError: a teacher that was trained here, on transparent pixels that showed something else."""
+    """Raises ConfigError if the teacher was trained by Stillhouse with another background."""
     trained = read_pixel_settings(folder)
     for name, theirs, ours in [] if trained is None or facts.pixels is None else trained.find_differences(facts.pixels):
         if name == "background":
@@ -136,25 +141,25 @@ def _check_background(folder: Path, facts: fingerprint.ProcessorFacts) -> None:
             )
 
 
-def _tokens_selection(settings: DumpSettings) -> dict[str, Any]:
-    """What decides a sample's token ids, besides tokenizer and template."""
+def _describe_tokens(settings: DumpSettings) -> dict[str, Any]:
+    """Describes what decides a sample's token ids, besides tokenizer and template."""
     arguments = settings.teacher.chat_template_arguments
     given = {"chat_template_arguments": arguments} if arguments else {}
-    return {"tokenisation": TOKENISATION, **given, **settings.answered}
+    return {"tokenisation": TOKENISATION, **given, **settings.answer_selection}
 
 
-def _asks_teacher(cache: CacheSection) -> bool:
-    """False if tokens and images are all that is wanted."""
+def _needs_teacher(cache: CacheSection) -> bool:
+    """Returns whether any family needs the teacher; tokens and images do not."""
     return any(family != "images" for family in cache.families)
 
 
-def _selection(cache: CacheSection, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of the families that are dumped, the settings that decide what is stored."""
+def _describe_selection(cache: CacheSection, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns, for each dumped family, the settings that decide what is stored."""
     fields = {"tau", "k", "mass", "draws", "seed", "draw_sets"}
     used = {"threshold": {"tau", "seed"}, "topk": {"k"}, "mass": {"mass"}, "sampled": {"draws", "seed"}}
     chosen: dict[str, dict[str, Any]] = {}
     for family in cache.families:
-        if family in ("images", "sequence"):  # nothing about them is chosen
+        if family in ("images", "sequence"):  # they have no selection
             continue
         section = getattr(cache, family)
         skipped = set()
@@ -167,10 +172,10 @@ def _selection(cache: CacheSection, recorded: Mapping[str, Mapping[str, Any]]) -
     return chosen
 
 
-def _dtype(teacher: TeacherSection, folder: Path) -> str:
-    return checkpoint.saved_dtype(folder) if teacher.dtype == "auto" else teacher.dtype
+def _resolve_dtype(teacher: TeacherSection, folder: Path) -> str:
+    return checkpoint.read_saved_dtype(folder) if teacher.dtype == "auto" else teacher.dtype
 
 
-def _context_length(folder: Path) -> int | None:
+def _read_context_length(folder: Path) -> int | None:
     path = folder / "config.json"
-    return checkpoint.context_length(checkpoint.read_json(path)) if path.is_file() else None
+    return checkpoint.get_context_length(checkpoint.read_json(path)) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""What the sources, or a teacher that was asked again, hold now of something that had failed."""
+"""Failed rows and questions, read again from the sources or from the teacher's later answers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 from storage.records.records import SampleError
 from teacher_dump.data.dataset import read_samples
 from teacher_dump.data.sample import Sample
-from teacher_dump.planning.answer_files import LATER_FILE, read_lines, write_lines
+from teacher_dump.planning.answer_files import LATER_FILE, read_json_lines, write_json_lines
 from teacher_dump.settings import DumpSettings
 
 
 @dataclass(frozen=True)
 class FailedRow:
-    """What is there now of something that had failed."""
+    """The current state of a row or question that had failed."""
 
     samples: tuple[Sample, ...] = ()
-    error: SampleError | None = None  # why it still is no sample
+    error: SampleError | None = None  # why it still is not a sample
 
 
 def read_failed_rows(settings: DumpSettings, failed_ids: Collection[str]) -> dict[str, FailedRow]:
-    """What there is now of these ids of errors, each of which is a sample's id or a row's place.
+    """Reads the current state of failed rows, by the ids of their errors (a sample's id or a row's place).
 
-    Where the answers are the teacher's own, a later answer counts in place of the first refusal.
+    If the teacher generated the answers, a later answer replaces the first refusal.
     """
     extracted = Path(settings.data.extracted or settings.run / "images")
     found = read_samples(
@@ -47,26 +47,26 @@ def read_failed_rows(settings: DumpSettings, failed_ids: Collection[str]) -> dic
 
 
 def read_later_rows(folder: Path) -> dict[str, FailedRow]:
-    """What became of the failed questions of a folder of answers that were asked again, by the ids of their errors."""
-    return {line["id"]: row_from_json(line) for line in read_lines(folder / LATER_FILE)}
+    """Reads the results of failed questions that were asked again, by the ids of their errors."""
+    return {line["id"]: row_from_json(line) for line in read_json_lines(folder / LATER_FILE)}
 
 
 def write_later_rows(folder: Path, rows: dict[str, FailedRow]) -> None:
-    """The inverse of `read_later_rows`."""
-    write_lines(folder / LATER_FILE, _as_lines(rows))
+    """Writes what `read_later_rows` reads."""
+    write_json_lines(folder / LATER_FILE, _make_lines(rows))
 
 
 def row_as_json(name: str, row: FailedRow) -> dict[str, Any]:
-    """Plain data. `name`: the id of the error."""
+    """Returns a failed row as plain data. `name`: the id of its error."""
     error = None if row.error is None else [row.error.sample_id, row.error.reason]
     return {"id": name, "samples": [sample.as_json() for sample in row.samples], "error": error}
 
 
 def row_from_json(line: dict[str, Any]) -> FailedRow:
-    """The inverse of `row_as_json`, without the name."""
+    """Inverts `row_as_json`; the name is not returned."""
     error = None if line["error"] is None else SampleError(*line["error"])
     return FailedRow(tuple(map(Sample.from_json, line["samples"])), error)
 
 
-def _as_lines(rows: dict[str, FailedRow]) -> Iterator[dict[str, Any]]:
+def _make_lines(rows: dict[str, FailedRow]) -> Iterator[dict[str, Any]]:
     return (row_as_json(name, row) for name, row in rows.items())

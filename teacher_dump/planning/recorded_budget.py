@@ -1,4 +1,4 @@
-"""What `cache.budget` has chosen for a cache that is there."""
+"""The settings that `cache.budget` has chosen for an existing cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from storage.identity import Identity
 from storage.layout.segments import has_cache, merge_identities, read_segments
 
 
-def recorded_choices(cache: CacheSection) -> dict[str, dict[str, Any]]:
-    """What the same budget has chosen for a cache that lies there already, by family."""
+def read_recorded_choices(cache: CacheSection) -> dict[str, dict[str, Any]]:
+    """Reads, by family, the settings that the same budget has chosen for an existing cache."""
     folder = open_folder(cache.path) if cache.budget else None
     if cache.budget is None or folder is None or not has_cache(folder):
         return {}
@@ -19,13 +19,16 @@ def recorded_choices(cache: CacheSection) -> dict[str, dict[str, Any]]:
     for family in cache.budget.families:
         budget = dict(stored.get(family, {}).get("budget", {}))
         budget.pop("predicted", None)
-        if budget == asked_of(cache.budget):
+        if budget == describe_budget_request(cache.budget):
             found[family] = {name: stored[family][name] for name in ("tau", "rounding_kl", "budget")}
     return found
 
 
-def comparable(identity: Identity, cache: CacheSection) -> Identity:
-    """An identity that differs from its cache's by what was asked, not by what cache.budget has yet to choose."""
+def make_comparable_identity(identity: Identity, cache: CacheSection) -> Identity:
+    """Returns the identity with the budget's recorded choices filled in.
+
+    So it differs from the existing cache's identity only where the user's settings differ.
+    """
     folder, budget = open_folder(cache.path), cache.budget
     if budget is None or not has_cache(folder):
         return identity
@@ -34,10 +37,10 @@ def comparable(identity: Identity, cache: CacheSection) -> Identity:
         there = stored.get(family, {})
         chosen = {name: there[name] for name in ("tau", "rounding_kl") if name in there}
         predicted = {name: value for name, value in there.get("budget", {}).items() if name == "predicted"}
-        selection[family] = {**selection[family], **chosen, "budget": {**asked_of(budget), **predicted}}
+        selection[family] = {**selection[family], **chosen, "budget": {**describe_budget_request(budget), **predicted}}
     return identity.model_copy(update={"selection": selection})
 
 
-def asked_of(budget: BudgetSection) -> dict[str, Any]:
-    """What a budget asks for, as a cache records it beside what was chosen."""
+def describe_budget_request(budget: BudgetSection) -> dict[str, Any]:
+    """Returns a budget's request in the form in which a cache records it."""
     return budget.model_dump(mode="json", exclude={"families"}, exclude_none=True)

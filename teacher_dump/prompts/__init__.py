@@ -1,1 +1,1 @@
-"""From samples to token ids and pixels: chat template, image tokens, processor, truncation. Uses data."""
+"""Turns samples into token ids and pixels: chat template, image tokens, processor, truncation. Uses data."""

@@ -1,8 +1,7 @@
 """The teacher's chat template: renders conversations and locates their answers in the rendered text.
 
-An answer starts where the prompt that generation sees ends (`add_generation_prompt`) and stops with the token that
-the template writes after it; only where the template writes nothing there, the tokenizer's own end-of-sequence token
-is inserted.
+An answer starts where the generation prompt ends (`add_generation_prompt`) and stops with the token that the template
+writes after it. If the template writes nothing there, the tokenizer's end-of-sequence token is inserted.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _SHOWN = 40  # characters of a rendered text in an error
 
 
 class TemplateRefusedError(SampleRefusedError):
-    """The template itself raised an error for a conversation."""
+    """The template raised an error for a conversation."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,15 @@ class StopToken:
 
 @dataclass(frozen=True)
 class StopTokens:
-    """The teacher's stop tokens, and every other token that a template may write after an answer."""
+    """The teacher's stop tokens, and all other tokens that a template may write after an answer."""
 
     known: tuple[StopToken, ...]  # of the tokenizer and of generation_config.json, the tokenizer's own first
     candidates: tuple[StopToken, ...] = ()  # the tokenizer's other added tokens
     openers: frozenset[str] = frozenset()  # tokens that can never end an answer: begin of sequence, image, unknown
 
     @staticmethod
-    def of(tokenizer: Any, ids: Sequence[int], *, image_token: str = "") -> StopTokens:
-        """Those of a transformers tokenizer; `ids` are the known ones."""
+    def from_tokenizer(tokenizer: Any, ids: Sequence[int], *, image_token: str = "") -> StopTokens:
+        """Reads the stop tokens of a transformers tokenizer; `ids` are the known ones."""
         known = tuple(StopToken(one, tokenizer.convert_ids_to_tokens(one)) for one in ids)
         texts = {one.text for one in known}
         added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
@@ -51,30 +50,30 @@ class StopTokens:
         never = {image_token, tokenizer.bos_token, tokenizer.unk_token} - {None, "", *texts}
         return StopTokens(known, candidates, frozenset(never))
 
-    def after_answer(self, closing: str, place: str) -> tuple[StopToken, int] | None:
-        """The stop token in `closing`, what a template writes after an answer, and where it ends; None: nothing.
+    def find_after_answer(self, closing: str, place: str) -> tuple[StopToken, int] | None:
+        """Finds the stop token in `closing`, the text after an answer; returns it and its end. None: no text.
 
-        SampleRefusedError: the template writes something that is no stop token.
+        Raises SampleRefusedError if the template writes something that is not a stop token.
         """
-        first = _first_token(closing, self.known)
-        other = _first_token(closing, self.candidates)
+        first = _find_first_token(closing, self.known)
+        other = _find_first_token(closing, self.candidates)
         if other is not None and not closing[: other[1]].strip() and (first is None or other[1] < first[1]):
             token, start = other
             if token.text in self.openers:
-                raise SampleRefusedError(self._undecided(token.text, place))
+                raise SampleRefusedError(self._explain_undecided(token.text, place))
             return token, start + len(token.text)
         if first is not None:
             token, start = first
             return token, start + len(token.text)
         if closing.strip():
-            raise SampleRefusedError(self._undecided(_shown(closing), place))
+            raise SampleRefusedError(self._explain_undecided(_shorten(closing), place))
         return None
 
-    def _undecided(self, written: str, place: str) -> str:
+    def _explain_undecided(self, written: str, place: str) -> str:
         own = self.known[0].text if self.known else "no token"
         return (
             f"the chat template writes {written!r} after the answer of {place}, and the tokenizer ends a sequence by "
-            f"{own!r}: which of them the teacher says cannot be told; correct eos_token or the template"
+            f"{own!r}: it is not clear which of them the teacher generates; correct eos_token or the template"
         )
 
 
@@ -83,24 +82,27 @@ class AnswerSpan:
     """An answer in the text of a rendered conversation."""
 
     turn: int
-    start: int  # where the prompt ends that generation sees
+    start: int  # the end of the generation prompt
     stop_token: StopToken  # its first occurrence after `start` ends the answer
 
 
 @dataclass(frozen=True)
 class RenderedConversation:
-    """A conversation's text, every answer with a stop token."""
+    """A conversation's text, in which every answer has a stop token."""
 
     text: str
     spans: tuple[AnswerSpan, ...]
 
 
 class ChatTemplate:
-    """A processor's chat template with the arguments that the config gives it."""
+    """A processor's chat template, with the arguments of the config."""
 
     def __init__(self, processor: Any, arguments: Mapping[str, Any] | None = None) -> None:
-        """`processor` is a transformers processor or tokenizer. Errors: StillhouseError where it has no template;
-        ConfigError for an argument that the template does not read, and for a template that writes today's date."""
+        """`processor` is a transformers processor or tokenizer.
+
+        Raises StillhouseError if it has no template; ConfigError for an argument that the template does not read,
+        and for a template that writes today's date.
+        """
         self._processor = processor
         self._arguments = dict(arguments or {})
         template = getattr(processor, "chat_template", None)
@@ -113,25 +115,25 @@ class ChatTemplate:
                     f"teacher.chat_template_arguments.{name}: the teacher's chat template does not read {name}; "
                     "correct the name or leave it out"
                 )
-        # SmolVLM's processor puts settings of its own among the template's, with a warning a call, unless it gets some.
+        # SmolVLM's processor adds its own settings to the template's, with a warning at each call, unless given some.
         is_tokenizer = getattr(processor, "tokenizer", processor) is processor
         self._settings = {} if is_tokenizer else {"processor_kwargs": {"images_kwargs": {}}}
         self._check_date()
 
     def render(self, messages: list[Message], open_turn: bool) -> str:
-        """The text of `messages`, with the start of an assistant's turn if `open_turn`."""
+        """Renders `messages`, with the start of an assistant's turn if `open_turn`."""
         return self._render(messages, open_turn)
 
-    def takes_items(self) -> bool:
-        """Whether a message's content may be a list of items."""
+    def supports_items(self) -> bool:
+        """Returns whether a message's content may be a list of items."""
         try:
             text = self.render([{"role": "user", "content": [{"type": "text", "text": "probe"}]}], True)
         except TemplateRefusedError:
             return False
         return "probe" in text and "'type'" not in text and '"type"' not in text
 
-    def takes_images(self, image_token: str) -> bool:
-        """Whether an image item leaves one image token."""
+    def supports_images(self, image_token: str) -> bool:
+        """Returns whether an image item renders as one image token."""
         items = [{"type": "image"}, {"type": "text", "text": "probe"}]
         try:
             text = self.render([{"role": "user", "content": items}], True) if image_token else ""
@@ -151,7 +153,7 @@ class ChatTemplate:
         return re.search(rf"\b{re.escape(name)}\b", self._source) is not None
 
     def _check_date(self) -> None:
-        """ConfigError for a template that writes the day of the dump: its token ids would change overnight."""
+        """Raises ConfigError for a template that writes today's date: token ids would change from day to day."""
         if not self._mentions("strftime_now"):
             return
         clocks = [lambda _format, day=day: day for day in ("1 January", "2 February")]
@@ -169,10 +171,10 @@ class ChatTemplate:
 
 
 def locate_answers(messages: Sequence[Message], render: Render, *, stops: StopTokens) -> RenderedConversation:
-    """The rendered conversation, and where its answers start and stop.
+    """Renders the conversation and locates its answers.
 
-    The text up to an answer is what generation sees before it, and the text up to its stop token is that of the
-    conversation which ends there. SampleRefusedError: a template that writes otherwise, saying what it writes.
+    The text before an answer is its generation prompt, and the text up to its stop token is that of the conversation
+    that ends there. Raises SampleRefusedError if the template renders otherwise, with what it writes.
     """
     whole = render(list(messages), False)
     text = ""
@@ -185,15 +187,15 @@ def locate_answers(messages: Sequence[Message], render: Render, *, stops: StopTo
         opened = render(list(messages[:number]), True)
         closed = whole if is_last else render(list(messages[: number + 1]), False)
         if not closed.startswith(opened):
-            raise SampleRefusedError(_opened_otherwise(opened, closed, number))
-        end = _answer_end(closed, len(opened), text_of(message), number)
+            raise SampleRefusedError(_explain_opening(opened, closed, number))
+        end = _find_answer_end(closed, len(opened), get_message_text(message), number)
         closing = closed[end:]
         if not closing.strip() and any(whole[end:].lstrip().startswith(one.text) for one in stops.known):
             closing = whole[end:]  # the next turn's opening writes it
-        found = stops.after_answer(closing, f"turn {number}")
+        found = stops.find_after_answer(closing, f"turn {number}")
         shown = opened + closed[len(opened) : end] + ("" if found is None else closing[: found[1]])
         if not whole.startswith(shown):
-            raise SampleRefusedError(_rewritten(shown, whole, number))
+            raise SampleRefusedError(_explain_rewrite(shown, whole, number))
         text += whole[done : len(opened)]
         stop_token = stops.known[0] if found is None else found[0]
         spans.append(AnswerSpan(number, len(text), stop_token))
@@ -202,12 +204,12 @@ def locate_answers(messages: Sequence[Message], render: Render, *, stops: StopTo
     return RenderedConversation(text + whole[done:], tuple(spans))
 
 
-def written_stop_id(
+def find_written_stop_id(
     template: ChatTemplate, tokenizer: Any, known_ids: Sequence[int], *, image_token: str
 ) -> int | None:
-    """The token that the template writes after an answer; None if it writes none, or nothing that can be told."""
-    stops = StopTokens.of(tokenizer, known_ids, image_token=image_token)
-    as_items = template.takes_items()
+    """Returns the token that the template writes after an answer; None if there is none, or it is not clear."""
+    stops = StopTokens.from_tokenizer(tokenizer, known_ids, image_token=image_token)
+    as_items = template.supports_items()
     texts = {"user": "probe", "assistant": "0"}
     messages: list[Message] = [
         {"role": role, "content": [{"type": "text", "text": text}] if as_items else text}
@@ -217,34 +219,35 @@ def written_stop_id(
         whole = template.render(messages, False)
         opened = template.render(messages[:1], True)
         start = len(opened) if whole.startswith(opened) else whole.rindex("0")
-        found = stops.after_answer(whole[_answer_end(whole, start, "0", 1) :], "turn 1")
+        found = stops.find_after_answer(whole[_find_answer_end(whole, start, "0", 1) :], "turn 1")
     except (SampleRefusedError, ValueError):
         return None
     return None if found is None else found[0].id
 
 
-def text_of(message: Message) -> str:
-    """A message's text without its images."""
+def get_message_text(message: Message) -> str:
+    """Returns a message's text without its images."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(item.get("text", "") for item in content)
 
 
-def _answer_end(closed: str, start: int, answer: str, number: int) -> int:
-    """Where the text of an answer ends in the conversation that it closes."""
+def _find_answer_end(closed: str, start: int, answer: str, number: int) -> int:
+    """Returns the end of an answer's text in the conversation that ends with it."""
     spoken = closed[start:]
     lead = len(spoken) - len(spoken.lstrip())
     stripped = answer.strip()
     if spoken.startswith(stripped, lead):
-        kept = answer.lstrip()  # with the white space at its end, where the template keeps it
+        kept = answer.lstrip()  # with the white space at its end, if the template keeps it
         return start + lead + len(kept if spoken.startswith(kept, lead) else stripped)
     before, is_there, _ = spoken.rpartition(stripped)
     if is_there and before.strip():
         raise SampleRefusedError(
-            f"the chat template writes {_shown(before)!r} before the answer of turn {number}, which generation does "
+            f"the chat template writes {_shorten(before)!r} before the answer of turn {number}, which generation does "
             f"not see in its prompt; {_ARGUMENTS_HINT}"
         )
     raise SampleRefusedError(
-        f"the chat template changes the answer of turn {number}: it writes {_shown(spoken)!r} for {_shown(stripped)!r}"
+        f"the chat template changes the answer of turn {number}: it writes {_shorten(spoken)!r} "
+        f"for {_shorten(stripped)!r}"
     )
 
 
@@ -253,30 +256,30 @@ _ARGUMENTS_HINT = (
 )
 
 
-def _opened_otherwise(opened: str, closed: str, number: int) -> str:
-    same = _num_same(opened, closed)
+def _explain_opening(opened: str, closed: str, number: int) -> str:
+    same = _count_common_prefix(opened, closed)
     return (
-        f"the chat template writes {_shown(opened[same:])!r} for generation where turn {number} starts, and "
-        f"{_shown(closed[same:])!r} where the conversation has its answer; {_ARGUMENTS_HINT}"
+        f"the chat template writes {_shorten(opened[same:])!r} for generation where turn {number} starts, and "
+        f"{_shorten(closed[same:])!r} where the conversation has its answer; {_ARGUMENTS_HINT}"
     )
 
 
-def _rewritten(shown: str, whole: str, number: int) -> str:
-    same = _num_same(shown, whole)
+def _explain_rewrite(shown: str, whole: str, number: int) -> str:
+    same = _count_common_prefix(shown, whole)
     return (
-        f"the chat template rewrites turn {number} once later turns follow: it writes {_shown(whole[same:])!r} in "
-        f"place of {_shown(shown[same:])!r}; give a conversation that ends there as a sample of its own"
+        f"the chat template rewrites turn {number} once later turns follow: it writes {_shorten(whole[same:])!r} in "
+        f"place of {_shorten(shown[same:])!r}; give a conversation that ends there as a sample of its own"
     )
 
 
-def _num_same(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+def _count_common_prefix(one: str, other: str) -> int:
+    """Returns the length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
-def _first_token(text: str, tokens: Iterable[StopToken]) -> tuple[StopToken, int] | None:
-    """The token that comes first in a text, the longest of several at one place, and where it starts."""
+def _find_first_token(text: str, tokens: Iterable[StopToken]) -> tuple[StopToken, int] | None:
+    """Returns the token that comes first in a text, the longest of several at one position, and its start."""
     found = [(text.index(token.text), -len(token.text), token) for token in tokens if token.text in text]
     if not found:
         return None
@@ -284,5 +287,5 @@ def _first_token(text: str, tokens: Iterable[StopToken]) -> tuple[StopToken, int
     return token, start
 
 
-def _shown(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

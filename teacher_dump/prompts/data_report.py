@@ -1,7 +1,6 @@
-"""The data report: what is unusual about the images and samples of a data set, counted and named before a dump.
+"""The data report: counts unusual images and samples of a data set before a dump, and names the first.
 
-Nothing in it is an error: a constant picture may be meant. But each line is something that a teacher sees and a
-person does not, unless it is said.
+Findings are not errors: a constant image may be intended. But a user would not notice them otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from storage.images.traits import read_traits
 from storage.records.records import SampleError
 from teacher_dump.data.conversation import NO_LABEL
 from teacher_dump.data.image_loading import LoadedImage
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 
 _NUM_NAMED = 3
 _IMAGES = {
@@ -31,13 +30,13 @@ _SAMPLES = {
 
 @dataclass
 class Finding:
-    """How many images or samples something holds of, and the first of them."""
+    """The count of unusual images or samples of one kind, and the first names."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
-        """Counts one more."""
+        """Counts one more image or sample."""
         self.count += 1
         if len(self.first) < _NUM_NAMED:
             self.first.append(name)
@@ -45,31 +44,31 @@ class Finding:
 
 @dataclass
 class DataReport:
-    """Counts of what is unusual."""
+    """Counts of unusual images and samples."""
 
-    num_samples: int = 0  # looked at
+    num_samples: int = 0  # inspected
     num_images: int = 0  # of different names
     findings: dict[str, Finding] = field(default_factory=lambda: {name: Finding() for name in (*_IMAGES, *_SAMPLES)})
 
-    def lines(self) -> list[str]:
-        """A line a finding, and one that says what was not found."""
+    def format_lines(self) -> list[str]:
+        """Formats one line per finding, and a line that lists the kinds without a finding."""
         kinds = [(_IMAGES, self.num_images, "images"), (_SAMPLES, self.num_samples, "samples")]
         said, clean = [], []
         for texts, total, noun in kinds:
             found = [name for name in texts if self.findings[name].count]
-            said += [self._line(name, f"{total:,} {noun} {texts[name]}") for name in found]
+            said += [self._format_line(name, f"{total:,} {noun} {texts[name]}") for name in found]
             clean += [f"no {noun[:-1]} is {name}" for name in texts if name not in found]
         if clean:
             said.append(f"data: {self.num_samples:,} samples, {self.num_images:,} images: {', '.join(clean)}")
         return said
 
-    def _line(self, name: str, text: str) -> str:
+    def _format_line(self, name: str, text: str) -> str:
         finding = self.findings[name]
         more = ", …" if finding.count > len(finding.first) else ""
         return f"data: {finding.count:,} of {text}: {', '.join(finding.first)}{more}"
 
 
-class DataWatch:
+class DataReporter:
     """Fills a report as samples are prepared."""
 
     def __init__(self) -> None:
@@ -77,8 +76,8 @@ class DataWatch:
         self._names: dict[bytes, str] = {}  # of the first image of each content
         self._seen: set[str] = set()  # images by name
 
-    def add(self, prepared: Prepared) -> None:
-        """Looks at a sample that can be used."""
+    def add(self, prepared: PreparedSample) -> None:
+        """Inspects a usable sample."""
         self.report.num_samples += 1
         record = prepared.record
         if prepared.is_cut:
@@ -91,7 +90,7 @@ class DataWatch:
                 self._add_image(image)
 
     def add_errors(self, errors: Sequence[SampleError]) -> None:
-        """Counts samples that cannot be used."""
+        """Counts unusable samples."""
         for error in errors:
             self.report.num_samples += 1
             name = "unlabelled" if error.reason.endswith(NO_LABEL) else "refused"

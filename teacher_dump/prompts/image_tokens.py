@@ -1,10 +1,10 @@
-"""The visual grid: what an image becomes in a teacher's sequence, and where every token lies once it does.
+"""Expands image tokens in a teacher's sequence, and tracks the position of every token.
 
 A visual token is a position that holds the teacher's image token, which the model replaces by a feature of its vision
-side: 576 a picture in LLaVA-1.5, as many as its resolution asks for in Qwen2-VL, those of every tile and of the whole
-picture in Idefics3. Where a model packs a learnt newline among its features (LLaVA-NeXT, LLaVA-OneVision), that is one
-too, as it is for the model and for vLLM. Separators with an id of their own (`<row_1_col_2>`, `<|vision_start|>`, the
-newlines between tiles) are not: they lie between the visual tokens and have no rows.
+tower: 576 per image in LLaVA-1.5, a number that depends on the resolution in Qwen2-VL, those of every tile and of the
+whole image in Idefics3. A learnt newline among the features (LLaVA-NeXT, LLaVA-OneVision) is a visual token, too, as
+in vLLM. Separators with an id of their own (`<row_1_col_2>`, `<|vision_start|>`, the newlines between tiles) are not:
+they lie between the visual tokens and have no rows.
 
 Legend: t unexpanded tokens, one a placeholder; T expanded positions; n visual tokens of one image.
 """
@@ -24,20 +24,20 @@ from storage.images.pictures import make_blank_picture
 from storage.images.pixels import Picture
 from teacher_dump.data.sample import SampleRefusedError
 
-_PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # a grid that knows sizes differs between them
-_REMEMBERED_SIZES = 4096  # of images; a size costs a pass of the image processor and a few kB
+_PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # a grid that depends on size differs between them
+_REMEMBERED_SIZES = 4096  # of images; a size costs one call of the image processor and a few kB
 
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """Expanded ids, and where each unexpanded token lies in them."""
+    """Expanded ids, and the position of each unexpanded token in them."""
 
     token_ids: NDArray[np.int64]  # (T,)
-    positions: NDArray[np.int64]  # (t,) a placeholder's is the first that stands for it
-    visual: tuple[NDArray[np.int64], ...]  # (n,) each image's visual tokens, which separators may part
+    positions: NDArray[np.int64]  # (t,) a placeholder's is the first of its image
+    visual: tuple[NDArray[np.int64], ...]  # (n,) each image's visual tokens; separators may lie between them
 
-    def difference(self, engine_ids: NDArray[np.int64]) -> str:
-        """The first token in which an engine's expansion differs; "" where they are the same."""
+    def describe_difference(self, engine_ids: NDArray[np.int64]) -> str:
+        """Describes the first token in which an engine's expansion differs; "" if it is the same."""
         length = min(len(self.token_ids), len(engine_ids))
         differing = np.flatnonzero(self.token_ids[:length] != engine_ids[:length])
         why = "it expands images in another way than the teacher's processor"
@@ -51,8 +51,10 @@ class Expansion:
         return ""
 
 
-def expand(token_ids: NDArray[np.int32], images: Sequence[NDArray[np.int64]], image_token_id: int) -> Expansion:
-    """Each placeholder replaced by its image's ids (see VisualGrid.ids); ValueError if their numbers differ."""
+def expand_image_tokens(
+    token_ids: NDArray[np.int32], images: Sequence[NDArray[np.int64]], image_token_id: int
+) -> Expansion:
+    """Replaces each placeholder by its image's ids (see VisualGrid.ids). Raises ValueError if the counts differ."""
     is_image = token_ids == image_token_id
     if int(np.count_nonzero(is_image)) != len(images):
         raise ValueError(f"{np.count_nonzero(is_image)} placeholders for {len(images)} images")
@@ -68,7 +70,7 @@ def expand(token_ids: NDArray[np.int32], images: Sequence[NDArray[np.int64]], im
 
 
 class VisualGrid:
-    """Asks a teacher's processor what an image becomes; remembered by size, which is all that it depends on."""
+    """Has a teacher's processor expand images; caches the ids by image size, on which alone they depend."""
 
     def __init__(self, processor: Any, image_token_id: int) -> None:
         """`image_token_id` is -1 for a teacher without images."""
@@ -77,23 +79,23 @@ class VisualGrid:
         self._by_size: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     def ids(self, image: Picture) -> NDArray[np.int64]:
-        """The tokens that stand for this image, separators included.
+        """Returns the ids of this image's tokens, separators included.
 
-        SampleRefusedError: a size that the processor refuses. StillhouseError: it gives no visual tokens.
+        Raises SampleRefusedError for a size that the processor refuses; StillhouseError if it gives no visual tokens.
         """
         if image.size not in self._by_size:
             if len(self._by_size) == _REMEMBERED_SIZES:
                 del self._by_size[next(iter(self._by_size))]
-            self._by_size[image.size] = self._ask(image.size)
+            self._by_size[image.size] = self._probe(image.size)
         return self._by_size[image.size]
 
     @cached_property
     def is_fixed(self) -> bool:
-        """Whether every image becomes the same tokens, whatever its size."""
-        first, *others = (self._ask(size).tolist() for size in _PROBED_SIZES)
+        """Whether images of every size expand to the same tokens."""
+        first, *others = (self._probe(size).tolist() for size in _PROBED_SIZES)
         return all(other == first for other in others)
 
-    def _ask(self, size: tuple[int, int]) -> NDArray[np.int64]:
+    def _probe(self, size: tuple[int, int]) -> NDArray[np.int64]:
         text = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
         try:
             asked = self._processor(

@@ -1,4 +1,4 @@
-"""Preparation: samples to token ids and images, expanded as the teacher will see them; no teacher is needed.
+"""Prepares samples: token ids and images, expanded as the teacher will see them. Needs no teacher.
 
 Legend: r response rows, t unexpanded tokens.
 """
@@ -15,20 +15,20 @@ from storage.records.records import ImageRef, TokensRecord, compute_image_key
 from teacher_dump.config import TooLong
 from teacher_dump.data.image_loading import LoadedImage, load_image
 from teacher_dump.data.sample import Sample, SampleRefusedError
-from teacher_dump.prompts.image_tokens import Expansion, VisualGrid, expand
+from teacher_dump.prompts.image_tokens import Expansion, VisualGrid, expand_image_tokens
 from teacher_dump.prompts.preprocessor import Prompt, PromptBuilder
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
-from teacher_dump.prompts.truncation import kept_length
+from teacher_dump.prompts.truncation import compute_kept_length
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class PreparedSample:
     """A sample that is ready for the teacher."""
 
     record: TokensRecord
     images: tuple[LoadedImage, ...]
     expansion: Expansion
-    is_cut: bool = False  # it was too long, and some of it was left out
+    is_cut: bool = False  # it was too long, and was cut
 
     @property
     def prompt(self) -> TeacherPrompt:
@@ -42,7 +42,7 @@ class Prepared:
 
 
 class Preparer:
-    """Samples to token ids and images, refused where they are too long or broken."""
+    """Turns samples into token ids and images; refuses samples that are too long or broken."""
 
     def __init__(
         self,
@@ -65,20 +65,23 @@ class Preparer:
         self._max_length = max_length
         self._too_long: TooLong = too_long
 
-    def prepare(self, sample: Sample) -> Prepared:
-        """SampleRefusedError: a bad image, a prompt that cannot be made, more than `max_length` tokens."""
+    def prepare(self, sample: Sample) -> PreparedSample:
+        """Prepares a sample for the teacher.
+
+        Raises SampleRefusedError for a bad image, a prompt that cannot be built, more than `max_length` tokens.
+        """
         images = tuple(load_image(self._image_root, path, self._pixels) for path in sample.images)
         prompt = self._prompts.build(sample)
         grids = [self._grid.ids(image.pixels) for image in images]
-        expansion = expand(prompt.token_ids, grids, self._image_token_id)
+        expansion = expand_image_tokens(prompt.token_ids, grids, self._image_token_id)
         is_cut = len(expansion.token_ids) > self._max_length
         if is_cut:
             mask, positions = prompt.response_mask, expansion.positions
-            kept = kept_length(mask, positions, max_length=self._max_length, rule=self._too_long)
+            kept = compute_kept_length(mask, positions, max_length=self._max_length, rule=self._too_long)
             if kept is not None:
                 prompt = Prompt(prompt.token_ids[:kept], mask[:kept])
                 images = images[: np.count_nonzero(prompt.token_ids == self._image_token_id)]
-                expansion = expand(prompt.token_ids, grids[: len(images)], self._image_token_id)
+                expansion = expand_image_tokens(prompt.token_ids, grids[: len(images)], self._image_token_id)
         counts = [len(positions) for positions in expansion.visual]
         if len(expansion.token_ids) > self._max_length:
             raise SampleRefusedError(
@@ -102,20 +105,22 @@ class Preparer:
             for number, (image, count, place) in enumerate(zip(images, counts, places, strict=True))
         )
         record = TokensRecord(sample.id, sample.split, sample.category, prompt.token_ids, prompt.response_mask, refs)
-        return Prepared(record, images, expansion, is_cut)
+        return PreparedSample(record, images, expansion, is_cut)
 
-    def restore(self, record: TokensRecord) -> Prepared:
-        """A sample of a cache, ready for the teacher again. SampleRefusedError: an image is not what it was."""
+    def restore(self, record: TokensRecord) -> PreparedSample:
+        """Prepares a cached sample for the teacher again. Raises SampleRefusedError if an image has changed."""
         images = tuple(load_image(self._image_root, ref.path, self._pixels) for ref in record.images)
         for image, ref in zip(images, record.images, strict=True):
             if image.sha256 != ref.sha256:
                 raise SampleRefusedError(
                     f"image {ref.path!r} has the sha256 {image.sha256}, the cache has {ref.sha256}"
                 )
-        expansion = expand(record.token_ids, [self._grid.ids(image.pixels) for image in images], self._image_token_id)
+        expansion = expand_image_tokens(
+            record.token_ids, [self._grid.ids(image.pixels) for image in images], self._image_token_id
+        )
         for positions, ref in zip(expansion.visual, record.images, strict=True):
             if len(positions) != ref.num_visual_tokens:
                 raise SampleRefusedError(
                     f"image {ref.path!r} has {len(positions)} visual tokens, the cache has {ref.num_visual_tokens}"
                 )
-        return Prepared(record, images, expansion)
+        return PreparedSample(record, images, expansion)

@@ -1,8 +1,8 @@
-"""Prompts: a conversation through the teacher's own chat template, as token ids and a response mask.
+"""Builds prompts: renders a conversation with the teacher's chat template, as token ids and a response mask.
 
 The ids are those of the whole rendered conversation, whatever the tokenizer: no piece of it is tokenised alone. The
-ids of each prompt that generation sees (`add_generation_prompt`) must be a prefix of them, which tells where an
-answer's tokens start; they stop with its stop token. An answer that the teacher generated keeps its own ids.
+ids of each generation prompt (`add_generation_prompt`) must be a prefix of them, which gives the start of an answer's
+tokens; they end with its stop token. An answer that the teacher generated keeps its own ids.
 
 Ids are unexpanded: one image token stands for each image. Legend: t tokens.
 """
@@ -32,10 +32,10 @@ from teacher_dump.prompts.chat_template import (
 
 TOKENISATION = 2  # the version of how a conversation becomes ids; in a cache's identity, absent there for version 1
 
-# Texts that stand for an answer whose ids are known, tried in this order: tokenizers join some of them with a prompt.
+# Placeholder texts for an answer whose ids are known, tried in this order: tokenizers join some with the prompt.
 _STAND_INS = ("?", "0", "A", "The")
 
-Encode = Callable[[list[str]], list[list[int]]]  # texts to their ids, without what a tokenizer adds
+Encode = Callable[[list[str]], list[list[int]]]  # texts to their ids, without special tokens added
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,47 +59,45 @@ class PromptBuilder:
     ) -> None:
         """`processor` is a transformers processor, or a tokenizer for a teacher without images.
 
-        Errors: those of ChatTemplate; ConfigError for a teacher of which every conversation would be refused.
+        Raises the errors of ChatTemplate; ConfigError if every conversation of this teacher would be refused.
         """
         tokenizer = getattr(processor, "tokenizer", processor)
         self._processor = processor
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         self._image_token: str = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id >= 0 else ""
-        self._stops = StopTokens.of(tokenizer, eos_token_ids, image_token=self._image_token)
+        self._stops = StopTokens.from_tokenizer(tokenizer, eos_token_ids, image_token=self._image_token)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = tuple(dict.fromkeys([*special, *(token.text for token in self._stops.known)]))
         self._first_ids = find_leading_special_ids(tokenizer)
         self._vocab_size = compute_vocab_size(tokenizer.get_vocab())
         self._template = ChatTemplate(processor, template_arguments)
-        self._takes_items = self._template.takes_items()
-        self._takes_images = self._takes_items and self._template.takes_images(self._image_token)
+        self._takes_items = self._template.supports_items()
+        self._takes_images = self._takes_items and self._template.supports_images(self._image_token)
         self._stand_in = self._find_stand_in()
 
     def build(self, sample: Sample) -> Prompt:
-        """Ids and mask of a sample; of half of a preference pair only the last answer is masked, which is its own.
+        """Builds ids and mask of a sample; in half of a preference pair only the last answer is a response.
 
-        SampleRefusedError: an empty answer, markers that do not fit the images, …
+        Raises SampleRefusedError for an empty answer, markers that do not match the images, …
         """
         if sample.images and not self._takes_images:
-            raise StillhouseError(self._no_place())
-        turns = [self._standing_in(number, turn) for number, turn in enumerate(sample.turns)]
-        messages = conversation_messages(
-            turns, len(sample.images), special_texts=self._special, as_items=self._takes_items
-        )
+            raise StillhouseError(self._explain_no_image_place())
+        turns = [self._replace_generated(number, turn) for number, turn in enumerate(sample.turns)]
+        messages = make_messages(turns, len(sample.images), special_texts=self._special, as_items=self._takes_items)
         rendered = locate_answers(messages, self._template.render, stops=self._stops)
         generated = {number: turn.token_ids for number, turn in enumerate(sample.turns) if turn.token_ids is not None}
-        prompt = tokenise(rendered, self._encode, generated=generated, labels=_label_turns(sample))
+        prompt = tokenise(rendered, self._encode, generated=generated, labels=_list_label_turns(sample))
         found = int(np.count_nonzero(prompt.token_ids == self._image_token_id)) if self._image_token else 0
         if found != len(sample.images):
             raise SampleRefusedError(f"the template gave {found} image tokens for {len(sample.images)} images")
-        return self._with_first_ids(prompt)
+        return self._add_first_ids(prompt)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
-    def _standing_in(self, number: int, turn: Turn) -> Turn:
-        """The turn, or one with a text for the template in place of ids. SampleRefusedError: impossible ids."""
+    def _replace_generated(self, number: int, turn: Turn) -> Turn:
+        """Returns the turn, or a placeholder text for a turn with ids. Raises SampleRefusedError for invalid ids."""
         if turn.token_ids is None:
             return turn
         ids = turn.token_ids
@@ -114,30 +112,30 @@ class PromptBuilder:
         return Turn(turn.role, self._stand_in)
 
     def _find_stand_in(self) -> str:
-        """A text that this tokenizer keeps apart from the prompt before it.
+        """Returns a text that this tokenizer does not join with the prompt before it.
 
-        ConfigError: there is none, so that the teacher's every conversation would be refused.
+        Raises ConfigError if there is none: every conversation would be refused.
         """
         refusal: SampleRefusedError | None = None
         for text in _STAND_INS:
             turns = [Turn("user", "probe"), Turn("assistant", text)]
-            messages = conversation_messages(turns, 0, as_items=self._takes_items)
+            messages = make_messages(turns, 0, as_items=self._takes_items)
             try:
                 tokenise(locate_answers(messages, self._template.render, stops=self._stops), self._encode)
                 return text
             except TemplateRefusedError:
-                return _STAND_INS[0]  # it may take other conversations than this one
+                return _STAND_INS[0]  # the template may accept other conversations
             except SampleRefusedError as error:
                 refusal = refusal or error
         raise ConfigError(f"every conversation of this teacher would be refused: {refusal}") from refusal
 
-    def _with_first_ids(self, prompt: Prompt) -> Prompt:
-        """The prompt, with the ids that the tokenizer puts first unless the template wrote them already."""
+    def _add_first_ids(self, prompt: Prompt) -> Prompt:
+        """Adds the ids that the tokenizer puts first, unless the template wrote them already."""
         ids = prepend_leading_ids(prompt.token_ids.tolist(), self._first_ids)
         num_added = len(ids) - len(prompt.token_ids)
         return Prompt(np.array(ids, np.int32), np.concatenate([np.zeros(num_added, np.bool_), prompt.response_mask]))
 
-    def _no_place(self) -> str:
+    def _explain_no_image_place(self) -> str:
         placeholder = str(getattr(self._processor, "image_token", self._image_token))
         if self._image_token and placeholder != self._image_token:
             return (
@@ -151,15 +149,15 @@ class PromptBuilder:
         )
 
 
-def conversation_messages(
+def make_messages(
     turns: Sequence[Turn], num_images: int, *, special_texts: Sequence[str] = (), as_items: bool = True
 ) -> list[Message]:
-    """Chat-template messages; each `<image>` marker of a question becomes an image item in its place.
+    """Makes chat-template messages; each `<image>` marker of a question becomes an image item in its place.
 
-    A conversation with images and no marker shows them all before its first question, as LLaVA does. White space
-    stays as it is, but for one line break between a marker that begins or ends a question and its text.
-    SampleRefusedError: an empty answer, markers in an answer or of another number than the images,
-    text that spells a special token.
+    In a conversation with images and no marker, all images precede the first question, as in LLaVA. White space is
+    kept, except one line break between a marker that begins or ends a question and its text.
+    Raises SampleRefusedError for an empty answer, markers in an answer or of another number than the images, and
+    text that contains a special token.
     """
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
     if num_markers not in (0, num_images):
@@ -179,7 +177,7 @@ def conversation_messages(
         if turn.role == "user":
             items += [{"type": "image"}] * unplaced
             unplaced = 0
-        for position, text in enumerate(_without_line_breaks(stretches)):
+        for position, text in enumerate(_strip_line_breaks(stretches)):
             if position:
                 items.append({"type": "image"})
             if text or len(stretches) == 1:
@@ -188,8 +186,8 @@ def conversation_messages(
     return messages
 
 
-def _label_turns(sample: Sample) -> set[int]:
-    """The turns whose answers are trained on; of half of a preference pair the last one alone, which is its own."""
+def _list_label_turns(sample: Sample) -> set[int]:
+    """Returns the turns whose answers are labels; in half of a preference pair only the last."""
     labels = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant" and turn.is_trained]
     return set(labels[-1:] if sample.id.endswith((CHOSEN, REJECTED)) else labels)
 
@@ -201,11 +199,11 @@ def tokenise(
     generated: Mapping[int, Sequence[int]] | None = None,
     labels: Collection[int] | None = None,
 ) -> Prompt:
-    """The ids of the whole conversation up to its last stop token, and which of them are answers.
+    """Tokenises the whole conversation up to its last stop token, and marks its answers.
 
     `generated` holds ids by turn that replace those of a turn's text, stop token included. `labels`: the turns whose
-    answers are labels; None: all of them. SampleRefusedError: the ids of a prompt that generation sees are no prefix
-    of the whole's; an answer without tokens.
+    answers are labels; None: all of them. Raises SampleRefusedError if the ids of a generation prompt are not a
+    prefix of the whole's, or an answer has no tokens.
     """
     whole, *openings = encode([rendered.text, *(rendered.text[: span.start] for span in rendered.spans)])
     ids: list[int] = []
@@ -232,8 +230,8 @@ def tokenise(
     return Prompt(np.array(ids, np.int32), np.array(mask, np.bool_))
 
 
-def _without_line_breaks(stretches: Sequence[str]) -> list[str]:
-    """The texts around markers, without the line break between a leading or trailing marker and its text."""
+def _strip_line_breaks(stretches: Sequence[str]) -> list[str]:
+    """Removes the line break between a leading or trailing marker and its text."""
     texts = list(stretches)
     for position in range(1, len(texts)):  # markers with no text before them
         if any(texts[:position]):

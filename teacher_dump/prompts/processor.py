@@ -12,11 +12,11 @@ from teacher_dump import torchvision_shim
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The processor of a checkpoint, or its tokenizer where it takes no images.
+    """Loads the processor of a checkpoint, or its tokenizer if it takes no images.
 
-    Images are resized by the library that every student uses, whatever else is installed.
+    Images are resized with the library that every student uses, whatever else is installed.
     """
-    torchvision_shim.ensure()
+    torchvision_shim.import_torch_companions()
     keep_videos_loadable()
     from transformers import AutoProcessor
 
@@ -27,10 +27,10 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def keep_videos_loadable() -> None:
-    """Let a processor's images be made by Pillow although transformers makes its videos by torchvision alone.
+    """Makes processors with a video part loadable with Pillow as the backend of their images.
 
-    transformers hands one `backend` to all parts of a processor, and refuses "pil" for the part that makes videos.
-    vLLM calls this in each of its processes (pyproject.toml, vllm.general_plugins), for workers load processors too.
+    transformers passes one `backend` to all parts of a processor, and refuses "pil" for the video part.
+    vLLM calls this in each of its processes (pyproject.toml, vllm.general_plugins), since workers load processors.
     """
     mapping = importlib.import_module("transformers.models.auto.video_processing_auto").VIDEO_PROCESSOR_MAPPING_NAMES
     for classes in mapping.values():

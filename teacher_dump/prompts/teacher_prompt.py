@@ -1,4 +1,4 @@
-"""What a teacher is given: token ids and images."""
+"""The input of a teacher: token ids and images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from storage.images.pixels import Picture
 
 @dataclass(frozen=True, eq=False)
 class TeacherPrompt:
-    """Unexpanded token ids, one image token an image, and the images in that order."""
+    """Unexpanded token ids, one image token per image, and the images in that order."""
 
     token_ids: NDArray[np.int32]
     images: tuple[Picture, ...]

@@ -1,8 +1,9 @@
-"""Prompts that are longer than the teacher takes: refused, or cut by a rule with a name.
+"""Truncates prompts that are longer than the teacher's limit, by a named rule, or refuses them.
 
-A cut falls at the end of an answer, or inside of one; never inside an image, and never leaves a question without
-its answer. A prompt that is cut after an answer is the prompt of the shorter conversation: the next answer's prompt
-begins with the same ids (see teacher_dump/prompts/preprocessor.py), and a stop token keeps what follows it apart.
+A cut lies at the end of an answer, or inside of one; never inside an image, and never leaves a question without
+its answer. A prompt cut after an answer equals the prompt of the shorter conversation: the next generation prompt
+begins with the same ids (see teacher_dump/prompts/preprocessor.py), and tokenizers do not join text across a stop
+token.
 
 Legend: t unexpanded tokens.
 """
@@ -15,14 +16,14 @@ from numpy.typing import NDArray
 from teacher_dump.config import TooLong
 
 
-def kept_length(
+def compute_kept_length(
     response_mask: NDArray[np.bool_], positions: NDArray[np.int64], *, max_length: int, rule: TooLong
 ) -> int | None:
-    """How many of a prompt's t tokens stay, so that at most `max_length` positions do; None: it is refused.
+    """Returns how many of a prompt's t tokens to keep for at most `max_length` positions; None: refuse it.
 
-    `positions` (t,): where each token lies once images are expanded. `cut_turns` leaves out whole questions with
-    their answers, from the end; `cut_answer` keeps as much of the answer at `max_length` as fits, without its stop
-    token, and does as `cut_turns` where a question is there. The prompt is known to be too long.
+    `positions` (t,): of each token after images are expanded. `cut_turns` drops whole questions with their answers,
+    from the end; `cut_answer` keeps the fitting part of the answer at `max_length`, without its stop token, and acts
+    as `cut_turns` if a question is there. The caller knows that the prompt is too long.
     """
     if rule == "refuse":
         return None

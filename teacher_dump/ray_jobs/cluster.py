@@ -1,4 +1,4 @@
-"""A connection to Ray, and what an engine asks of it."""
+"""Connects to Ray, and checks that it has room for an engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from storage.processes.search_path import find_shadowed_packages
 from storage.processes.stop_signals import Interrupted, keep_handler
 from storage.processes.waiting import Waiting
 
-GPUS_OF_ACTORS = "dump.gpus_per_actor or teacher.settings"  # by its ranks where nothing is said
+GPUS_OF_ACTORS = "dump.gpus_per_actor or teacher.settings"  # the fields that decide an actor's GPUs
 _HOST_PORT = re.compile(r"[^/:]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 _ANSWER_S = 60.0  # for a Ray head to answer a first connection
 _OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray; parts travel as text and results as a few numbers
@@ -28,19 +28,19 @@ _OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray; parts travel as text and re
 
 @dataclass(frozen=True)
 class Resources:
-    """What one actor or command asks Ray for."""
+    """The resources that one actor or command requests of Ray."""
 
     num_cpus: float = 1
     num_gpus: float = 0  # without any, Ray hides all GPUs from it
 
 
 @contextlib.contextmanager
-def cluster(address: str | None, *, local_cpus: int) -> Iterator[bool]:
-    """A connection to Ray: the one that there is, a running cluster's, or a local Ray for as long as needed.
+def connect_to_ray(address: str | None, *, local_cpus: int) -> Iterator[bool]:
+    """Connects to Ray while the block runs: an existing connection, a running cluster, or a new local Ray.
 
-    Yields True where Ray is this machine alone, and so will never have more room than it has now.
+    Yields True if Ray runs on this machine only, and so cannot grow.
 
-    A handler of SIGTERM that the caller has set stays, afterwards too; Ray's own would end the process at once.
+    Keeps the caller's SIGTERM handler, during the block and after it; Ray's own would end the process at once.
     """
     if ray.is_initialized():
         yield False
@@ -58,23 +58,25 @@ def cluster(address: str | None, *, local_cpus: int) -> Iterator[bool]:
         }
     folder = Path.cwd()
     if shadowed := find_shadowed_packages(folder):
-        options["runtime_env"] = {"worker_process_setup_hook": _importing(shadowed, besides=str(folder))}
+        options["runtime_env"] = {"worker_process_setup_hook": _make_setup_hook(shadowed, besides=str(folder))}
     with contextlib.nullcontext() if address else end_descendants_on_exit():
-        yield from _connection(address, options)
+        yield from _open_connection(address, options)
 
 
-def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
+def _open_connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
     if address:
-        check_answers(address)
+        check_head_answers(address)
     try:
         with Waiting(f"Ray at {address}" if address else "Ray to start on this machine"), keep_handler(signal.SIGTERM):
             ray.init(**options)
     except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: of Ray's handler of SIGTERM
-        with contextlib.suppress(Exception):  # whatever half of it is there
+        with contextlib.suppress(Exception):  # Ray may be half started
             _shut_down()
         raise stop if isinstance(stop, KeyboardInterrupt) else Interrupted(signal.SIGTERM) from stop
     except (ConnectionError, ValueError, RayError, OSError, RuntimeError) as error:
-        raise StillhouseError(f"Ray cannot be had at {address or 'this machine'}: {last_line(error)}") from error
+        raise StillhouseError(
+            f"cannot connect to Ray at {address or 'this machine'}: {get_last_line(error)}"
+        ) from error
     try:
         yield not address
     finally:
@@ -82,14 +84,15 @@ def _connection(address: str | None, options: dict[str, Any]) -> Iterator[bool]:
 
 
 def _shut_down() -> None:
+    """Shuts Ray down and keeps SIGTERM's handler, which Ray's core resets in the kernel."""
     with keep_handler(signal.SIGTERM):
         ray.shutdown()
 
 
-def refuse_without_room(resources: Resources, *, what: str, field: str) -> None:
-    """ConfigError if Ray, which will not grow, has no room for even one of `what`: it would wait for ever.
+def check_room(resources: Resources, *, what: str, field: str) -> None:
+    """Raises ConfigError if a Ray that cannot grow has no room for even one of `what`: it would wait for ever.
 
-    `field`: where its GPUs are asked for.
+    `field`: the config field that requests its GPUs.
     """
     there = ray.cluster_resources().get("GPU", 0)
     if resources.num_gpus > there:
@@ -99,11 +102,11 @@ def refuse_without_room(resources: Resources, *, what: str, field: str) -> None:
         )
 
 
-def _importing(packages: Sequence[str], *, besides: str) -> Callable[[], None]:
-    """A worker's first step where files in the current folder, `besides`, have the names of packages of ours.
+def _make_setup_hook(packages: Sequence[str], *, besides: str) -> Callable[[], None]:
+    """Makes a worker's setup hook that imports our packages although files in folder `besides` hide them.
 
-    Ray puts that folder first on a worker's sys.path, before the first task or after this step. A function inside of
-    a function travels as code, so the worker needs no module of ours to run it.
+    Ray puts that folder first on a worker's sys.path, before the first task or after this hook. A nested function is
+    pickled as code, so the worker needs no module of ours to run it.
     """
 
     def import_packages() -> None:
@@ -119,10 +122,10 @@ def _importing(packages: Sequence[str], *, besides: str) -> Callable[[], None]:
     return import_packages
 
 
-def check_answers(address: str, *, limit_s: float = _ANSWER_S) -> None:
-    """StillhouseError where nobody answers at host:port as a Ray head does; Ray itself would wait without a word.
+def check_head_answers(address: str, *, limit_s: float = _ANSWER_S) -> None:
+    """Raises StillhouseError if no Ray head answers at host:port; Ray itself would wait without a message.
 
-    Other kinds of address (auto, ray://…) and encrypted ones are left to Ray, which gives those up by itself.
+    Does not check other kinds of address (auto, ray://…) and encrypted ones, for which Ray has a timeout.
     """
     if not _HOST_PORT.fullmatch(address) or os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return
@@ -133,25 +136,25 @@ def check_answers(address: str, *, limit_s: float = _ANSWER_S) -> None:
             grpc.channel_ready_future(channel).result(timeout=limit_s)
         except grpc.FutureTimeoutError as error:
             raise StillhouseError(
-                f"Ray cannot be had at {address}: nobody answered within {limit_s:g} s; check dump.ray_address, or "
+                f"cannot connect to Ray at {address}: no answer within {limit_s:g} s; check dump.ray_address, or "
                 "RAY_ADDRESS, and that `ray status --address …` answers from this machine"
             ) from error
 
 
-def gpus_or_default(wanted: float | None, default: float) -> float:
-    """What is wanted; where nothing is said, `default` in a cluster that has GPUs and 0 in one that has none."""
+def resolve_num_gpus(wanted: float | None, default: float) -> float:
+    """Returns `wanted`; if it is None, `default` in a cluster with GPUs and 0 in one without."""
     if wanted is not None:
         return wanted
     return default if ray.cluster_resources().get("GPU", 0) else 0
 
 
-def gpus_of_engine(settings: Mapping[str, Any]) -> int:
-    """How many GPUs one engine spreads over, by its settings for vLLM."""
+def count_engine_gpus(settings: Mapping[str, Any]) -> int:
+    """Returns how many GPUs one engine uses, by its settings for vLLM."""
     return settings.get("tensor_parallel_size", 1) * settings.get("pipeline_parallel_size", 1)
 
 
-def compare_room(num_actors: int, resources: Resources, notify: Callable[[str], None]) -> None:
-    """Tell where the cluster has less room than is asked for: an autoscaler may still make it."""
+def warn_about_room(num_actors: int, resources: Resources, notify: Callable[[str], None]) -> None:
+    """Notifies of resources that the cluster lacks: an autoscaler may still add them."""
     room = ray.cluster_resources()
     for kind, wanted in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
         if room.get(kind, 0) < num_actors * wanted:
@@ -161,8 +164,8 @@ def compare_room(num_actors: int, resources: Resources, notify: Callable[[str], 
             )
 
 
-def lacking_room(resources: Resources, *, over_nodes: bool = False) -> str:
-    """What one actor or command asks for and no node has, or with `over_nodes` not the whole cluster; "" if nothing."""
+def describe_lacking_room(resources: Resources, *, over_nodes: bool = False) -> str:
+    """Describes the resources that no node has, or with `over_nodes` not even the whole cluster; "" if none."""
     nodes = [ray.cluster_resources()] if over_nodes else [node["Resources"] for node in ray.nodes() if node["Alive"]]
     lacks = []
     for kind, wanted in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
@@ -172,7 +175,7 @@ def lacking_room(resources: Resources, *, over_nodes: bool = False) -> str:
     return " and ".join(lacks)
 
 
-def last_line(error: BaseException) -> str:
-    """The end of one of Ray's long messages: where it says what happened."""
+def get_last_line(error: BaseException) -> str:
+    """Returns the last line of one of Ray's long messages, which says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Commands as Ray tasks: programs that run wherever the cluster has room."""
+"""Runs commands as Ray tasks: programs that run wherever the cluster has room."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from storage.processes.child_process import GRACE_S, run_child
 from storage.processes.waiting import Waiting
 from teacher_dump.ray_jobs.cluster import (
     Resources,
-    cluster,
-    gpus_or_default,
-    lacking_room,
-    last_line,
-    refuse_without_room,
+    check_room,
+    connect_to_ray,
+    describe_lacking_room,
+    get_last_line,
+    resolve_num_gpus,
 )
 
 _GPUS_OF_COMMANDS = "ablations.gpus_per_run or dump.gpus_per_actor"
@@ -37,13 +37,13 @@ class Command:
     argv: tuple[str, ...]
     log_path: Path  # stdout and stderr, appended
     env: Mapping[str, str] = field(default_factory=dict)  # added to the worker's
-    grace_s: float = GRACE_S  # between SIGTERM and SIGKILL; math.inf: it saves something and ends by itself
-    num_devices: int = 1  # how many GPUs it uses, where Ray has any
+    grace_s: float = GRACE_S  # between SIGTERM and SIGKILL; math.inf: it saves its state and ends by itself
+    num_devices: int = 1  # how many GPUs it uses, if Ray has any
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command ended."""
+    """The exit code and time of a command."""
 
     name: str
     returncode: int  # negative: killed by that signal; 127: could not be started
@@ -59,42 +59,42 @@ def run_commands(
     address: str | None = None,
     logs: Path | None = None,
 ) -> Generator[CommandResult, None, None]:
-    """Run commands as Ray tasks, as many at once as the cluster has room for; results as they end.
+    """Runs commands as Ray tasks, as many at once as the cluster has room for; yields results as they end.
 
-    Each asks for `num_cpus` and `num_gpus` (None: its `num_devices`, where Ray has any) and runs in this process's
-    current folder. A command dies with its worker. When this is interrupted, or closed, commands that wait are
-    forgotten and those that run get SIGTERM; it ends when they have. `logs` is where Ray's own output goes; default:
-    beside the first command's log.
+    Each requests `num_cpus` and `num_gpus` (None: its `num_devices`, if Ray has GPUs) and runs in this process's
+    current folder. A command dies with its worker. When the generator is interrupted or closed, waiting commands are
+    dropped and running ones get SIGTERM; it returns after they have ended. `logs` is the folder of Ray's own output;
+    by default that of the first command's log.
     """
     if not commands:
         return
     logs = logs or commands[0].log_path.parent
-    with cluster(address, local_cpus=math.ceil(num_cpus)) as is_fixed:
+    with connect_to_ray(address, local_cpus=math.ceil(num_cpus)) as is_fixed:
         task = ray.remote(num_cpus=num_cpus, max_retries=0)(_run_command)
-        gpus = [gpus_or_default(num_gpus, command.num_devices) for command in commands]
+        gpus = [resolve_num_gpus(num_gpus, command.num_devices) for command in commands]
         most = Resources(num_cpus, max(gpus))
         if is_fixed:
-            refuse_without_room(most, what="a process", field=_GPUS_OF_COMMANDS)
-        room = WaitingRoom(commands, most)
+            check_room(most, what="a process", field=_GPUS_OF_COMMANDS)
+        room = WaitingCommands(commands, most)
         waiting = [
             task.options(num_gpus=own).remote(command, str(Path.cwd()))
             for command, own in zip(commands, gpus, strict=True)
         ]
         try:
             while waiting:
-                with Waiting(room.subject):
+                with Waiting(room.describe):
                     done, waiting = ray.wait(waiting, num_returns=1)
                 try:
                     result: CommandResult = ray.get(done[0])
                 except RayError as error:
-                    raise StillhouseError(f"a command's worker failed; see {logs}: {last_line(error)}") from error
+                    raise StillhouseError(f"a command's worker failed; see {logs}: {get_last_line(error)}") from error
                 yield result
         finally:
             _cancel(waiting)
 
 
 def _cancel(tasks: list[ray.ObjectRef]) -> None:
-    """Interrupt tasks and wait for them: what they run saves its state. Without force, which would kill the worker."""
+    """Interrupts tasks and waits while their commands save state. Without force, which would kill the worker."""
     if not tasks:
         return
     for task in tasks:
@@ -103,25 +103,25 @@ def _cancel(tasks: list[ray.ObjectRef]) -> None:
     ray.wait(tasks, num_returns=len(tasks))
 
 
-class WaitingRoom:
-    """Tells which commands wait for room: those whose log nobody has opened or written to since."""
+class WaitingCommands:
+    """Describes the commands that wait for room: those whose log has not changed."""
 
     def __init__(self, commands: Sequence[Command], resources: Resources) -> None:
-        self._logs = {command.log_path: _log_state(command.log_path) for command in commands}
+        self._logs = {command.log_path: _read_log_state(command.log_path) for command in commands}
         self._resources = resources
 
-    def subject(self) -> str:
-        """What is waited for; nothing while a command runs."""
-        num_waiting = sum(_log_state(path) == state for path, state in self._logs.items())
+    def describe(self) -> str:
+        """Returns what the commands wait for; "" while a command runs."""
+        num_waiting = sum(_read_log_state(path) == state for path, state in self._logs.items())
         if num_waiting < len(self._logs):
             return ""
         asked = f"{self._resources.num_cpus:g} CPUs and {self._resources.num_gpus:g} GPUs"
-        lacks = lacking_room(self._resources)
+        lacks = describe_lacking_room(self._resources)
         why = f"asks for {lacks}; Ctrl-C ends the wait" if lacks else f"asks for {asked}"
         return f"Ray to find room for {num_waiting} commands, each of which {why}"
 
 
-def _log_state(path: Path) -> tuple[int, int] | None:
+def _read_log_state(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""The dump's progress as Prometheus metrics, at Ray's own endpoint of the node that the dump was started on."""
+"""Publishes the dump's progress as Prometheus metrics, at Ray's endpoint on the node that started the dump."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DESCRIPTIONS = {
     "samples_planned": "Samples that this dump has to score",
     "parts": "Parts committed by this dump",
     "parts_planned": "Parts that this dump has to write",
-    "tokens": "Positions that the teacher was asked about",
+    "tokens": "Positions that the teacher scored",
     "tokens_per_second": "Positions a second, over all teachers",
     "bytes": "Bytes of the committed parts",
     "errors": "Samples without a record",
@@ -23,7 +23,7 @@ class DumpMetrics:
     """Gauges named `ray_stillhouse_dump_…`, with the run's name as the tag `run`."""
 
     def __init__(self, run: str) -> None:
-        """Needs a connection to Ray."""
+        """Registers the gauges; Ray must be connected."""
         self._gauges = {
             name: Gauge(f"stillhouse_dump_{name}", description=text, tag_keys=("run",))
             for name, text in _DESCRIPTIONS.items()
@@ -32,7 +32,7 @@ class DumpMetrics:
             gauge.set_default_tags({"run": run})
 
     def show(self, progress: Progress) -> None:
-        """Set every gauge to what is true now; Ray collects them every few seconds."""
+        """Sets every gauge to its current value; Ray collects them every few seconds."""
         values = {
             "samples": progress.num_samples,
             "samples_planned": progress.num_samples_planned,

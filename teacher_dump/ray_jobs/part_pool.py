@@ -1,7 +1,7 @@
-"""The parts of a plan through a Ray Data pool of actors, each with a teacher of its own.
+"""Scores the parts of a plan with a Ray Data pool of actors, each with its own teacher.
 
-A part is the only unit. What Ray cannot bring to an end, for whatever reason, is looked for among the commits
-and begun again; nothing else is remembered between one attempt and the next.
+A part is the only unit of work. Parts that Ray does not finish, for whatever reason, are retried unless a commit
+exists; attempts share no other state.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from storage.processes.waiting import Waiting
 from teacher_dump.data.partition import Part
 from teacher_dump.ray_jobs.cluster import (
     GPUS_OF_ACTORS,
-    cluster,
-    compare_room,
-    lacking_room,
-    last_line,
-    refuse_without_room,
+    check_room,
+    connect_to_ray,
+    describe_lacking_room,
+    get_last_line,
+    warn_about_room,
 )
-from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord, this_device
+from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord, get_device_name
 from teacher_dump.ray_jobs.placement import Placement
-from teacher_dump.ray_jobs.teacher_actor import Said, log_to_file
+from teacher_dump.ray_jobs.teacher_actor import ActorResult, log_to_file
 from teacher_dump.teachers.device_failure import is_device_failure, is_out_of_memory
 from teacher_dump.workers.allocator import share_one_arena
 from teacher_dump.workers.worker import OpenEngine, PartOutcome, Worker, WorkerSettings
 
-PARTS_AT_ONCE = 3  # in an actor: one is written, one has the teacher, one waits for it with its first samples ready
-_NUM_RETRIES = 3  # of a part whose worker died: an accident may repeat, a part that always kills must not loop
-_IDLE_ROUNDS = 2  # over what is missing, in which no part at all was committed
-_GRACE_S = 12.0  # for parts in flight when the dump is told to stop: all has to end within 20 s
+PARTS_AT_ONCE = 3  # in an actor: one is written, one is scored, one waits with its first samples prepared
+_NUM_RETRIES = 3  # of a part whose worker died: accidents may repeat, but a part that kills workers must not loop
+_IDLE_ROUNDS = 2  # over the missing parts, in which none was committed
+_GRACE_S = 12.0  # for parts in flight when the dump is stopped: everything has to end within 20 s
 _GRACE_UNOPENED_S = 2.0  # while no teacher has scored anything yet
-_END_S = 60.0  # for Ray Data to end where outcomes are no longer wanted: a moment, but on a busy machine
+_END_S = 60.0  # for Ray Data to end after a stop: usually a moment, longer on a busy machine
 _POLL_S = 0.2
-_LONG_PART_S = 300.0  # without any part: then it is told, since someone may think that all hangs
-_EXIT_CODE = 75  # of a process that leaves its device to another: try again, in sysexits.h
+_LONG_PART_S = 300.0  # without any part: then a notice tells that the dump still runs
+_EXIT_CODE = 75  # of a process that lost its device; EX_TEMPFAIL in sysexits.h
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PartPool:
-    """How many actors score parts, and what each of them asks Ray for."""
+    """The number of actors that score parts, and the resources that each requests of Ray."""
 
     min_actors: int
     max_actors: int  # beyond min_actors as the cluster has room and parts wait
@@ -79,21 +79,21 @@ def score_parts(
     notify: Callable[[str], None],
     open_engine: OpenEngine | None = None,
 ) -> Generator[PartOutcome, None, None]:
-    """Score and commit parts; outcomes as they come.
+    """Scores and commits parts; yields outcomes as they come.
 
-    A part whose actor or node goes away is done again, elsewhere or later; `committed` tells which parts have
-    their commits. Once `stop` is set no part is begun; those in flight have some seconds to end, then the
-    outcomes end too. `notify` is told once if the cluster has no room yet, since an autoscaler may still make it.
-    StillhouseError: what a worker says of its teacher, a worker that fails in a way nobody foresaw, or parts
-    that no worker survives. `open_engine`: see Worker.
+    A part whose actor or node dies is retried, elsewhere or later; `committed` tells which parts have their commits.
+    Once `stop` is set no part begins; parts in flight have some seconds to end, then the outcomes end, too. Calls
+    `notify` if the cluster has no room yet, since an autoscaler may still add it. `open_engine`: see Worker.
+    Raises StillhouseError for errors of a worker's teacher, for unexpected errors of a worker, and for parts that no
+    worker survives.
     """
     most = min(pool.max_actors, len(parts))
     local_cpus = math.ceil(most * pool.num_cpus) + 1  # one for Ray Data itself
-    with cluster(pool.address, local_cpus=local_cpus) as is_fixed:
-        placement = Placement.of(settings.engine_settings, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)
+    with connect_to_ray(pool.address, local_cpus=local_cpus) as is_fixed:
+        placement = Placement.from_settings(settings.engine_settings, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)
         if is_fixed:
-            refuse_without_room(placement.resources, what="an actor", field=GPUS_OF_ACTORS)
-        compare_room(min(pool.min_actors, most), placement.resources, notify)
+            check_room(placement.resources, what="an actor", field=GPUS_OF_ACTORS)
+        warn_about_room(min(pool.min_actors, most), placement.resources, notify)
         gate = _Gate.start()
         actor = {"settings": settings, "gate": gate, "logs": logs.resolve(), "open_engine": open_engine}
         missing, idle, at_once = list(parts), 0, PARTS_AT_ONCE
@@ -107,10 +107,10 @@ def score_parts(
                     enable_true_multi_threading=True,
                 )
                 with (
-                    _Rows(_outcome_rows(missing, strategy, placement, actor)) as rows,
-                    Waiting(_Subject(placement, len(missing), logs), say=notify) as waiting,
+                    _RowReader(_stream_outcome_rows(missing, strategy, placement, actor)) as rows,
+                    Waiting(_WaitSubject(placement, len(missing), logs), say=notify) as waiting,
                 ):
-                    for outcome in _outcomes(rows, gate, stop):
+                    for outcome in _iterate_outcomes(rows, gate, stop):
                         waiting.reset(first_s=_LONG_PART_S)
                         yield outcome
                         waiting.reset()
@@ -121,25 +121,25 @@ def score_parts(
                 before, missing = len(missing), [part for part in missing if part.number not in there]
                 idle = idle + 1 if len(missing) == before else 0
                 if missing and idle == _IDLE_ROUNDS:
-                    raise StillhouseError(_given_up(missing, rows.failure, logs))
+                    raise StillhouseError(_explain_giving_up(missing, rows.failure, logs))
                 if missing:
                     _log.warning("%d parts are left; they are begun again: %s", len(missing), rows.failure)
-                at_once = 1  # so that a part that kills its worker takes no other with it
+                at_once = 1  # so that a part that kills its worker does not end other parts
         finally:
             placement.remove_groups()
             ray.kill(gate)
 
 
-def _outcome_rows(
+def _stream_outcome_rows(
     parts: Sequence[Part],
     strategy: ray.data.ActorPoolStrategy,
     placement: Placement,
     actor: Mapping[str, Any],
 ) -> Iterator[Mapping[str, Any]]:
-    """Ray Data's rows, one a part that came to an end. Parts travel compressed, and one is one block."""
+    """Yields Ray Data's rows, one per finished part. Parts are sent compressed, one per block."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # a part that is given up costs no other
+    context.max_errored_blocks = -1  # a part that is given up does not end the others
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # more actors as soon as all are busy
     rows = [{"part": zstandard.compress(part.to_text().encode())} for part in parts]
     outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -157,65 +157,65 @@ def _outcome_rows(
         yield from pa.table(table).to_pylist()
 
 
-def _outcomes(rows: _Rows, gate: Any, stop: threading.Event) -> Iterator[PartOutcome]:
-    """Outcomes until there are no more, or until a stop has let those in flight come to their end."""
+def _iterate_outcomes(rows: _RowReader, gate: Any, stop: threading.Event) -> Iterator[PartOutcome]:
+    """Yields outcomes until there are no more, or until parts in flight have ended after a stop."""
     deadline, grace_s = math.inf, _GRACE_UNOPENED_S
     while not rows.ended and time.monotonic() < deadline:
         if stop.is_set() and deadline == math.inf:
-            deadline = time.monotonic() + grace_s  # Ray Data runs through the other parts, which find the gate closed
+            deadline = time.monotonic() + grace_s  # Ray Data skips the other parts, since the gate is closed
         if stop.is_set():
-            _close(gate)  # again and again, since a gate that was lost comes back open
+            _close_gate(gate)  # repeatedly, since a lost gate is restarted open
         row = rows.next(timeout_s=_POLL_S)
         if row is None:
             continue
-        Said(failure=row["failure"], is_config=row["is_config"]).raise_failure()
+        ActorResult(failure=row["failure"], is_config=row["is_config"]).raise_failure()
         grace_s = _GRACE_S
         if row["part"] >= 0:
             yield PartOutcome(**{name: row[name] for name in PartOutcome.__dataclass_fields__})
 
 
 @dataclass
-class _Subject:
-    """What the driver waits for."""
+class _WaitSubject:
+    """Describes what the driver waits for."""
 
     placement: Placement
     num_parts: int
     logs: Path
 
     def __call__(self) -> str:
-        lacks = lacking_room(self.placement.resources, over_nodes=self.placement.makes_groups)
+        lacks = describe_lacking_room(self.placement.resources, over_nodes=self.placement.makes_groups)
         if lacks:
             return f"Ray to place a teacher, which asks for {lacks}; Ctrl-C ends the wait"
         return f"a teacher to load, or to finish one of {self.num_parts:,} parts; its log is in {self.logs}"
 
 
-class _Rows:
-    """Rows that a thread of their own waits for, since Ray Data's waiting cannot be interrupted.
+class _RowReader:
+    """Reads rows in a thread, since waiting for Ray Data cannot be interrupted.
 
-    Use as a context manager: at its end Ray Data has ended too, and Ray can be taken away.
+    Use as a context manager: at its end Ray Data has ended, too, and Ray can be shut down.
     """
 
     def __init__(self, rows: Iterator[Mapping[str, Any]]) -> None:
-        self.failure = ""  # why they ended too early
+        self.failure = ""  # why the rows ended too early
         self.ended = False
         self._made: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._read, args=(rows,), name="ray-rows", daemon=True)
 
     def __enter__(self) -> Self:
-        ray.data.DataContext.get_current().custom_execution_callback_classes = [_Executors]
-        _Executors.begun.clear()
+        ray.data.DataContext.get_current().custom_execution_callback_classes = [_StartedExecutors]
+        _StartedExecutors.begun.clear()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         deadline = time.monotonic() + _END_S
         while self._thread.is_alive() and time.monotonic() < deadline:
-            for executor in list(_Executors.begun):  # none yet, if it is only being made
+            for executor in list(_StartedExecutors.begun):  # none yet, if it is still being created
                 executor.shutdown(force=False)
             self._thread.join(timeout=_POLL_S)
 
     def next(self, *, timeout_s: float) -> Mapping[str, Any] | None:
-        """The next row; None after a while without one, and at the end."""
+        """Returns the next row; None after a timeout, and at the end."""
         try:
             row = self._made.get(timeout=timeout_s)
         except queue.Empty:
@@ -227,15 +227,15 @@ class _Rows:
         try:
             for row in rows:
                 self._made.put(row)
-        except Exception as error:  # of Ray, whose kinds are many; whoever reads looks at the commits
-            self.failure = f"{type(error).__name__}: {last_line(error)}"
+        except Exception as error:  # Ray raises many kinds; the reader checks the commits
+            self.failure = f"{type(error).__name__}: {get_last_line(error)}"
             _log.warning("Ray gave up", exc_info=error)
         finally:
             self._made.put(None)
 
 
-class _Executors(ExecutionCallback):
-    """What Ray Data has begun in this process: it hands its executors to no one else."""
+class _StartedExecutors(ExecutionCallback):
+    """Collects the executors that Ray Data starts in this process, which it exposes only to callbacks."""
 
     begun: ClassVar[list[Any]] = []
 
@@ -244,7 +244,7 @@ class _Executors(ExecutionCallback):
 
 
 class _Gate:
-    """Lets parts begin, until it is closed. An actor of the driver's node; when it is lost it is made anew, open."""
+    """Lets parts begin until it is closed. An actor on the driver's node; if it is lost, Ray restarts it open."""
 
     def __init__(self) -> None:
         self._open = True
@@ -271,7 +271,7 @@ class _Gate:
         self._open = False
 
 
-def _close(gate: Any) -> None:
+def _close_gate(gate: Any) -> None:
     try:
         ray.get(gate.close.remote(), timeout=5)
     except RayError as error:
@@ -287,14 +287,14 @@ class _PartActor:
         self._settings = settings
         self._gate = gate
         self._open_engine = open_engine
-        self._device = this_device()
+        self._device = get_device_name()
         self._worker: Worker | None = None
         self._making = threading.Lock()
         self._leaving = threading.Lock()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         part = Part.from_text(zstandard.decompress(bytes(batch["part"][0])).decode())
-        said, outcome = Said(), _NOTHING
+        result, outcome = ActorResult(), _NOTHING
         if ray.get(self._gate.is_open.remote(self._device)):
             try:
                 with self._making:
@@ -302,42 +302,46 @@ class _PartActor:
                 outcome = self._worker.run(part)
                 self._gate.note_part.remote(self._device)
             except Exception as error:
-                said = self._leave(error) if self._needs_new_process(error) else Said.of(error, self._log_path)
-        row = {"failure": said.failure, "is_config": said.is_config, **asdict(outcome)}
+                result = (
+                    self._end_process(error)
+                    if self._needs_new_process(error)
+                    else ActorResult.from_error(error, self._log_path)
+                )
+        row = {"failure": result.failure, "is_config": result.is_config, **asdict(outcome)}
         return {name: np.array([value]) for name, value in row.items()}
 
     def _needs_new_process(self, error: Exception) -> bool:
-        """Whether another process may do what this one cannot. A teacher that was never loaded may be too large."""
+        """Returns whether a new process may succeed. A teacher that was never loaded may be too large."""
         is_loaded = self._worker is not None and self._worker.is_open
         return is_device_failure(error) or (is_loaded and is_out_of_memory(error))
 
-    def _leave(self, error: Exception) -> Said:
-        """Ends this process, which Ray then starts again; an answer only where that has failed too often.
+    def _end_process(self, error: Exception) -> ActorResult:
+        """Ends this process, which Ray then restarts; returns a failure only if that has failed too often.
 
-        Parts that are scored already are written first.
+        Writes parts that are scored already first.
         """
-        with self._leaving:  # so that parts that fail beside this one count as the same loss
+        with self._leaving:  # so that other parts that fail at the same time count as the same loss
             _log.error("the teacher's device failed on %s", self._device, exc_info=error)
             num_parts = 0 if self._worker is None else self._worker.finish_writing(limit_s=_GRACE_S)
             try:
                 is_hopeless = ray.get(self._gate.note_loss.remote(self._device, num_parts))
-            except RayError:  # a gate that is lost comes back, and counts anew
+            except RayError:  # a lost gate is restarted, and counts from 0
                 is_hopeless = False
             if not is_hopeless:
                 _log.error("this process ends, and Ray starts another")
                 logging.shutdown()
                 os._exit(_EXIT_CODE)
-        return Said(
+        return ActorResult(
             failure=f"the teacher's device fails again and again ({LOSSES_IN_A_ROW} processes in a row on each device; "
             f"the last one on {self._device}): {error}; the traceback is in {self._log_path}. What is committed stays: "
-            "mend or leave out the device, or give it less to hold (dump.rows_per_chunk, teacher.settings)"
+            "repair or leave out the device, or reduce its memory use (dump.rows_per_chunk, teacher.settings)"
         )
 
 
 _NOTHING = PartOutcome(-1, 0, 0, 0, 0, 0.0, 0.0, 0)
 
 
-def _given_up(missing: Sequence[Part], failure: str, logs: Path) -> str:
+def _explain_giving_up(missing: Sequence[Part], failure: str, logs: Path) -> str:
     shown = ", ".join(str(part.number) for part in missing[:10]) + (", …" if len(missing) > 10 else "")
     first = missing[0].samples[0].id if missing[0].samples else "none"
     return (

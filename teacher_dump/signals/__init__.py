@@ -1,1 +1,1 @@
-"""From hidden states to what a cache stores: head, selection, draws, relations, checks of sight. Uses teachers."""
+"""Computes stored signals from hidden states: head, selection, draws, relations, vision check. Uses teachers."""

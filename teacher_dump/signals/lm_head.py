@@ -1,7 +1,7 @@
-"""The teacher's output head: final-norm hidden states to logits, sparse rows and relation matrices.
+"""The teacher's output head: computes logits, sparse rows and relation matrices from final-norm hidden states.
 
-The engine gives hidden states only; the head is read from the checkpoint and applied here, to the rows
-that are wanted, in float32 and in chunks.
+The engine returns hidden states only; the head is read from the checkpoint and applied here, only to the requested
+rows, in float32 and in chunks.
 
 Legend: r rows, n visual rows of one image, v real vocabulary, d hidden.
 """
@@ -32,18 +32,18 @@ from teacher_dump.teachers.device_failure import free_memory, is_out_of_memory
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
-_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # of safetensors; any other needs a scale that lies elsewhere
-# Settings that change logits elsewhere than in `_after_the_head`, and models whose code does so.
+_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # of safetensors; any other needs a scale from another tensor
+# Settings that change logits in ways that `_read_scale_and_cap` does not cover, and models whose code does so.
 # Source: `lm_head(` in transformers and `compute_logits` in vLLM, of these models.
-_UNKNOWN_SETTINGS = ("dim_model_base", "output_multiplier", "logits_mup_width_multiplier", "norm_head")
-_UNKNOWN_KINDS = {
+_UNSUPPORTED_SETTINGS = ("dim_model_base", "output_multiplier", "logits_mup_width_multiplier", "norm_head")
+_UNSUPPORTED_MODELS = {
     "chameleon": "it forbids image tokens",
     "paligemma": "its images see the question that follows them",
     "mimo": "vLLM gives its hidden states before the last norm",
     "step3p5": "vLLM gives its hidden states before the last norm",
 }
-# Rows of logits at once on a CPU: with a packed head no more are needed to keep it busy, and what is made of them
-# finds them in the caches.
+# Rows of logits at once on a CPU: enough to keep it busy with a packed head, and small enough to stay in its caches
+# for the selection.
 _CPU_ROWS = 128
 _VOCABULARY_CHUNK = 8192  # columns of [n, v] at once, where logits are not linear in the hidden states
 
@@ -53,17 +53,18 @@ T = TypeVar("T")
 
 @dataclass
 class ChunkLimit:
-    """How many of the rows that a caller allows at once a device has room for; halved once, for good."""
+    """Limits the rows per chunk to what a device has memory for; halved once, permanently."""
 
     is_halved: bool = False
 
-    def of(self, rows_per_chunk: int) -> int:
+    def reduce(self, rows_per_chunk: int) -> int:
+        """Returns the rows per chunk, halved if memory was short before."""
         return max(1, rows_per_chunk // 2) if self.is_halved else rows_per_chunk
 
 
 @dataclass(frozen=True, eq=False)
 class OutputHead:
-    """logits = soft_cap * tanh((hidden weight^T + bias) * scale / soft_cap); no cap: the inside."""
+    """logits = soft_cap * tanh((hidden weight^T + bias) * scale / soft_cap); without a cap: (…) * scale."""
 
     weight: Float[Tensor, "v d"]  # float32, real vocabulary only
     bias: Float[Tensor, " v"] | None = None
@@ -76,27 +77,27 @@ class OutputHead:
         return self.weight.shape[0]
 
     def logits(self, hidden: Float[Tensor, "r d"]) -> Float[Tensor, "r v"]:
-        """Raw float32 logits over the real vocabulary."""
+        """Computes raw float32 logits over the real vocabulary."""
         rows = hidden.to(self.weight.device, torch.float32)
-        if self._packed is None or not len(rows):
+        if self._packed_weight is None or not len(rows):
             product = rows @ self.weight.T
         else:
-            product = torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
-        return self._finished(product, slice(None))
+            product = torch.ops.mkldnn._linear_pointwise(rows, self._packed_weight, None, "none", [], "")
+        return self._apply_bias_and_scale(product, slice(None))
 
-    def _logits(self, hidden: Tensor, columns: slice) -> Tensor:
+    def _compute_columns(self, hidden: Tensor, columns: slice) -> Tensor:
         rows = hidden.to(self.weight.device, torch.float32)
-        return self._finished(rows @ self.weight[columns].T, columns)
+        return self._apply_bias_and_scale(rows @ self.weight[columns].T, columns)
 
-    def _finished(self, logits: Tensor, columns: slice) -> Tensor:
-        """What comes after the product."""
+    def _apply_bias_and_scale(self, logits: Tensor, columns: slice) -> Tensor:
+        """Applies bias, scale and soft-cap to the product of hidden states and weight."""
         if self.bias is not None:
             logits = logits + self.bias[columns]
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
-    def sparse_rows(
+    def select_sparse_rows(
         self,
         hidden: Float[Tensor, "r d"],
         *,
@@ -107,10 +108,10 @@ class OutputHead:
         temperatures: Sequence[float] = (),
         tail_total: Float[Tensor, " v"] | None = None,
     ) -> SparseRows:
-        """The rows' distributions as a cache keeps them; no more than [rows_per_chunk, v] in memory at once.
+        """Returns the rows' distributions as a cache stores them, with at most [rows_per_chunk, v] in memory.
 
-        `uniforms` (r, sets) and `tail_total`: see selection.select_rows. ValueError: logits that are not finite.
-        Where memory is short, rows_per_chunk is halved once; torch.OutOfMemoryError: that was not enough.
+        `uniforms` (r, sets) and `tail_total`: see sparsify.select_rows. If memory is short, rows_per_chunk is
+        halved once. Raises ValueError for logits that are not finite; torch.OutOfMemoryError if half was too much.
         """
 
         def select(chunk: slice) -> SparseRows:
@@ -124,18 +125,18 @@ class OutputHead:
                     temperatures=temperatures,
                     tail_total=tail_total,
                 )
-            except BaseException:  # rows that are selected again must not count twice
+            except BaseException:  # a second attempt must not add these rows again
                 if tail_total is not None and tail_before is not None:
                     tail_total.copy_(tail_before)
                 raise
 
-        rows_per_chunk = min(rows_per_chunk, _CPU_ROWS) if self._packed is not None else rows_per_chunk
-        return SparseRows.concatenate(self._chunks(max(hidden.shape[0], 1), rows_per_chunk, select))
+        rows_per_chunk = min(rows_per_chunk, _CPU_ROWS) if self._packed_weight is not None else rows_per_chunk
+        return SparseRows.concatenate(self._compute_chunks(max(hidden.shape[0], 1), rows_per_chunk, select))
 
-    def label_logprobs(
+    def compute_label_logprobs(
         self, hidden: Float[Tensor, "r d"], labels: Int[Tensor, " r"], *, rows_per_chunk: int
     ) -> Float[Tensor, " r"]:
-        """Each row's logprob of its label at temperature 1, float32; [rows_per_chunk, v] in memory at once."""
+        """Returns each row's label logprob at temperature 1, float32, with [rows_per_chunk, v] in memory."""
         labels = labels.to(self.weight.device)
 
         def take_labels(chunk: slice) -> Tensor:
@@ -143,14 +144,14 @@ class OutputHead:
             return logits.gather(1, labels[chunk, None])[:, 0] - logits.logsumexp(dim=1)
 
         none = hidden.new_zeros(0, dtype=torch.float32, device=self.weight.device)
-        return torch.cat([none, *self._chunks(hidden.shape[0], rows_per_chunk, take_labels)])
+        return torch.cat([none, *self._compute_chunks(hidden.shape[0], rows_per_chunk, take_labels)])
 
-    def _chunks(self, num_rows: int, rows_per_chunk: int, compute: Callable[[slice], T]) -> list[T]:
-        """`compute` of one stretch of rows after another; where memory is short, of stretches half as long."""
+    def _compute_chunks(self, num_rows: int, rows_per_chunk: int, compute: Callable[[slice], T]) -> list[T]:
+        """Returns `compute` of consecutive slices of rows; halves the slices once if memory is short."""
         results: list[T] = []
         start = 0
         while start < num_rows:
-            num = self.chunk_limit.of(rows_per_chunk)
+            num = self.chunk_limit.reduce(rows_per_chunk)
             try:
                 results.append(compute(slice(start, start + num)))
             except (RuntimeError, MemoryError) as error:
@@ -165,10 +166,10 @@ class OutputHead:
         return results
 
     def relation(self, hidden: Float[Tensor, "n d"], *, centered: bool) -> RelationMatrix:
-        """G / ||G|| with G = Z Z^T, Z the raw logits of an image's visual rows; float32.
+        """Computes G / ||G|| with G = Z Z^T, Z the raw logits of an image's visual rows; float32.
 
-        `centered` subtracts the mean row of Z first. All zeros, with norm 0, where G is zero (a single
-        centred row). Without bias and soft-cap G is H (W^T W) H^T, and Z is never made.
+        `centered` subtracts the mean row of Z first. All zeros, with norm 0, if G is zero (a single
+        centred row). Without bias and soft-cap G is H (W^T W) H^T, and Z is never computed.
         Source: LLaVA-KD (arXiv 2410.16236), L_rel.
         """
         rows = hidden.to(self.weight.device, torch.float32)
@@ -178,7 +179,7 @@ class OutputHead:
         else:
             gram = rows.new_zeros(rows.shape[0], rows.shape[0])
             for start in range(0, self.vocab_size, _VOCABULARY_CHUNK):
-                logits = self._logits(rows, slice(start, start + _VOCABULARY_CHUNK))
+                logits = self._compute_columns(rows, slice(start, start + _VOCABULARY_CHUNK))
                 logits = logits - logits.mean(dim=0) if centered else logits
                 gram += logits @ logits.T
         gram = (gram + gram.T) / 2
@@ -189,26 +190,26 @@ class OutputHead:
         return RelationMatrix(values.cpu().numpy().astype(np.float32), norm)
 
     def stored(self) -> StoredHead:
-        """The head as a cache keeps it."""
+        """Returns the head as a cache stores it."""
         bias = None if self.bias is None else self.bias.cpu().numpy()
         return make_head(self.weight.cpu().numpy(), bias, scale=self.scale, soft_cap=self.soft_cap)
 
     @cached_property
-    def _packed(self) -> Tensor | None:
-        """The matrix in oneDNN's layout, with which a CPU multiplies twice as fast; None elsewhere. Made once."""
+    def _packed_weight(self) -> Tensor | None:
+        """The weight in oneDNN's layout, which a CPU multiplies twice as fast; None on other devices."""
         if self.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return None
         return torch.ops.mkldnn._reorder_linear_weight(self.weight, _CPU_ROWS)
 
     @cached_property
     def _weight_gram(self) -> Tensor:
-        """W^T W, (d, d): once for each teacher."""
+        """W^T W, (d, d), computed once for each teacher."""
         return self.weight.T @ self.weight
 
 
 @dataclass(frozen=True)
-class HeadPlace:
-    """Where a checkpoint keeps its output head, and what happens to the logits after it."""
+class HeadLocation:
+    """The tensor names of a checkpoint's output head, and the scale and soft-cap of its logits."""
 
     weight: str  # names of tensors
     bias: str | None
@@ -216,18 +217,18 @@ class HeadPlace:
     soft_cap: float | None
 
 
-def find_head(folder: Path, *, vocab_size: int) -> HeadPlace:
-    """The output head of a checkpoint; no weights are read unless the config calls it tied and it is there.
+def find_head(folder: Path, *, vocab_size: int) -> HeadLocation:
+    """Finds the output head of a checkpoint; reads weights only to compare a stored head that is called tied.
 
-    A tied head is the input embedding. StillhouseError: no head, a quantised one, one whose shape does not fit the
-    vocabulary or the hidden states, one that is called tied and differs from the embedding, or logits that are
-    made in a way that is not known here.
+    A tied head is the input embedding. Raises StillhouseError for no head, a quantised head, a shape that does not
+    fit the vocabulary or the hidden states, a tied head that differs from the embedding, or a model whose logits
+    are computed in an unsupported way.
     """
     config = checkpoint.read_json(folder / "config.json")
-    settings = checkpoint.text_settings(config)
-    files = checkpoint.tensor_files(folder)
-    _refuse_packed(folder, files, _HEAD)
-    heads, embeddings = _ending(files, _HEAD), _ending(files, _EMBEDDING)
+    settings = checkpoint.get_text_settings(config)
+    files = checkpoint.map_tensor_files(folder)
+    _check_unpacked(folder, files, _HEAD)
+    heads, embeddings = _find_by_suffix(files, _HEAD), _find_by_suffix(files, _EMBEDDING)
     flags = [part.get("tie_word_embeddings") for part in (config, settings)]
     found = heads or ([] if False in flags and True not in flags else embeddings)
     if len(found) != 1:
@@ -236,8 +237,8 @@ def find_head(folder: Path, *, vocab_size: int) -> HeadPlace:
             f"found {', '.join(found) or 'none'}"
         )
     name = found[0]
-    _refuse_packed(folder, files, name)
-    num_rows = _rows_of_plain_matrix(folder, files, name, hidden_size=settings.get("hidden_size"))
+    _check_unpacked(folder, files, name)
+    num_rows = _count_matrix_rows(folder, files, name, hidden_size=settings.get("hidden_size"))
     if num_rows < vocab_size:
         raise StillhouseError(
             f"{folder}: the output head has {num_rows} rows, the tokenizer {vocab_size} tokens; "
@@ -247,40 +248,40 @@ def find_head(folder: Path, *, vocab_size: int) -> HeadPlace:
     if heads and is_tied and not _are_equal(files, name, embeddings[0]):
         raise StillhouseError(
             f"{folder}: config.json says tie_word_embeddings, but {name} and {embeddings[0]} differ; "
-            "engines disagree about such a checkpoint: set the one that is meant"
+            "engines disagree about such a checkpoint: correct tie_word_embeddings or the weights"
         )
     bias = f"{name.removesuffix('weight')}bias" if heads else ""
-    return HeadPlace(name, bias if bias in files else None, *_after_the_head(folder, settings))
+    return HeadLocation(name, bias if bias in files else None, *_read_scale_and_cap(folder, settings))
 
 
 def read_head(folder: Path, *, vocab_size: int, device: str = "cpu") -> OutputHead:
-    """The output head of a checkpoint, its rows beyond `vocab_size` (the tokenizer's real one) cut off.
+    """Reads the output head of a checkpoint, without rows beyond `vocab_size` (the tokenizer's real one).
 
-    StillhouseError: see find_head.
+    Raises StillhouseError: see find_head.
     """
-    place = find_head(folder, vocab_size=vocab_size)
-    files = checkpoint.tensor_files(folder)
+    location = find_head(folder, vocab_size=vocab_size)
+    files = checkpoint.map_tensor_files(folder)
     return OutputHead(
-        weight=_read(files, place.weight, vocab_size).to(device),
-        bias=None if place.bias is None else _read(files, place.bias, vocab_size).to(device),
-        scale=place.scale,
-        soft_cap=place.soft_cap,
+        weight=_read_rows(files, location.weight, vocab_size).to(device),
+        bias=None if location.bias is None else _read_rows(files, location.bias, vocab_size).to(device),
+        scale=location.scale,
+        soft_cap=location.soft_cap,
     )
 
 
-def _after_the_head(folder: Path, settings: Mapping[str, Any]) -> tuple[float, float | None]:
-    """Scale and soft-cap of the logits. StillhouseError where a model does something else to them."""
+def _read_scale_and_cap(folder: Path, settings: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Reads scale and soft-cap of the logits. Raises StillhouseError if a model changes them in another way."""
     kind = settings.get("model_type")
-    strange = [name for name in _UNKNOWN_SETTINGS if settings.get(name)]
-    reason = _UNKNOWN_KINDS.get(str(kind)) or (f"its config.json has {', '.join(strange)}" if strange else None)
+    strange = [name for name in _UNSUPPORTED_SETTINGS if settings.get(name)]
+    reason = _UNSUPPORTED_MODELS.get(str(kind)) or (f"its config.json has {', '.join(strange)}" if strange else None)
     if reason is not None:
-        raise StillhouseError(f"{folder}: {kind} makes its logits in a way that the dump does not know: {reason}")
-    scale = settings.get("logit_scale")  # Cohere; MPT may have a word there
+        raise StillhouseError(f"{folder}: {kind} computes its logits in a way that is not supported: {reason}")
+    scale = settings.get("logit_scale")  # Cohere; a string for some MPT
     if scale is None:
         scale = settings.get("lm_head_multiplier")  # Falcon-H1
     if scale is None:
         divisor = settings.get("logits_scaling") or 1.0  # Granite
-        scale = divisor if kind == "hyperclovax" else 1.0 / divisor  # which multiplies by what has the same name
+        scale = divisor if kind == "hyperclovax" else 1.0 / divisor  # HyperCLOVA X multiplies by logits_scaling
     soft_cap = settings.get("final_logit_softcapping", settings.get("logits_soft_cap"))  # Gemma; RecurrentGemma
     for value in (scale, 1.0 if soft_cap is None else soft_cap):
         if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
@@ -288,8 +289,8 @@ def _after_the_head(folder: Path, settings: Mapping[str, Any]) -> tuple[float, f
     return float(scale), None if soft_cap is None else float(soft_cap)
 
 
-def _refuse_packed(folder: Path, files: Mapping[str, Path], weight: str) -> None:
-    """StillhouseError for tensors beside a matrix that say how it is packed: scales, zero points, a `qweight`."""
+def _check_unpacked(folder: Path, files: Mapping[str, Path], weight: str) -> None:
+    """Raises StillhouseError if the weight has scales, zero points or a `qweight`: it is quantised."""
     stem = weight.removesuffix("weight")
     plain = (weight, f"{stem}bias")
     beside = [name for name in files if (name.startswith(stem) or f".{stem}" in name) and not name.endswith(plain)]
@@ -301,8 +302,8 @@ def _refuse_packed(folder: Path, files: Mapping[str, Path], weight: str) -> None
         )
 
 
-def _rows_of_plain_matrix(folder: Path, files: Mapping[str, Path], name: str, *, hidden_size: Any) -> int:
-    """Rows of a matrix of floats as wide as the hidden states. StillhouseError for anything else."""
+def _count_matrix_rows(folder: Path, files: Mapping[str, Path], name: str, *, hidden_size: Any) -> int:
+    """Returns the rows of a float matrix as wide as the hidden states. Raises StillhouseError for any other tensor."""
     header = checkpoint.read_header(files[name])[name]
     if header["dtype"] not in _PLAIN_DTYPES:
         raise StillhouseError(
@@ -318,17 +319,17 @@ def _rows_of_plain_matrix(folder: Path, files: Mapping[str, Path], name: str, *,
     return shape[0]
 
 
-def _ending(files: Mapping[str, Path], suffix: str) -> list[str]:
+def _find_by_suffix(files: Mapping[str, Path], suffix: str) -> list[str]:
     return [name for name in files if name == suffix or name.endswith(f".{suffix}")]
 
 
-def _read(files: Mapping[str, Path], name: str, num_rows: int) -> Tensor:
+def _read_rows(files: Mapping[str, Path], name: str, num_rows: int) -> Tensor:
     with safe_open(files[name], framework="pt") as tensors:
         return tensors.get_slice(name)[:num_rows].to(torch.float32).contiguous()
 
 
 def _are_equal(files: Mapping[str, Path], one: str, other: str) -> bool:
-    """Whether two matrices of a checkpoint are the same; a stretch of rows at a time."""
+    """Returns whether two matrices of a checkpoint are equal, comparing a block of rows at a time."""
     with safe_open(files[one], framework="pt") as ours, safe_open(files[other], framework="pt") as theirs:
         left, right = ours.get_slice(one), theirs.get_slice(other)
         if left.get_shape() != right.get_shape():

@@ -1,4 +1,4 @@
-"""An open teacher: asked about many samples at once, and about each by itself where that fails."""
+"""A loaded teacher: computes hidden states for many samples at once, or one by one if that fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from storage.errors import StillhouseError
 from storage.records.records import SampleError
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.signals.lm_head import OutputHead
 from teacher_dump.teachers.device_failure import (
     DeviceLostError,
@@ -25,25 +25,25 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class OpenTeacher:
+class LoadedTeacher:
     """A loaded teacher and its output head."""
 
     engine: Teacher
     head: OutputHead
 
     def hidden_states(
-        self, samples: Sequence[Prepared], errors: list[SampleError]
-    ) -> tuple[list[Prepared], list[Tensor]]:
-        """The samples that the teacher took and their hidden states, (T, d) each; the others become errors.
+        self, samples: Sequence[PreparedSample], errors: list[SampleError]
+    ) -> tuple[list[PreparedSample], list[Tensor]]:
+        """Returns the accepted samples and their hidden states, (T, d) each; adds the others to `errors`.
 
-        An error is a sample that the engine fails on by itself, or whose images it expands in another way than the
-        processor does. StillhouseError: it fails on each of several samples, for another reason than what is in them.
-        DeviceLostError: this process is of no more use.
+        A sample is an error if the engine fails on it alone, or expands its images differently than the processor.
+        Raises StillhouseError if the engine fails on each of several samples for a reason other than their content;
+        DeviceLostError if this process can no longer use its device.
         """
-        taken: list[Prepared] = []
+        taken: list[PreparedSample] = []
         hidden: list[Tensor] = []
-        for sample, states in self._asked(samples, errors):
-            difference = sample.expansion.difference(states.token_ids)
+        for sample, states in self._call_engine(samples, errors):
+            difference = sample.expansion.describe_difference(states.token_ids)
             if difference:
                 errors.append(SampleError(sample.record.sample_id, difference))
             else:
@@ -51,8 +51,10 @@ class OpenTeacher:
                 hidden.append(states.hidden)
         return taken, hidden
 
-    def _asked(self, samples: Sequence[Prepared], errors: list[SampleError]) -> list[tuple[Prepared, TeacherStates]]:
-        """What the engine answers. When a call fails, its samples are tried one by one."""
+    def _call_engine(
+        self, samples: Sequence[PreparedSample], errors: list[SampleError]
+    ) -> list[tuple[PreparedSample, TeacherStates]]:
+        """Returns the engine's states. If a call fails, tries its samples one by one."""
         try:
             return list(zip(samples, self.engine.hidden_states([sample.prompt for sample in samples]), strict=True))
         except Exception as error:  # an engine raises its own kinds, and one sample must not cost the others
@@ -61,7 +63,7 @@ class OpenTeacher:
             is_memory = is_out_of_memory(error)
         if is_memory:
             free_memory()
-        answered: list[tuple[Prepared, TeacherStates]] = []
+        answered: list[tuple[PreparedSample, TeacherStates]] = []
         failures: list[Exception] = []
         reasons: list[SampleError] = []
         for sample in samples:
@@ -84,7 +86,7 @@ class OpenTeacher:
 
 
 def _raise_if_fatal(error: Exception) -> None:
-    """Raises what no other sample would change."""
+    """Raises errors that would occur with any sample."""
     if isinstance(error, StillhouseError):
         raise error
     if is_device_failure(error):

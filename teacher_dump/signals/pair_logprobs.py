@@ -1,4 +1,4 @@
-"""Preference pairs in a dump: a half whose other half has no record is no use, so both become errors."""
+"""Preference pairs in a dump: a half without its other half is useless, so both become errors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from storage.records.records import PartRecords, SampleError, TokensRecord
 _Aligned = TypeVar("_Aligned")
 
 
-def without_lone_halves(records: PartRecords) -> PartRecords:
-    """The records without any half of a pair that lacks its other half or has another prompt than it.
+def drop_lone_halves(records: PartRecords) -> PartRecords:
+    """Drops each half of a pair whose other half is missing or has another prompt.
 
-    Each half that goes becomes an error of its own: what the other failed of stands in its reason.
+    Each dropped half becomes an error, whose reason contains that of the other half.
     """
     halves = {record.sample_id: record for record in records.tokens if record.sample_id.endswith((CHOSEN, REJECTED))}
     reasons = {error.sample_id: error.reason for error in records.errors}
-    failed = {name: reason for name in halves if (reason := _reason(name, halves, reasons)) is not None}
+    failed = {name: reason for name in halves if (reason := _explain_removal(name, halves, reasons)) is not None}
     if not failed:
         return records
     kept = [place for place, record in enumerate(records.tokens) if record.sample_id not in failed]
@@ -29,9 +29,9 @@ def without_lone_halves(records: PartRecords) -> PartRecords:
     return replace(
         records,
         tokens=tokens,
-        response=_taken(records.response, kept),
-        hidden=_taken(records.hidden, kept),
-        sequence=_taken(records.sequence, kept),
+        response=_take_rows(records.response, kept),
+        hidden=_take_rows(records.hidden, kept),
+        sequence=_take_rows(records.sequence, kept),
         visual=None if records.visual is None else {key: records.visual[key] for key in records.visual if key in keys},
         relation=None
         if records.relation is None
@@ -41,12 +41,12 @@ def without_lone_halves(records: PartRecords) -> PartRecords:
     )
 
 
-def _reason(name: str, halves: dict[str, TokensRecord], reasons: dict[str, str]) -> str | None:
-    """Why a half cannot stay; None if it can."""
+def _explain_removal(name: str, halves: dict[str, TokensRecord], reasons: dict[str, str]) -> str | None:
+    """Returns why a half must be dropped; None if it need not be."""
     other = get_other_half_id(name)
     if other not in halves:
-        said = reasons.get(other, "the data has no such sample")
-        return f"is half of a preference pair, and {other} has no record: {said}"
+        reason = reasons.get(other, "the data has no such sample")
+        return f"is half of a preference pair, and {other} has no record: {reason}"
     try:
         check_pairs([halves[name], halves[other]])
     except ValueError as error:
@@ -54,5 +54,5 @@ def _reason(name: str, halves: dict[str, TokensRecord], reasons: dict[str, str])
     return None
 
 
-def _taken(rows: Sequence[_Aligned] | None, kept: Sequence[int]) -> list[_Aligned] | None:
+def _take_rows(rows: Sequence[_Aligned] | None, kept: Sequence[int]) -> list[_Aligned] | None:
     return None if rows is None else [rows[place] for place in kept]

@@ -1,4 +1,4 @@
-"""What a part's scoring has gathered so far, and the records that it becomes.
+"""Accumulates the results of a part's scoring, and makes its records.
 
 Legend: v vocabulary.
 """
@@ -18,23 +18,23 @@ from teacher_dump.signals.spec import SignalRequest
 
 
 @dataclass
-class Tail:
-    """The sum of the tails of all rows so far."""
+class TailSum:
+    """The sum of the tails of all scored rows."""
 
     total: Tensor  # (v,) float64
     num_rows: int = 0
 
     @staticmethod
-    def of(head: OutputHead) -> Tail:
-        return Tail(torch.zeros(head.vocab_size, dtype=torch.float64, device=head.weight.device))
+    def zeros(head: OutputHead) -> TailSum:
+        return TailSum(torch.zeros(head.vocab_size, dtype=torch.float64, device=head.weight.device))
 
-    def summed(self) -> TailTotal:
+    def to_record(self) -> TailTotal:
         return TailTotal(self.total.cpu().numpy(), self.num_rows)
 
 
 @dataclass
-class Gathered:
-    """What a part has so far; lists but `errors` are in the order of `tokens`."""
+class PartAccumulator:
+    """The results of a part so far; all lists except `errors` are in the order of `tokens`."""
 
     tokens: list[TokensRecord] = field(default_factory=list)
     response: list[SparseRows] = field(default_factory=list)
@@ -46,12 +46,12 @@ class Gathered:
     image_keys: set[str] = field(default_factory=set)
     errors: list[SampleError] = field(default_factory=list)
     cut: set[str] = field(default_factory=set)  # ids of samples that are not whole
-    tails: dict[str, Tail] = field(default_factory=dict)  # by family; none in a part that keeps no tails
+    tails: dict[str, TailSum] = field(default_factory=dict)  # by family; none in a part that keeps no tails
     noise: dict[str, list[float]] = field(default_factory=dict)
     num_tokens: int = 0
 
     def records(self, request: SignalRequest) -> PartRecords:
-        """What a cache of the requested families keeps of it."""
+        """Returns the records of the requested families."""
         return PartRecords(
             tokens=self.tokens,
             response=None if request.response is None else self.response,
@@ -61,6 +61,6 @@ class Gathered:
             hidden=None if request.hidden_limit is None else self.hidden,
             sequence=self.sequence if request.sequence else None,
             images=self.images if request.images else None,
-            tail_totals={family: tail.summed() for family, tail in self.tails.items()},
+            tail_totals={family: tail.to_record() for family, tail in self.tails.items()},
             teacher_noise=self.noise,
         )

@@ -1,7 +1,7 @@
-"""The pixel check: proves that an engine's own processor makes the values that the teacher's processor makes.
+"""The pixel check: verifies that an engine's own processor computes the same pixel values as the teacher's.
 
-An engine may turn, flatten or resize images by itself, or load a processor of another library. Students take the
-processor's values, so any other ones in the engine would be learnt as if they were the picture.
+An engine may rotate, flatten or resize images by itself, or load a processor of another library. Students get the
+processor's values, so they would learn from signals of other pictures.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from torch import Tensor
 
 from storage.errors import StillhouseError
 from storage.images.pixels import Picture
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.teachers.teacher import ShowsPixels, Teacher
 
 _log = logging.getLogger(__name__)
 
 
-def check_pixel_values(engine: Teacher, processor: Any, samples: Sequence[Prepared], *, image_token_id: int) -> int:
-    """How many images of some samples were compared; none for an engine that does not show its values.
+def check_pixel_values(
+    engine: Teacher, processor: Any, samples: Sequence[PreparedSample], *, image_token_id: int
+) -> int:
+    """Compares the pixel values of samples' images; returns how many images were compared.
 
-    StillhouseError: a value differs. Values that lie in another form are logged, not refused.
+    That is 0 for an engine that does not expose its values. Raises StillhouseError if a value differs; values of
+    another shape are logged and skipped.
     """
     if not isinstance(engine, ShowsPixels):
         return 0
@@ -33,7 +36,7 @@ def check_pixel_values(engine: Teacher, processor: Any, samples: Sequence[Prepar
         if not sample.images:
             continue
         for image, theirs in zip(sample.images, engine.pixel_values(sample.prompt), strict=True):
-            ours = _values(processor, image.pixels, image_token_id)
+            ours = _compute_pixel_values(processor, image.pixels, image_token_id)
             if theirs is None or ours is None or theirs.numel() != ours.numel():
                 _log.warning("%s: the engine's pixel values have another form, and were not compared", image.path)
                 continue
@@ -50,6 +53,6 @@ def check_pixel_values(engine: Teacher, processor: Any, samples: Sequence[Prepar
     return num_compared
 
 
-def _values(processor: Any, picture: Picture, image_token_id: int) -> Tensor | None:
+def _compute_pixel_values(processor: Any, picture: Picture, image_token_id: int) -> Tensor | None:
     token = processor.tokenizer.convert_ids_to_tokens(image_token_id)
     return processor(images=[picture], text=[token], return_tensors="pt").get("pixel_values")

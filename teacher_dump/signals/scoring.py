@@ -1,4 +1,4 @@
-"""Scoring: the samples of a part to its records, through prompts, teacher and output head.
+"""Scores the samples of a part: prompts, teacher and output head make its records.
 
 A sample that cannot be scored becomes a SampleError; anything wrong with the teacher itself is raised.
 Legend: r response rows, n visual rows of one image, t unexpanded tokens, d hidden.
@@ -18,22 +18,22 @@ from storage.records.records import PartRecords, SampleError, SequenceLogprob, T
 from storage.records.sparse_rows import SparseRows
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import Sample, SampleRefusedError
-from teacher_dump.prompts.preparation import Prepared, Preparer
+from teacher_dump.prompts.preparation import PreparedSample, Preparer
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.loaded_teacher import OpenTeacher
-from teacher_dump.signals.pair_logprobs import without_lone_halves
-from teacher_dump.signals.part_accumulator import Gathered, Tail
-from teacher_dump.signals.sparsify import row_uniforms
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
+from teacher_dump.signals.pair_logprobs import drop_lone_halves
+from teacher_dump.signals.part_accumulator import PartAccumulator, TailSum
+from teacher_dump.signals.sparsify import make_row_uniforms
 from teacher_dump.signals.spec import RowRequest, SignalRequest
-from teacher_dump.signals.states import labels_of, new_images, response_states
-from teacher_dump.signals.teacher_noise import teacher_noise
+from teacher_dump.signals.states import get_labels, select_new_images, select_response_states
+from teacher_dump.signals.teacher_noise import measure_teacher_noise
 
 _SAMPLES_PER_CALL = 32  # of the engine: their hidden states and pixels are in memory together
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A part's records, and how many positions the teacher was asked about."""
+class ScoredPart:
+    """A part's records, and how many positions the teacher scored."""
 
     records: PartRecords
     num_tokens: int  # expanded, of the samples that have a record; 0 without a teacher
@@ -42,16 +42,16 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some samples of a part that are ready for the teacher, and those that cannot be."""
+    """Samples of a part that are ready for the teacher, and errors of those that are not usable."""
 
-    ready: tuple[Prepared, ...]
+    ready: tuple[PreparedSample, ...]
     errors: tuple[SampleError, ...]
 
 
 class PartScorer:
-    """Scores parts with one teacher, or with none where only tokens are wanted."""
+    """Scores parts with one teacher, or without a teacher if only tokens are requested."""
 
-    def __init__(self, preparer: Preparer, request: SignalRequest, teacher: OpenTeacher | None) -> None:
+    def __init__(self, preparer: Preparer, request: SignalRequest, teacher: LoadedTeacher | None) -> None:
         if request.needs_teacher and teacher is None:
             raise ValueError("these signals need a teacher")
         self._preparer = preparer
@@ -59,46 +59,48 @@ class PartScorer:
         self._teacher = teacher if request.needs_teacher else None
 
     @property
-    def teacher(self) -> OpenTeacher | None:
+    def teacher(self) -> LoadedTeacher | None:
         return self._teacher
 
-    def chunks(self, part: Part) -> Iterator[Chunk]:
-        """The part's samples, made ready as they are asked for, as many at once as the engine takes."""
+    def prepare_chunks(self, part: Part) -> Iterator[Chunk]:
+        """Yields the part's samples in chunks of one engine call, prepared on demand."""
         for start in range(0, len(part.samples), _SAMPLES_PER_CALL):
             errors: list[SampleError] = []
             ready = self.prepare(part.samples[start : start + _SAMPLES_PER_CALL], errors)
             yield Chunk(tuple(ready), tuple(errors))
 
-    def score(self, part: Part, chunks: Iterable[Chunk] | None = None) -> Scored:
-        """The part's records in the order of its samples. Rows are a function of the part and the seeds.
+    def score(self, part: Part, chunks: Iterable[Chunk] | None = None) -> ScoredPart:
+        """Returns the part's records in the order of its samples. Rows are a function of the part and the seeds.
 
-        `chunks` are those of `chunks(part)`, where another thread makes them.
+        `chunks`: those of `prepare_chunks(part)`, if another thread prepares them.
         """
-        gathered = Gathered(errors=list(part.errors))
+        accumulator = PartAccumulator(errors=list(part.errors))
         is_measured = self._teacher is not None and part.number in self._request.measured_parts
         if self._teacher is not None and is_measured:
-            gathered.tails = {family: Tail.of(self._teacher.head) for family in self._distributions()}
-        for chunk in self.chunks(part) if chunks is None else chunks:
-            gathered.errors += chunk.errors
-            gathered.cut |= {prepared.record.sample_id for prepared in chunk.ready if prepared.is_cut}
+            accumulator.tails = {family: TailSum.zeros(self._teacher.head) for family in self._list_row_families()}
+        for chunk in self.prepare_chunks(part) if chunks is None else chunks:
+            accumulator.errors += chunk.errors
+            accumulator.cut |= {prepared.record.sample_id for prepared in chunk.ready if prepared.is_cut}
             if self._teacher is None:
-                gathered.tokens += [prepared.record for prepared in chunk.ready]
-                self._add_images(chunk.ready, gathered)
+                accumulator.tokens += [prepared.record for prepared in chunk.ready]
+                self._add_images(chunk.ready, accumulator)
             elif chunk.ready:
-                scored, hidden = self._teacher.hidden_states(chunk.ready, gathered.errors)
-                if is_measured and scored and not gathered.noise:
-                    gathered.noise = teacher_noise(self._teacher, scored, hidden, families=self._distributions())
-                self._add_signals(self._teacher.head, scored, hidden, gathered)
-        records = without_lone_halves(gathered.records(self._request))
-        num_cut = sum(record.sample_id in gathered.cut for record in records.tokens)
-        return Scored(records, gathered.num_tokens, num_cut)
+                scored, hidden = self._teacher.hidden_states(chunk.ready, accumulator.errors)
+                if is_measured and scored and not accumulator.noise:
+                    accumulator.noise = measure_teacher_noise(
+                        self._teacher, scored, hidden, families=self._list_row_families()
+                    )
+                self._add_signals(self._teacher.head, scored, hidden, accumulator)
+        records = drop_lone_halves(accumulator.records(self._request))
+        num_cut = sum(record.sample_id in accumulator.cut for record in records.tokens)
+        return ScoredPart(records, accumulator.num_tokens, num_cut)
 
-    def _distributions(self) -> list[str]:
+    def _list_row_families(self) -> list[str]:
         requests = {"response": self._request.response, "visual": self._request.visual}
         return [family for family, request in requests.items() if request is not None]
 
-    def prepare(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Prepared]:
-        """The samples that can be scored; the others are added to `errors`."""
+    def prepare(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[PreparedSample]:
+        """Returns the samples that can be scored; adds the others to `errors`."""
         ready = []
         for sample in samples:
             try:
@@ -109,11 +111,11 @@ class PartScorer:
                 errors.append(SampleError(sample.id, str(refusal)))
         return ready
 
-    def restore(self, record: TokensRecord) -> Prepared:
+    def restore(self, record: TokensRecord) -> PreparedSample:
         """See Preparer.restore."""
         return self._preparer.restore(record)
 
-    def _check_grids(self, prepared: Prepared) -> None:
+    def _check_grids(self, prepared: PreparedSample) -> None:
         if self._request.relation_pool is None:
             return
         for image in prepared.record.images:
@@ -123,103 +125,109 @@ class PartScorer:
                 raise SampleRefusedError(f"image {image.path!r}: {error}") from error
 
     def hidden_states(
-        self, samples: Sequence[Prepared], errors: list[SampleError]
-    ) -> tuple[list[Prepared], list[Tensor]]:
-        """See OpenTeacher.hidden_states."""
+        self, samples: Sequence[PreparedSample], errors: list[SampleError]
+    ) -> tuple[list[PreparedSample], list[Tensor]]:
+        """See LoadedTeacher.hidden_states."""
         assert self._teacher is not None
         return self._teacher.hidden_states(samples, errors)
 
     def _add_signals(
-        self, head: OutputHead, samples: Sequence[Prepared], hidden: Sequence[Tensor], gathered: Gathered
+        self,
+        head: OutputHead,
+        samples: Sequence[PreparedSample],
+        hidden: Sequence[Tensor],
+        accumulator: PartAccumulator,
     ) -> None:
-        kept: list[tuple[Prepared, Tensor]] = []
+        kept: list[tuple[PreparedSample, Tensor]] = []
         for sample, states in zip(samples, hidden, strict=True):
-            reason = self._refusal(sample, states)
+            reason = self._explain_refusal(sample, states)
             if reason is None:
                 kept.append((sample, states))
             else:
-                gathered.errors.append(SampleError(sample.record.sample_id, reason))
+                accumulator.errors.append(SampleError(sample.record.sample_id, reason))
         if self._request.response is not None:
-            rows = self._response(head, self._request.response, kept, gathered.tails.get("response"))
-            possible = _possible(kept, [_label_logprobs(one) for one in rows], gathered.errors)
-            gathered.response += [rows[at] for at in possible]
-            gathered.sequence += [_sequence(_label_logprobs(rows[at])) for at in possible]
+            rows = self._select_response_rows(head, self._request.response, kept, accumulator.tails.get("response"))
+            possible = _find_possible(kept, [_get_label_logprobs(one) for one in rows], accumulator.errors)
+            accumulator.response += [rows[at] for at in possible]
+            accumulator.sequence += [_sum_logprobs(_get_label_logprobs(rows[at])) for at in possible]
             kept = [kept[at] for at in possible]
         elif self._request.sequence:
-            logprobs = [self._logprobs(head, *one) for one in kept]
-            possible = _possible(kept, logprobs, gathered.errors)
-            gathered.sequence += [_sequence(logprobs[at]) for at in possible]
+            logprobs = [self._compute_logprobs(head, *one) for one in kept]
+            possible = _find_possible(kept, logprobs, accumulator.errors)
+            accumulator.sequence += [_sum_logprobs(logprobs[at]) for at in possible]
             kept = [kept[at] for at in possible]
-        gathered.tokens += [sample.record for sample, _ in kept]
-        self._add_images([sample for sample, _ in kept], gathered)
+        accumulator.tokens += [sample.record for sample, _ in kept]
+        self._add_images([sample for sample, _ in kept], accumulator)
         if self._request.hidden_limit is not None:
-            gathered.hidden += [response_states(sample, states).cpu().numpy() for sample, states in kept]
-        gathered.num_tokens += sum(len(states) for _, states in kept)
-        new = new_images(kept, gathered.image_keys)
+            accumulator.hidden += [select_response_states(sample, states).cpu().numpy() for sample, states in kept]
+        accumulator.num_tokens += sum(len(states) for _, states in kept)
+        new = select_new_images(kept, accumulator.image_keys)
         if self._request.visual is not None:
-            visual = self._sparse_rows(head, "visual", self._request.visual, new, gathered.tails.get("visual"))
-            gathered.visual |= dict(zip(new, visual, strict=True))
+            visual = self._select_sparse_rows(
+                head, "visual", self._request.visual, new, accumulator.tails.get("visual")
+            )
+            accumulator.visual |= dict(zip(new, visual, strict=True))
         if self._request.relation_centered is not None:
             for key, states in new.items():
-                gathered.relation[key] = head.relation(states, centered=self._request.relation_centered)
+                accumulator.relation[key] = head.relation(states, centered=self._request.relation_centered)
 
-    def _refusal(self, sample: Prepared, states: Tensor) -> str | None:
-        """Why a sample's hidden states cannot be used; None if they can."""
+    def _explain_refusal(self, sample: PreparedSample, states: Tensor) -> str | None:
+        """Returns why a sample's hidden states cannot be used; None if they can."""
         if not bool(torch.isfinite(states).all()):
             return "the teacher's hidden states are not finite; a wider dtype may help"
         limit = self._request.hidden_limit
-        if limit is not None and bool((response_states(sample, states).abs() > limit).any()):
+        if limit is not None and bool((select_response_states(sample, states).abs() > limit).any()):
             return f"a hidden state is beyond {limit:.6g}; cache.hidden.encoding int8 has no such limit"
         return None
 
-    def _add_images(self, samples: Sequence[Prepared], gathered: Gathered) -> None:
+    def _add_images(self, samples: Sequence[PreparedSample], accumulator: PartAccumulator) -> None:
         if self._request.images:
-            gathered.images |= {image.sha256: image.content for sample in samples for image in sample.images}
+            accumulator.images |= {image.sha256: image.content for sample in samples for image in sample.images}
 
-    def _sparse_rows(
+    def _select_sparse_rows(
         self,
         head: OutputHead,
         family: str,
         request: RowRequest,
         states: Mapping[str, Tensor],  # (r, d) by sample id, or image key
-        tail: Tail | None,
+        tail: TailSum | None,
         *,
         labels: Tensor | None = None,
     ) -> list[SparseRows]:
         if not states:
             return []
         draws = {"seed": request.seed, "family": family, "num_sets": request.draw_sets}
-        rows = head.sparse_rows(
+        rows = head.select_sparse_rows(
             torch.cat(list(states.values())),
             labels=labels,
             selection=request.selection,
-            uniforms=np.concatenate([row_uniforms(len(own), key=key, **draws) for key, own in states.items()]),
+            uniforms=np.concatenate([make_row_uniforms(len(own), key=key, **draws) for key, own in states.items()]),
             rows_per_chunk=self._request.rows_per_chunk,
             temperatures=request.temperatures,
             tail_total=None if tail is None else tail.total,
         )
         if tail is not None:
             tail.num_rows += rows.num_rows
-        return _split(rows, [len(own) for own in states.values()])
+        return _split_rows(rows, [len(own) for own in states.values()])
 
-    def _response(
-        self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[Prepared, Tensor]], tail: Tail | None
+    def _select_response_rows(
+        self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[PreparedSample, Tensor]], tail: TailSum | None
     ) -> list[SparseRows]:
-        states = {sample.record.sample_id: response_states(sample, own) for sample, own in kept}
-        labels = torch.cat([labels_of(sample) for sample, _ in kept]) if kept else None
-        return self._sparse_rows(head, "response", request, states, tail, labels=labels)
+        states = {sample.record.sample_id: select_response_states(sample, own) for sample, own in kept}
+        labels = torch.cat([get_labels(sample) for sample, _ in kept]) if kept else None
+        return self._select_sparse_rows(head, "response", request, states, tail, labels=labels)
 
-    def _logprobs(self, head: OutputHead, sample: Prepared, states: Tensor) -> np.ndarray:
-        """(r,) each response token's logprob."""
-        labels = labels_of(sample)
-        rows = response_states(sample, states)
-        return head.label_logprobs(rows, labels, rows_per_chunk=self._request.rows_per_chunk).cpu().numpy()
+    def _compute_logprobs(self, head: OutputHead, sample: PreparedSample, states: Tensor) -> np.ndarray:
+        """Returns each response token's logprob, (r,)."""
+        labels = get_labels(sample)
+        rows = select_response_states(sample, states)
+        return head.compute_label_logprobs(rows, labels, rows_per_chunk=self._request.rows_per_chunk).cpu().numpy()
 
 
-def _possible(
-    kept: Sequence[tuple[Prepared, Tensor]], logprobs: Sequence[np.ndarray], errors: list[SampleError]
+def _find_possible(
+    kept: Sequence[tuple[PreparedSample, Tensor]], logprobs: Sequence[np.ndarray], errors: list[SampleError]
 ) -> list[int]:
-    """Which samples' answers the teacher holds possible; a token of probability 0 makes one an error."""
+    """Returns positions of samples whose answer tokens all have p > 0; adds the others to `errors`."""
     possible = []
     for at, ((sample, _), of_labels) in enumerate(zip(kept, logprobs, strict=True)):
         is_possible = np.isfinite(of_labels)
@@ -231,16 +239,16 @@ def _possible(
     return possible
 
 
-def _label_logprobs(rows: SparseRows) -> np.ndarray:
+def _get_label_logprobs(rows: SparseRows) -> np.ndarray:
     assert rows.label_logprob is not None
     return rows.label_logprob
 
 
-def _sequence(logprobs: np.ndarray) -> SequenceLogprob:
-    """The sum over an answer's tokens, in float32 at the end only."""
+def _sum_logprobs(logprobs: np.ndarray) -> SequenceLogprob:
+    """Sums an answer's token logprobs in float64; only the result is float32."""
     return SequenceLogprob(float(np.float32(logprobs.sum(dtype=np.float64))), len(logprobs))
 
 
-def _split(rows: SparseRows, counts: Sequence[int]) -> list[SparseRows]:
+def _split_rows(rows: SparseRows, counts: Sequence[int]) -> list[SparseRows]:
     stops = np.cumsum(counts)
     return [rows.slice(int(stop) - count, int(stop)) for stop, count in zip(stops, counts, strict=True)]

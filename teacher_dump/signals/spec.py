@@ -1,4 +1,4 @@
-"""What is to be made of the samples: the families, and which entries of their rows."""
+"""The requested signals: the families, and how entries of their rows are selected."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from teacher_dump.signals.sparsify import Selection
 
 @dataclass(frozen=True)
 class RowRequest:
-    """Which entries of a family's rows are kept, and the seed of their draws."""
+    """The selection of a family's rows, and the seed of its draws."""
 
     selection: Selection
     seed: int
@@ -19,7 +19,7 @@ class RowRequest:
 
 @dataclass(frozen=True)
 class SignalRequest:
-    """The families to make; None for one that is not wanted."""
+    """The families to compute; None for a family that is not requested."""
 
     response: RowRequest | None = None
     visual: RowRequest | None = None
@@ -27,9 +27,9 @@ class SignalRequest:
     relation_pool: int | None = None  # side of the blocks that relation matrices are averaged over
     hidden_limit: float | None = None  # the largest hidden state that the cache's encoding holds
     sequence: bool = False  # logprobs of whole answers
-    images: bool = False  # keep the images' files
+    images: bool = False  # store the images' files
     rows_per_chunk: int = 1024
-    measured_parts: frozenset[int] = frozenset()  # that keep the sum of their tails and the teacher's noise
+    measured_parts: frozenset[int] = frozenset()  # parts that measure the tail sum and the teacher's noise
 
     @property
     def needs_teacher(self) -> bool:

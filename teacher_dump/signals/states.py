@@ -1,4 +1,4 @@
-"""Which of a sample's hidden states a family's rows are made of.
+"""Selects the hidden states of a sample that a family's rows need.
 
 Legend: r response rows, n visual tokens of one image, d hidden, T positions of the expanded prompt.
 """
@@ -11,29 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 
 
-def labels_of(sample: Prepared) -> Tensor:
-    """(r,) the response tokens, int64."""
+def get_labels(sample: PreparedSample) -> Tensor:
+    """Returns the response tokens, (r,) int64."""
     return torch.from_numpy(sample.record.token_ids[sample.record.response_mask].astype(np.int64))
 
 
-def response_states(sample: Prepared, states: Tensor) -> Tensor:
-    """(r, d) the states that predict the response tokens, float32."""
+def select_response_states(sample: PreparedSample, states: Tensor) -> Tensor:
+    """Returns the states that predict the response tokens, (r, d) float32."""
     return states[torch.from_numpy(sample.response_positions)].float()
 
 
-def visual_states(sample: Prepared, states: Tensor) -> list[Tensor]:
-    """(n, d) for each image of a sample, unshifted: the states at its visual tokens themselves."""
+def select_visual_states(sample: PreparedSample, states: Tensor) -> list[Tensor]:
+    """Returns the states at each image's visual tokens, (n, d) each, not shifted."""
     return [states[torch.from_numpy(positions)] for positions in sample.expansion.visual]
 
 
-def new_images(kept: Sequence[tuple[Prepared, Tensor]], known: set[str]) -> dict[str, Tensor]:
-    """Hidden states of the images whose key is not yet known, (n, d) each; their keys become known."""
+def select_new_images(kept: Sequence[tuple[PreparedSample, Tensor]], known: set[str]) -> dict[str, Tensor]:
+    """Returns hidden states, (n, d) each, of images whose key is not in `known`; adds their keys to it."""
     new: dict[str, Tensor] = {}
     for sample, states in kept:
-        for ref, own in zip(sample.record.images, visual_states(sample, states), strict=True):
+        for ref, own in zip(sample.record.images, select_visual_states(sample, states), strict=True):
             if ref.key not in known:
                 known.add(ref.key)
                 new[ref.key] = own

@@ -1,4 +1,4 @@
-"""Random draws from the tails of distributions, in one pass over dense rows.
+"""Draws random tokens from the tails of distributions, in one pass over dense rows.
 
 Legend: r rows, v vocabulary, k drawn entries of all rows.
 """
@@ -13,20 +13,20 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-RUN = 64  # tokens whose weights are summed first, so that few runs are looked at token by token
+RUN = 64  # tokens whose weights are summed first, so that few runs need a search by token
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """Which tokens were drawn, by row and by id, and how often."""
+    """The drawn tokens, sorted by row and id, and how often each was drawn."""
 
     rows: NDArray[np.int64]  # (k,)
     ids: NDArray[np.int64]  # (k,)
     counts: NDArray[np.int64]  # (k,) 1 or more
 
     @staticmethod
-    def of(rows: Tensor, ids: Tensor, *, vocab_size: int) -> Draws:
-        """Single draws, in any order, put together."""
+    def from_ids(rows: Tensor, ids: Tensor, *, vocab_size: int) -> Draws:
+        """Counts single draws, given in any order."""
         keys = (rows * vocab_size + ids).cpu().numpy()
         if not (keys[1:] > keys[:-1]).all():  # some are drawn twice, or not in order
             keys, counts = np.unique(keys, return_counts=True)
@@ -34,40 +34,40 @@ class Draws:
         return Draws(rows.cpu().numpy(), ids.cpu().numpy(), np.ones(len(keys), np.int64))
 
 
-def systematic_draws(
+def draw_systematically(
     weights: Float[Tensor, "r v"],
     *,
     unit: Float[Tensor, " r"],
     uniforms: NDArray[np.float64],
     sums: Float[Tensor, "r n"] | None = None,
 ) -> Draws:
-    """Draws at every multiple of a row's `unit` of weight, shifted by its uniform number in [0, 1).
+    """Draws tokens at every multiple of a row's `unit` of weight, shifted by its uniform number in [0, 1).
 
-    Token i is drawn once for each whole number m with c[i-1] <= (u + m) unit < c[i], c the cumulative weights:
-    on average weights[i] / unit times, and in all as often as the unit goes into the row's weight, rounded up
-    or down. A token of weight 0 is never drawn. Sums are in float64: in float32 the small steps of a large
-    vocabulary round to none. `sums`: run_sums(weights), where they are known.
+    Token i is drawn once for each integer m with c[i-1] <= (u + m) unit < c[i], c the cumulative weights: on
+    average weights[i] / unit times. A row gets its weight / unit draws, rounded up or down. A token of weight 0 is
+    never drawn. Sums are in float64: in float32 the small steps of a large vocabulary round to 0.
+    `sums`: sum_runs(weights), if known.
     """
     num_rows, vocab_size = weights.shape
-    sums = (run_sums(weights) if sums is None else sums).cumsum(dim=1, dtype=torch.float64)  # (r, runs)
+    sums = (sum_runs(weights) if sums is None else sums).cumsum(dim=1, dtype=torch.float64)  # (r, runs)
     step = unit.double()[:, None]
     shift = torch.from_numpy(uniforms).to(weights.device)[:, None]
-    counts = (sums[:, -1:] / step - shift).ceil().clamp(min=0)  # whole numbers m with (u + m) unit < the row's weight
+    counts = (sums[:, -1:] / step - shift).ceil().clamp(min=0)  # integers m with (u + m) unit < the row's weight
     number = torch.arange(int(counts.max()) if num_rows else 0, device=weights.device)
     points = (shift + number) * step  # (r, m) of which a row's first `counts` are draws
     run = torch.searchsorted(sums, points, right=True).clamp_(max=sums.shape[1] - 1)
     row, place = (number < counts).nonzero(as_tuple=True)
     run, point = run[row, place], points[row, place]
     before = torch.where(run > 0, sums[row, (run - 1).clamp(min=0)], 0.0)
-    within = tokens_of_runs(weights, row, run).double().cumsum(dim=1)
+    within = gather_run_weights(weights, row, run).double().cumsum(dim=1)
     # Two ways of summing may differ in the last digit; a draw stays inside its run, on a token with weight.
     inside = torch.minimum((point - before).clamp(min=0), torch.nextafter(within[:, -1], within.new_zeros(())))
     ids = run * RUN + torch.searchsorted(within, inside[:, None], right=True)[:, 0]
-    return Draws.of(row, ids, vocab_size=vocab_size)
+    return Draws.from_ids(row, ids, vocab_size=vocab_size)
 
 
-def independent_draws(weights: Float[Tensor, "r v"], *, num_draws: int, uniforms: NDArray[np.float64]) -> Draws:
-    """So many draws with replacement from each row. A row's uniform number seeds its generator: a retry draws the same.
+def draw_independently(weights: Float[Tensor, "r v"], *, num_draws: int, uniforms: NDArray[np.float64]) -> Draws:
+    """Draws `num_draws` tokens with replacement from each row; its uniform number seeds the generator.
 
     Source: random-sampling knowledge distillation (arXiv 2503.16870), at proposal temperature 1.
     """
@@ -78,11 +78,11 @@ def independent_draws(weights: Float[Tensor, "r v"], *, num_draws: int, uniforms
     wanted = torch.from_numpy(np.array(points).reshape(num_rows, num_draws)).to(weights.device) * sums[:, -1:]
     ids = torch.searchsorted(sums, wanted, right=True).clamp_(max=vocab_size - 1)
     rows = torch.arange(num_rows, device=weights.device)[:, None].expand_as(ids)
-    return Draws.of(rows.reshape(-1), ids.reshape(-1), vocab_size=vocab_size)
+    return Draws.from_ids(rows.reshape(-1), ids.reshape(-1), vocab_size=vocab_size)
 
 
-def run_sums(weights: Float[Tensor, "r v"]) -> Float[Tensor, "r n"]:
-    """Sums over runs of RUN tokens, of which the last may be shorter. None is less than one of its weights."""
+def sum_runs(weights: Float[Tensor, "r v"]) -> Float[Tensor, "r n"]:
+    """Sums weights over runs of RUN tokens; the last run may be shorter. No sum is below one of its weights."""
     num_rows, vocab_size = weights.shape
     whole = vocab_size // RUN * RUN
     sums = weights[:, :whole].reshape(num_rows, whole // RUN, RUN).sum(dim=2)
@@ -90,10 +90,10 @@ def run_sums(weights: Float[Tensor, "r v"]) -> Float[Tensor, "r n"]:
     return torch.cat([sums, rest], dim=1) if whole < vocab_size else sums
 
 
-def tokens_of_runs(
+def gather_run_weights(
     weights: Float[Tensor, "r v"], row: Int[Tensor, " k"], run: Int[Tensor, " k"]
 ) -> Float[Tensor, "k m"]:
-    """The weights of some runs' RUN tokens, 0 beyond the vocabulary."""
+    """Returns the weights of the runs' RUN tokens, 0 beyond the vocabulary."""
     vocab_size = weights.shape[1]
     if vocab_size < RUN or not len(run):
         return torch.nn.functional.pad(weights[row], (0, RUN - vocab_size))[: len(run), :RUN]

@@ -1,7 +1,7 @@
-"""Teacher noise: how far two scorings of the same samples are apart, in different batches.
+"""Measures teacher noise: the difference between two scorings of the same samples in different batches.
 
-It is the floor below which no fidelity of a cache means anything. A part that measures it pays for two samples more
-and for few dense rows in float64: 3 % of the prefill of a part of 64 samples, a quarter of that of a part of 256.
+It is the floor of a cache's fidelity. Measuring costs a part two more samples and a few dense rows in float64: 3 %
+of the prefill of a part of 64 samples, less than 1 % for 256.
 Legend: r rows, v vocabulary.
 """
 
@@ -14,22 +14,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from storage.layout.documents import LARGEST_ERROR
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.loaded_teacher import OpenTeacher
-from teacher_dump.signals.states import response_states, visual_states
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
+from teacher_dump.signals.states import select_response_states, select_visual_states
 
 NUM_SAMPLES = 2  # of a part that measures, scored a second time
 MAX_ROWS = 32  # of a family and part
 _DIGITS = 8  # of nats: below float32's own resolution of a logprob, so that an exact teacher states 0
 
 
-def teacher_noise(
-    teacher: OpenTeacher, samples: Sequence[Prepared], hidden: Sequence[Tensor], *, families: Collection[str]
+def measure_teacher_noise(
+    teacher: LoadedTeacher, samples: Sequence[PreparedSample], hidden: Sequence[Tensor], *, families: Collection[str]
 ) -> dict[str, list[float]]:
-    """What scoring some samples again, in a batch of their own and the other way round, changes, by family.
+    """Scores samples again, in a batch of their own and in reverse order; returns row KLs by family.
 
-    `hidden`: (T, d) each, of the first time. Families without a row of these samples are left out.
+    `hidden`: (T, d) each, from the first scoring. Families without a row of these samples are left out.
     """
     first = list(zip(samples, hidden, strict=True))[:NUM_SAMPLES]
     taken, states = teacher.hidden_states([sample for sample, _ in reversed(first)], [])
@@ -40,18 +40,18 @@ def teacher_noise(
         if other is None or not bool(torch.isfinite(own + other).all()):
             continue
         if "response" in pairs:
-            pairs["response"].append((response_states(sample, own), response_states(sample, other)))
+            pairs["response"].append((select_response_states(sample, own), select_response_states(sample, other)))
         if "visual" in pairs:
-            pairs["visual"] += zip(visual_states(sample, own), visual_states(sample, other), strict=True)
+            pairs["visual"] += zip(select_visual_states(sample, own), select_visual_states(sample, other), strict=True)
     return {
-        family: rescored_kl(teacher.head, torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows]))
+        family: compute_rescored_kl(teacher.head, torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows]))
         for family, rows in pairs.items()
         if rows
     }
 
 
-def rescored_kl(head: OutputHead, first: Float[Tensor, "r d"], second: Float[Tensor, "r d"]) -> list[float]:
-    """KL(first || second) of MAX_ROWS rows, evenly spread over all, over the whole vocabulary, nats to 8 digits."""
+def compute_rescored_kl(head: OutputHead, first: Float[Tensor, "r d"], second: Float[Tensor, "r d"]) -> list[float]:
+    """Returns KL(first || second) of at most MAX_ROWS evenly spread rows, over the whole vocabulary, in nats."""
     count = min(len(first), MAX_ROWS)
     rows = torch.arange(count, device=first.device) * len(first) // max(count, 1)
     log_p, log_q = (head.logits(states[rows]).double().log_softmax(dim=1) for states in (first, second))

@@ -1,8 +1,8 @@
-"""Sight: proves that a teacher looks at its images before it is asked anything that costs.
+"""The vision check: verifies that a teacher's answers depend on its images, before any expensive scoring.
 
 A teacher whose vision weights were silently not loaded still answers. Source: KDFlow issue 9 (RECIPES §4).
-Three questions: the samples with their images swapped, the samples again in another order, and the samples turned: a
-file that says it lies upside down must be answered as the upright picture, and otherwise than the picture upside down.
+It compares the samples with their images swapped, the same samples in another order, and the samples turned upside
+down: a file whose EXIF says upside down must give the upright picture's answer, a picture upside down another one.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from storage.images.settings import PixelSettings
 from storage.records.records import SampleError
 from teacher_dump.data.image_loading import LoadedImage
 from teacher_dump.data.sample import Sample
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.signals.lm_head import OutputHead
 from teacher_dump.signals.scoring import PartScorer
 
-_LEAST_CHANGE = 1e-3  # total variation of the most changed row; a teacher that sees gives 0.01 to 1
+_LEAST_CHANGE = 1e-3  # total variation of the most changed row; a working teacher gives 0.01 to 1
 _NOISE_FACTOR = 4.0  # times the difference between two runs of the same samples
 
 
 @dataclass(frozen=True)
-class Sight:
-    """How far the teacher's answers moved: total variation of the most changed response row, 0 to 1."""
+class VisionCheck:
+    """Changes of the teacher's answers: total variation of the most changed response row, 0 to 1."""
 
     num_samples: int
     change: float  # images swapped
-    noise: float  # nothing swapped, the samples in another order
-    marked: float | None = None  # files that say they lie upside down, and do; None: turning changes no image
+    noise: float  # nothing swapped, samples in another order
+    marked: float | None = None  # files upside down with an EXIF mark; None: turning changes no image
     turned: float | None = None  # pictures upside down
 
     @property
     def limit(self) -> float:
-        """What a change must exceed."""
+        """The least change that counts."""
         return max(_LEAST_CHANGE, _NOISE_FACTOR * self.noise)
 
     @property
@@ -50,17 +50,17 @@ class Sight:
         return self.change <= self.limit
 
     @property
-    def turns_wrongly(self) -> bool:
-        """A file's orientation is not applied, or is applied twice."""
+    def is_turned_wrongly(self) -> bool:
+        """Whether a file's orientation is not applied, or is applied twice."""
         return self.marked is not None and self.marked > self.limit
 
     @property
-    def sees_no_turn(self) -> bool:
+    def is_blind_to_turns(self) -> bool:
         return self.turned is not None and self.turned <= self.limit
 
 
-def choose_samples(samples: Iterable[Sample], num_samples: int) -> tuple[Sample, ...]:
-    """The first samples with images that no earlier one shows."""
+def choose_check_samples(samples: Iterable[Sample], num_samples: int) -> tuple[Sample, ...]:
+    """Returns the first samples whose images no earlier chosen sample shows."""
     chosen: list[Sample] = []
     seen: set[str] = set()
     for sample in samples:
@@ -72,105 +72,107 @@ def choose_samples(samples: Iterable[Sample], num_samples: int) -> tuple[Sample,
     return tuple(chosen)
 
 
-def check_sight(
+def check_vision(
     scorer: PartScorer, head: OutputHead, samples: Sequence[Sample], *, pixels: PixelSettings | None = None
-) -> Sight | None:
-    """Swap and turn the images of some samples and see which of their answers' distributions change.
+) -> VisionCheck | None:
+    """Swaps and turns the images of samples, and measures how the distributions of their answers change.
 
-    `pixels`: how a file's bytes become pixels. None where no sample can be scored. StillhouseError: the teacher is
-    blind, or sees other pixels than those that were made for it.
+    `pixels`: how a file's bytes become pixels. Returns None if no sample can be scored. Raises StillhouseError if the
+    teacher is blind, or sees other pixels than those prepared for it.
     """
     errors: list[SampleError] = []
     ready = scorer.prepare(samples, errors)
     if not ready:
         return None
-    plain = _answers(scorer, head, ready)
-    swapped = _answers(scorer, head, _swapped(ready))
-    again = _answers(scorer, head, ready[::-1])
+    plain = _compute_answers(scorer, head, ready)
+    swapped = _compute_answers(scorer, head, _swap_images(ready))
+    again = _compute_answers(scorer, head, ready[::-1])
     shared = plain.keys() & swapped.keys() & again.keys()
     if not shared:
         return None
-    turnable = [sample for sample in ready if any(_changes_when_turned(image) for image in sample.images)]
+    turnable = [sample for sample in ready if any(_is_changed_by_turning(image) for image in sample.images)]
     settings = pixels or PixelSettings()
-    marked = _answers(scorer, head, [_each_image(sample, partial(_marked, settings)) for sample in turnable])
-    turned = _answers(scorer, head, [_each_image(sample, _turned) for sample in turnable])
-    sight = Sight(
-        num_samples=len(shared),
-        change=_greatest_change(plain, swapped) or 0.0,
-        noise=_greatest_change(plain, again) or 0.0,
-        marked=_greatest_change(plain, marked),
-        turned=_greatest_change(plain, turned),
+    marked = _compute_answers(
+        scorer, head, [_change_images(sample, partial(_mark_image, settings)) for sample in turnable]
     )
-    logging.getLogger(__name__).info("blind check: %s", sight)
-    if sight.is_blind:
+    turned = _compute_answers(scorer, head, [_change_images(sample, _turn_image) for sample in turnable])
+    result = VisionCheck(
+        num_samples=len(shared),
+        change=_find_greatest_change(plain, swapped) or 0.0,
+        noise=_find_greatest_change(plain, again) or 0.0,
+        marked=_find_greatest_change(plain, marked),
+        turned=_find_greatest_change(plain, turned),
+    )
+    logging.getLogger(__name__).info("vision check: %s", result)
+    if result.is_blind:
         raise StillhouseError(
-            f"the teacher is blind: with the images of {sight.num_samples} samples swapped, no answer's "
-            f"distribution moved by more than {sight.change:.2g} (the same samples asked twice differ by "
-            f"{sight.noise:.2g}); are its vision weights loaded? (dump.blind_check_samples=0 skips this check)"
+            f"the teacher is blind: with the images of {result.num_samples} samples swapped, no answer's "
+            f"distribution moved by more than {result.change:.2g} (the same samples asked twice differ by "
+            f"{result.noise:.2g}); are its vision weights loaded? (dump.blind_check_samples=0 skips this check)"
         )
-    if sight.turns_wrongly:
+    if result.is_turned_wrongly:
         raise StillhouseError(
-            f"the teacher sees other pixels than were made for it: a file whose EXIF says that it lies upside down "
-            f"moved an answer's distribution by {sight.marked:.2g} from that of the upright picture (the same samples "
-            f"asked twice differ by {sight.noise:.2g}); expected no more than {sight.limit:.2g}. Does the engine turn "
-            "images by itself? (dump.blind_check_samples=0 skips this check)"
+            f"the teacher sees other pixels than those prepared for it: a file whose EXIF says upside down "
+            f"moved an answer's distribution by {result.marked:.2g} from that of the upright picture (the same samples "
+            f"asked twice differ by {result.noise:.2g}); expected no more than {result.limit:.2g}. Does the engine "
+            "rotate images by itself? (dump.blind_check_samples=0 skips this check)"
         )
-    if sight.sees_no_turn:
+    if result.is_blind_to_turns:
         raise StillhouseError(
-            f"the teacher does not see where things are: with pictures turned upside down no answer's distribution "
-            f"moved by more than {sight.turned:.2g}, expected more than {sight.limit:.2g}; are its vision weights "
+            f"the teacher ignores orientation: with pictures turned upside down no answer's distribution "
+            f"moved by more than {result.turned:.2g}, expected more than {result.limit:.2g}; are its vision weights "
             "loaded whole? (dump.blind_check_samples=0 skips this check)"
         )
-    return sight
+    return result
 
 
-def _greatest_change(one: dict[str, Tensor], other: dict[str, Tensor]) -> float | None:
-    """Over the samples that both have; None without any."""
-    return max((_total_variation(one[key], other[key]) for key in one.keys() & other.keys()), default=None)
+def _find_greatest_change(one: dict[str, Tensor], other: dict[str, Tensor]) -> float | None:
+    """Returns the largest change over the samples that both have; None if there are none."""
+    return max((_compute_total_variation(one[key], other[key]) for key in one.keys() & other.keys()), default=None)
 
 
-def _changes_when_turned(image: LoadedImage) -> bool:
+def _is_changed_by_turning(image: LoadedImage) -> bool:
     return rotate_picture(image.pixels).tobytes() != image.pixels.tobytes()
 
 
-def _each_image(sample: Prepared, change: Callable[[LoadedImage], LoadedImage]) -> Prepared:
+def _change_images(sample: PreparedSample, change: Callable[[LoadedImage], LoadedImage]) -> PreparedSample:
     return replace(sample, images=tuple(change(image) for image in sample.images))
 
 
-def _turned(image: LoadedImage) -> LoadedImage:
-    """The picture upside down, under a key that no file has."""
+def _turn_image(image: LoadedImage) -> LoadedImage:
+    """Turns the picture upside down, under a key that no file has."""
     return replace(image, pixels=rotate_picture(image.pixels), sha256=f"turned {image.sha256}")
 
 
-def _marked(settings: PixelSettings, image: LoadedImage) -> LoadedImage:
-    """Read from a file that holds the picture upside down and says so: the upright picture, under a key of its own."""
+def _mark_image(settings: PixelSettings, image: LoadedImage) -> LoadedImage:
+    """Reads the picture from a file that holds it upside down with an EXIF mark, under a key of its own."""
     content = encode_picture(rotate_picture(image.pixels), "png", is_upside_down=True)
     return replace(image, pixels=make_pixels(content, settings), sha256=f"marked {image.sha256}")
 
 
-def _swapped(samples: Sequence[Prepared]) -> list[Prepared]:
-    """The samples, each of their images replaced by the content of the next different one, at its own size."""
+def _swap_images(samples: Sequence[PreparedSample]) -> list[PreparedSample]:
+    """Replaces each image of the samples by the content of the next different one, resized."""
     pool = {image.sha256: image for sample in samples for image in sample.images}
     following = dict(zip(pool, [*list(pool)[1:], *list(pool)[:1]], strict=True))
     return [
         replace(
             sample,
-            images=tuple(_in_place_of(image, pool[following[image.sha256]]) for image in sample.images),
+            images=tuple(_replace_image(image, pool[following[image.sha256]]) for image in sample.images),
         )
         for sample in samples
     ]
 
 
-def _in_place_of(image: LoadedImage, other: LoadedImage) -> LoadedImage:
-    """The other's pixels, or its own inverted if it is the only one, under a key that no file has."""
+def _replace_image(image: LoadedImage, other: LoadedImage) -> LoadedImage:
+    """Returns the other's pixels, or the image inverted if there is no other, under a key that no file has."""
     if other.sha256 == image.sha256:
         return replace(image, pixels=invert_picture(image.pixels), sha256=f"inverted {image.sha256}")
     pixels = resize_picture(other.pixels, image.pixels.size)
     return replace(image, pixels=pixels, sha256=f"{other.sha256} as {image.sha256}")
 
 
-def _answers(scorer: PartScorer, head: OutputHead, samples: Sequence[Prepared]) -> dict[str, Tensor]:
-    """Probabilities of the response rows by sample id, (r, v); without samples whose states are not finite."""
+def _compute_answers(scorer: PartScorer, head: OutputHead, samples: Sequence[PreparedSample]) -> dict[str, Tensor]:
+    """Computes probabilities of the response rows by sample id, (r, v); drops samples with infinite states."""
     if not samples:
         return {}
     taken, hidden = scorer.hidden_states(samples, [])
@@ -181,6 +183,6 @@ def _answers(scorer: PartScorer, head: OutputHead, samples: Sequence[Prepared]) 
     }
 
 
-def _total_variation(one: Tensor, other: Tensor) -> float:
-    """Of the row that differs most."""
+def _compute_total_variation(one: Tensor, other: Tensor) -> float:
+    """Returns the total variation of the row that differs most."""
     return float((one - other).abs().sum(dim=-1).max() / 2)

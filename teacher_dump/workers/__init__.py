@@ -1,1 +1,1 @@
-"""One process's work: a teacher that scores parts or answers questions, its log, its progress. Uses signals."""
+"""The work of one process: scoring parts or answering questions, its log, its progress. Uses signals."""

@@ -1,4 +1,4 @@
-"""The C library's allocator in a process of many threads, each of which takes large blocks now and then."""
+"""Configures the C library's allocator for a process whose many threads allocate large blocks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def share_one_arena() -> None:
-    """Let all threads that begin from now on allocate from one arena; does nothing where the C library is not glibc.
+    """Makes all threads that start from now on share one arena; does nothing without glibc.
 
-    By default each thread has an arena of its own and keeps what it frees there, so that an actor grows by some
-    hundred megabytes until the last of its threads has once held a part: measured, a peak of 2,265 MB against 1,674.
+    By default each thread keeps freed memory in its own arena, so an actor grows by some hundred megabytes until
+    each of its threads has held a part once. Measurement peaks: 2,265 MB by default, 1,674 MB with one arena.
     """
     library = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(library, "gnu_get_libc_version"):

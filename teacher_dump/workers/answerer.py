@@ -1,4 +1,4 @@
-"""Asks a generating teacher the questions of samples. An answer keeps its token ids, which its text need not spell.
+"""Has a generating teacher answer samples. An answer keeps its token ids: its text may tokenise to others.
 
 An answer that does not end within `max_new_tokens`, or is empty, makes its sample an error.
 """
@@ -30,7 +30,7 @@ _SEED_BITS = 0x7FFF_FFFF  # engines take seeds of 31 bits
 
 @dataclass(frozen=True)
 class Answerer:
-    """Asks a generating teacher the questions of samples, each with its own earlier answers before it."""
+    """Has a generating teacher answer every question of a sample; its earlier answers are part of the prompt."""
 
     preparer: Preparer
     generator: Generator
@@ -38,49 +38,49 @@ class Answerer:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     sampling: SamplingSection
-    vocab_size: int  # the tokenizer's real one; a padded head can say ids beyond it
+    vocab_size: int  # the tokenizer's real one; a padded head can generate larger ids
 
-    def rows(self, part: Part) -> Iterator[dict[str, Any]]:
-        """A part's samples as rows of a data set; one that has no answers says why."""
+    def answer_part(self, part: Part) -> Iterator[dict[str, Any]]:
+        """Yields a part's samples as rows of a data set; a failed one has its reason in `refused`."""
         for error in part.errors:
             yield {"split": None, "id": error.sample_id, "refused": error.reason}
-        for sample, outcome in zip(part.samples, self.outcomes(part.samples), strict=True):
+        for sample, outcome in zip(part.samples, self.answer_samples(part.samples), strict=True):
             row = {"split": sample.split, "id": sample.id, "category": sample.category}
             if isinstance(outcome, SampleError):
                 yield {**row, "refused": outcome.reason}
             else:
-                messages = [_message(turn) for turn in outcome.turns]
+                messages = [_make_message(turn) for turn in outcome.turns]
                 yield {**row, "images": list(sample.images), "messages": messages}
 
-    def outcomes(self, samples: Sequence[Sample]) -> Iterator[Sample | SampleError]:
-        """Each sample with the teacher's answers, or why there are none, in order."""
+    def answer_samples(self, samples: Sequence[Sample]) -> Iterator[Sample | SampleError]:
+        """Yields each sample with the teacher's answers, or its error, in order."""
         for start in range(0, len(samples), _SAMPLES_PER_CALL):
             asked = samples[start : start + _SAMPLES_PER_CALL]
             errors: list[SampleError] = []
-            answered = {sample.id: sample for sample in self.answered(asked, errors)}
+            answered = {sample.id: sample for sample in self.replace_answers(asked, errors)}
             failed = {error.sample_id: error for error in errors}
             for sample in asked:
                 yield answered[sample.id] if sample.id in answered else failed[sample.id]
 
-    def answered(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Sample]:
-        """The samples with every answer replaced by the teacher's; the others are added to `errors`."""
+    def replace_answers(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Sample]:
+        """Returns the samples with every answer replaced by the teacher's; adds the others to `errors`."""
         active = list(samples)
         for number in range(max((len(sample.turns) for sample in samples), default=0)):
             asked: list[tuple[int, TeacherPrompt]] = []
             for place, sample in enumerate(active):
                 if number < len(sample.turns) and sample.turns[number].role == "assistant":
                     try:
-                        asked.append((place, self._prompt(sample, number)))
+                        asked.append((place, self._make_prompt(sample, number)))
                     except SampleRefusedError as refusal:
                         errors.append(SampleError(sample.id, str(refusal)))
-            seeds = [_seed(self.sampling.seed, active[place].id, number) for place, _ in asked]
+            seeds = [_derive_seed(self.sampling.seed, active[place].id, number) for place, _ in asked]
             answers = self._generate([prompt for _, prompt in asked], seeds)
             for (place, _), answer in zip(asked, answers, strict=True):
                 try:
                     if isinstance(answer, SampleRefusedError):
                         raise answer
                     turns = active[place].turns
-                    turn = replace(turns[number], text=self._text(answer, number), token_ids=tuple(answer))
+                    turn = replace(turns[number], text=self._decode_answer(answer, number), token_ids=tuple(answer))
                     active[place] = replace(active[place], turns=(*turns[:number], turn, *turns[number + 1 :]))
                 except SampleRefusedError as refusal:
                     errors.append(SampleError(active[place].id, str(refusal)))
@@ -89,7 +89,7 @@ class Answerer:
         return active
 
     def _generate(self, prompts: Sequence[TeacherPrompt], seeds: Sequence[int]) -> list[list[int] | SampleRefusedError]:
-        """The tokens of each answer, or why there is none. When a call fails, its prompts are tried one by one."""
+        """Returns the tokens of each answer, or its error. If a call fails, tries its prompts one by one."""
         from teacher_dump.teachers.device_failure import PromptRefusedError, is_device_failure
 
         def generate(start: int, stop: int) -> list[list[int]]:
@@ -123,17 +123,17 @@ class Answerer:
             raise StillhouseError(f"the teacher fails on every prompt; {failure}") from failure
         return answers
 
-    def _prompt(self, sample: Sample, number: int) -> TeacherPrompt:
-        """What the teacher sees before its answer at turn `number`: the ids up to where an answer would start."""
+    def _make_prompt(self, sample: Sample, number: int) -> TeacherPrompt:
+        """Returns the prompt before the answer at turn `number`."""
         from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 
         turns = (*sample.turns[:number], Turn("assistant", "", token_ids=self.eos_token_ids[:1]))
         has_markers = any(IMAGE_MARKER in turn.text for turn in sample.turns)
         shown = sum(turn.text.count(IMAGE_MARKER) for turn in turns) if has_markers else len(sample.images)
         prepared = self.preparer.prepare(replace(sample, turns=turns, images=sample.images[:shown]))
-        return TeacherPrompt(prepared.record.token_ids[:-1], prepared.prompt.images)  # without that stop token
+        return TeacherPrompt(prepared.record.token_ids[:-1], prepared.prompt.images)  # without the stop token
 
-    def _text(self, token_ids: Sequence[int], number: int) -> str:
+    def _decode_answer(self, token_ids: Sequence[int], number: int) -> str:
         if not token_ids or token_ids[-1] not in self.eos_token_ids:
             raise SampleRefusedError(
                 f"the teacher's answer at turn {number} does not end within {len(token_ids)} tokens; "
@@ -151,13 +151,13 @@ class Answerer:
         return text
 
 
-def _message(turn: Turn) -> dict[str, Any]:
+def _make_message(turn: Turn) -> dict[str, Any]:
     message: dict[str, Any] = {"role": turn.role, "content": turn.text}
     if not turn.is_trained:
         message["loss"] = False
     return message if turn.token_ids is None else {**message, GENERATED_IDS: list(turn.token_ids)}
 
 
-def _seed(seed: int, sample_id: str, turn: int) -> int:
+def _derive_seed(seed: int, sample_id: str, turn: int) -> int:
     digest = hashlib.sha256(f"{seed}\0{sample_id}\0{turn}".encode()).digest()
     return int.from_bytes(digest[:4], "big") & _SEED_BITS

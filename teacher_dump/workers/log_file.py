@@ -1,4 +1,4 @@
-"""Log files: what engines and clusters print goes there, by file descriptor, so that C++ and children go too."""
+"""Redirects output to log files, by file descriptor, so that output of C++ and child processes goes there, too."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from storage.backends.disk import explain_write_errors
 from storage.processes.waiting import send_notices_to
 
 
-def send_output_to(path: Path) -> None:
-    """Append this process's stdout and stderr to a file from now on."""
-    descriptor = _open(path)
+def redirect_output(path: Path) -> None:
+    """Appends this process's stdout and stderr to a file from now on."""
+    descriptor = _open_log(path)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(descriptor, 1)
@@ -24,12 +24,12 @@ def send_output_to(path: Path) -> None:
 
 
 @contextmanager
-def quiet(path: Path) -> Iterator[TextIO]:
-    """Append stdout and stderr to a file while the block runs; gives a stream to the original stderr."""
+def log_output(path: Path) -> Iterator[TextIO]:
+    """Appends stdout and stderr to a file while the block runs; yields a stream to the original stderr."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
-    descriptor = _open(path)
+    descriptor = _open_log(path)
     try:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -40,7 +40,7 @@ def quiet(path: Path) -> Iterator[TextIO]:
             yield screen
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # a log on a full disk; the terminal must come back all the same
+            with suppress(OSError):  # the log's disk may be full; the terminal must be restored
                 stream.flush()
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
@@ -48,7 +48,7 @@ def quiet(path: Path) -> Iterator[TextIO]:
             os.close(opened)
 
 
-def _open(path: Path) -> int:
+def _open_log(path: Path) -> int:
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

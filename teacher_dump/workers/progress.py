@@ -1,4 +1,4 @@
-"""How far a dump is: what its line and its metrics show while it runs, and its summary in dump.json."""
+"""The progress of a dump: its line on the terminal, its metrics, and its summary in dump.json."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _KIND_CHARACTERS = 160
 
 @dataclass(frozen=True)
 class DumpSummary:
-    """What dump.json says of the run that wrote parts last.
+    """The content of dump.json, about the run that wrote parts last.
 
-    `seconds` is the time of the scoring phase: from the moment the first worker, its teacher loaded, began
-    its first part, to the last commit; waiting for Ray and for engines to start is not in it. `num_tokens`
-    are the positions that the teacher was asked about, visual tokens included (0 in a cache of tokens only,
-    which has no teacher), and `tokens_per_s` is their quotient over all workers together.
+    `seconds` is the time of the scoring phase: from the first part of the first worker with a loaded teacher to
+    the last commit; the start of Ray and engines is not included. `num_tokens` counts the positions that the
+    teacher scored, visual tokens included (0 without a teacher); `tokens_per_s` is num_tokens / seconds over all
+    workers.
     """
 
     num_samples: int  # with a record
@@ -38,13 +38,13 @@ class DumpSummary:
     tokens_per_s: float
     num_errors: int
     peak_memory_bytes: int  # of the worker that needed most
-    num_cut: int = 0  # samples with a record that data.too_long left something out of
+    num_cut: int = 0  # samples with a record that data.too_long has cut
     error_kinds: dict[str, int] = field(default_factory=dict)  # of all samples without a record, by reason
 
 
 @dataclass
 class Progress:
-    """The sums over the parts that were written so far, and how many there will be."""
+    """Sums over the parts written so far, and the planned totals."""
 
     num_samples_planned: int
     num_parts_planned: int
@@ -59,7 +59,7 @@ class Progress:
     finished: float = 0.0
 
     def add(self, outcome: PartOutcome) -> None:
-        """Count one more part."""
+        """Adds one part's outcome."""
         self.num_parts += 1
         self.num_samples += outcome.num_samples
         self.num_tokens += outcome.num_tokens
@@ -72,7 +72,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Of the scoring phase; 0 before its first part has ended."""
+        """The duration of the scoring phase; 0 before its first part has ended."""
         return max(self.finished - self.started, 0.0)
 
     @property
@@ -81,13 +81,13 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of the parts so far; None before there is one."""
+        """The estimated remaining time, from the parts so far; None before the first."""
         if not self.num_parts:
             return None
         return self.seconds / self.num_parts * max(self.num_parts_planned - self.num_parts, 0)
 
     def line(self) -> str:
-        """Parts, speed, bytes, errors and time left, for a terminal."""
+        """Formats parts, speed, bytes, errors and time left for a terminal."""
         left = "" if self.seconds_left is None else f", {tqdm.format_interval(self.seconds_left)} left"
         return (
             f"{self.num_parts:,}/{self.num_parts_planned:,} parts, {self.tokens_per_s:,.0f} tokens/s, "
@@ -95,7 +95,7 @@ class Progress:
         )
 
     def summary(self, errors: Iterable[SampleError] = ()) -> DumpSummary:
-        """Of the parts so far; `errors` are those of the whole cache segment."""
+        """Summarizes the parts so far; `errors` are those of the whole cache segment."""
         return DumpSummary(
             num_samples=self.num_samples,
             num_parts_written=self.num_parts,
@@ -106,14 +106,14 @@ class Progress:
             num_errors=self.num_errors,
             peak_memory_bytes=self.peak_memory_bytes,
             num_cut=self.num_cut,
-            error_kinds=error_kinds(errors),
+            error_kinds=count_error_kinds(errors),
         )
 
 
-def error_kinds(errors: Iterable[SampleError]) -> dict[str, int]:
-    """How many samples failed for each kind of reason, the most frequent first.
+def count_error_kinds(errors: Iterable[SampleError]) -> dict[str, int]:
+    """Counts failed samples by kind of reason, the most frequent first.
 
-    A kind is a reason without its place, and without the names, paths and numbers that differ from sample to sample.
+    A kind is a reason without its place, and without names, paths and numbers, which differ by sample.
     """
     kinds = Counter(_VARYING.sub("…", _PLACE.sub("", error.reason))[:_KIND_CHARACTERS] for error in errors)
     return dict(kinds.most_common())

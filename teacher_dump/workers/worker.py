@@ -1,7 +1,7 @@
 """A worker: one process's teacher, which scores parts and commits them to the cache.
 
-Parts may be given by several threads at once, and then overlap: while one part has the teacher, another is being
-encoded, compressed and written, and the first samples of a third are decoded. Each of the three has one thread's time.
+Several threads may submit parts at once, which then overlap: while the teacher scores one part, another is encoded,
+compressed and written, and the first samples of a third are decoded. Each of the three steps has one thread.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.prompts.processor import load_processor
-from teacher_dump.signals.loaded_teacher import OpenTeacher
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.pixel_check import check_pixel_values
-from teacher_dump.signals.scoring import Chunk, PartScorer, Scored
+from teacher_dump.signals.scoring import Chunk, PartScorer, ScoredPart
 from teacher_dump.signals.spec import SignalRequest
-from teacher_dump.signals.vision_check import check_sight
+from teacher_dump.signals.vision_check import check_vision
 from teacher_dump.teachers.fingerprint import ProcessorFacts
 from teacher_dump.teachers.teacher import Generator, Teacher
 
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """Everything that a worker needs to know, in plain values that travel between processes."""
+    """All settings of a worker, as plain values that can be sent to another process."""
 
     checkpoint: Path
     backend: str  # vllm or transformers
@@ -61,7 +61,7 @@ class WorkerSettings:
     families: tuple[str, ...]
     append: bool
     zstd_level: int
-    check_samples: tuple[Sample, ...]  # for the blind check; none: no check
+    check_samples: tuple[Sample, ...]  # for the vision check; none: no check
     too_long: TooLong = "refuse"
     template_arguments: dict[str, Any] = field(default_factory=dict)  # of the chat template
 
@@ -71,12 +71,12 @@ OpenEngine = Callable[[WorkerSettings], Teacher]
 
 @dataclass(frozen=True)
 class PartOutcome:
-    """What became of one part."""
+    """Counts and times of one finished part."""
 
     part: int
     num_samples: int  # with a record
     num_errors: int
-    num_tokens: int  # positions that the teacher was asked about; 0 if the part was there already
+    num_tokens: int  # positions that the teacher scored; 0 if the part was committed before
     num_bytes: int  # of the part's files
     started: float  # seconds since the epoch: scoring began
     finished: float  # the part was committed
@@ -85,14 +85,14 @@ class PartOutcome:
 
 
 class Worker:
-    """Scores and commits parts. Its teacher is loaded, and seen to see, on the first one.
+    """Scores and commits parts. Loads its teacher and runs the vision check with the first part.
 
-    Invariant: the teacher is used in one thread only, prompts and images are made in one, and one part is written
-    at a time. So no more is in memory than a part that is written, one that is scored, and two chunks of samples.
+    Invariant: one thread uses the teacher, one prepares prompts and images, and one part is written at a time.
+    So memory holds at most a part that is written, one that is scored, and two chunks of samples.
     """
 
     def __init__(self, settings: WorkerSettings, *, open_engine: OpenEngine | None = None) -> None:
-        """`open_engine` loads the teacher's engine; by default the one that the settings name."""
+        """`open_engine` loads the teacher's engine; by default the backend of the settings."""
         self._settings = settings
         self._open_engine = open_engine or _open_engine
         self._writer = CacheWriter.open(
@@ -103,41 +103,41 @@ class Worker:
             zstd_level=settings.zstd_level,
         )
         self._scorer: PartScorer | None = None
-        self._opening = threading.Lock()
-        self._teaching = ThreadPoolExecutor(1, "teacher")
-        self._preparing = ThreadPoolExecutor(1, "samples")
-        self._writing = threading.Lock()
+        self._open_lock = threading.Lock()
+        self._teacher_thread = ThreadPoolExecutor(1, "teacher")
+        self._prompt_thread = ThreadPoolExecutor(1, "samples")
+        self._write_lock = threading.Lock()
         self._changed = threading.Condition()
         self._num_unwritten = 0  # parts that are scored and not yet committed
         self._num_written = 0
 
     def run(self, part: Part) -> PartOutcome:
-        """Score a part and commit it; one that is committed already is left alone.
+        """Scores a part and commits it; does nothing if it is committed already.
 
-        Errors: StillhouseError: the teacher cannot be used, or the cache not written to.
+        Raises StillhouseError if the teacher cannot be used, or the cache cannot be written.
         """
         started = time.time()
         commit = self._writer.commit_of(part.number)
         if commit is not None:
-            return _outcome(part, commit, None, started)
-        with self._opening:
+            return _make_outcome(part, commit, None, started)
+        with self._open_lock:
             if self._scorer is None:
-                self._scorer = self._teaching.submit(self._open_scorer).result()
+                self._scorer = self._teacher_thread.submit(self._open_scorer).result()
         started = time.time()
-        chunks = ahead(self._scorer.chunks(part), self._preparing)
-        scored = self._teaching.submit(self._score, part, chunks).result()
+        chunks = prefetch(self._scorer.prepare_chunks(part), self._prompt_thread)
+        scored = self._teacher_thread.submit(self._score, part, chunks).result()
         try:
-            with self._writing:
+            with self._write_lock:
                 commit = self._writer.write_part(part.number, scored.records)
                 self._num_written += 1
         finally:
             with self._changed:
                 self._num_unwritten -= 1
                 self._changed.notify_all()
-        return _outcome(part, commit, scored, started)
+        return _make_outcome(part, commit, scored, started)
 
     def finish_writing(self, *, limit_s: float) -> int:
-        """Wait until the parts that are scored by now are committed, or cannot be; how many this worker has committed.
+        """Waits until all scored parts are committed or have failed; returns how many this worker has committed.
 
         For a process that is about to end.
         """
@@ -145,7 +145,7 @@ class Worker:
             self._changed.wait_for(lambda: self._num_unwritten == 0, timeout=limit_s)
             return self._num_written
 
-    def _score(self, part: Part, chunks: Iterator[Chunk]) -> Scored:
+    def _score(self, part: Part, chunks: Iterator[Chunk]) -> ScoredPart:
         assert self._scorer is not None
         scored = self._scorer.score(part, chunks)
         with self._changed:  # in the teacher's thread, so that it is counted before a later part can fail
@@ -154,7 +154,7 @@ class Worker:
 
     @property
     def is_open(self) -> bool:
-        """Whether its teacher is loaded."""
+        """Whether the teacher is loaded."""
         return self._scorer is not None
 
     def _open_scorer(self) -> PartScorer:
@@ -165,8 +165,8 @@ class Worker:
         return scorer
 
 
-def _outcome(part: Part, commit: Commit, scored: Scored | None, started: float) -> PartOutcome:
-    """Of a part that was scored; None: somebody has done it before."""
+def _make_outcome(part: Part, commit: Commit, scored: ScoredPart | None, started: float) -> PartOutcome:
+    """Makes a part's outcome. `scored` is None if the part had been committed before."""
     return PartOutcome(
         part=part.number,
         num_samples=commit.num_samples,
@@ -175,32 +175,32 @@ def _outcome(part: Part, commit: Commit, scored: Scored | None, started: float) 
         num_bytes=sum(entry.file_bytes for entry in commit.families.values()),
         started=started,
         finished=time.time(),
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=measure_peak_memory(),
         num_cut=0 if scored is None else scored.num_cut,
     )
 
 
-def ahead(items: Iterator[T], executor: Executor) -> Iterator[T]:
-    """The same items, of which the executor always makes the next one, the first from this call on."""
+def prefetch(items: Iterator[T], executor: Executor) -> Iterator[T]:
+    """Yields the items; the executor computes the next one in advance, the first starting with this call."""
     made = executor.submit(next, items, None)
 
-    def following() -> Iterator[T]:
+    def prefetched_items() -> Iterator[T]:
         future = made
         while (item := future.result()) is not None:
             future = executor.submit(next, items, None)
             yield item
 
-    return following()
+    return prefetched_items()
 
 
-def peak_memory_bytes() -> int:
-    """The most that this process has had resident."""
+def measure_peak_memory() -> int:
+    """Returns the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts kibibytes
 
 
 def open_preparer(settings: WorkerSettings) -> Preparer:
-    """Load the teacher's processor; no weights. ConfigError: relation matrices of a grid that cannot be pooled."""
+    """Loads the teacher's processor, no weights. Raises ConfigError if relation matrices cannot be pooled."""
     facts = settings.facts
     trust = bool(settings.engine_settings.get("trust_remote_code", False))
     processor = load_processor(settings.checkpoint, trust_remote_code=trust)
@@ -228,17 +228,17 @@ def open_preparer(settings: WorkerSettings) -> Preparer:
 
 
 def open_scorer(settings: WorkerSettings, open_engine: OpenEngine | None = None) -> PartScorer:
-    """A scorer with its teacher loaded, and seen to see. StillhouseError: the teacher cannot be used."""
+    """Returns a scorer whose loaded teacher passed its checks. Raises StillhouseError if it cannot be used."""
     preparer = open_preparer(settings)
     teacher = open_teacher(settings, open_engine) if settings.request.needs_teacher else None
     scorer = PartScorer(preparer, settings.request, teacher)
     if teacher is not None and settings.check_samples:
-        check_sight(scorer, teacher.head, settings.check_samples, pixels=settings.facts.pixels)
+        check_vision(scorer, teacher.head, settings.check_samples, pixels=settings.facts.pixels)
         _check_pixel_values(settings, scorer, teacher)
     return scorer
 
 
-def _check_pixel_values(settings: WorkerSettings, scorer: PartScorer, teacher: OpenTeacher) -> None:
+def _check_pixel_values(settings: WorkerSettings, scorer: PartScorer, teacher: LoadedTeacher) -> None:
     trust = bool(settings.engine_settings.get("trust_remote_code", False))
     check_pixel_values(
         teacher.engine,
@@ -248,21 +248,21 @@ def _check_pixel_values(settings: WorkerSettings, scorer: PartScorer, teacher: O
     )
 
 
-def open_teacher(settings: WorkerSettings, open_engine: OpenEngine | None = None) -> OpenTeacher:
-    """Load the engine and the output head, the head on the GPU where there is one."""
+def open_teacher(settings: WorkerSettings, open_engine: OpenEngine | None = None) -> LoadedTeacher:
+    """Loads the engine and the output head; the head goes to the GPU if there is one."""
     import torch
 
     from teacher_dump.signals.lm_head import read_head
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     head = read_head(settings.checkpoint, vocab_size=settings.facts.vocab_size, device=device)
-    return OpenTeacher((open_engine or _open_engine)(settings), head)
+    return LoadedTeacher((open_engine or _open_engine)(settings), head)
 
 
 def open_generator(settings: WorkerSettings) -> Generator:
-    """Load the engine to write answers with."""
+    """Loads the engine that generates answers."""
     if settings.backend != "vllm":
-        return _open_transformers(settings)
+        return _load_transformers(settings)
     from teacher_dump.teachers.vllm_teacher import VllmGenerator
 
     return VllmGenerator(settings.checkpoint, **_vllm_options(settings))
@@ -270,7 +270,7 @@ def open_generator(settings: WorkerSettings) -> Generator:
 
 def _open_engine(settings: WorkerSettings) -> Teacher:
     if settings.backend != "vllm":
-        return _open_transformers(settings)
+        return _load_transformers(settings)
     from teacher_dump.teachers.vllm_teacher import VllmTeacher
 
     return VllmTeacher(settings.checkpoint, **_vllm_options(settings))
@@ -285,8 +285,8 @@ def _vllm_options(settings: WorkerSettings) -> dict[str, Any]:
     }
 
 
-def _open_transformers(settings: WorkerSettings) -> TransformersTeacher:
-    """Both a teacher and a generator."""
+def _load_transformers(settings: WorkerSettings) -> TransformersTeacher:
+    """Loads transformers' engine, which is both a teacher and a generator."""
     from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 
     return TransformersTeacher(

@@ -29,7 +29,7 @@ NUM_VISUAL_TOKENS = 9
 
 def import_transformers() -> None:
     """As the command does it, which decides what transformers sees of other packages in this process."""
-    torchvision_shim.ensure()  # other tests of the process want torchvision
+    torchvision_shim.import_torch_companions()  # other tests of the process want torchvision
     transformers_module()
 
 

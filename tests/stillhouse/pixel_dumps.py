@@ -20,7 +20,7 @@ from teacher_dump.prompts.processor import load_processor
 from teacher_dump.signals.lm_head import read_head
 from teacher_dump.signals.sparsify import TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
-from teacher_dump.signals.vision_check import check_sight, choose_samples
+from teacher_dump.signals.vision_check import check_vision, choose_check_samples
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.teacher import Teacher
 from tests.storage.images.picture_files import BACKGROUND, make_picture_files
@@ -48,14 +48,14 @@ def dump_pictures(folder: Path, engine: Teacher) -> Path:
     request = SignalRequest(response=RowRequest(TopK(300), 0))
     scorer = make_scorer(teacher, data.parent, request, engine, pixels=PIXELS)
     part = part_of(data)
-    chosen = choose_samples([sample for sample in part.samples if sample.id in ("exif-1", "exif-6", "rgba")], 3)
-    sight = check_sight(scorer, read_head(teacher, vocab_size=300), chosen, pixels=PIXELS)
+    chosen = choose_check_samples([sample for sample in part.samples if sample.id in ("exif-1", "exif-6", "rgba")], 3)
+    sight = check_vision(scorer, read_head(teacher, vocab_size=300), chosen, pixels=PIXELS)
     assert sight is not None
     assert sight.turned is not None
     assert sight.marked is not None
     scored = scorer.score(part)
     assert not scored.records.errors
-    facts = fingerprint.processor_facts(teacher, load_processor(teacher)).with_background(BACKGROUND)
+    facts = fingerprint.read_processor_facts(teacher, load_processor(teacher)).with_background(BACKGROUND)
     identity = Identity(
         teacher="tiny", teacher_fingerprint="a", dtype="float32", engine="a", chat_template_fingerprint="a",
         tokenizer_fingerprint=facts.tokenizer_fingerprint, vocab_size=facts.vocab_size, pixels=facts.pixels,

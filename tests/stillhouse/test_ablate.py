@@ -15,7 +15,7 @@ from stillhouse.config import read_experiment
 from stillhouse.run import run_experiment
 from storage.backends.lock import HeldError, hold_lock
 from storage.errors import ConfigError, StillhouseError
-from teacher_dump.ray_jobs.cluster import cluster
+from teacher_dump.ray_jobs.cluster import connect_to_ray
 from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_llava
 
@@ -113,7 +113,7 @@ def test_a_chain_is_trained_in_order_and_again_when_its_init_changes(tmp_path: P
     def times() -> dict[str, int]:
         return {name: (folder / "summary.json").stat().st_mtime_ns for name, folder in folders.items()}
 
-    with cluster(None, local_cpus=1):
+    with connect_to_ray(None, local_cpus=1):
         ablate(read_experiment(path))
         first, second = (load_file(folder / "model.safetensors") for folder in folders.values())
         start = load_file(init / "model.safetensors")

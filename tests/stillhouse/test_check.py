@@ -110,7 +110,7 @@ def test_a_teacher_that_cannot_be_dumped_is_found(file: Path) -> None:
     config = json.loads((teacher / "config.json").read_text())
     config["text_config"]["dim_model_base"] = 256
     (teacher / "config.json").write_text(json.dumps(config))
-    with pytest.raises(StillhouseError, match="makes its logits in a way"):
+    with pytest.raises(StillhouseError, match="computes its logits in a way"):
         list(check_experiment(read_experiment(file)))
 
 

@@ -21,7 +21,7 @@ from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_llava
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-torchvision_shim.ensure()  # the tests' tiny model is built with torchvision's image processor
+torchvision_shim.import_torch_companions()  # the tests' tiny model is built with torchvision's image processor
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ROOT / "student_train" / "main.py"

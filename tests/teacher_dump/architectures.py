@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from teacher_dump.data.partition import Part
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
@@ -28,7 +28,7 @@ from teacher_dump.signals.pixel_check import check_pixel_values
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
-from teacher_dump.signals.vision_check import Sight, check_sight, choose_samples
+from teacher_dump.signals.vision_check import VisionCheck, check_vision, choose_check_samples
 from teacher_dump.teachers.teacher import Teacher, TeacherStates
 from tests.teacher_dump.scorers import make_scorer, part_of
 from tests.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_teacher
@@ -62,7 +62,7 @@ ASKED: dict[str, tuple[list[str], list[str]]] = {  # images; questions and answe
 
 
 def write_samples(folder: Path, *, with_images: bool) -> Path:
-    """ASKED as a LLaVA JSONL file over pictures of noise; without those that show any, if the teacher sees none."""
+    """Writes ASKED as a LLaVA JSONL file with noise images; for a text-only teacher without samples with images."""
     draw = np.random.default_rng(0)
     for name, (width, height) in IMAGES.items():
         Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
@@ -77,14 +77,14 @@ def write_samples(folder: Path, *, with_images: bool) -> Path:
 
 
 def make_all(root: Path) -> None:
-    """Teachers and samples of all architectures."""
+    """Makes teachers and samples of all architectures."""
     for name in ARCHITECTURES:
         make_teacher(root / name / "teacher", name)
         write_samples(root / name, with_images=name not in ("llama", "qwen2"))
 
 
-def scorer_of(folder: Path, engine: Teacher | None) -> PartScorer:
-    """A scorer of an architecture's samples with an engine of the caller's choice."""
+def make_architecture_scorer(folder: Path, engine: Teacher | None) -> PartScorer:
+    """Makes a scorer of an architecture's samples with the given engine."""
     return make_scorer(folder / "teacher", folder, SIGNALS, engine, max_length=512)
 
 
@@ -92,16 +92,16 @@ def samples_of(folder: Path) -> Part:
     return part_of(folder / "samples.jsonl")
 
 
-def prompt_key(prompt: TeacherPrompt) -> str:
-    """What a prompt asks: ids and pixels."""
+def make_prompt_key(prompt: TeacherPrompt) -> str:
+    """Returns a key of a prompt's ids and pixels."""
     digest = hashlib.sha256(prompt.token_ids.tobytes())
     for image in prompt.images:
         digest.update(repr(image.size).encode() + image.tobytes())
     return digest.hexdigest()
 
 
-class Recorded:
-    """A teacher that says again what an engine said."""
+class RecordedTeacher:
+    """A teacher that returns an engine's recorded states."""
 
     def __init__(self, file: Path) -> None:
         with np.load(file) as arrays:
@@ -110,17 +110,17 @@ class Recorded:
     def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
         return [
             TeacherStates(self._states[f"{key}.ids"], torch.from_numpy(self._states[f"{key}.hidden"]))
-            for key in map(prompt_key, prompts)
+            for key in map(make_prompt_key, prompts)
         ]
 
 
-def recorded_sight(folder: Path) -> Sight | None:
-    """What the blind check saw in the engine."""
+def read_vision_check(folder: Path) -> VisionCheck | None:
+    """Changes that the vision check measured in the engine."""
     found = json.loads((folder / "sight.json").read_text(encoding="utf-8"))
-    return None if found is None else Sight(**found)
+    return None if found is None else VisionCheck(**found)
 
 
-def _ask(engine: Teacher, ready: Sequence[Prepared], way: str) -> dict[str, np.ndarray]:
+def _ask(engine: Teacher, ready: Sequence[PreparedSample], way: str) -> dict[str, np.ndarray]:
     prompts = [sample.prompt for sample in ready]
     if way == "reversed":
         prompts.reverse()
@@ -128,7 +128,7 @@ def _ask(engine: Teacher, ready: Sequence[Prepared], way: str) -> dict[str, np.n
     answers = {}
     for call in calls:
         for prompt, states in zip(call, engine.hidden_states(call), strict=True):
-            key = prompt_key(prompt)
+            key = make_prompt_key(prompt)
             answers |= {f"{key}.ids": states.token_ids, f"{key}.hidden": states.hidden.numpy()}
     return answers
 
@@ -143,7 +143,7 @@ def _run_engine(folder: Path) -> None:
         folder / "teacher", dtype="float32", max_length=512, settings=settings, served=folder / "served",
         remembered_images=5,  # the engine forgets them between some of the calls
     )  # fmt: skip
-    scorer = scorer_of(folder, engine)
+    scorer = make_architecture_scorer(folder, engine)
     part = samples_of(folder)
     ready = scorer.prepare(part.samples, [])
     for way in WAYS:
@@ -151,7 +151,7 @@ def _run_engine(folder: Path) -> None:
         np.savez(folder / f"{way}.npz", allow_pickle=False, **_ask(engine, ready, way))
         assert (engine.num_shared > before) == (way != "alone" and (folder.name, way) != SCARCE), way
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
-    sight = check_sight(scorer, head, choose_samples(part.samples, 4))
+    sight = check_vision(scorer, head, choose_check_samples(part.samples, 4))
     processor = load_processor(folder / "teacher")
     num_compared = check_pixel_values(engine, processor, ready, image_token_id=VOCAB_SIZE - 1)
     assert num_compared == sum(len(sample.images) for sample in ready), num_compared

@@ -30,7 +30,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaVA that ends some of its answers soon."""
+    """A random LLaVA that ends some of its answers early."""
     folder = make_tiny_llava(tmp_path_factory.mktemp("talker"))
     from transformers import LlavaForConditionalGeneration
 

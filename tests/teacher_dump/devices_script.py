@@ -1,4 +1,4 @@
-"""Run by test_placement in a process of its own: commands in a Ray that believes in four GPUs."""
+"""Run by test_placement in a process of its own: commands in a Ray that is told it has four GPUs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import ray
 
 from teacher_dump.ray_jobs import Command, run_commands
-from teacher_dump.ray_jobs.cluster import Resources, lacking_room
-from teacher_dump.ray_jobs.commands import WaitingRoom
+from teacher_dump.ray_jobs.cluster import Resources, describe_lacking_room
+from teacher_dump.ray_jobs.commands import WaitingCommands
 
 SHOW = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
 
@@ -27,8 +27,8 @@ def main(folder: Path) -> None:
     assert all(result.returncode == 0 for result in run_commands(commands, 1, None))
     said = {command.name: command.log_path.read_text().strip() for command in commands}
     too_large = Resources(1, 5)
-    said["lacking"] = lacking_room(too_large)
-    said["waiting"] = WaitingRoom([Command("x", (), folder / "x.log")], too_large).subject().partition(";")[0]
+    said["lacking"] = describe_lacking_room(too_large)
+    said["waiting"] = WaitingCommands([Command("x", (), folder / "x.log")], too_large).describe().partition(";")[0]
     sys.stdout.write(json.dumps(said) + "\n")
 
 

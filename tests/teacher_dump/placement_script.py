@@ -1,4 +1,4 @@
-"""Run by test_placement in a process of its own: places an engine in a Ray that believes in four GPUs."""
+"""Run by test_placement in a process of its own: places an engine in a Ray that is told it has four GPUs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main() -> None:
     kind: Any = ray.remote(Engine)
     answers = []
     for settings in ({"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}):
-        placement = Placement.of(settings, num_cpus=1, num_gpus=None)
+        placement = Placement.from_settings(settings, num_cpus=1, num_gpus=None)
         engine = kind.options(**placement.actor_options(), **placement.group_options()).remote()
         answers.append(ray.get(engine.place.remote(), timeout=600))
         ray.kill(engine)

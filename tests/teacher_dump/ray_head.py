@@ -33,7 +33,7 @@ class RayHead:
 
 @contextmanager
 def running_ray_head() -> Iterator[RayHead]:
-    """A head of three CPUs that answers; started again with other ports where one was taken meanwhile."""
+    """Starts a head with three CPUs and waits for it; tries other ports if one is taken."""
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         for number in range(1, _NUM_STARTS + 1):
             head, process = _start(Path(folder, str(number)))

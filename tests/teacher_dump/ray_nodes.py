@@ -29,7 +29,7 @@ class RayNodes:
     head: int  # the head's raylet
 
     def add(self) -> None:
-        """Start one more node; returns when it is there."""
+        """Starts one more node and waits for it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("\n")

@@ -1,4 +1,4 @@
-"""Scorers over the tiny teacher, put together without Ray."""
+"""Makes scorers over the tiny teacher, without Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.signals.lm_head import read_head
-from teacher_dump.signals.loaded_teacher import OpenTeacher
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
@@ -29,7 +29,7 @@ NOTHING = SignalRequest()
 
 
 def part_of(file: Path, **fields: Any) -> Part:
-    """All samples of a file as one part."""
+    """Returns all samples of a file as one part."""
     found = read_samples([SourceSection(path=str(file), **fields)], extracted=file.parent / "extracted")
     return Part(0, found.samples, found.errors)
 
@@ -47,10 +47,10 @@ def make_scorer(
     max_length: int = 256,
     pixels: PixelSettings | None = None,
 ) -> PartScorer:
-    """A scorer with an engine of the test's choice."""
+    """Makes a scorer with the test's engine."""
     processor = load_processor(folder)
     pixels = pixels or PixelSettings()
-    facts = fingerprint.processor_facts(folder, processor).with_background(pixels.background)
+    facts = fingerprint.read_processor_facts(folder, processor).with_background(pixels.background)
     preparer = Preparer(
         prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
         grid=VisualGrid(processor, facts.image_token_id),
@@ -60,5 +60,5 @@ def make_scorer(
         image_root=image_root,
         max_length=max_length,
     )
-    teacher = None if engine is None else OpenTeacher(engine, read_head(folder, vocab_size=facts.vocab_size))
+    teacher = None if engine is None else LoadedTeacher(engine, read_head(folder, vocab_size=facts.vocab_size))
     return PartScorer(preparer, request, teacher)

@@ -1,4 +1,4 @@
-"""Functions that tests have called beside an open teacher, in another process."""
+"""Functions that tests call with a loaded teacher, in another process."""
 
 from __future__ import annotations
 

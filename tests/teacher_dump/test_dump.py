@@ -18,7 +18,7 @@ from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.__main__ import main
 from teacher_dump.dump import DumpResult, run_dump
-from teacher_dump.execution.worker_setup import prompt_errors, worker_settings
+from teacher_dump.execution.worker_setup import list_prompt_errors, make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
@@ -77,7 +77,7 @@ def test_errors_are_counted_and_too_many_fail(
     file.write_text("\n".join([*lines, lines[0], "{broken"]) + "\n", encoding="utf-8")
     config = write_config(cache=TOKENS_ONLY, data={"sources": [{"path": str(file)}]})
     settings = read_settings(config)
-    foreseen = prompt_errors(settings, plan_dump(settings), progress=False)
+    foreseen = list_prompt_errors(settings, plan_dump(settings), progress=False)
     assert main([str(config)]) == 1
     said = capsys.readouterr().err
     assert "2 of 7 samples failed (28.6%; dump.max_error_fraction is 1.0%); 3 parts are left, but no more" in said
@@ -189,18 +189,18 @@ def test_the_cache_knows_the_image_root(write_config: WriteConfig, tiny_data: Pa
 
 
 def dump_without_ray(config: Path, *overrides: str) -> DumpResult:
-    """What Ray's actors would do, in this process; then the dump, which finds every part written."""
+    """Writes all parts in this process, in place of Ray's actors; then runs the dump, which finds them written."""
     settings = read_settings(config, overrides)
     planned, cache = plan_dump(settings), settings.cache
     writer = CacheWriter.open(cache.path, planned.identity, cache.families, append=cache.append)
     own = cache.model_copy(update={"families": writer.segment.families})
-    worker = Worker(worker_settings(planned, replace(settings, cache=own)))
+    worker = Worker(make_worker_settings(planned, replace(settings, cache=own)))
     for part in planned.plan.parts:
         worker.run(part)
     return run_dump(settings, progress=False)
 
 
-def test_a_later_dump_adds_only_the_families_that_the_cache_lacks(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_a_later_dump_adds_only_missing_families(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config()
     path, at_once = tmp_path / "cache", tmp_path / "at once"
     run_dump(read_settings(config, ["cache.families=[]"]), progress=False)
@@ -227,7 +227,7 @@ def test_a_later_dump_adds_only_the_families_that_the_cache_lacks(write_config: 
         run_dump(read_settings(config, ["cache.response.tau=0.2"]), progress=False)
 
 
-def test_new_samples_are_appended_when_that_is_said(
+def test_new_samples_are_appended_with_cache_append(
     write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = make_tiny_dataset(tmp_path / "data", num_samples=8, num_images=4, splits=("train", "test"))

@@ -24,7 +24,7 @@ NEEDS_OPERATORS = (
 
 
 def run(code: str, folder: Path) -> str:
-    """What a Python says that the environment's own repair (a .pth file) has not touched: `-S` reads none."""
+    """Runs a Python without the environment's own repair (a .pth file; `-S` reads none), returns its output."""
     paths = [str(folder), str(REPOSITORY), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     done = subprocess.run(
         [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {paths}\n{code}"],
@@ -43,9 +43,9 @@ def fake(folder: Path, package: str, code: str) -> Path:
     return folder
 
 
-def test_transformers_finds_its_models_once_it_ran() -> None:
-    torchvision_shim.ensure()
-    torchvision_shim.ensure()
+def test_transformers_finds_its_models_after_the_hook() -> None:
+    torchvision_shim.import_torch_companions()
+    torchvision_shim.import_torch_companions()
     from transformers import LlavaForConditionalGeneration, SiglipImageProcessor
 
     assert LlavaForConditionalGeneration is not None
@@ -56,7 +56,7 @@ def test_matching_wheels_are_left_alone(tmp_path: Path) -> None:
     fake(tmp_path, "torchvision", WORKING)
     fake(tmp_path, "torchaudio", "loaded = True\n")
     code = (
-        "from teacher_dump import torchvision_shim; torchvision_shim.ensure()\n"
+        "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()\n"
         "import torch, torchvision, torchaudio\n"
         "print(torchvision.nms(), torchaudio.loaded, torch._C._dispatch_has_kernel('torchvision::nms'))"
     )
@@ -71,7 +71,7 @@ def test_missing_operators_are_defined_and_a_dead_torchaudio_hidden(tmp_path: Pa
     )
     fake(tmp_path, "torchaudio", "raise OSError('Could not load this library: torchaudio/lib/x.so')\n")
     code = (
-        "from teacher_dump import torchvision_shim; torchvision_shim.ensure()\n"
+        "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()\n"
         "import importlib.util, torch, torchvision\n"
         "print(torch.ops.torchvision.nms.default._schema, importlib.util.find_spec('torchaudio'))"
     )
@@ -81,7 +81,7 @@ def test_missing_operators_are_defined_and_a_dead_torchaudio_hidden(tmp_path: Pa
 
 def test_other_failures_are_not_hidden(tmp_path: Path) -> None:
     fake(tmp_path, "torchvision", "raise RuntimeError('something else')\n")
-    code = "from teacher_dump import torchvision_shim; torchvision_shim.ensure()"
+    code = "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()"
     assert run(code, tmp_path) == "RuntimeError: something else"
 
 
@@ -93,7 +93,7 @@ def test_a_torchcodec_that_cannot_load_is_hidden_whatever_it_raises(tmp_path: Pa
         fake(tmp_path, package, "")
     fake(tmp_path, "torchcodec", f"raise {error}\n")
     code = (
-        "from teacher_dump import torchvision_shim; torchvision_shim.ensure()\n"
+        "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()\n"
         "import importlib.util; print(importlib.util.find_spec('torchcodec'), 'torchaudio' in sys.modules)"
     )
     assert run(code, tmp_path) == "None True"
@@ -106,8 +106,8 @@ def test_importing_our_package_is_enough(tmp_path: Path) -> None:
     assert run("import torchvision", tmp_path) == "RuntimeError: operator torchvision::nms does not exist"
 
 
-def test_absent_packages_are_no_matter(tmp_path: Path) -> None:
+def test_missing_packages_are_ignored(tmp_path: Path) -> None:
     for package in ("torchvision", "torchaudio"):
         fake(tmp_path, package, f"raise ModuleNotFoundError('no', name={package!r})\n")
-    code = "from teacher_dump import torchvision_shim; torchvision_shim.ensure(); print('well')"
+    code = "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions(); print('well')"
     assert run(code, tmp_path) == "well"

@@ -1,1 +1,1 @@
-"""Readers of files and data sets: each gives rows with the place that they came from."""
+"""Readers of files and data sets: each yields rows with their place in the file."""

@@ -1,4 +1,4 @@
-"""Which reader a source needs, by its `format` or by what its path looks like."""
+"""Chooses a source's reader by its `format` or its path."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal
 
 from storage.errors import ConfigError
 from teacher_dump.config import SourceSection
-from teacher_dump.data.sources.hub_rows import hub_rows
-from teacher_dump.data.sources.json_rows import json_rows
-from teacher_dump.data.sources.parquet_rows import parquet_rows
-from teacher_dump.data.sources.row import Rows
+from teacher_dump.data.sources.hub_rows import read_hub_rows
+from teacher_dump.data.sources.json_rows import read_json_rows
+from teacher_dump.data.sources.parquet_rows import read_parquet_rows
+from teacher_dump.data.sources.row import SourceRows
 from teacher_dump.data.sources.webdataset_rows import TarReader
 
 Format = Literal["json", "parquet", "webdataset", "datasets"]
@@ -29,23 +29,25 @@ _BY_SUFFIX: Mapping[str, Format] = {
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into its folder
 
 
-def read_rows(source: SourceSection) -> Rows:
-    """(place, row) of everything in a source, in order. ConfigError: no such source, or of no known format."""
-    kind = format_of(source)
+def read_rows(source: SourceSection) -> SourceRows:
+    """Yields (place, row) of all rows of a source, in order. Raises ConfigError for a missing source or format."""
+    kind = detect_format(source)
     if kind == "datasets":
-        yield from hub_rows(source.path, subset=source.subset, hub_split=source.hub_split, revision=source.revision)
+        yield from read_hub_rows(
+            source.path, subset=source.subset, hub_split=source.hub_split, revision=source.revision
+        )
         return
-    readers: Mapping[Format, Callable[[Path], Rows]] = {
-        "json": json_rows,
-        "parquet": parquet_rows,
-        "webdataset": TarReader(frozenset(source.ignore)).rows,
+    readers: Mapping[Format, Callable[[Path], SourceRows]] = {
+        "json": read_json_rows,
+        "parquet": read_parquet_rows,
+        "webdataset": TarReader(frozenset(source.ignore)).read_rows,
     }
-    for path in _files(source.path):
+    for path in _find_files(source.path):
         yield from readers[kind](path)
 
 
-def format_of(source: SourceSection) -> Format:
-    """The source's format. ConfigError if nothing tells it."""
+def detect_format(source: SourceSection) -> Format:
+    """Returns the source's format. Raises ConfigError if neither `format` nor the path tells it."""
     if source.format is not None:
         return source.format
     path = Path(source.path)
@@ -64,12 +66,12 @@ def format_of(source: SourceSection) -> Format:
     )
 
 
-def _files(path: str) -> Iterator[Path]:
-    """The file of that name, or those that a pattern names, by name."""
+def _find_files(path: str) -> Iterator[Path]:
+    """Yields the file of that name, or the files that a pattern matches, sorted."""
     if Path(path).exists() or not glob.has_magic(path):
         yield Path(path)
         return
     found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207, for a pattern with folders
     if not found:
-        raise ConfigError(f"data.sources: {path}: no file has such a name")
+        raise ConfigError(f"data.sources: {path}: no file matches this pattern")
     yield from map(Path, found)

@@ -1,21 +1,21 @@
-"""Hugging Face data sets: a folder that `save_to_disk` wrote, or a hub id. The only file that imports datasets."""
+"""Reads Hugging Face data sets: a folder of `save_to_disk`, or a Hub id. The only file that imports datasets."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from storage.errors import ConfigError
-from teacher_dump.data.sources.parquet_rows import plain_rows
-from teacher_dump.data.sources.row import Rows
+from teacher_dump.data.sources.parquet_rows import to_plain_rows
+from teacher_dump.data.sources.row import SourceRows
 
 _ROWS_PER_BATCH = 64
 
 
-def hub_rows(path: str, *, subset: str | None, hub_split: str, revision: str | None) -> Rows:
-    """Rows of a data set as plain data, images undecoded.
+def read_hub_rows(path: str, *, subset: str | None, hub_split: str, revision: str | None) -> SourceRows:
+    """Yields rows of a data set as plain data, images undecoded.
 
-    A folder is read where it lies; anything else is a hub id, whose files `datasets` fetches. No code of a
-    data set is run. ConfigError: nothing there, or no such split.
+    A folder is read in place; any other path is a Hub id, whose files `datasets` downloads. No code of a
+    data set is run. Raises ConfigError if there is no such data set or split.
     """
     try:
         import datasets
@@ -36,6 +36,6 @@ def hub_rows(path: str, *, subset: str | None, hub_split: str, revision: str | N
         found = found[hub_split]
     number = 0
     for batch in found.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
-        for row in plain_rows(batch):
+        for row in to_plain_rows(batch):
             yield f"{Path(path).name}[{number}]", row
             number += 1

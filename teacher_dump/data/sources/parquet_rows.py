@@ -1,4 +1,4 @@
-"""Parquet files, a few rows in memory at a time."""
+"""Reads Parquet files, a few rows in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import ConfigError
-from teacher_dump.data.sources.row import Broken, Rows, short_place
+from teacher_dump.data.sources.row import BrokenRow, SourceRows, shorten_path
 
 _ROWS_PER_BATCH = 64  # their images' bytes are in memory together
 
 
-def parquet_rows(path: Path) -> Rows:
-    """Rows of a Parquet file. A row group that cannot be decoded ends it with a Broken that says how many rows went.
+def read_parquet_rows(path: Path) -> SourceRows:
+    """Yields rows of a Parquet file; a broken row group ends it with a BrokenRow that counts the lost rows.
 
-    ConfigError: no Parquet file.
+    Raises ConfigError if it is not a Parquet file.
     """
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
@@ -32,25 +32,25 @@ def parquet_rows(path: Path) -> Rows:
                 batch = next(batches, None)
             except (OSError, pa.ArrowException) as error:
                 lost = f"{total - number:,} of {total:,} rows cannot be read: {error}"
-                yield f"{short_place(path)}[{number}]", Broken(lost)
+                yield f"{shorten_path(path)}[{number}]", BrokenRow(lost)
                 return
             if batch is None:
                 return
-            for row in plain_rows(batch):
-                yield f"{short_place(path)}[{number}]", row
+            for row in to_plain_rows(batch):
+                yield f"{shorten_path(path)}[{number}]", row
                 number += 1
 
 
-def plain_rows(batch: pa.RecordBatch | pa.Table) -> list[Any]:
-    """Arrow rows as plain data; a text that is no UTF-8 makes its row a Broken."""
+def to_plain_rows(batch: pa.RecordBatch | pa.Table) -> list[Any]:
+    """Returns Arrow rows as plain data; a row with text that is not UTF-8 becomes a BrokenRow."""
     try:
         return batch.to_pylist()
     except (ValueError, pa.ArrowException):
-        return [_plain_row(batch, number) for number in range(batch.num_rows)]
+        return [_to_plain_row(batch, number) for number in range(batch.num_rows)]
 
 
-def _plain_row(batch: pa.RecordBatch | pa.Table, number: int) -> Any:
+def _to_plain_row(batch: pa.RecordBatch | pa.Table, number: int) -> Any:
     try:
         return batch.slice(number, 1).to_pylist()[0]
     except (ValueError, pa.ArrowException) as error:
-        return Broken(f"cannot be read: {error}")
+        return BrokenRow(f"cannot be read: {error}")

@@ -1,4 +1,4 @@
-"""What every source gives: rows with the place that each came from."""
+"""The rows that every source yields, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 from teacher_dump.data.sample import MAX_SHOWN
 
-Rows = Iterator[tuple[str, Any]]  # (place, fields as plain data or a Broken)
+SourceRows = Iterator[tuple[str, Any]]  # (place, fields as plain data or a BrokenRow)
 
 
 @dataclass(frozen=True)
-class Broken:
-    """A row that cannot be read; nothing is known of it but its place."""
+class BrokenRow:
+    """A row that cannot be read; only its place is known."""
 
     reason: str
 
 
-def short_place(path: Path) -> str:
-    """Folder and file name: the same wherever the data set lies, since it ends up in the plan's fingerprint."""
-    return printable("/".join(path.resolve().parts[-2:]))
+def shorten_path(path: Path) -> str:
+    """Returns folder and file name only, since the plan's fingerprint must not depend on where data lie."""
+    return make_printable("/".join(path.resolve().parts[-2:]))
 
 
-def printable(name: str) -> str:
-    """A name that any file can hold: bytes of file names that are no UTF-8 become question marks."""
+def make_printable(name: str) -> str:
+    """Returns a name that UTF-8 can encode: invalid bytes of file names become question marks."""
     return name.encode("utf-8", "replace").decode()
 
 
-def shown_name(name: str) -> str:
-    """A name as a reason shows it."""
-    text = printable(name)
+def shorten_name(name: str) -> str:
+    """Returns a name for an error message, at most `MAX_SHOWN` characters of it."""
+    text = make_printable(name)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

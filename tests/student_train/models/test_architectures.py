@@ -36,7 +36,7 @@ from student_train.models.student import Student
 from student_train.training.objective import Objective
 from student_train.training.stage_data import cached_teacher, loss_families, prepare
 from teacher_dump.prompts import processor
-from teacher_dump.prompts.image_tokens import VisualGrid, expand
+from teacher_dump.prompts.image_tokens import VisualGrid, expand_image_tokens
 from teacher_dump.signals.scoring import RowRequest, SignalRequest
 from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.teachers import fingerprint
@@ -79,7 +79,9 @@ class Case:
         inputs: dict[str, Tensor] = {}
         if pictures:
             grid = VisualGrid(own, image_token_id)
-            ids = expand(tokens.token_ids, [grid.ids(picture) for picture in pictures], image_token_id).token_ids
+            ids = expand_image_tokens(
+                tokens.token_ids, [grid.ids(picture) for picture in pictures], image_token_id
+            ).token_ids
             marks = own.tokenizer.convert_ids_to_tokens(image_token_id) * len(pictures)
             inputs = dict(own(images=pictures, text=[marks], return_tensors="pt"))
             del inputs["input_ids"], inputs["attention_mask"]
@@ -222,7 +224,7 @@ def dumped(case: Case, folder: Path) -> Path:
         response=RowRequest(TopK(16), 0), visual=RowRequest(Threshold(0.05), 0), relation_centered=False
     )
     teacher_folder = case.folder / "teacher"
-    facts = fingerprint.processor_facts(teacher_folder, processor.load_processor(teacher_folder))
+    facts = fingerprint.read_processor_facts(teacher_folder, processor.load_processor(teacher_folder))
     engine = TransformersTeacher(teacher_folder, dtype="float32", image_token_id=facts.image_token_id, settings={})
     scored = make_scorer(teacher_folder, case.folder, request, engine, max_length=512).score(samples_of(case.folder))
     identity = Identity(

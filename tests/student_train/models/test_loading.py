@@ -15,7 +15,6 @@ from student_train.config import Precision
 from student_train.models.loading import (
     attention_implementation,
     check_fit,
-    compute_tokenizer_fingerprint,
     freeze,
     load_student,
     read_checkpoint,
@@ -163,13 +162,6 @@ def test_only_trained_parts_get_gradients_and_train_mode(checkpoint: Path) -> No
     assert model.lm_head.weight.requires_grad
     assert model.model.language_model.training
     assert not model.model.vision_tower.training
-
-
-def test_fingerprint_is_the_dump_s(checkpoint: Path) -> None:
-    from teacher_dump.teachers import fingerprint
-
-    vocabulary = read_checkpoint(checkpoint).tokenizer.get_vocab()
-    assert compute_tokenizer_fingerprint(vocabulary) == fingerprint.compute_tokenizer_fingerprint(vocabulary)
 
 
 @pytest.mark.parametrize(

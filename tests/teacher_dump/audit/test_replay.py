@@ -1,4 +1,4 @@
-"""Replay: a cache against its teacher, with everything that it is there to find."""
+"""Replay of a cache with its teacher: good caches pass, and every kind of fault is found."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from storage.records.records import PartRecords
 from storage.records.sparse_rows import SparseRows
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.audit.comparison import Measured
-from teacher_dump.audit.replay import NOISE_FACTOR, Replay, check_drift, replay, summarised
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.audit.comparison import Measurement
+from teacher_dump.audit.replay import NOISE_FACTOR, Replay, check_drift, replay, summarize_drifts
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import DumpSettings, read_settings
 from teacher_dump.workers.worker import open_scorer
@@ -33,9 +33,9 @@ Change = Callable[[PartRecords], PartRecords]
 
 
 def dump_changed(settings: DumpSettings, change: Change = lambda records: records, **identity: Any) -> None:
-    """A dump by the same teacher, whose records are changed before they are written: a cache that verifies."""
+    """Dumps with the same teacher and changes the records before they are written: the cache still verifies."""
     planned = plan_dump(settings)
-    worker = worker_settings(planned, settings)
+    worker = make_worker_settings(planned, settings)
     scorer = open_scorer(worker)
     assert scorer.teacher is not None
     writer = CacheWriter.open(worker.cache, planned.identity.model_copy(update=identity), worker.families)
@@ -47,11 +47,11 @@ def dump_changed(settings: DumpSettings, change: Change = lambda records: record
     assert verify(worker.cache).problems == []
 
 
-def replayed(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> Replay:
+def replay_cache(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> Replay:
     return replay(settings, settings.cache.path, num_samples=num_samples, seed=0)
 
 
-def drifted(found: Replay, family: str) -> set[str]:
+def list_drifted(found: Replay, family: str) -> set[str]:
     return {sample_id for one in found.drifts if one.family == family for sample_id in one.samples}
 
 
@@ -64,10 +64,10 @@ def drifted(found: Replay, family: str) -> set[str]:
         ({"response": {"method": "sampled"}, "hidden": {"encoding": "int8"}}, ["response", "hidden"]),
     ],
 )
-def test_a_cache_is_what_its_teacher_says(write_config: WriteConfig, section, families):
+def test_an_unchanged_cache_shows_no_drift(write_config: WriteConfig, section, families):
     settings = read_settings(write_config(cache={"families": families, **section}))
     dump_changed(settings)
-    found = replayed(settings)
+    found = replay_cache(settings)
     assert {one.family for one in found.drifts} == set(families)
     assert found.ok, found
     assert found.num_samples == NUM_SAMPLES
@@ -82,24 +82,26 @@ def test_the_documented_multiple_of_the_noise_is_allowed_and_no_more(factor, is_
     noise, zero = np.array([0.0, 2e-3]), np.zeros(2)
     allowed = np.full(2, 1e-2)  # by the encoding
     drift = allowed + np.array([0.0, factor * NOISE_FACTOR * 2e-3])
-    quiet = [Measured(f"quiet {number}", "response", "entropy", zero, zero, allowed) for number in range(9)]
-    (found,) = summarised([*quiet, Measured("s", "response", "entropy", noise, drift, allowed)])
+    log_output = [
+        Measurement(f"log_output {number}", "response", "entropy", zero, zero, allowed) for number in range(9)
+    ]
+    (found,) = summarize_drifts([*log_output, Measurement("s", "response", "entropy", noise, drift, allowed)])
     assert found.samples == (("s",) if is_drift else ())
     page = (Path(__file__).parents[3] / "docs" / "commands.md").read_text(encoding="utf-8")
     assert f"{NOISE_FACTOR:g} times the largest difference between the two scorings" in " ".join(page.split())
 
 
 def swap_answers(records: PartRecords) -> PartRecords:
-    """The rows of two samples of the same length in each other's place."""
+    """Swaps the rows of two samples of the same length."""
     assert records.response is not None
-    first, second = pair_of(records)
+    first, second = find_same_tokens(records)
     response = list(records.response)
     response[first], response[second] = response[second], response[first]
     return replace(records, response=response)
 
 
-def pair_of(records: PartRecords) -> tuple[int, int]:
-    """Two samples of the same tokens about different images: what a stale prefix confuses."""
+def find_same_tokens(records: PartRecords) -> tuple[int, int]:
+    """Returns two samples of the same tokens with different images, which a stale prefix would confuse."""
     for first, one in enumerate(records.tokens):
         for second, other in enumerate(records.tokens[:first]):
             same = len(one.token_ids) == len(other.token_ids) and one.images[0].key != other.images[0].key
@@ -109,7 +111,7 @@ def pair_of(records: PartRecords) -> tuple[int, int]:
 
 
 def shift_rows(records: PartRecords) -> PartRecords:
-    """One sample's rows each a token too late, as those that skip an engine's missing first logprob."""
+    """Shifts one sample's rows by a token, as if an engine's missing first logprob were skipped."""
     assert records.response is not None
     rows = records.response[0]
     late = SparseRows.concatenate([rows.slice(0, 1), rows.slice(0, rows.num_rows - 1)])
@@ -117,7 +119,7 @@ def shift_rows(records: PartRecords) -> PartRecords:
 
 
 def swap_images(records: PartRecords) -> PartRecords:
-    """Visual rows and relation matrices of two images in each other's place."""
+    """Swaps visual rows and relation matrices of two images."""
     assert records.visual is not None
     assert records.relation is not None
     first, second = list(records.visual)[:2]
@@ -131,8 +133,8 @@ def roll_hidden(records: PartRecords) -> PartRecords:
     return replace(records, hidden=[np.roll(records.hidden[0], 1, axis=0), *records.hidden[1:]])
 
 
-def differing(one: PartRecords, other: PartRecords) -> set[str]:
-    """Samples whose rows are not the same objects."""
+def list_different(one: PartRecords, other: PartRecords) -> set[str]:
+    """Returns the samples whose rows are not the same objects."""
 
     def parts(records: PartRecords, at: int) -> list[Any]:
         assert records.response is not None
@@ -164,14 +166,14 @@ def test_rows_that_are_not_the_samples_own_are_found(write_config: WriteConfig, 
 
     def noted(records: PartRecords) -> PartRecords:
         after = change(records)
-        changed.update(differing(records, after))
+        changed.update(list_different(records, after))
         return after
 
     dump_changed(settings, noted)
-    found = replayed(settings)
+    found = replay_cache(settings)
     assert 0 < len(changed) < NUM_SAMPLES / 2
     for family in FAMILIES:
-        assert drifted(found, family) == (changed if family in families else set()), (family, found)
+        assert list_drifted(found, family) == (changed if family in families else set()), (family, found)
     with pytest.raises(StillhouseError, match=rf"{next(iter(families))} .* from the teacher.*samples train-"):
         check_drift(found, "cache")
 
@@ -190,16 +192,16 @@ def test_another_teacher_under_the_same_fingerprint_is_found(
     right = plan_dump(settings).identity.teacher_fingerprint
     dump_changed(made, teacher_fingerprint=right)
     with pytest.raises(IdentityError, match=rf"teacher_fingerprint: cache has '{right}', this run has"):
-        replayed(made)
-    found = replayed(settings)
+        replay_cache(made)
+    found = replay_cache(settings)
     for family in FAMILIES:
-        assert drifted(found, family), (family, found)
+        assert list_drifted(found, family), (family, found)
 
 
 def test_a_teacher_of_another_dtype_is_refused(write_config: WriteConfig):
     dump_changed(read_settings(write_config(cache={"families": ["response"]})))
     with pytest.raises(IdentityError, match="dtype: cache has 'float32', this run has 'bfloat16'"):
-        replayed(read_settings(write_config(teacher={"dtype": "bfloat16"})))
+        replay_cache(read_settings(write_config(teacher={"dtype": "bfloat16"})))
 
 
 def test_images_are_read_where_the_cache_says(write_config: WriteConfig, tiny_data: Path, tmp_path: Path):
@@ -211,27 +213,27 @@ def test_images_are_read_where_the_cache_says(write_config: WriteConfig, tiny_da
         '{"id": "t", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "red"}]}'
     )
     other = {"sources": [{"path": str(tmp_path / "text.jsonl")}]}
-    assert replayed(read_settings(write_config(data=other)), num_samples=3).ok
+    assert replay_cache(read_settings(write_config(data=other)), num_samples=3).ok
     data.rename(tmp_path / "moved")
     moved = {"sources": [{"path": str(tmp_path / "moved" / tiny_data.name)}]}
-    assert replayed(read_settings(write_config(data=moved)), num_samples=3).ok
+    assert replay_cache(read_settings(write_config(data=moved)), num_samples=3).ok
 
 
-def test_an_image_that_was_changed_since_is_told(write_config: WriteConfig, tiny_data: Path, tmp_path: Path):
+def test_a_changed_image_is_reported(write_config: WriteConfig, tiny_data: Path, tmp_path: Path):
     data = shutil.copytree(tiny_data.parent, tmp_path / "data")
     sources = {"sources": [{"path": str(data / tiny_data.name)}]}
     settings = read_settings(write_config(cache={"families": ["response"]}, data=sources))
     dump_changed(settings)
     image = sorted((data / "images").iterdir())[0]
     shutil.copy(sorted((data / "images").iterdir())[1], image)
-    found = replayed(settings)
+    found = replay_cache(settings)
     assert {error.sample_id for error in found.refused} == {"train-0000", "train-0008", "train-0016"}
     assert not found.ok
     with pytest.raises(StillhouseError, match=r"train-0008: cannot be scored again: image .* has the sha256"):
         check_drift(found, "cache")
 
 
-def test_the_command_says_what_it_found_and_ends_with_1_on_drift(write_config: WriteConfig, tmp_path: Path, capsys):
+def test_the_command_reports_drift_and_exits_1(write_config: WriteConfig, tmp_path: Path, capsys):
     path = write_config(cache={"families": ["response"]})
     dump_changed(read_settings(path))
     command = ["verify", str(tmp_path / "cache"), "--replay", "5", str(path)]

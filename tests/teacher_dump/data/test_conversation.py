@@ -81,7 +81,7 @@ def test_a_pair_may_be_the_end_of_a_longer_conversation(row: dict[str, Any]) -> 
         {"messages": items({"type": "image", "image": "a.png"})},
     ],
 )
-def test_a_conversation_that_a_pair_tells_twice_is_taken_once(told: dict[str, Any]) -> None:
+def test_a_conversation_that_a_pair_repeats_is_read_once(told: dict[str, Any]) -> None:
     image = {"type": "image", "image": "a.png"}
     chosen, (question, _) = items(image), items(image)
     got = parse_conversation({**told, "chosen": chosen, "rejected": [question, BLUE]})
@@ -93,7 +93,7 @@ def test_a_conversation_that_a_pair_tells_twice_is_taken_once(told: dict[str, An
     [
         (
             {"messages": [ROLE_CONTENT[0], SURE_NO[1]], "chosen": ROLE_CONTENT, "rejected": [ROLE_CONTENT[0], BLUE]},
-            "messages and chosen begin alike and go on otherwise; leave messages out",
+            "messages and chosen begin alike but differ later; leave messages out",
         ),
         (
             {

@@ -141,7 +141,7 @@ def test_sources_that_cannot_be_read_are_a_users_mistake(tmp_path: Path) -> None
         read(tmp_path / "broken.json")
 
 
-def test_a_sample_survives_the_way_to_another_process(tmp_path: Path) -> None:
+def test_a_sample_round_trips_through_json(tmp_path: Path) -> None:
     rows = [{"id": "x", "category": "c", "conversations": TURNS}]
     (sample,) = read(write_rows(tmp_path / "r.jsonl", rows)).samples
     assert Sample.from_json(json.loads(json.dumps(sample.as_json()))) == sample
@@ -178,9 +178,9 @@ def test_a_broken_row_that_is_taken_twice_is_two_errors_with_two_ids(tmp_path: P
     assert not got.samples
 
 
-def test_a_weight_that_takes_no_row_is_said(tmp_path: Path) -> None:
+def test_a_weight_that_selects_no_row_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"id": str(number), "conversations": TURNS} for number in range(3)])
-    with pytest.raises(ConfigError, match=r"r\.jsonl: weight 1e-09 takes none of its 3 rows; give a larger weight"):
+    with pytest.raises(ConfigError, match=r"r\.jsonl: weight 1e-09 selects none of its 3 rows; give a larger weight"):
         read(path, weight=1e-9)
     empty = read(write_rows(tmp_path / "empty.jsonl", []), weight=1e-9)
     assert not empty.samples

@@ -58,7 +58,7 @@ def test_a_link_below_the_root_is_followed(tmp_path: Path) -> None:
     assert contents == [(tmp_path / "a.png").read_bytes()] * 2
 
 
-def test_what_is_no_plain_file_or_far_too_large_is_refused_unread(tmp_path: Path) -> None:
+def test_special_and_huge_files_are_refused_unread(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for a writer
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(10 * 2**30)  # takes no room

@@ -75,6 +75,6 @@ def test_errors_travel_in_part_0_even_without_samples() -> None:
     assert make_plan([], errors=errors, samples_per_part=2, max_length=8).parts == (Part(0, (), errors),)
 
 
-def test_a_part_survives_the_way_to_another_process() -> None:
+def test_a_part_round_trips_through_text() -> None:
     part = Part(3, tuple(samples_of([("a",), ()])), (SampleError("x", "bäd"),))
     assert Part.from_text(part.to_text()) == part

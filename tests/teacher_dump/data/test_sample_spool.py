@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.data.sample import Sample, Turn
-from teacher_dump.data.sample_spool import Chosen, SampleFile
+from teacher_dump.data.sample_spool import SampleFile, SampleSubset
 
 texts = st.text(max_size=20)
 turns = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), texts), max_size=3).map(tuple)
@@ -23,10 +23,10 @@ samples = st.lists(
 
 
 @given(samples)
-def test_what_is_read_is_what_was_written_with_shorter_paths(written: list[Sample]) -> None:
+def test_samples_read_back_equal_those_written_with_shorter_paths(written: list[Sample]) -> None:
     read = SampleFile(iter(written))
     assert list(read) == written
-    read.cut_paths(len("/root/"))
+    read.strip_path_prefix(len("/root/"))
     expected = [
         Sample(one.id, one.split, one.category, tuple(path.removeprefix("/root/") for path in one.images), one.turns)
         for one in written
@@ -36,10 +36,10 @@ def test_what_is_read_is_what_was_written_with_shorter_paths(written: list[Sampl
     assert list(reversed(read)) == expected[::-1]
 
 
-def test_places_choose_and_those_beyond_the_end_are_refused(tmp_path: Path) -> None:
+def test_subsets_select_by_position_and_refuse_positions_beyond_the_end(tmp_path: Path) -> None:
     written = [Sample(str(number), "train", "", (), ()) for number in range(5)]
     read = SampleFile(written, folder=tmp_path / "made" / "here")
-    chosen = Chosen(read, array("q", [4, 0, 2]))
+    chosen = SampleSubset(read, array("q", [4, 0, 2]))
     assert [one.id for one in chosen] == ["4", "0", "2"]
     assert [one.id for one in chosen[1:]] == ["0", "2"]
     assert (read[-1].id, len(read), len(chosen)) == ("4", 5, 3)

@@ -12,8 +12,8 @@ from stillhouse.reporting.plan_table import format_forecast
 from storage.backends.folder import open_folder
 from storage.layout.commits import list_committed_parts, read_commits
 from storage.layout.segments import read_segments
-from teacher_dump.estimates.cost_calibration import choose, forecast_dump
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.estimates.cost_calibration import choose_halves, forecast_dump
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
@@ -24,7 +24,7 @@ FAMILIES = ("tokens", "response", "visual", "relation")
 
 
 def family_bytes(cache: Path) -> dict[str, int]:
-    """Bytes of the files that a cache's commits name."""
+    """Returns the bytes of the files that a cache's commits name, by family."""
     folder = open_folder(cache)
     (segment,) = read_segments(folder)
     commits = read_commits(folder, segment, list_committed_parts(folder, segment))
@@ -41,7 +41,7 @@ def test_a_forecast_of_bytes_is_within_a_tenth_of_the_dump(write_config: WriteCo
     assert not (tmp_path / "cache").exists()
     settings = read_settings(config)
     planned = plan_dump(settings)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     outcomes = [worker.run(part) for part in planned.plan.parts]
     actual = family_bytes(tmp_path / "cache")
     assert found["parts"] == len(outcomes) == 6
@@ -69,12 +69,12 @@ def test_tokens_are_forecast_without_a_teacher(write_config: WriteConfig) -> Non
 
 def test_a_slice_has_whole_groups_of_images_and_is_always_the_same(write_config: WriteConfig) -> None:
     parts = plan_dump(read_settings(write_config())).plan.parts
-    halves = choose(parts, 9)
-    assert halves == choose(parts, 9)
+    halves = choose_halves(parts, 9)
+    assert halves == choose_halves(parts, 9)
     one, other = ({image for sample in half.samples for image in sample.images} for half in halves)
     assert not one & other
     assert [len(half.samples) for half in halves] == [6, 3]  # 24 samples over 8 images, three to an image
-    assert sum(len(half.samples) for half in choose(parts, 1000)) == 24
+    assert sum(len(half.samples) for half in choose_halves(parts, 1000)) == 24
 
 
 def test_samples_that_are_all_broken_are_named(write_config: WriteConfig, tmp_path: Path, capsys) -> None:

@@ -1,4 +1,4 @@
-"""The forecast's arithmetic, worked by hand."""
+"""The forecast's arithmetic, computed by hand."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import replace
 import pytest
 
 from teacher_dump.data.sample import Sample, Turn
-from teacher_dump.estimates.cost_model import Asked, Calibration, Slice, Work, forecast
+from teacher_dump.estimates.cost_model import Calibration, SampleCounts, SliceCost, Work, forecast
 
 WORK = Work(samples=8, text_tokens=200, visual_tokens=128, response_rows=80, visual_rows=64, images=4)
 HALF = Work(samples=4, text_tokens=100, visual_tokens=64, response_rows=40, visual_rows=32, images=2)
 TRIED = Calibration(
-    asked=Asked(samples=10, characters=1000, images=4, image_places=8),
-    whole=Slice(WORK, {"tokens": 500, "response": 1000, "visual": 640, "relation": 90}),
+    counts=SampleCounts(samples=10, characters=1000, images=4, image_places=8),
+    whole=SliceCost(WORK, {"tokens": 500, "response": 1000, "visual": 640, "relation": 90}),
     halves=(
-        Slice(HALF, {"tokens": 300, "response": 580, "visual": 320, "relation": 50}),
-        Slice(HALF, {"tokens": 300, "response": 620, "visual": 320, "relation": 50}),
+        SliceCost(HALF, {"tokens": 300, "response": 580, "visual": 320, "relation": 50}),
+        SliceCost(HALF, {"tokens": 300, "response": 620, "visual": 320, "relation": 50}),
     ),
     seconds={"prompts": 1.0, "encoding": 2.0, "scoring": 4.0},
     start_s=20.0,
     num_errors=2,
 )
-EVERY = Asked(samples=100, characters=9000, images=50, image_places=90)
+EVERY = SampleCounts(samples=100, characters=9000, images=50, image_places=90)
 
 
 def test_a_plan_is_its_slice_scaled_by_text_and_by_images():
@@ -52,7 +52,7 @@ def test_a_file_that_does_not_grow_costs_each_part_the_same():
     flat = {"tokens": 500, "response": 1000, "visual": 100, "relation": 90}
     halves = tuple(replace(half, family_bytes={**half.family_bytes, "visual": 120}) for half in TRIED.halves)
     found = forecast(
-        replace(TRIED, whole=Slice(WORK, flat), halves=halves, head_bytes=7), EVERY, num_parts=5, num_actors=1
+        replace(TRIED, whole=SliceCost(WORK, flat), halves=halves, head_bytes=7), EVERY, num_parts=5, num_actors=1
     )
     assert found.family_bytes["visual"] == 500
     assert found.family_bytes["head"] == 7
@@ -62,9 +62,9 @@ def test_a_plan_without_images_has_no_visual_work():
     text = replace(WORK, visual_tokens=0, visual_rows=0, images=0)
     tried = replace(
         TRIED,
-        asked=replace(TRIED.asked, images=0, image_places=0),
-        whole=Slice(text, {"tokens": 500, "visual": 30}),
-        halves=(Slice(replace(HALF, visual_tokens=0, visual_rows=0, images=0), {"tokens": 300, "visual": 30}),),
+        counts=replace(TRIED.counts, images=0, image_places=0),
+        whole=SliceCost(text, {"tokens": 500, "visual": 30}),
+        halves=(SliceCost(replace(HALF, visual_tokens=0, visual_rows=0, images=0), {"tokens": 300, "visual": 30}),),
     )
     found = forecast(tried, replace(EVERY, images=0, image_places=0), num_parts=5, num_actors=1)
     assert found.tokens == 1800
@@ -82,4 +82,4 @@ def test_nothing_is_forecast_from_samples_of_which_none_has_a_record():
 def test_shared_images_are_counted_once_and_in_each_place():
     turns = (Turn("user", "<image>\nwhat?"), Turn("assistant", "red"))
     samples = [Sample(name, "train", "", images, turns) for name, images in (("a", ("x",)), ("b", ("x", "y")))]
-    assert Asked.of(samples) == Asked(samples=2, characters=2 * 16, images=2, image_places=3)
+    assert SampleCounts.count(samples) == SampleCounts(samples=2, characters=2 * 16, images=2, image_places=3)

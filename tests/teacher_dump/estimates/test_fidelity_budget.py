@@ -1,4 +1,4 @@
-"""The fidelity budget: what it predicts is what is lost and weighed, and what it cannot do it says."""
+"""The fidelity budget: its predictions equal the measured error and size, and impossible budgets are refused."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from storage.config import BudgetSection
 from storage.errors import ConfigError, IdentityError
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.estimates.budget_calibration import Wanted, calibrate, spread
-from teacher_dump.estimates.budget_choice import with_budget
-from teacher_dump.estimates.fidelity_budget import STUDENT_KL, Rows, _Trial, choose
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.estimates.budget_calibration import BudgetTask, choose_settings, pick_evenly
+from teacher_dump.estimates.budget_choice import apply_budget
+from teacher_dump.estimates.fidelity_budget import STUDENT_KL, TeacherRows, _BudgetTrial, choose_setting
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.signals.lm_head import OutputHead
@@ -23,11 +23,13 @@ from teacher_dump.workers.worker import open_scorer
 from tests.teacher_dump.conftest import WriteConfig
 
 
-def make_rows(num_samples: int = 24, size: int = 20, *, vocab: int = 400, width: int = 24, seed: int = 0) -> Rows:
+def make_rows(
+    num_samples: int = 24, size: int = 20, *, vocab: int = 400, width: int = 24, seed: int = 0
+) -> TeacherRows:
     generator = torch.Generator().manual_seed(seed)
     head = OutputHead(torch.randn(vocab, width, generator=generator) * 0.7)
     hidden = torch.randn(num_samples * size, width, generator=generator)
-    return Rows(
+    return TeacherRows(
         head=head, hidden=hidden, sizes=(size,) * num_samples, family="response", seed=0, draw_sets=1,
         rows_per_part=num_samples * size, zstd_level=9,
     )  # fmt: skip
@@ -36,14 +38,14 @@ def make_rows(num_samples: int = 24, size: int = 20, *, vocab: int = 400, width:
 def test_the_prediction_is_the_error_of_real_draws() -> None:
     """Over as many rows as were tried, root mean square over 40 seeds, without rounding."""
     rows = make_rows()
-    trial = _Trial(rows, len(rows.hidden))
-    choice = trial.choice(0.05, 1.25e-4)
+    trial = _BudgetTrial(rows, len(rows.hidden))
+    choice = trial.evaluate(0.05, 1.25e-4)
     student = trial._student.double()
     logits = rows.head.logits(rows.hidden)
     p, q = logits.double().softmax(dim=1), rows.head.logits(trial._student).double().softmax(dim=1)
     assert float((p * (p.log() - q.log())).sum(dim=1).mean()) == pytest.approx(STUDENT_KL, rel=0.15)
     signal = float(((q - p).T @ student).norm())
-    assert trial._signal == pytest.approx(signal**2, rel=1e-3)
+    assert trial._gradient_norm == pytest.approx(signal**2, rel=1e-3)
     squares = []
     for seed in range(40):
         uniforms = np.random.default_rng(seed).random(len(logits))
@@ -58,7 +60,7 @@ def test_the_prediction_is_the_error_of_real_draws() -> None:
 
 def test_more_rows_make_the_error_smaller_and_no_more_than_their_root() -> None:
     rows = make_rows()
-    few, many = (_Trial(rows, count).choice(0.05, 5e-4).gradient_error for count in (480, 4 * 480))
+    few, many = (_BudgetTrial(rows, count).evaluate(0.05, 5e-4).gradient_error for count in (480, 4 * 480))
     assert few / 2.1 < many < few
 
 
@@ -66,11 +68,11 @@ def test_more_rows_make_the_error_smaller_and_no_more_than_their_root() -> None:
 def test_a_gradient_error_is_kept_with_as_few_bytes_as_can_be(limit: float) -> None:
     rows = make_rows()
     budget = BudgetSection(gradient_error=limit, rows=2000)
-    choice = choose(rows, budget)
+    choice = choose_setting(rows, budget)
     assert choice.gradient_error <= limit
-    assert choice == choose(rows, budget)
-    trial = _Trial(rows, 2000)
-    coarser = trial.choice(choice.tau * 2 ** (1 / 4), choice.rounding_kl)
+    assert choice == choose_setting(rows, budget)
+    trial = _BudgetTrial(rows, 2000)
+    coarser = trial.evaluate(choice.tau * 2 ** (1 / 4), choice.rounding_kl)
     assert coarser.gradient_error > limit or coarser.bytes_per_row >= choice.bytes_per_row
     assert choice.rows == 2000
     assert choice.calibration_rows == 480
@@ -78,7 +80,7 @@ def test_a_gradient_error_is_kept_with_as_few_bytes_as_can_be(limit: float) -> N
 
 def test_bytes_a_row_are_kept_and_spent_on_fidelity() -> None:
     rows = make_rows()
-    roomy, tight = (choose(rows, BudgetSection(bytes_per_row=limit)) for limit in (45, 30))
+    roomy, tight = (choose_setting(rows, BudgetSection(bytes_per_row=limit)) for limit in (45, 30))
     assert roomy.bytes_per_row <= 45
     assert tight.bytes_per_row <= 30
     assert roomy.gradient_error < tight.gradient_error
@@ -96,26 +98,26 @@ def test_bytes_a_row_are_kept_and_spent_on_fidelity() -> None:
 )
 def test_a_budget_that_cannot_be_met_is_refused_with_the_nearest_numbers(budget: BudgetSection, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        choose(make_rows(), budget)
+        choose_setting(make_rows(), budget)
 
 
-def test_bytes_are_reckoned_for_the_rows_of_a_part() -> None:
+def test_bytes_are_predicted_for_the_rows_of_a_part() -> None:
     few = make_rows(8)
-    predicted = _Trial(replace(few, rows_per_part=640), 8192).choice(0.05, 5e-4).bytes_per_row
-    real = _Trial(make_rows(32), 8192).choice(0.05, 5e-4).bytes_per_row
+    predicted = _BudgetTrial(replace(few, rows_per_part=640), 8192).evaluate(0.05, 5e-4).bytes_per_row
+    real = _BudgetTrial(make_rows(32), 8192).evaluate(0.05, 5e-4).bytes_per_row
     assert predicted == pytest.approx(real, rel=0.1)
 
 
-def test_a_slice_is_scored_by_the_teacher_and_the_choice_fits(write_config: WriteConfig) -> None:
+def test_the_choice_on_a_scored_slice_meets_the_budget(write_config: WriteConfig) -> None:
     fields = {"families": ["response", "visual"], "budget": {"gradient_error": 0.3, "families": ["response", "visual"]}}
     settings = read_settings(write_config(cache=fields))
     planned, budget = plan_dump(settings), settings.cache.budget
     assert budget is not None
-    samples = spread([sample for part in planned.plan.parts for sample in part.samples], 6)
+    samples = pick_evenly([sample for part in planned.plan.parts for sample in part.samples], 6)
     assert len(samples) == 6
     sections = {"response": settings.cache.response, "visual": settings.cache.visual}
-    wanted = Wanted(samples, budget, sections, samples_per_part=4, zstd_level=9)
-    chosen = calibrate(open_scorer(worker_settings(planned, settings)), wanted)
+    task = BudgetTask(samples, budget, sections, samples_per_part=4, zstd_level=9)
+    chosen = choose_settings(open_scorer(make_worker_settings(planned, settings)), task)
     assert set(chosen) == {"response", "visual"}
     assert all(choice.gradient_error <= 0.3 for choice in chosen.values())
     assert all(choice.calibration_rows > 6 for choice in chosen.values())
@@ -130,12 +132,12 @@ def test_a_slice_is_scored_by_the_teacher_and_the_choice_fits(write_config: Writ
         ({"budget": {"bytes_per_row": 30}, "response": {"method": "topk"}}, "with method 'threshold'"),
     ],
 )
-def test_budgets_that_make_no_sense_are_refused(write_config: WriteConfig, cache: dict, problem: str) -> None:
+def test_invalid_budgets_are_refused(write_config: WriteConfig, cache: dict, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         read_settings(write_config(cache=cache))
 
 
-def test_another_budget_than_a_caches_is_refused_by_what_was_asked(write_config: WriteConfig) -> None:
+def test_a_budget_other_than_the_caches_is_refused_by_name(write_config: WriteConfig) -> None:
     settings = read_settings(write_config(cache={"budget": {"gradient_error": 0.3}, "families": ["response"]}))
     planned = plan_dump(settings)
     assert settings.cache.budget is not None
@@ -145,9 +147,9 @@ def test_another_budget_than_a_caches_is_refused_by_what_was_asked(write_config:
         settings.cache.path, planned.identity.model_copy(update={"selection": {"response": chosen}}), ("response",)
     )
     same = plan_dump(settings)
-    assert with_budget(same, settings) is same  # no teacher is asked again
+    assert apply_budget(same, settings) is same  # no teacher is asked again
     asked = settings.cache.budget.model_copy(update={"gradient_error": 0.2})
     other = replace(settings, cache=settings.cache.model_copy(update={"budget": asked}))
     with pytest.raises(IdentityError, match=r"budget\.gradient_error: cache has 0\.3, this run has 0\.2") as refusal:
-        with_budget(plan_dump(other), other)
+        apply_budget(plan_dump(other), other)
     assert "tau" not in str(refusal.value)

@@ -23,7 +23,7 @@ from teacher_dump.data.dataset import read_samples
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.dump import run_dump
-from teacher_dump.execution.worker_setup import prompt_errors
+from teacher_dump.execution.worker_setup import list_prompt_errors
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.prompts.image_tokens import VisualGrid
 from teacher_dump.prompts.preparation import Preparer
@@ -44,8 +44,8 @@ SAMPLING = SamplingSection(temperature=1.0, max_new_tokens=24, seed=3)
 
 
 @dataclass
-class Scripted:
-    """A teacher that says what it is told, and remembers what it was asked."""
+class ScriptedTeacher:
+    """A teacher that gives scripted answers and records its prompts."""
 
     script: list[list[int]]
     asked: list[list[int]] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Scripted:
 
 def make_answerer(folder: Path, image_root: Path, generator: Any, sampling: SamplingSection = SAMPLING) -> Answerer:
     processor = load_processor(folder)
-    facts = fingerprint.processor_facts(folder, processor)
+    facts = fingerprint.read_processor_facts(folder, processor)
     preparer = Preparer(
         prompts=PromptBuilder(processor, image_token_id=facts.image_token_id, eos_token_ids=facts.eos_token_ids),
         grid=VisualGrid(processor, facts.image_token_id),
@@ -88,7 +88,7 @@ def make_answerer(folder: Path, image_root: Path, generator: Any, sampling: Samp
     )
 
 
-def questions_of(file: Path, **fields: Any) -> Sequence[Sample]:
+def read_questions(file: Path, **fields: Any) -> Sequence[Sample]:
     source = SourceSection(path=str(file), **fields)
     return read_samples([source], extracted=file.parent / "extracted", only_questions=True).samples
 
@@ -97,11 +97,11 @@ def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_tea
     tokenizer = load_processor(tiny_teacher).tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     spoken = {text: [*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in ("red", "blue", "white")}
-    samples = questions_of(tiny_data, limit=4)
+    samples = read_questions(tiny_data, limit=4)
     script = [spoken["red"], spoken["blue"], [end], spoken["red"][:-1], spoken["white"], spoken["blue"]]
-    teacher = Scripted(script)
+    teacher = ScriptedTeacher(script)
     errors: list[SampleError] = []
-    got = make_answerer(tiny_teacher, tiny_data.parent, teacher).answered(samples, errors)
+    got = make_answerer(tiny_teacher, tiny_data.parent, teacher).replace_answers(samples, errors)
     assert [[turn.text for turn in sample.turns if turn.role == "assistant"] for sample in got] == [
         ["red", "white"],
         ["blue", "blue"],
@@ -117,8 +117,8 @@ def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_tea
     assert teacher.num_images == [1] * 6
 
 
-class Picky(Scripted):
-    """Refuses every call that shows one of these pictures."""
+class PickyTeacher(ScriptedTeacher):
+    """A teacher that refuses every call that shows one of these images."""
 
     def __init__(self, refused: Sequence[bytes], script: list[list[int]], error: Exception) -> None:
         super().__init__(script)
@@ -134,31 +134,31 @@ class Picky(Scripted):
 def test_a_prompt_that_the_engine_refuses_costs_its_own_answer_only(tiny_teacher: Path, tiny_data: Path) -> None:
     tokenizer = load_processor(tiny_teacher).tokenizer
     spoken = [*tokenizer("red", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    samples = questions_of(tiny_data, limit=4)
-    refused = pixels_of(tiny_data, samples[1])
+    samples = read_questions(tiny_data, limit=4)
+    refused = get_pixels(tiny_data, samples[1])
     for error, reason in (
         (PromptRefusedError("At most 1 image(s)"), "the teacher refuses this sample: At most 1 image(s)"),
         (RuntimeError("no"), "the teacher failed: no"),
     ):
         errors: list[SampleError] = []
-        picky = Picky([refused], [spoken] * 8, error)
-        answered = make_answerer(tiny_teacher, tiny_data.parent, picky).answered(samples, errors)
+        picky = PickyTeacher([refused], [spoken] * 8, error)
+        answered = make_answerer(tiny_teacher, tiny_data.parent, picky).replace_answers(samples, errors)
         assert [sample.id for sample in answered] == [samples[at].id for at in (0, 2, 3)]
         assert errors == [SampleError(samples[1].id, reason)]
 
 
-def pixels_of(file: Path, sample: Sample) -> bytes:
+def get_pixels(file: Path, sample: Sample) -> bytes:
     with Image.open(file.parent / sample.images[0]) as image:
         return image.convert("RGB").tobytes()
 
 
 def test_an_engine_that_answers_nothing_ends_the_answers(tiny_teacher: Path, tiny_data: Path) -> None:
-    samples = questions_of(tiny_data, limit=4)
+    samples = read_questions(tiny_data, limit=4)
     for error in (RuntimeError("the weights are gone"), torch.AcceleratorError("CUDA error: the weights are gone")):
-        picky = Picky([pixels_of(tiny_data, sample) for sample in samples], [], error)
+        picky = PickyTeacher([get_pixels(tiny_data, sample) for sample in samples], [], error)
         answerer = make_answerer(tiny_teacher, tiny_data.parent, picky)
         with pytest.raises((StillhouseError, torch.AcceleratorError), match="the weights are gone"):
-            answerer.answered(samples, [])
+            answerer.replace_answers(samples, [])
 
 
 def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
@@ -169,15 +169,15 @@ def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "red"]
     assert tokenizer("red", add_special_tokens=False)["input_ids"] != letters
     first, second = [*letters, begin, end], [pad, *letters, end]
-    samples = questions_of(tiny_data, limit=1)
-    teacher = Scripted([first, second])
+    samples = read_questions(tiny_data, limit=1)
+    teacher = ScriptedTeacher([first, second])
     answerer = make_answerer(tiny_teacher, tiny_data.parent, teacher)
-    (answered,) = answerer.answered(samples, [])
+    (answered,) = answerer.replace_answers(samples, [])
     assert [turn.text for turn in answered.turns[1::2]] == ["red<|im_start|>", "<|endoftext|>red"]
     at = len(teacher.asked[0])
     assert teacher.asked[1][: at + len(first)] == [*teacher.asked[0], *first]
     teacher.script += [first, second]
-    (row,) = answerer.rows(Part(0, samples))
+    (row,) = answerer.answer_part(Part(0, samples))
     (again,) = [Sample.from_json(json.loads(json.dumps(one.as_json()))) for one in [answered]]
     assert parse_conversation(row).turns == again.turns == answered.turns
     record = answerer.preparer.prepare(again).record
@@ -198,20 +198,20 @@ def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
 def test_impossible_generated_ids_are_refused(
     tiny_teacher: Path, tiny_data: Path, ids: list[int], message: str
 ) -> None:
-    (sample,) = questions_of(tiny_data, limit=1)
+    (sample,) = read_questions(tiny_data, limit=1)
     broken = replace(sample, turns=(sample.turns[0], Turn("assistant", "red", token_ids=tuple(ids))))
-    preparer = make_answerer(tiny_teacher, tiny_data.parent, Scripted([])).preparer
+    preparer = make_answerer(tiny_teacher, tiny_data.parent, ScriptedTeacher([])).preparer
     with pytest.raises(SampleRefusedError, match=message):
         preparer.prepare(broken)
 
 
 def test_every_label_of_a_greedy_answer_is_the_teachers_first_choice(talker: Path, tiny_data: Path) -> None:
-    samples = questions_of(tiny_data)
+    samples = read_questions(tiny_data)
     teacher = TransformersTeacher(talker, dtype="float32", image_token_id=299, settings={})
     sampling = SamplingSection(temperature=0.0, max_new_tokens=48)
     answerer = make_answerer(talker, tiny_data.parent, teacher, sampling)
     errors: list[SampleError] = []
-    answered = answerer.answered(samples, errors)
+    answered = answerer.replace_answers(samples, errors)
     assert answered
     assert all("the teacher's answer at turn" in error.reason for error in errors)
     prepared = [answerer.preparer.prepare(sample) for sample in answered]
@@ -222,14 +222,14 @@ def test_every_label_of_a_greedy_answer_is_the_teachers_first_choice(talker: Pat
         assert first.tolist() == one.record.token_ids[one.record.response_mask].tolist()
 
 
-def test_ids_of_a_padded_head_are_never_said(padded: Path, tiny_data: Path) -> None:
+def test_ids_of_a_padded_head_are_never_generated(padded: Path, tiny_data: Path) -> None:
     """Without the mask many answers hold them: their rows are the largest."""
-    samples = questions_of(tiny_data, limit=4)
+    samples = read_questions(tiny_data, limit=4)
     teacher = TransformersTeacher(padded, dtype="float32", image_token_id=299, settings={})
     for temperature in (0.0, 1.0):
         sampling = SamplingSection(temperature=temperature, max_new_tokens=12)
         answerer = make_answerer(padded, tiny_data.parent, teacher, sampling)
-        prompts = [answerer._prompt(sample, 1) for sample in samples]
+        prompts = [answerer._make_prompt(sample, 1) for sample in samples]
         said = teacher.generate(prompts, sampling=sampling, seeds=range(4), stop_ids=(298,), vocab_size=320)
         assert sum(max(ids) >= 300 for ids in said) >= 2, temperature
         said = teacher.generate(prompts, sampling=sampling, seeds=range(4), stop_ids=(298,), vocab_size=300)
@@ -291,14 +291,14 @@ def test_both_engines_give_the_same_greedy_answers_and_end_them_alike(
     assert not all(kinds)
 
 
-def test_an_answer_depends_on_its_own_seed_and_on_nothing_beside_it(talker: Path, tiny_data: Path) -> None:
-    samples = questions_of(tiny_data, limit=6)
+def test_an_answer_depends_only_on_its_prompt_and_seed(talker: Path, tiny_data: Path) -> None:
+    samples = read_questions(tiny_data, limit=6)
     teacher = TransformersTeacher(talker, dtype="float32", image_token_id=299, settings={})
 
     def said(samples: Sequence[Sample], seed: int) -> dict[str, list[str]]:
         sampling = SamplingSection(temperature=1.0, max_new_tokens=24, seed=seed)
         answerer = make_answerer(talker, tiny_data.parent, teacher, sampling)
-        return {one.id: [turn.text for turn in one.turns] for one in answerer.answered(samples, [])}
+        return {one.id: [turn.text for turn in one.turns] for one in answerer.replace_answers(samples, [])}
 
     together = said(samples, 0)
     assert len(together) > 0
@@ -320,7 +320,7 @@ def test_a_dump_of_the_teachers_own_answers(
     settings = read_settings(config)
     before = plan_dump(settings)
     assert before.plan.num_samples == 24
-    assert prompt_errors(settings, before, progress=False) == []
+    assert list_prompt_errors(settings, before, progress=False) == []
     command = [sys.executable, "-m", "teacher_dump", str(config)]  # Ray's own warnings are no errors there
     done = subprocess.run(
         command, cwd=REPOSITORY, env=ray_head.environment, capture_output=True, text=True, check=False

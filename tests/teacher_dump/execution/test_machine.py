@@ -1,4 +1,4 @@
-"""What a machine lacks for Ray and vLLM is one sentence before any work. Each case is a process of its own."""
+"""Missing resources for Ray and vLLM are one message before any work. Each case is a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from storage.config import CacheSection
 from storage.errors import ConfigError
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
-from teacher_dump.execution.machine import asks_teacher, check_dump_machine, check_machine, refuse_more_gpus
+from teacher_dump.execution.machine import check_dump_machine, check_gpu_count, check_machine, needs_teacher
 from teacher_dump.settings import DumpSettings
 
 REPOSITORY = Path(__file__).parents[3]
@@ -30,15 +30,15 @@ except ConfigError as error:
 """
 
 
-def look(prefix: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """check_machine in a process with mounts of its own."""
+def check_in_process(prefix: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs check_machine in a process with mounts of its own."""
     return subprocess.run(
         [*prefix, sys.executable, "-c", LOOK], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
 
 
-def problem() -> str:
-    """What check_machine refuses; empty if nothing."""
+def find_problem() -> str:
+    """Returns the message with which check_machine refuses; empty if it does not."""
     try:
         check_machine(runs_vllm=True, ray_address=None)
     except ConfigError as error:
@@ -50,8 +50,8 @@ def test_a_home_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HOME", "/proc/nobody")
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    assert "HOME is /proc/nobody: it cannot be written" in problem()
-    assert "(Ray, vLLM and transformers keep settings and caches there)" in problem()
+    assert "HOME is /proc/nobody: it cannot be written" in find_problem()
+    assert "(Ray, vLLM and transformers keep settings and caches there)" in find_problem()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # which Ray would have kept there
     warnings = check_machine(runs_vllm=True, ray_address=None)
     assert any("HOME is /proc/nobody" in each for each in warnings)
@@ -59,7 +59,7 @@ def test_a_home_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_home_that_can_be_made_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))  # which Ray makes
-    assert problem() == ""
+    assert find_problem() == ""
 
 
 def test_a_path_that_is_too_long_for_a_socket_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -68,26 +68,26 @@ def test_a_path_that_is_too_long_for_a_socket_is_named(monkeypatch: pytest.Monke
     for variable in ("TMPDIR", "RAY_TMPDIR"):
         with monkeypatch.context() as environment:
             environment.setenv(variable, str(folder))
-            assert f"Ray's temporary folder is {folder}: the paths of its sockets would have" in problem()
-            assert "set RAY_TMPDIR to a shorter path" in problem()
+            assert f"Ray's temporary folder is {folder}: the paths of its sockets would have" in find_problem()
+            assert "set RAY_TMPDIR to a shorter path" in find_problem()
     monkeypatch.setenv("TMPDIR", str(folder))
     with monkeypatch.context() as environment:
         environment.setenv("RAY_ADDRESS", "there:6379")  # and the sockets are there
-        assert problem() == ""
+        assert find_problem() == ""
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    assert problem() == ""
+    assert find_problem() == ""
 
 
 def test_a_folder_for_temporary_files_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
-    assert "the folder for temporary files (RAY_TMPDIR) is /proc/nowhere: it cannot be written" in problem()
+    assert "the folder for temporary files (RAY_TMPDIR) is /proc/nowhere: it cannot be written" in find_problem()
 
 
 def test_few_file_descriptors_are_named() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-        assert "a process may open 200 files here, and Ray needs 256 at least: `ulimit -n" in problem()
+        assert "a process may open 200 files here, and Ray needs 256 at least: `ulimit -n" in find_problem()
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
         warnings = check_machine(runs_vllm=True, ray_address=None)
     finally:
@@ -106,12 +106,12 @@ def test_shared_memory_that_cannot_be_used_is_named() -> None:
         possible = False
     if not possible:
         pytest.skip("this user may not mount")
-    done = look(mounts)
+    done = check_in_process(mounts)
     assert done.returncode == 1
     assert "/dev/shm, the machine's shared memory, cannot be used: Read-only file system; mount a tmpfs" in done.stderr
     assert "vLLM does not start without it" in done.stderr
     script = script.replace("-o ro", "-o size=1m")
-    done = look(("unshare", "--mount", "sh", "-c", script, "sh"))
+    done = check_in_process(("unshare", "--mount", "sh", "-c", script, "sh"))
     assert done.returncode == 0
     assert "/dev/shm has 1.0 MB free; Ray keeps objects there" in done.stdout
 
@@ -132,13 +132,13 @@ def test_gpus_that_no_machine_has_are_refused_and_a_cluster_is_trusted(tmp_path:
     ):
         check_dump_machine(settings(tmp_path, gpus_per_actor=1000))
     check_dump_machine(settings(tmp_path, gpus_per_actor=1000, ray_address="cluster:6379"))
-    refuse_more_gpus(0, 0, field="x")
+    check_gpu_count(0, 0, field="x")
     tokens_only = replace(settings(tmp_path, gpus_per_actor=1000), cache=CacheSection(families=()))
-    assert not asks_teacher(tokens_only)
+    assert not needs_teacher(tokens_only)
     assert check_dump_machine(tokens_only) == []
 
 
-def test_this_machine_is_good_enough() -> None:
+def test_this_machine_passes_the_checks() -> None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     warnings = check_machine(runs_vllm=True, ray_address=None)
     assert any("files" in line for line in warnings) == (soft < 4096)

@@ -1,4 +1,4 @@
-"""Samples that had failed are attempted again: mended images and rows, kills, twice, and what is said."""
+"""Failed samples are retried: fixed images and rows, kills, repeated retries, and their messages."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.__main__ import main
-from teacher_dump.execution.retry import choose_failed, retry_plan
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.retry import make_retry_plan, select_retryable
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
@@ -32,7 +32,7 @@ from tests.tiny import make_tiny_dataset
 LENIENT: dict[str, Any] = {"max_error_fraction": 0.9, "samples_per_part": 4}
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def hash_files(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "dump.json")
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -49,7 +49,7 @@ def draw(path: Path, seed: int = 0) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """20 samples over 4 images; the first image is broken, the second missing, and the last row broken."""
+    """Writes 20 samples over 4 images; the first image is broken, the second missing, and the last row broken."""
     file = make_tiny_dataset(tmp_path / "data", num_samples=20, num_images=4)["train"]
     lines = file.read_text(encoding="utf-8").splitlines()
     (tmp_path / "whole.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -65,36 +65,36 @@ def config(project: Path, write_config: WriteConfig) -> Path:
     return write_config(cache={"families": []}, data={"sources": sources}, dump=LENIENT)
 
 
-def test_failed_samples_become_samples_as_they_are_mended(
+def test_failed_samples_become_samples_as_they_are_fixed(
     project: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache, images = project / "cache", project / "data/images"
     assert main([str(config)]) == 0
     assert counts(cache) == (9, 11)
-    before = files_of(cache)
+    before = hash_files(cache)
     capsys.readouterr()
     assert main([str(config), "--retry-errors"]) == 0
     assert "nothing; 11 failed samples cannot be read yet, for the same reasons as before" in capsys.readouterr().out
-    assert files_of(cache) == before
+    assert hash_files(cache) == before
     draw(images / "train-000.png", seed=7)  # another picture than any before
     assert main([str(config), "--retry-errors"]) == 0
     assert "5 of 11 failed samples; 6 have no record now" in capsys.readouterr().out
     assert counts(cache) == (14, 6)
-    after = files_of(cache)
+    after = hash_files(cache)
     assert {name: after[name] for name in before} == before
     draw(images / "train-001.png", seed=8)  # these rows were no samples of the plan: the plan is another one now
     shutil.copy(project / "whole.jsonl", project / "data/train.jsonl")
     assert main([str(config)]) == 0  # the plan of then is known again, and its errors are left alone
-    assert files_of(cache) == after
+    assert hash_files(cache) == after
     capsys.readouterr()
     assert main([str(config), "--retry-errors"]) == 0
     assert "6 of 6 failed samples; 0 have no record now" in capsys.readouterr().out
     assert counts(cache) == (20, 0)
-    done = files_of(cache)
+    done = hash_files(cache)
     assert main([str(config)]) == 0
     assert stillhouse(["dump", str(config), "--retry-errors"]) == 0
-    assert "nothing; no sample of this plan has failed" in capsys.readouterr().out
-    assert files_of(cache) == done
+    assert "nothing; this plan has no failed samples" in capsys.readouterr().out
+    assert hash_files(cache) == done
     whole = project / "whole"
     assert main([str(config), f"cache.path={json.dumps(str(whole))}"]) == 0
     ours, theirs = Cache.open(cache), Cache.open(whole)
@@ -122,15 +122,15 @@ def test_a_dump_that_failed_for_too_many_errors_is_finished_by_a_retry(
 
 
 def begin_retry(config: Path, cache: Path) -> None:
-    """The first part of a retry, as a dump that is killed then leaves it."""
+    """Writes the first part of a retry, as a dump that is then killed would."""
     settings = read_settings(config, [f"cache.path={json.dumps(str(cache))}"])
     planned, folder = plan_dump(settings), open_folder(cache)
     segments = read_segments(folder)
-    failed_ids = choose_failed(planned, settings, read_contents(folder, segments, segments[0])[1])
+    failed_ids = select_retryable(planned, settings, read_contents(folder, segments, segments[0])[1])
     writer = CacheWriter.begin_retry(cache, planned.identity, 0, failed_ids)
-    again = retry_plan(writer.segment, planned, settings)
+    again = make_retry_plan(writer.segment, planned, settings)
     assert len(again.plan.parts) > 1
-    Worker(worker_settings(again, settings)).run(again.plan.parts[0])
+    Worker(make_worker_settings(again, settings)).run(again.plan.parts[0])
 
 
 def test_a_retry_that_is_stopped_is_finished_by_the_same_command_or_by_a_dump(project: Path, config: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_retry_that_is_stopped_is_finished_by_the_same_command_or_by_a_dump(pr
     assert main([str(config), paths[1], "--retry-errors"]) == 0
     assert main([str(config), paths[2]]) == 0
     assert counts(copies[0]) == (19, 1)
-    assert files_of(copies[0]) == files_of(copies[1]) == files_of(copies[2])
+    assert hash_files(copies[0]) == hash_files(copies[1]) == hash_files(copies[2])
 
 
 def test_families_and_samples_are_added_after_a_retry(
@@ -205,7 +205,7 @@ def test_both_halves_of_a_preference_pair_are_taken_up_together(tmp_path: Path, 
     assert len(Cache.open(tmp_path / "cache").pairs()) == 3
 
 
-def test_images_that_are_bytes_in_rows_are_mended(tmp_path: Path, write_config: WriteConfig) -> None:
+def test_images_that_are_bytes_in_rows_are_fixed(tmp_path: Path, write_config: WriteConfig) -> None:
     """Such an image is a file named by its hash, so a mended one has another name in the plan."""
     draw(tmp_path / "good.png")
     good = (tmp_path / "good.png").read_bytes()
@@ -231,7 +231,7 @@ def test_images_that_are_bytes_in_rows_are_mended(tmp_path: Path, write_config: 
     assert Cache.open(tmp_path / "cache").families == ("tokens", "images")
 
 
-def test_a_moved_project_and_a_copied_teacher_go_on(
+def test_a_moved_project_and_a_copied_teacher_resume(
     tmp_path: Path, tiny_teacher: Path, write_config: WriteConfig
 ) -> None:
     """Every absolute path is another one; images, teacher and cache are the same."""
@@ -249,7 +249,7 @@ def test_a_moved_project_and_a_copied_teacher_go_on(
     )
     first = identity(config)
     assert main([str(config)]) == 0
-    before = files_of(project / "cache")
+    before = hash_files(project / "cache")
     (project / "cache/manifest.json").unlink()
     (project / "cache/commits/part-00001.json").unlink()
     moved = tmp_path / "elsewhere/two"
@@ -258,5 +258,5 @@ def test_a_moved_project_and_a_copied_teacher_go_on(
     config.write_text(config.read_text(encoding="utf-8").replace(str(project), str(moved)), encoding="utf-8")
     assert identity(config).content_json() == first.content_json()
     assert main([str(config)]) == 0
-    assert files_of(moved / "cache") == before
+    assert hash_files(moved / "cache") == before
     assert Cache.open(moved / "cache").image_root == moved / "data"

@@ -1,4 +1,4 @@
-"""`data.background` is part of what a cache is, and of what a teacher was trained on."""
+"""`data.background` is part of a cache's identity, and must equal that of a teacher's training."""
 
 from __future__ import annotations
 

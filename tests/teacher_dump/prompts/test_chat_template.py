@@ -1,4 +1,4 @@
-"""What chat templates do: stop tokens, arguments, think blocks, dates; handled, or refused saying what happened."""
+"""Chat templates with stop tokens, arguments, think blocks and dates: handled, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ THINKING = (
 
 
 def build(template: str, *texts: str, eos: tuple[str, ...] = (END_OF_TURN,), **arguments: Any) -> tuple[str, str]:
-    """The text of a conversation's tokens, and of its answers."""
+    """Returns the text of a conversation's tokens, and of its answers."""
     tokenizer = make_tiny_tokenizer(template=template)
     tokenizer.eos_token = eos[0]
     builder = PromptBuilder(
@@ -45,7 +45,7 @@ def build(template: str, *texts: str, eos: tuple[str, ...] = (END_OF_TURN,), **a
 def facts_of(tmp_path: Path, template: str, eos_token: str) -> fingerprint.ProcessorFacts:
     tokenizer = make_tiny_tokenizer(template=template)
     tokenizer.eos_token = eos_token
-    return fingerprint.processor_facts(tmp_path, tokenizer)
+    return fingerprint.read_processor_facts(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize("eos", [(END_OF_TEXT,), (END_OF_TEXT, END_OF_TURN), (END_OF_TURN,)])
@@ -148,10 +148,10 @@ def test_a_teacher_that_always_joins_answers_with_the_prompt_is_refused() -> Non
 
 
 def test_white_space_around_markers_stays_but_for_one_line_break() -> None:
-    from teacher_dump.prompts.preprocessor import conversation_messages
+    from teacher_dump.prompts.preprocessor import make_messages
 
     def shown(text: str) -> str:
-        content = conversation_messages([Turn("user", text)], text.count("<image>"))[0]["content"]
+        content = make_messages([Turn("user", text)], text.count("<image>"))[0]["content"]
         return "".join("#" if item["type"] == "image" else item["text"] for item in content)
 
     expected = {

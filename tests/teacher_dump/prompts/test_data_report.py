@@ -13,9 +13,9 @@ from storage.images.traits import ImageTraits, read_traits
 from storage.records.records import SampleError, TokensRecord
 from teacher_dump.data.conversation import NO_LABEL
 from teacher_dump.data.image_loading import LoadedImage, load_image
-from teacher_dump.prompts.data_report import DataWatch
-from teacher_dump.prompts.image_tokens import expand
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.data_report import DataReporter
+from teacher_dump.prompts.image_tokens import expand_image_tokens
+from teacher_dump.prompts.preparation import PreparedSample
 
 PLAIN = np.random.default_rng(0).integers(0, 255, (6, 5, 3), np.uint8)
 
@@ -57,10 +57,10 @@ def test_traits_of_a_file(content: bytes, traits: ImageTraits) -> None:
     assert read_traits(content, make_pixels(content, PixelSettings())) == traits
 
 
-def prepared(name: str, images: list[LoadedImage], *, is_cut: bool = False) -> Prepared:
+def prepared(name: str, images: list[LoadedImage], *, is_cut: bool = False) -> PreparedSample:
     ids, mask = np.arange(3, dtype=np.int32), np.array([False, True, True])
     record = TokensRecord(name, "train", "", ids, mask, ())
-    return Prepared(record, tuple(images), expand(ids, [], -1), is_cut)
+    return PreparedSample(record, tuple(images), expand_image_tokens(ids, [], -1), is_cut)
 
 
 def test_a_report_counts_each_image_once_and_names_the_first_three(tmp_path: Path) -> None:
@@ -70,11 +70,11 @@ def test_a_report_counts_each_image_once_and_names_the_first_three(tmp_path: Pat
     Image.fromarray(PLAIN).save(tmp_path / "turned.jpg", exif=with_orientation(8))
     names = [*(f"{number}.png" for number in range(5)), "copy.png", "turned.jpg"]
     images = [load_image(tmp_path, name, PixelSettings()) for name in names]
-    watch = DataWatch()
+    watch = DataReporter()
     watch.add(prepared("a", images))
     watch.add(prepared("b", images[:2], is_cut=True))
     watch.add_errors([SampleError("c", "rows:1: row is int"), SampleError("d", f"rows:2: {NO_LABEL}")])
-    assert watch.report.lines() == [
+    assert watch.report.format_lines() == [
         "data: 6 of 7 images are of one colour: 0.png, 1.png, 2.png, …",
         "data: 1 of 7 images are identical to another of a different name: copy.png = 0.png",
         "data: 1 of 7 images are turned by their EXIF orientation: turned.jpg",
@@ -85,9 +85,9 @@ def test_a_report_counts_each_image_once_and_names_the_first_three(tmp_path: Pat
     ]
 
 
-def test_a_clean_data_set_is_said_to_be_clean(tmp_path: Path) -> None:
+def test_a_clean_data_set_is_reported_clean(tmp_path: Path) -> None:
     Image.fromarray(PLAIN).save(tmp_path / "a.png")
-    watch = DataWatch()
+    watch = DataReporter()
     watch.add(prepared("a", [load_image(tmp_path, "a.png", PixelSettings())]))
-    (line,) = watch.report.lines()
+    (line,) = watch.report.format_lines()
     assert line.startswith("data: 1 samples, 1 images: no image is constant, no image is identical, ")

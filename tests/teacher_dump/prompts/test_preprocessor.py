@@ -17,7 +17,7 @@ from teacher_dump.prompts.chat_template import (
     StopTokens,
     locate_answers,
 )
-from teacher_dump.prompts.preprocessor import PromptBuilder, conversation_messages, tokenise
+from teacher_dump.prompts.preprocessor import PromptBuilder, make_messages, tokenise
 from tests.tiny import CHAT_TEMPLATE, END_OF_TURN, IMAGE_TOKEN, make_tiny_tokenizer
 
 STOP = StopToken(9, "$")
@@ -29,14 +29,15 @@ VICUNA = (  # as llava-hf/llava-1.5-7b-hf has it: no stop token after an answer
 )
 
 
-def text_of(message: Message) -> str:
+def get_message_text(message: Message) -> str:
     return "".join("#" if item["type"] == "image" else item["text"] for item in message["content"])
 
 
 def render(messages: list[Message], open_turn: bool) -> str:
     """`[u:question]` and `[a:answer$]` with a line break after the stop token `$`."""
     turns = [
-        f"[u:{text_of(message)}]" if message["role"] == "user" else f"[a:{text_of(message)}$]\n" for message in messages
+        f"[u:{get_message_text(message)}]" if message["role"] == "user" else f"[a:{get_message_text(message)}$]\n"
+        for message in messages
     ]
     return "".join(turns) + ("[a:" if open_turn else "")
 
@@ -60,7 +61,7 @@ def sample(*texts: str, num_images: int = 0) -> Sample:
 
 
 def test_answers_are_located_by_hand_in_two_turns() -> None:
-    messages = conversation_messages(conversation("<image>\nq1", "r1", "q2", "r2"), 1)
+    messages = make_messages(conversation("<image>\nq1", "r1", "q2", "r2"), 1)
     rendered = locate_answers(messages, render, stops=STOPS)
     assert rendered.text == "[u:#q1][a:r1$]\n[u:q2][a:r2$]\n"
     assert rendered.spans == (AnswerSpan(1, 10, STOP), AnswerSpan(3, 24, STOP))
@@ -88,7 +89,7 @@ def test_an_answer_without_tokens_is_refused() -> None:
 
 def test_a_template_without_stop_token_gets_one() -> None:
     def plain(messages: list[Message], open_turn: bool) -> str:
-        return " ".join([text_of(message) for message in messages] + ([""] if open_turn else []))
+        return " ".join([get_message_text(message) for message in messages] + ([""] if open_turn else []))
 
     def rewriting(messages: list[Message], open_turn: bool) -> str:
         return f"{len(messages)} {plain(messages, open_turn)}"
@@ -96,7 +97,7 @@ def test_a_template_without_stop_token_gets_one() -> None:
     def speaking(messages: list[Message], open_turn: bool) -> str:
         return plain(messages, open_turn).replace("r", "R")
 
-    messages = conversation_messages(conversation("q", "r"), 0)
+    messages = make_messages(conversation("q", "r"), 0)
     with pytest.raises(SampleRefusedError, match="for generation where turn 1 starts, and '2 q r' where"):
         locate_answers(messages, rewriting, stops=STOPS)
     with pytest.raises(SampleRefusedError, match="changes the answer of turn 1: it writes 'R' for 'r'"):
@@ -174,7 +175,7 @@ def test_images_stay_where_their_markers_are_and_one_without_marker_comes_first(
         (sample("what?", "<|im_start|>user"), "special token"),
     ],
 )
-def test_conversations_that_cannot_be_asked_are_refused(refused: Sample, message: str) -> None:
+def test_unusable_conversations_are_refused(refused: Sample, message: str) -> None:
     with pytest.raises(SampleRefusedError, match=message.replace("|", r"\|")):
         builder()[0].build(refused)
 
@@ -191,7 +192,7 @@ def test_templates_that_cannot_be_used_are_a_clear_error() -> None:
 
 
 def test_a_teacher_whose_placeholder_is_no_visual_token_is_named_and_can_still_read() -> None:
-    torchvision_shim.ensure()
+    torchvision_shim.import_torch_companions()
     from transformers import Gemma3Processor, SiglipImageProcessor
 
     begin, end = "<start_of_image>", "<end_of_image>"

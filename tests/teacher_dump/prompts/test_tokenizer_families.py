@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.preprocessor import PromptBuilder
-from teacher_dump.prompts.truncation import kept_length
+from teacher_dump.prompts.truncation import compute_kept_length
 from tests.tiny import CHAT_TEMPLATE, END_OF_TURN, IMAGE_TOKEN
 from tests.tokenizer_families import FAMILIES, make_tokenizer
 
@@ -47,8 +47,8 @@ def build(tokenizer: Any, *texts: str, num_images: int = 0, **arguments: Any) ->
     return builder.build(Sample("x", "train", "", images, turns))
 
 
-def drawn(tokenizer: Any, prompt: Any) -> list[str]:
-    """Its tokens, those of answers in braces."""
+def draw_tokens(tokenizer: Any, prompt: Any) -> list[str]:
+    """Returns its tokens, with answers in braces."""
     tokens = tokenizer.convert_ids_to_tokens(prompt.token_ids.tolist())
     return [
         f"{{{token}}}" if masked else token for token, masked in zip(tokens, prompt.response_mask.tolist(), strict=True)
@@ -93,7 +93,7 @@ BY_HAND = {  # of "what?", "red", "or", "a red"
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_and_answers_by_hand(family: str, tokenizers: dict[tuple[str, str], Any]) -> None:
     tokenizer = tokenizers[family, "chatml"]
-    assert drawn(tokenizer, build(tokenizer, "what?", "red", "or", "a red")) == BY_HAND[family]
+    assert draw_tokens(tokenizer, build(tokenizer, "what?", "red", "or", "a red")) == BY_HAND[family]
 
 
 texts = st.text(alphabet="re d?\nA0", min_size=1, max_size=7)
@@ -146,7 +146,7 @@ def test_ids_are_those_of_the_whole_and_generation_sees_a_prefix(
         shorter = build(tokenizer, *flat[: 2 * number + 2])
         assert shorter.token_ids.tolist() == ids[:end]
     if len(turns) > 1:  # cutting follows the same ids
-        kept = kept_length(mask, np.arange(len(ids)), max_length=len(ids) - 1, rule="cut_turns")
+        kept = compute_kept_length(mask, np.arange(len(ids)), max_length=len(ids) - 1, rule="cut_turns")
         assert ids[:kept] == build(tokenizer, *flat[:-2]).token_ids.tolist()
 
 
@@ -156,4 +156,4 @@ def test_an_answer_that_the_tokenizer_joins_with_the_prompt_is_refused_by_name(
     tokenizer = tokenizers["byte_bpe", "chatml"]
     with pytest.raises(SampleRefusedError, match=r"joins the answer of turn 3, '\\nred', .*generation never sees"):
         build(tokenizer, "what?", "red", "or", "\nred")
-    assert drawn(tokenizer, build(tokenizer, "\n", "red\n"))[-4:] == ["{re}", "{d}", "{Ċ}", "{<|im_end|>}"]
+    assert draw_tokens(tokenizer, build(tokenizer, "\n", "red\n"))[-4:] == ["{re}", "{d}", "{Ċ}", "{<|im_end|>}"]

@@ -5,22 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_dump.prompts.image_tokens import expand
-from teacher_dump.prompts.truncation import kept_length
+from teacher_dump.prompts.image_tokens import expand_image_tokens
+from teacher_dump.prompts.truncation import compute_kept_length
 
 IMAGE = 9
 
 
-def parsed(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of a drawing: i an image, q a token of a question, a of an answer."""
+def parse_drawing(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and mask of a drawing: i an image, q a token of a question, a of an answer."""
     return np.array([{"i": IMAGE, "q": 1, "a": 2}[one] for one in text], np.int32), np.array([c == "a" for c in text])
 
 
 def kept(text: str, max_length: int, rule: str, *, per_image: int = 4) -> str | None:
-    ids, mask = parsed(text)
+    ids, mask = parse_drawing(text)
     grid = np.full(per_image, IMAGE, np.int64)
-    positions = expand(ids, [grid] * text.count("i"), IMAGE).positions
-    length = kept_length(mask, positions, max_length=max_length, rule=rule)  # type: ignore[arg-type]
+    positions = expand_image_tokens(ids, [grid] * text.count("i"), IMAGE).positions
+    length = compute_kept_length(mask, positions, max_length=max_length, rule=rule)  # type: ignore[arg-type]
     return None if length is None else text[:length]
 
 

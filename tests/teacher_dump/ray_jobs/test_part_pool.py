@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
@@ -52,7 +52,7 @@ def wait_until(
 
 
 def commits(cache: Path) -> dict[str, Any]:
-    """What each committed part is made of: name and sha256 of its files, errors, counts."""
+    """Returns the content of each commit: name and sha256 of its files, errors, counts."""
     found = {}
     for path in sorted((cache / "commits").glob("part-*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -61,15 +61,15 @@ def commits(cache: Path) -> dict[str, Any]:
 
 
 def teacher_processes(run: Path) -> set[int]:
-    """Actors that have begun, by the names of their log files."""
+    """Returns the actors that have started, by the names of their log files."""
     return {int(log.stem.rsplit("-", 1)[1]) for log in (run / "runs/tiny/logs").glob("teacher-*")}
 
 
 def dump_here(config: Path, cache: Path, *overrides: str) -> int:
-    """An undisturbed dump without Ray; how many positions the teacher was asked about."""
+    """Runs an undisturbed dump without Ray; returns how many positions the teacher scored."""
     settings = read_settings(config, [f"cache.path={cache}", *overrides])
     planned = plan_dump(settings)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     num_tokens = sum(worker.run(part).num_tokens for part in planned.plan.parts)
     CacheWriter.open(cache, planned.identity, settings.cache.families).seal()
     return num_tokens
@@ -119,11 +119,11 @@ def test_a_dump_resumes_after_a_sigterm_a_killed_worker_and_a_killed_driver(
 
 
 def assert_stopped_well(dump: subprocess.Popen[str], cache: Path) -> None:
-    """A dump that was sent SIGTERM ends between two parts and loses none of those in flight."""
+    """Asserts that a dump that got SIGTERM ends between two parts and loses none in flight."""
     _, complained = dump.communicate(timeout=PATIENCE_S)  # within 30 s, where the processor is not shared with others
     assert dump.returncode == 128 + signal.SIGTERM, complained
     assert "stopped by SIGTERM: " in complained
-    assert "run the same command again to go on from here" in complained
+    assert "run the same command again to resume" in complained
     assert "Traceback" not in complained
     assert not (cache / "manifest.json").exists()
     files = {path.name for path in (cache / "response").iterdir()}
@@ -134,7 +134,7 @@ def assert_stopped_well(dump: subprocess.Popen[str], cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_dump_goes_on_where_it_stopped(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_a_killed_dump_resumes(write_config: WriteConfig, tmp_path: Path) -> None:
     """The driver is killed, then a worker of the second run; the records are those of an undisturbed dump."""
     file = make_tiny_dataset(tmp_path / "data", num_samples=480, num_images=240, turns=2)["train"]
     (tmp_path / "data/images/train-005.png").write_bytes(b"no image")
@@ -172,7 +172,7 @@ def test_a_killed_dump_goes_on_where_it_stopped(write_config: WriteConfig, tmp_p
 
 @pytest.mark.slow
 def test_sigterm_ends_a_dump_between_two_parts(write_config: WriteConfig, tmp_path: Path) -> None:
-    """As a spot node's: parts in flight are committed, the message says how to go on, and going on works."""
+    """As a spot node's: parts in flight are committed, the message says how to resume, and resuming works."""
     file = make_tiny_dataset(tmp_path / "data", num_samples=480, num_images=240)["train"]
     config = write_config(data={"sources": [{"path": str(file)}]})
     cache = tmp_path / "cache"
@@ -296,10 +296,10 @@ def test_sigterm_is_heard_after_ray_is_left(ray_head: RayHead) -> None:
     code = (
         "import os, signal, sys, time\n"
         "from storage.processes.stop_signals import exit_code, interruptible, leave\n"
-        "from teacher_dump.ray_jobs.cluster import cluster\n"
+        "from teacher_dump.ray_jobs.cluster import connect_to_ray\n"
         "try:\n"
         "    with interruptible():\n"
-        "        with cluster(None, local_cpus=1):\n"
+        "        with connect_to_ray(None, local_cpus=1):\n"
         "            pass\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        time.sleep(60)\n"
@@ -314,22 +314,22 @@ def test_sigterm_is_heard_after_ray_is_left(ray_head: RayHead) -> None:
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_a_function_is_called_with_an_open_teacher(
+def test_a_function_is_called_with_a_loaded_teacher(
     ray_head: RayHead, write_config: WriteConfig, tmp_path: Path
 ) -> None:
     """Its result comes back, its failure is a StillhouseError, and what it prints is in the logs."""
     code = (
         "import json, sys\n"
         "from storage.errors import StillhouseError\n"
-        "from teacher_dump.execution.worker_setup import with_teacher\n"
+        "from teacher_dump.execution.worker_setup import call_with_teacher\n"
         "from teacher_dump.planning.dump_plan import plan_dump\n"
         "from teacher_dump.settings import read_settings\n"
         "from tests.teacher_dump.teacher_calls import count_tokens, fail\n"
         "settings = read_settings(sys.argv[1])\n"
         "planned = plan_dump(settings)\n"
-        "print(json.dumps(with_teacher(planned, settings, count_tokens, list(planned.plan.parts))))\n"
+        "print(json.dumps(call_with_teacher(planned, settings, count_tokens, list(planned.plan.parts))))\n"
         "try:\n"
-        "    with_teacher(planned, settings, fail, 'by a division')\n"
+        "    call_with_teacher(planned, settings, fail, 'by a division')\n"
         "except StillhouseError as error:\n"
         "    print(error)\n"
     )

@@ -1,4 +1,4 @@
-"""Workers, nodes and drivers of a cluster of three nodes are told to go, or are killed; nothing is lost or changed."""
+"""Workers, nodes and drivers of a three-node cluster get SIGTERM or are killed; nothing is lost or changed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_sigterm_to_a_worker_and_to_a_node_costs_nothing(
     dump = start_dump(config, environment=nodes.environment)
 
     def teacher_after(num_parts: int) -> int:
-        """The process of the teacher that runs when so many parts are committed."""
+        """Returns the process of the teacher that runs when so many parts are committed."""
         wait_until(lambda: len(commits(cache)) >= num_parts, dump)
         newest = max(logs.glob("teacher-*"), key=lambda path: path.stat().st_ctime_ns)
         return int(newest.stem.rsplit("-", 1)[1])
@@ -66,7 +66,7 @@ def test_sigterm_to_a_worker_and_to_a_node_costs_nothing(
 
 
 class Kills:
-    """Kills one thing after another and keeps a dump running all the while."""
+    """Kills one process after another while it keeps a dump running."""
 
     def __init__(self, nodes: RayNodes, config: Path, caches: Path, seed: int) -> None:
         self.nodes = nodes

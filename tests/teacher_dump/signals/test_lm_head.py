@@ -16,7 +16,7 @@ from storage.errors import StillhouseError
 from storage.records.sparse_rows import SparseRows
 from teacher_dump import torchvision_shim
 from teacher_dump.signals.lm_head import OutputHead, find_head, read_head
-from teacher_dump.signals.sparsify import Threshold, TopK, row_uniforms
+from teacher_dump.signals.sparsify import Threshold, TopK, make_row_uniforms
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,10 +33,10 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], **config: A
 @pytest.mark.parametrize("selection", [TopK(4), Threshold(0.05)])
 def test_chunks_change_nothing(rows_per_chunk: int, selection: TopK | Threshold) -> None:
     head, hidden, labels = OutputHead(random(50, 8)), random(20, 8, seed=1), torch.arange(20)
-    uniforms = row_uniforms(20, seed=0, family="response", key="x")
+    uniforms = make_row_uniforms(20, seed=0, family="response", key="x")
 
     def rows_of(num_rows: int, rows_per_chunk: int) -> SparseRows:
-        return head.sparse_rows(
+        return head.select_sparse_rows(
             hidden[:num_rows],
             labels=labels[:num_rows],
             selection=selection,
@@ -98,8 +98,8 @@ def test_rows_beyond_the_real_vocabulary_are_cut_before_normalising(tmp_path: Pa
     weight[300:] *= 100  # would take all the mass
     head = read_head(write_checkpoint(tmp_path, {"lm_head.weight": weight}, model_type="x"), vocab_size=300)
     assert head.vocab_size == 300
-    uniforms = row_uniforms(5, seed=0, family="response", key="x")
-    rows = head.sparse_rows(hidden, labels=None, selection=TopK(300), uniforms=uniforms, rows_per_chunk=8)
+    uniforms = make_row_uniforms(5, seed=0, family="response", key="x")
+    rows = head.select_sparse_rows(hidden, labels=None, selection=TopK(300), uniforms=uniforms, rows_per_chunk=8)
     rows.validate(300)
     expected = torch.log_softmax(hidden @ weight[:300].T, dim=-1)
     np.testing.assert_allclose(rows.logprobs[:300], expected[0].sort(descending=True).values, atol=1e-5)
@@ -151,7 +151,7 @@ def test_our_head_is_the_models_own(
     kind: str, settings: dict[str, Any], expected: tuple[float, float | None], tmp_path: Path
 ) -> None:
     """Hidden states of a model of transformers through our head, against the logits that it gives itself."""
-    torchvision_shim.ensure()
+    torchvision_shim.import_torch_companions()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -169,11 +169,11 @@ def test_our_head_is_the_models_own(
     np.testing.assert_allclose(head.logits(hidden), logits, atol=1e-4)
 
 
-def test_logits_that_are_made_in_another_way_are_refused_by_name(tmp_path: Path) -> None:
+def test_unsupported_logits_are_refused_by_name(tmp_path: Path) -> None:
     for config, message in (
-        ({"model_type": "chameleon"}, "chameleon makes its logits.*forbids image tokens"),
+        ({"model_type": "chameleon"}, "chameleon computes its logits.*forbids image tokens"),
         ({"text_config": {"model_type": "step3p5"}}, "before the last norm"),
-        ({"model_type": "minicpm", "dim_model_base": 256}, "minicpm makes its logits.*dim_model_base"),
+        ({"model_type": "minicpm", "dim_model_base": 256}, "minicpm computes its logits.*dim_model_base"),
         ({"logit_scale": "inv_sqrt_d_model"}, "inv_sqrt_d_model.*expected a number"),
         ({"final_logit_softcapping": 0}, "is 0, expected a number"),
     ):
@@ -190,9 +190,9 @@ def test_no_more_than_a_chunk_of_logits_is_in_memory() -> None:
 
     def peak(num_rows: int) -> int:
         hidden, labels = random(num_rows, 8, seed=1), torch.arange(num_rows)
-        uniforms = row_uniforms(num_rows, seed=0, family="response", key="x")
+        uniforms = make_row_uniforms(num_rows, seed=0, family="response", key="x")
         with LiveBytes() as live:
-            head.sparse_rows(
+            head.select_sparse_rows(
                 hidden, labels=labels, selection=Threshold(0.05), uniforms=uniforms, rows_per_chunk=rows_per_chunk,
                 temperatures=(0.5, 2.0),
             )  # fmt: skip
@@ -215,7 +215,7 @@ def test_the_count_of_live_tensors_counts() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that torch made in this mode and nobody has let go of, now and at most."""
+    """Counts bytes of live storages that torch made in this mode, now and at most."""
 
     def __init__(self) -> None:
         super().__init__()

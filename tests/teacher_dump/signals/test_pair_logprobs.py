@@ -20,7 +20,7 @@ SEQUENCE = SignalRequest(sequence=True)
 
 
 def write_pairs(folder: Path, answers: dict[str, str], images: dict[str, str] | None = None) -> Path:
-    """One question about one red image, answered in several ways; the keys are sample ids."""
+    """Writes one question about one red image with several answers; the keys are sample ids."""
     Image.new("RGB", (32, 32), "red").save(folder / "red.png")
     Image.new("RGB", (32, 32), "blue").save(folder / "blue.png")
     rows = []

@@ -1,4 +1,4 @@
-"""An engine's own pixel values are compared with those that the teacher's processor makes, and students take."""
+"""An engine's own pixel values are compared with those of the teacher's processor, which students use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from storage.errors import StillhouseError
 from teacher_dump.data.sample import Sample
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.pixel_check import check_pixel_values
@@ -23,8 +23,8 @@ from tests.tiny import make_tiny_dataset
 IMAGE_TOKEN_ID = 299
 
 
-class Shower:
-    """An engine that shows what a processor makes of its images, changed by the test."""
+class PixelEngine:
+    """An engine that exposes a processor's pixel values, changed by the test."""
 
     def __init__(self, processor: Any, change: Callable[[Tensor], Tensor | None]) -> None:
         self._processor, self._change = processor, change
@@ -38,8 +38,8 @@ class Shower:
 
 
 @pytest.fixture
-def ready(tiny_teacher: Path, tmp_path: Path) -> list[Prepared]:
-    """Two samples whose images are larger than what the tower takes, and one without."""
+def ready(tiny_teacher: Path, tmp_path: Path) -> list[PreparedSample]:
+    """Returns two samples with images larger than the tower's input, and one without images."""
     data = make_tiny_dataset(tmp_path, num_samples=2, num_images=2, image_size=80)["train"]
     scorer = make_scorer(tiny_teacher, tmp_path, NOTHING, None)
     samples: tuple[Sample, ...] = tuple(part_of(data).samples)
@@ -48,45 +48,45 @@ def ready(tiny_teacher: Path, tmp_path: Path) -> list[Prepared]:
     return found
 
 
-def test_equal_values_are_counted_in_any_dtype_and_shape(tiny_teacher: Path, ready: list[Prepared]) -> None:
+def test_equal_values_are_counted_in_any_dtype_and_shape(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
     processor = load_processor(tiny_teacher)
     for change in (lambda values: values, lambda values: values[None].to(torch.bfloat16)):
-        engine = Shower(processor, change)
+        engine = PixelEngine(processor, change)
         assert check_pixel_values(engine, processor, ready, image_token_id=IMAGE_TOKEN_ID) == 2
 
 
-def test_values_of_another_resizing_library_are_refused(tiny_teacher: Path, ready: list[Prepared]) -> None:
+def test_values_of_another_resizing_library_are_refused(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
     from transformers import AutoProcessor
 
     processor, other = load_processor(tiny_teacher), AutoProcessor.from_pretrained(tiny_teacher, backend="torchvision")
     assert (processor.image_processor.backend, other.image_processor.backend) == ("pil", "torchvision")
-    engine = Shower(other, lambda values: values)
+    engine = PixelEngine(other, lambda values: values)
     with pytest.raises(StillhouseError, match=r"images/train-000\.png'.*another library.*blind_check_samples=0"):
         check_pixel_values(engine, processor, ready, image_token_id=IMAGE_TOKEN_ID)
 
 
-def test_a_picture_that_the_engine_turned_is_refused(tiny_teacher: Path, ready: list[Prepared]) -> None:
+def test_a_picture_that_the_engine_turned_is_refused(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
     processor = load_processor(tiny_teacher)
-    engine = Shower(processor, lambda values: values.flip(1))
+    engine = PixelEngine(processor, lambda values: values.flip(1))
     with pytest.raises(StillhouseError, match="differ from those of the teacher's processor by up to"):
         check_pixel_values(engine, processor, ready, image_token_id=IMAGE_TOKEN_ID)
 
 
 def test_values_in_another_form_are_logged(
-    tiny_teacher: Path, ready: list[Prepared], caplog: pytest.LogCaptureFixture
+    tiny_teacher: Path, ready: list[PreparedSample], caplog: pytest.LogCaptureFixture
 ) -> None:
     processor = load_processor(tiny_teacher)
     for change in (lambda _: None, lambda values: values[:, :8]):
-        engine = Shower(processor, change)
+        engine = PixelEngine(processor, change)
         assert check_pixel_values(engine, processor, ready, image_token_id=IMAGE_TOKEN_ID) == 0
         assert "were not compared" in caplog.text
         caplog.clear()
 
 
-def test_an_engine_that_shows_nothing_is_not_asked(tiny_teacher: Path, ready: list[Prepared]) -> None:
-    class Quiet:
+def test_an_engine_without_pixel_values_is_skipped(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
+    class SilentEngine:
         def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
             raise AssertionError("only pixel values are asked for")
 
     processor = load_processor(tiny_teacher)
-    assert check_pixel_values(Quiet(), processor, ready, image_token_id=IMAGE_TOKEN_ID) == 0
+    assert check_pixel_values(SilentEngine(), processor, ready, image_token_id=IMAGE_TOKEN_ID) == 0

@@ -17,11 +17,11 @@ from teacher_dump.data.sample import SampleRefusedError
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
-from teacher_dump.signals.loaded_teacher import OpenTeacher
+from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.scoring import PartScorer
 from teacher_dump.signals.sparsify import TopK
 from teacher_dump.signals.spec import RowRequest
-from teacher_dump.signals.teacher_noise import rescored_kl
+from teacher_dump.signals.teacher_noise import compute_rescored_kl
 from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.scorers import EVERYTHING, NOTHING, make_scorer, part_of, reference_teacher
@@ -32,8 +32,8 @@ def reference(tiny_teacher: Path) -> TransformersTeacher:
     return reference_teacher(tiny_teacher)
 
 
-class Twisted:
-    """A teacher whose states pass through a function of the batch before anyone sees them."""
+class ChangedTeacher:
+    """A teacher whose states are changed by a function of the batch."""
 
     def __init__(self, teacher: TransformersTeacher, twist: Any) -> None:
         self._teacher = teacher
@@ -159,7 +159,7 @@ def test_a_sample_that_the_engine_refuses_costs_only_itself(
         ]
 
     for twist, reason in ((refuse, "I will not"), (spoil, "not finite"), (expand_more, "expands images in another")):
-        scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Twisted(reference, twist))
+        scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, ChangedTeacher(reference, twist))
         records = scorer.score(part).records
         assert len(records.tokens) == 6 - len(records.errors)
         assert part.samples[2].id in {error.sample_id for error in records.errors}
@@ -174,7 +174,7 @@ def test_an_engine_that_expands_every_image_otherwise_leaves_no_record_and_measu
     def expand_more(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
         return [TeacherStates(np.insert(state.token_ids, 6, 299), state.hidden) for state in states]
 
-    scorer = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, Twisted(reference, expand_more))
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, ChangedTeacher(reference, expand_more))
     records = scorer.score(part_of(tiny_data, limit=4)).records
     assert (len(records.tokens), len(records.errors)) == (0, 4)
     assert records.teacher_noise == {}
@@ -187,7 +187,7 @@ def test_an_engine_that_fails_on_everything_stops_the_dump(
     def refuse(prompts: Sequence[TeacherPrompt], states: list[TeacherStates]) -> list[TeacherStates]:
         raise RuntimeError("out of memory")
 
-    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Twisted(reference, refuse))
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, ChangedTeacher(reference, refuse))
     with pytest.raises(StillhouseError, match=r"fails on every sample.*out of memory"):
         scorer.score(part_of(tiny_data, limit=4))
 
@@ -251,7 +251,7 @@ def test_a_hidden_state_that_float16_cannot_hold_costs_its_sample_only(
         states[2].hidden[0, 0] = 70000.0  # of no response row
         return states
 
-    teacher = Twisted(reference, grow)
+    teacher = ChangedTeacher(reference, grow)
     request = dataclasses.replace(NOTHING, hidden_limit=65504.0, images=True)
     records = make_scorer(tiny_teacher, tiny_data.parent, request, teacher).score(part).records
     assert [error.sample_id for error in records.errors] == [part.samples[1].id]
@@ -296,7 +296,7 @@ def test_an_answer_that_the_teacher_holds_impossible_is_an_error_of_its_sample(
     head = read_head(tiny_teacher, vocab_size=300)
     bias = torch.zeros(300)
     bias[token] = -torch.inf
-    suppressing = PartScorer(plain._preparer, request, OpenTeacher(reference, dataclasses.replace(head, bias=bias)))
+    suppressing = PartScorer(plain._preparer, request, LoadedTeacher(reference, dataclasses.replace(head, bias=bias)))
     got = suppressing.score(part).records
     assert {error.sample_id for error in got.errors} == with_it
     assert "of its answer the probability 0" in got.errors[0].reason
@@ -339,12 +339,12 @@ def test_a_teacher_that_repeats_itself_has_no_noise_and_one_that_does_not_has_so
         return [TeacherStates(state.token_ids, state.hidden * scale) for state in states]
 
     part = part_of(tiny_data)
-    quiet = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, reference).score(part).records
-    assert set(quiet.teacher_noise) == {"response", "visual"}
-    assert max(quiet.teacher_noise["response"]) <= 1e-7
-    assert quiet.response is not None
-    assert len(quiet.teacher_noise["response"]) == min(sum(rows.num_rows for rows in quiet.response[:2]), 32)
-    noisy = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, Twisted(reference, shaken)).score(part).records
+    log_output = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, reference).score(part).records
+    assert set(log_output.teacher_noise) == {"response", "visual"}
+    assert max(log_output.teacher_noise["response"]) <= 1e-7
+    assert log_output.response is not None
+    assert len(log_output.teacher_noise["response"]) == min(sum(rows.num_rows for rows in log_output.response[:2]), 32)
+    noisy = make_scorer(tiny_teacher, tiny_data.parent, MEASURED, ChangedTeacher(reference, shaken)).score(part).records
     assert min(noisy.teacher_noise["response"]) > 1e-5
     assert min(noisy.teacher_noise["visual"]) > 0
 
@@ -352,9 +352,9 @@ def test_a_teacher_that_repeats_itself_has_no_noise_and_one_that_does_not_has_so
 def test_noise_is_the_divergence_of_the_two_rows(tiny_teacher: Path) -> None:
     head = read_head(tiny_teacher, vocab_size=300)
     first, second = (torch.randn(300, head.weight.shape[1], generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    got = rescored_kl(head, first, second)
+    got = compute_rescored_kl(head, first, second)
     spread = [number * 300 // 32 for number in range(32)]
     p, q = (torch.log_softmax(head.logits(states[spread]).double(), dim=1) for states in (first, second))
     np.testing.assert_allclose(got, (p.exp() * (p - q)).sum(dim=1), rtol=1e-6, atol=1e-7)
-    assert rescored_kl(head, first, first) == [0.0] * 32
-    assert rescored_kl(head, first[:5], first[:5]) == [0.0] * 5
+    assert compute_rescored_kl(head, first, first) == [0.0] * 32
+    assert compute_rescored_kl(head, first[:5], first[:5]) == [0.0] * 5

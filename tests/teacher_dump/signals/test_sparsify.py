@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
+from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK, make_row_uniforms, select_rows
 from tests.hypothesis_profiles import examples
 
 
@@ -20,7 +20,7 @@ def select(logits: torch.Tensor, selection: Selection, *, seed: int = 0, labels:
         logits,
         labels=torch.arange(len(logits)) % logits.shape[1] if labels else None,
         selection=selection,
-        uniforms=row_uniforms(len(logits), seed=seed, family="response", key="x"),
+        uniforms=make_row_uniforms(len(logits), seed=seed, family="response", key="x"),
     )
     rows.validate(logits.shape[1])
     return rows
@@ -110,12 +110,12 @@ def test_small_entries_of_a_large_vocabulary_are_drawn_as_often_as_they_should()
 
 
 def test_a_retry_draws_the_same_and_another_seed_or_key_does_not() -> None:
-    base = row_uniforms(5, seed=0, family="response", key="x")
-    assert (base == row_uniforms(5, seed=0, family="response", key="x")).all()
-    assert (base[:3] == row_uniforms(3, seed=0, family="response", key="x")).all()
+    base = make_row_uniforms(5, seed=0, family="response", key="x")
+    assert (base == make_row_uniforms(5, seed=0, family="response", key="x")).all()
+    assert (base[:3] == make_row_uniforms(3, seed=0, family="response", key="x")).all()
     for changed in ({"seed": 1}, {"family": "visual"}, {"key": "y"}):
         others = {"seed": 0, "family": "response", "key": "x", **changed}
-        assert (base != row_uniforms(5, **others)).all()
+        assert (base != make_row_uniforms(5, **others)).all()
     logits = random_logits(10, 100)
     assert select(logits, Threshold(0.05)).equals(select(logits, Threshold(0.05)))
     assert not select(logits, Threshold(0.05)).equals(select(logits, Threshold(0.05), seed=1))
@@ -159,7 +159,7 @@ def test_independent_draws_are_unbiased_and_make_up_the_whole_row() -> None:
     logits = random_logits(1, 30)
     total = np.zeros(30)
     for seed in range(400):
-        uniforms = row_uniforms(1, seed=seed, family="response", key="a")
+        uniforms = make_row_uniforms(1, seed=seed, family="response", key="a")
         rows = select_rows(logits, labels=None, selection=Sampled(25), uniforms=uniforms)
         rows.validate(30)
         assert rows.num_exact.tolist() == [0]
@@ -180,7 +180,7 @@ def test_a_token_that_the_teacher_suppresses_is_never_stored(selection: Selectio
 
 
 def select_sets(logits: torch.Tensor, selection: Selection, num_sets: int, *, seed: int = 0) -> SparseRows:
-    uniforms = row_uniforms(len(logits), seed=seed, family="response", key="x", num_sets=num_sets)
+    uniforms = make_row_uniforms(len(logits), seed=seed, family="response", key="x", num_sets=num_sets)
     rows = select_rows(logits, labels=None, selection=selection, uniforms=uniforms)
     rows.validate(logits.shape[1])
     return rows

@@ -1,4 +1,4 @@
-"""Promise 8 for every architecture: vLLM, transformers and the model's own whole forward pass say the same."""
+"""Promise 8 for every architecture: vLLM, transformers and the model's own forward pass give the same signals."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from PIL import Image
 from storage.errors import StillhouseError
 from storage.records.records import PartRecords
 from teacher_dump.prompts.image_tokens import VisualGrid
-from teacher_dump.prompts.preparation import Prepared
+from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
-from teacher_dump.signals.vision_check import check_sight, choose_samples
+from teacher_dump.signals.vision_check import check_vision, choose_check_samples
 from teacher_dump.teachers.teacher import TeacherStates
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.teacher_dump.architectures import (
     BATCHED_TOKENS,
     WAYS,
-    Recorded,
+    RecordedTeacher,
     make_all,
-    recorded_sight,
+    make_architecture_scorer,
+    read_vision_check,
     samples_of,
-    scorer_of,
 )
 from tests.tiny_architectures import ARCHITECTURES, VOCAB_SIZE
 
@@ -50,7 +50,7 @@ def in_engine(architectures: Sequence[str]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Teachers and samples, without any engine's answers."""
+    """Makes teachers and samples, without any engine's answers."""
     folder = tmp_path_factory.mktemp("architectures")
     make_all(folder)
     return folder
@@ -58,7 +58,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(root: Path, request: pytest.FixtureRequest) -> Path:
-    """The same folder with vLLM's answers in it, from one process for all architectures that tests were chosen of."""
+    """Adds vLLM's answers to the folder, from one process for the architectures of all selected tests."""
     functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
     chosen = {
         item.callspec.params["architecture"]
@@ -80,8 +80,8 @@ def reference(folder: Path) -> TransformersTeacher:
     return TransformersTeacher(folder / "teacher", dtype="float32", image_token_id=image_token_id, settings={})
 
 
-def prepared(folder: Path) -> dict[str, Prepared]:
-    ready = scorer_of(folder, Blindfolded(reference(folder))).prepare(samples_of(folder).samples, [])
+def prepared(folder: Path) -> dict[str, PreparedSample]:
+    ready = make_architecture_scorer(folder, BlindTeacher(reference(folder))).prepare(samples_of(folder).samples, [])
     return {sample.record.sample_id: sample for sample in ready}
 
 
@@ -89,9 +89,9 @@ def prepared(folder: Path) -> dict[str, Prepared]:
 def test_both_teachers_give_the_same_signals(architecture: str, asked: Path) -> None:
     folder = asked / architecture
     part = samples_of(folder)
-    theirs = scorer_of(folder, reference(folder)).score(part)
+    theirs = make_architecture_scorer(folder, reference(folder)).score(part)
     for way in WAYS:
-        ours = scorer_of(folder, Recorded(folder / f"{way}.npz")).score(part)
+        ours = make_architecture_scorer(folder, RecordedTeacher(folder / f"{way}.npz")).score(part)
         assert ours.records.errors == []
         assert [one.sample_id for one in ours.records.tokens] == [sample.id for sample in part.samples]
         assert ours.num_tokens == theirs.num_tokens
@@ -134,7 +134,7 @@ def test_a_prefix_that_was_seen_before_changes_nothing(architecture: str, asked:
     folder = asked / architecture
     samples = prepared(folder)
     for way in WAYS:
-        engine = Recorded(folder / f"{way}.npz")
+        engine = RecordedTeacher(folder / f"{way}.npz")
         names = ("square", "square-again", "other", "twice", "not-twice")
         square, again, other, twice, not_twice = engine.hidden_states([samples[name].prompt for name in names])
         (seen,) = samples["square"].expansion.visual
@@ -162,7 +162,7 @@ def test_expansion_and_signals_are_those_of_the_whole_model(architecture: str, r
 
     folder = root / architecture
     teacher = reference(folder)
-    scorer = scorer_of(folder, teacher)
+    scorer = make_architecture_scorer(folder, teacher)
     model = AutoModelForImageTextToText.from_pretrained(folder / "teacher").eval()
     processor = load_processor(folder / "teacher")
     part = samples_of(folder)
@@ -198,7 +198,7 @@ def test_expansion_and_signals_are_those_of_the_whole_model(architecture: str, r
 
 
 @pytest.mark.parametrize("architecture", SEEING)
-def test_prompts_are_built_without_a_word(architecture: str, root: Path) -> None:
+def test_prompts_are_built_without_output(architecture: str, root: Path) -> None:
     """A warning a sample would bury everything else that a check or a dump prints."""
     said: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
@@ -248,8 +248,8 @@ def test_separators_are_no_visual_tokens(root: Path) -> None:
     assert sum(map(len, three.expansion.visual)) == np.count_nonzero(three.expansion.token_ids == IMAGE_TOKEN_ID)
 
 
-class Blindfolded:
-    """Shows its teacher a grey picture of the right size, whatever it is asked about."""
+class BlindTeacher:
+    """Shows its teacher a grey picture of the right size in place of every image."""
 
     def __init__(self, teacher: TransformersTeacher) -> None:
         self._teacher = teacher
@@ -261,9 +261,9 @@ class Blindfolded:
 
 
 @pytest.mark.parametrize("architecture", in_engine(SEEING))
-def test_the_blind_check_knows_seeing_from_blind(architecture: str, asked: Path) -> None:
+def test_the_vision_check_tells_a_working_teacher_from_a_blind_one(architecture: str, asked: Path) -> None:
     folder = asked / architecture
-    sight = recorded_sight(folder)  # in vLLM itself
+    sight = read_vision_check(folder)  # in vLLM itself
     assert sight is not None
     assert sight.num_samples == 4
     assert sight.change > 0.01 > 1e-4 > sight.noise
@@ -272,6 +272,8 @@ def test_the_blind_check_knows_seeing_from_blind(architecture: str, asked: Path)
     assert sight.turned > 0.01 > 1e-4 > sight.marked  # a file that lies upside down, and pixels that do
     head = read_head(folder / "teacher", vocab_size=VOCAB_SIZE)
     with pytest.raises(StillhouseError, match="the teacher is blind"):
-        check_sight(
-            scorer_of(folder, Blindfolded(reference(folder))), head, choose_samples(samples_of(folder).samples, 4)
+        check_vision(
+            make_architecture_scorer(folder, BlindTeacher(reference(folder))),
+            head,
+            choose_check_samples(samples_of(folder).samples, 4),
         )

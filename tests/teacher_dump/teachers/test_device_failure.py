@@ -1,4 +1,4 @@
-"""A sick device, a lack of memory or a call that fails costs as little as it has to."""
+"""A failing device, a lack of memory or a failed call costs as few samples and processes as possible."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def raised(error: Exception, cause: Exception | None = None) -> Exception:
         (RuntimeError("shape '[3]' is invalid"), False, False),
     ],
 )
-def test_failures_are_told_apart(error: Exception, is_device: bool, is_memory: bool) -> None:
+def test_failures_are_classified(error: Exception, is_device: bool, is_memory: bool) -> None:
     assert is_device_failure(error) == is_device
     assert is_out_of_memory(error) == is_memory
 
 
-class PictureCache:
-    """A vllm.LLM in small: pictures are remembered before the engine has them, and a request may stay for ever."""
+class FakeLLM:
+    """A small vllm.LLM: it caches images before the engine has them, and a failed request may stay for ever."""
 
     def __init__(self) -> None:
         self.request_counter = SimpleNamespace(counter=0)
@@ -110,12 +110,12 @@ class PictureCache:
         self.resets.append("prefix")
 
 
-def ask(engine: PictureCache, *pictures: str) -> list[str]:
+def ask(engine: FakeLLM, *pictures: str) -> list[str]:
     return call_engine(engine, lambda: engine.encode(pictures), probe=lambda: engine.encode([""]))
 
 
 def test_a_failed_call_leaves_an_engine_as_it_was() -> None:
-    engine = PictureCache()
+    engine = FakeLLM()
     assert ask(engine, "one") == ["one"]
     with pytest.raises(PromptRefusedError, match="At most 1 image"):
         ask(engine, "red", "two", "blue")
@@ -129,7 +129,7 @@ def test_a_failed_call_leaves_an_engine_as_it_was() -> None:
 
 
 def test_an_engine_that_does_not_recover_is_lost() -> None:
-    engine = PictureCache()
+    engine = FakeLLM()
     engine.is_dead = True
     with pytest.raises(DeviceLostError, match="does not recover from a failed call: no answer"):
         ask(engine, "red")
@@ -141,8 +141,8 @@ def test_an_engine_that_does_not_recover_is_lost() -> None:
         call_engine(engine, fail, probe=lambda: pytest.fail("a lost device is not asked again"))
 
 
-class Failing:
-    """A teacher that raises what `failure` makes of the prompts, where it makes anything."""
+class FailingTeacher:
+    """A teacher that raises the error that `failure` returns for the prompts, if any."""
 
     def __init__(
         self, teacher: TransformersTeacher, failure: Callable[[Sequence[TeacherPrompt]], Exception | None]
@@ -165,7 +165,7 @@ def reference(tiny_teacher: Path) -> TransformersTeacher:
 def test_refused_prompts_are_errors_of_their_samples_even_where_all_are_refused(
     tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
 ) -> None:
-    engine = Failing(reference, lambda prompts: PromptRefusedError("At most 1 image(s) may be provided"))
+    engine = FailingTeacher(reference, lambda prompts: PromptRefusedError("At most 1 image(s) may be provided"))
     scored = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, engine).score(part_of(tiny_data, limit=4))
     assert [error.reason for error in scored.records.errors] == [
         "the teacher refuses this sample: At most 1 image(s) may be provided"
@@ -181,9 +181,9 @@ def test_a_call_without_memory_is_tried_sample_by_sample(
     def together(prompts: Sequence[TeacherPrompt]) -> Exception | None:
         return torch.OutOfMemoryError("CUDA out of memory") if len(prompts) > 1 else None
 
-    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Failing(reference, together))
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, FailingTeacher(reference, together))
     assert len(scorer.score(part).records.tokens) == 4
-    never = Failing(reference, lambda prompts: torch.OutOfMemoryError("CUDA out of memory"))
+    never = FailingTeacher(reference, lambda prompts: torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(DeviceLostError, match=r"for want of memory.*CUDA out of memory"):
         make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, never).score(part)
 
@@ -197,14 +197,14 @@ def test_a_lost_device_is_no_error_of_any_sample(
         asked.append(len(prompts))
         return RuntimeError("Executor failed.")
 
-    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, Failing(reference, fail))
+    scorer = make_scorer(tiny_teacher, tiny_data.parent, EVERYTHING, FailingTeacher(reference, fail))
     with pytest.raises(DeviceLostError, match="Executor failed"):
         scorer.score(part_of(tiny_data, limit=4))
     assert asked == [4]  # and it is not asked sample by sample
 
 
 class ShortOfMemory(OutputHead):
-    """Has no room for more than so many rows."""
+    """A head without memory for more than so many rows."""
 
     most: int = 0
     asked: list[int]
@@ -226,7 +226,7 @@ def test_a_lack_of_memory_halves_the_rows_at_once_for_good() -> None:
     plain = OutputHead(head.weight)
     totals = [torch.zeros(50, dtype=torch.float64) for _ in range(2)]
     rows, expected = (
-        one.sparse_rows(
+        one.select_sparse_rows(
             hidden,
             labels=torch.arange(20),
             selection=TopK(5),
@@ -241,15 +241,15 @@ def test_a_lack_of_memory_halves_the_rows_at_once_for_good() -> None:
     np.testing.assert_allclose(rows.logprobs, expected.logprobs, atol=1e-6)
     torch.testing.assert_close(*totals)  # the failed attempt has added nothing
     head.asked.clear()
-    logprobs = head.label_logprobs(hidden, torch.arange(20), rows_per_chunk=16)
+    logprobs = head.compute_label_logprobs(hidden, torch.arange(20), rows_per_chunk=16)
     assert head.asked == [8, 8, 4]
-    torch.testing.assert_close(logprobs, plain.label_logprobs(hidden, torch.arange(20), rows_per_chunk=16))
+    torch.testing.assert_close(logprobs, plain.compute_label_logprobs(hidden, torch.arange(20), rows_per_chunk=16))
 
 
 def test_a_second_lack_of_memory_is_raised() -> None:
     head = short_of_memory(3)
     with pytest.raises(torch.OutOfMemoryError):
-        head.label_logprobs(torch.zeros(20, 8), torch.arange(20), rows_per_chunk=16)
+        head.compute_label_logprobs(torch.zeros(20, 8), torch.arange(20), rows_per_chunk=16)
     assert head.asked == [16, 8]
 
 
@@ -266,7 +266,7 @@ def test_the_dump_ends_when_every_device_fails_again_and_again() -> None:
 
 def dump(config: Path, kind: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.teacher_dump.sick_engines", str(config), kind],
+        [sys.executable, "-m", "tests.teacher_dump.failing_engines", str(config), kind],
         cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip

@@ -30,28 +30,31 @@ def test_weights_fingerprint_is_of_the_content_and_forgotten_when_it_changes(
     shutil.copytree(tiny_teacher, one)
     shutil.copytree(tiny_teacher, two)
     memory = fingerprint.FingerprintMemory(tmp_path / "memory.json")
-    assert fingerprint.weights_fingerprint(one, memory) == fingerprint.weights_fingerprint(two, memory)
-    before = fingerprint.weights_fingerprint(one, memory)
+    assert fingerprint.compute_weights_fingerprint(one, memory) == fingerprint.compute_weights_fingerprint(two, memory)
+    before = fingerprint.compute_weights_fingerprint(one, memory)
     content = bytearray((one / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (one / "model.safetensors").write_bytes(content)
-    assert fingerprint.weights_fingerprint(one, memory) != before
+    assert fingerprint.compute_weights_fingerprint(one, memory) != before
     settings = (two / "config.json").read_text(encoding="utf-8")
     (two / "config.json").write_text(settings.replace("1e-06", "1e-05"), encoding="utf-8")
-    assert fingerprint.weights_fingerprint(two, memory) != before
+    assert fingerprint.compute_weights_fingerprint(two, memory) != before
 
 
-def test_a_broken_memory_is_an_empty_one(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_broken_fingerprint_file_is_an_empty_cache(tiny_teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "memory.json").write_text("{broken", encoding="utf-8")
     memory = fingerprint.FingerprintMemory(tmp_path / "memory.json")
     assert memory.recall("x", [tiny_teacher / "config.json"], lambda: 7) == 7
 
 
 def test_context_length_is_the_language_models(tiny_teacher: Path) -> None:
-    assert checkpoint.context_length(checkpoint.read_json(tiny_teacher / "config.json")) == 512
+    assert checkpoint.get_context_length(checkpoint.read_json(tiny_teacher / "config.json")) == 512
 
 
 def test_an_engine_that_rounds_further_is_another_teacher() -> None:
-    assert fingerprint.served_dtype("bfloat16", {"tensor_parallel_size": 2, "kv_cache_dtype": "auto"}) == "bfloat16"
-    rounded = fingerprint.served_dtype("bfloat16", {"quantization": "fp8", "kv_cache_dtype": "fp8"})
+    assert (
+        fingerprint.describe_served_dtype("bfloat16", {"tensor_parallel_size": 2, "kv_cache_dtype": "auto"})
+        == "bfloat16"
+    )
+    rounded = fingerprint.describe_served_dtype("bfloat16", {"quantization": "fp8", "kv_cache_dtype": "fp8"})
     assert rounded == "bfloat16 quantization=fp8 kv_cache_dtype=fp8"

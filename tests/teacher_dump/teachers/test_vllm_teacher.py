@@ -19,7 +19,7 @@ from teacher_dump.data.partition import Part
 from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.teachers import hf_checkpoint as checkpoint
-from teacher_dump.teachers.vllm_teacher import computed_states, with_shared_prefixes
+from teacher_dump.teachers.vllm_teacher import complete_shared_prefixes, extract_computed_states
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.scorers import make_scorer, part_of, reference_teacher
 from tests.tiny import make_tiny_llava
@@ -114,13 +114,13 @@ def test_states_that_were_not_computed_again_are_an_earlier_prompts() -> None:
     rows = torch.arange(40.0).reshape(20, 2)
     ids = [np.array(row) for row in ([5, 6, 7, 8], [5, 6, 7, 9, 4], [5, 6, 7, 9, 4, 3], [5, 6, 7, 8], [1, 6, 7])]
     computed = [rows[:4], rows[4:7], rows[7:9], rows[9:11], rows[11:13]]
-    whole = with_shared_prefixes(ids, ["a", "a", "a", "b", "a"], computed)
+    whole = complete_shared_prefixes(ids, ["a", "a", "a", "b", "a"], computed)
     first, second, third = (rows[places] for places in ([0, 1, 2, 3], [0, 1, 4, 5, 6], [0, 1, 4, 5, 7, 8]))
     for got, expected in zip(whole[:3], (first, second, third), strict=True):
         assert got is not None
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert whole[3:] == [None, None]  # of another family; of other tokens
-    assert with_shared_prefixes([], [], []) == []
+    assert complete_shared_prefixes([], [], []) == []
 
 
 def test_states_of_a_prompt_that_was_begun_again_are_not_taken() -> None:
@@ -129,7 +129,7 @@ def test_states_of_a_prompt_that_was_begun_again_are_not_taken() -> None:
     for num_states, num_cached, is_taken in ((5, 0, 1), (2, 3, 1), (7, 0, 0), (4, 0, 0), (5, 3, 0), (0, 0, 0)):
         states = SimpleNamespace(data=torch.ones(num_states, 2))
         output = SimpleNamespace(outputs=states, prompt_token_ids=[1] * 5, num_cached_tokens=num_cached)
-        assert (computed_states(output) is not None) == is_taken, (num_states, num_cached)
+        assert (extract_computed_states(output) is not None) == is_taken, (num_states, num_cached)
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_a_call_that_fails_costs_the_engine_nothing(tiny_teacher: Path, tmp_path
 def test_settings_that_vllm_does_not_have_are_refused_by_name() -> None:
     code = (
         "from storage.errors import ConfigError\n"
-        "from teacher_dump import torchvision_shim; torchvision_shim.ensure()\n"
+        "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()\n"
         "from teacher_dump.teachers.vllm_teacher import check_settings\n"
         "check_settings({'tensor_parallel_size': 2, 'max_num_seqs': 8})\n"
         "for name in ('tensor_paralel_size', 'max_model_len', 'runner', 'hf_overrides'):\n"
@@ -166,13 +166,13 @@ def test_settings_that_vllm_does_not_have_are_refused_by_name() -> None:
     unknown, ours, fixed, outside = done.stdout.splitlines()[-4:]
     assert unknown.startswith("teacher.settings.tensor_paralel_size: vLLM has no such setting; did you mean tensor_par")
     assert "set teacher.max_length" in ours
-    assert "runner: is not yours to set" in fixed
-    assert "hf_overrides: is not yours to set; change a copy of the checkpoint" in outside
+    assert "runner: is set by the dump" in fixed
+    assert "hf_overrides: is set by the dump; change a copy of the checkpoint" in outside
 
 
 def test_the_plain_names_of_transformers_5_are_what_the_view_is_for(tiny_teacher: Path, tmp_path: Path) -> None:
     """If transformers goes back to nested names the view is never made, and this test says so."""
-    names = checkpoint.tensor_files(tiny_teacher)
+    names = checkpoint.map_tensor_files(tiny_teacher)
     assert any(name.startswith("vision_tower.encoder.") for name in names)
-    view = checkpoint.servable_view(tiny_teacher, into=tmp_path)
-    assert any(name.startswith("vision_tower.vision_model.encoder.") for name in checkpoint.tensor_files(view))
+    view = checkpoint.make_servable_view(tiny_teacher, into=tmp_path)
+    assert any(name.startswith("vision_tower.vision_model.encoder.") for name in checkpoint.map_tensor_files(view))

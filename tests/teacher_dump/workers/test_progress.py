@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from storage.records.records import SampleError
-from teacher_dump.workers.progress import DumpSummary, Progress, error_kinds
+from teacher_dump.workers.progress import DumpSummary, Progress, count_error_kinds
 from teacher_dump.workers.worker import PartOutcome
 
 
@@ -34,9 +34,9 @@ def test_reasons_of_one_kind_are_counted_together() -> None:
         "has 3000 tokens, 1152 of them visual; teacher.max_length allows 2048",
         'data/train.jsonl:18: image "it\'s.png" is missing in /data/images',
     ]
-    assert error_kinds(SampleError(str(n), reason) for n, reason in enumerate(reasons)) == {
+    assert count_error_kinds(SampleError(str(n), reason) for n, reason in enumerate(reasons)) == {
         "image … is missing in …": 3,
         "has … tokens, … of them visual; teacher.max_length allows …": 2,
         "image …: cannot identify image file": 1,
     }
-    assert error_kinds([]) == {}
+    assert count_error_kinds([]) == {}

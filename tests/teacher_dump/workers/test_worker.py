@@ -16,20 +16,20 @@ from storage.records.records import PooledRelation, RelationFactor
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.dump import run_dump
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
-from teacher_dump.workers.worker import Worker, ahead, open_preparer
+from teacher_dump.workers.worker import Worker, open_preparer, prefetch
 from tests.teacher_dump.conftest import WriteConfig
 from tests.tiny_architectures import make_teacher
 
 
 def dump(config: Path) -> Path:
-    """A whole dump by one worker in this process, sealed."""
+    """Runs a whole dump by one worker in this process, and seals it."""
     settings = read_settings(config)
     planned = plan_dump(settings)
     writer = CacheWriter.open(settings.cache.path, planned.identity, settings.cache.families)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     for part in planned.plan.parts:
         worker.run(part)
     writer.seal()
@@ -90,7 +90,7 @@ def test_images_travel_with_a_cache_that_has_no_teacher(write_config: WriteConfi
             assert cache.image_bytes(index, image.sha256) == (tiny_data.parent / image.path).read_bytes()
 
 
-def test_a_grid_that_knows_sizes_is_not_pooled(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_a_grid_that_depends_on_image_size_is_not_pooled(write_config: WriteConfig, tmp_path: Path) -> None:
     settings = read_settings(
         write_config(
             teacher={"model": str(make_teacher(tmp_path / "qwen", "qwen2_vl"))},
@@ -98,10 +98,10 @@ def test_a_grid_that_knows_sizes_is_not_pooled(write_config: WriteConfig, tmp_pa
         )
     )
     with pytest.raises(ConfigError, match=r"cache\.relation\.pool: .* lays out visual tokens by an image's size"):
-        open_preparer(worker_settings(plan_dump(settings), settings))
+        open_preparer(make_worker_settings(plan_dump(settings), settings))
 
 
-def test_losses_and_tail_profiles_of_a_dump(write_config: WriteConfig) -> None:
+def test_error_summary_and_tail_profiles_of_a_dump(write_config: WriteConfig) -> None:
     """The manifest splits what was lost, and the profile is the mean of all tails."""
     rows = {"method": "topk", "k": 4, "rounding_kl": 1e-3}
     visual = {"method": "threshold", "tau": 0.01, "draw_sets": 3}
@@ -167,7 +167,7 @@ def test_a_selection_that_draws_nothing_has_no_sets(write_config: WriteConfig) -
         read_settings(config)
 
 
-def test_the_next_item_is_made_while_one_is_used() -> None:
+def test_prefetch_makes_the_next_item_while_one_is_used() -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -176,27 +176,27 @@ def test_the_next_item_is_made_while_one_is_used() -> None:
             yield number
 
     with ThreadPoolExecutor(1) as executor:
-        following = ahead(items(), executor)
+        prefetched_items = prefetch(items(), executor)
         executor.submit(int).result()  # whatever was begun is done
         assert made == [0]
         seen = []
-        for item in following:
+        for item in prefetched_items:
             executor.submit(int).result()
             assert made == list(range(min(item + 2, 4)))  # one ahead, never two
             seen.append(item)
     assert seen == [0, 1, 2, 3]
 
 
-def test_what_goes_wrong_ahead_is_raised_at_its_place() -> None:
+def test_prefetch_raises_an_error_at_its_item() -> None:
     def items() -> Iterator[int]:
         yield 0
         raise StillhouseError("no more")
 
     with ThreadPoolExecutor(1) as executor:
-        following = ahead(items(), executor)
-        assert next(following) == 0
+        prefetched_items = prefetch(items(), executor)
+        assert next(prefetched_items) == 0
         with pytest.raises(StillhouseError, match="no more"):
-            next(following)
+            next(prefetched_items)
 
 
 def test_several_threads_write_what_one_does(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_several_threads_write_what_one_does(write_config: WriteConfig, tmp_path
     alone = dump(config)
     settings = read_settings(config, [f"cache.path={tmp_path / 'together'}"])
     planned = plan_dump(settings)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     with ThreadPoolExecutor(5) as threads:
         outcomes = list(threads.map(worker.run, [*planned.plan.parts, *planned.plan.parts]))
     assert [outcome.part for outcome in outcomes] == 2 * [part.number for part in planned.plan.parts]
@@ -223,7 +223,7 @@ def test_several_threads_write_what_one_does(write_config: WriteConfig, tmp_path
 def test_a_cache_that_cannot_be_written_to_stops_the_worker(write_config: WriteConfig, tmp_path: Path) -> None:
     settings = read_settings(write_config(dump={"samples_per_part": 8}))
     planned = plan_dump(settings)
-    worker = Worker(worker_settings(planned, settings))
+    worker = Worker(make_worker_settings(planned, settings))
     worker.run(planned.plan.parts[0])
     shutil.rmtree(tmp_path / "cache/response")
     (tmp_path / "cache/response").write_text("no folder")

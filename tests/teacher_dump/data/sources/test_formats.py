@@ -1,4 +1,4 @@
-"""One data set in every format that a source may have, and what each format must refuse."""
+"""One data set in every format that a source may have, and the inputs that each format must refuse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 from storage.errors import ConfigError
 from teacher_dump.config import SourceSection
 from teacher_dump.data.dataset import SampleSet, read_samples
-from teacher_dump.data.sources.formats import format_of
+from teacher_dump.data.sources.formats import detect_format
 from tests.hypothesis_profiles import examples
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
@@ -77,7 +77,7 @@ def write_tar(path: Path, rows: list[dict[str, Any]], mode: str = "w") -> Path:
 
 
 def make_source(kind: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The data set in one format: its path, and further fields of its source."""
+    """Writes the data set in one format; returns its path, and further fields of its source."""
     folder.mkdir(exist_ok=True)
     if kind == "jsonl with a folder":
         write_folder(folder)
@@ -156,8 +156,8 @@ def test_the_format_follows_the_suffix_and_unknown_ones_are_refused_by_name(tmp_
         "a.tar": "webdataset",
         "a.tar.gz": "webdataset",
     }
-    assert {name: format_of(SourceSection(path=name)) for name in expected} == expected
-    assert format_of(SourceSection(path="some/where", format="datasets")) == "datasets"
+    assert {name: detect_format(SourceSection(path=name)) for name in expected} == expected
+    assert detect_format(SourceSection(path="some/where", format="datasets")) == "datasets"
     with pytest.raises(ConfigError, match=r"rows\.csv.*json, parquet, webdataset or datasets"):
         read("rows.csv", tmp_path)
     with pytest.raises(ConfigError, match="save_to_disk did not write"):
@@ -230,8 +230,8 @@ def test_hostile_members_of_a_tar_cost_their_row_and_write_nowhere_else(tmp_path
     assert [sample.id for sample in got.samples] == ["good", "../../escape", "/etc/absolute", "?"]
     reasons = "\n".join(error.reason for error in got.errors)
     for said in (
-        "link.png is no plain file",
-        "device.png is no plain file",
+        "link.png is not a plain file",
+        "device.png is not a plain file",
         "314,572,800 bytes",
         "no .json member",
         "not valid JSON",
@@ -242,7 +242,7 @@ def test_hostile_members_of_a_tar_cost_their_row_and_write_nowhere_else(tmp_path
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_what_a_cut_tar_lost_is_said(mode: str, tmp_path: Path) -> None:
+def test_the_lost_end_of_a_cut_tar_is_reported(mode: str, tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", [{**ROWS[0], "id": f"{number:02d}"} for number in range(20)], mode)
     content = whole.read_bytes()
     end = len(content.rstrip(b"\0")) if mode == "w" else len(content) - 1
@@ -254,7 +254,7 @@ def test_what_a_cut_tar_lost_is_said(mode: str, tmp_path: Path) -> None:
         assert [sample.id for sample in got.samples] == [f"{number:02d}" for number in range(len(got.samples))]
 
 
-def test_a_damaged_header_in_the_middle_of_a_tar_is_no_silent_end(tmp_path: Path) -> None:
+def test_a_damaged_header_in_the_middle_of_a_tar_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "rows.tar", [{**ROWS[0], "id": f"{number:02d}"} for number in range(4)])
     content = bytearray(path.read_bytes())
     at = content.index(b"./02.json")
@@ -311,7 +311,7 @@ values = st.recursive(
 def test_json_arrays_are_parsed_as_the_standard_library_does(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any], indent: int | None, ascii_only: bool
 ) -> None:
-    from teacher_dump.data.sources.json_rows import json_rows
+    from teacher_dump.data.sources.json_rows import read_json_rows
 
     path = tmp_path_factory.mktemp("rows") / "rows.json"
     path.write_bytes(json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
@@ -319,9 +319,9 @@ def test_json_arrays_are_parsed_as_the_standard_library_does(
         expected = json.loads(path.read_bytes())
     except UnicodeDecodeError:
         with pytest.raises(ConfigError, match="UTF-8"):
-            list(json_rows(path))
+            list(read_json_rows(path))
         return
-    assert [row for _, row in json_rows(path)] == expected
+    assert [row for _, row in read_json_rows(path)] == expected
 
 
 def test_json_arrays_longer_than_a_chunk_are_read_whole(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Engines that fail, and a script that dumps with them: `python -m tests.teacher_dump.sick_engines CONFIG KIND`."""
+"""Engines that fail, and a script that dumps with them: `python -m tests.teacher_dump.failing_engines CONFIG KIND`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from storage.errors import StillhouseError
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.execution.worker_setup import worker_settings
+from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.ray_jobs import PartPool, score_parts
@@ -21,8 +21,8 @@ from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from teacher_dump.workers.worker import WorkerSettings
 
 
-class Sick:
-    """An engine whose device fails for good from one call on, until its process ends."""
+class FailingEngine:
+    """An engine whose device fails from one call on, until its process ends."""
 
     def __init__(self, engine: Teacher, *, healthy_calls: int) -> None:
         self._engine = engine
@@ -40,11 +40,11 @@ def _reference(settings: WorkerSettings) -> Teacher:
 
 
 def fails_from_the_third_call(settings: WorkerSettings) -> Teacher:
-    return Sick(_reference(settings), healthy_calls=2)
+    return FailingEngine(_reference(settings), healthy_calls=2)
 
 
 def always_fails(settings: WorkerSettings) -> Teacher:
-    return Sick(_reference(settings), healthy_calls=0)
+    return FailingEngine(_reference(settings), healthy_calls=0)
 
 
 ENGINES: dict[str, Callable[[WorkerSettings], Teacher]] = {
@@ -60,7 +60,7 @@ def main(config: str, kind: str) -> None:
     writer = CacheWriter.open(cache.path, planned.identity, cache.families, append=False, zstd_level=cache.zstd_level)
     scoring = score_parts(
         list(planned.plan.parts),
-        worker_settings(planned, settings),
+        make_worker_settings(planned, settings),
         pool=PartPool(min_actors=1, max_actors=1, num_cpus=1, num_gpus=0),
         committed=writer.committed_parts,
         stop=threading.Event(),

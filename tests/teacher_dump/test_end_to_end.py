@@ -1,4 +1,4 @@
-"""Whole dumps by the command line, with Ray and the transformers teacher, beside what the model itself says."""
+"""Dumps end to end by the command line, with Ray and the transformers teacher, compared with the model itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VOCAB_SIZE = 300
 
 
 def run_dump(config: Path, *, ray: RayHead) -> str:
-    """What a dump that ends well says."""
+    """Runs a dump that succeeds, and returns its output."""
     dump = start_dump(config, environment=ray.environment)
     said, complained = dump.communicate(timeout=PATIENCE_S)
     assert dump.returncode == 0, complained
@@ -58,7 +58,7 @@ class Model:
         return logprobs[torch.from_numpy(before)].numpy()
 
     @torch.inference_mode()
-    def says(self, ids: list[int], image: Path, *, max_new_tokens: int) -> list[int] | None:
+    def generate(self, ids: list[int], image: Path, *, max_new_tokens: int) -> list[int] | None:
         """The most probable answer to a prompt, its stop token last.
 
         None if it does not end, is empty or holds what no answer may hold.
@@ -77,7 +77,7 @@ class Model:
         answer = said[: said.index(end) + 1]
         return answer if self.processor.tokenizer.decode(answer[:-1]).strip() else None
 
-    def prompt_ids(self, messages: list[dict[str, Any]], after: str = "") -> list[int]:
+    def make_prompt_ids(self, messages: list[dict[str, Any]], after: str = "") -> list[int]:
         """Of the rendered conversation up to the next answer, or of what it adds after a text."""
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         return self.processor.tokenizer(text.rpartition(after)[2] if after else text, add_special_tokens=False)[
@@ -158,8 +158,8 @@ def test_the_teachers_own_answers_are_those_of_generate_and_are_scored(
             image = [{"type": "image"}] if number == 0 else []
             text = {"type": "text", "text": asked["value"].removeprefix("<image>\n")}
             messages.append({"role": "user", "content": [*image, text]})
-            ids = [*ids, *model.prompt_ids(messages, after="@@@" + END_OF_TURN if number else "")]
-            answer = model.says(ids, tmp_path / "data" / sample["image"], max_new_tokens=24)
+            ids = [*ids, *model.make_prompt_ids(messages, after="@@@" + END_OF_TURN if number else "")]
+            answer = model.generate(ids, tmp_path / "data" / sample["image"], max_new_tokens=24)
             if answer is None:
                 break
             answers.append(answer)
