@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from storage.config import LocalPath, Section
 from storage.reader.shuffle import WINDOW_ROWS
 from student_train.data.sample_filter import Condition, check_condition
-from student_train.losses.config import SWITCHES, LossesSection
+from student_train.losses.config import LOSS_OPTIONS, LossesSection
 
 Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -183,7 +183,7 @@ class StageSection(Section):
         trained = {split for source in self.sources("") for split in source.splits or ()}
         if both := sorted(trained & set(self.checkpoints.splits)):
             raise ValueError(f"checkpoints.splits are held out, but {', '.join(both)} is trained on")
-        parts = [name for name in LossesSection.model_fields if name not in SWITCHES and getattr(self.losses, name)]
+        parts = [name for name in LossesSection.model_fields if name not in LOSS_OPTIONS and getattr(self.losses, name)]
         if self.checkpoints.metric not in ("loss", *parts):
             raise ValueError(
                 f"checkpoints.metric is {self.checkpoints.metric!r}; this stage has loss, {', '.join(parts)}"

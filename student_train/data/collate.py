@@ -22,7 +22,7 @@ from storage.errors import IdentityError, StillhouseError
 from storage.records.records import ImageRef, PooledRelation, SampleRecord, TokensRecord
 from storage.records.sparse_rows import SparseRows
 from student_train.data.sample_images import VisionInput
-from student_train.losses.relation import TeacherRelations, resampling, teacher_relations
+from student_train.losses.relation import TeacherRelations, make_resampling_matrix, stack_relations
 from student_train.losses.sparse_divergence import TeacherRows
 
 Gather = Callable[[Sequence[tuple[str, ImageRef]]], VisionInput]
@@ -283,7 +283,7 @@ def check_grid(tokens: TokensRecord, grid: Grid, counts: Sequence[int] | None = 
                 "several sizes have no visual and relation losses with a student whose grid is one: leave these out"
             )
         try:
-            resampling(grid.tokens_per_image, theirs)
+            make_resampling_matrix(grid.tokens_per_image, theirs)
         except ValueError as error:
             raise IdentityError(
                 f"{found}of sample {tokens.sample_id!r}, this student has {grid.tokens_per_image}, and {error} that "
@@ -348,7 +348,7 @@ def _relations(records: Sequence[SampleRecord], grids: Sequence[ImageGrids]) -> 
     for run in grids:
         of_run = list(itertools.islice(relations, run.num_images))
         pooled = [len(each.values) for each in of_run[:1] if isinstance(each, PooledRelation)]
-        runs.append(teacher_relations(of_run, size=pooled[0] if pooled else run.teacher))
+        runs.append(stack_relations(of_run, size=pooled[0] if pooled else run.teacher))
     return tuple(runs)
 
 

@@ -26,8 +26,8 @@ from student_train.data.sample_images import FeatureStore, VisionSource
 from student_train.evaluation.generation import greedy
 from student_train.evaluation.hallucination import unsupported_rate, yes_no_scores
 from student_train.losses.fused_linear import SparseTarget
-from student_train.losses.load_balancing import RouterLosses, router_losses, router_statistics
-from student_train.losses.sparse_divergence import row_losses_
+from student_train.losses.load_balancing import RouterLosses, router_losses, summarize_routers
+from student_train.losses.sparse_divergence import differentiate_rows_
 from student_train.models.loading import Checkpoint, check_fit, load_for_inference, read_checkpoint
 from student_train.models.sparse_upcycling import is_sparse
 from student_train.models.student import Student
@@ -123,7 +123,7 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
         },
         "unsupported_rate": unsupported_rate((sample["answer"], sample["reference"]) for sample in samples),
         "yes_no": yes_no_scores((sample["answer"], sample["reference"]) for sample in samples),
-        "routers": router_statistics(fidelity.routers) if fidelity.routers else None,
+        "routers": summarize_routers(fidelity.routers) if fidelity.routers else None,
         "cross_entropy": fidelity.cross_entropy,
         "kl_to_teacher": fidelity.kl,
         "top1_agreement": fidelity.agreement,
@@ -262,8 +262,8 @@ def _fidelity(student: Student, batch: Batch) -> Fidelity:
         tops = teacher.ids[teacher.offsets[:-1][topped]]
         num_agreeing += int((logits.argmax(1)[topped] == tops).sum())
         num_topped += int(topped.sum())
-        against = SparseTarget(teacher).against(0, teacher.num_rows, logits)
-        kl_sum += float(row_losses_(logits, None, against, gradient=False).divergence)
+        target = SparseTarget(teacher).select_chunk(0, teacher.num_rows, logits)
+        kl_sum += float(differentiate_rows_(logits, None, target, gradient=False).divergence)
     num_rows = 0 if batch.response is None else len(rows)
     return Fidelity(cross_entropy_sum, len(rows), kl_sum, num_agreeing, num_rows, num_topped, routers)
 

@@ -20,19 +20,19 @@ Rows = TypeVar("Rows", Tensor, TeacherRows)
 
 
 @dataclass(frozen=True)
-class Share:
+class WeightedRows:
     """Rows start : stop of a micro-batch, whose sum counts `value`."""
 
     start: int
     stop: int
     value: float
 
-    def of(self, rows: Rows) -> Rows:
+    def select(self, rows: Rows) -> Rows:
         """These rows of something that has a row for each."""
         return rows[self.start : self.stop] if isinstance(rows, Tensor) else rows.slice(self.start, self.stop)
 
 
-def row_shares(mean: Mean, counts: Sequence[int], *, total_rows: int, totals: RowCounts) -> list[Share]:
+def weigh_rows(mean: Mean, counts: Sequence[int], *, total_rows: int, totals: RowCounts) -> list[WeightedRows]:
     """The shares of a micro-batch whose samples have `counts` rows; at least one, which may be empty.
 
     `total_rows`: of this loss in the global batch. `totals`: its samples and micro-batches, those without a row of
@@ -40,18 +40,18 @@ def row_shares(mean: Mean, counts: Sequence[int], *, total_rows: int, totals: Ro
     """
     num_rows = sum(counts)
     if mean == "rows":
-        return [Share(0, num_rows, 1 / max(1, total_rows))]
+        return [WeightedRows(0, num_rows, 1 / max(1, total_rows))]
     if mean == "micro_batch":
-        return [Share(0, num_rows, 1 / (max(1, num_rows) * max(1, totals.micro_batches)))]
+        return [WeightedRows(0, num_rows, 1 / (max(1, num_rows) * max(1, totals.micro_batches)))]
     shares, start = [], 0
     for count in counts:
         if count:
-            shares.append(Share(start, start + count, 1 / (count * max(1, totals.samples))))
+            shares.append(WeightedRows(start, start + count, 1 / (count * max(1, totals.samples))))
         start += count
-    return shares or [Share(0, 0, 1.0)]
+    return shares or [WeightedRows(0, 0, 1.0)]
 
 
-def image_weights(mean: Mean, counts: Sequence[int], *, totals: RowCounts) -> list[float]:
+def weigh_images(mean: Mean, counts: Sequence[int], *, totals: RowCounts) -> list[float]:
     """The factor of each image's relation loss, for a micro-batch whose samples have `counts` images."""
     if mean == "rows":
         return [1 / max(1, totals.relation)] * sum(counts)

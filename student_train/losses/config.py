@@ -22,8 +22,8 @@ TREATMENTS: dict[Divergence, tuple[Treatment, ...]] = {
     "reverse_kl": ("bucket", "profile", "exact"),
 }
 Mean = Literal["rows", "samples", "micro_batch"]
-SWITCHES = ("mean", "literal", "unshifted_mask")  # fields of `losses` that change losses and are none
-DRAWING = ("threshold", "sampled")  # methods of `cache:` that draw from the tail
+LOSS_OPTIONS = ("mean", "literal", "unshifted_mask")  # fields of `losses` that change losses and are none
+DRAWING_METHODS = ("threshold", "sampled")  # methods of `cache:` that draw from the tail
 
 
 class DistributionLossSection(Section):
@@ -73,12 +73,12 @@ class DistributionLossSection(Section):
         """What is read of a row, where that is less than is stored."""
         return Narrowing.of(k=self.k, tau=self.tau)
 
-    def treatment_of(self, method: str | None) -> Treatment:
+    def resolve_treatment(self, method: str | None) -> Treatment:
         """The treatment of rows that were selected by a method of `cache:`."""
         if self.treatment != "auto":
             return self.treatment
         takes_draws = "unbiased" in TREATMENTS[self.divergence] and self.temperature == 1 and self.k is None
-        return "unbiased" if takes_draws and method in DRAWING else "bucket"
+        return "unbiased" if takes_draws and method in DRAWING_METHODS else "bucket"
 
 
 class RelationLossSection(Section):

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from student_train.losses.config import Divergence
 
-Term = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+EventLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LINEAR: Final = ("forward_kl", "cross_entropy")  # in p, but for the teacher's own entropy
 WEIGHTED_BY_TEACHER: Final = (*LINEAR, "skewed_kl")  # an event without teacher mass is no term
 DEFAULT_BETA: Final = {"jsd": 0.5, "skewed_kl": 0.1}
 
 
-def term(divergence: Divergence, beta: float | None = None) -> Term:
+def select_event_loss(divergence: Divergence, beta: float | None = None) -> EventLoss:
     """The function f of a divergence. `beta`: the teacher's share of the mixture, of those that have one."""
     if divergence in DEFAULT_BETA:
         share = DEFAULT_BETA[divergence] if beta is None else beta
@@ -40,19 +40,19 @@ def term(divergence: Divergence, beta: float | None = None) -> Term:
 def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q): p (log p - log q)."""
     p = log_p.exp()
-    return _weighted(p, log_p - log_q), -p
+    return _multiply_or_zero(p, log_p - log_q), -p
 
 
 def _cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """-p log q, which is forward KL plus the teacher's entropy."""
     p = log_p.exp()
-    return _weighted(p, -log_q), -p
+    return _multiply_or_zero(p, -log_q), -p
 
 
 def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p): q (log q - log p)."""
     q = log_q.exp()
-    value = _weighted(q, log_q - log_p)
+    value = _multiply_or_zero(q, log_q - log_p)
     return value, value + q
 
 
@@ -61,9 +61,9 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor, *, beta: float) -> tuple[Tenso
 
     Source: generalised JSD of GKD (arXiv 2306.13649), equation 1.
     """
-    p, q, log_m = log_p.exp(), log_q.exp(), _log_mixture(log_p, log_q, beta)
-    slope = (1 - beta) * _weighted(q, log_q - log_m)
-    return beta * _weighted(p, log_p - log_m) + slope, slope
+    p, q, log_m = log_p.exp(), log_q.exp(), _compute_log_mixture(log_p, log_q, beta)
+    slope = (1 - beta) * _multiply_or_zero(q, log_q - log_m)
+    return beta * _multiply_or_zero(p, log_p - log_m) + slope, slope
 
 
 def _skewed_kl(log_p: Tensor, log_q: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
@@ -71,8 +71,8 @@ def _skewed_kl(log_p: Tensor, log_q: Tensor, *, beta: float) -> tuple[Tensor, Te
 
     Source: DistiLLM (arXiv 2402.03898), equation 4, its alpha.
     """
-    p, log_m = log_p.exp(), _log_mixture(log_p, log_q, beta)
-    return _weighted(p, log_p - log_m), -_weighted(p, (math.log1p(-beta) + log_q - log_m).exp())
+    p, log_m = log_p.exp(), _compute_log_mixture(log_p, log_q, beta)
+    return _multiply_or_zero(p, log_p - log_m), -_multiply_or_zero(p, (math.log1p(-beta) + log_q - log_m).exp())
 
 
 def _total_variation(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,10 +82,10 @@ def _total_variation(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return difference.abs() / 2, q * difference.sign() / 2
 
 
-def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def _compute_log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
 
 
-def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+def _multiply_or_zero(weight: Tensor, value: Tensor) -> Tensor:
     """weight * value, 0 where the weight is 0 though the value be infinite; a weight that is no number stays one."""
     return torch.where(weight == 0, 0, weight * value)

@@ -95,7 +95,7 @@ class TensorCoreProducts:
             of_head.addmm_(slopes.T, hidden.to(of_head.dtype))
 
 
-def products_of(head: Tensor, *, result: torch.dtype) -> HeadProducts:
+def select_products(head: Tensor, *, result: torch.dtype) -> HeadProducts:
     """The products for a head of that dtype and device."""
     if head.is_cuda and head.dtype in _LOW_PRECISION and result == torch.float32:
         return TensorCoreProducts()

@@ -44,8 +44,8 @@ def router_losses(
         logprobs = layer.float().log_softmax(1)
         probs = logprobs.exp()
         choices = layer.topk(top_k, dim=1).indices
-        load = _shares_of_tokens(choices, weight, probs)
-        balanced = _shares_of_tokens(choices[:, :1], weight, probs) if first_choice else load
+        load = _compute_load(choices, weight, probs)
+        balanced = _compute_load(choices[:, :1], weight, probs) if first_choice else load
         balance = balance + probs.shape[1] * (balanced * ((probs * weight).sum(0) / num_tokens)).sum()
         z = z + (layer.float().logsumexp(1).square() * weight[:, 0]).sum() / num_tokens
         entropy = entropy - (probs * logprobs * weight).sum().detach() / num_tokens
@@ -53,13 +53,13 @@ def router_losses(
     return RouterLosses(balance, z, torch.stack(loads), entropy / len(logits))
 
 
-def _shares_of_tokens(choices: Int[Tensor, "t k"], weight: Float[Tensor, "t 1"], like: Tensor) -> Float[Tensor, " e"]:
+def _compute_load(choices: Int[Tensor, "t k"], weight: Float[Tensor, "t 1"], like: Tensor) -> Float[Tensor, " e"]:
     """The share of all choices of the weighted tokens that falls on each expert."""
     chosen = torch.zeros_like(like).scatter_(1, choices, 1.0)
     return (chosen * weight).sum(0) / (weight.sum().clamp(min=1) * choices.shape[1])
 
 
-def router_statistics(batches: Sequence[tuple[int, RouterLosses]]) -> dict[str, Any]:
+def summarize_routers(batches: Sequence[tuple[int, RouterLosses]]) -> dict[str, Any]:
     """What routers did over one or more batches, each with its number of tokens: means over tokens and layers.
 
     `load` keeps layers and experts apart, layer by layer; `balance` is 1 where it is even and the number of experts

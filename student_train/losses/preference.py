@@ -64,7 +64,7 @@ def kto_pair(
     return (chosen + rejected).sum() / 2
 
 
-def preference(rewards: Rewards, section: PreferenceLossSection) -> Float[Tensor, ""]:
+def preference_loss(rewards: Rewards, section: PreferenceLossSection) -> Float[Tensor, ""]:
     """The configured loss, summed over pairs. With `kl_reference: global` a collective of all ranks."""
     if section.kind == "dpo":
         return dpo(rewards, beta=section.beta, label_smoothing=section.label_smoothing)
@@ -73,11 +73,11 @@ def preference(rewards: Rewards, section: PreferenceLossSection) -> Float[Tensor
     kl_chosen, kl_rejected = rewards.chosen, rewards.rejected
     if section.kl_reference != "pair":
         everywhere = section.kl_reference == "global"
-        kl_chosen, kl_rejected = (mean_of(values, over_ranks=everywhere) for values in (kl_chosen, kl_rejected))
+        kl_chosen, kl_rejected = (expand_mean(values, over_ranks=everywhere) for values in (kl_chosen, kl_rejected))
     return kto_pair(rewards, beta=section.beta, kl_chosen=kl_chosen, kl_rejected=kl_rejected)
 
 
-def mean_of(values: Float[Tensor, " p"], *, over_ranks: bool = False) -> Float[Tensor, " p"]:
+def expand_mean(values: Float[Tensor, " p"], *, over_ranks: bool = False) -> Float[Tensor, " p"]:
     """The mean of some pairs' log-ratios, for each of them; of no pairs, none.
 
     With `over_ranks` the mean is that of all ranks' pairs, and a collective; the gradient still flows through

@@ -37,20 +37,22 @@ class TeacherRelations:
         """The same on another device."""
         return TeacherRelations(self.values.to(device), self.norms.to(device), self.factored)
 
-    def inner(self, rows: Float[Tensor, "i m d"], metric: Float[Tensor, "d d"]) -> Float[Tensor, " i"]:
+    def compute_inner_products(
+        self, rows: Float[Tensor, "i m d"], head_gram: Float[Tensor, "d d"]
+    ) -> Float[Tensor, " i"]:
         """<G_t / ||G_t||, G_s>, G_s = Z Z^T the student's matrix. Of factors ||F^T Z||^2, with no (m, m) formed."""
         if not self.factored:
-            return (self.values * (rows @ metric @ rows.mT)).sum((1, 2))
+            return (self.values * (rows @ head_gram @ rows.mT)).sum((1, 2))
         projected = self.values.mT @ rows  # (i, k, d)
-        return (projected @ metric * projected).sum((1, 2))
+        return (projected @ head_gram * projected).sum((1, 2))
 
-    def squares(self) -> Float[Tensor, " i"]:
+    def compute_squared_norms(self) -> Float[Tensor, " i"]:
         """Squared norms of what is held, 1 or 0 but for rounding."""
         values = self.values.mT @ self.values if self.factored else self.values
         return (values**2).sum((1, 2))
 
 
-def teacher_relations(relations: Sequence[Relation], *, size: int) -> TeacherRelations:
+def stack_relations(relations: Sequence[Relation], *, size: int) -> TeacherRelations:
     """The matrices of a batch's images, which have `size` rows each: factors if all are, of the largest rank."""
     norms = torch.tensor([each.norm for each in relations], dtype=torch.float32)
     factors = [each.factor for each in relations if isinstance(each, RelationFactor)]
@@ -65,7 +67,7 @@ def teacher_relations(relations: Sequence[Relation], *, size: int) -> TeacherRel
 
 def relation_loss(
     hidden: Float[Tensor, "i n d"],
-    metric: Float[Tensor, "d d"],
+    head_gram: Float[Tensor, "d d"],
     teacher: TeacherRelations,
     *,
     centered: bool = False,
@@ -85,32 +87,34 @@ def relation_loss(
 
     Source: LLaVA-KD (arXiv 2410.16236), RDist.
     """
-    hidden, metric = hidden.float(), metric.float()
+    hidden, head_gram = hidden.float(), head_gram.float()
     if hidden.shape[0] == 0:
-        return 0 * (hidden.sum() + metric.sum())
+        return 0 * (hidden.sum() + head_gram.sum())
     if centered:
         hidden = hidden - hidden.mean(1, keepdim=True)
     if resampling is not None:
         hidden = resampling @ hidden  # (i, m, d)
-    inner = teacher.inner(hidden, metric)
-    product = hidden.mT @ hidden @ metric  # (i, d, d): ||H M H^T||^2 = tr(A M A M), with A = H^T H
+    inner = teacher.compute_inner_products(hidden, head_gram)
+    product = hidden.mT @ hidden @ head_gram  # (i, d, d): ||H M H^T||^2 = tr(A M A M), with A = H^T H
     student = (product * product.mT).sum((1, 2))
     if not literal:
-        losses = 1 - _cosine(inner, student, teacher.squares())
+        losses = 1 - _compute_cosine(inner, student, teacher.compute_squared_norms())
         return losses.sum() if weights is None else (losses * weights).sum()
     norms = teacher.norms.double()
-    raw = (teacher.squares().double() * norms**2).sum()
+    raw = (teacher.compute_squared_norms().double() * norms**2).sum()
     weight = hidden.shape[0] if weights is None else weights.sum()
-    return weight * (1 - _cosine((inner.double() * norms).sum(), student.double().sum(), raw)).float()
+    return weight * (1 - _compute_cosine((inner.double() * norms).sum(), student.double().sum(), raw)).float()
 
 
-def _cosine(inner: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+def _compute_cosine(inner: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
     """Of an inner product and two squared norms; 0, with no gradient that is no number, where one is 0."""
     return inner / (ours.clamp_min(_LEAST_SQUARE).sqrt() * theirs.sqrt()).clamp_min(_LEAST_NORM)
 
 
 @lru_cache(maxsize=4)
-def resampling(num_student: int, num_teacher: int, *, pool: int | None = None) -> Float[Tensor, "m n"] | None:
+def make_resampling_matrix(
+    num_student: int, num_teacher: int, *, pool: int | None = None
+) -> Float[Tensor, "m n"] | None:
     """What brings an image's rows from the student's square grid to the teacher's; None where they are the same.
 
     Each row is the mean over the area of a cell of the teacher's grid, or of a block of pool x pool cells (see
@@ -120,7 +124,7 @@ def resampling(num_student: int, num_teacher: int, *, pool: int | None = None) -
     """
     if num_student == num_teacher and pool is None:
         return None
-    ours, theirs = _side(num_student), _side(num_teacher)
+    ours, theirs = _compute_side(num_student), _compute_side(num_teacher)
     block = 1 if pool is None else pool
     cells = np.arange(ours + 1) * theirs  # edges, both in units of 1 / (ours * theirs)
     blocks = np.append(np.arange(0, theirs, block), theirs) * ours
@@ -129,30 +133,30 @@ def resampling(num_student: int, num_teacher: int, *, pool: int | None = None) -
     return torch.from_numpy(np.kron(line, line)).float()
 
 
-def _side(num_tokens: int) -> int:
+def _compute_side(num_tokens: int) -> int:
     side = math.isqrt(num_tokens)
     if side * side != num_tokens or side == 0:
         raise ValueError(f"{num_tokens} visual tokens are no square grid")
     return side
 
 
-def head_metric(weight: Float[Tensor, "w d"], *, vocab_size: int) -> Float[Tensor, "d d"]:
+def compute_head_gram(weight: Float[Tensor, "w d"], *, vocab_size: int) -> Float[Tensor, "d d"]:
     """W^T W of the first `vocab_size` rows of a head, in float32."""
-    return _HeadMetric.apply(weight, vocab_size)
+    return _HeadGram.apply(weight, vocab_size)
 
 
-class _HeadMetric(torch.autograd.Function):
+class _HeadGram(torch.autograd.Function):
     """Keeps the weight itself, which ZeRO-3 gathers again for the backward pass, and no copy in float32."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, vocab_size: int) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.vocab_size = vocab_size
-        metric = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float32)
+        head_gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float32)
         for start in range(0, vocab_size, _HEAD_ROWS):
             part = weight[start : min(start + _HEAD_ROWS, vocab_size)].float()
-            metric.addmm_(part.T, part)
-        return metric
+            head_gram.addmm_(part.T, part)
+        return head_gram
 
     @staticmethod
     @once_differentiable

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from student_train.losses.config import Divergence, Treatment
-from student_train.losses.divergences import LINEAR, Term, term
+from student_train.losses.divergences import LINEAR, EventLoss, select_event_loss
 
-LEAST_TAIL = 2.0**-24  # what a float32 beside 1 cannot tell from 0: a tail mass of 0 stands for this much
+MIN_TAIL_MASS = 2.0**-24  # what a float32 beside 1 cannot tell from 0: a tail mass of 0 stands for this much
 PROFILE_FLOOR = 1e-3  # of a tail profile, spread evenly: no token is impossible outside the stored set
 _BLOCK = {"cpu": 1 << 20}  # logits whose elements are computed on at once; a core's cache, or few kernels elsewhere
 _BLOCK_ELSEWHERE = 1 << 26
@@ -53,7 +53,7 @@ class TeacherRows:
             **of_rows,
         )
 
-    def at(self, rows: Int[Tensor, " s"]) -> TeacherRows:
+    def select_rows(self, rows: Int[Tensor, " s"]) -> TeacherRows:
         """Some rows, in the order of their indices."""
         counts = self.offsets.diff()[rows]
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -62,14 +62,14 @@ class TeacherRows:
         of_rows = {name: getattr(self, name)[rows] for name in ("num_exact", "tail_mass", "entropy", "log_sum_exp")}
         return TeacherRows(offsets=offsets, ids=self.ids[entries], logprobs=self.logprobs[entries], **of_rows)
 
-    def row_of_entry(self) -> Int[Tensor, " e"]:
+    def expand_row_indices(self) -> Int[Tensor, " e"]:
         """The row that each entry belongs to."""
         rows = torch.arange(self.num_rows, device=self.ids.device)
         return rows.repeat_interleave(self.offsets.diff(), output_size=self.ids.shape[0])
 
     def is_exact(self) -> Bool[Tensor, " e"]:
         """True for exact entries, False for sampled ones."""
-        row = self.row_of_entry()
+        row = self.expand_row_indices()
         return torch.arange(row.shape[0], device=row.device) - self.offsets[row] < self.num_exact[row]
 
     def to(self, device: torch.device) -> TeacherRows:
@@ -79,7 +79,7 @@ class TeacherRows:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LossSpec:
     """How student rows are compared with teacher rows; the fields are those of DistributionLossSection.
 
     At temperature T both sides are, and the sum is multiplied by T^2, so that gradients keep their size.
@@ -92,15 +92,15 @@ class Rule:
     column: int | None = None  # of the stored rows' log-sum-exp that is of this temperature
 
     @property
-    def term(self) -> Term:
-        return term(self.divergence, self.beta)
+    def select_event_loss(self) -> EventLoss:
+        return select_event_loss(self.divergence, self.beta)
 
 
-BUCKET = Rule()
+BUCKET_SPEC = LossSpec()
 
 
 @dataclass(frozen=True, eq=False)
-class Events:
+class TeacherEvents:
     """Teacher rows as a treatment reads them: some tokens, and any other token together."""
 
     edges: list[int]  # o, of the entries
@@ -110,10 +110,10 @@ class Events:
     spread: Float[Tensor, " r"] | None  # mass that the profile spreads over the other tokens, instead of `log_rest`
     constant: Float[Tensor, " r"]  # is added to the loss
 
-    def slice(self, start: int, stop: int) -> Events:
+    def slice(self, start: int, stop: int) -> TeacherEvents:
         """Rows start : stop."""
         first, last = self.edges[start], self.edges[stop]
-        return Events(
+        return TeacherEvents(
             edges=[edge - first for edge in self.edges[start : stop + 1]],
             ids=self.ids[first:last],
             log_p=self.log_p[first:last],
@@ -122,45 +122,45 @@ class Events:
             constant=self.constant[start:stop],
         )
 
-    def counts(self) -> Int[Tensor, " r"]:
+    def count_entries(self) -> Int[Tensor, " r"]:
         """Entries of each row."""
         return torch.tensor(self.edges, device=self.ids.device).diff()
 
 
-def events_of(teacher: TeacherRows, rule: Rule, *, vocab_size: int, dtype: torch.dtype) -> Events:
+def make_events(teacher: TeacherRows, spec: LossSpec, *, vocab_size: int, dtype: torch.dtype) -> TeacherEvents:
     """What a treatment makes of stored rows; `exact` has none."""
-    row = teacher.row_of_entry()
+    row = teacher.expand_row_indices()
     nothing = torch.full_like(teacher.tail_mass, -torch.inf, dtype=dtype)
     constant = torch.zeros_like(nothing)
-    if rule.treatment == "unbiased":
-        if rule.divergence == "forward_kl":
+    if spec.treatment == "unbiased":
+        if spec.divergence == "forward_kl":
             constant = -teacher.entropy.to(dtype)
-        return Events(teacher.offsets.tolist(), teacher.ids, teacher.logprobs.to(dtype), nothing, None, constant)
+        return TeacherEvents(teacher.offsets.tolist(), teacher.ids, teacher.logprobs.to(dtype), nothing, None, constant)
     exact = teacher.is_exact()
     row, ids = row[exact], teacher.ids[exact]
     log_p = teacher.logprobs[exact].to(dtype)
-    if rule.temperature != 1:
-        log_p = log_p / rule.temperature
-        if rule.treatment != "renormalise":
-            assert rule.column is not None
-            log_p = log_p - teacher.log_sum_exp[:, rule.column].to(dtype)[row]
+    if spec.temperature != 1:
+        log_p = log_p / spec.temperature
+        if spec.treatment != "renormalise":
+            assert spec.column is not None
+            log_p = log_p - teacher.log_sum_exp[:, spec.column].to(dtype)[row]
     head = torch.zeros_like(constant).index_add_(0, row, log_p.exp())
-    if rule.treatment == "renormalise":
+    if spec.treatment == "renormalise":
         log_p = log_p - head.log()[row]
     edges = [0, *teacher.num_exact.cumsum(0).tolist()]
-    if rule.treatment in ("truncate", "renormalise"):
-        return Events(edges, ids, log_p, nothing, None, constant)
-    if rule.temperature == 1:
+    if spec.treatment in ("truncate", "renormalise"):
+        return TeacherEvents(edges, ids, log_p, nothing, None, constant)
+    if spec.temperature == 1:
         rest = teacher.tail_mass.to(dtype)
     else:  # rounding may have brought the entries above 1
         log_p = log_p - head.clamp_min(1).log()[row]
         rest = 1 - head.clamp_max(1)
-    if rule.divergence == "reverse_kl":
-        rest = rest.clamp_min(LEAST_TAIL)
+    if spec.divergence == "reverse_kl":
+        rest = rest.clamp_min(MIN_TAIL_MASS)
     rest = rest * (teacher.num_exact < vocab_size)
-    if rule.treatment == "profile":
-        return Events(edges, ids, log_p, nothing, rest, constant)
-    return Events(edges, ids, log_p, rest.log(), None, constant)
+    if spec.treatment == "profile":
+        return TeacherEvents(edges, ids, log_p, nothing, rest, constant)
+    return TeacherEvents(edges, ids, log_p, rest.log(), None, constant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,7 @@ class TailProfile:
     exact_log_mass: Float[Tensor, " v"]  # float64: 1 minus the mass of stored tokens loses digits in float32
 
     @staticmethod
-    def of(profile: Float[Tensor, " v"], *, temperature: float = 1.0, dtype: torch.dtype) -> TailProfile:
+    def from_mass(profile: Float[Tensor, " v"], *, temperature: float = 1.0, dtype: torch.dtype) -> TailProfile:
         """A profile of any sum with `PROFILE_FLOOR` spread evenly, p^(1/T) of it where T is not 1."""
         wide = profile.double()
         log_mass = ((1 - PROFILE_FLOOR) * wide / wide.sum() + PROFILE_FLOOR / len(wide)).log() / temperature
@@ -181,18 +181,18 @@ class TailProfile:
 
 
 @dataclass(frozen=True, eq=False)
-class Against:
+class ChunkTarget:
     """What a chunk of rows is compared with: stored rows as events, or logits of the teacher."""
 
-    rule: Rule
-    events: Events | None = None
+    spec: LossSpec
+    events: TeacherEvents | None = None
     logits: Float[Tensor, "r v"] | None = None
     profile: TailProfile | None = None
 
-    def slice(self, start: int, stop: int) -> Against:
+    def slice(self, start: int, stop: int) -> ChunkTarget:
         """Rows start : stop."""
-        return Against(
-            self.rule,
+        return ChunkTarget(
+            self.spec,
             None if self.events is None else self.events.slice(start, stop),
             None if self.logits is None else self.logits[start:stop],
             self.profile,
@@ -210,10 +210,10 @@ class RowSums:
         return RowSums(self.cross_entropy + other.cross_entropy, self.divergence + other.divergence)
 
 
-def row_losses_(
+def differentiate_rows_(
     logits: Float[Tensor, "r v"],
     labels: Int[Tensor, " r"] | None = None,
-    against: Against | None = None,
+    target: ChunkTarget | None = None,
     *,
     label_weight: float = 1.0,
     weight: float = 1.0,
@@ -228,55 +228,60 @@ def row_losses_(
     step = max(1, _BLOCK.get(logits.device.type, _BLOCK_ELSEWHERE) // vocab_size)
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        block, part = logits[start:stop], None if against is None else against.slice(start, stop)
+        block, part = logits[start:stop], None if target is None else target.slice(start, stop)
         of_block = None if labels is None else labels[start:stop]
         if part is None:
-            part = _nothing(block)
-        if of_block is not None and part.rule.temperature != 1:  # two softmaxes
+            part = _make_empty_target(block)
+        if of_block is not None and part.spec.temperature != 1:  # two softmaxes
             other = block.clone()
-            sums += _block_(other, None, part, label_weight, weight, gradient)
-            sums += _block_(block, of_block, _nothing(block), label_weight, weight, gradient)
+            sums += _differentiate_block_(other, None, part, label_weight, weight, gradient)
+            sums += _differentiate_block_(block, of_block, _make_empty_target(block), label_weight, weight, gradient)
             block += other
         else:
-            sums += _block_(block, of_block, part, label_weight, weight, gradient)
+            sums += _differentiate_block_(block, of_block, part, label_weight, weight, gradient)
     return sums
 
 
-def _nothing(block: Tensor) -> Against:
+def _make_empty_target(block: Tensor) -> ChunkTarget:
     """No teacher: rows without events."""
     zeros = block.new_zeros(len(block))
-    none = Events([0] * (len(block) + 1), zeros[:0].long(), zeros[:0], zeros - torch.inf, None, zeros)
-    return Against(BUCKET, none)
+    none = TeacherEvents([0] * (len(block) + 1), zeros[:0].long(), zeros[:0], zeros - torch.inf, None, zeros)
+    return ChunkTarget(BUCKET_SPEC, none)
 
 
-def _block_(
-    z: Tensor, labels: Tensor | None, against: Against, label_weight: float, weight: float, gradient: bool
+def _differentiate_block_(
+    z: Tensor, labels: Tensor | None, target: ChunkTarget, label_weight: float, weight: float, gradient: bool
 ) -> RowSums:
-    rule, events = against.rule, against.events
-    if rule.temperature != 1:
-        z /= rule.temperature
-    weights = (0.0 if labels is None else label_weight, weight * rule.temperature)
+    spec, events = target.spec, target.events
+    if spec.temperature != 1:
+        z /= spec.temperature
+    weights = (0.0 if labels is None else label_weight, weight * spec.temperature)
     # Below temperature 1 a profile's floor is raised to a power; what it leaves to other tokens may underflow.
-    if events is not None and (events.spread is None or (rule.divergence in LINEAR and rule.temperature >= 1)):
-        sums = _events_step_(z, labels, events, against, weights, gradient)
+    if events is not None and (events.spread is None or (spec.divergence in LINEAR and spec.temperature >= 1)):
+        sums = _differentiate_events_(z, labels, events, target, weights, gradient)
     else:
-        sums = _dense_step_(z, labels, _log_p(against), rule.term, weights, gradient)
-    return RowSums(sums.cross_entropy, sums.divergence * rule.temperature**2)
+        sums = _differentiate_dense_(z, labels, _make_dense_log_p(target), spec.event_loss, weights, gradient)
+    return RowSums(sums.cross_entropy, sums.divergence * spec.temperature**2)
 
 
-def _events_step_(
-    z: Tensor, labels: Tensor | None, events: Events, against: Against, weights: tuple[float, float], gradient: bool
+def _differentiate_events_(
+    z: Tensor,
+    labels: Tensor | None,
+    events: TeacherEvents,
+    target: ChunkTarget,
+    weights: tuple[float, float],
+    gradient: bool,
 ) -> RowSums:
     """Rows whose other tokens share one event, or a profile in which the loss is linear."""
-    rule, profile = against.rule, against.profile
-    counts, ids = events.counts(), events.ids
+    spec, profile = target.spec, target.profile
+    counts, ids = events.count_entries(), events.ids
     row = torch.arange(len(z), device=z.device).repeat_interleave(counts, output_size=ids.shape[0])
     stored = z[row, ids]  # (e,)
     at_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
     shape = dot = None
     if events.spread is not None:
         assert profile is not None
-        shape = _shape(events.spread, profile, ids, counts)
+        shape = _scale_profile(events.spread, profile, ids, counts)
         z[row, ids] = 0
         dot = z @ profile.mass
     z[row, ids] = -torch.inf
@@ -284,20 +289,20 @@ def _events_step_(
     top.masked_fill_(top == -torch.inf, 0)
     rest = z.sub_(top[:, None]).exp_().sum(1)
     log_rest = top + rest.log()
-    log_z = torch.logaddexp(log_rest, _log_sums(stored, counts))
+    log_z = torch.logaddexp(log_rest, _log_sum_exp_entries(stored, counts))
     log_q, log_q_rest = stored - log_z[row], log_rest - log_z
 
-    function = term("cross_entropy") if rule.treatment == "unbiased" else rule.term
+    function = select_event_loss("cross_entropy") if spec.treatment == "unbiased" else spec.event_loss
     value, slope = function(events.log_p, log_q)
     rest_value, rest_slope = function(events.log_rest, log_q_rest)
     total = value.sum() + rest_value.sum() + events.constant.sum()
-    slopes = _sums(slope, counts) + rest_slope  # (r,)
+    slopes = _sum_entries(slope, counts) + rest_slope  # (r,)
     if shape is not None:
         assert profile is not None and events.spread is not None and dot is not None  # noqa: PT018
         total = total + (events.spread * log_z - shape * dot).sum()
         slopes -= events.spread
-        if rule.divergence == "forward_kl":
-            total = total + _spread_logs(events, profile, shape, counts)
+        if spec.divergence == "forward_kl":
+            total = total + _sum_spread_p_log_p(events, profile, shape, counts)
     surprise = total.new_zeros(()) if at_label is None else (log_z - at_label).sum()
     if gradient:
         label_weight, weight = weights
@@ -313,11 +318,11 @@ def _events_step_(
     return RowSums(surprise, total)
 
 
-def _dense_step_(
+def _differentiate_dense_(
     z: Tensor,
     labels: Tensor | None,
     log_p: Float[Tensor, "r v"],
-    function: Term,
+    function: EventLoss,
     weights: tuple[float, float],
     gradient: bool,
 ) -> RowSums:
@@ -336,15 +341,15 @@ def _dense_step_(
     return RowSums(surprise, value.sum())
 
 
-def _log_p(against: Against) -> Float[Tensor, "r v"]:
+def _make_dense_log_p(target: ChunkTarget) -> Float[Tensor, "r v"]:
     """Whole rows of the teacher at the rule's temperature, some at a time."""
-    if against.logits is not None:
-        return (against.logits / against.rule.temperature).log_softmax(1)
-    events, profile = against.events, against.profile
+    if target.logits is not None:
+        return (target.logits / target.spec.temperature).log_softmax(1)
+    events, profile = target.events, target.profile
     assert events is not None
     assert events.spread is not None
     assert profile is not None
-    counts = events.counts()
+    counts = events.count_entries()
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(events.ids))
     rows = profile.log_mass.repeat(len(counts), 1)
     rows[row, events.ids] = -torch.inf
@@ -353,27 +358,27 @@ def _log_p(against: Against) -> Float[Tensor, "r v"]:
     return rows
 
 
-def _shape(spread: Tensor, profile: TailProfile, ids: Tensor, counts: Tensor) -> Float[Tensor, " r"]:
+def _scale_profile(spread: Tensor, profile: TailProfile, ids: Tensor, counts: Tensor) -> Float[Tensor, " r"]:
     """What the profile is multiplied by to be the teacher's probability of tokens that are not stored."""
-    outside = 1 - _sums(profile.exact_log_mass[ids].exp(), counts)
+    outside = 1 - _sum_entries(profile.exact_log_mass[ids].exp(), counts)
     return torch.where(spread > 0, spread / outside, 0).to(spread.dtype)
 
 
-def _spread_logs(events: Events, profile: TailProfile, shape: Tensor, counts: Tensor) -> Tensor:
+def _sum_spread_p_log_p(events: TeacherEvents, profile: TailProfile, shape: Tensor, counts: Tensor) -> Tensor:
     """Sum over rows and other tokens of t log t, with t = shape * profile."""
     mass_log = profile.exact_log_mass.exp() * profile.exact_log_mass
-    outside = (mass_log.sum() - _sums(mass_log[events.ids], counts)).to(shape.dtype)
+    outside = (mass_log.sum() - _sum_entries(mass_log[events.ids], counts)).to(shape.dtype)
     assert events.spread is not None
     return (torch.special.xlogy(events.spread, shape) + shape * outside).sum()
 
 
-def _sums(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+def _sum_entries(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
     """Of each row's entries; always in the same order, so that a repeated run is the same to the bit."""
     return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0)
 
 
-def _log_sums(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+def _log_sum_exp_entries(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
     """log(sum(exp)) of each row's entries; minus infinity without any."""
     top = torch.segment_reduce(values, "max", lengths=counts, unsafe=True, initial=-torch.inf)
     top = torch.where(top == -torch.inf, 0, top)
-    return top + _sums((values - top.repeat_interleave(counts, output_size=len(values))).exp(), counts).log()
+    return top + _sum_entries((values - top.repeat_interleave(counts, output_size=len(values))).exp(), counts).log()

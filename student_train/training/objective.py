@@ -16,14 +16,20 @@ from torch.utils.checkpoint import checkpoint
 
 from storage.errors import ConfigError
 from student_train.data.collate import Batch, ImageGrids
-from student_train.losses.averaging import Share, image_weights, row_shares
-from student_train.losses.config import SWITCHES, BalanceLossSection, DistributionLossSection, LossesSection, Treatment
-from student_train.losses.fused_linear import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
+from student_train.losses.averaging import WeightedRows, weigh_images, weigh_rows
+from student_train.losses.config import (
+    LOSS_OPTIONS,
+    BalanceLossSection,
+    DistributionLossSection,
+    LossesSection,
+    Treatment,
+)
+from student_train.losses.fused_linear import HeadLossTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
 from student_train.losses.load_balancing import router_losses
-from student_train.losses.preference import Rewards, preference
-from student_train.losses.relation import head_metric, relation_loss, resampling
+from student_train.losses.preference import Rewards, preference_loss
+from student_train.losses.relation import compute_head_gram, make_resampling_matrix, relation_loss
 from student_train.losses.row_counts import RowCounts
-from student_train.losses.sparse_divergence import Rule, TailProfile, TeacherRows
+from student_train.losses.sparse_divergence import LossSpec, TailProfile, TeacherRows
 from student_train.models.student import Student
 
 
@@ -61,7 +67,7 @@ class Objective(nn.Module):
         self._rows_per_chunk = max(1, chunk_logits // student.vocab_size)  # where the head is called as a module
         self._rules = {name: _rule(losses, teacher, name) for name in ("response", "visual")}
         self._profiles = {
-            name: TailProfile.of(profile, temperature=self._rules[name].temperature, dtype=torch.float32)
+            name: TailProfile.from_mass(profile, temperature=self._rules[name].temperature, dtype=torch.float32)
             for name, profile in teacher.profiles.items()
         }
         self._frozen_metric: Tensor | None = None
@@ -131,7 +137,7 @@ class Objective(nn.Module):
             ratios = ratios - batch.sequence.to(ratios)
         pairs = (ratios if batch.counted else ratios[:0]).view(-1, 2)  # chosen, rejected
         rewards = Rewards(pairs[:, 0], pairs[:, 1])
-        value = preference(rewards, section) + 0 * logprobs.sum()
+        value = preference_loss(rewards, section) + 0 * logprobs.sum()
         shares = {"preference": value, "preference_won": rewards.num_won.float(), "preference_margin": rewards.margin}
         divisor = max(1, totals.samples)
         if self._losses.averaging == "micro_batch":
@@ -158,10 +164,10 @@ class Objective(nn.Module):
     def _row_parts(self, hidden: Tensor, batch: Batch, totals: RowCounts) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of single rows: cross-entropy, response, visual, with their weights; and each without."""
         losses, tasks, parts = self._losses, [], {}
-        shares: list[Share] = []  # of each task
+        shares: list[WeightedRows] = []  # of each task
         if losses.cross_entropy > 0 or losses.response is not None:
             counts = batch.response_counts.tolist() if batch.counted else []
-            of_rows = row_shares(losses.averaging, counts, total_rows=totals.response, totals=totals)
+            of_rows = weigh_rows(losses.averaging, counts, total_rows=totals.response, totals=totals)
             tasks, shares = self._response_tasks(hidden, batch, of_rows)
         num_response_tasks = len(tasks)
         if losses.visual is not None:
@@ -169,9 +175,9 @@ class Objective(nn.Module):
             rows = torch.cat(runs) if runs else hidden[:0]
             counts = batch.teacher_visual_counts if runs and losses.averaging == "samples" else [len(rows)]
             weight = _weight(losses, "visual")
-            for share in row_shares(losses.averaging, counts, total_rows=totals.visual, totals=totals):
-                target = self._target("visual", None if batch.visual is None else share.of(batch.visual))
-                tasks.append(HeadTask(share.of(rows), None, target, weight=weight * share.value))
+            for share in weigh_rows(losses.averaging, counts, total_rows=totals.visual, totals=totals):
+                target = self._target("visual", None if batch.visual is None else share.select(batch.visual))
+                tasks.append(HeadLossTask(share.select(rows), None, target, weight=weight * share.value))
                 shares.append(share)
         if not tasks:
             return hidden.new_zeros((), dtype=torch.float32), {}
@@ -190,8 +196,8 @@ class Objective(nn.Module):
         return loss, parts
 
     def _response_tasks(
-        self, hidden: Tensor, batch: Batch, shares: Sequence[Share]
-    ) -> tuple[list[HeadTask], list[Share]]:
+        self, hidden: Tensor, batch: Batch, shares: Sequence[WeightedRows]
+    ) -> tuple[list[HeadLossTask], list[WeightedRows]]:
         """Labels and teacher of the response rows of each share, and the share of each task.
 
         With `unshifted_mask` labels and teacher are tasks of their own, since their rows differ.
@@ -201,25 +207,25 @@ class Objective(nn.Module):
         after_another = self._after_another(batch) if self._losses.unshifted_mask else None
         tasks, of_tasks = [], []
         for share in shares:
-            labels = share.of(batch.labels) if self._losses.cross_entropy > 0 else None
-            teacher = None if batch.response is None else share.of(batch.response)
-            states = None if batch.hidden is None else share.of(batch.hidden)
+            labels = share.select(batch.labels) if self._losses.cross_entropy > 0 else None
+            teacher = None if batch.response is None else share.select(batch.response)
+            states = None if batch.hidden is None else share.select(batch.hidden)
             if after_another is None:
                 target = self._target("response", teacher, states)
                 factors = {"label_weight": label_weight * share.value, "weight": weight * share.value}
-                tasks.append(HeadTask(share.of(rows), labels, target, **factors))
+                tasks.append(HeadLossTask(share.select(rows), labels, target, **factors))
                 of_tasks.append(share)
                 continue
             if labels is not None:
-                tasks.append(HeadTask(share.of(rows), labels, label_weight=label_weight * share.value))
+                tasks.append(HeadLossTask(share.select(rows), labels, label_weight=label_weight * share.value))
                 of_tasks.append(share)
-            kept = share.of(after_another).nonzero()[:, 0]
+            kept = share.select(after_another).nonzero()[:, 0]
             target = self._target(
                 "response",
-                None if teacher is None else teacher.at(kept),
+                None if teacher is None else teacher.select_rows(kept),
                 None if states is None else states[kept],
             )
-            tasks.append(HeadTask(share.of(rows)[kept], None, target, weight=weight * share.value))
+            tasks.append(HeadLossTask(share.select(rows)[kept], None, target, weight=weight * share.value))
             of_tasks.append(share)
         return tasks, of_tasks
 
@@ -242,7 +248,7 @@ class Objective(nn.Module):
         value = 0 * (hidden[:1].float().sum() + metric.sum())
         if self._losses.literal and len(runs) > 1:
             raise ConfigError("losses.literal is one cosine over a batch of equal images; set micro_batch: 1 for these")
-        weights = image_weights(self._losses.averaging, batch.image_counts if runs else (), totals=totals)
+        weights = weigh_images(self._losses.averaging, batch.image_counts if runs else (), totals=totals)
         start = 0
         for (run, rows), teacher in zip(runs, batch.relation or (), strict=True):
             value = value + relation_loss(
@@ -260,19 +266,19 @@ class Objective(nn.Module):
     def _metric(self, weight: Tensor) -> Tensor:
         """W^T W; of a frozen head made once."""
         if weight.requires_grad:
-            return head_metric(weight, vocab_size=self.student.vocab_size)
+            return compute_head_gram(weight, vocab_size=self.student.vocab_size)
         if self._frozen_metric is None:
-            self._frozen_metric = head_metric(weight, vocab_size=self.student.vocab_size)
+            self._frozen_metric = compute_head_gram(weight, vocab_size=self.student.vocab_size)
         return self._frozen_metric
 
     def _target(
         self, name: str, rows: TeacherRows | None, hidden: Tensor | None = None
     ) -> SparseTarget | HiddenTarget | None:
-        rule = self._rules[name]
-        if rule.treatment == "exact" and hidden is not None:
+        spec = self._rules[name]
+        if spec.treatment == "exact" and hidden is not None:
             assert self._teacher.head is not None
-            return HiddenTarget(hidden, self._teacher.head, rule)
-        return None if rows is None else SparseTarget(rows, rule, self._profiles.get(name))
+            return HiddenTarget(hidden, self._teacher.head, spec)
+        return None if rows is None else SparseTarget(rows, spec, self._profiles.get(name))
 
     def _visual_rows(self, hidden: Tensor, batch: Batch) -> list[tuple[ImageGrids, Float[Tensor, "i n d"]]]:
         """The student's visual rows of each run of images that are alike; none of a batch that is not counted."""
@@ -291,25 +297,25 @@ def _total(values: Iterable[Tensor]) -> Tensor:
 
 def _resampled(rows: Float[Tensor, "i n d"], num_teacher: int) -> Float[Tensor, "s d"]:
     """Visual rows on the teacher's grid, one image after another."""
-    matrix = resampling(rows.shape[1], num_teacher)
+    matrix = make_resampling_matrix(rows.shape[1], num_teacher)
     return (rows if matrix is None else (matrix.to(rows.device) @ rows.float()).to(rows.dtype)).flatten(0, 1)
 
 
 def _matrix(run: ImageGrids, device: torch.device, pool: int | None) -> Tensor | None:
-    matrix = resampling(run.student, run.teacher, pool=pool)
+    matrix = make_resampling_matrix(run.student, run.teacher, pool=pool)
     return None if matrix is None else matrix.to(device)
 
 
-def _rule(losses: LossesSection, teacher: CachedTeacher, name: str) -> Rule:
+def _rule(losses: LossesSection, teacher: CachedTeacher, name: str) -> LossSpec:
     section: DistributionLossSection | None = getattr(losses, name)
     if section is None:
-        return Rule()
+        return LossSpec()
     temperatures = teacher.temperatures.get(name, ())
     column = temperatures.index(section.temperature) if section.temperature in temperatures else None
     treatment = teacher.treatments.get(name) or section.treatment
     if treatment == "auto":
         raise ValueError(f"{name}: the cache decides what 'auto' is; give CachedTeacher.treatments")
-    return Rule(section.divergence, treatment, section.temperature, section.beta, column)
+    return LossSpec(section.divergence, treatment, section.temperature, section.beta, column)
 
 
 def _weight(losses: LossesSection, name: str) -> float:
@@ -330,7 +336,7 @@ def part_names(losses: LossesSection) -> tuple[str, ...]:
     """The parts that these losses compute, in the order of `Objective.forward`."""
     names: list[str] = []
     for name in LossesSection.model_fields:
-        if name not in SWITCHES and getattr(losses, name):
+        if name not in LOSS_OPTIONS and getattr(losses, name):
             names += _PARTS.get(name, (name,))
     return tuple(names)
 

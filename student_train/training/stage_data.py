@@ -22,7 +22,7 @@ from student_train.data.image_inputs import ImageInputs
 from student_train.data.mixture import Mixture, Source
 from student_train.data.sample_filter import filtered
 from student_train.data.sample_images import ImageFolder
-from student_train.losses.config import DRAWING, DistributionLossSection, LossesSection
+from student_train.losses.config import DRAWING_METHODS, DistributionLossSection, LossesSection
 from student_train.losses.fused_linear import TeacherHead
 from student_train.models.expert_parallel import check_experts
 from student_train.models.loading import Checkpoint, check_fit, check_parts, read_checkpoint
@@ -181,7 +181,7 @@ def check_together(losses: LossesSection, identities: Mapping[str, Identity]) ->
     for family in ("response", "visual"):
         section: DistributionLossSection | None = getattr(losses, family)
         if section:
-            asked[f"treatment of {family}"] = lambda each, family=family, section=section: section.treatment_of(
+            asked[f"treatment of {family}"] = lambda each, family=family, section=section: section.resolve_treatment(
                 _method(each, family)
             )
             asked[f"selection.{family}.temperatures"] = lambda each, family=family: stored_temperatures(each, family)
@@ -212,7 +212,7 @@ def cached_teacher(material: Material, losses: LossesSection) -> CachedTeacher:
     return CachedTeacher(
         centered=relation.centered,
         pool=relation.pool,
-        treatments={name: section.treatment_of(_method(identity, name)) for name, section in sections.items()},
+        treatments={name: section.resolve_treatment(_method(identity, name)) for name, section in sections.items()},
         temperatures={name: stored_temperatures(identity, name) for name in sections},
         profiles={
             name: torch.from_numpy(_tail_profile(material.data, name))
@@ -317,9 +317,9 @@ def check_losses(losses: LossesSection, identity: Identity, held: Collection[str
         if asked:
             asked.check(identity.selection.get(family, {}), f"{place}.{family}")
         method = _method(identity, family)
-        treatment = section.treatment_of(method)
+        treatment = section.resolve_treatment(method)
         given = f"{place}.{family}.treatment is {treatment!r}, but the cache's {family} rows were selected by "
-        if treatment == "unbiased" and method not in DRAWING:
+        if treatment == "unbiased" and method not in DRAWING_METHODS:
             raise ConfigError(
                 f"{given}{method!r}, which keeps nothing of the tail; use 'bucket', or dump with method 'threshold'"
             )

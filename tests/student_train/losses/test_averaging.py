@@ -14,10 +14,10 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from student_train.config import StageSection
 from student_train.data.sample_images import open_images
-from student_train.losses.averaging import Share, image_weights, row_shares
+from student_train.losses.averaging import WeightedRows, weigh_images, weigh_rows
 from student_train.losses.config import LossesSection
 from student_train.losses.row_counts import RowCounts
-from student_train.losses.sparse_divergence import Rule
+from student_train.losses.sparse_divergence import LossSpec
 from student_train.training.stage_data import Material, prepare
 from tests.student_train.references import sparse_loss
 from tests.student_train.training.test_objective import Run
@@ -28,21 +28,24 @@ TOTALS = RowCounts(response=40, visual=64, relation=4, samples=5, micro_batches=
 
 def test_shares_of_rows_samples_and_micro_batches() -> None:
     counts = [3, 0, 5]
-    assert row_shares("rows", counts, total_rows=40, totals=TOTALS) == [Share(0, 8, 1 / 40)]
-    assert row_shares("micro_batch", counts, total_rows=40, totals=TOTALS) == [Share(0, 8, 1 / 24)]
-    assert row_shares("samples", counts, total_rows=40, totals=TOTALS) == [Share(0, 3, 1 / 15), Share(3, 8, 1 / 25)]
-    assert image_weights("rows", [2, 0, 1], totals=TOTALS) == [1 / 4] * 3
-    assert image_weights("micro_batch", [2, 0, 1], totals=TOTALS) == [1 / 9] * 3
-    assert image_weights("samples", [2, 0, 1], totals=TOTALS) == [1 / 10, 1 / 10, 1 / 5]
+    assert weigh_rows("rows", counts, total_rows=40, totals=TOTALS) == [WeightedRows(0, 8, 1 / 40)]
+    assert weigh_rows("micro_batch", counts, total_rows=40, totals=TOTALS) == [WeightedRows(0, 8, 1 / 24)]
+    assert weigh_rows("samples", counts, total_rows=40, totals=TOTALS) == [
+        WeightedRows(0, 3, 1 / 15),
+        WeightedRows(3, 8, 1 / 25),
+    ]
+    assert weigh_images("rows", [2, 0, 1], totals=TOTALS) == [1 / 4] * 3
+    assert weigh_images("micro_batch", [2, 0, 1], totals=TOTALS) == [1 / 9] * 3
+    assert weigh_images("samples", [2, 0, 1], totals=TOTALS) == [1 / 10, 1 / 10, 1 / 5]
 
 
 @pytest.mark.parametrize("mean", ["rows", "samples", "micro_batch"])
 def test_a_micro_batch_without_rows_has_one_empty_share(mean: Any) -> None:
     for counts in ([], [0, 0]):
-        (share,) = row_shares(mean, counts, total_rows=0, totals=RowCounts(0, 0, 0))
+        (share,) = weigh_rows(mean, counts, total_rows=0, totals=RowCounts(0, 0, 0))
         assert (share.start, share.stop) == (0, 0)
         assert np.isfinite(share.value)
-    assert image_weights(mean, [0, 0], totals=TOTALS) == []
+    assert weigh_images(mean, [0, 0], totals=TOTALS) == []
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +77,8 @@ def published(run: Run, *, ranks: int, micro: int) -> tuple[dict[str, float], di
             assert record.response is not None
             zeros = np.zeros(64)
             rows["cross_entropy"].append(cross_entropy(before, labels, reduction="sum"))
-            rows["response"].append(sparse_loss(record.response, zeros, before, Rule()))
-            rows["visual"].append(sparse_loss(record.visual[image.key], zeros, logits[is_image], Rule()))
+            rows["response"].append(sparse_loss(record.response, zeros, before, LossSpec()))
+            rows["visual"].append(sparse_loss(record.visual[image.key], zeros, logits[is_image], LossSpec()))
             num_response += len(labels)
             num_visual += int(is_image.sum())
             matrix = record.relation[image.key]

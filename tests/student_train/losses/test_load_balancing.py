@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from student_train.losses.load_balancing import router_losses, router_statistics
+from student_train.losses.load_balancing import router_losses, summarize_routers
 
 
 def test_an_even_router_costs_one_a_layer():
@@ -77,7 +77,7 @@ def test_statistics_of_batches_are_those_of_their_tokens_together():
     parts = [
         (n, router_losses([layer[a : a + n] for layer in layers], everywhere[:n], top_k=2)) for a, n in ((0, 9), (9, 3))
     ]
-    statistics = router_statistics(parts)
+    statistics = summarize_routers(parts)
     torch.testing.assert_close(torch.tensor(statistics["load"]), whole.load)
     assert statistics["entropy"] == pytest.approx(float(whole.entropy), rel=1e-5)
     assert statistics["z"] == pytest.approx(float(whole.z) / 2, rel=1e-5)  # a layer

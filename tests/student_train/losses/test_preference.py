@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.losses.preference import Rewards, dpo, ipo, kto_pair, mean_of
+from student_train.losses.preference import Rewards, dpo, expand_mean, ipo, kto_pair
 from tests.hypothesis_profiles import examples
 
 RATIOS = st.lists(st.tuples(st.floats(-40, 40), st.floats(-40, 40)), min_size=1, max_size=6)
@@ -47,7 +47,7 @@ def test_kto_pair_with_each_pair_its_own_reference_by_hand():
 
 def test_kto_pair_with_the_batch_as_reference_by_hand():
     both = rewards([(4.0, -2.0), (2.0, 6.0)])  # means: 3 and 2
-    value = kto_pair(both, beta=0.5, kl_chosen=mean_of(both.chosen), kl_rejected=mean_of(both.rejected))
+    value = kto_pair(both, beta=0.5, kl_chosen=expand_mean(both.chosen), kl_rejected=expand_mean(both.rejected))
     first = (1 - sigmoid(0.5 * (4 - 2))) + (1 - sigmoid(0.5 * (3 + 2)))
     second = (1 - sigmoid(0.5 * (2 - 2))) + (1 - sigmoid(0.5 * (3 - 6)))
     assert value.item() == pytest.approx((first + second) / 2)
@@ -55,7 +55,7 @@ def test_kto_pair_with_the_batch_as_reference_by_hand():
 
 def test_a_mean_pulls_every_pair_with_its_share():
     values = torch.tensor([4.0, 2.0, -3.0], requires_grad=True)
-    means = mean_of(values)
+    means = expand_mean(values)
     assert means.tolist() == [1.0, 1.0, 1.0]
     (gradient,) = torch.autograd.grad(means[0], values)
     assert gradient.tolist() == pytest.approx([1 / 3] * 3)
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_finite_differences(loss):
     def value(chosen, rejected):
         each = Rewards(chosen, rejected)
         if loss == "kto":
-            return kto_pair(each, beta=0.3, kl_chosen=mean_of(chosen), kl_rejected=mean_of(rejected))
+            return kto_pair(each, beta=0.3, kl_chosen=expand_mean(chosen), kl_rejected=expand_mean(rejected))
         return dpo(each, beta=0.3, label_smoothing=0.2) if loss == "dpo" else ipo(each, beta=0.3)
 
     assert torch.autograd.gradcheck(value, (both.chosen, both.rejected))

@@ -26,7 +26,7 @@ from student_train.evaluation.ask import answer
 from student_train.evaluation.evaluate import evaluate_model
 from student_train.evaluation.generation import greedy
 from student_train.losses.config import LossesSection
-from student_train.losses.relation import head_metric, relation_loss, teacher_relations
+from student_train.losses.relation import compute_head_gram, relation_loss, stack_relations
 from student_train.losses.row_counts import RowCounts
 from student_train.models.checkpoint import save_checkpoint
 from student_train.models.huggingface import load_processor, load_weights
@@ -274,7 +274,7 @@ def test_losses_over_images_of_several_sizes_are_means_over_images(
     assert totals.visual == sum(run.num_images * run.teacher for run in batch.grids)
     with torch.no_grad():
         parts = objective(batch, totals, totals)
-        metric = head_metric(model.lm_head.weight, vocab_size=VOCAB_SIZE)
+        metric = compute_head_gram(model.lm_head.weight, vocab_size=VOCAB_SIZE)
         sums = {"visual": 0.0, "relation": 0.0, "rows": 0, "images": 0}
         for record in records:
             one = collate([record], material.checkpoint.grid, vision.gather, families=loss_families(losses))
@@ -285,7 +285,7 @@ def test_losses_over_images_of_several_sizes_are_means_over_images(
                 start += image.num_visual_tokens
                 of_image = states[places]
                 relation = record.relation[image.key]
-                relations = teacher_relations([relation], size=image.num_visual_tokens)
+                relations = stack_relations([relation], size=image.num_visual_tokens)
                 sums["relation"] += relation_loss(of_image[None], metric, relations).item()
                 sums["images"] += 1
             alone = RowCounts(response=1, visual=1, relation=1, samples=1)

@@ -21,7 +21,7 @@ from student_train.data.sample_images import FeatureStore, VisionSource, open_im
 from student_train.evaluation.evaluate import evaluate_model
 from student_train.losses.config import LossesSection, PreferenceLossSection
 from student_train.losses.load_balancing import router_losses
-from student_train.losses.preference import Rewards, preference
+from student_train.losses.preference import Rewards, preference_loss
 from student_train.losses.row_counts import RowCounts
 from student_train.models.loading import freeze, load_student
 from student_train.models.sparse_upcycling import Experts, upcycled
@@ -109,7 +109,7 @@ def test_preference_is_that_of_a_slow_reference_however_a_batch_is_split(dense: 
         ratios.append(logprob - record.sequence.logprob)
     chosen, rejected = torch.stack(ratios).view(-1, 2).T
     rewards = Rewards(chosen, rejected)
-    expected = preference(rewards, PreferenceLossSection.model_validate(section)).item() / 6
+    expected = preference_loss(rewards, PreferenceLossSection.model_validate(section)).item() / 6
     assert totals["preference"] == pytest.approx(expected, rel=1e-5)
     assert totals["loss"] == pytest.approx(expected, rel=1e-5)
     assert totals["preference_margin"] == pytest.approx(rewards.margin.item() / 6, rel=1e-4)
@@ -184,7 +184,7 @@ def test_the_published_mask_misses_the_first_token_of_every_answer(dense: Path, 
         batch,
         response_positions=batch.response_positions[first],
         labels=batch.labels[first],
-        response=batch.response.at(first),
+        response=batch.response.select_rows(first),
         response_counts=torch.ones_like(counts),
     )
     totals = RowCounts(response=int(counts.sum()), visual=0, relation=0, samples=5)

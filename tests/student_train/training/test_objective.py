@@ -15,8 +15,8 @@ from student_train.data.batch_schedule import plans
 from student_train.data.collate import Batch, collate
 from student_train.data.sample_images import FeatureStore, VisionSource, open_images
 from student_train.losses.config import LossesSection
-from student_train.losses.relation import head_metric, relation_loss
-from student_train.losses.sparse_divergence import Rule
+from student_train.losses.relation import compute_head_gram, relation_loss
+from student_train.losses.sparse_divergence import LossSpec
 from student_train.models.loading import freeze, load_student
 from student_train.models.student import Student
 from student_train.training.objective import Objective, part_names
@@ -130,8 +130,8 @@ def test_parts_are_means_over_the_rows_of_the_global_batch(material: Material) -
             zeros = np.zeros(64)
             (image,) = record.tokens.images
             assert record.response is not None
-            sums["response"] += sparse_loss(record.response, zeros, before, Rule()).item()
-            sums["visual"] += sparse_loss(record.visual[image.key], zeros, logits[visual], Rule()).item()
+            sums["response"] += sparse_loss(record.response, zeros, before, LossSpec()).item()
+            sums["visual"] += sparse_loss(record.visual[image.key], zeros, logits[visual], LossSpec()).item()
             gram = states[visual] @ metric @ states[visual].T
             teacher = torch.from_numpy(record.relation[image.key].values)
             sums["relation"] += float(1 - (gram * teacher).sum() / gram.norm() / teacher.norm())
@@ -203,7 +203,7 @@ def test_every_encoding_of_relation_matrices_trains(checkpoint: Path, tmp_path: 
             if relation["encoding"] == "pooled":
                 rows = rows.reshape(2, 2, 2, 2, -1).mean((1, 3)).flatten(0, 1)
                 teacher = teacher.reshape(2, 2, 2, 2, 2, 2, 2, 2).mean((1, 3, 5, 7)).reshape(4, 4)
-            gram = rows @ head_metric(run.student.model.lm_head.weight, vocab_size=300) @ rows.T
+            gram = rows @ compute_head_gram(run.student.model.lm_head.weight, vocab_size=300) @ rows.T
             expected += float(1 - (gram * teacher).sum() / gram.norm() / teacher.norm())
     assert totals["relation"] == pytest.approx(expected / 4, rel=1e-3)
 
@@ -246,7 +246,7 @@ def test_a_teacher_of_another_grid_is_met_on_its_grid(checkpoint: Path, tmp_path
         side = int(tokens**0.5)
         spread = logits.view(4, 4, 300).repeat_interleave(fine // 4, 0).repeat_interleave(fine // 4, 1)
         cells = spread.view(side, fine // side, side, fine // side, 300).mean((1, 3)).flatten(0, 1)
-        visual += sparse_loss(record.visual[image.key], np.zeros(tokens), cells, Rule()).item()
+        visual += sparse_loss(record.visual[image.key], np.zeros(tokens), cells, LossSpec()).item()
         gram, teacher = cells @ cells.T, torch.from_numpy(record.relation[image.key].values)
         relation += float(1 - (gram * teacher).sum() / gram.norm() / teacher.norm())
     assert totals["visual"] == pytest.approx(visual / (4 * tokens), rel=1e-4)
@@ -271,8 +271,8 @@ def test_every_divergence_and_treatment_trains(checkpoint: Path, tmp_path: Path)
         run = Run(material, losses, chunk_logits=300 * 3)
         totals, _ = run(ranks=1, micro=2, size=4)
         assert section.response is not None
-        treatment = section.response.treatment_of("threshold")
-        rule = Rule(section.response.divergence, treatment, section.response.temperature, section.response.beta)
+        treatment = section.response.resolve_treatment("threshold")
+        spec = LossSpec(section.response.divergence, treatment, section.response.temperature, section.response.beta)
         expected, count = 0.0, 0
         for index in material.table.indices:
             batch, record = run.batch(int(index)), material.cache.read(int(index))
@@ -280,8 +280,8 @@ def test_every_divergence_and_treatment_trains(checkpoint: Path, tmp_path: Path)
                 states = run.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
                 logits = run.student.logits(states[batch.response_positions])
             assert record.response is not None
-            column = record.response.log_sum_exp[:, 0] * (rule.temperature == 2)
-            expected += sparse_loss(record.response, column, logits, rule).item()
+            column = record.response.log_sum_exp[:, 0] * (spec.temperature == 2)
+            expected += sparse_loss(record.response, column, logits, spec).item()
             count += len(logits)
         assert totals["response"] == pytest.approx(expected / count, rel=1e-3), response
         assert totals["loss"] == pytest.approx(totals["response"] * section.response.weight, rel=1e-6)
@@ -302,7 +302,7 @@ def test_exact_rows_come_from_hidden_states_and_the_teacher_s_head(checkpoint: P
             states = run.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
             logits = run.student.logits(states[batch.response_positions])
         assert record.hidden is not None
-        expected += dense_loss(head.logits(record.hidden), logits, Rule("reverse_kl", "exact", 1.5)).item()
+        expected += dense_loss(head.logits(record.hidden), logits, LossSpec("reverse_kl", "exact", 1.5)).item()
         count += len(logits)
     assert totals["response"] == pytest.approx(expected / count, rel=1e-4)
 
@@ -343,6 +343,6 @@ def test_samples_without_and_with_several_images_weigh_by_image(checkpoint: Path
     for index in run.material.table.indices:
         batch = run.batch(int(index))
         assert batch.relation is not None
-        metric = head_metric(run.student.model.lm_head.weight.detach(), vocab_size=300)
+        metric = compute_head_gram(run.student.model.lm_head.weight.detach(), vocab_size=300)
         expected += relation_loss(visual_rows(run, batch).view(2, 16, -1), metric, batch.relation[0]).item()
     assert together["relation"] == pytest.approx(expected / 8, rel=1e-4)

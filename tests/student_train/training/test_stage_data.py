@@ -184,7 +184,7 @@ def test_a_cache_in_an_object_store_is_material(checkpoint: Path, cache: Path) -
 def test_draws_are_used_where_there_are_some_and_the_loss_can(
     asked: dict[str, object], method: str, expected: str
 ) -> None:
-    assert DistributionLossSection.model_validate(asked).treatment_of(method) == expected
+    assert DistributionLossSection.model_validate(asked).resolve_treatment(method) == expected
 
 
 def test_the_cache_decides_the_treatment(checkpoint: Path, tmp_path: Path) -> None:
