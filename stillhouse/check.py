@@ -18,11 +18,11 @@ from storage.identity import Identity
 from storage.layout.segments import NewSegment, find_segment, has_cache
 from storage.reader.cache import Cache
 from student_train.config import StageSection
-from student_train.models.compose import check_parts, parts_of
+from student_train.models.compose import check_composition, list_parts
 from student_train.models.expert_parallel import check_ranks
 from student_train.models.loading import check_fit, read_checkpoint
-from student_train.training.stage_data import check_architecture, check_losses, fitting_checkpoint
-from student_train.training.trainer import resolved
+from student_train.training.stage_data import check_architecture, check_losses, read_fitting_checkpoint
+from student_train.training.trainer import resolve_stage
 from teacher_dump.audit.preflight import check_teacher
 from teacher_dump.execution.worker_setup import inspect_data
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
@@ -76,8 +76,8 @@ def _list_unchecked(experiment: Experiment) -> str:
     if has_cache(open_folder(experiment.cache.path)):
         lines.append("the bytes of the cache (`verify`) and whether its rows still fit the teacher (`verify --replay`)")
     for name, section in experiment.stages.items():
-        stage = resolved(section, name)
-        sources = [source.path for source in stage.sources(experiment.cache.path)]
+        stage = resolve_stage(section, name)
+        sources = [source.path for source in stage.list_sources(experiment.cache.path)]
         if not Path(stage.init).is_dir():
             lines.append(f"whether the student of stages.{name} fits: {stage.init} is not there yet")
         elif experiment.cache.path not in sources and not all(has_cache(open_folder(path)) for path in sources):
@@ -128,10 +128,10 @@ def _check_experts(experiment: Experiment) -> None:
         check_ranks(run.section.num_processes, run.section.expert_parallel, stage=run.stage)
 
 
-def _is_made_later(experiment: Experiment, path: str) -> bool:
-    """Whether a checkpoint does not exist yet, but `prepare` or a stage may make it."""
-    outputs = {Path(resolved(section, name).output) for name, section in experiment.stages.items()}
-    return not Path(path).is_dir() and (may_be_made_by_prepare(experiment, path) or Path(path) in outputs)
+def _will_be_made(experiment: Experiment, place: str) -> bool:
+    """Whether a checkpoint is not there yet, but the script of `prepare` or a stage may make it."""
+    outputs = {Path(resolve_stage(section, name).output) for name, section in experiment.stages.items()}
+    return not Path(place).is_dir() and (may_be_prepared(experiment, place) or Path(place) in outputs)
 
 
 def _check_cache(section: CacheSection, identity: Identity) -> str:
@@ -153,31 +153,37 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
 
     Errors: IdentityError if a student does not fit; ConfigError for losses that a cache cannot serve.
     """
-    own_cache = experiment.cache.path
-    families = {"tokens", *experiment.cache.families}
-    if has_cache(open_folder(own_cache)):
-        cache = Cache.open(own_cache, families=())
-        families |= set(cache.families)
-        identity = identity.model_copy(update={"selection": {**cache.identity.selection, **identity.selection}})
-    for field, section in _list_losses(experiment):
-        for source in section.sources(own_cache):
-            if source.path == own_cache:
-                check_losses(section.losses, identity, families, place=field)
+    has_one = has_cache(open_folder(experiment.cache.path))
+    held = {"tokens", *experiment.cache.families}
+    if has_one:
+        there = Cache.open(experiment.cache.path, families=())
+        held |= set(there.families)
+        identity = identity.model_copy(update={"selection": {**there.identity.selection, **identity.selection}})
+    asked = {f"stages.{name}.losses": section for name, section in experiment.stages.items()}
+    for name, run in experiment.ablations.runs.items():
+        overrides = (*experiment.overrides, *run.overrides())
+        stages = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"]
+        stage = stages[run.stage]
+        asked[f"ablations.runs.{name}: losses"] = stage
+    for place, section in asked.items():
+        for source in section.list_sources(experiment.cache.path):
+            if source.path == experiment.cache.path:
+                check_losses(section.losses, identity, held, place=place)
             elif has_cache(open_folder(source.path)):
                 other = Cache.open(source.path, families=())
                 check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {field}")
     for name, section in experiment.stages.items():
-        stage = resolved(section, name)
-        if stage.compose is not None and not any(_is_made_later(experiment, part) for part in parts_of(stage.compose)):
-            check_parts(stage.compose, f"{experiment.path}: stages.{name}")
-            yield f"stages.{name}: the parts of compose fit together"
+        stage = resolve_stage(section, name)
+        if stage.compose is not None and not any(_will_be_made(experiment, part) for part in list_parts(stage.compose)):
+            check_composition(stage.compose, f"{experiment.path}: stages.{name}")
+            yield f"stages.{name}: the parts of compose go together"
         if not Path(stage.init).is_dir():
             continue
-        paths = [source.path for source in stage.sources(own_cache)]
+        paths = [source.path for source in stage.list_sources(experiment.cache.path)]
         if all(has_cache(open_folder(path)) for path in paths):
-            notes, noun = fitting_checkpoint(stage, own_cache).notes, "cache" if len(paths) == 1 else "caches"
-            yield f"stages.{name}: {stage.init} fits the {noun}{_indent_lines(notes)}"
-        elif own_cache in paths:
+            notes = read_fitting_checkpoint(stage, experiment.cache.path).notes
+            yield f"stages.{name}: {stage.init} fits the {'cache' if len(paths) == 1 else 'caches'}{_shown(notes)}"
+        elif experiment.cache.path in paths:
             checkpoint = read_checkpoint(stage.init)
             check_architecture(checkpoint, stage)
             notes = check_fit(checkpoint, identity)

@@ -45,15 +45,19 @@ def check_training_start(stage: StageSection, name: str, cache_path: str, *, spl
     `splits` are those of the evaluation after the training, None without one. A composed student that does not exist
     yet has only its parts checked; the ranks check whether the whole fits the caches.
     """
-    stage = resolved(stage, name)
+    from student_train.models.compose import check_composition
+    from student_train.training.stage_data import open_mixture, prepare_stage_data, select_samples_of_caches
+    from student_train.training.trainer import resolve_stage
+
+    stage = resolve_stage(stage, name)
     if stage.compose is None:
-        data = prepare(stage, cache_path).data
+        data = prepare_stage_data(stage, cache_path).mixture
     else:
         if not Path(stage.init).is_dir():
-            check_parts(stage.compose, f"stages.{name}")
+            check_composition(stage.compose, f"stages.{name}")
         data = open_mixture(stage, cache_path)
     if splits is not None:
-        samples_of_any([source.cache for source in data.sources], splits)
+        select_samples_of_caches([source.cache for source in data.sources], splits)
 
 
 def make_training_flags(*, again: bool = False, restart: bool = False, if_changed: bool = True) -> tuple[str, ...]:

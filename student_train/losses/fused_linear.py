@@ -1,9 +1,9 @@
-"""The output head and the losses of its logits in one step: logits of a few rows at a time, never of all.
+"""The output head fused with the losses of its logits: logits exist for one chunk of rows at a time.
 
 Legend: r rows, d hidden, w rows of the head (w >= v), v vocabulary.
-Gradients are computed in the forward pass, while a chunk's logits are in memory, and multiplied by the
-incoming one in the backward pass: so the head is multiplied three times, as in plain cross-entropy. Computed in
-float32 whatever the input's dtype, products of bfloat16 and float16 included.
+Gradients are computed in the forward pass, while a chunk's logits are in memory, and multiplied by the incoming
+gradient in the backward pass. So the head is multiplied three times, as in plain cross-entropy. Computed in
+float32 whatever the input's dtype, including products of bfloat16 and float16.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from student_train.losses.sparse_divergence import (
 
 @dataclass(frozen=True, eq=False)
 class SparseTarget:
-    """Stored rows of the teacher, and how they are read."""
+    """Stored teacher rows and the loss spec that reads them."""
 
     rows: TeacherRows
     spec: LossSpec = BUCKET_SPEC
-    profile: TailProfile | None = None  # of treatment `profile`, at the rule's temperature
+    profile: TailProfile | None = None  # for treatment `profile`, at the spec's temperature
 
     def select_chunk(self, start: int, stop: int, like: Float[Tensor, "r v"]) -> ChunkTarget:
-        """Rows start : stop, for logits of a dtype."""
+        """Return the target of rows start : stop, for logits with the dtype and vocabulary of `like`."""
         rows = self.rows.slice(start, stop)
         events = make_events(rows, self.spec, vocab_size=like.shape[1], dtype=like.dtype)
         return ChunkTarget(self.spec, events=events, profile=self.profile)
@@ -48,17 +48,17 @@ class SparseTarget:
 
 @dataclass(frozen=True, eq=False)
 class TeacherHead:
-    """The teacher's head; see storage.encoding.output_head.StoredHead, whose logits these are."""
+    """The teacher's head on torch; computes the same logits as storage.encoding.output_head.StoredHead."""
 
     weight: Float[Tensor, "v d"]
     bias: Float[Tensor, " v"] | None = None
     scale: float = 1.0
     soft_cap: float | None = None
 
-    def logits(self, hidden: Float[Tensor, "r d"], *, dtype: torch.dtype) -> Float[Tensor, "r v"]:
-        """Raw logits."""
+    def compute_logits(self, hidden: Float[Tensor, "r d"], *, dtype: torch.dtype) -> Float[Tensor, "r v"]:
+        """Return raw logits in `dtype`."""
         logits = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
-        select_products(self.weight, result=dtype).logits(hidden, self.weight, out=logits)
+        select_products(self.weight, result=dtype).compute_logits(hidden, self.weight, out=logits)
         if self.bias is not None:
             logits += self.bias
         logits *= self.scale
@@ -67,20 +67,20 @@ class TeacherHead:
 
 @dataclass(frozen=True, eq=False)
 class HiddenTarget:
-    """The teacher's final-norm hidden states: with its head, whole rows."""
+    """The teacher's final-norm hidden states and its head, which give whole teacher rows."""
 
     hidden: Float[Tensor, "r d"]
     head: TeacherHead
     spec: LossSpec
 
     def select_chunk(self, start: int, stop: int, like: Float[Tensor, "r v"]) -> ChunkTarget:
-        """Rows start : stop, for logits of a dtype."""
-        return ChunkTarget(self.spec, logits=self.head.logits(self.hidden[start:stop], dtype=like.dtype))
+        """Return the target of rows start : stop, for logits with the dtype of `like`."""
+        return ChunkTarget(self.spec, logits=self.head.compute_logits(self.hidden[start:stop], dtype=like.dtype))
 
 
 @dataclass(frozen=True, eq=False)
 class HeadLossTask:
-    """Rows of the student, what they are compared with, and the factors of their sums in the loss."""
+    """Student rows with their labels and teacher target, and the weights of both losses."""
 
     hidden: Float[Tensor, "r d"]
     labels: Int[Tensor, " r"] | None = None
@@ -98,11 +98,11 @@ def fused_head_loss(
     chunk_logits: int = 1 << 27,
     products: HeadProducts | None = None,
 ) -> tuple[Float[Tensor, ""], list[RowSums]]:
-    """The weighted sum of all tasks' sums, and each task's sums without weights and without a gradient.
+    """Return the weighted sum of all tasks' losses, and each task's unweighted sums, detached.
 
-    Rows of the head from `vocab_size` on take no part and get no gradient. `chunk_logits`: elements of logits in
-    memory at once. `products`: how the head is multiplied; default: by its dtype and device. Of the loss one backward
-    pass can be made; a second raises RuntimeError. No rows give 0, attached to the graph.
+    Rows of the head from `vocab_size` on are ignored and get no gradient. `chunk_logits`: elements of logits in
+    memory at once. `products`: how the head is multiplied; default: chosen by its dtype and device. The loss allows
+    one backward pass; a second raises RuntimeError. No rows give 0, attached to the graph.
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     products = products or select_products(weight, result=_select_dtype(weight))
@@ -143,7 +143,7 @@ class _FusedHead(torch.autograd.Function):
             for rows in chunks[number]:
                 chunk = hidden[rows]
                 logits = buffer[: len(chunk)]
-                settings.products.logits(chunk, head, out=logits)
+                settings.products.compute_logits(chunk, head, out=logits)
                 if bias is not None:
                     logits += bias[: settings.vocab_size]
                 found = _differentiate_chunk_(logits, task, rows, gradient=any(needed))
@@ -171,14 +171,14 @@ class _FusedHead(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Gradients:
-    """What is accumulated, in the dtype that is computed in; None where nobody asks."""
+    """Accumulators of gradients, in the computing dtype; None for gradients that are not needed."""
 
     weight: Tensor | None  # (w, d)
     bias: Tensor | None  # (w,)
     hidden: list[Tensor | None]  # of each task (r, d)
 
     def add(self, task: int, rows: slice, slopes: Tensor, chunk: Tensor, head: Tensor, products: HeadProducts) -> None:
-        """The share of some rows, with `slopes` the gradient of their logits."""
+        """Add the gradients of some rows; `slopes`: the gradient of their logits."""
         of_hidden = self.hidden[task]
         products.add_gradients_(
             slopes,
@@ -192,7 +192,7 @@ class _Gradients:
 
 
 def _split_rows(num_rows: int, most: int) -> list[slice]:
-    """Ranges of at most so many rows, nearly equal: products of a few rows are slow."""
+    """Split rows into nearly equal ranges of at most `most`; products of very few rows are slow."""
     number = -(-num_rows // most)
     edges = [num_rows * n // number for n in range(number + 1)] if number else []
     return [slice(start, stop) for start, stop in pairwise(edges)]

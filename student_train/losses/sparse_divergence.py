@@ -1,11 +1,11 @@
-"""Losses of rows of logits against labels and cached teacher rows: sums in nats, and gradients put in place.
+"""Losses of logits against labels and cached teacher rows: sums in nats, with gradients computed in place.
 
 Legend: r rows, v vocabulary, e stored entries of all rows together, o = r + 1.
-Logits come in the dtype that is computed in (float32, or float64 in tests) and are overwritten by the gradient,
-so that nothing else of their size is kept. Dividing by the rows of the whole global batch is left to the caller.
+Logits have the computing dtype (float32, or float64 in tests) and are overwritten by their gradient, so that nothing
+else of their size is kept. The caller divides by the number of rows of the global batch.
 
-The stored entries of a row are taken out of it and handled in logarithms; the others are exponentiated less
-their own maximum. So neither a teacher that leaves no rest nor a student that leaves none loses digits.
+The stored entries of a row are taken out of it and handled in logarithms; the other logits are exponentiated relative
+to their own maximum. So precision holds even if the teacher or the student leaves no mass to the other tokens.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 from student_train.losses.config import Divergence, Treatment
 from student_train.losses.divergences import LINEAR, EventLoss, select_event_loss
 
-MIN_TAIL_MASS = 2.0**-24  # what a float32 beside 1 cannot tell from 0: a tail mass of 0 stands for this much
-PROFILE_FLOOR = 1e-3  # of a tail profile, spread evenly: no token is impossible outside the stored set
-_BLOCK = {"cpu": 1 << 20}  # logits whose elements are computed on at once; a core's cache, or few kernels elsewhere
+MIN_TAIL_MASS = 2.0**-24  # float32 resolution next to 1: a tail mass of 0 is treated as this
+PROFILE_FLOOR = 1e-3  # share of a tail profile that is spread evenly, so that no token has probability 0
+_BLOCK = {"cpu": 1 << 20}  # elements of logits computed on at once: fits a core's cache; elsewhere few kernels
 _BLOCK_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherRows:
-    """Cached teacher distributions in CSR form; storage.records.sparse_rows.SparseRows says what the fields mean."""
+    """Cached teacher distributions in CSR form, with the fields of storage.records.sparse_rows.SparseRows."""
 
     offsets: Int[Tensor, " o"]
     ids: Int[Tensor, " e"]
-    logprobs: Float[Tensor, " e"]  # exact entries: log p, falling; then sampled entries: log of their weight
+    logprobs: Float[Tensor, " e"]  # exact entries: log p, descending; then sampled entries: log of their weight
     num_exact: Int[Tensor, " r"]
     tail_mass: Float[Tensor, " r"]
     entropy: Float[Tensor, " r"]  # nats, of the full distribution
@@ -39,10 +39,11 @@ class TeacherRows:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows."""
         return self.num_exact.shape[0]
 
     def slice(self, start: int, stop: int) -> TeacherRows:
-        """Rows start : stop."""
+        """Return rows start : stop."""
         first, last = self.offsets[[start, stop]].tolist()
         of_rows = {name: getattr(self, name)[start:stop] for name in ("num_exact", "tail_mass", "entropy")}
         return TeacherRows(
@@ -54,7 +55,7 @@ class TeacherRows:
         )
 
     def select_rows(self, rows: Int[Tensor, " s"]) -> TeacherRows:
-        """Some rows, in the order of their indices."""
+        """Return the given rows, in the given order."""
         counts = self.offsets.diff()[rows]
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         starts = (self.offsets[:-1][rows] - offsets[:-1]).repeat_interleave(counts)
@@ -62,37 +63,38 @@ class TeacherRows:
         of_rows = {name: getattr(self, name)[rows] for name in ("num_exact", "tail_mass", "entropy", "log_sum_exp")}
         return TeacherRows(offsets=offsets, ids=self.ids[entries], logprobs=self.logprobs[entries], **of_rows)
 
-    def expand_row_indices(self) -> Int[Tensor, " e"]:
-        """The row that each entry belongs to."""
+    def row_of_entry(self) -> Int[Tensor, " e"]:
+        """Return the index of the row that each entry belongs to."""
         rows = torch.arange(self.num_rows, device=self.ids.device)
         return rows.repeat_interleave(self.offsets.diff(), output_size=self.ids.shape[0])
 
     def is_exact(self) -> Bool[Tensor, " e"]:
-        """True for exact entries, False for sampled ones."""
-        row = self.expand_row_indices()
+        """Return True for exact entries and False for sampled ones."""
+        row = self.row_of_entry()
         return torch.arange(row.shape[0], device=row.device) - self.offsets[row] < self.num_exact[row]
 
     def to(self, device: torch.device) -> TeacherRows:
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
         return TeacherRows(**moved)
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """How student rows are compared with teacher rows; the fields are those of DistributionLossSection.
+    """Divergence, tail handling and temperature; the fields are those of DistributionLossSection.
 
-    At temperature T both sides are, and the sum is multiplied by T^2, so that gradients keep their size.
+    Temperature T applies to teacher and student, and the loss is multiplied by T^2 so that gradients keep their size.
     """
 
     divergence: Divergence = "forward_kl"
     treatment: Treatment = "bucket"
     temperature: float = 1.0
     beta: float | None = None
-    column: int | None = None  # of the stored rows' log-sum-exp that is of this temperature
+    column: int | None = None  # column of log_sum_exp that belongs to this temperature
 
     @property
-    def select_event_loss(self) -> EventLoss:
+    def event_loss(self) -> EventLoss:
+        """The divergence's function of one event."""
         return select_event_loss(self.divergence, self.beta)
 
 
@@ -101,17 +103,17 @@ BUCKET_SPEC = LossSpec()
 
 @dataclass(frozen=True, eq=False)
 class TeacherEvents:
-    """Teacher rows as a treatment reads them: some tokens, and any other token together."""
+    """Teacher rows after tail handling: events of single tokens, and one event for all other tokens."""
 
-    edges: list[int]  # o, of the entries
+    edges: list[int]  # (o,) first entry of each row, and the end
     ids: Int[Tensor, " e"]
     log_p: Float[Tensor, " e"]
-    log_rest: Float[Tensor, " r"]  # minus infinity: no term
-    spread: Float[Tensor, " r"] | None  # mass that the profile spreads over the other tokens, instead of `log_rest`
-    constant: Float[Tensor, " r"]  # is added to the loss
+    log_rest: Float[Tensor, " r"]  # of the other tokens together; minus infinity: no such event
+    spread: Float[Tensor, " r"] | None  # mass that the tail profile spreads over the other tokens; replaces `log_rest`
+    constant: Float[Tensor, " r"]  # added to the loss
 
     def slice(self, start: int, stop: int) -> TeacherEvents:
-        """Rows start : stop."""
+        """Return rows start : stop."""
         first, last = self.edges[start], self.edges[stop]
         return TeacherEvents(
             edges=[edge - first for edge in self.edges[start : stop + 1]],
@@ -123,13 +125,13 @@ class TeacherEvents:
         )
 
     def count_entries(self) -> Int[Tensor, " r"]:
-        """Entries of each row."""
+        """Return the number of entries of each row."""
         return torch.tensor(self.edges, device=self.ids.device).diff()
 
 
 def make_events(teacher: TeacherRows, spec: LossSpec, *, vocab_size: int, dtype: torch.dtype) -> TeacherEvents:
-    """What a treatment makes of stored rows; `exact` has none."""
-    row = teacher.expand_row_indices()
+    """Convert stored rows to events as the spec's treatment requires; `exact` has no stored rows."""
+    row = teacher.row_of_entry()
     nothing = torch.full_like(teacher.tail_mass, -torch.inf, dtype=dtype)
     constant = torch.zeros_like(nothing)
     if spec.treatment == "unbiased":
@@ -152,7 +154,7 @@ def make_events(teacher: TeacherRows, spec: LossSpec, *, vocab_size: int, dtype:
         return TeacherEvents(edges, ids, log_p, nothing, None, constant)
     if spec.temperature == 1:
         rest = teacher.tail_mass.to(dtype)
-    else:  # rounding may have brought the entries above 1
+    else:  # rounding may have raised the sum of the entries above 1
         log_p = log_p - head.clamp_min(1).log()[row]
         rest = 1 - head.clamp_max(1)
     if spec.divergence == "reverse_kl":
@@ -165,15 +167,15 @@ def make_events(teacher: TeacherRows, spec: LossSpec, *, vocab_size: int, dtype:
 
 @dataclass(frozen=True, eq=False)
 class TailProfile:
-    """The mean distribution of what lay outside the stored sets, at a loss's temperature."""
+    """The mean distribution of tokens outside the stored sets, at a loss's temperature."""
 
     mass: Float[Tensor, " v"]
     log_mass: Float[Tensor, " v"]
-    exact_log_mass: Float[Tensor, " v"]  # float64: 1 minus the mass of stored tokens loses digits in float32
+    exact_log_mass: Float[Tensor, " v"]  # float64: 1 minus the mass of stored tokens would lose digits in float32
 
     @staticmethod
     def from_mass(profile: Float[Tensor, " v"], *, temperature: float = 1.0, dtype: torch.dtype) -> TailProfile:
-        """A profile of any sum with `PROFILE_FLOOR` spread evenly, p^(1/T) of it where T is not 1."""
+        """Normalise a profile, mix in `PROFILE_FLOOR` evenly, and apply the temperature (p^(1/T))."""
         wide = profile.double()
         log_mass = ((1 - PROFILE_FLOOR) * wide / wide.sum() + PROFILE_FLOOR / len(wide)).log() / temperature
         exact = log_mass.log_softmax(0)
@@ -182,7 +184,7 @@ class TailProfile:
 
 @dataclass(frozen=True, eq=False)
 class ChunkTarget:
-    """What a chunk of rows is compared with: stored rows as events, or logits of the teacher."""
+    """The target of a chunk of rows: teacher rows as events, or logits of the teacher."""
 
     spec: LossSpec
     events: TeacherEvents | None = None
@@ -190,7 +192,7 @@ class ChunkTarget:
     profile: TailProfile | None = None
 
     def slice(self, start: int, stop: int) -> ChunkTarget:
-        """Rows start : stop."""
+        """Return rows start : stop."""
         return ChunkTarget(
             self.spec,
             None if self.events is None else self.events.slice(start, stop),
@@ -201,7 +203,7 @@ class ChunkTarget:
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
-    """Sums over rows, in nats: not weighted."""
+    """Unweighted sums of both losses over rows, in nats."""
 
     cross_entropy: Float[Tensor, ""]
     divergence: Float[Tensor, ""]
@@ -219,9 +221,9 @@ def differentiate_rows_(
     weight: float = 1.0,
     gradient: bool = True,
 ) -> RowSums:
-    """Sums of -log q(label) and of the divergence; the logits become the gradient of their weighted sum.
+    """Return the sums of -log q(label) and of the divergence; overwrite logits with the gradient of both, weighted.
 
-    Without `gradient` the logits end as anything. Computed block of rows by block of rows.
+    Without `gradient` the content of the logits is undefined afterwards. Computes one block of rows at a time.
     """
     num_rows, vocab_size = logits.shape
     sums = RowSums(*logits.new_zeros(2).unbind())
@@ -243,7 +245,7 @@ def differentiate_rows_(
 
 
 def _make_empty_target(block: Tensor) -> ChunkTarget:
-    """No teacher: rows without events."""
+    """Return a target without teacher: rows without events."""
     zeros = block.new_zeros(len(block))
     none = TeacherEvents([0] * (len(block) + 1), zeros[:0].long(), zeros[:0], zeros - torch.inf, None, zeros)
     return ChunkTarget(BUCKET_SPEC, none)
@@ -256,7 +258,7 @@ def _differentiate_block_(
     if spec.temperature != 1:
         z /= spec.temperature
     weights = (0.0 if labels is None else label_weight, weight * spec.temperature)
-    # Below temperature 1 a profile's floor is raised to a power; what it leaves to other tokens may underflow.
+    # Below temperature 1 a profile's floor is raised to a power above 1; the other tokens' mass may underflow.
     if events is not None and (events.spread is None or (spec.divergence in LINEAR and spec.temperature >= 1)):
         sums = _differentiate_events_(z, labels, events, target, weights, gradient)
     else:
@@ -272,16 +274,16 @@ def _differentiate_events_(
     weights: tuple[float, float],
     gradient: bool,
 ) -> RowSums:
-    """Rows whose other tokens share one event, or a profile in which the loss is linear."""
+    """Differentiate rows whose other tokens share one event, or a profile that the loss is linear in."""
     spec, profile = target.spec, target.profile
     counts, ids = events.count_entries(), events.ids
     row = torch.arange(len(z), device=z.device).repeat_interleave(counts, output_size=ids.shape[0])
     stored = z[row, ids]  # (e,)
     at_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
-    shape = dot = None
+    scale = dot = None
     if events.spread is not None:
         assert profile is not None
-        shape = _scale_profile(events.spread, profile, ids, counts)
+        scale = _scale_profile(events.spread, profile, ids, counts)
         z[row, ids] = 0
         dot = z @ profile.mass
     z[row, ids] = -torch.inf
@@ -297,21 +299,21 @@ def _differentiate_events_(
     rest_value, rest_slope = function(events.log_rest, log_q_rest)
     total = value.sum() + rest_value.sum() + events.constant.sum()
     slopes = _sum_entries(slope, counts) + rest_slope  # (r,)
-    if shape is not None:
+    if scale is not None:
         assert profile is not None and events.spread is not None and dot is not None  # noqa: PT018
-        total = total + (events.spread * log_z - shape * dot).sum()
+        total = total + (events.spread * log_z - scale * dot).sum()
         slopes -= events.spread
         if spec.divergence == "forward_kl":
-            total = total + _sum_spread_p_log_p(events, profile, shape, counts)
+            total = total + _sum_spread_p_log_p(events, profile, scale, counts)
     surprise = total.new_zeros(()) if at_label is None else (log_z - at_label).sum()
     if gradient:
         label_weight, weight = weights
         common = label_weight - weight * slopes  # of q
         factor = (weight * rest_slope + log_q_rest.exp() * common) / rest
         z *= torch.where(rest > 0, factor, 0)[:, None]
-        if shape is not None:
+        if scale is not None:
             assert profile is not None
-            z.addr_(shape, profile.mass, alpha=-weight)
+            z.addr_(scale, profile.mass, alpha=-weight)
         z[row, ids] = weight * slope + log_q.exp() * common[row]
         if labels is not None:
             z.scatter_add_(1, labels[:, None], z.new_full((len(z), 1), -label_weight))
@@ -326,7 +328,7 @@ def _differentiate_dense_(
     weights: tuple[float, float],
     gradient: bool,
 ) -> RowSums:
-    """Rows whose every token is an event."""
+    """Differentiate rows in which every token is an event."""
     at_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
     log_z = z.logsumexp(1)
     surprise = z.new_zeros(()) if at_label is None else (log_z - at_label).sum()
@@ -342,7 +344,7 @@ def _differentiate_dense_(
 
 
 def _make_dense_log_p(target: ChunkTarget) -> Float[Tensor, "r v"]:
-    """Whole rows of the teacher at the rule's temperature, some at a time."""
+    """Return the teacher's log-probabilities of all tokens, at the spec's temperature."""
     if target.logits is not None:
         return (target.logits / target.spec.temperature).log_softmax(1)
     events, profile = target.events, target.profile
@@ -359,26 +361,26 @@ def _make_dense_log_p(target: ChunkTarget) -> Float[Tensor, "r v"]:
 
 
 def _scale_profile(spread: Tensor, profile: TailProfile, ids: Tensor, counts: Tensor) -> Float[Tensor, " r"]:
-    """What the profile is multiplied by to be the teacher's probability of tokens that are not stored."""
+    """Return the factor that scales the profile to the teacher's mass of tokens that are not stored."""
     outside = 1 - _sum_entries(profile.exact_log_mass[ids].exp(), counts)
     return torch.where(spread > 0, spread / outside, 0).to(spread.dtype)
 
 
-def _sum_spread_p_log_p(events: TeacherEvents, profile: TailProfile, shape: Tensor, counts: Tensor) -> Tensor:
-    """Sum over rows and other tokens of t log t, with t = shape * profile."""
+def _sum_spread_p_log_p(events: TeacherEvents, profile: TailProfile, scale: Tensor, counts: Tensor) -> Tensor:
+    """Sum t log t over rows and tokens that are not stored, with t = scale * profile."""
     mass_log = profile.exact_log_mass.exp() * profile.exact_log_mass
-    outside = (mass_log.sum() - _sum_entries(mass_log[events.ids], counts)).to(shape.dtype)
+    outside = (mass_log.sum() - _sum_entries(mass_log[events.ids], counts)).to(scale.dtype)
     assert events.spread is not None
-    return (torch.special.xlogy(events.spread, shape) + shape * outside).sum()
+    return (torch.special.xlogy(events.spread, scale) + scale * outside).sum()
 
 
 def _sum_entries(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
-    """Of each row's entries; always in the same order, so that a repeated run is the same to the bit."""
+    """Sum each row's entries, always in the same order, so that repeated runs are bit-identical."""
     return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0)
 
 
 def _log_sum_exp_entries(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
-    """log(sum(exp)) of each row's entries; minus infinity without any."""
+    """Return log(sum(exp)) of each row's entries; minus infinity for a row without entries."""
     top = torch.segment_reduce(values, "max", lengths=counts, unsafe=True, initial=-torch.inf)
     top = torch.where(top == -torch.inf, 0, top)
     return top + _sum_entries((values - top.repeat_interleave(counts, output_size=len(values))).exp(), counts).log()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from student_train.config import StageSection
 from student_train.models.parameter_groups import ParameterGroup
-from student_train.training.deepspeed_engine import Engine, this_process
+from student_train.training.deepspeed_engine import Engine, detect_process
 
 SIZE = 48
 
@@ -39,7 +39,7 @@ def relative_error(zero_stage: Literal[1, 2, 3], num_micro: int, log_path: Path)
     module = Quadratic()
     weight = module.weight.detach().to(torch.bfloat16).double()
     group = ParameterGroup(parameters=[module.weight], weight_decay=0.0, lr_factor=1.0)
-    engine = Engine(module, [group], stage, this_process(), num_micro=num_micro, log_path=log_path)
+    engine = Engine(module, [group], stage, detect_process(), num_micro=num_micro, log_path=log_path)
     draw = torch.Generator().manual_seed(1)
     expected = torch.zeros(SIZE, SIZE, dtype=torch.float64)
     for micro in range(num_micro):

@@ -15,8 +15,8 @@ from storage.images.settings import PixelSettings, read_pixel_settings
 from storage.reader.cache import Cache
 from student_train import evaluate
 from student_train.config import EvaluationSection, SourceSection
-from student_train.evaluation.ask import answer
-from student_train.evaluation.evaluate import evaluate_model
+from student_train.evaluation.ask import answer_question
+from student_train.evaluation.model_evaluation import evaluate_model
 from student_train.template_arguments import read_template_arguments
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
@@ -144,8 +144,8 @@ def test_a_trained_student_answers(alone: Alone) -> None:
     image = Path(cache.identity.image_root) / cache.read(0).tokens.images[0].path
     reference = document["samples"][0]["reference"]
     assert reference in ("red", "green", "blue", "white")
-    assert answer(folder, image, "what colour is the left half?") == reference
-    assert answer(folder, image, "describe the image.", max_new_tokens=2) != reference
+    assert answer_question(folder, image, "what colour is the left half?") == reference
+    assert answer_question(folder, image, "describe the image.", max_new_tokens=2) != reference
 
 
 def top_is_label(path: Path) -> float:

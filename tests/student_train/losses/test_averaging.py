@@ -18,7 +18,7 @@ from student_train.losses.averaging import WeightedRows, weigh_images, weigh_row
 from student_train.losses.config import LossesSection
 from student_train.losses.row_counts import RowCounts
 from student_train.losses.sparse_divergence import LossSpec
-from student_train.training.stage_data import Material, prepare
+from student_train.training.stage_data import StageData, prepare_stage_data
 from tests.student_train.references import sparse_loss
 from tests.student_train.training.test_objective import Run
 
@@ -44,20 +44,20 @@ def test_a_micro_batch_without_rows_has_one_empty_share(mean: Any) -> None:
     for counts in ([], [0, 0]):
         (share,) = weigh_rows(mean, counts, total_rows=0, totals=RowCounts(0, 0, 0))
         assert (share.start, share.stop) == (0, 0)
-        assert np.isfinite(share.value)
+        assert np.isfinite(share.weight)
     assert weigh_images(mean, [0, 0], totals=TOTALS) == []
 
 
 @pytest.fixture(scope="module")
-def material(checkpoint: Path, cache: Path) -> Material:
+def stage_data(checkpoint: Path, cache: Path) -> StageData:
     stage = StageSection(init=str(checkpoint), steps=1, losses=LossesSection.model_validate(LOSSES))
-    return prepare(stage, str(cache))
+    return prepare_stage_data(stage, str(cache))
 
 
 def published(run: Run, *, ranks: int, micro: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Whole logits in float64, sample by sample; each micro-batch's means, averaged over micro-batches."""
-    model, grid = run.student.model.double(), run.material.checkpoint.grid
-    pixels_of = open_images(run.material.cache, None, run.material.checkpoint.image_processor)
+    model, sequence_format = run.student.model.double(), run.stage_data.checkpoint.sequence_format
+    pixels_of = open_images(run.stage_data.cache, None, run.stage_data.checkpoint.image_processor)
     model.zero_grad()
     plans = [plan for plan in run._plans(ranks, micro, 10) if plan.counted]
     sums: dict[str, float] = dict.fromkeys(("cross_entropy", "response", "visual", "relation"), 0.0)
@@ -65,12 +65,12 @@ def published(run: Run, *, ranks: int, micro: int) -> tuple[dict[str, float], di
         rows: dict[str, list[Tensor]] = {"cross_entropy": [], "response": [], "visual": []}
         ours, theirs, num_response, num_visual = [], [], 0, 0
         for row in plan.rows:
-            record = run.material.cache.read(int(run.material.table.indices[row]))
-            batch = run.batch(int(run.material.table.indices[row]))
+            record = run.stage_data.cache.read(int(run.stage_data.table.indices[row]))
+            batch = run.batch(int(run.stage_data.table.indices[row]))
             (image,) = record.tokens.images
-            pixels = pixels_of.pixels(image, sample_id="")[None].double()
+            pixels = pixels_of.load_pixels(image, sample_id="")[None].double()
             logits = model(input_ids=batch.input_ids, pixel_values=pixels).logits[0, :, :300]
-            is_image = batch.input_ids[0] == grid.image_token_id
+            is_image = batch.input_ids[0] == sequence_format.image_token_id
             mask = torch.from_numpy(record.tokens.response_mask)
             before = logits[len(is_image) - len(mask) :][:-1][mask[1:]] if not mask[0] else logits[:0]
             labels = torch.from_numpy(record.tokens.token_ids).long()[mask]
@@ -109,19 +109,19 @@ def published(run: Run, *, ranks: int, micro: int) -> tuple[dict[str, float], di
     ],
 )
 def test_value_and_gradients_are_those_of_the_published_objective(
-    material: Material, losses: dict, ranks: int, micro: int, oracle: tuple[int, int]
+    stage_data: StageData, losses: dict, ranks: int, micro: int, oracle: tuple[int, int]
 ) -> None:
-    totals, gradients = Run(material, {**LOSSES, **losses})(ranks=ranks, micro=micro)
-    expected, other = published(Run(material, {**LOSSES, **losses}), ranks=oracle[0], micro=oracle[1])
+    totals, gradients = Run(stage_data, {**LOSSES, **losses})(ranks=ranks, micro=micro)
+    expected, other = published(Run(stage_data, {**LOSSES, **losses}), ranks=oracle[0], micro=oracle[1])
     assert totals == pytest.approx(expected, rel=2e-4)
     for name, gradient in gradients.items():
         largest = float(other[name].abs().max())
         torch.testing.assert_close(gradient, other[name], rtol=2e-3, atol=1e-4 * max(largest, 1e-6))
 
 
-def test_a_mean_over_rows_is_another_objective(material: Material) -> None:
-    rows, _ = Run(material, LOSSES)(ranks=1, micro=1)
-    samples, _ = Run(material, {**LOSSES, "mean": "samples"})(ranks=1, micro=1)
+def test_a_mean_over_rows_is_another_objective(stage_data: StageData) -> None:
+    rows, _ = Run(stage_data, LOSSES)(ranks=1, micro=1)
+    samples, _ = Run(stage_data, {**LOSSES, "mean": "samples"})(ranks=1, micro=1)
     assert abs(rows["cross_entropy"] - samples["cross_entropy"]) > 1e-3
     assert rows["visual"] == pytest.approx(samples["visual"], rel=1e-5)  # as many rows in every sample
 

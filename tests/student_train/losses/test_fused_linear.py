@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from storage.encoding.output_head import make_head
-from student_train.data.collate import teacher_rows
+from student_train.data.collate import make_teacher_rows
 from student_train.losses.config import TREATMENTS, Divergence, Treatment
 from student_train.losses.fused_linear import HeadLossTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
 from student_train.losses.sparse_divergence import LossSpec, TailProfile
@@ -49,7 +49,7 @@ class Case:
         profile = TailProfile.from_mass(
             torch.from_numpy(self.profile), temperature=self.spec.temperature, dtype=self.compute_dtype
         )
-        return SparseTarget(teacher_rows([self.stored]), self.spec, profile)
+        return SparseTarget(make_teacher_rows([self.stored]), self.spec, profile)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -235,5 +235,5 @@ def test_the_teacher_s_head_gives_the_cache_s_logits() -> None:
     weight = torch.from_numpy(stored.weight).view(torch.bfloat16)
     assert stored.bias is not None
     head = TeacherHead(weight, torch.from_numpy(stored.bias), stored.scale, stored.soft_cap)
-    logits = head.logits(torch.from_numpy(hidden), dtype=torch.float32)
+    logits = head.compute_logits(torch.from_numpy(hidden), dtype=torch.float32)
     torch.testing.assert_close(logits, torch.from_numpy(stored.logits(hidden)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.data.collate import teacher_rows
+from student_train.data.collate import make_teacher_rows
 from student_train.losses.fused_linear import HeadLossTask, SparseTarget, fused_head_loss
 from student_train.losses.head_products import TensorCoreProducts
 from student_train.losses.sparse_divergence import LossSpec
@@ -26,7 +26,7 @@ def relative_errors(dtype: torch.dtype, *, total_rows: int, sharpness: float, lo
     hidden = torch.randn(ROWS, D, generator=draw).to(dtype).requires_grad_()
     weight = (sharpness * torch.randn(V, D, generator=draw)).to(dtype).requires_grad_()
     teacher = sharpness * torch.randn(ROWS, V, generator=draw, dtype=torch.float64)
-    rows = teacher_rows([sparse_rows(teacher.numpy(), k=16)])
+    rows = make_teacher_rows([sparse_rows(teacher.numpy(), k=16)])
     share = 1 / total_rows
 
     def task(hidden: Tensor) -> HeadLossTask:

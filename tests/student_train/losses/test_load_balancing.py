@@ -57,9 +57,9 @@ def test_no_token_gives_zero_that_stays_attached():
 
 def test_one_layer_is_what_transformers_computes():
     # Theirs counts each of the k choices as a whole, so it is k times ours.
-    from student_train.models.huggingface import transformers_module
+    from student_train.models.huggingface import import_transformers
 
-    theirs = transformers_module().models.qwen2_moe.modeling_qwen2_moe.load_balancing_loss_func
+    theirs = import_transformers().models.qwen2_moe.modeling_qwen2_moe.load_balancing_loss_func
     logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
     ours = router_losses([logits], torch.ones(50, dtype=torch.bool), top_k=2).balance
     expected = theirs((logits,), num_experts=4, top_k=2) / 2

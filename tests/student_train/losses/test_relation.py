@@ -207,5 +207,5 @@ def test_resampling_by_hand() -> None:
     line = torch.tensor([[2, 1, 0], [0, 1, 2]]) / 3
     torch.testing.assert_close(back, torch.kron(line, line))
     for pair in ((4, 10), (10, 4)):
-        with pytest.raises(ValueError, match="10 visual tokens are no square grid"):
+        with pytest.raises(ValueError, match="10 visual tokens are not a square grid"):
             make_resampling_matrix(*pair)

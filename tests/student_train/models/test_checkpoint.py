@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from storage.errors import StillhouseError
-from student_train.models.checkpoint import legacy_name, put_back, save_checkpoint
-from student_train.models.huggingface import load_processor, transformers_module
+from student_train.models.checkpoint import recover_checkpoint, save_checkpoint, to_legacy_name
+from student_train.models.huggingface import import_transformers, load_processor
 from student_train.models.loading import load_student, read_checkpoint
 from student_train.template_arguments import read_template_arguments
 from tests.tiny import make_tiny_llava
@@ -46,7 +46,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_a_saved_model_gives_the_same_logits(model: Any, checkpoint: Path, tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "out", checkpoint)
-    loaded, info = transformers_module().AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    loaded, info = import_transformers().AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlavaForConditionalGeneration"]
@@ -75,7 +75,7 @@ def test_tensors_have_the_names_that_vllm_reads(model: Any, checkpoint: Path, tm
     assert all(
         name.startswith("vision_tower.vision_model.") for name in names(folder) if name.startswith("vision_tower")
     )
-    assert legacy_name("model.vision_tower.vision_model.x") == "vision_tower.vision_model.x"
+    assert to_legacy_name("model.vision_tower.vision_model.x") == "vision_tower.vision_model.x"
 
 
 def test_a_tied_head_is_stored_once(checkpoint: Path, tmp_path: Path) -> None:
@@ -143,11 +143,11 @@ def test_what_a_kill_between_two_renames_left_is_put_back(tmp_path: Path) -> Non
     for name in ("kd [1].tmp-7-ab-old", "kd [1].tmp-7-ab", "kd 1.tmp-7-ab", "kd [1]x"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
-    put_back(folder)
+    recover_checkpoint(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kd 1.tmp-7-ab", "kd [1]", "kd [1]x"]
     assert (folder / "config.json").read_text() == "kd [1].tmp-7-ab-old"
     (tmp_path / "kd [1].tmp-8-cd-old").mkdir()  # it was killed after both renames
-    put_back(folder)
+    recover_checkpoint(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kd 1.tmp-7-ab", "kd [1]", "kd [1]x"]
     assert (folder / "config.json").read_text() == "kd [1].tmp-7-ab-old"
-    put_back(tmp_path / "none/there")
+    recover_checkpoint(tmp_path / "none/there")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from storage.errors import ConfigError
 from student_train.models.checkpoint import save_checkpoint
-from student_train.models.expert_parallel import check_experts, standard_names
-from student_train.models.huggingface import load_weights, transformers_module
-from student_train.models.sparse_upcycling import Experts, upcycled
+from student_train.models.expert_parallel import check_experts, to_standard_names
+from student_train.models.huggingface import import_transformers, load_weights
+from student_train.models.sparse_upcycling import ExpertSettings, upcycle
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import assert_same_course, metrics
@@ -65,11 +65,11 @@ def outcomes(
 
 def sparse(dense: Path, folder: Path) -> Path:
     """Its layers 0 and 2 have four experts that differ, routers that tell tokens apart, and a shared expert."""
-    model = upcycled(load_weights(dense), Experts(4, 2, 2), seed=0)
+    model = upcycle(load_weights(dense), ExpertSettings(4, 2, 2), seed=0)
     config = copy.deepcopy(model.config)
     config.text_config.shared_expert_intermediate_size = 16
     torch.manual_seed(0)
-    other = transformers_module().AutoModelForImageTextToText.from_config(config)
+    other = import_transformers().AutoModelForImageTextToText.from_config(config)
     missing, _ = other.load_state_dict(
         {name: tensor for name, tensor in model.state_dict().items() if ".shared_expert." not in name}, strict=False
     )
@@ -140,7 +140,7 @@ def test_bf16_follows_fp32(trained: Trained) -> None:
     ("stage", "words"),
     [
         ("alone", "stages.alone.expert_parallel is 2, which does not divide the 1 ranks of this run"),
-        ("dense", "expert_parallel divides the experts of a sparse LLaVA, and "),
+        ("dense", "expert_parallel shards the experts of a sparse LLaVA, but "),
     ],
 )
 def test_where_there_is_nothing_to_divide_it_is_refused(
@@ -167,7 +167,7 @@ def test_divided_layers_get_their_standard_names() -> None:
         "shared_expert.up_proj.weight": [4, 4], "shared_expert_gate.weight": [5, 5],
     }  # fmt: skip
     others = {"layers.1.mlp.gate_proj.weight": torch.zeros(1), "layers.1.mlp.down_proj.weight": torch.ones(1)}
-    found = standard_names(
+    found = to_standard_names(
         {f"layers.0.mlp.{name}": torch.full((1, 2), number) for name, number in divided.items()} | others
     )
     assert {name: tensor.flatten().tolist() for name, tensor in found.items()} == {

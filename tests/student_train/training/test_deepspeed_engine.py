@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student_train.models.checkpoint import legacy_name
+from student_train.models.checkpoint import to_legacy_name
 from student_train.models.loading import load_student, read_checkpoint
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import assert_same_course, metrics
@@ -71,7 +71,7 @@ def test_a_step_that_overflows_is_left_out_and_is_no_divergence(trained: Trained
 
 def test_a_module_s_own_rate_is_its_alone(trained: Trained, checkpoint: Path) -> None:
     model = load_student(read_checkpoint(checkpoint), precision="fp32", device=torch.device("cpu"))
-    before = {legacy_name(name): tensor for name, tensor in model.state_dict().items()}
+    before = {to_legacy_name(name): tensor for name, tensor in model.state_dict().items()}
     after = load_file(trained("frozen_llm") / "model.safetensors")
     changed = {name.split(".")[0] for name, tensor in after.items() if (tensor - before[name]).abs().max() > 1e-20}
     assert changed == {"multi_modal_projector"}

@@ -20,7 +20,7 @@ from storage.errors import WriteError
 from student_train.models.checkpoint import save_checkpoint
 from student_train.models.loading import load_student, read_checkpoint
 from student_train.training.metrics_log import MetricsLog
-from student_train.training.trackers import Tracking
+from student_train.training.trackers import Trackers
 from tests.small_disk import SmallDisk, small_disk
 from tests.student_train.conftest import ROOT, Runner
 
@@ -77,7 +77,7 @@ def test_tensorboard_on_a_full_disk_is_one_sentence(disk: SmallDisk) -> None:
     disk.fill(free_bytes=8192)
 
     def write() -> None:
-        with Tracking(["tensorboard"], disk.folder, title="t", settings={}) as tracking:
+        with Trackers(["tensorboard"], disk.folder, title="t", settings={}) as tracking:
             for step in range(20_000):
                 tracking.write({"step": step, "loss": 1.0})
 

@@ -147,7 +147,7 @@ def test_a_state_is_for_its_own_configuration_and_number_of_ranks(make_runner: C
     assert stopped.code == 143, stopped.stderr
     (two,) = runner.run_in_turn(("first",), ranks=2)
     assert two.code == 2
-    assert "is the state of 1 ranks, this run has 2" in two.stderr
+    assert "is the state of 1 ranks, but this run has 2" in two.stderr
     changed = ("first", "stages.first.lr=0.001")
     other, anew = runner.run_in_turn(changed, (*changed, "--restart"))
     assert other.code == 2
@@ -173,8 +173,8 @@ def test_a_state_of_an_earlier_version_is_refused_and_kept(tmp_path: Path) -> No
     folder.mkdir(parents=True)
     marker = {"step": 4, "fingerprint": "0" * 64, "num_ranks": 1, "notes": {}}
     (folder / "state.json").write_text(json.dumps(marker))
-    with pytest.raises(ConfigError, match=r"step-00000004: this state does not say .* --restart"):
-        StageState.of(tmp_path, "first", {}, num_ranks=1).newest()
+    with pytest.raises(ConfigError, match=r"step-00000004: this state has no inputs, .* --restart"):
+        StageState.of(tmp_path, "first", {}, num_ranks=1).find_newest()
     assert (folder / "state.json").is_file()
 
 

@@ -14,8 +14,8 @@ from storage.backends.lock import HeldError
 from storage.errors import ConfigError
 from student_train.config import StageSection
 from student_train.training.stage_inputs import write_record
-from student_train.training.stage_request import Request
-from student_train.training.stage_result import Work, decide, finish_swap, lock_stage, put_in_place
+from student_train.training.stage_request import StageRequest
+from student_train.training.stage_result import StageDecision, decide_stage, finish_swap, install_result, lock_stage
 from tests.student_train.conftest import Runner
 
 INPUTS: dict[str, Any] = {
@@ -38,7 +38,7 @@ def remembering(*arguments, **options):
     return code
 student_train.command.main = remembering
 """
-PLAIN, ALWAYS, IF_CHANGED = Request(), Request("always"), Request("if_changed")
+PLAIN, ALWAYS, IF_CHANGED = StageRequest(), StageRequest("always"), StageRequest("if_changed")
 
 
 def finish(folder: Path, inputs: dict[str, Any] = INPUTS) -> None:
@@ -55,8 +55,8 @@ def save_state(folder: Path, inputs: dict[str, Any] = INPUTS) -> Path:
     return state
 
 
-def work(output: Path, inputs: dict[str, Any] = INPUTS, request: Request = PLAIN) -> Work:
-    return decide(stage(output), "kd", inputs, request, num_ranks=1)
+def work(output: Path, inputs: dict[str, Any] = INPUTS, request: StageRequest = PLAIN) -> StageDecision:
+    return decide_stage(stage(output), "kd", inputs, request, num_ranks=1)
 
 
 def stage(output: Path) -> StageSection:
@@ -65,17 +65,17 @@ def stage(output: Path) -> StageSection:
 
 def test_a_finished_stage_is_left_alone_refused_or_trained_beside_its_result(tmp_path: Path) -> None:
     output, again = tmp_path / "kd", tmp_path / "kd~again"
-    assert work(output) == Work(output, trains=True)
+    assert work(output) == StageDecision(output, trains=True)
     finish(output)
-    assert work(output) == work(output, request=IF_CHANGED) == Work(output, trains=False)
-    assert work(output, request=ALWAYS) == Work(again, trains=True)
-    assert work(output, OTHER, IF_CHANGED) == Work(again, trains=True)
+    assert work(output) == work(output, request=IF_CHANGED) == StageDecision(output, trains=False)
+    assert work(output, request=ALWAYS) == StageDecision(again, trains=True)
+    assert work(output, OTHER, IF_CHANGED) == StageDecision(again, trains=True)
     with pytest.raises(ConfigError, match=r"(?s)kd is finished, but .*--again.*stages\.kd\.lr: was 0\.1, is 0\.2"):
         work(output, OTHER)
     (output / "inputs.json").unlink()  # as an earlier version left it
-    with pytest.raises(ConfigError, match="does not say what it was made from"):
+    with pytest.raises(ConfigError, match="holds a finished result of unknown inputs"):
         work(output)
-    assert work(output, request=IF_CHANGED) == Work(again, trains=True)
+    assert work(output, request=IF_CHANGED) == StageDecision(again, trains=True)
 
 
 def test_a_field_that_an_earlier_version_lacked_is_no_change(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_only_restart_gives_a_state_up(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"(?s)after step 3.*undo.*--restart.*stages\.kd\.lr: was 0\.1, is 0\.2"):
             work(output, OTHER, request)
     assert state.is_dir()
-    assert work(output, OTHER, Request(restart=True)) == Work(output, trains=True)
+    assert work(output, OTHER, StageRequest(restart=True)) == StageDecision(output, trains=True)
     assert not state.exists()
     finish_folder = tmp_path / "other"
     output.rename(finish_folder)
@@ -101,9 +101,9 @@ def test_only_restart_gives_a_state_up(tmp_path: Path) -> None:
     assert not work(output).trains  # the finished one has not changed
     with pytest.raises(ConfigError, match="undo"):
         work(output, request=ALWAYS)
-    assert work(output, OTHER, IF_CHANGED) == Work(again, trains=True)
+    assert work(output, OTHER, IF_CHANGED) == StageDecision(again, trains=True)
     assert state.is_dir()
-    assert work(output, request=Request("always", restart=True)) == Work(again, trains=True)
+    assert work(output, request=StageRequest("always", restart=True)) == StageDecision(again, trains=True)
     assert not state.exists()
     assert (output / "summary.json").is_file()
 
@@ -125,7 +125,7 @@ def test_a_swap_that_a_kill_cut_short_is_brought_to_its_end(tmp_path: Path) -> N
             again.rename(output)
         if moment == 3:
             (before / "summary.json").unlink()  # half deleted
-        assert work(output, OTHER) == Work(output, trains=False)
+        assert work(output, OTHER) == StageDecision(output, trains=False)
         assert inputs_of(output) == 0.2
         assert {item.name for item in tmp_path.iterdir()} == {"kd"}
     shutil.rmtree(output)
@@ -139,8 +139,8 @@ def test_what_was_trained_anew_but_not_put_in_place_is_not_trained_again(tmp_pat
     finish(output)
     finish(again)
     done = work(output, request=ALWAYS)
-    assert done == Work(again, trains=False)
-    put_in_place(done, stage(output))
+    assert done == StageDecision(again, trains=False)
+    install_result(done, stage(output))
     assert not again.exists()
 
 

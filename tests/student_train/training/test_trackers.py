@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from storage.errors import ConfigError
 from student_train.config import Tracker
-from student_train.training.trackers import Tracking, check_trackers
+from student_train.training.trackers import Trackers, check_trackers
 
 
 def line(step: int) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def line(step: int) -> dict[str, Any]:
 
 def track(names: tuple[Tracker, ...], output: Path, steps: range, *, done: int = 0) -> None:
     kept = [line(step) for step in range(1, done + 1)]
-    with Tracking(names, output, title="kd-0", settings={"lr": 1e-3}, done=kept) as tracking:
+    with Trackers(names, output, title="kd-0", settings={"lr": 1e-3}, done=kept) as tracking:
         for step in steps:
             tracking.write(line(step))
 
@@ -110,7 +110,7 @@ def test_a_run_that_fails_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     wandb, mlflow = Wandb(), Mlflow()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    tracking = Tracking(("wandb", "mlflow"), tmp_path, title="kd-0", settings={})
+    tracking = Trackers(("wandb", "mlflow"), tmp_path, title="kd-0", settings={})
     with pytest.raises(RuntimeError, match="out of memory"), tracking:
         raise RuntimeError("out of memory")
     assert wandb.exit_codes == [1]
@@ -120,7 +120,7 @@ def test_a_run_that_fails_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, name: Tracker) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # as Python does for what cannot be imported
-    with pytest.raises(ConfigError, match=rf"{name} is not installed; pip install {name}, or leave it out"):
+    with pytest.raises(ConfigError, match=rf"{name} is not installed; pip install {name}, or remove it"):
         check_trackers((name,))
 
 

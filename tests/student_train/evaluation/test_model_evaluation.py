@@ -15,8 +15,8 @@ from storage.records.records import PartRecords
 from storage.writer.cache_writer import CacheWriter
 from student_train.config import EvaluationSection, SourceSection
 from student_train.data.collate import collate
-from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
-from student_train.evaluation.evaluate import evaluate_model
+from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
+from student_train.evaluation.model_evaluation import evaluate_model
 from student_train.models.loading import load_for_inference, read_checkpoint
 from tests.student_train.caches import make_cache
 
@@ -64,14 +64,14 @@ def test_held_out_cross_entropy_is_that_of_every_reference_token(two_turns, chec
     (checkpoint / "evaluation.json").unlink()
     cache, opened = Cache.open(two_turns), read_checkpoint(checkpoint)
     folder = ImageFolder(cache.image_root, opened.image_processor, pixels=stored_pixels(cache.identity))
-    vision = VisionSource(folder, features=FeatureStore(1 << 20), pixels=FeatureStore(0))
+    vision = VisionGatherer(folder, features=TensorStore(1 << 20), pixels=TensorStore(0))
     student = load_for_inference(opened, vocab_size=cache.identity.vocab_size)
     surprises = []
     for index in range(3):  # one by one: no padding
-        batch = collate([cache.read(index)], opened.grid, vision.gather)
+        batch = collate([cache.read(index)], opened.sequence_format, vision.gather)
         with torch.inference_mode():
-            hidden = student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
-            logprobs = student.logits(hidden[batch.response_positions]).double().log_softmax(1)
+            hidden = student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
+            logprobs = student.compute_logits(hidden[batch.response_positions]).double().log_softmax(1)
         surprises += (-logprobs[torch.arange(len(batch.labels)), batch.labels]).tolist()
     assert len(surprises) == sum(cache.read(index).tokens.num_response_tokens for index in range(3))
     assert document["cross_entropy"] == pytest.approx(np.mean(surprises), rel=1e-4)
