@@ -70,14 +70,14 @@ def dense_kd(inputs: Inputs) -> Tensor:
     """Forward KL with a densified target and the log-softmax of all rows."""
     log_q = (inputs.hidden @ inputs.weight.T).log_softmax(1)
     target = torch.zeros_like(log_q)
-    target[inputs.teacher.expand_row_indices(), inputs.teacher.ids] = inputs.teacher.logprobs.exp()
+    target[inputs.teacher.row_of_entry(), inputs.teacher.ids] = inputs.teacher.logprobs.exp()
     return -(target * log_q).sum() - inputs.teacher.entropy.sum()
 
 
 def sparse_kd(inputs: Inputs) -> Tensor:
     """Forward KL with the student's logarithms gathered at the stored ids."""
     logits = inputs.hidden @ inputs.weight.T
-    row = inputs.teacher.expand_row_indices()
+    row = inputs.teacher.row_of_entry()
     log_q = logits[row, inputs.teacher.ids] - logits.logsumexp(1)[row]
     return -(inputs.teacher.logprobs.exp() * log_q).sum() - inputs.teacher.entropy.sum()
 

@@ -1,6 +1,6 @@
-"""Prints one JSON line a ZeRO stage: the relative error of a gradient that many micro-batches add up to in bf16.
+"""Prints the relative error of a bf16 gradient accumulated over many micro-batches, one JSON line a ZeRO stage.
 
-A process of its own, since DeepSpeed changes the one that it is imported in.
+Runs in a process of its own, since importing DeepSpeed changes the process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Quadratic(nn.Module):
 
 
 def relative_error(zero_stage: Literal[1, 2, 3], num_micro: int, log_path: Path) -> float:
-    """Of the accumulated gradient, in the Frobenius norm, against float64 on the same bf16 weights."""
+    """Return the accumulated gradient's relative error (Frobenius norm) against float64 on the same bf16 weights."""
     stage = StageSection(init="none", zero_stage=zero_stage, precision="bf16", steps=1)
     module = Quadratic()
     weight = module.weight.detach().to(torch.bfloat16).double()

@@ -1,4 +1,4 @@
-"""Losses of rows the slow way: whole logits, one row after another, float64, gradients by autograd."""
+"""Slow references of row losses: whole logits, one row after another, float64, gradients by autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from student_train.losses.sparse_divergence import MIN_TAIL_MASS, PROFILE_FLOOR,
 
 
 def divergence(p: Tensor, q: Tensor, spec: LossSpec) -> Tensor:
-    """Of two vectors of events' probabilities, by its definition; 0 log 0 is 0."""
+    """Compute a divergence of two probability vectors by its definition; 0 log 0 is 0."""
     beta = {"jsd": 0.5, "skewed_kl": 0.1}.get(spec.divergence, 0.0) if spec.beta is None else spec.beta
     mixture = beta * p + (1 - beta) * q
     return {
@@ -25,7 +25,7 @@ def divergence(p: Tensor, q: Tensor, spec: LossSpec) -> Tensor:
 
 
 def dense_loss(teacher_logits: np.ndarray, logits: Tensor, spec: LossSpec) -> Tensor:
-    """The sum over rows of T^2 D(p_T, q_T) over the whole vocabulary."""
+    """Sum T^2 D(p_T, q_T) over rows, on the whole vocabulary."""
     p = (torch.tensor(teacher_logits, dtype=torch.float64) / spec.temperature).softmax(1)
     q = (logits.double() / spec.temperature).softmax(1)
     return spec.temperature**2 * sum((divergence(a, b, spec) for a, b in zip(p, q, strict=True)), logits.sum() * 0)
@@ -34,7 +34,7 @@ def dense_loss(teacher_logits: np.ndarray, logits: Tensor, spec: LossSpec) -> Te
 def sparse_loss(
     rows: SparseRows, log_sum_exp: np.ndarray, logits: Tensor, spec: LossSpec, profile: np.ndarray | None = None
 ) -> Tensor:
-    """The sum over rows of a treatment, each row's events spelt out."""
+    """Sum the loss with tail handling over rows, with each row's events written out."""
     total = logits.sum().double() * 0
     for row in range(rows.num_rows):
         q = (logits[row].double() / spec.temperature).softmax(0)

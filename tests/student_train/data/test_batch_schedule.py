@@ -82,7 +82,7 @@ def test_totals_are_those_of_the_global_batch_on_every_rank(
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_stopping_and_going_on_gives_the_same_plans_however_many_ranks(num_ranks: int) -> None:
+def test_a_resumed_schedule_gives_the_same_plans_on_any_number_of_ranks(num_ranks: int) -> None:
     order = Shuffle(np.arange(40) // 4, np.full(10, 100), window_rows=300)
     samples = replace(table(40), order=order)
 
@@ -97,17 +97,17 @@ def test_stopping_and_going_on_gives_the_same_plans_however_many_ranks(num_ranks
         assert [row for of_rank in of_ranks for row in of_rank] == rows(range(step, step + 1), 0, ranks=1)
 
 
-def test_a_rank_without_samples_gets_one_that_does_not_count() -> None:
+def test_a_rank_without_samples_gets_a_filler() -> None:
     third = list(plan_micro_batches(table(5), 2, 1, steps=range(1), seed=0, rank=0, num_ranks=3))
     assert [(len(plan.rows), plan.counted) for plan in third] == [(1, False)]
 
 
-def test_read_ahead_yields_in_order() -> None:
+def test_the_prefetcher_yields_in_order() -> None:
     with Prefetcher(iter(range(20)), depth=2) as reader:
         assert list(reader) == list(range(20))
 
 
-def test_read_ahead_raises_the_thread_s_own_error_where_it_happened() -> None:
+def test_the_prefetcher_raises_the_thread_s_error_at_its_item() -> None:
     def items():
         yield 1
         raise StillhouseError("sample 'x': broken")
@@ -119,7 +119,7 @@ def test_read_ahead_raises_the_thread_s_own_error_where_it_happened() -> None:
             next(iterator)
 
 
-def test_read_ahead_stays_within_its_depth_and_stops_with_its_reader() -> None:
+def test_the_prefetcher_stays_within_its_depth_and_stops_with_its_reader() -> None:
     made = []
 
     def items():

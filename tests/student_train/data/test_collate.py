@@ -126,7 +126,7 @@ def test_visual_rows_follow_the_order_of_placeholders_not_of_keys() -> None:
     assert batch.vision.names == ("zz", "a")
 
 
-def test_a_batch_that_does_not_count_has_no_rows_but_its_images() -> None:
+def test_a_batch_that_is_not_counted_has_images_but_no_rows() -> None:
     batch = collate(
         [record(sample([1, IMAGE, 4], [2], image("a")))], GRID, gather, families=("response",), counted=False
     )
@@ -170,7 +170,7 @@ def test_hidden_states_become_rows_of_the_batch() -> None:
         collate(records, GRID, gather, families=("hidden",))
 
 
-def test_what_cannot_be_laid_out_is_refused_by_name() -> None:
+def test_samples_that_cannot_be_expanded_are_refused_by_name() -> None:
     with pytest.raises(StillhouseError, match="sample 's': its first token is a response token"):
         expand_sample(sample([1, 2], [0]), GRID)
     with pytest.raises(StillhouseError, match="sample 's' has 34 tokens for this student, which has 32"):

@@ -1,4 +1,4 @@
-"""Several caches read as one: which samples, how often, in which order, and a step over two of them."""
+"""Several caches read as one: samples, weights, order, and a training step over two of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOSSES = {"response": {}, "visual": {}, "relation": {}}
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
-    """Ten samples of the split `more`, with ids and images that the shared cache has too."""
+    """A cache of ten samples of the split `more`, with ids and images that the shared cache also has."""
     folder = tmp_path_factory.mktemp("other")
     return make_cache(folder, checkpoint, num_samples=10, num_images=5, splits=("train", "more"), seed=1)
 
@@ -48,7 +48,7 @@ def stage(checkpoint: Path, caches: list[dict], **fields: object) -> StageSectio
     return StageSection.model_validate(given)
 
 
-def test_a_weight_is_how_often_each_sample_comes(checkpoint: Path, cache: Path, other: Path) -> None:
+def test_a_weight_is_the_number_of_times_that_samples_occur(checkpoint: Path, cache: Path, other: Path) -> None:
     sources = [{"path": str(cache), "weight": 2}, {"path": str(other), "weight": 0.5, "splits": ["more"]}]
     table = stage_data(checkpoint, sources).table
     assert table.order is not None
@@ -85,7 +85,7 @@ def test_batches_are_cut_from_one_endless_sequence(sizes: list[int], weights: li
         assert np.ptp(np.bincount(own - start, minlength=size)) <= 1  # all equally often, but for one begun round
 
 
-def test_one_cache_alone_is_in_the_order_of_its_shuffle(checkpoint: Path, cache: Path) -> None:
+def test_a_single_cache_keeps_the_order_of_its_shuffle(checkpoint: Path, cache: Path) -> None:
     table = stage_data(checkpoint, [{"path": str(cache)}]).table
     assert table.order is not None
     expected = Cache.open(cache, ()).shuffle(table.indices)
@@ -104,7 +104,7 @@ def test_each_cache_keeps_the_order_of_its_own_window() -> None:
     assert abs(places.mean() - 1000) < 50  # evenly over the epoch
 
 
-def test_records_come_from_the_cache_that_they_lie_in(checkpoint: Path, cache: Path, other: Path) -> None:
+def test_records_are_read_from_the_cache_that_holds_them(checkpoint: Path, cache: Path, other: Path) -> None:
     found = stage_data(checkpoint, [{"path": str(cache)}, {"path": str(other), "splits": ["train", "more"]}])
     caches = [Cache.open(cache), Cache.open(other)]
     chosen = found.table.indices[[30, 0, 43, 5]]
@@ -136,7 +136,7 @@ def test_records_come_from_the_cache_that_they_lie_in(checkpoint: Path, cache: P
         ({"tokenizer_fingerprint": "0" * 64}, {}, "tokenizer_fingerprint: the cache has 000"),
     ],
 )
-def test_caches_that_do_not_go_together_are_refused_by_field(
+def test_caches_that_differ_in_needed_fields_are_refused_by_field(
     checkpoint: Path, cache: Path, tmp_path: Path, fields: dict, losses: dict, words: str
 ) -> None:
     odd = make_cache(tmp_path, checkpoint, num_samples=2, **fields)
@@ -144,7 +144,7 @@ def test_caches_that_do_not_go_together_are_refused_by_field(
         stage_data(checkpoint, [{"path": str(cache)}, {"path": str(odd)}], losses=losses)
 
 
-def test_what_one_of_the_caches_lacks_is_named(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_family_that_one_cache_lacks_is_named(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     poor = make_cache(tmp_path, checkpoint, num_samples=2, families=("response",))
     with pytest.raises(CacheError, match="not visual"):
         stage_data(checkpoint, [{"path": str(cache)}, {"path": str(poor)}])
@@ -154,7 +154,7 @@ def test_what_one_of_the_caches_lacks_is_named(checkpoint: Path, cache: Path, tm
         stage_data(checkpoint, [{"path": str(cache)}], cache=str(poor))
 
 
-def test_profiles_are_averaged_by_the_rows_that_an_epoch_has(checkpoint: Path, tmp_path: Path) -> None:
+def test_profiles_are_averaged_by_their_rows_in_an_epoch(checkpoint: Path, tmp_path: Path) -> None:
     from student_train.training.stage_data import _average_tail_profiles
 
     class Fixed:
@@ -177,7 +177,7 @@ def test_profiles_are_averaged_by_the_rows_that_an_epoch_has(checkpoint: Path, t
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_a_stage_over_two_caches_trains_and_resumes_to_the_bit(
+def test_a_stage_over_two_caches_trains_and_resumes_bit_exactly(
     make_runner: Callable[..., Runner], cache: Path, other: Path
 ) -> None:
     stage = {
@@ -200,7 +200,7 @@ def test_a_stage_over_two_caches_trains_and_resumes_to_the_bit(
         assert torch.equal(weight, expected[name]), name
 
 
-def test_a_model_is_judged_on_the_held_out_samples_of_every_cache(
+def test_a_model_is_evaluated_on_the_held_out_samples_of_every_cache(
     checkpoint: Path, cache: Path, other: Path, tmp_path: Path
 ) -> None:
     poor = make_cache(tmp_path, checkpoint, num_samples=4, families=(), splits=("train", "more"), seed=2)

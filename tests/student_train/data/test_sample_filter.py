@@ -18,7 +18,7 @@ def opened(cache: Path) -> Cache:
     return Cache.open(cache)
 
 
-def test_columns_are_what_the_records_say(opened: Cache) -> None:
+def test_columns_agree_with_the_records(opened: Cache) -> None:
     table = read_sample_columns(opened, set(COLUMNS) - {"sequence_logprob"}).to_pylist()
     assert len(table) == opened.num_samples == 48
     for index in (0, 7, 24, 47):
@@ -89,12 +89,12 @@ def test_a_sample_without_rows_meets_no_condition_on_rows(checkpoint: Path, tmp_
         (["num_images", "__import__('os')", 1], "filter"),
     ],
 )
-def test_a_condition_without_sense_is_refused(checkpoint: Path, condition: list, words: str) -> None:
+def test_an_invalid_condition_is_refused(checkpoint: Path, condition: list, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         StageSection.model_validate({"init": str(checkpoint), "steps": 1, "filter": [condition]})
 
 
-def test_a_stage_trains_on_what_its_filter_leaves(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_stage_trains_on_the_samples_that_its_filter_keeps(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     def stage(*conditions: list, **fields: object) -> StageSection:
         document = {"init": str(checkpoint), "steps": 1, "filter": conditions, **fields}
         return StageSection.model_validate(document)

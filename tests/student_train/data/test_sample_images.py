@@ -76,9 +76,7 @@ def test_a_truncated_image_is_named(folder: ImageFolder) -> None:
         folder.load_pixels(reference(folder.root / "a.png"), sample_id="s")
 
 
-def test_a_link_out_of_the_root_is_followed_in_a_folder_of_this_machine_alone(
-    folder: ImageFolder, tmp_path: Path
-) -> None:
+def test_a_link_out_of_the_root_is_followed_only_in_a_local_folder(folder: ImageFolder, tmp_path: Path) -> None:
     image = picture(tmp_path / "elsewhere" / "a.png", 40)
     folder.root.mkdir()
     (folder.root / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")
@@ -91,7 +89,7 @@ def test_a_link_out_of_the_root_is_followed_in_a_folder_of_this_machine_alone(
     )
 
 
-def test_a_store_keeps_what_came_first_within_its_bytes() -> None:
+def test_a_store_keeps_the_first_tensors_within_its_bytes() -> None:
     store = TensorStore(2 * 4 * 4)
     for number in range(4):
         store.put([str(number)], [torch.full((4,), float(number))])
@@ -126,7 +124,7 @@ def test_a_batch_without_images_gets_a_blank_one(folder: ImageFolder) -> None:
     assert vision.pixel_slots.tolist() == []
 
 
-def test_images_come_from_the_cache_where_their_folder_is_gone(tmp_path: Path, checkpoint: Path) -> None:
+def test_images_are_read_from_the_cache_if_their_folder_is_gone(tmp_path: Path, checkpoint: Path) -> None:
     path = make_cache(tmp_path, checkpoint, num_samples=4, num_images=3, families=("images",), images_per_sample=2)
     cache, processor = Cache.open(path, families=()), load_image_processor(checkpoint)
     shown = [(cache.sample_ids[at], image) for at in range(8) for image in cache.read(at).tokens.images]

@@ -1,4 +1,4 @@
-"""Questions to a checkpoint: what is asked is text."""
+"""Questions to a checkpoint: pixels, special tokens, templates."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_a_question_gets_an_answer(model: Path, image: Path) -> None:
     assert isinstance(answer_question(model, image, "what colour is the left half?", max_new_tokens=3), str)
 
 
-def test_a_question_shows_the_pixels_that_the_model_was_trained_on(model: Path, tmp_path: Path) -> None:
-    """A file that lies on its side, and alpha over hidden pixels, are answered as the pictures that they show."""
-    upright = make_random_rgb((32, 32), seed=3)
+def test_a_question_uses_the_pixels_that_the_model_was_trained_on(model: Path, tmp_path: Path) -> None:
+    """A rotated file, and alpha over hidden pixels, give the same answers as the pictures that they show."""
+    upright = random_rgb((32, 32), seed=3)
     drawing = np.dstack([upright, np.where(upright[..., 0] > 128, 255, 0).astype(np.uint8)])
     (tmp_path / "laid.png").write_bytes(make_turned_file(upright, 6))
     (tmp_path / "clear.png").write_bytes(encode_image(Image.fromarray(drawing)))
@@ -59,12 +59,12 @@ def test_a_question_shows_the_pixels_that_the_model_was_trained_on(model: Path, 
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "see <|im_start|>assistant", "<image> what?"])
-def test_a_question_that_spells_a_special_token_is_refused(model: Path, image: Path, text: str) -> None:
+def test_a_question_with_a_special_token_is_refused(model: Path, image: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="the question contains the special token <"):
         answer_question(model, image, text)
 
 
-def test_a_question_begins_and_ends_as_the_tokenizer_and_the_template_say(model: Path, image: Path) -> None:
+def test_a_question_gets_the_tokenizer_s_leading_tokens_and_the_template_s_end(model: Path, image: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     checkpoint, processor = read_checkpoint(model), load_processor(model)
@@ -81,7 +81,7 @@ def test_a_question_begins_and_ends_as_the_tokenizer_and_the_template_say(model:
 def test_a_question_is_rendered_with_the_arguments_that_the_student_was_trained_with(
     model: Path, image: Path, tmp_path: Path
 ) -> None:
-    """The template opens a think block, and ends answers by another token, unless it is told not to."""
+    """The template opens a think block and ends answers with another token, unless an argument disables it."""
     folder = shutil.copytree(model, tmp_path / "thinking")
     opened = CHAT_TEMPLATE.replace(
         "<|im_start|>assistant\n{% endif",

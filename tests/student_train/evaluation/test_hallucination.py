@@ -30,13 +30,13 @@ def test_the_first_word_decides_or_else_the_last(answer):
 
 
 @pytest.mark.parametrize("answer", ["", "yesterday", "a yes it is", "not sure"])
-def test_what_says_neither_is_wrong_and_no_yes(answer):
+def test_an_answer_with_neither_yes_nor_no_is_wrong(answer):
     scores = score_yes_no([(answer, "seven two so no")])
     assert scores is not None
     assert (scores["accuracy"], scores["hallucination_rate"], scores["num_neither"]) == (0, 0, 1)
 
 
-def test_rates_of_nothing_are_none():
+def test_rates_over_no_questions_are_none():
     assert score_yes_no([]) is None
     assert score_yes_no([("yes", "seven")]) is None
     scores = score_yes_no([("no", "yes")])
@@ -54,12 +54,12 @@ def test_words_without_support_by_hand():
     ("answer", "reference"),
     [("red.", "red"), ("“Red”, or blue!", "blue red or"), ("red - blue", "blue - red"), ("…", "red")],
 )
-def test_punctuation_at_the_ends_of_words_claims_nothing(answer, reference):
+def test_punctuation_at_the_ends_of_words_is_ignored(answer, reference):
     assert compute_unsupported_rate([(answer, reference)]) == 0
 
 
 @pytest.mark.parametrize(
     ("answer", "reference"), [("-5", "5"), ("50%", "50"), ("red-blue", "red blue"), ("it's", "its")]
 )
-def test_what_is_not_punctuation_at_an_end_makes_another_word(answer, reference):
+def test_other_characters_make_another_word(answer, reference):
     assert compute_unsupported_rate([(answer, reference)]) == 1

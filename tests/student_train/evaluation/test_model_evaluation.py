@@ -1,4 +1,4 @@
-"""Which answers of a conversation are judged, and the held-out cross-entropy by another road."""
+"""The evaluated turns of a conversation, and the held-out cross-entropy against a slow reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.student_train.caches import make_cache
 
 @pytest.fixture(scope="module")
 def two_turns(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
-    """Three samples with a second question, about the first one's image, and another answer; tokens only."""
+    """A cache of three samples with a second question about the same image, and its answer; tokens only."""
     one = Cache.open(make_cache(tmp_path_factory.mktemp("one"), checkpoint, num_samples=3, families=()))
     path = tmp_path_factory.mktemp("two") / "cache"
     writer = CacheWriter.open(path, one.identity.model_copy(update={"num_parts": 1}), ())
@@ -44,7 +44,7 @@ def two_turns(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Pat
 
 
 @pytest.mark.parametrize(("turns", "judged"), [("all", [0, 1]), ("first", [0]), ("last", [1])])
-def test_the_turns_that_were_asked_for_are_judged_and_named(two_turns, checkpoint, turns, judged):
+def test_the_requested_turns_are_evaluated_and_named(two_turns, checkpoint, turns, judged):
     section = EvaluationSection(splits=("train",), max_new_tokens=1, turns=turns)
     document = evaluate_model(checkpoint, [SourceSection(path=str(two_turns))], section)
     assert document["turns"] == turns
@@ -57,7 +57,7 @@ def test_the_turns_that_were_asked_for_are_judged_and_named(two_turns, checkpoin
     (checkpoint / "evaluation.json").unlink()
 
 
-def test_held_out_cross_entropy_is_that_of_every_reference_token(two_turns, checkpoint):
+def test_held_out_cross_entropy_covers_every_reference_token(two_turns, checkpoint):
     document = evaluate_model(
         checkpoint, [SourceSection(path=str(two_turns))], EvaluationSection(splits=("train",), max_new_tokens=1)
     )

@@ -1,4 +1,4 @@
-"""The published objective: a mean over micro-batches of their means, against formulas on whole logits."""
+"""The published objective, a mean over micro-batches of their means, compared with formulas on whole logits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def stage_data(checkpoint: Path, cache: Path) -> StageData:
 
 
 def published(run: Run, *, ranks: int, micro: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Whole logits in float64, sample by sample; each micro-batch's means, averaged over micro-batches."""
+    """Return the loss from whole logits in float64: each micro-batch's means, averaged over micro-batches."""
     model, sequence_format = run.student.model.double(), run.stage_data.checkpoint.sequence_format
     pixels_of = open_images(run.stage_data.cache, None, run.stage_data.checkpoint.image_processor)
     model.zero_grad()
@@ -108,7 +108,7 @@ def published(run: Run, *, ranks: int, micro: int) -> tuple[dict[str, float], di
         ({"mean": "samples"}, 3, 2, (1, 1)),
     ],
 )
-def test_value_and_gradients_are_those_of_the_published_objective(
+def test_value_and_gradients_agree_with_the_published_objective(
     stage_data: StageData, losses: dict, ranks: int, micro: int, oracle: tuple[int, int]
 ) -> None:
     totals, gradients = Run(stage_data, {**LOSSES, **losses})(ranks=ranks, micro=micro)
@@ -137,6 +137,6 @@ def test_a_mean_over_rows_is_another_objective(stage_data: StageData) -> None:
         ({"losses": {"literal": True, "mean": "rows"}, "group_by_length": False}, "mean is 'rows'"),
     ],
 )
-def test_means_that_cannot_be_are_refused_by_name(stage: dict, message: str) -> None:
+def test_invalid_means_are_refused_by_name(stage: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         StageSection.model_validate({"init": "x", "steps": 1, **stage})

@@ -24,7 +24,7 @@ ALL = [(divergence, treatment) for divergence, treatments in TREATMENTS.items() 
 
 
 class Case:
-    """Random rows of a student with a head, teacher rows for them, and the slow way to the loss."""
+    """Random student rows with a head and teacher rows, and a slow reference of the loss."""
 
     def __init__(self, rows: int, spec: LossSpec, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         draw = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ class Case:
         return 0.7 * surprise + 0.3 * sparse_loss(self.stored, tempered, logits, self.spec, self.profile)
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        """Of hidden states, head and bias, for an incoming gradient that is not 1."""
+        """Return the gradients of hidden states, head and bias, for an incoming gradient that is not 1."""
         return [each.double() for each in torch.autograd.grad(1.7 * loss, [self.hidden, self.weight, self.bias])]
 
 
@@ -80,7 +80,7 @@ class Case:
     rows=st.integers(1, 9), seed=st.integers(0, 10**6), temperature=st.sampled_from([1.0, 2.0]),
     chunk=st.sampled_from([1, 2 * V, 5 * V, 1 << 20]),
 )  # fmt: skip
-def test_value_and_gradients_are_those_of_whole_logits(
+def test_value_and_gradients_agree_with_whole_logits(
     divergence: Divergence, treatment: Treatment, rows: int, seed: int, temperature: float, chunk: int
 ) -> None:
     case = Case(rows, LossSpec(divergence, treatment, 1.0 if treatment == "unbiased" else temperature), seed=seed)
@@ -94,7 +94,7 @@ def test_value_and_gradients_are_those_of_whole_logits(
 
 @pytest.mark.parametrize(("divergence", "treatment"), ALL)
 def test_gradients_are_differences_of_the_value(divergence: Divergence, treatment: Treatment) -> None:
-    """Along a random direction of all inputs; no reference is asked."""
+    """Along a random direction of all inputs, without the slow reference."""
     case = Case(3, LossSpec(divergence, treatment))
     inputs = [case.hidden, case.weight, case.bias]
     draw = torch.Generator().manual_seed(3)
@@ -111,7 +111,7 @@ def test_gradients_are_differences_of_the_value(divergence: Divergence, treatmen
 
 @pytest.mark.parametrize(("divergence", "treatment"), ALL)
 def test_low_precision_is_accumulated_in_float32(divergence: Divergence, treatment: Treatment) -> None:
-    """All that bfloat16 costs is the rounding of what comes out: the reference computes on the same inputs."""
+    """bfloat16 costs only the rounding of the results: the reference computes on the same inputs."""
     case = Case(8, LossSpec(divergence, treatment), dtype=torch.bfloat16)
     loss, reference = case.fused(chunk_logits=3 * V), case.reference()
     assert loss.dtype == torch.float32
@@ -123,7 +123,7 @@ def test_low_precision_is_accumulated_in_float32(divergence: Divergence, treatme
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=2**-7, atol=1e-4)
 
 
-def test_a_large_head_in_low_precision_is_widened_in_parts() -> None:
+def test_a_large_low_precision_head_is_converted_in_parts() -> None:
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(40_000, 4, generator=draw).bfloat16().requires_grad_()
     hidden = torch.randn(5, 4, generator=draw).bfloat16().requires_grad_()
@@ -136,7 +136,7 @@ def test_a_large_head_in_low_precision_is_widened_in_parts() -> None:
         torch.testing.assert_close(mine, other, rtol=2**-7, atol=1e-5)
 
 
-def test_rows_of_the_head_beyond_the_vocabulary_take_no_part() -> None:
+def test_rows_of_the_head_beyond_the_vocabulary_are_ignored() -> None:
     case = Case(5, LossSpec())
     with torch.no_grad():
         case.weight[V:] = 1e6

@@ -14,14 +14,14 @@ V, D, ROWS = 4096, 32, 24
 
 
 def imitate_tensor_cores(left: Tensor, right: Tensor) -> Tensor:
-    """Exact products of low-precision inputs, summed in float32, as a GPU makes them."""
+    """Multiply low-precision inputs exactly and sum in float32, as a GPU does."""
     assert left.dtype == right.dtype
     assert left.dtype in (torch.float16, torch.bfloat16)
     return left.float() @ right.float()
 
 
 def relative_errors(dtype: torch.dtype, *, total_rows: int, sharpness: float, loss_scale: float) -> list[float]:
-    """Of the gradients of hidden states and head, in norms, against float64 on the same inputs."""
+    """Return the relative errors of the gradients of hidden states and head, against float64 on the same inputs."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, D, generator=draw).to(dtype).requires_grad_()
     weight = (sharpness * torch.randn(V, D, generator=draw)).to(dtype).requires_grad_()

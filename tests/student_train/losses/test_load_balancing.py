@@ -1,4 +1,4 @@
-"""Load balance, z-loss, entropy and load of routers, by hand and against transformers' own."""
+"""Load balance, z-loss, entropy and load of routers, by hand and compared with transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_an_even_router_costs_one_a_layer():
     assert losses.load.tolist() == [[0.5, 0.5]] * 3
 
 
-def test_a_router_with_one_favourite_costs_up_to_the_number_of_experts():
+def test_a_collapsed_router_has_a_balance_loss_up_to_the_number_of_experts():
     logits = torch.tensor([[50.0, 0.0, 0.0, 0.0]]).repeat(3, 1)
     losses = router_losses([logits], torch.ones(3, dtype=torch.bool), top_k=1)
     assert losses.balance.item() == pytest.approx(4.0)
@@ -35,7 +35,7 @@ def test_worked_by_hand_with_two_choices_of_three():
     assert losses.z.item() == pytest.approx(math.log(4) ** 2, abs=1e-5)
 
 
-def test_padding_counts_nothing():
+def test_padding_does_not_count():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, generator=generator)
     is_token = torch.tensor([True, True, False, True, False, True])
@@ -45,7 +45,7 @@ def test_padding_counts_nothing():
         torch.testing.assert_close(getattr(padded, name), getattr(plain, name))
 
 
-def test_no_token_gives_zero_that_stays_attached():
+def test_no_tokens_give_zero_attached_to_the_graph():
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     losses = router_losses([logits], torch.zeros(3, dtype=torch.bool), top_k=2)
     (losses.balance + losses.z).backward()
@@ -69,7 +69,7 @@ def test_one_layer_is_what_transformers_computes():
     torch.testing.assert_close(got, wanted)
 
 
-def test_statistics_of_batches_are_those_of_their_tokens_together():
+def test_statistics_of_batches_equal_those_of_all_their_tokens():
     generator = torch.Generator().manual_seed(2)
     layers = [torch.randn(12, 4, generator=generator) for _ in range(2)]
     everywhere = torch.ones(12, dtype=torch.bool)

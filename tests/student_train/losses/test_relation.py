@@ -21,7 +21,7 @@ HEAD = torch.randn(50, 8, generator=torch.Generator().manual_seed(5))
 
 
 def teacher(images: int, size: int, *, rank: int = 4, seed: int = 0) -> TeacherRelations:
-    """Matrices at norm 1, with the norms that they had."""
+    """Normalise matrices to norm 1; keep their norms."""
     return stack_relations(matrices(images, size, rank=rank, seed=seed), size=size)
 
 
@@ -41,7 +41,7 @@ def student(images: int, size: int, *, seed: int = 1) -> Tensor:
 
 
 def gram_of_logits(hidden: Tensor, *, centered: bool = False) -> Tensor:
-    """(i, n, n) in float64, of logits that are really formed."""
+    """Compute relation matrices (i, n, n) in float64 from materialised logits."""
     logits = hidden.double() @ HEAD.double().T
     logits = logits - logits.mean(1, keepdim=True) if centered else logits
     return logits @ logits.mT
@@ -61,7 +61,7 @@ def assert_same(loss: Tensor, values: Tensor, reference: Tensor, reference_value
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("size", [6, 20])
 def test_the_loss_agrees_with_gram_matrices_of_logits(centered: bool, size: int) -> None:
-    """With fewer and more rows than hidden sizes."""
+    """With fewer and with more rows than hidden dimensions."""
     ours, reference, cached = student(3, size), student(3, size), teacher(3, size)
     loss = relation_loss(ours, HEAD.T @ HEAD, cached, centered=centered)
     expected = (1 - cosines(gram_of_logits(reference, centered=centered), cached.values.double())).sum()
@@ -69,8 +69,8 @@ def test_the_loss_agrees_with_gram_matrices_of_logits(centered: bool, size: int)
 
 
 @pytest.mark.parametrize("centered", [False, True])
-def test_factors_give_what_their_matrices_give(centered: bool) -> None:
-    """Of several ranks, one of them 0: a matrix of zeros."""
+def test_factors_give_the_same_loss_as_their_matrices(centered: bool) -> None:
+    """Make factors of several ranks, one of them 0 (a zero matrix)."""
     draw = np.random.default_rng(3)
     factors: list[RelationFactor] = []
     for rank in (3, 0, 5):
@@ -91,7 +91,7 @@ def test_factors_give_what_their_matrices_give(centered: bool) -> None:
         assert_same(losses[0], ours, losses[1].double(), reference)
 
 
-def test_factors_among_whole_matrices_become_matrices() -> None:
+def test_factors_mixed_with_matrices_become_matrices() -> None:
     mixed: list[Relation] = [RelationFactor(np.array([[1], [0]], np.float32), 3.0), *matrices(1, 2)]
     cached = stack_relations(mixed, size=2)
     assert not cached.factored
@@ -114,8 +114,8 @@ def test_a_pooled_relation_averages_the_rows_of_each_block(centered: bool) -> No
     assert_same(loss, ours, expected, reference)
 
 
-def test_literal_is_one_cosine_of_all_matrices_end_to_end() -> None:
-    """As the published code: raw Gram matrices of a batch, flattened; so a large image outweighs a small one."""
+def test_literal_is_one_cosine_of_all_matrices_concatenated() -> None:
+    """As in the published code: flattened raw Gram matrices of a batch, so larger matrices weigh more."""
     ours, reference, cached = student(3, 6), student(3, 6), teacher(3, 6)
     loss = relation_loss(ours, HEAD.T @ HEAD, cached, literal=True)
     raw = cached.values.double() * cached.norms.double()[:, None, None]
@@ -127,7 +127,7 @@ def test_literal_is_one_cosine_of_all_matrices_end_to_end() -> None:
     assert single[0] == pytest.approx(single[1], rel=1e-5)
 
 
-def test_a_scaled_copy_costs_nothing_and_zeros_cost_1_each() -> None:
+def test_a_scaled_copy_has_loss_0_and_zeros_have_loss_1_each() -> None:
     hidden = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     own = hidden @ hidden.mT
     norms = own.flatten(1).norm(dim=1)
@@ -153,7 +153,7 @@ def test_no_images_are_zero_attached_to_the_graph() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_metric_and_its_gradient_are_of_the_real_vocabulary(dtype: torch.dtype) -> None:
+def test_the_head_gram_and_its_gradient_use_the_real_vocabulary(dtype: torch.dtype) -> None:
     ours = torch.randn(70, 8, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
     reference = ours.detach().double().requires_grad_()
     factor = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))  # not symmetric
@@ -167,7 +167,7 @@ def test_the_metric_and_its_gradient_are_of_the_real_vocabulary(dtype: torch.dty
 
 
 @given(side=st.integers(1, 12))
-def test_the_same_grid_is_not_touched(side: int) -> None:
+def test_equal_grids_are_not_resampled(side: int) -> None:
     assert make_resampling_matrix(side**2, side**2) is None
     assert make_resampling_matrix(728, 728) is None  # nor one that is no square
     matrix = make_resampling_matrix(side**2, side**2, pool=1)
@@ -187,7 +187,7 @@ def test_resampling_keeps_constants_and_means(ours: int, theirs: int, pool: int 
 
 
 @given(side=st.integers(1, 12), pool=st.integers(2, 5))
-def test_a_pooled_grid_is_the_cache_s(side: int, pool: int) -> None:
+def test_a_pooled_grid_matches_the_cache_s(side: int, pool: int) -> None:
     matrix = make_resampling_matrix(side**2, side**2, pool=pool)
     assert matrix is not None
     block = assign_grid_blocks(side**2, pool)
@@ -197,7 +197,7 @@ def test_a_pooled_grid_is_the_cache_s(side: int, pool: int) -> None:
 
 
 def test_resampling_by_hand() -> None:
-    """A line of 2 cells seen by 3: the middle one lies half in each. Of squares, each row is a product of two."""
+    """2 cells resampled to 3: the middle one lies half in each. For squares, each row is a product of two."""
     matrix = make_resampling_matrix(4, 9)
     assert matrix is not None
     line = torch.tensor([[1, 0], [0.5, 0.5], [0, 1]])

@@ -30,7 +30,7 @@ def logits(rows: int, vocab: int, seed: int, scale: float = 2.0) -> np.ndarray:
 
 
 def log_sum_exps(teacher: np.ndarray, temperature: float) -> np.ndarray:
-    """As a cache keeps them: of log p / T."""
+    """Compute the log-sum-exp of log p / T, as a cache stores it."""
     return np.log(np.exp(log_softmax(teacher) / temperature).sum(1)).astype(np.float32)
 
 
@@ -47,7 +47,7 @@ def compute(
     labels: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of cross-entropy and of the divergence, and the gradient of their weighted sum, in float64."""
+    """Return the sums of cross-entropy and divergence, and the gradient of their weighted sum, in float64."""
     spec = replace(spec, column=0)
     z = torch.as_tensor(values).to(dtype).clone()
     target = None
@@ -62,7 +62,7 @@ def compute(
 
 
 def assert_same(found: tuple[Tensor, Tensor, Tensor], reference: Tensor, values: Tensor, tolerance: float) -> None:
-    """The divergence and its gradient agree."""
+    """Check that the divergence and its gradient agree with the reference."""
     (expected,) = torch.autograd.grad(reference, values)
     torch.testing.assert_close(found[1], reference.detach().double(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found[2], expected.double(), rtol=tolerance, atol=tolerance)
@@ -73,7 +73,7 @@ def student(values: np.ndarray) -> Tensor:
 
 
 def tail_profile(vocab: int, seed: int) -> np.ndarray:
-    """With tokens that no tail ever held."""
+    """Make a tail profile, with tokens of mass 0."""
     profile = np.random.default_rng(seed).gamma(0.3, size=vocab)
     profile[::5] = 0
     return profile / max(profile.sum(), 1e-9)
@@ -87,7 +87,7 @@ def tail_profile(vocab: int, seed: int) -> np.ndarray:
 )  # fmt: skip
 # The stored entries, rounded to float32, sum to more than 1 at this temperature: no mass is left, not a negative one.
 @example(rows=1, vocab=37, k=35, seed=1145, temperature=0.5, beta=None, sharp=False)
-def test_every_treatment_agrees_with_its_events_spelt_out(
+def test_every_treatment_agrees_with_the_slow_reference(
     divergence: Divergence, treatment: Treatment, rows: int, vocab: int, k: int, seed: int,
     temperature: float, beta: float | None, sharp: bool,
 ) -> None:  # fmt: skip
@@ -170,7 +170,7 @@ def test_the_bucket_by_hand() -> None:
 
 
 def test_the_profile_by_hand() -> None:
-    """Stored 0.5; the other half goes 1 : 3, as the profile says of the tokens that are not stored."""
+    """One entry of 0.5 is stored; the profile splits the other half 1 : 3 among the tokens that are not."""
     teacher = np.log(np.array([[0.5, 0.3, 0.2]]))
     profile = np.array([0.6, 0.1, 0.3]) - 1e-3 / 3
     profile /= profile.sum()
@@ -184,10 +184,10 @@ def test_the_profile_by_hand() -> None:
 @pytest.mark.parametrize("divergence", TREATMENTS)
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("num_outside", [1, 55])
-def test_a_profile_that_lies_on_stored_tokens_keeps_its_digits_in_float32(
+def test_a_profile_concentrated_on_stored_tokens_keeps_float32_precision(
     divergence: Divergence, temperature: float, num_outside: int
 ) -> None:
-    """Other tokens have the profile's floor alone: in float32, 1 minus the stored mass has no digit of it."""
+    """Other tokens have only the profile's floor, which is lost in 1 minus the stored mass in float32."""
     vocab = 60
     teacher, values = logits(3, vocab, 4, scale=0.5), logits(3, vocab, 5)
     stored = sparse_rows(teacher, k=vocab - num_outside)
@@ -231,7 +231,7 @@ def test_unbiased_kl_averages_to_the_dense_kl_and_its_gradient() -> None:
 
 @pytest.mark.parametrize("divergence", TREATMENTS)
 @pytest.mark.parametrize("gap", [30.0, 90.0, 1000.0])
-def test_a_student_that_leaves_no_rest_gives_finite_values_and_gradients(divergence: Divergence, gap: float) -> None:
+def test_a_student_without_mass_outside_the_stored_set_gives_finite_values(divergence: Divergence, gap: float) -> None:
     rows = make_teacher_rows([sparse_rows(logits(1, 20, 5), k=2)])
     values = torch.zeros(1, 20)
     values[0, rows.ids[:1]] = gap
@@ -252,7 +252,7 @@ def test_a_student_that_leaves_no_rest_gives_finite_values_and_gradients(diverge
 
 @pytest.mark.parametrize(("divergence", "treatment"), SPARSE)
 def test_rows_whose_mass_rounds_to_1(divergence: Divergence, treatment: Treatment) -> None:
-    """The first row is all but certain, of the second the stored entries sum to 1 in float32, of the third above."""
+    """The first row is almost certain; stored entries of the second sum to 1 in float32, of the third to more."""
     teacher = logits(3, 20, 6)
     teacher[0, 4] = 60.0
     stored = sparse_rows(teacher, k=4)
@@ -269,7 +269,7 @@ def test_rows_whose_mass_rounds_to_1(divergence: Divergence, treatment: Treatmen
 
 @pytest.mark.parametrize(("divergence", "treatment"), [*SPARSE, ("jsd", "exact")])
 def test_labels_add_their_cross_entropy(divergence: Divergence, treatment: Treatment) -> None:
-    """Of labels stored and not stored, at temperature 1 (one softmax) and others (two)."""
+    """For labels that are stored and not, at temperature 1 (one softmax) and others (two)."""
     teacher, values = logits(5, 30, 11), logits(5, 30, 12)
     labels = torch.tensor([int(teacher[0].argmax()), 3, 29, 3, int(teacher[4].argmin())])
     profile = tail_profile(30, 1)
@@ -292,7 +292,7 @@ def test_labels_add_their_cross_entropy(divergence: Divergence, treatment: Treat
 
 
 def test_blocks_of_rows_change_nothing() -> None:
-    """A vocabulary so large that some rows at a time are computed on."""
+    """A vocabulary so large that rows are computed in several blocks."""
     teacher, values = logits(7, 300_000, 1), logits(7, 300_000, 2)
     rows, labels = make_teacher_rows([sparse_rows(teacher, k=5)]), torch.arange(7)
     for treatment in ("bucket", "profile"):
@@ -309,7 +309,7 @@ def test_blocks_of_rows_change_nothing() -> None:
         torch.testing.assert_close(together[2], torch.cat([one[2] for one in single]))
 
 
-def test_a_logit_that_is_no_number_is_no_finite_loss() -> None:
+def test_a_nan_logit_gives_a_nan_loss() -> None:
     rows = make_teacher_rows([sparse_rows(logits(2, 20, 5), k=2)])
     for divergence, treatment in SPARSE:
         for place, value in product((int(rows.ids[0]), (int(rows.ids[0]) + 1) % 20), (torch.nan, torch.inf)):
@@ -329,7 +329,7 @@ def test_no_rows_give_zero() -> None:
             assert [found[0].item(), found[1].item(), found[2].numel()] == [0, 0, 0]
 
 
-def test_teacher_rows_slice_as_the_cache_does() -> None:
+def test_teacher_rows_slice_like_sparse_rows() -> None:
     stored = sparse_rows(logits(6, 30, 11), tau=0.06)
     rows = make_teacher_rows([stored])
     part, expected = rows.slice(2, 5), make_teacher_rows([stored.slice(2, 5)])
@@ -339,7 +339,7 @@ def test_teacher_rows_slice_as_the_cache_does() -> None:
     assert rows.is_exact().tolist() == stored.is_exact().tolist()
 
 
-def test_teacher_rows_are_taken_one_by_one_as_slices_are() -> None:
+def test_selected_teacher_rows_equal_slices() -> None:
     rows = make_teacher_rows(
         [sparse_rows(np.random.default_rng(3).normal(size=(6, 30)), tau=0.05, temperatures=(2.0,))]
     )

@@ -1,4 +1,4 @@
-"""Students of every architecture: their own forward in our batches, parts, saved checkpoints, answers, training."""
+"""Students of every architecture: forward passes in batches, parts, saved checkpoints, answers, training."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ LOSSES = {"response": {}, "visual": {}, "relation": {"weight": 0.5}}
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A tiny checkpoint, samples that show it images of several sizes, and the batches that we make of them."""
+    """A tiny checkpoint, samples with images of several sizes, and batches of them."""
 
     folder: Path
     checkpoint: Checkpoint
@@ -77,7 +77,7 @@ class Case:
         return VisionGatherer(folder, features=None, pixels=TensorStore(0))
 
     def whole_logits(self, model: Any, sample_id: str) -> Tensor:
-        """The model's own forward pass, of one sample and what its own processor makes of its images."""
+        """Run the model's own forward pass on one sample, with its own processor's image inputs."""
         tokens = self.samples[sample_id].tokens
         own = load_processor(self.folder / "teacher")
         pictures = [self.vision._folder.load_picture(image, sample_id=sample_id) for image in tokens.images]
@@ -99,7 +99,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """Cases by architecture, made once."""
+    """Returns cases by architecture, each made once."""
     root, made = tmp_path_factory.mktemp("students"), {}
 
     def case(name: str) -> Case:
@@ -190,7 +190,7 @@ def test_the_projector_alone_trains(part: str, expected: tuple[str, ...], case_o
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"mlp"}
 
 
-def test_parts_that_an_architecture_has_not_are_refused_before_a_model_is_made(case_of: Callable[[str], Case]) -> None:
+def test_parts_that_an_architecture_lacks_are_refused_before_loading(case_of: Callable[[str], Case]) -> None:
     for name in GENERAL:
         known = ("llm", "mlp") if name in BLIND else ("vision", "projector", "llm", "mlp")
         check_trained_parts(case_of(name).checkpoint, known)
@@ -235,7 +235,7 @@ def test_answers_of_a_batch_are_those_of_each_prompt_alone(case: Case) -> None:
 
 
 def dumped(case: Case, folder: Path) -> Path:
-    """A cache of the case's own checkpoint as teacher, through the transformers backend, images cut by its size."""
+    """Dump a cache with the case's checkpoint as the teacher, through the transformers backend."""
     request = SignalRequest(
         response=RowRequest(TopK(16), 0), visual=RowRequest(Threshold(0.05), 0), relation_centered=False
     )
@@ -270,7 +270,7 @@ def onevision_cache(case_of: Callable[[str], Case], tmp_path_factory: pytest.Tem
 def test_losses_over_images_of_several_sizes_are_means_over_images(
     case_of: Callable[[str], Case], onevision_cache: Path
 ) -> None:
-    """The slow reference takes one sample and one image after another, through whole logits."""
+    """Compared with a slow reference: one sample and one image after another, through whole logits."""
     case = case_of("llava_onevision")
     stage = StageSection.model_validate({"init": str(case.folder / "teacher"), "steps": 1, "losses": LOSSES})
     stage_data = prepare_stage_data(stage, str(onevision_cache))
@@ -318,9 +318,7 @@ def test_losses_over_images_of_several_sizes_are_means_over_images(
     assert parts["visual"].item() > 1e-3
 
 
-def test_the_teacher_itself_has_no_distance_from_its_cache(
-    case_of: Callable[[str], Case], onevision_cache: Path
-) -> None:
+def test_the_teacher_has_loss_0_on_its_own_cache(case_of: Callable[[str], Case], onevision_cache: Path) -> None:
     case = case_of("llava_onevision")
     stage = StageSection.model_validate({"init": str(case.folder / "teacher"), "steps": 1, "losses": LOSSES})
     stage_data = prepare_stage_data(stage, str(onevision_cache))
@@ -360,7 +358,7 @@ def test_a_stage_trains_saves_and_evaluates(
     assert document["kl_to_teacher"] < 1
 
 
-def test_a_student_that_cuts_images_otherwise_is_refused_for_visual_losses(
+def test_a_student_that_tiles_images_differently_is_refused_for_visual_losses(
     case_of: Callable[[str], Case], onevision_cache: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(case_of("llava_onevision").folder / "teacher", tmp_path / "other")
@@ -382,7 +380,7 @@ def test_a_student_that_cuts_images_otherwise_is_refused_for_visual_losses(
         collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=("response", "visual"))
 
 
-def test_logits_that_are_not_the_head_s_are_refused(case_of: Callable[[str], Case], tmp_path: Path) -> None:
+def test_a_model_whose_logits_are_not_its_head_s_is_refused(case_of: Callable[[str], Case], tmp_path: Path) -> None:
     folder = case_of("llama").folder / "teacher"
     shutil.copytree(folder, tmp_path / "capped")
     config = json.loads((folder / "config.json").read_text())

@@ -98,14 +98,14 @@ def test_a_large_model_is_sharded(model: Any, checkpoint: Path, tmp_path: Path) 
     assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
 
 
-def test_tokenizer_and_template_are_copied_to_the_byte(model: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_template_are_copied_byte_exactly(model: Any, checkpoint: Path, tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "out", checkpoint)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json"):
         assert (folder / name).read_bytes() == (checkpoint / name).read_bytes()
     assert load_processor(folder).chat_template
 
 
-def test_other_files_of_the_folder_stay(model: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_other_files_of_the_folder_are_kept(model: Any, checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     with (folder / "metrics.jsonl").open("w") as log:
@@ -138,7 +138,7 @@ def test_a_checkpoint_may_be_saved_over_its_own_source(model: Any, checkpoint: P
 
 
 def test_what_a_kill_between_two_renames_left_is_put_back(tmp_path: Path) -> None:
-    """The old folder is in its place again, with what it held; a half-written one is gone; others' are not touched."""
+    """The old folder and its content are restored, an incomplete one is deleted, others are not touched."""
     folder = tmp_path / "kd [1]"
     for name in ("kd [1].tmp-7-ab-old", "kd [1].tmp-7-ab", "kd 1.tmp-7-ab", "kd [1]x"):
         (tmp_path / name).mkdir()

@@ -23,7 +23,7 @@ from tests.tiny import make_tiny_llava, make_tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, str]:
-    """A whole SigLIP, a tied Qwen2 of fewer rows than the tokenizer has, and a teacher's processor."""
+    """A whole SigLIP, a tied Qwen2 with fewer rows than the tokenizer has tokens, and a teacher's processor."""
     transformers = import_transformers()
     root = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_the_parts_are_kept_and_the_projector_follows_the_seed(parts: dict[str, 
     assert load_weights(tmp_path / "a").lm_head.weight.shape == (300, 64)
 
 
-def test_a_checkpoint_that_was_not_composed_here_is_left_alone_with_a_warning(
+def test_a_checkpoint_of_unknown_inputs_is_kept_with_a_warning(
     parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "made").mkdir()
@@ -71,9 +71,7 @@ def test_a_checkpoint_that_was_not_composed_here_is_left_alone_with_a_warning(
     assert "so its inputs are unknown" in caplog.text
 
 
-def test_a_changed_composition_is_refused_with_its_fields_or_composed_anew(
-    parts: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_changed_composition_is_refused_with_its_fields_or_replaced(parts: dict[str, str], tmp_path: Path) -> None:
     folder, section = tmp_path / "made", CompositionSection.model_validate(parts)
     ensure_composed(section, folder, seed=0)
     before = (folder / "model.safetensors").read_bytes()
@@ -116,7 +114,7 @@ def test_check_opens_what_compose_names(parts: dict[str, str], tmp_path: Path, p
 
 
 def test_three_stages_from_parts(parts: dict[str, str], make_runner: Callable[..., Runner]) -> None:
-    """LLaVA-KD's own: the projector alone, then the decoder too, each stage from the last one's checkpoint."""
+    """LLaVA-KD's stages: first the projector alone, then the decoder too, each from the checkpoint before."""
     kd = {"response": {}, "visual": {}, "relation": {"weight": 0.5}}
     runner = make_runner(
         dpt={"init": "{run}/composed", "compose": parts, "train": ["projector"], "losses": kd},
@@ -133,7 +131,7 @@ def test_three_stages_from_parts(parts: dict[str, str], make_runner: Callable[..
     assert all(torch.equal(dft[name], dpt[name]) for name in dft if name.startswith("vision_tower."))
 
 
-def test_parts_that_do_not_go_together_are_refused(parts: dict[str, str], tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_are_refused(parts: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"compose\.vision: .* is a 'qwen2'"):
         compose(CompositionSection.model_validate({**parts, "vision": parts["llm"]}), seed=0)
     make_tiny_llava(tmp_path / "text")
@@ -146,7 +144,7 @@ def test_parts_that_do_not_go_together_are_refused(parts: dict[str, str], tmp_pa
 def test_what_a_stage_starts_from_is_the_same_before_and_after_its_student_is_composed(
     parts: dict[str, str], tmp_path: Path
 ) -> None:
-    """So that a grid's finished runs are not repeated."""
+    """So that finished runs of an ablation are not repeated."""
     place = tmp_path / "composed"
     stage = StageSection.model_validate({"init": str(place), "steps": 1, "compose": parts})
     assert stage.compose is not None

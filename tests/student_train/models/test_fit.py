@@ -1,4 +1,4 @@
-"""A cache that does not fit is refused by field, both values and what to do, before it is read."""
+"""A cache that does not fit is refused with field, both values and what to do, before it is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def stage(checkpoint: Path, *losses: str, **fields: object) -> StageSection:
 
 
 def rewrite_version(cache: Path, version: int) -> None:
-    """As a later Stillhouse would write it, its own hash included."""
+    """Write an identity as a later Stillhouse version would, with its hash."""
     document = json.loads((cache / "cache.json").read_text())
     del document["sha256"]
     document["format_version"] = version
@@ -37,7 +37,7 @@ def rewrite_version(cache: Path, version: int) -> None:
 
 @pytest.fixture(scope="module")
 def warm(checkpoint: Path, cache: Path) -> Path:
-    """The checkpoint, after everything that a first use imports was imported."""
+    """The checkpoint, after everything that its first use imports has been imported."""
     prepare_stage_data(stage(checkpoint, "response", "visual"), str(cache))
     return checkpoint
 
@@ -50,7 +50,7 @@ def warm(checkpoint: Path, cache: Path) -> Path:
         ({"tokens_per_image": 10}, ("visual grid: the cache has 10 visual tokens", "this student has 16")),
     ],
 )
-def test_a_misfit_is_named_with_both_values_and_soon(
+def test_a_misfit_is_reported_with_both_values_within_a_second(
     warm: Path, cache: Path, tmp_path: Path, identity_fields: dict, words: tuple[str, ...]
 ) -> None:
     path = make_cache(tmp_path, warm, num_samples=4, **identity_fields)
@@ -65,7 +65,7 @@ def test_a_misfit_is_named_with_both_values_and_soon(
     assert seconds < LIMIT_S
 
 
-def test_an_unknown_format_version_is_named_soon(warm: Path, tmp_path: Path) -> None:
+def test_an_unknown_format_version_is_refused_within_a_second(warm: Path, tmp_path: Path) -> None:
     path = make_cache(tmp_path, warm, num_samples=4)
     rewrite_version(path, 99)
     for opens in (lambda: prepare_stage_data(stage(warm), str(path)), lambda: Cache.open(path)):
@@ -78,7 +78,7 @@ def test_an_unknown_format_version_is_named_soon(warm: Path, tmp_path: Path) -> 
 
 
 def test_a_misfit_is_found_without_the_index(warm: Path, tmp_path: Path) -> None:
-    """Files of tokens are gone that the index would need: so a cache of any size is refused as quickly."""
+    """Token files that the index would read are missing, so the time does not depend on the cache's size."""
     path = make_cache(tmp_path / "grid", warm, num_samples=4, tokens_per_image=10)
     for file in (path / "tokens").glob("part-00001.*"):
         file.unlink()

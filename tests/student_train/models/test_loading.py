@@ -27,7 +27,7 @@ def identity(cache: Path) -> Identity:
 
 
 def edited(checkpoint: Path, folder: Path, file: str, *changes: tuple[str, object]) -> Path:
-    """A copy of a checkpoint with dotted fields of one JSON file changed."""
+    """Copy a checkpoint and change dotted fields of one of its JSON files."""
     shutil.copytree(checkpoint, folder)
     document = json.loads((folder / file).read_text())
     for dotted, value in changes:
@@ -184,7 +184,7 @@ def test_fingerprint_is_the_dump_s(checkpoint: Path) -> None:
         ("bf16", None, {"flash_attn", "flash_attn_interface"}, "sdpa"),
     ],
 )
-def test_attention_is_what_gpu_precision_and_packages_allow(
+def test_attention_is_chosen_by_gpu_precision_and_packages(
     precision: Precision, capability: tuple[int, int] | None, installed: set[str], expected: str
 ) -> None:
     assert choose_attention(precision, capability, installed) == expected

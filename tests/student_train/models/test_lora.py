@@ -34,7 +34,7 @@ def test_adapters_begin_without_effect_and_merge_by_their_formula(checkpoint: Pa
     assert {other for other in plain if not torch.equal(found[other], plain[other])} == {name}
 
 
-def test_modules_that_are_not_there_are_named(checkpoint: Path) -> None:
+def test_missing_modules_are_refused_by_name(checkpoint: Path) -> None:
     model = load_student(read_checkpoint(checkpoint), precision="fp32", device=CPU)
     with pytest.raises(ConfigError, match=r"the decoder has no qproj; its linear layers are down_proj, .*q_proj"):
         add_adapters(model, LoraSection(modules=("qproj", "v_proj")))

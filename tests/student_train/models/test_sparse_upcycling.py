@@ -1,4 +1,4 @@
-"""A dense student with its MLPs copied into experts: the same network, a standard checkpoint."""
+"""A dense student with its MLPs copied into experts computes the same function, in a standard checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def logits_of(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("experts", [TWO_OF_FOUR, ExpertSettings(3, 1, 1), ExpertSettings(4, 4, 3)])
-def test_before_training_the_sparse_model_is_the_dense_one(dense, experts):
+def test_before_training_the_sparse_model_equals_the_dense_one(dense, experts):
     model = load_weights(dense).eval()
     expected = logits_of(model)
     sparse = upcycle(model, experts, seed=0)
@@ -49,7 +49,7 @@ def test_before_training_the_sparse_model_is_the_dense_one(dense, experts):
     assert blocks == [number % experts.every == 0 for number in range(4)]
 
 
-def test_once_experts_differ_the_router_matters(dense):
+def test_the_router_matters_once_experts_differ(dense):
     sparse = upcycle(load_weights(dense), TWO_OF_FOUR, seed=0)
     before = logits_of(sparse)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_routers_follow_the_seed_and_nothing_else_does(dense):
     assert differing == {f"model.language_model.layers.{layer}.mlp.gate.weight" for layer in (0, 2)}
 
 
-def test_a_saved_one_is_read_back_to_the_bit_and_has_public_names(dense, tmp_path):
+def test_a_saved_sparse_model_is_read_back_bit_exactly_and_has_public_names(dense, tmp_path):
     sparse = upcycle(load_weights(dense), TWO_OF_FOUR, seed=0)
     folder = save_checkpoint(sparse, tmp_path / "sparse", dense)
     names = load_file(folder / "model.safetensors").keys()
@@ -127,7 +127,7 @@ def test_a_llama_decoder_becomes_experts_without_biases(dense):
         ({"model_type": "qwen2_moe"}, "experts already"),
     ],
 )
-def test_decoders_that_no_standard_architecture_continues_are_refused(dense, changes, said):
+def test_decoders_without_a_standard_sparse_architecture_are_refused(dense, changes, said):
     config = load_weights(dense).config.text_config
     described = SimpleNamespace(**{**config.to_dict(), **changes})
     with pytest.raises(ConfigError, match=said):

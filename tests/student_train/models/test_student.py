@@ -69,7 +69,7 @@ def test_tower_features_are_what_the_model_projects(description: Checkpoint, sam
 
 
 @torch.no_grad()
-def test_kept_features_change_nothing(description: Checkpoint, samples: Cache) -> None:
+def test_kept_features_do_not_change_the_result(description: Checkpoint, samples: Cache) -> None:
     features = TensorStore(1 << 20)
     student = load(description, features)
     vision = source(description, samples, features)
@@ -88,7 +88,7 @@ def test_kept_features_change_nothing(description: Checkpoint, samples: Cache) -
 
 
 def test_greedy_batches_agree_with_one_prompt_at_a_time(description: Checkpoint, samples: Cache) -> None:
-    """The reference is transformers' own generate, whose head is not cut to the real vocabulary: so cut it."""
+    """The reference is transformers' own generate, with its head cut to the real vocabulary."""
     student = load(description)
     with torch.no_grad():
         student.model.lm_head.weight[300:] = 0

@@ -39,7 +39,7 @@ def test_an_average_by_hand(tmp_path: Path) -> None:
         assert other.weight.item() == pytest.approx(10.0)
 
 
-def test_a_model_has_its_own_weights_after_an_error() -> None:
+def test_a_model_gets_its_own_weights_back_after_an_error() -> None:
     model = make_model(3.0)
     average = WeightAverage(model, 0.5)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A disk that fills up while a stage trains: one sentence, the last state whole, the same command resumes."""
+"""A disk that fills up while a stage trains: one message, a complete last state, the same command resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield found
 
 
-def test_weights_that_do_not_fit_leave_the_old_ones(disk: SmallDisk, checkpoint: Path) -> None:
+def test_weights_that_do_not_fit_on_the_disk_leave_the_old_ones(disk: SmallDisk, checkpoint: Path) -> None:
     model: Any = load_student(read_checkpoint(checkpoint), precision="fp32", device=torch.device("cpu"))
     folder = save_checkpoint(model, disk.folder / "out", checkpoint)
     old = (folder / "model.safetensors").read_bytes()
@@ -64,7 +64,7 @@ def test_a_log_on_a_full_disk_ends_with_a_whole_line(disk: SmallDisk) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
-def test_a_document_on_a_full_disk_stays_as_it_was(disk: SmallDisk) -> None:
+def test_a_full_disk_leaves_a_document_unchanged(disk: SmallDisk) -> None:
     path = disk.folder / "evaluation.json"
     write_json(path, {"a": 1})
     disk.fill()
@@ -73,7 +73,7 @@ def test_a_document_on_a_full_disk_stays_as_it_was(disk: SmallDisk) -> None:
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-def test_tensorboard_on_a_full_disk_is_one_sentence(disk: SmallDisk) -> None:
+def test_tensorboard_on_a_full_disk_gives_one_message(disk: SmallDisk) -> None:
     disk.fill(free_bytes=8192)
 
     def write() -> None:
@@ -107,7 +107,7 @@ def filling(engine, items, lr, number):
         ballast.write_bytes(bytes(max(0, found.f_bavail * found.f_frsize - now["free"])))
     return step(engine, items, lr, number)
 command.train, stage_loop.optimizer_step = training, filling
-"""  # before some step of some commands somebody else fills the disk
+"""  # fills the disk before given steps of given commands
 
 
 def test_a_stage_resumes_after_a_full_disk(make_runner: Callable[..., Runner], disk: SmallDisk, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_stage_resumes_after_a_full_disk(make_runner: Callable[..., Runner], d
 
 
 @pytest.mark.slow
-def test_ranks_end_together_when_one_finds_the_disk_full(
+def test_all_ranks_end_when_one_finds_the_disk_full(
     make_runner: Callable[..., Runner], disk: SmallDisk, tmp_path: Path
 ) -> None:
     common = {"steps": 4, "save_every": 1, "output": str(disk.folder / "kd-0"), "zero_stage": 2}

@@ -1,4 +1,4 @@
-"""What the progress bar shows."""
+"""The losses that the progress bar shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from student_train.training.journal import Journal
 
 
 class Terminal:
-    """Keeps what is written, and says that a person looks at it."""
+    """A stream that keeps what is written and claims to be a terminal."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -29,9 +29,7 @@ class Terminal:
         return True
 
 
-def test_the_bar_shows_the_losses_of_the_step_that_it_stands_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bar_shows_the_losses_of_the_current_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     stage = StageSection(init="student", output=str(tmp_path), steps=20, log_every=10)

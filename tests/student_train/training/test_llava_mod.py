@@ -1,4 +1,4 @@
-"""LLaVA-MoD's stages: a sparse student's losses, pairs, and the whole road from dense to preference."""
+"""LLaVA-MoD's stages: a sparse student's losses, preference pairs, and all stages from dense to preference."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def objective_of(stage_data: StageData, losses: dict, *, sparse: bool = False) -
 
 
 def summed(stage_data: StageData, losses: dict, *, ranks: int, micro: int, sparse: bool = False) -> tuple[dict, dict]:
-    """Parts over ranks and micro-batches of one global batch of 6, and the gradients."""
+    """Return the parts, summed over ranks and micro-batches of one global batch of 6, and the gradients."""
     objective, vision = objective_of(stage_data, losses, sparse=sparse)
     families = ("sequence",) if "preference" in losses else ()
     totals: dict[str, float] = {}
@@ -84,7 +84,7 @@ def summed(stage_data: StageData, losses: dict, *, ranks: int, micro: int, spars
 @pytest.mark.parametrize(
     "section", [{}, {"kind": "dpo", "label_smoothing": 0.1}, {"kind": "ipo"}], ids=["kto_pair", "dpo", "ipo"]
 )
-def test_preference_is_that_of_a_slow_reference_however_a_batch_is_split(dense: Path, pairs: Path, section) -> None:
+def test_preference_agrees_with_a_slow_reference_however_a_batch_is_split(dense: Path, pairs: Path, section) -> None:
     losses = {"cross_entropy": 0, "preference": section}
     stage = StageSection(init=str(dense), steps=1, losses=LossesSection.model_validate(losses))
     stage_data = prepare_stage_data(stage, str(pairs))
@@ -118,7 +118,7 @@ def test_preference_is_that_of_a_slow_reference_however_a_batch_is_split(dense: 
     assert totals["preference_won"] == pytest.approx(rewards.num_won.item() / 6)
 
 
-def test_balance_counts_once_and_literally_twice(dense: Path, pairs: Path) -> None:
+def test_balance_is_added_once_and_twice_with_literal(dense: Path, pairs: Path) -> None:
     stage = StageSection(init=str(dense), steps=1)
     stage_data = prepare_stage_data(stage, str(pairs))
     totals, _ = summed(stage_data, {"balance": {}}, ranks=1, micro=6, sparse=True)
@@ -134,7 +134,7 @@ def test_balance_counts_once_and_literally_twice(dense: Path, pairs: Path) -> No
 def test_literal_balance_of_pairs_is_added_side_by_side_and_averaged_over_micro_batches(
     dense: Path, pairs: Path
 ) -> None:
-    """An oracle one answer at a time: E * sum_i (share of first choices) * (mean gate), chosen plus rejected."""
+    """A slow reference by answer: E * sum_i (share of first choices) * (mean gate), chosen plus rejected."""
     losses = {"cross_entropy": 0, "preference": {}, "balance": {"literal": True}, "mean": "micro_batch"}
     section = LossesSection.model_validate(losses)
     stage = StageSection(init=str(dense), steps=1, group_by_length=False, moe=MoeSection(), losses=section)
@@ -158,7 +158,7 @@ def test_literal_balance_of_pairs_is_added_side_by_side_and_averaged_over_micro_
 
 
 def test_balance_leaves_padding_out_and_is_the_mean_over_samples(dense: Path, pairs: Path) -> None:
-    """A slow reference: one sample at a time, no padding, as micro-batches of one see it."""
+    """A slow reference: one sample at a time, without padding, as in micro-batches of one."""
     stage_data = prepare_stage_data(StageSection(init=str(dense), steps=1), str(pairs))
     totals, _ = summed(stage_data, {"balance": {}}, ranks=2, micro=1, sparse=True)
     objective, vision = objective_of(stage_data, {"balance": {}}, sparse=True)
@@ -216,14 +216,14 @@ def test_an_unshifted_mask_without_a_response_loss_is_refused() -> None:
         LossesSection.model_validate({"unshifted_mask": True})
 
 
-def test_pairs_that_are_not_there_are_refused(dense: Path, cache: Path) -> None:
+def test_a_cache_without_pairs_is_refused(dense: Path, cache: Path) -> None:
     losses = LossesSection.model_validate({"cross_entropy": 0, "preference": {}})
     stage = StageSection(init=str(dense), steps=1, losses=losses)
     with pytest.raises(Exception, match="sequence"):
         prepare_stage_data(stage, str(cache))
 
 
-def test_preference_beside_other_losses_is_refused() -> None:
+def test_preference_with_other_losses_is_refused() -> None:
     with pytest.raises(ValueError, match="cross_entropy: 0"):
         LossesSection.model_validate({"preference": {}})
 
@@ -237,7 +237,7 @@ def test_balance_of_a_dense_student_is_refused(dense: Path, pairs: Path) -> None
 @pytest.mark.ci
 @pytest.mark.slow
 def test_from_dense_to_sparse_to_preference(make_runner: Callable[..., Runner], dense: Path, pairs: Path) -> None:
-    """Three stages, each from the last one's checkpoint; the last begins on two ranks as on one."""
+    """Three stages, each from the checkpoint of the one before; the last gives the same on two ranks as on one."""
     runner = make_runner(
         d2d={"init": str(dense), "cache": str(pairs), "losses": {"cross_entropy": 0, "response": {}}},
         d2s={

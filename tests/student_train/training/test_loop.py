@@ -1,4 +1,4 @@
-"""What a stage keeps on its way, and what it does when its loss explodes."""
+"""The checkpoints and logs that a stage keeps, and its behaviour when its loss explodes."""
 
 from __future__ import annotations
 
@@ -102,10 +102,8 @@ def test_adapters_are_merged_into_the_checkpoint_and_kept_beside_it(
 
 
 @pytest.mark.parametrize("best", [("best", "best.tmp-1-ab"), ("best.tmp-1-ab", "best.tmp-1-ab-old")])
-def test_a_resumed_run_deletes_what_it_has_not_made_yet_and_what_is_half_written(
-    best: tuple[str, str], tmp_path: Path
-) -> None:
-    """But not the best so far, which a kill between two renames left aside."""
+def test_a_resumed_run_deletes_later_and_incomplete_checkpoints(best: tuple[str, str], tmp_path: Path) -> None:
+    """But restores the best one, which a kill between two renames left under another name."""
     names = [*best, "step-00000002", "step-00000002.tmp-1-cd-old", "step-00000004", "step-00000006"]
     for name in names:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -116,7 +114,9 @@ def test_a_resumed_run_deletes_what_it_has_not_made_yet_and_what_is_half_written
     assert left == ["best", "step-00000002", "step-00000004"]
 
 
-def test_an_output_that_can_be_no_folder_is_named(make_runner: Callable[..., Runner], tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_created_is_refused_by_name(
+    make_runner: Callable[..., Runner], tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     (done,) = make_runner(first={"output": str(tmp_path / "file" / "out")}).run_in_turn(("first",))
     assert done.code == 2, done.stderr
@@ -132,7 +132,7 @@ def test_dropout_has_another_seed_in_every_step_and_rank(seed: int) -> None:
         torch.manual_seed(each)
 
 
-def test_a_loss_that_explodes_stops_with_the_samples_written_down(runner: Runner, outcomes: Outcomes) -> None:
+def test_a_loss_that_explodes_stops_the_stage_and_records_the_samples(runner: Runner, outcomes: Outcomes) -> None:
     done = outcomes["exploding"]
     assert done.code == 1, done.stderr
     assert "explosion_factor" in done.stderr

@@ -28,14 +28,14 @@ def test_the_limit_by_hand() -> None:
 
 
 @given(losses=st.lists(LOSSES, min_size=WINDOW, max_size=2 * WINDOW))
-def test_what_was_seen_before_never_explodes(losses: list[float]) -> None:
+def test_a_loss_below_earlier_ones_never_explodes(losses: list[float]) -> None:
     limit = watch(*losses).compute_limit()
     assert limit is not None
     assert all(loss <= limit for loss in losses)
 
 
 @given(losses=st.lists(LOSSES, max_size=2 * WINDOW), later=st.lists(LOSSES, max_size=WINDOW))
-def test_a_restored_watch_goes_on(losses: list[float], later: list[float]) -> None:
+def test_a_restored_detector_continues(losses: list[float], later: list[float]) -> None:
     restored = LossSpikeDetector(10.0)
     restored.load_state_dict(json.loads(json.dumps(watch(*losses).state_dict())))
     for loss in later:

@@ -35,7 +35,7 @@ def stage_data(checkpoint: Path, cache: Path) -> StageData:
 
 
 class Run:
-    """One student and what it computes on plans, ranks one after another in this process."""
+    """Runs an objective on all plans of a global batch, ranks one after another in this process."""
 
     def __init__(self, stage_data: StageData, losses: dict, *, keep: bool = True, chunk_logits: int = 1 << 25) -> None:
         self.stage_data = stage_data
@@ -54,12 +54,12 @@ class Run:
         self.families = list_loss_families(section)
 
     def batch(self, index: int) -> Batch:
-        """One sample of the cache by itself."""
+        """Collate a batch of one sample of the cache."""
         records = [self.stage_data.cache.read(index)]
         return collate(records, self.stage_data.checkpoint.sequence_format, self.vision.gather, families=self.families)
 
     def __call__(self, *, ranks: int, micro: int, size: int = 10) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Loss parts summed over ranks and micro-batches, and the gradients that add up."""
+        """Return the loss parts and the gradients, both summed over ranks and micro-batches."""
         self.student.zero_grad()
         totals: dict[str, float] = {}
         for plan in self._plans(ranks, micro, size):
@@ -94,7 +94,7 @@ def test_loss_and_gradient_are_the_same_however_a_batch_is_split(stage_data: Sta
             torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_chunks_of_the_head_change_nothing(stage_data: StageData) -> None:
+def test_chunk_size_of_the_head_does_not_change_the_loss(stage_data: StageData) -> None:
     expected, gradients = Run(stage_data, ALL)(ranks=1, micro=10)
     totals, others = Run(stage_data, ALL, keep=False, chunk_logits=300 * 7)(ranks=1, micro=10)
     for name, value in expected.items():
@@ -154,7 +154,7 @@ def test_only_the_losses_asked_for_are_computed(stage_data: StageData, losses: d
 
 
 def test_a_batch_without_images_reaches_every_trained_parameter(stage_data: StageData, tmp_path: Path) -> None:
-    """Ranks reduce gradients of the same parameters, so none may be left out."""
+    """Ranks reduce the gradients of the same parameters, so none may be missing."""
     from dataclasses import replace
 
     run = Run(stage_data, {"visual": {}, "relation": {}})
@@ -182,7 +182,7 @@ def test_a_batch_without_images_reaches_every_trained_parameter(stage_data: Stag
     [{"encoding": "low_rank", "max_cosine_error": 1e-6}, {"encoding": "triangle_int8"}, {"encoding": "pooled"}],
 )
 def test_every_encoding_of_relation_matrices_trains(checkpoint: Path, tmp_path: Path, relation: dict) -> None:
-    """The same matrices from a cache of plain triangles, pooled by hand where the encoding pools."""
+    """Compared with the matrices of a cache of plain triangles, pooled by hand if the encoding pools."""
     losses = {"cross_entropy": 0, "relation": {}}
     stage = StageSection(init=str(checkpoint), steps=1, losses=LossesSection.model_validate(losses))
     folders = {}
@@ -215,12 +215,12 @@ def test_every_encoding_of_relation_matrices_trains(checkpoint: Path, tmp_path: 
     assert totals["relation"] == pytest.approx(expected / 4, rel=1e-3)
 
 
-def test_no_loss_at_all_is_refused() -> None:
+def test_losses_that_are_all_off_are_refused() -> None:
     with pytest.raises(ValueError, match="all losses are off"):
         LossesSection(cross_entropy=0)
 
 
-def test_material_reads_only_the_families_that_losses_need(checkpoint: Path, cache: Path) -> None:
+def test_stage_data_reads_only_the_families_that_losses_need(checkpoint: Path, cache: Path) -> None:
     stage = StageSection(init=str(checkpoint), steps=1)
     record = prepare_stage_data(stage, str(cache)).cache.read(0)
     assert record.response is None
@@ -229,15 +229,15 @@ def test_material_reads_only_the_families_that_losses_need(checkpoint: Path, cac
 
 
 def visual_rows(run: Run, batch: Batch) -> Tensor:
-    """The student's hidden states of an image's visual tokens, (n, d)."""
+    """Return the student's hidden states (n, d) of an image's visual tokens."""
     with torch.no_grad():
         states = run.student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
     return states[batch.visual_positions.flatten()]
 
 
 @pytest.mark.parametrize("tokens", [4, 9, 64])
-def test_a_teacher_of_another_grid_is_met_on_its_grid(checkpoint: Path, tmp_path: Path, tokens: int) -> None:
-    """The student has 4 x 4 visual tokens. Its logits are averaged by hand over the areas of the teacher's cells."""
+def test_visual_rows_are_resampled_to_the_teacher_s_grid(checkpoint: Path, tmp_path: Path, tokens: int) -> None:
+    """The student has 4 x 4 visual tokens; the reference averages its logits over the areas of the teacher's cells."""
     losses = {"cross_entropy": 0, "visual": {}, "relation": {}}
     folder = make_cache(tmp_path, checkpoint, num_samples=4, num_images=4, tokens_per_image=tokens)
     stage = StageSection(init=str(checkpoint), steps=1, losses=LossesSection.model_validate(losses))
@@ -262,7 +262,7 @@ def test_a_teacher_of_another_grid_is_met_on_its_grid(checkpoint: Path, tmp_path
 
 
 def test_every_divergence_and_treatment_trains(checkpoint: Path, tmp_path: Path) -> None:
-    """On rows with a stored temperature, through the config: value against the reference, whatever the chunk."""
+    """On rows with a stored temperature, through the config: the value agrees with the reference for any chunk size."""
     folder = make_cache(
         tmp_path, checkpoint, num_samples=4, num_images=4, families=("response",), temperatures=(2.0,), tau=0.02,
     )  # fmt: skip
@@ -338,7 +338,7 @@ def test_literal_takes_one_cosine_over_a_micro_batch(stage_data: StageData) -> N
 
 
 def test_samples_without_and_with_several_images_weigh_by_image(checkpoint: Path, tmp_path: Path) -> None:
-    """Two images a sample are two images, in one micro-batch or in several."""
+    """With two images a sample each image counts once, in one micro-batch or in several."""
     folder = make_cache(tmp_path, checkpoint, num_samples=4, num_images=4, images_per_sample=2)
     losses = {"visual": {}, "relation": {}}
     stage = StageSection(init=str(checkpoint), steps=1, losses=LossesSection.model_validate(losses))

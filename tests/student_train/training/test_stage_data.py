@@ -45,8 +45,8 @@ def test_an_unknown_split_is_the_user_s_mistake(checkpoint: Path, cache: Path) -
         prepare_stage_data(stage(checkpoint, splits=("trian",)), str(cache))
 
 
-def test_a_moved_project_is_trained_on_as_before(checkpoint: Path, tmp_path: Path) -> None:
-    """No path is in what the data are, and images are found in the new folder."""
+def test_a_moved_project_has_the_same_inputs_and_finds_its_images(checkpoint: Path, tmp_path: Path) -> None:
+    """The inputs hold no path, and images are found in the new folder."""
     path = make_cache(tmp_path / "old", checkpoint, num_samples=4)
     before = prepare_stage_data(stage(checkpoint), str(path)).cache.identity
     (tmp_path / "elsewhere").mkdir()
@@ -79,7 +79,7 @@ def test_a_tokenizer_that_differs_is_refused_before_weights_are_read(checkpoint:
         prepare_stage_data(stage(checkpoint), str(path))
 
 
-def test_a_grid_that_cannot_be_resampled_is_refused_for_visual_losses_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_grid_that_cannot_be_resampled_is_refused_only_with_visual_losses(checkpoint: Path, tmp_path: Path) -> None:
     path = make_cache(tmp_path / "line", checkpoint, num_samples=2, tokens_per_image=10)
     for family in ("visual", "relation"):
         with pytest.raises(
@@ -121,7 +121,7 @@ def test_a_temperature_must_be_stored_where_the_tail_matters(checkpoint: Path, t
         ({"visual": {"k": 8, "tau": 0.1}}, "narrowed by one of them"),
     ],
 )
-def test_combinations_without_sense_are_refused(losses: dict, words: str) -> None:
+def test_invalid_loss_combinations_are_refused(losses: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LossesSection.model_validate(losses)
 
@@ -159,8 +159,8 @@ def test_the_bucket_needs_exact_entries(checkpoint: Path, tmp_path: Path) -> Non
         prepare_stage_data(stage(checkpoint, {"response": {"treatment": "bucket"}}), str(path))
 
 
-def test_a_cache_in_an_object_store_is_material(checkpoint: Path, cache: Path) -> None:
-    """What training reads is what a local cache holds; images stay local."""
+def test_stage_data_comes_from_an_object_store(checkpoint: Path, cache: Path) -> None:
+    """Training reads the same as from a local cache; images stay local."""
     pytest.importorskip("moto.server")
     from tests.storage.s3_server import BUCKET, set_s3_environment
 
@@ -195,7 +195,7 @@ def test_a_cache_in_an_object_store_is_material(checkpoint: Path, cache: Path) -
         ({"treatment": "bucket"}, "threshold", "bucket"),
     ],
 )
-def test_draws_are_used_where_there_are_some_and_the_loss_can(
+def test_auto_uses_sampled_entries_if_cache_and_loss_allow_it(
     asked: dict[str, object], method: str, expected: str
 ) -> None:
     assert DistributionLossSection.model_validate(asked).resolve_treatment(method) == expected
@@ -219,7 +219,7 @@ def test_caches_that_ask_for_different_treatments_are_refused(checkpoint: Path, 
     prepare_stage_data(StageSection.model_validate({**both, "losses": {"response": {"treatment": "bucket"}}}), "")
 
 
-def test_caches_of_different_pixels_are_refused_together(checkpoint: Path, tmp_path: Path) -> None:
+def test_caches_of_different_pixels_are_refused_in_one_stage(checkpoint: Path, tmp_path: Path) -> None:
     white = make_cache(tmp_path / "white", checkpoint, num_samples=4, families=("response",))
     black = make_cache(
         tmp_path / "black",

@@ -1,4 +1,4 @@
-"""A finished stage is left alone, refused or trained anew as asked; the old result is there until the new one is."""
+"""A finished stage is kept, refused or retrained as requested; the old result is kept until the new one exists."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def stage(output: Path) -> StageSection:
     return StageSection(init="x", output=str(output), steps=1)
 
 
-def test_a_finished_stage_is_left_alone_refused_or_trained_beside_its_result(tmp_path: Path) -> None:
+def test_a_finished_stage_is_kept_refused_or_retrained_beside_its_result(tmp_path: Path) -> None:
     output, again = tmp_path / "kd", tmp_path / "kd~again"
     assert work(output) == StageDecision(output, trains=True)
     finish(output)
@@ -78,13 +78,13 @@ def test_a_finished_stage_is_left_alone_refused_or_trained_beside_its_result(tmp
     assert work(output, request=IF_CHANGED) == StageDecision(again, trains=True)
 
 
-def test_a_field_that_an_earlier_version_lacked_is_no_change(tmp_path: Path) -> None:
+def test_a_field_that_an_earlier_version_lacked_counts_as_its_default(tmp_path: Path) -> None:
     old = {**INPUTS, "stage": {name: value for name, value in INPUTS["stage"].items() if name != "clip_norm"}}
     finish(tmp_path / "kd", old)
     assert not work(tmp_path / "kd").trains
 
 
-def test_only_restart_gives_a_state_up(tmp_path: Path) -> None:
+def test_only_restart_discards_a_state(tmp_path: Path) -> None:
     output, again = tmp_path / "kd", tmp_path / "kd~again"
     state = save_state(output)
     assert work(output).trains
@@ -108,7 +108,7 @@ def test_only_restart_gives_a_state_up(tmp_path: Path) -> None:
     assert (output / "summary.json").is_file()
 
 
-def test_a_swap_that_a_kill_cut_short_is_brought_to_its_end(tmp_path: Path) -> None:
+def test_a_swap_that_a_kill_interrupted_is_completed(tmp_path: Path) -> None:
     output, again, before = (tmp_path / name for name in ("kd", "kd~again", "kd~before"))
 
     def inputs_of(folder: Path) -> float:
@@ -134,7 +134,7 @@ def test_a_swap_that_a_kill_cut_short_is_brought_to_its_end(tmp_path: Path) -> N
     assert inputs_of(output) == 0.1
 
 
-def test_what_was_trained_anew_but_not_put_in_place_is_not_trained_again(tmp_path: Path) -> None:
+def test_a_finished_retraining_that_was_not_installed_is_not_repeated(tmp_path: Path) -> None:
     output, again = tmp_path / "kd", tmp_path / "kd~again"
     finish(output)
     finish(again)
@@ -144,7 +144,7 @@ def test_what_was_trained_anew_but_not_put_in_place_is_not_trained_again(tmp_pat
     assert not again.exists()
 
 
-def test_a_finished_stage_says_so_and_again_replaces_it(make_runner: Callable[..., Runner]) -> None:
+def test_a_finished_stage_is_reported_and_again_replaces_it(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner(first={"steps": 2, "zero_stage": 0})
     output = runner.output("first")
     changed = ("first", "stages.first.lr=0.001")
@@ -170,7 +170,7 @@ def test_a_stage_s_output_has_one_command_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_all_ranks_decide_alike(make_runner: Callable[..., Runner]) -> None:
+def test_all_ranks_take_the_first_rank_s_decision(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner(first={"steps": 2, "zero_stage": 0})
     commands = ("first",), ("first",), ("first", "stages.first.lr=0.001"), ("first", "stages.first.lr=0.001", "--again")
     codes = [outcome.code for outcome in runner.run_in_turn(*commands, ranks=2)]

@@ -34,7 +34,7 @@ def test_epochs_become_steps_that_cover_them() -> None:
     assert count_steps(stage(epochs=0.01, global_batch=32), 100) == 1
 
 
-def test_stage_and_seed_are_put_into_paths() -> None:
+def test_stage_and_seed_are_replaced_in_paths() -> None:
     got = resolve_stage(stage(init="models/{seed}", output="runs/{stage}/seed{seed}", seed=7), "kd")
     assert (got.init, got.output) == ("models/7", "runs/kd/seed7")
 
@@ -83,10 +83,10 @@ def test_exactly_one_length_is_asked_for() -> None:
         ),
     ],
 )
-def test_senseless_combinations_are_refused(fields: dict[str, object], words: str) -> None:
+def test_invalid_combinations_are_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         stage(**fields)
 
 
-def test_a_part_of_a_trained_module_may_have_a_rate() -> None:
+def test_a_part_of_a_trained_module_may_have_its_own_learning_rate() -> None:
     assert stage(module_lr={"mlp": 1e-4}).module_lr == {"mlp": 1e-4}
