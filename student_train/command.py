@@ -90,43 +90,43 @@ def train(sections: Sections, name: str, request: StageRequest, *, evaluate: boo
     stage = trainer.resolve_stage(stages[name], name)
     cache_path, evaluation = sections["cache"].path, sections["evaluation"]
     process = detect_process()
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         locks: list[Lock] = []  # the first rank's
 
-        def fits(folder: Path) -> None:
+        def check_fits(folder: Path) -> None:
             read_fitting_checkpoint(stage.model_copy(update={"init": str(folder)}), cache_path)
 
-        def begin() -> None:
-            locks.append(held.enter_context(lock_stage(stage, name)))
+        def lock_and_compose() -> None:
+            locks.append(stack.enter_context(lock_stage(stage, name)))
             if stage.compose is not None:
                 replaces = request.again != "never" or request.restart
-                ensure_composed(stage.compose, stage.init, seed=stage.seed, replaces=replaces, check=fits)
+                ensure_composed(stage.compose, stage.init, seed=stage.seed, replaces=replaces, check=check_fits)
 
-        run_on_first_rank(process, begin)
+        run_on_first_rank(process, lock_and_compose)
         stage_data = prepare_stage_data(stage, cache_path)
         if evaluate:  # fails now, not after hours of training, if a split is misspelt
             select_samples_of_caches([source.cache for source in stage_data.mixture.sources], evaluation.splits)
-        aside = trainer.make_held_out_stage(stage, stage_data.mixture)
-        held_out = None if aside is None else prepare_stage_data(aside, cache_path)
+        held_out_stage = trainer.make_held_out_stage(stage, stage_data.mixture)
+        held_out = None if held_out_stage is None else prepare_stage_data(held_out_stage, cache_path)
 
-        def begin_work() -> tuple[StageDecision, dict[str, Any]]:
+        def decide() -> tuple[StageDecision, dict[str, Any]]:
             inputs = collect_stage_inputs(stage, stage_data)
             return decide_stage(stage, name, inputs, request, num_ranks=process.num_ranks), inputs
 
-        work, inputs = run_on_first_rank(process, begin_work)
-        if work.trains:
-            moved = stage.model_copy(update={"output": str(work.folder)})
+        decision, inputs = run_on_first_rank(process, decide)
+        if decision.trains:
+            moved = stage.model_copy(update={"output": str(decision.folder)})
             trainer.train(moved, name, stage_data, process, inputs=inputs, started=started, held_out=held_out)
         elif process.is_first:
-            sys.stdout.write(f"stage {name}: already finished and unchanged: {work.folder}\n")
+            sys.stdout.write(f"stage {name}: already finished and unchanged: {decision.folder}\n")
         if process.is_first:
-            if evaluate and (work.trains or not _is_evaluated(work.folder, evaluation, request)):
+            if evaluate and (decision.trains or not _is_evaluated(decision.folder, evaluation, request)):
                 from student_train.evaluation.model_evaluation import evaluate_model
 
-                evaluate_model(work.folder, stage.list_sources(cache_path), evaluation)
+                evaluate_model(decision.folder, stage.list_sources(cache_path), evaluation)
             for lock in locks:
                 lock.check()
-            install_result(work, stage)
+            install_result(decision, stage)
 
 
 def _is_evaluated(folder: Path, section: EvaluationSection, request: StageRequest) -> bool:

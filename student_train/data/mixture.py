@@ -113,12 +113,12 @@ class InterleavedOrder:
 
     def epoch(self, epoch: int, *, seed: int) -> NDArray[np.int64]:
         """Return the positions (len(self),) of one epoch."""
-        found = self._epochs.get((seed, epoch))
-        if found is None:
-            found = self._epochs[seed, epoch] = self._mix(epoch, seed)
+        positions = self._epochs.get((seed, epoch))
+        if positions is None:
+            positions = self._epochs[seed, epoch] = self._mix(epoch, seed)
             while len(self._epochs) > _KEPT_EPOCHS:
                 self._epochs.pop(next(iter(self._epochs)))
-        return found
+        return positions
 
     def batch(self, step: int, size: int, *, seed: int) -> NDArray[np.int64]:
         """Return the positions (size,) of the endless sequence from `step * size` on."""

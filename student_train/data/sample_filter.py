@@ -83,7 +83,7 @@ def read_sample_columns(cache: Cache, names: set[str]) -> pa.Table:
         "num_visual_tokens": lambda: cache.num_visual_tokens,
         SEQUENCE_COLUMN: lambda: _read_column(cache, "sequence", "logprob"),
     }
-    found = {}
+    arrays = {}
     for name in sorted(names):
         family = "response" if name in ROW_SUMMARIES else "sequence" if name == SEQUENCE_COLUMN else "tokens"
         if family not in cache.families:
@@ -91,10 +91,10 @@ def read_sample_columns(cache: Cache, names: set[str]) -> pa.Table:
                 f"{cache.folder}: filter reads {name} of the family {family}, which this cache lacks; dump it first"
             )
         if name in ROW_SUMMARIES:
-            found[name] = _summarize_rows(cache, *ROW_SUMMARIES[name])
+            arrays[name] = _summarize_rows(cache, *ROW_SUMMARIES[name])
         else:
-            found[name] = _to_arrow(columns[name]())
-    return pa.table(found)
+            arrays[name] = _to_arrow(columns[name]())
+    return pa.table(arrays)
 
 
 def _to_arrow(values: Any) -> pa.Array | pa.ChunkedArray:

@@ -30,9 +30,9 @@ def answer_question(model_dir: str | Path, image_path: str | Path, question: str
     """
     checkpoint, processor, student = _load(str(model_dir))
     special = {token.content for token in checkpoint.tokenizer.added_tokens_decoder.values() if token.special}
-    spelt = sorted(text for text in special if text in question)
-    if spelt:
-        raise ConfigError(f"the question contains the special token {spelt[0]}, expected plain text; remove it")
+    contained = sorted(text for text in special if text in question)
+    if contained:
+        raise ConfigError(f"the question contains the special token {contained[0]}, expected plain text; remove it")
     tokens = _build_prompt(processor, checkpoint, Path(image_path), question)
     pixels = checkpoint.pixels or PixelSettings()  # those it was trained with, if it names them
     folder = ImageFolder(Path(image_path).parent, checkpoint.image_processor, pixels=pixels)
@@ -72,10 +72,10 @@ def _build_prompt(processor: Any, checkpoint: Checkpoint, image: Path, question:
         ) from error
     ids = checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
     token_ids = np.array(with_leading_ids(ids, leading_special_ids(checkpoint.tokenizer)), np.int32)
-    found = int(np.count_nonzero(token_ids == checkpoint.sequence_format.image_token_id))
-    if found != 1:
+    num_image_tokens = int(np.count_nonzero(token_ids == checkpoint.sequence_format.image_token_id))
+    if num_image_tokens != 1:
         raise StillhouseError(
-            f"{checkpoint.folder}: its chat template writes {found} image tokens for one image and "
+            f"{checkpoint.folder}: its chat template writes {num_image_tokens} image tokens for one image and "
             f"{question!r}, expected 1; ask without image markers, or give it a multimodal template"
         )
     return TokensRecord(

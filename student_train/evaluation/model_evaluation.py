@@ -94,7 +94,7 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
     tokens = _read_tokens(data, section.batch)
     features = TensorStore(MEMORY_BYTES)
     images = data.images(checkpoint.image_processor)
-    judge = _Evaluator(
+    evaluator = _Evaluator(
         data=data,
         tokens=tokens,
         checkpoint=checkpoint,
@@ -102,14 +102,16 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
         vision=VisionGatherer(images, features=features, pixels=TensorStore(0)),
         section=section,
     )
-    samples = judge.generate_answers()
+    samples = evaluator.generate_answers()
     scored = [
         index
         for index, owner in zip(tokens, data.find_owners(list(tokens)).tolist(), strict=True)
         if "response" in data.sources[owner].cache.families
     ]
     others = sorted(set(tokens) - set(scored))
-    fidelity = Fidelity.combine([*judge.compute_fidelity(scored, ("response",)), *judge.compute_fidelity(others, ())])
+    fidelity = Fidelity.combine(
+        [*evaluator.compute_fidelity(scored, ("response",)), *evaluator.compute_fidelity(others, ())]
+    )
     by_category: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
         by_category[sample["category"]].append(sample["correct"])
@@ -151,11 +153,11 @@ def _open_held_out(sources: Sequence[SourceSection], section: EvaluationSection)
     )
 
 
-def _read_tokens(data: Mixture, at_once: int) -> dict[int, TokensRecord]:
+def _read_tokens(data: Mixture, batch_size: int) -> dict[int, TokensRecord]:
     """Read the tokens of each evaluated sample, by its index."""
     return {
         index: record.tokens
-        for piece in _split_batches(data.indices.tolist(), at_once)
+        for piece in _split_batches(data.indices.tolist(), batch_size)
         for index, record in zip(piece, data.read_many(piece), strict=True)
     }
 

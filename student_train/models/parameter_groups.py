@@ -27,10 +27,10 @@ def make_parameter_groups(
 
     A module in `module_lr` has its own peak; `mlp` takes precedence over `llm`. Norms and biases get no weight decay.
     """
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own = [module_lr[module] for module in find_modules(name) if module in module_lr]
             key = (own[0] / lr if own else 1.0, weight_decay if parameter.ndim > 1 else 0.0)
-            found.setdefault(key, []).append(parameter)
-    return [ParameterGroup(parameters, *key) for key, parameters in found.items()]
+            groups.setdefault(key, []).append(parameter)
+    return [ParameterGroup(parameters, *key) for key, parameters in groups.items()]

@@ -44,11 +44,11 @@ class BatchFeed:
             table, size, stage.micro_batch, steps=steps, seed=seed, rank=process.rank, num_ranks=process.num_ranks
         )
         families, sequence_format = list_loss_families(stage.losses), self.stage_data.checkpoint.sequence_format
-        micro_plans, ahead, epochs = itertools.tee(micro_plans, 3)
+        micro_plans, plans_to_read, plans_for_epochs = itertools.tee(micro_plans, 3)
         samples = read_ahead(
             self.stage_data.mixture,
-            (table.indices[plan.rows].ravel() for plan in ahead),
-            draw_sets=(plan.step * size // len(table) for plan in epochs),
+            (table.indices[plan.rows].ravel() for plan in plans_to_read),
+            draw_sets=(plan.step * size // len(table) for plan in plans_for_epochs),
         )
         return Prefetcher(
             (plan, collate(records, sequence_format, self.vision.gather, families=families, counted=plan.counted))
@@ -99,36 +99,36 @@ def run_steps(setup: StageSetup, stop: HeldSignals) -> StageOutcome:
     """
     stage, engine, average = setup.stage, setup.engine, setup.checkpoints.average
     progress = setup.state.resume(engine, average)
-    done, last = progress.step, setup.num_steps
-    setup.checkpoints.delete_stale(done)
-    watch, best, judge = LossSpikeDetector(stage.explosion_factor), None, _get_best_criterion(stage)
+    num_done, last = progress.step, setup.num_steps
+    setup.checkpoints.delete_stale(num_done)
+    detector, best, criterion = LossSpikeDetector(stage.explosion_factor), None, _get_best_criterion(stage)
     if progress.notes:
-        watch.load_state_dict(progress.notes["watch"])
-        if progress.notes["best"] and progress.notes["judge"] == judge:  # else another criterion chose it
+        detector.load_state_dict(progress.notes["watch"])
+        if progress.notes["best"] and progress.notes["judge"] == criterion:  # else another criterion chose it
             best = BestCheckpoint(**progress.notes["best"])
     final: Mapping[str, float] = {}
-    journal = Journal(stage, setup.name, num_steps=last, resumed_at=done, process=engine.process)
+    journal = Journal(stage, setup.name, num_steps=last, resumed_at=num_done, process=engine.process)
     reader = setup.training.read_batches(
-        stage, engine.process, size=stage.global_batch, steps=range(done, last), seed=stage.seed
+        stage, engine.process, size=stage.global_batch, steps=range(num_done, last), seed=stage.seed
     )
     with journal, reader:
         items = iter(reader)
-        for step in range(done + 1, last + 1):
+        for step in range(num_done + 1, last + 1):
             torch.manual_seed(compute_dropout_seed(stage.seed, step, engine.process.rank))
             lr = setup.learning_rate(step - 1)
-            mine = run_optimizer_step(engine, items, lr, step)
+            result = run_optimizer_step(engine, items, lr, step)
             if average is not None:
                 average.update(step)
             sums = engine.sum_over_ranks(
                 {
-                    **{part: mine.parts[part] for part in ("loss", *list_part_names(stage.losses))},
-                    "tokens": mine.num_tokens, "positions": mine.num_positions, "stop": float(stop.event.is_set()),
+                    **{part: result.parts[part] for part in ("loss", *list_part_names(stage.losses))},
+                    "tokens": result.num_tokens, "positions": result.num_positions, "stop": float(stop.event.is_set()),
                 }
             )  # fmt: skip
-            tokens, positions, asked = (sums.pop(name) for name in ("tokens", "positions", "stop"))
+            tokens, positions, stop_requested = (sums.pop(name) for name in ("tokens", "positions", "stop"))
             journal.count_step(tokens, positions, sums)
-            _refuse_explosion(sums["loss"], watch, mine, step)
-            watch.add(sums["loss"])
+            _refuse_explosion(sums["loss"], detector, result, step)
+            detector.add(sums["loss"])
             held_out: dict[str, float] = {}
             keeps = stage.checkpoints is not None and (step % stage.checkpoints.every == 0 or step == last)
             if keeps and setup.held_out is not None:
@@ -136,19 +136,19 @@ def run_steps(setup: StageSetup, stop: HeldSignals) -> StageOutcome:
             if (step - 1) % stage.log_every == 0 or step == last or held_out:
                 memory = engine.max_over_ranks({"bytes": measure_peak_memory(engine.process.device)})
                 final = sums
-                journal.write(step, sums, held_out, lr=lr, update=mine.update, memory_bytes=int(memory["bytes"]))
+                journal.write(step, sums, held_out, lr=lr, update=result.update, memory_bytes=int(memory["bytes"]))
             if keeps:
                 best = setup.checkpoints.keep(step, held_out, best, last=step == last)
-            if step < last and (asked or (stage.save_every is not None and step % stage.save_every == 0)):
-                notes = {"watch": watch.state_dict(), "best": asdict(best) if best else None, "judge": judge}
+            if step < last and (stop_requested or (stage.save_every is not None and step % stage.save_every == 0)):
+                notes = {"watch": detector.state_dict(), "best": asdict(best) if best else None, "judge": criterion}
                 setup.state.save(engine, Progress(step, notes), average=average, keep=stage.keep_states)
-            if step < last and asked:
+            if step < last and stop_requested:
                 raise StageStopped(
                     stop.number or signal.SIGTERM,  # of another rank
                     f"stage {setup.name} was asked to stop after step {step} of {last}; its state is saved, "
                     "and the same command resumes it",
                 )
-    return StageOutcome(done, final, best)
+    return StageOutcome(num_done, final, best)
 
 
 def _get_best_criterion(stage: StageSection) -> dict[str, Any] | None:
@@ -232,8 +232,8 @@ def _refuse_non_finite(outputs: list[Mapping[str, torch.Tensor]], sample_ids: li
             )
 
 
-def _refuse_explosion(loss: float, watch: LossSpikeDetector, done: StepResult, step: int) -> None:
-    limit = watch.compute_limit()
+def _refuse_explosion(loss: float, detector: LossSpikeDetector, done: StepResult, step: int) -> None:
+    limit = detector.compute_limit()
     if limit is not None and loss > limit:
         raise DivergedError(
             f"step {step}: the loss is {loss:.4g}, which is above {limit:.4g} (stages.NAME.explosion_factor times "

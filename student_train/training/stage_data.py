@@ -102,13 +102,13 @@ def _compute_lengths(data: Mixture, tokens_per_image: int | None) -> np.ndarray:
 
     If a student's number of tokens depends on the image, the teacher's number is used instead.
     """
-    found = []
+    lengths = []
     for source in data.sources:
         cache = source.cache
         visual = cache.num_visual_tokens if tokens_per_image is None else cache.num_images * tokens_per_image
         chosen = (cache.num_tokens.astype(np.int64) - cache.num_images + visual)[source.indices]
-        found.append(chosen if chosen.ndim == 1 else chosen.max(1))
-    return np.concatenate(found)
+        lengths.append(chosen if chosen.ndim == 1 else chosen.max(1))
+    return np.concatenate(lengths)
 
 
 def read_fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
@@ -184,27 +184,27 @@ def _count_visual_tokens(
 
 def check_caches_agree(losses: LossesSection, identities: Mapping[str, Identity]) -> None:
     """Check that caches agree in each field that their losses need. `identities`: by path. Errors: IdentityError."""
-    asked: dict[str, Callable[[Identity], Any]] = {}
+    getters: dict[str, Callable[[Identity], Any]] = {}
     if all(identity.image_token_id >= 0 for identity in identities.values()):
         for field in ("version", "background"):  # a student is trained on one kind of pixels
-            asked[f"pixels.{field}"] = lambda each, field=field: getattr(stored_pixels(each), field)
+            getters[f"pixels.{field}"] = lambda each, field=field: getattr(stored_pixels(each), field)
     for family in ("response", "visual"):
         section: DistributionLossSection | None = getattr(losses, family)
         if section:
-            asked[f"treatment of {family}"] = lambda each, family=family, section=section: section.resolve_treatment(
+            getters[f"treatment of {family}"] = lambda each, family=family, section=section: section.resolve_treatment(
                 _get_method(each, family)
             )
-            asked[f"selection.{family}.temperatures"] = lambda each, family=family: stored_temperatures(each, family)
+            getters[f"selection.{family}.temperatures"] = lambda each, family=family: stored_temperatures(each, family)
     if losses.response and losses.response.treatment == "exact":
-        asked["teacher_fingerprint"] = lambda each: each.teacher_fingerprint  # all rows are computed with one head
+        getters["teacher_fingerprint"] = lambda each: each.teacher_fingerprint  # all rows are computed with one head
     if losses.relation:
-        asked["selection.relation.centered"] = lambda each: stored_relation(each).centered
-        asked["selection.relation.pool"] = lambda each: stored_relation(each).pool
+        getters["selection.relation.centered"] = lambda each: stored_relation(each).centered
+        getters["selection.relation.pool"] = lambda each: stored_relation(each).pool
     (first, identity), *others = identities.items()
     problems = [
         f"{field}: {first} has {of(identity)}, {path} has {of(other)}"
         for path, other in others
-        for field, of in asked.items()
+        for field, of in getters.items()
         if of(identity) != of(other)
     ]
     if problems:

@@ -80,9 +80,9 @@ def is_finished(folder: Path) -> bool:
     return (folder / SUMMARY).is_file() and (folder / "config.json").is_file()
 
 
-def install_result(work: StageDecision, stage: StageSection) -> None:
+def install_result(decision: StageDecision, stage: StageSection) -> None:
     """Make a retrained result the stage's result; the old one is kept until then."""
-    if work.folder != Path(stage.output):
+    if decision.folder != Path(stage.output):
         swap_result(Path(stage.output))
 
 

@@ -161,9 +161,9 @@ def train(
         decoder=model.config.get_text_config(),
     )
 
-    def feed(of: StageData) -> BatchFeed:
-        images = of.mixture.images(stage_data.checkpoint.image_processor)
-        return BatchFeed(of, VisionGatherer(images, features=features, pixels=pixels))
+    def make_feed(data: StageData) -> BatchFeed:
+        images = data.mixture.images(stage_data.checkpoint.image_processor)
+        return BatchFeed(data, VisionGatherer(images, features=features, pixels=pixels))
 
     steps = count_steps(stage, len(stage_data.table))
     setup = StageSetup(
@@ -174,8 +174,8 @@ def train(
             compute_learning_rate, num_steps=steps, peak=stage.lr, warmup_fraction=stage.warmup_fraction
         ),
         engine=engine,
-        training=feed(stage_data),
-        held_out=None if held_out is None else feed(held_out),
+        training=make_feed(stage_data),
+        held_out=None if held_out is None else make_feed(held_out),
         checkpoints=CheckpointRotation(
             engine,
             model,
