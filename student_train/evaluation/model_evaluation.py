@@ -75,7 +75,7 @@ class Fidelity:
 
     @property
     def agreement(self) -> float | None:
-        """Fraction of rows, None without any."""
+        """Fraction of rows whose most probable token is the teacher's; None without any."""
         return self.num_agreeing / self.num_topped if self.num_topped else None
 
 

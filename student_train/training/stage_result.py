@@ -42,7 +42,7 @@ def lock_stage(
     stage: StageSection, name: str, *, patience_s: float = ORPHAN_PATIENCE_S
 ) -> AbstractContextManager[Lock]:
     """Lock a resolved stage's output. Errors as `hold_lock`."""
-    path = _sibling_path(Path(stage.output), "lock")
+    path = _make_sibling_path(Path(stage.output), "lock")
     return hold_lock(path, f"stages.{name}.output, {stage.output},", patience_s=patience_s)
 
 
@@ -54,7 +54,7 @@ def decide_stage(
     Errors: ConfigError for a finished result or a state made from other inputs, with each field and both values.
     """
     output = Path(stage.output)
-    again = _sibling_path(output, "again")
+    again = _make_sibling_path(output, "again")
     finish_swap(output)
     if request.restart:
         _discard_state(output)
@@ -88,7 +88,7 @@ def install_result(decision: StageDecision, stage: StageSection) -> None:
 
 def swap_result(output: Path) -> None:
     """Replace a result by the retrained one. `finish_swap` completes this after a kill."""
-    again, before = _sibling_path(output, "again"), _sibling_path(output, "before")
+    again, before = _make_sibling_path(output, "again"), _make_sibling_path(output, "before")
     if output.exists():
         shutil.rmtree(before, ignore_errors=True)
         output.rename(before)
@@ -99,7 +99,7 @@ def swap_result(output: Path) -> None:
 
 def finish_swap(output: Path) -> None:
     """Complete a swap that a kill interrupted."""
-    again, before = _sibling_path(output, "again"), _sibling_path(output, "before")
+    again, before = _make_sibling_path(output, "again"), _make_sibling_path(output, "before")
     recover_checkpoint(output)
     if not output.exists():
         if is_finished(again):
@@ -141,5 +141,5 @@ def _discard_state(folder: Path) -> None:
         shutil.rmtree(given_up, ignore_errors=True)
 
 
-def _sibling_path(output: Path, what: str) -> Path:
+def _make_sibling_path(output: Path, what: str) -> Path:
     return output.with_name(f"{output.name}~{what}")

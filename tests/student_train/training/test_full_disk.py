@@ -91,7 +91,7 @@ from pathlib import Path
 from student_train import command
 from student_train.training import loop as stage_loop
 disk, plan = Path({disk!r}), iter({plan!r})
-ballast, step, train, now = disk / "ballast", stage_loop.optimizer_step, command.train, {{}}
+ballast, step, train, now = disk / "ballast", stage_loop.run_optimizer_step, command.train, {{}}
 def training(*arguments, **options):
     ballast.unlink(missing_ok=True)
     now["at"], now["free"] = next(plan)
@@ -106,7 +106,7 @@ def filling(engine, items, lr, number):
         found = os.statvfs(disk)
         ballast.write_bytes(bytes(max(0, found.f_bavail * found.f_frsize - now["free"])))
     return step(engine, items, lr, number)
-command.train, stage_loop.optimizer_step = training, filling
+command.train, stage_loop.run_optimizer_step = training, filling
 """  # fills the disk before given steps of given commands
 
 

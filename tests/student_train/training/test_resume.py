@@ -30,21 +30,21 @@ STEPS = 7
 STOP_AT = """
 import os, signal
 from student_train.training import loop as stage_loop
-step = stage_loop.optimizer_step
+step = stage_loop.run_optimizer_step
 def stopping(engine, items, lr, number):
     if number == {step}:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(engine, items, lr, number)
-stage_loop.optimizer_step = stopping
+stage_loop.run_optimizer_step = stopping
 """
 STOP_ONCE_AT = (
     STOP_AT
     + """
 def stopping_once(engine, items, lr, number):
     if number == {step}:
-        stage_loop.optimizer_step = step
+        stage_loop.run_optimizer_step = step
     return stopping(engine, items, lr, number)
-stage_loop.optimizer_step = stopping_once
+stage_loop.run_optimizer_step = stopping_once
 """
 )
 
