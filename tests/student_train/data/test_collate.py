@@ -173,7 +173,7 @@ def test_hidden_states_become_rows_of_the_batch() -> None:
 def test_samples_that_cannot_be_expanded_are_refused_by_name() -> None:
     with pytest.raises(StillhouseError, match="sample 's': its first token is a response token"):
         expand_sample(sample([1, 2], [0]), GRID)
-    with pytest.raises(StillhouseError, match="sample 's' has 34 tokens for this student, which has 32"):
+    with pytest.raises(StillhouseError, match="sample 's' has 34 tokens, but this student has 32"):
         expand_sample(sample([1] * 31 + [IMAGE], [5], image("a")), GRID)
     incomplete = SampleRecord(sample([1, IMAGE, 2], [2], image("a")))
     with pytest.raises(StillhouseError, match="sample 's': no rows for 1 response tokens"):

@@ -50,7 +50,7 @@ def test_the_processor_needs_no_torchvision(checkpoint: Path) -> None:
 def test_another_image_of_the_same_name_is_refused(folder: ImageFolder) -> None:
     image = picture(folder.root / "a.png", 40)
     picture(folder.root / "a.png", 41)
-    with pytest.raises(StillhouseError, match=r"sample 's': image .*a\.png: sha256 is .* made from"):
+    with pytest.raises(StillhouseError, match=r"sample 's': image .*a\.png: sha256 is .*, expected .* as in the cache"):
         folder.load_pixels(image, sample_id="s")
 
 

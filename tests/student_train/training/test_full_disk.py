@@ -164,5 +164,5 @@ def test_a_disk_that_is_too_small_from_the_start_is_refused_before_training(
     disk.fill(free_bytes=500_000)
     outcome = make_runner(kd={"output": str(disk.folder / "kd-0")}).run("kd")
     assert outcome.code == 2
-    assert "the checkpoint at the end of the stage has " in outcome.stderr
+    assert "the checkpoint at the end of the stage needs " in outcome.stderr
     assert "free space there, or give another output" in outcome.stderr
