@@ -131,9 +131,9 @@ def expand_sample(
     is_image = tokens.token_ids == sequence_format.image_token_id
     if image_ids is None:
         assert sequence_format.tokens_per_image is not None
-        image_ids = [np.full(sequence_format.tokens_per_image, sequence_format.image_token_id)] * int(
-            np.count_nonzero(is_image)
-        )
+        num_images = int(np.count_nonzero(is_image))
+        visual_tokens = np.full(sequence_format.tokens_per_image, sequence_format.image_token_id)
+        image_ids = [visual_tokens] * num_images
     repeats = np.ones(len(tokens.token_ids), np.int64)
     repeats[is_image] = [len(ids) for ids in image_ids]
     input_ids = np.repeat(tokens.token_ids, repeats).astype(np.int64)
