@@ -331,7 +331,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from student_train.evaluation.ask import answer_question
+    from student_train.evaluation.ask import answer_question  # torch, transformers
 
     _check_folder(arguments.model, "--model")
     if not arguments.image.is_file():
@@ -339,7 +339,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}, expected at least 1")
     if not arguments.question.strip() or "\ufffd" in arguments.question.encode(errors="replace").decode():
-        raise ConfigError("the question is empty, or is not UTF-8")
+        raise ConfigError("the question is empty or not UTF-8")
     print(
         answer_question(arguments.model, arguments.image, arguments.question, max_new_tokens=arguments.max_new_tokens)
     )

@@ -196,5 +196,5 @@ def _collect_inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
         "stage": run.section.model_dump(mode="json"),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
         "init": start,
-        "cache": [cache_fingerprint(each.path) for each in run.section.list_sources(experiment.cache.path)],
+        "cache": [fingerprint_cache(source.path) for source in run.section.list_sources(experiment.cache.path)],
     }

@@ -128,10 +128,10 @@ def _check_experts(experiment: Experiment) -> None:
         check_ranks(run.section.num_processes, run.section.expert_parallel, stage=run.stage)
 
 
-def _will_be_made(experiment: Experiment, place: str) -> bool:
-    """Whether a checkpoint is not there yet, but the script of `prepare` or a stage may make it."""
+def _is_made_later(experiment: Experiment, path: str) -> bool:
+    """Whether a checkpoint does not exist yet, but `prepare` or a stage may make it."""
     outputs = {Path(resolve_stage(section, name).output) for name, section in experiment.stages.items()}
-    return not Path(place).is_dir() and (may_be_prepared(experiment, place) or Path(place) in outputs)
+    return not Path(path).is_dir() and (may_be_made_by_prepare(experiment, path) or Path(path) in outputs)
 
 
 def _check_cache(section: CacheSection, identity: Identity) -> str:
@@ -153,37 +153,33 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
 
     Errors: IdentityError if a student does not fit; ConfigError for losses that a cache cannot serve.
     """
-    has_one = has_cache(open_folder(experiment.cache.path))
-    held = {"tokens", *experiment.cache.families}
-    if has_one:
-        there = Cache.open(experiment.cache.path, families=())
-        held |= set(there.families)
-        identity = identity.model_copy(update={"selection": {**there.identity.selection, **identity.selection}})
-    asked = {f"stages.{name}.losses": section for name, section in experiment.stages.items()}
-    for name, run in experiment.ablations.runs.items():
-        overrides = (*experiment.overrides, *run.overrides())
-        stages = read_sections(experiment.path, {"stages": Named(StageSection)}, overrides)["stages"]
-        stage = stages[run.stage]
-        asked[f"ablations.runs.{name}: losses"] = stage
-    for place, section in asked.items():
-        for source in section.list_sources(experiment.cache.path):
-            if source.path == experiment.cache.path:
-                check_losses(section.losses, identity, held, place=place)
+    own_cache = experiment.cache.path
+    families = {"tokens", *experiment.cache.families}
+    if has_cache(open_folder(own_cache)):
+        cache = Cache.open(own_cache, families=())
+        families |= set(cache.families)
+        identity = identity.model_copy(update={"selection": {**cache.identity.selection, **identity.selection}})
+    for field, section in _list_losses(experiment):
+        for source in section.list_sources(own_cache):
+            if source.path == own_cache:
+                check_losses(section.losses, identity, families, place=field)
             elif has_cache(open_folder(source.path)):
                 other = Cache.open(source.path, families=())
                 check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {field}")
     for name, section in experiment.stages.items():
         stage = resolve_stage(section, name)
-        if stage.compose is not None and not any(_will_be_made(experiment, part) for part in list_parts(stage.compose)):
+        if stage.compose is not None and not any(
+            _is_made_later(experiment, part) for part in list_parts(stage.compose)
+        ):
             check_composition(stage.compose, f"{experiment.path}: stages.{name}")
-            yield f"stages.{name}: the parts of compose go together"
+            yield f"stages.{name}: the parts of compose fit together"
         if not Path(stage.init).is_dir():
             continue
-        paths = [source.path for source in stage.list_sources(experiment.cache.path)]
+        paths = [source.path for source in stage.list_sources(own_cache)]
         if all(has_cache(open_folder(path)) for path in paths):
-            notes = read_fitting_checkpoint(stage, experiment.cache.path).notes
-            yield f"stages.{name}: {stage.init} fits the {'cache' if len(paths) == 1 else 'caches'}{_shown(notes)}"
-        elif experiment.cache.path in paths:
+            notes, noun = read_fitting_checkpoint(stage, own_cache).notes, "cache" if len(paths) == 1 else "caches"
+            yield f"stages.{name}: {stage.init} fits the {noun}{_indent_lines(notes)}"
+        elif own_cache in paths:
             checkpoint = read_checkpoint(stage.init)
             check_architecture(checkpoint, stage)
             notes = check_fit(checkpoint, identity)

@@ -104,9 +104,9 @@ def _check_nccl(experiment: Experiment) -> None:
         )
 
 
-def check_stage(experiment: Experiment, name: str) -> None:
-    """What `train` looks at before it starts processes. ConfigError: no such init, an output that cannot be written."""
-    stage = resolve_stage(experiment.stage(name, asked_by="--stage"), name)
+def check_stage_inputs(experiment: Experiment, name: str) -> None:
+    """Checks a stage before `train` starts it. ConfigError if its init is missing or its output cannot be written."""
+    stage = resolve_stage(experiment.get_stage(name, named_by="--stage"), name)
     if stage.compose is None and not Path(stage.init).is_dir() and not is_hub_id(stage.init):
         raise ConfigError(
             f"{experiment.path}: stages.{name}.init is {stage.init}, which is neither a directory nor a Hub id "
@@ -253,11 +253,11 @@ def _read_splits(paths: Sequence[str], own_cache: str) -> set[str]:
 
 
 def check_inits(experiment: Experiment) -> None:
-    """ConfigError for a checkpoint, cache or folder that is not there, and that nothing in this file will make."""
+    """ConfigError if a checkpoint, cache or image folder is missing and nothing in the experiment makes it."""
     stages = {name: resolve_stage(section, name) for name, section in experiment.stages.items()}
-    caches = {experiment.cache.path} | (
-        {experiment.stages[experiment.train_teacher.stage].cache} if experiment.train_teacher else set()
-    )
+    made_caches = {experiment.cache.path}
+    if experiment.train_teacher is not None:
+        made_caches.add(str(experiment.stages[experiment.train_teacher.stage].cache))
     for name, stage in stages.items():
         for field, source in _list_sources(name, stage, experiment.cache.path):
             if source.path not in made_caches and not has_cache(open_folder(source.path)):
@@ -279,8 +279,8 @@ def check_inits(experiment: Experiment) -> None:
             )
 
 
-def _sources(name: str, stage: StageSection, cache_path: str) -> Iterator[tuple[str, SourceSection]]:
-    """What a stage trains on, with the place in the file where it says so."""
+def _list_sources(name: str, stage: StageSection, cache_path: str) -> Iterator[tuple[str, SourceSection]]:
+    """The caches that a stage trains on, each with the field that names it."""
     for number, source in enumerate(stage.list_sources(cache_path)):
         yield f"stages.{name}" if stage.caches is None else f"stages.{name}.caches.{number}", source
 

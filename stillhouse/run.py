@@ -26,9 +26,8 @@ from stillhouse.torchrun import (
 )
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.child_process import GRACE_S, run_child
-from storage.processes.search_path import module_command
-from storage.processes.stop_signals import Interrupted, stopped_by
-from storage.verify.scan_cache import VerifyReport, verify
+from storage.processes.search_path import make_module_command
+from storage.processes.stop_signals import Interrupted, find_stop_signal
 from student_train.training.stage_inputs import collect_init_inputs
 from teacher_dump.__main__ import table
 from teacher_dump.dump import run_dump
@@ -91,7 +90,7 @@ def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: 
     inputs = {
         "stage": stage.model_dump(mode="json"),
         "init": collect_init_inputs(stage, stage.init.replace("{seed}", str(stage.seed))),
-        "cache": cache_fingerprint(stage.cache or experiment.cache.path),
+        "cache": fingerprint_cache(stage.cache or experiment.cache.path),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
     }
     folder = Path(stage.output)

@@ -64,7 +64,7 @@ class ImageProcessorAdapter:
         """Convert images, in order, to model inputs. StillhouseError: the processor refuses one."""
         if self._image_token_id < 0:
             return ModelInputs({}, (), (), None)
-        shown = pictures or [blank_picture(_BLANK)]
+        shown = pictures or [make_blank_picture(_BLANK)]
         made = self._run_processor(shown)
         ids = tuple(self.expand_image(picture.size) for picture in shown)
         return ModelInputs(
@@ -81,7 +81,7 @@ class ImageProcessorAdapter:
                 if len(self._by_size) == _REMEMBERED_SIZES:
                     del self._by_size[next(iter(self._by_size))]
                 self._by_size[size] = (
-                    self._run_processor([blank_picture(size)])["input_ids"][0].numpy().astype(np.int64)
+                    self._run_processor([make_blank_picture(size)])["input_ids"][0].numpy().astype(np.int64)
                 )
             return self._by_size[size]
 

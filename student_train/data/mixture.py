@@ -122,7 +122,7 @@ class InterleavedOrder:
 
     def batch(self, step: int, size: int, *, seed: int) -> NDArray[np.int64]:
         """Return the positions (size,) of the endless sequence from `step * size` on."""
-        return piece(lambda epoch: self.epoch(epoch, seed=seed), len(self), step * size, size)
+        return slice_epochs(lambda epoch: self.epoch(epoch, seed=seed), len(self), step * size, size)
 
     def _mix(self, epoch: int, seed: int) -> NDArray[np.int64]:
         owners = np.repeat(np.arange(len(self._orders)), self.counts)

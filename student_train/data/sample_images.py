@@ -95,7 +95,7 @@ class ImageFolder:
 
     def make_blank(self) -> Float[Tensor, "1 c h w"]:
         """Return a black image for a batch without images, so that parameters get a (zero) gradient on every rank."""
-        return self._process(blank_picture((32, 32)))[None]
+        return self._process(make_blank_picture((32, 32)))[None]
 
     def _process(self, picture: Picture) -> Float[Tensor, "c h w"]:
         return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]

@@ -53,7 +53,7 @@ def _load(model_dir: str) -> tuple[Checkpoint, Any, Student]:
     processor = load_processor(model_dir)
     if getattr(processor, "chat_template", None) is None:
         raise StillhouseError(f"{model_dir}: has no chat template; add a chat_template.jinja")
-    vocab_size = real_vocab_size(checkpoint.tokenizer.get_vocab())
+    vocab_size = compute_vocab_size(checkpoint.tokenizer.get_vocab())
     return checkpoint, processor, load_for_inference(checkpoint, vocab_size=vocab_size)
 
 
@@ -71,7 +71,7 @@ def _build_prompt(processor: Any, checkpoint: Checkpoint, image: Path, question:
             f"{checkpoint.folder}: the chat template cannot render the question: {error}; give it a multimodal template"
         ) from error
     ids = checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
-    token_ids = np.array(with_leading_ids(ids, leading_special_ids(checkpoint.tokenizer)), np.int32)
+    token_ids = np.array(prepend_leading_ids(ids, find_leading_special_ids(checkpoint.tokenizer)), np.int32)
     num_image_tokens = int(np.count_nonzero(token_ids == checkpoint.sequence_format.image_token_id))
     if num_image_tokens != 1:
         raise StillhouseError(

@@ -121,8 +121,8 @@ def make_resampling_matrix(
     """Return the matrix that maps rows from the student's square grid to the teacher's; None if the grids are equal.
 
     Each mapped row is the mean over the area of a cell of the teacher's grid, or of a block of pool x pool cells (see
-    storage.encoding.relation_matrix.blocks_of_grid). Logits are linear in hidden states, so resampling hidden states
-    resamples logits; the teacher's rows are not changed. ValueError for token counts that are not squares.
+    storage.encoding.relation_matrix.assign_grid_blocks). Logits are linear in hidden states, so resampling hidden
+    states resamples logits; the teacher's rows are not changed. ValueError for token counts that are not squares.
     """
     if num_student == num_teacher and pool is None:
         return None

@@ -120,7 +120,7 @@ def _write_settings(
 
 def check_free_space(num_bytes: int, folder: Path) -> None:
     """Check that a checkpoint of that size, written beside the old one, fits on the disk. Errors: ConfigError."""
-    free = free_bytes(folder)
+    free = measure_free_bytes(folder)
     if free is not None and num_bytes > free:
         raise ConfigError(
             f"{folder}: its disk has {format_bytes(free)} free, but the checkpoint at the end of the stage needs "

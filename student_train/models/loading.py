@@ -174,8 +174,8 @@ def check_fit(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
     rows = checkpoint.config.get_text_config().vocab_size
     problems = []
     for name, ours, theirs in (
-        ("tokenizer_fingerprint", tokenizer_fingerprint(vocabulary), identity.tokenizer_fingerprint),
-        ("vocab_size", real_vocab_size(vocabulary), identity.vocab_size),
+        ("tokenizer_fingerprint", compute_tokenizer_fingerprint(vocabulary), identity.tokenizer_fingerprint),
+        ("vocab_size", compute_vocab_size(vocabulary), identity.vocab_size),
         ("image_token_id", checkpoint.sequence_format.image_token_id, identity.image_token_id),
     ):
         if ours != theirs:
@@ -199,7 +199,7 @@ def _check_pixels(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]
         return ()
     theirs, backend = stored_pixels(identity), read_processor_backend(processor)
     trained = checkpoint.pixels or theirs.model_copy(update={"backend": backend})
-    differing = {name: (cache, own) for name, cache, own in theirs.differences(trained)}
+    differing = {name: (cache, own) for name, cache, own in theirs.find_differences(trained)}
     if theirs.backend not in (None, backend):  # the backend in use, whatever it was trained with
         differing["backend"] = (theirs.backend, backend)
     if differing:

@@ -45,7 +45,7 @@ class BatchFeed:
         )
         families, sequence_format = list_loss_families(stage.losses), self.stage_data.checkpoint.sequence_format
         micro_plans, plans_to_read, plans_for_epochs = itertools.tee(micro_plans, 3)
-        samples = read_ahead(
+        samples = prefetch_batches(
             self.stage_data.mixture,
             (table.indices[plan.rows].ravel() for plan in plans_to_read),
             draw_sets=(plan.step * size // len(table) for plan in plans_for_epochs),

@@ -283,7 +283,7 @@ def select_samples(cache: Cache, splits: tuple[str, ...]) -> np.ndarray:
 
 def select_samples_of_caches(caches: Sequence[Cache], splits: tuple[str, ...]) -> list[np.ndarray]:
     """Return each cache's indices of the samples of some splits. ConfigError if there are none in any cache."""
-    chosen = [cache.splits.positions_of(splits) for cache in caches]
+    chosen = [cache.splits.find_positions(splits) for cache in caches]
     if not any(map(len, chosen)):
         known = sorted({split for cache in caches for split in cache.splits.unique()})
         raise ConfigError(
@@ -296,7 +296,7 @@ def select_samples_of_caches(caches: Sequence[Cache], splits: tuple[str, ...]) -
 
 def select_pairs(cache: Cache, indices: np.ndarray) -> np.ndarray:
     """Return the (chosen, rejected) indices (p, 2) of all preference pairs among some samples. ConfigError: none."""
-    pairs = cache.pair_positions()
+    pairs = cache.find_pair_positions()
     found = pairs[np.isin(pairs, indices).all(axis=1)]
     if not len(found):
         raise ConfigError(

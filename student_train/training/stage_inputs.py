@@ -72,15 +72,15 @@ def collect_init_inputs(stage: StageSection, place: str) -> dict[str, Any]:
 def compare_state_inputs(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> list[str]:
     """Return the differing fields that decide what stage `name` computes, with both values."""
     return [
-        *changed_fields(_add_defaults(old.get("stage")), new["stage"], f"stages.{name}"),
-        *changed_fields(old.get("init"), new["init"], "init"),
+        *describe_changes(_add_defaults(old.get("stage")), new["stage"], f"stages.{name}"),
+        *describe_changes(old.get("init"), new["init"], "init"),
         *_compare_caches(old.get("caches"), new["caches"]),
     ]
 
 
 def compare_result_inputs(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> list[str]:
     """Return the differing fields that decide the weights of stage `name` or files beside them."""
-    products = changed_fields(old.get("products"), new["products"], f"stages.{name}")
+    products = describe_changes(old.get("products"), new["products"], f"stages.{name}")
     return [*compare_state_inputs(old, new, name), *products]
 
 

@@ -36,7 +36,7 @@ def test_a_question_gets_an_answer(model: Path, image: Path) -> None:
 
 def test_a_question_uses_the_pixels_that_the_model_was_trained_on(model: Path, tmp_path: Path) -> None:
     """A rotated file, and alpha over hidden pixels, give the same answers as the pictures that they show."""
-    upright = random_rgb((32, 32), seed=3)
+    upright = make_random_rgb((32, 32), seed=3)
     drawing = np.dstack([upright, np.where(upright[..., 0] > 128, 255, 0).astype(np.uint8)])
     (tmp_path / "laid.png").write_bytes(make_turned_file(upright, 6))
     (tmp_path / "clear.png").write_bytes(encode_image(Image.fromarray(drawing)))
