@@ -60,7 +60,7 @@ def _check_ids(header: Header, planes: Planes, groups: IdGroups, counts: NDArray
     split = header.num_exact
     exact_groups = planes.take("exact_groups", "u1", split)
     differences = np.concatenate([exact_groups, planes.take("sampled_groups", "u1", header.num_sampled)])
-    keys, stops, last_groups = sum_groups(differences, counts, header.num_rows, groups)
+    keys, stops, last_groups = sum_groups(differences, counts, groups, num_sets=2)
     widths = groups.widths.take(keys & GROUP_MASK)
     ends = field_stops(widths)
     exact_bits = int(ends[split - 1]) if split else 0
@@ -71,7 +71,8 @@ def _check_ids(header: Header, planes: Planes, groups: IdGroups, counts: NDArray
     follows = differences == 0  # the entry before is of the same group, or of another row
     follows[:-1] |= follows[1:]
     if groups.first_partial == len(groups.sizes) - 1:  # a row's last entry has the highest place
-        follows[stops[last_groups == groups.first_partial] - 1] = True
+        ends_so = (last_groups == groups.first_partial) & (counts > 0)
+        follows[stops[ends_so] - 1] = True
     elif groups.first_partial < len(groups.sizes):
         follows |= (keys & GROUP_MASK) >= groups.first_partial
     at = _find_doubtful(keys, follows, split, header.num_rows)

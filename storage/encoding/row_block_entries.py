@@ -52,11 +52,11 @@ def read_counts(name: SetName, header: Header, planes: Planes) -> NDArray[np.int
 
 
 def sum_groups(
-    differences: NDArray[np.uint8], counts: NDArray[np.int64], num_rows: int, groups: IdGroups
+    differences: NDArray[np.uint8], counts: NDArray[np.int64], groups: IdGroups, *, num_sets: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """(k,) each entry's row and group as one number, where each row's entries stop, and the group of its last one.
 
-    `counts` of one set's rows or of several sets', one after another. Groups start anew in each row, and never fall.
+    `counts` of the rows of a set, or of `num_sets` one after another. Groups start anew in each row, and never fall.
     Errors: CorruptPartError for a group that there is not.
     """
     stops = np.cumsum(counts)
@@ -67,8 +67,9 @@ def sum_groups(
     if len(differences) and (largest := int(last_groups.max())) >= len(groups.sizes):
         raise CorruptPartError(f"the block has the id group {largest} of {len(groups.sizes)}")
     keys = sums[1:]
-    rows = np.arange(num_rows) << GROUP_BITS
-    keys += np.repeat((rows - before.reshape(-1, num_rows)).ravel(), counts)
+    before = before.reshape(num_sets, -1)
+    rows = np.arange(before.shape[1]) << GROUP_BITS
+    keys += np.repeat((rows - before).ravel(), counts)
     return keys, stops, last_groups
 
 
@@ -76,7 +77,7 @@ def read_entries(name: SetName, header: Header, planes: Planes, groups: IdGroups
     """One set of a block's entries, after the checks of its ids. Errors: CorruptPartError."""
     counts = read_counts(name, header, planes)
     differences = planes.take(f"{name}_groups", "u1", int(counts.sum()))
-    keys, stops, _ = sum_groups(differences, counts, header.num_rows, groups)
+    keys, stops, _ = sum_groups(differences, counts, groups)
     group = keys & GROUP_MASK
     widths = groups.widths.take(group)
     ends = field_stops(widths)
