@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 MAX_WIDTH = 31
 
 
-def pack_bits(values: NDArray[np.int32], widths: NDArray[np.uint8]) -> bytes:
+def pack_bits(values: NDArray[np.int32], widths: NDArray[np.int32] | NDArray[np.uint8]) -> bytes:
     """The low `widths[i]` (0 to 31) bits of each value, one field after another, padded to a whole byte."""
     stops = np.cumsum(widths, dtype=np.int64)
     num_bits = int(stops[-1]) if len(stops) else 0
@@ -43,7 +43,7 @@ def unpack_bits(packed: bytes | NDArray[np.uint8], widths: NDArray[np.int32], st
     return fields.view(np.int32) if word is np.uint32 else fields.astype(np.int32)
 
 
-def field_stops(widths: NDArray[np.int32]) -> NDArray[np.int32] | NDArray[np.int64]:
+def field_stops(widths: NDArray[np.int32]) -> NDArray:
     """The number of bits up to the end of each field."""
     wide = np.int32 if len(widths) < 1 << 26 else np.int64  # holds a number of bits
     return np.cumsum(widths, dtype=wide)

@@ -124,7 +124,7 @@ def decode_group(
     """
     block = _block_of(table, 0, table.num_rows, num_sets)
     counts, scalars = _scalars_of(table, num_temperatures)
-    own = {name: None if values is None else values.copy() for name, values in scalars.items()}  # writable, for torch
+    own: dict[str, Any] = {name: values if values is None else values.copy() for name, values in scalars.items()}
     rows = decode_block(block, id_groups, **own, draw_set=draw_set)
     return rows, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 

@@ -91,7 +91,7 @@ class _Ordered:
     row: NDArray[np.int64]
     group: NDArray[np.uint8]
     places: NDArray[np.int32]
-    widths: NDArray[np.uint8]  # bits of each place
+    widths: NDArray[np.int32]  # bits of each place
 
     def planes(self, counts: NDArray) -> tuple[NDArray, bytes]:
         """Groups as differences, and places as bit fields; `counts` entries in each row."""
