@@ -18,6 +18,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from storage.encoding.id_groups import IdGroups
+from storage.encoding.parquet_schema import whole_column
 from storage.encoding.row_block import decode_block, encode_block
 from storage.encoding.row_block_check import check_block
 from storage.encoding.row_block_header import read_header
@@ -122,7 +123,7 @@ def decode_group(
     `draw_set` (modulo `num_sets`) says which draws of their tails.
     Errors: CorruptPartError where columns, counts and block disagree.
     """
-    block = _block_of(table, 0, table.num_rows, num_sets)
+    block = _block_of(whole_column(table, "block"), 0, table.num_rows, num_sets)
     counts, scalars = _scalars_of(table, num_temperatures)
     own: dict[str, Any] = {name: values if values is None else values.copy() for name, values in scalars.items()}
     rows = decode_block(block, id_groups, **own, draw_set=draw_set)
@@ -136,20 +137,19 @@ def check_groups(table: pa.Table, sizes: Sequence[int], id_groups: IdGroups, kep
     """
     counts, scalars = _scalars_of(table, kept.num_temperatures)
     check_scalars(**scalars)
-    tail_mass, start, row = scalars["tail_mass"], 0, 0
+    blocks, tail_mass, start, row = whole_column(table, "block"), scalars["tail_mass"], 0, 0
     for size in sizes:
-        block = _block_of(table, start, start + size, kept.num_sets)
+        block = _block_of(blocks, start, start + size, kept.num_sets)
         stop = row + int(counts[start : start + size].sum())
         check_block(block, id_groups, tail_mass=tail_mass[row:stop], tau=kept.tau)
         start, row = start + size, stop
     return counts
 
 
-def _block_of(table: pa.Table, start: int, stop: int, num_sets: int) -> memoryview:
+def _block_of(blocks: pa.BinaryArray, start: int, stop: int, num_sets: int) -> memoryview:
     """The block of a row group, which is that of its first sample or image, start : stop being all of them."""
     if start == stop:
         raise CorruptPartError("a row group is empty, so it has no block")
-    blocks = table["block"].combine_chunks()
     block = memoryview(blocks[start].as_buffer())
     ends = np.frombuffer(blocks.buffers()[1], np.int32)[blocks.offset :]
     if ends[stop] > ends[start + 1]:
@@ -238,7 +238,7 @@ def _cuts(rows: Sequence[SparseRows]) -> list[tuple[int, int]]:
 
 
 def _values(table: pa.Table, name: str, counts: NDArray[np.int64]) -> NDArray[np.float32]:
-    lists = table[name].combine_chunks()
+    lists = whole_column(table, name)
     offsets = lists.offsets.to_numpy()
     if not np.array_equal(np.diff(offsets), counts):
         raise CorruptPartError(f"{name} has other lengths than num_rows says")

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from storage.encoding.parquet_schema import whole_column
 from storage.identity import Identity
 
 
@@ -43,7 +44,7 @@ def check_tokens(table: pa.Table, identity: Identity, first: int = 0) -> NDArray
 
 def _list(table: pa.Table, name: str) -> tuple[NDArray, NDArray[np.int64]]:
     """All values of a list column (of texts: none of them), and how many each row has."""
-    lists = table[name].combine_chunks()
+    lists = whole_column(table, name)
     offsets = lists.offsets.to_numpy()
     texts = pa.types.is_string(lists.type.value_type)
     values = np.zeros(0) if texts else lists.values.to_numpy()[offsets[0] : offsets[-1]]
