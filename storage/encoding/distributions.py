@@ -18,7 +18,9 @@ import zstandard
 from numpy.typing import NDArray
 
 from storage.encoding.id_groups import IdGroups
-from storage.encoding.row_block import check_block, decode_block, encode_block
+from storage.encoding.parquet_schema import whole_column
+from storage.encoding.row_block import decode_block, encode_block
+from storage.encoding.row_block_check import check_block
 from storage.encoding.row_block_header import read_header
 from storage.errors import CorruptPartError
 from storage.identity import (
@@ -121,46 +123,55 @@ def decode_group(
     `draw_set` (modulo `num_sets`) says which draws of their tails.
     Errors: CorruptPartError where columns, counts and block disagree.
     """
-    counts, block, scalars = _columns_of(table, num_temperatures, num_sets)
-    rows = decode_block(block, id_groups, **scalars, draw_set=draw_set)
+    block = _block_of(whole_column(table, "block"), 0, table.num_rows, num_sets)
+    counts, scalars = _scalars_of(table, num_temperatures)
+    own: dict[str, Any] = {name: values if values is None else values.copy() for name, values in scalars.items()}
+    rows = decode_block(block, id_groups, **own, draw_set=draw_set)
     return rows, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
 
-def check_group(table: pa.Table, id_groups: IdGroups, kept: RowFormat) -> NDArray[np.int64]:
-    """How many rows each sample or image of a row group has, all of which are found to be good; none is made.
+def check_groups(table: pa.Table, sizes: Sequence[int], id_groups: IdGroups, kept: RowFormat) -> NDArray[np.int64]:
+    """How many rows each sample or image of some row groups has, all of which are found to be good; none is made.
 
-    Errors: CorruptPartError, ValueError.
+    `sizes` are the samples or images of each group. Errors: CorruptPartError, ValueError.
     """
-    counts, block, scalars = _columns_of(table, kept.num_temperatures, kept.num_sets)
+    counts, scalars = _scalars_of(table, kept.num_temperatures)
     check_scalars(**scalars)
-    check_block(block, id_groups, tail_mass=scalars["tail_mass"], tau=kept.tau)
+    blocks, tail_mass, start, row = whole_column(table, "block"), scalars["tail_mass"], 0, 0
+    for size in sizes:
+        block = _block_of(blocks, start, start + size, kept.num_sets)
+        stop = row + int(counts[start : start + size].sum())
+        check_block(block, id_groups, tail_mass=tail_mass[row:stop], tau=kept.tau)
+        start, row = start + size, stop
     return counts
 
 
-def _columns_of(
-    table: pa.Table, num_temperatures: int, num_sets: int
-) -> tuple[NDArray[np.int64], bytes, dict[str, Any]]:
-    """Of a row group: rows by sample or image, the block, and the scalars of all rows."""
+def _block_of(blocks: pa.BinaryArray, start: int, stop: int, num_sets: int) -> memoryview:
+    """The block of a row group, which is that of its first sample or image, start : stop being all of them."""
+    if start == stop:
+        raise CorruptPartError("a row group is empty, so it has no block")
+    block = memoryview(blocks[start].as_buffer())
+    ends = np.frombuffer(blocks.buffers()[1], np.int32)[blocks.offset :]
+    if ends[stop] > ends[start + 1]:
+        raise CorruptPartError("a row group has more than one block")
+    if (found := read_header(block).num_sets) != num_sets:
+        raise CorruptPartError(f"the block has {found} sets of draws, the cache {num_sets}")
+    return block
+
+
+def _scalars_of(table: pa.Table, num_temperatures: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    """Rows by sample or image, and the scalars of all rows, which are not copied."""
     counts = table["num_rows"].to_numpy().astype(np.int64)
     if (counts < 0).any():
         raise CorruptPartError("num_rows is negative")
-    blocks = table["block"].to_pylist()
-    if any(blocks[1:]):
-        raise CorruptPartError("a row group has more than one block")
-    if (found := read_header(memoryview(blocks[0])).num_sets) != num_sets:
-        raise CorruptPartError(f"the block has {found} sets of draws, the cache {num_sets}")
     log_sum_exp = _values(table, "log_sum_exp", counts * num_temperatures)
     has_labels = "label_logprob" in table.column_names
-    return (
-        counts,
-        blocks[0],
-        {
-            "tail_mass": _values(table, "tail_mass", counts),
-            "entropy": _values(table, "entropy", counts),
-            "log_sum_exp": log_sum_exp.reshape(int(counts.sum()), num_temperatures),
-            "label_logprob": _values(table, "label_logprob", counts) if has_labels else None,
-        },
-    )
+    return counts, {
+        "tail_mass": _values(table, "tail_mass", counts),
+        "entropy": _values(table, "entropy", counts),
+        "log_sum_exp": log_sum_exp.reshape(int(counts.sum()), num_temperatures),
+        "label_logprob": _values(table, "label_logprob", counts) if has_labels else None,
+    }
 
 
 def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -227,7 +238,8 @@ def _cuts(rows: Sequence[SparseRows]) -> list[tuple[int, int]]:
 
 
 def _values(table: pa.Table, name: str, counts: NDArray[np.int64]) -> NDArray[np.float32]:
-    lists = table[name].combine_chunks()
-    if not np.array_equal(np.diff(lists.offsets.to_numpy()), counts):
+    lists = whole_column(table, name)
+    offsets = lists.offsets.to_numpy()
+    if not np.array_equal(np.diff(offsets), counts):
         raise CorruptPartError(f"{name} has other lengths than num_rows says")
-    return lists.flatten().to_numpy(zero_copy_only=False, writable=True)
+    return lists.values.to_numpy()[offsets[0] : offsets[-1]]

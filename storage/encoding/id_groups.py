@@ -66,9 +66,15 @@ class IdGroups:
         return np.cumsum(self.sizes, dtype=np.int32) - self.sizes
 
     @cached_property
-    def widths(self) -> NDArray[np.uint8]:
+    def widths(self) -> NDArray[np.int32]:
         """(g,) bits of a place in each group."""
-        return np.array([max(int(size) - 1, 0).bit_length() for size in self.sizes], np.uint8)
+        return np.array([max(int(size) - 1, 0).bit_length() for size in self.sizes], np.int32)
+
+    @cached_property
+    def first_partial(self) -> int:
+        """The first group with fewer ids than its places have values; `of_counts` makes none but the last so."""
+        is_partial = self.sizes != 1 << self.widths
+        return int(np.argmax(is_partial)) if is_partial.any() else len(self.sizes)
 
     @cached_property
     def ids(self) -> NDArray[np.int32]:

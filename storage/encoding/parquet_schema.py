@@ -136,6 +136,12 @@ def split_row_groups(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping
     return [*groups, rows[start:]] if start < len(rows) else groups
 
 
+def whole_column(table: pa.Table, name: str) -> pa.Array:
+    """A column in one piece; it is copied only if it is in several, where `combine_chunks` always copies."""
+    column = table[name]
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def check_schema(family: str, got: pa.Schema, place: str) -> None:
     """Raises CorruptPartError unless a file has the columns of its family."""
     expected = SCHEMAS[family]

@@ -13,7 +13,6 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from storage.encoding.bit_packing import packed_size, unpack_bits
 from storage.errors import CorruptPartError
 
 BLOCK_VERSION = 4
@@ -120,16 +119,13 @@ class Planes:
     """A block's compressed planes, each decompressed once, to the size that is expected of it."""
 
     def __init__(self, view: memoryview, header: Header) -> None:
-        self._planes = {name: view[at] for name, at in header.planes.items()}
-
-    def take_places(self, widths: NDArray[np.uint8], split: int) -> NDArray[np.int32]:
-        """Places of the exact entries, the first `split`, and of the sampled ones."""
-        parts = zip(("exact_places", "sampled_places"), (widths[:split], widths[split:]), strict=True)
-        return np.concatenate([unpack_bits(self.take(name, "u1", packed_size(own)), own) for name, own in parts])
+        self._view = view
+        self._slices = header.planes
+        self._decompressor = zstandard.ZstdDecompressor()  # making one costs as much as a small plane
 
     def take(self, name: str, kind: str, count: int) -> NDArray:
         """A plane as `count` numbers. Errors: CorruptPartError."""
-        plane, expected = self._planes[name], np.dtype(kind).itemsize * count
+        plane, expected = self._view[self._slices[name]], np.dtype(kind).itemsize * count
         if expected == 0:
             if len(plane):
                 raise CorruptPartError(f"the block's plane {name} should be empty")
@@ -137,7 +133,7 @@ class Planes:
         try:
             if zstandard.frame_content_size(plane) != expected:
                 raise CorruptPartError(f"the block's plane {name} does not hold {expected} bytes")
-            content = zstandard.ZstdDecompressor().decompress(plane, read_across_frames=False)
+            content = self._decompressor.decompress(plane, read_across_frames=False)
         except zstandard.ZstdError as error:
             raise CorruptPartError(f"the block's plane {name}: {error}") from error
         if len(content) != expected:

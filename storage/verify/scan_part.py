@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,7 +26,8 @@ from storage.encoding.arrow_rows import (
     decode_sequence_row,
     decode_tokens_row,
 )
-from storage.encoding.distributions import RowFormat, check_group, decode_id_groups
+from storage.encoding.distributions import RowFormat, check_groups, decode_id_groups
+from storage.encoding.id_groups import IdGroups
 from storage.encoding.parquet_schema import check_schema
 from storage.encoding.relation_matrix import check_payload
 from storage.encoding.tail_profile import read_tail_total
@@ -38,9 +40,11 @@ from storage.layout.part_index import Part
 from storage.reader.row_group_cache import check_sizes, validate_table
 from storage.records.preference_pairs import check_pairs, check_sequence
 from storage.records.records import ImageRef, TokensRecord
+from storage.verify.token_columns import check_tokens
 
 WHOLE_BYTES = 256 << 20  # of a file that is read once; each scan at a time holds one
 _BLOCK_BYTES = 4 << 20
+_BATCH_BYTES = 4 << 20  # of small row groups that are read and checked together, uncompressed
 _BAD = (CacheError, ValueError, OSError, pa.ArrowException)
 
 Advance = Callable[[int], None]  # bytes that were read
@@ -67,6 +71,16 @@ class _Tokens:
     images: dict[str, int]  # visual tokens by image key
     image_sha256s: set[str]
     records: list[TokensRecord]  # only where there is a family `sequence`
+
+
+@dataclass(frozen=True, eq=False)
+class _RowGroups:
+    """Row groups of a file, one after another in one table."""
+
+    first: int  # row of the file
+    table: pa.Table
+    sizes: list[int]  # rows of each
+    metadata: Mapping[bytes, bytes]  # of the file
 
 
 def scan_part(
@@ -137,24 +151,28 @@ class _Scan:
         """A file whose size and hash are those of its commit, ready to be parsed. Errors: CorruptPartError."""
         layout.check_file(self.folder, entry, content=False)
         digest, done = hashlib.sha256(), 0
-        whole = np.empty(entry.file_bytes if entry.file_bytes <= WHOLE_BYTES else 0, np.uint8)
+        is_kept = entry.file_bytes <= WHOLE_BYTES
+        buffer = np.empty(entry.file_bytes + 1 if is_kept else _BLOCK_BYTES, np.uint8)  # one byte too many shows
+        content = memoryview(buffer.data)
         try:
             with self.folder.open_for_arrow(entry.file, entry.file_bytes) as source:
-                while block := source.read(_BLOCK_BYTES):
-                    digest.update(block)
-                    if len(whole) and done + len(block) <= len(whole):
-                        whole[done : done + len(block)] = np.frombuffer(block, np.uint8)
-                    done += len(block)
-                    self.advance(len(block))
+                while True:
+                    start = done if is_kept else 0
+                    num_bytes = source.readinto(block := content[start : start + _BLOCK_BYTES])
+                    if not num_bytes:
+                        break
+                    digest.update(block[:num_bytes])
+                    done += num_bytes
+                    self.advance(num_bytes)
         except OSError as error:
             raise CorruptPartError(f"{self.folder.locate(entry.file)}: cannot be read: {error}") from error
         layout.check_size_and_hash(self.folder, entry, done, digest.hexdigest())
-        if len(whole):
-            return pa.BufferReader(pa.py_buffer(whole))
+        if is_kept:
+            return pa.BufferReader(pa.py_buffer(buffer[:done]))
         return self.folder.open_for_arrow(entry.file, entry.file_bytes)
 
-    def _groups(self, family: str, source: pa.NativeFile) -> Iterator[tuple[int, pa.Table, Mapping[bytes, bytes]]]:
-        """Each row group: its first row, itself, and the file's key-value metadata. Errors: CorruptPartError."""
+    def _groups(self, family: str, source: pa.NativeFile, *, batch_bytes: int = 0) -> Iterator[_RowGroups]:
+        """The row groups, one by one or as many at once as have `batch_bytes`. Errors: CorruptPartError."""
         entry = self.part.families[family]
         file = pq.ParquetFile(source, page_checksum_verification=True)
         check_schema(family, file.schema_arrow, self.folder.locate(entry.file))
@@ -163,11 +181,11 @@ class _Scan:
             raise CorruptPartError(f"has {metadata.num_rows} rows, its commit says {entry.rows}")
         check_sizes(metadata, entry.file_bytes)
         row = 0
-        for group in range(metadata.num_row_groups):
-            num_rows = metadata.row_group(group).num_rows
-            table = validate_table(file.read_row_group(group, use_threads=False), num_rows)
-            yield row, table, metadata.metadata or {}
-            row += num_rows
+        for batch in _batches(metadata, batch_bytes):
+            sizes = [metadata.row_group(group).num_rows for group in batch]
+            table = validate_table(file.read_row_groups(batch, use_threads=False), sum(sizes))
+            yield _RowGroups(row, table, sizes, metadata.metadata or {})
+            row += sum(sizes)
 
     def _tokens(self, source: pa.NativeFile) -> _Tokens:
         ids: list[str] = []
@@ -175,8 +193,9 @@ class _Scan:
         images: dict[str, int] = {}
         sha256s: set[str] = set()
         records: list[TokensRecord] = []
-        for first, table, _ in self._groups("tokens", source):
-            counts.append(check_tokens(table, self.identity, first))
+        for groups in self._groups("tokens", source, batch_bytes=_BATCH_BYTES):
+            table = groups.table
+            counts.append(check_tokens(table, self.identity, groups.first))
             ids += table["sample_id"].to_pylist()
             names = ("image_paths", "image_sha256s", "image_visual_tokens", "image_keys")
             lists = [table[name].combine_chunks().flatten().to_pylist() for name in names]
@@ -216,20 +235,20 @@ class _Scan:
     def _distributions(self, family: str, source: pa.NativeFile, tokens: _Tokens) -> None:
         kept, id_groups = RowFormat.of(self.identity, family), None
         unseen = dict(tokens.images)
-        for first, table, metadata in self._groups(family, source):
-            try:
-                if id_groups is None:
-                    id_groups = decode_id_groups(metadata, kept.vocab_size)
-                    read_tail_total(metadata, kept.vocab_size)
-                counts = check_group(table, id_groups, kept)
-            except (CacheError, ValueError) as error:
-                raise CorruptPartError(f"rows {first} to {first + table.num_rows - 1}: {error}") from error
-            keys = table[0].to_pylist()
-            for row, (key, count) in enumerate(zip(keys, counts.tolist(), strict=True), start=first):
-                if family == "visual":
+        for groups in self._groups(family, source, batch_bytes=_BATCH_BYTES):
+            first, table = groups.first, groups.table
+            if id_groups is None:
+                with _naming_rows(first, groups.sizes[0]):
+                    id_groups = decode_id_groups(groups.metadata, kept.vocab_size)
+                    read_tail_total(groups.metadata, kept.vocab_size)
+            counts = _check_rows(groups, id_groups, kept)
+            keys, stop = table[0].to_pylist(), first + table.num_rows
+            if family == "visual":
+                for row, (key, count) in enumerate(zip(keys, counts.tolist(), strict=True), start=first):
                     if count != _expected(key, unseen, row):
                         raise ValueError(f"row {row}: has {count} rows, not as many as image {key} has visual tokens")
-                else:
+            elif keys != tokens.sample_ids[first:stop] or (counts != tokens.num_response_tokens[first:stop]).any():
+                for row, (key, count) in enumerate(zip(keys, counts.tolist(), strict=True), start=first):
                     _check_sample(tokens, row, key)
                     if count != tokens.num_response_tokens[row]:
                         raise ValueError(f"row {row}: has {count} rows for {tokens.num_response_tokens[row]} tokens")
@@ -238,7 +257,8 @@ class _Scan:
             raise ValueError(f"{len(unseen)} images have no rows, such as {min(unseen)}")
 
     def _each_row(self, family: str, source: pa.NativeFile, check: Callable[[int, pa.Table, int], None]) -> None:
-        for first, table, _ in self._groups(family, source):
+        for groups in self._groups(family, source):
+            first, table = groups.first, groups.table
             for at in range(table.num_rows):
                 try:
                     check(first + at, table, at)
@@ -298,44 +318,40 @@ class _Scan:
             self._problem(place, f"its encodings' errors are {errors}, its commit says {said}")
 
 
-def check_tokens(table: pa.Table, identity: Identity, first: int = 0) -> NDArray[np.int64]:
-    """Response tokens of each row of a tokens table, all rows of which pass the checks of arrow_rows.decode_tokens_row.
-
-    Images are checked by count alone. `first` is the number of the first row, for messages. Errors: ValueError.
-    """
-    ids, num_tokens = _list(table, "token_ids")
-    starts, num_starts = _list(table, "response_starts")
-    stops, num_stops = _list(table, "response_stops")
-    row_of_id, row_of_span = (np.repeat(np.arange(len(count)), count) for count in (num_tokens, num_starts))
-
-    def check(good: NDArray[np.bool_], problem: str, rows: NDArray[np.int64] | None = None) -> None:
-        if not good.all():
-            at = int(np.argmin(good))
-            raise ValueError(f"row {first + (at if rows is None else int(rows[at]))}: {problem}")
-
-    check(num_starts == num_stops, "as many response spans must start as stop")
-    inside = (starts >= 0) & (stops > starts) & (stops <= num_tokens[row_of_span])
-    inside[1:] &= (row_of_span[1:] != row_of_span[:-1]) | (starts[1:] > stops[:-1])
-    check(inside, "response spans are not ascending within the tokens", row_of_span)
-    placeholders = ids == identity.image_token_id
-    known = (ids >= 0) & (ids < identity.vocab_size) | placeholders
-    check(known, f"a token id is outside 0..{identity.vocab_size - 1}", row_of_id)
-    check(table["num_tokens"].to_numpy() == num_tokens, "num_tokens is not the number of token ids")
-    lengths = (stops - starts).astype(np.float64)  # which bincount sums exactly below 2^53
-    num_response = np.bincount(row_of_span, lengths, len(num_starts)).astype(np.int64)
-    check(table["num_response_tokens"].to_numpy() == num_response, "num_response_tokens is not what the spans hold")
-    num_images = np.bincount(row_of_id[placeholders], minlength=len(num_tokens))
-    for name in ("image_paths", "image_sha256s", "image_visual_tokens", "image_keys"):
-        check(_list(table, name)[1] == num_images, f"{name} has not one value for each image placeholder")
-    return num_response
+def _check_rows(groups: _RowGroups, id_groups: IdGroups, kept: RowFormat) -> NDArray[np.int64]:
+    """check_groups; where it finds something, each row group by itself, so that the error names that one's rows."""
+    try:
+        return check_groups(groups.table, groups.sizes, id_groups, kept)
+    except (CacheError, ValueError):
+        start = 0
+        for size in groups.sizes:
+            with _naming_rows(groups.first + start, size):
+                check_groups(groups.table.slice(start, size), [size], id_groups, kept)
+            start += size
+        raise
 
 
-def _list(table: pa.Table, name: str) -> tuple[NDArray, NDArray[np.int64]]:
-    """All values of a list column (of texts: none of them), and how many each row has."""
-    lists = table[name].combine_chunks()
-    counts = np.diff(lists.offsets.to_numpy()).astype(np.int64)
-    values = lists.flatten()
-    return (np.zeros(0) if pa.types.is_string(values.type) else values.to_numpy()), counts
+@contextmanager
+def _naming_rows(first: int, num_rows: int) -> Iterator[None]:
+    """Within it, an error is one of these rows of the file."""
+    try:
+        yield
+    except (CacheError, ValueError) as error:
+        raise CorruptPartError(f"rows {first} to {first + num_rows - 1}: {error}") from error
+
+
+def _batches(metadata: pq.FileMetaData, batch_bytes: int) -> Iterator[list[int]]:
+    """The numbers of all row groups, as many together as have `batch_bytes` uncompressed, or one."""
+    batch, size = [], 0
+    for number in range(metadata.num_row_groups):
+        group_bytes = metadata.row_group(number).total_byte_size
+        if batch and size + group_bytes > batch_bytes:
+            yield batch
+            batch, size = [], 0
+        batch.append(number)
+        size += group_bytes
+    if batch:
+        yield batch
 
 
 def _check_sample(tokens: _Tokens, row: int, sample_id: str) -> None:

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from storage.encoding import row_block as blocks
 from storage.encoding.id_groups import IdGroups
-from storage.encoding.row_block import EncodedBlock, check_block, decode_block, encode_block, read_header
+from storage.encoding.row_block import EncodedBlock, decode_block, encode_block
+from storage.encoding.row_block_check import check_block
+from storage.encoding.row_block_header import read_header
 from storage.errors import CorruptPartError
 from storage.records.sparse_rows import SparseRows, check_sampled_total, check_scalars
 from tests.hypothesis_profiles import examples

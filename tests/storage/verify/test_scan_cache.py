@@ -17,6 +17,7 @@ from storage.layout import commits as layout
 from storage.layout.documents import CacheDescription, Commit, Manifest, parse_document
 from storage.layout.segments import read_segments
 from storage.reader.cache import Cache
+from storage.records.records import PartRecords, TokensRecord
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.damage import flip_bytes, list_all_files, read_everything, set_value
@@ -25,7 +26,9 @@ from tests.storage.synthetic_cache import (
     SAMPLES_PER_PART,
     VOCAB_SIZE,
     make_identity,
+    make_logits,
     make_part,
+    top_k,
     write_cache,
 )
 
@@ -246,6 +249,35 @@ def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):
     reseal(folder, 0, "response", content)
     problems = verify(folder).problems
     assert any("sampled weights differ by" in problem for problem in problems), problems
+
+
+def test_a_bad_row_group_behind_a_good_one_is_named_by_its_own_rows(tmp_path):
+    """Row groups are checked several at once."""
+    rng = np.random.default_rng(0)
+    rows = top_k(make_logits(rng, 2500), VOCAB_SIZE, labels=True)  # two samples of it exceed a row group
+    rows = dataclasses.replace(rows, tail_mass=np.zeros(2500, np.float32))
+    ids, mask = np.full(2501, 20, np.int32), np.arange(2501) > 0
+    tokens = [TokensRecord(f"s{number}", "train", "", ids, mask, ()) for number in range(3)]
+    writer = CacheWriter.open(tmp_path, make_identity(num_parts=2), ("response",))
+    writer.write_part(0, PartRecords(tokens=tokens, response=[rows] * 3))
+    writer.write_part(1, PartRecords(tokens=[], response=[]))
+    writer.seal()
+    assert verify(tmp_path).ok
+    path = next((tmp_path / "response").glob("part-00000*"))
+    file = pq.ParquetFile(path)
+    assert file.metadata.num_row_groups == 3
+    changed = set_value("tail_mass", 0, lambda tails: [0.5, *tails[1:]])
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, file.schema_arrow) as out:
+        for number in range(3):
+            table = file.read_row_group(number)
+            columns = {name: table[name].to_pylist() for name in table.column_names}
+            out.write_table(pa.table(changed(columns) if number == 1 else columns, schema=table.schema))
+        out.add_key_value_metadata({ID_GROUPS_KEY: file.metadata.metadata[ID_GROUPS_KEY.encode()].decode()})
+    path.unlink()
+    reseal(tmp_path, 0, "response", sink.getvalue().to_pybytes())
+    (problem,) = verify(tmp_path).problems
+    assert "response: rows 1 to 1: the block's exact entries and the tail masses do not sum to 1" in problem
 
 
 def test_the_dumps_own_summary_is_no_stranger(tmp_path):
