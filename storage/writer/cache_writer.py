@@ -272,7 +272,7 @@ class CacheWriter:
         there = layout.check_one_head(self._read_commits_with_head())
         if there is not None and there != entry:
             raise CacheError(
-                f"{self.folder}: its hidden states belong to the output head {there.file}, this teacher's is "
+                f"{self.folder}: its hidden states were made with the output head {there.file}, this teacher's is "
                 f"{entry.file}; dump into another folder, or use the same teacher and Stillhouse version as before"
             )
 

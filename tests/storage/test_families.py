@@ -231,9 +231,9 @@ def replaced(row, values, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: {"hidden": None}, "hidden: records and cache must both"),
-        (lambda r: {"sequence": None}, "sequence: records and cache must both"),
-        (lambda r: {"images": None}, "images: records and cache must both"),
+        (lambda r: {"hidden": None}, "hidden: the records and the cache must either both"),
+        (lambda r: {"sequence": None}, "sequence: the records and the cache must either both"),
+        (lambda r: {"images": None}, "images: the records and the cache must either both"),
         (lambda r: {"hidden": r.hidden[:-1]}, "4 hidden states for 5 samples"),
         (lambda r: {"hidden": replaced(0, r.hidden, r.hidden[2])}, r"hidden states \(3, 12\) for 2 response"),
         (lambda r: {"hidden": replaced(0, r.hidden, r.hidden[0][:, :5])}, "width 5, the head needs 12"),
@@ -267,10 +267,10 @@ def test_hidden_states_need_the_head_first(tmp_path):
 
 
 def test_a_head_that_does_not_fit_is_refused(writer, tmp_path):
-    with pytest.raises(ValueError, match="a head of 299 tokens for a vocabulary of 300"):
+    with pytest.raises(ValueError, match=r"the output head has 299 tokens .*; expected 300 tokens"):
         writer.put_head(dataclasses.replace(make_output_head(), weight=make_output_head().weight[:-1], bias=None))
     plain = CacheWriter.open(tmp_path / "plain", make_identity(num_parts=1), ())
-    with pytest.raises(ValueError, match="hidden be among them"):
+    with pytest.raises(ValueError, match="and the family hidden"):
         plain.put_head(make_output_head())
 
 
@@ -378,8 +378,8 @@ def first_rows(count):
         ("hidden", set_value("relative_error", 0, [0.0, float("nan")]), "hidden row 0"),
         ("hidden", set_value("relative_error", 0, [0.5, 0.5]), "its encodings' errors are"),
         ("hidden", set_value("payload", 0, encode_hidden(np.ones((2, 12), np.float32), "int8")), "encoding, float16"),
-        ("images", set_value("payload", 0, b"other"), "has 5 bytes of the sha256"),
-        ("images", set_value("num_bytes", 0, 5), "has 300 bytes of the sha256"),
+        ("images", set_value("payload", 0, b"other"), "has 5 bytes with the sha256"),
+        ("images", set_value("num_bytes", 0, 5), "has 300 bytes with the sha256"),
         ("images", set_value("sha256", 0, "0" * 64), "is of no sample"),
         ("images", first_rows(1), "1 images have no file"),
         ("relation", set_value("payload", 0, lambda payload: payload[:12] + b"\0\0\0?" + payload[16:]), "errors are"),

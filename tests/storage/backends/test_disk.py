@@ -47,7 +47,10 @@ def test_a_full_disk_keeps_the_old_file_and_says_what_is_needed(tmp_path: Path) 
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "quota exceeded"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system; fix the folder"),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "os error 28"),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "a part of the file only"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+            "only a part of the file was written",
+        ),
     ],
 )
 def test_errors_of_libraries_that_write_are_explained(tmp_path: Path, error: Exception, words: str) -> None:

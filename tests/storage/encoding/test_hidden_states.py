@@ -44,7 +44,7 @@ def test_bfloat16_states_are_exact_in_float16():
         (np.zeros(3, np.float32), "float32"),
         (np.zeros((2, 3)), "float32"),
         (np.full((1, 2), np.nan, np.float32), "finite"),
-        (np.full((1, 2), 65600, np.float32), "beyond float16; take cache.hidden.encoding int8"),
+        (np.full((1, 2), 65600, np.float32), "beyond float16, at most 65504; set cache.hidden.encoding to int8"),
     ],
 )
 def test_what_cannot_be_held_is_refused(states, message):

@@ -218,7 +218,7 @@ def test_added_families_must_be_of_the_tokens_that_are_there(tmp_path):
     other_ids = good.tokens[0].token_ids.copy()
     other_ids[-1] += 1
     before = read_files(tmp_path)
-    with pytest.raises(CacheError, match=r"part 0, sample 'sample-0-0': its token_ids are not those that segment 0"):
+    with pytest.raises(CacheError, match=r"part 0, sample 'sample-0-0': its token_ids differ from those of segment 0"):
         writer.write_part(0, spoil(good, token_ids=other_ids))
     with pytest.raises(CacheError, match="sample 'sample-0-0': its response_starts"):
         writer.write_part(0, spoil(good, response_mask=np.zeros(len(other_ids), bool)))

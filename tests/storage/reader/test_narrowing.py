@@ -124,6 +124,6 @@ def test_selections_that_lack_what_is_asked_for_are_refused():
         Narrowing(k=64).check({"method": "topk", "k": 32}, "visual")
     with pytest.raises(ConfigError, match="selected by 'topk'"):
         Narrowing(tau=0.1).check({"method": "topk", "k": 32}, "visual")
-    with pytest.raises(ValueError, match="narrowed by one of them"):
+    with pytest.raises(ValueError, match="give only one of them"):
         Narrowing.of(k=3, tau=0.1)
     assert Narrowing.of(k=None, tau=None) is None

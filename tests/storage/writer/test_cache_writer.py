@@ -203,7 +203,7 @@ def test_another_identity_is_refused_naming_each_field(tmp_path):
     assert "'big'" not in message  # a place
     assert "selection.response.tau: cache has 0.03, this run has 0.5" in message
     assert "delete" not in message
-    assert "undo the change, or give cache.path another folder" in message
+    assert "undo the change, or set cache.path to another folder" in message
     assert read_files(tmp_path) == before
 
 
@@ -300,7 +300,7 @@ def test_contradictory_records_are_refused_and_nothing_is_written(tmp_path, spoi
 def test_a_part_that_is_not_of_the_plan_is_refused(tmp_path):
     writer = CacheWriter.open(tmp_path, make_identity(num_parts=1), ())
     for part in (-1, 1):
-        with pytest.raises(ValueError, match="not one of the plan's 1"):
+        with pytest.raises(ValueError, match="outside the plan, which has parts 0 to 0"):
             writer.write_part(part, make_part(0, families=()))
 
 
