@@ -70,7 +70,7 @@ class DataSection(Section):
     sources: tuple[SourceSection, ...] = ()
     # folder for images that are not files yet (bytes, archives); None: images/ in the run's folder
     extracted: LocalPath | None = None
-    background: Background = WHITE  # the color behind transparent pixels, as #rrggbb
+    background: Background = WHITE  # the colour behind transparent pixels, as #rrggbb
     # how a sample longer than max_length is handled: cut_turns leaves out whole questions with their
     # answers from the end; cut_answer ends the answer at max_length
     too_long: TooLong = "refuse"

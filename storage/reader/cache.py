@@ -295,7 +295,7 @@ class Cache:
         """Returns the preference pairs: samples `<id>#chosen` and `<id>#rejected`."""
         return [
             PreferencePair(self.sample_ids[chosen].removesuffix(CHOSEN), chosen, rejected)
-            for chosen, rejected in self.pair_positions().tolist()
+            for chosen, rejected in self.find_pair_positions().tolist()
         ]
 
     def find_pair_positions(self) -> NDArray[np.int64]:

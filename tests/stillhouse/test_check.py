@@ -135,7 +135,7 @@ def test_a_setting_that_vllm_does_not_have_is_found(file: Path) -> None:
         ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere, which is neither a directory"),
         ("stages.kd.cache=/nowhere", r"stages\.kd\.cache is /nowhere: no cache is there, and this file makes none"),
         ("stages.kd.images=/nowhere", r"stages\.kd\.images is /nowhere: there is no such folder"),
-        ("teacher.model=/nowhere", r"teacher\.model: /nowhere is no folder"),
+        ("teacher.model=/nowhere", r"teacher\.model: /nowhere is neither a folder"),
         ("data.sources=[{path: /nowhere.json}]", r"/nowhere\.json"),
         ("stages.later.init=nowhere", r"stages\.later\.init is nowhere, which is neither a directory"),
     ],

@@ -98,7 +98,7 @@ def test_errors_are_counted_and_too_many_fail(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["teacher.model=/nowhere/at/all"], "teacher.model: /nowhere/at/all is no folder"),
+        (["teacher.model=/nowhere/at/all"], "teacher.model: /nowhere/at/all is neither a folder"),
         (["data.sources=[{path: /nowhere.jsonl}]"], "/nowhere.jsonl"),
         (["data.sources=[]"], "data.sources: is empty"),
         (["dump.samples_per_prat=3"], "samples_per_prat"),
