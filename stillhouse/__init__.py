@@ -138,12 +138,14 @@ def open_cache(
     return Cache.open(path, families, max_bytes=max_bytes, checksums=checksums, narrowing=narrowing)
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a class or function of the API when it is first used."""
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LAZY_MODULES[name]), name)
-    return value
+if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ has every attribute, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        """Imports a class or function of the API when it is first used."""
+        if name not in _LAZY_MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_LAZY_MODULES[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,9 @@ def make_identity(num_parts: int) -> stillhouse.Identity:
         teacher_fingerprint="0" * 64,
         dtype="float32",
         engine="none",
-        tokenizer_fingerprint=stillhouse.tokenizer_fingerprint({str(number): number for number in range(VOCAB_SIZE)}),
+        tokenizer_fingerprint=stillhouse.compute_tokenizer_fingerprint(
+            {str(number): number for number in range(VOCAB_SIZE)}
+        ),
         vocab_size=VOCAB_SIZE,
         chat_template_fingerprint="0" * 64,
         image_preprocessing_fingerprint="0" * 64,
@@ -62,7 +64,7 @@ def make_part(part: int, num_samples: int) -> stillhouse.PartRecords:
     for number in range(num_samples):
         ids = np.array([1, IMAGE_TOKEN, *rng.integers(4, VOCAB_SIZE, 3)], np.int32)
         sha256 = f"{part:032x}{number:032x}"
-        key = stillhouse.image_key(ids[:2], [sha256], "0" * 64)
+        key = stillhouse.compute_image_key(ids[:2], [sha256], "0" * 64)
         image = stillhouse.ImageRef(f"{part}-{number}.png", sha256, num_visual_tokens=4, key=key)
         mask = np.array([False, False, False, True, True])
         tokens.append(stillhouse.TokensRecord(f"sample-{part}-{number}", "train", "made", ids, mask, (image,)))
