@@ -17,7 +17,7 @@ from benchmarks.text_rows import NUM_ROWS, TeacherRows, make_student, noise_for_
 from storage.identity import stored_pixels
 from storage.reader.cache import Cache
 from student_train.data.collate import collate
-from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
+from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
 from student_train.models.loading import load_for_inference, read_checkpoint
 from student_train.models.student import Student
 
@@ -30,9 +30,9 @@ def read(demo: Path, report: Callable[[str], None]) -> TeacherRows:
     cache = Cache.open(run / "data/teacher_cache", ())
     checkpoint = read_checkpoint(run / "models/teacher")
     folder = ImageFolder(cache.image_root, checkpoint.image_processor, pixels=stored_pixels(cache.identity))
-    vision = VisionSource(folder, features=FeatureStore(1 << 30), pixels=FeatureStore(0))
+    vision = VisionGatherer(folder, features=TensorStore(1 << 30), pixels=TensorStore(0))
     student = load_for_inference(checkpoint, vocab_size=cache.identity.vocab_size)
-    batches = _batches(cache, checkpoint.grid, vision.gather)
+    batches = _batches(cache, checkpoint.sequence_format, vision.gather)
     hidden, labels = _rows(student, batches)
     weight = _weight(student)
 
@@ -50,11 +50,11 @@ def read(demo: Path, report: Callable[[str], None]) -> TeacherRows:
     return TeacherRows("digits", hidden, weight, 1.0, labels, (noisy_student,))
 
 
-def _batches(cache: Cache, grid: Any, gather: Any) -> list[Any]:
+def _batches(cache: Cache, sequence_format: Any, gather: Any) -> list[Any]:
     batches, num_rows = [], 0
     for start in range(0, cache.num_samples, _BATCH):
         records = [cache.read(index) for index in range(start, min(start + _BATCH, cache.num_samples))]
-        batches.append(collate(records, grid, gather))
+        batches.append(collate(records, sequence_format, gather))
         num_rows += len(batches[-1].labels)
         if num_rows >= NUM_ROWS:
             return batches
@@ -65,7 +65,7 @@ def _batches(cache: Cache, grid: Any, gather: Any) -> list[Any]:
 def _rows(student: Student, batches: list[Any]) -> tuple[Tensor, Tensor]:
     hidden, labels = [], []
     for batch in batches:
-        states = student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+        states = student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
         hidden.append(states.index_select(0, batch.response_positions))
         labels.append(batch.labels)
     return torch.cat(hidden)[:NUM_ROWS].clone(), torch.cat(labels)[:NUM_ROWS]
@@ -74,4 +74,4 @@ def _rows(student: Student, batches: list[Any]) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def _weight(student: Student) -> Tensor:
     width = student.model.lm_head.weight.shape[1]
-    return student.logits(torch.eye(width)).T.contiguous()
+    return student.compute_logits(torch.eye(width)).T.contiguous()

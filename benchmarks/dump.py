@@ -22,7 +22,7 @@ from benchmarks import dump_host, dump_roads, smol_llava
 from benchmarks.aside import Aside
 from benchmarks.dump_roads import Floor, PromptLogprobs, Road, dump_settings
 from benchmarks.results import Results, table, wants_json
-from student_train.models.huggingface import transformers_module
+from student_train.models.huggingface import import_transformers
 from teacher_dump.dump import run_dump
 from teacher_dump.workers.log_file import quiet
 
@@ -149,7 +149,7 @@ def questions(teacher: Path, folder: Path, num_samples: int, sizes: Sizes) -> Pa
         num_samples=num_samples,
         num_images=-(-num_samples // sizes.samples_per_image),
         answer_tokens=sizes.answer_tokens,
-        tokenizer=transformers_module().AutoTokenizer.from_pretrained(teacher),
+        tokenizer=import_transformers().AutoTokenizer.from_pretrained(teacher),
         image_size=IMAGE_SIZE,
     )
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results import Results, table, wants_json
-from student_train.losses.fused_linear import HeadTask, SparseTarget, fused_head_loss
-from student_train.losses.sparse_divergence import Rule, TeacherRows
+from student_train.losses.fused_linear import HeadLossTask, SparseTarget, fused_head_loss
+from student_train.losses.sparse_divergence import LossSpec, TeacherRows
 
 VOCABULARY, WIDTH = 151_936, 896
 NUM_EXACT, NUM_SAMPLED, TAU = 9, 21, 0.01
@@ -29,7 +29,7 @@ MEMORY_ROWS, FEWER_ROWS = 4096, 2048
 MEASURED = ("dense KD", "KD, fused")  # in memory: minutes each
 TIMED_ROWS = 1024
 ROUNDS = 3
-UNBIASED = Rule(treatment="unbiased")
+UNBIASED = LossSpec(treatment="unbiased")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +89,20 @@ def cross_entropy(inputs: Inputs) -> Tensor:
 
 def fused_cross_entropy(inputs: Inputs) -> Tensor:
     """Plain fine-tuning through our head."""
-    return fused_head_loss(inputs.weight, [HeadTask(inputs.hidden, inputs.labels)])[0]
+    return fused_head_loss(inputs.weight, [HeadLossTask(inputs.hidden, inputs.labels)])[0]
 
 
 def fused_kd(inputs: Inputs) -> Tensor:
     """The same forward KL as the first two."""
-    return fused_head_loss(inputs.weight, [HeadTask(inputs.hidden, None, SparseTarget(inputs.teacher, UNBIASED))])[0]
+    return fused_head_loss(inputs.weight, [HeadLossTask(inputs.hidden, None, SparseTarget(inputs.teacher, UNBIASED))])[
+        0
+    ]
 
 
 def fused_both(inputs: Inputs) -> Tensor:
     """Cross-entropy and KL of the same rows, as training has them."""
     target = SparseTarget(inputs.teacher, UNBIASED)
-    return fused_head_loss(inputs.weight, [HeadTask(inputs.hidden, inputs.labels, target)])[0]
+    return fused_head_loss(inputs.weight, [HeadLossTask(inputs.hidden, inputs.labels, target)])[0]
 
 
 WAYS: dict[str, Callable[[Inputs], Tensor]] = {

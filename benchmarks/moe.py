@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import Results, table, wants_json
-from student_train.models.huggingface import transformers_module
-from student_train.models.sparse_upcycling import Experts, sparse_config
+from student_train.models.huggingface import import_transformers
+from student_train.models.sparse_upcycling import ExpertSettings, make_sparse_config
 
 WIDTH, INNER = 896, 4864
 TOKENS = 1024
-EXPERTS = Experts(num_experts=4, top_k=2, every=1)
+EXPERTS = ExpertSettings(num_experts=4, top_k=2, every=1)
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # of transformers; batched_mm copies the weights of an expert for each token
 ROUNDS = 5
 
 
 def make_layers() -> tuple[Any, Any, str]:
     """The dense MLP, the sparse one, and which implementation of experts a model takes unless told otherwise."""
-    transformers = transformers_module()
+    transformers = import_transformers()
     dense = transformers.Qwen2Config(
         vocab_size=64, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=14,
         num_key_value_heads=2,
@@ -37,7 +37,7 @@ def make_layers() -> tuple[Any, Any, str]:
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # the shared expert of no width
     models = [
-        transformers.AutoModelForCausalLM.from_config(config) for config in (dense, sparse_config(dense, EXPERTS))
+        transformers.AutoModelForCausalLM.from_config(config) for config in (dense, make_sparse_config(dense, EXPERTS))
     ]
     layers = [model.model.layers[0].mlp.train() for model in models]
     return *layers, models[1].config._experts_implementation

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from student_train.data.collate import Batch, ImageGrids
+from student_train.data.collate import Batch, ImageRun
 from student_train.losses.config import LossesSection, Treatment
 from student_train.losses.fused_linear import HiddenTarget, SparseTarget, TeacherHead
 from student_train.losses.row_counts import RowCounts
@@ -48,24 +48,24 @@ class OnlineObjective(Objective):
         self._said = self._states(batch)
         return super().forward(batch, totals, largest)
 
-    def _target(
+    def _make_target(
         self, name: str, rows: TeacherRows | None, hidden: Tensor | None = None
     ) -> SparseTarget | HiddenTarget | None:
         if getattr(self._losses, name) is None:
             return None
         assert self._teacher.head is not None
-        return HiddenTarget(self._said[name], self._teacher.head, self._rules[name])
+        return HiddenTarget(self._said[name], self._teacher.head, self._specs[name])
 
-    def _visual_rows(self, hidden: Tensor, batch: Batch) -> list[tuple[ImageGrids, Tensor]]:
+    def _split_visual_rows(self, hidden: Tensor, batch: Batch) -> list[tuple[ImageRun, Tensor]]:
         """All of them as one image's, which needs no resampling."""
         rows = hidden.index_select(0, batch.visual_positions if batch.counted else batch.visual_positions[:0])
-        return [(ImageGrids(1, len(rows), len(rows)), rows[None])] if len(rows) else []
+        return [(ImageRun(1, len(rows), len(rows)), rows[None])] if len(rows) else []
 
 
 @torch.no_grad()
 def teacher_states(teacher: Student, batch: Batch) -> dict[str, Tensor]:
     """The final-norm states of a batch's response rows (r, d) and visual rows (i * n, d)."""
-    hidden = teacher.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+    hidden = teacher.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
     places = {"response": batch.response_positions, "visual": batch.visual_positions}
     return {name: hidden.index_select(0, positions) for name, positions in places.items()}
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.text_rows import model_and_tokenizer, topics
-from student_train.models.huggingface import transformers_module
+from student_train.models.huggingface import import_transformers
 
 IMAGE_TOKEN = "<image>"
 PATCH_SIZE = 16  # pixels a side, of a visual token
@@ -46,7 +46,7 @@ def save_small_llava(
     tokens 6.25 leaves 2.0 nats, as natural rows of SmolLM2 have (512 rows: 1.9); 0.16 (transformers' own
     initialisation) leaves 10.8, nearly all, as no trained teacher does.
     """
-    transformers = transformers_module()
+    transformers = import_transformers()
     _, tokenizer = model_and_tokenizer()
     text = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
@@ -95,7 +95,7 @@ def _save(folder: Path, decoder: Any, tokenizer: Any, *, image_size: int, head_s
     """`head_std` None: the head is the decoder's embedding."""
     if (folder / "processor_config.json").exists():  # written last
         return
-    transformers = transformers_module()
+    transformers = import_transformers()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.chat_template = _TEMPLATE
     decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)

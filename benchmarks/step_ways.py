@@ -17,18 +17,18 @@ import torch
 from torch import nn
 
 from benchmarks.online import OnlineObjective, teacher_head, teacher_states
-from benchmarks.student_runs import material_of
+from benchmarks.student_runs import make_stage_data
 from benchmarks.teacher_caches import Asked
 from storage.reader.cache import Cache
-from student_train.data.batch_schedule import plans
+from student_train.data.batch_schedule import plan_micro_batches
 from student_train.data.collate import collate
 from student_train.data.mixture import Mixture
 from student_train.losses.config import LossesSection
-from student_train.models.huggingface import transformers_module
+from student_train.models.huggingface import import_transformers
 from student_train.models.loading import freeze, load_student, read_checkpoint
 from student_train.models.student import Student
 from student_train.training.objective import Objective
-from student_train.training.stage_data import cached_teacher, loss_families
+from student_train.training.stage_data import list_loss_families, load_cached_teacher
 
 SCALES = (2, 8, 30)  # of a teacher's parameters over the student's
 _KD = {"treatment": "unbiased"}
@@ -63,21 +63,21 @@ class Ways:
         checkpoint = read_checkpoint(subject.student)
         model = load_student(checkpoint, precision="fp32", device=torch.device("cpu"))
         freeze(model, ("projector", "llm"))
-        self._grid, identity = checkpoint.grid, asked.tokens.identity
+        self._grid, identity = checkpoint.sequence_format, asked.tokens.identity
         student = Student(
             model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=asked.features
         )
         self.sizes = {"student": decoder_size(model)}
-        self._table = material_of(asked.tokens, checkpoint).table
+        self._table = make_stage_data(asked.tokens, checkpoint).table
         self._data: dict[str, Mixture] = {}
         self._families: dict[str, tuple[str, ...]] = {}
         self._objectives: dict[str, Objective] = {}
         for way in subject.ways:
             scale = way.removeprefix("online ").removesuffix("x")
             losses = LossesSection.model_validate(LOSSES["response" if scale.isdigit() else way])
-            families = () if scale.isdigit() else loss_families(losses)
-            material = material_of(Cache.open(subject.cache, families), checkpoint)
-            self._families[way], self._data[way] = families, material.data
+            families = () if scale.isdigit() else list_loss_families(losses)
+            stage_data = make_stage_data(Cache.open(subject.cache, families), checkpoint)
+            self._families[way], self._data[way] = families, stage_data.mixture
             if scale.isdigit():
                 teacher = Student(
                     random_teacher(model, int(scale)), vocab_size=identity.vocab_size,
@@ -87,7 +87,7 @@ class Ways:
                 ask, head = partial(teacher_states, teacher), teacher_head(teacher)
                 self._objectives[way] = OnlineObjective(student, losses, ask, head)
             else:
-                known = cached_teacher(material, losses)
+                known = load_cached_teacher(stage_data, losses)
                 self._objectives[way] = Objective(student, losses, known, chunk_logits=1 << 27)
         self._parameters = [each for each in model.parameters() if each.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-4, weight_decay=0.0, fused=True)
@@ -98,12 +98,14 @@ class Ways:
         for start in range(0, len(self._table), 64):
             records = asked.tokens.read_many(self._table.indices[start : start + 64]).records()
             with torch.no_grad():
-                student.tower_features(collate(records, self._grid, self._gather).vision)
+                student.compute_tower_features(collate(records, self._grid, self._gather).vision)
 
     def step(self, way: str, number: int) -> float:
         """One optimizer step on a batch of that number; returns its seconds."""
         size = self.subject.batch
-        plan = next(plans(self._table, size, size, steps=range(number, number + 1), seed=0, rank=0, num_ranks=1))
+        plan = next(
+            plan_micro_batches(self._table, size, size, steps=range(number, number + 1), seed=0, rank=0, num_ranks=1)
+        )
         started = time.perf_counter()
         records = self._data[way].read_many(self._table.indices[plan.rows])
         batch = collate(records, self._grid, self._gather, families=self._families[way])
@@ -135,7 +137,7 @@ def peak_bytes(_: Path, *, subject: Subject) -> int:
     """What two steps of the subject's only way hold at most, beyond what this process held before."""
     (way,) = subject.ways
     nn.Linear(8, 8)(torch.ones(2, 8)).sum().backward()  # libraries' workspaces are there
-    transformers_module()
+    import_transformers()
     before = _status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak until now
     ways = Ways(subject)
@@ -157,7 +159,7 @@ def decoder_size(model: Any) -> int:
 
 def random_teacher(student: Any, scale: int) -> Any:
     """A frozen LLaVA of random weights with `scale` times the student's parameters, and its very tower."""
-    transformers = transformers_module()
+    transformers = import_transformers()
     config, text = student.config, student.config.text_config
     tied = bool(text.tie_word_embeddings)
     hidden, layers = shape(scale * decoder_size(student), vocab=text.vocab_size * (1 if tied else 2))

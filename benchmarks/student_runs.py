@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from benchmarks.online import OnlineObjective, teacher_head
 from benchmarks.teacher_caches import Asked, TeacherStates
 from storage.reader.cache import Cache
-from student_train.data.batch_schedule import SampleTable, plans
-from student_train.data.collate import Batch, Gather, collate
-from student_train.data.mixture import Mixture, Source
+from student_train.data.batch_schedule import SampleTable, plan_micro_batches
+from student_train.data.collate import Batch, GatherImages, collate
+from student_train.data.mixture import CacheSource, Mixture
 from student_train.losses.config import LossesSection
 from student_train.models.loading import Checkpoint, freeze, load_student, read_checkpoint
 from student_train.models.student import Student
 from student_train.training.objective import Objective
-from student_train.training.stage_data import Material, cached_teacher, loss_families
-from student_train.training.trainer import learning_rate
+from student_train.training.stage_data import StageData, list_loss_families, load_cached_teacher
+from student_train.training.trainer import compute_learning_rate
 
 NUM_BINS = 15  # of the calibration error; Guo et al., arXiv 1706.04599
 
@@ -69,9 +69,9 @@ class HeldOut:
         for records, batch in asked.batches(asked.samples("test")):
             hidden = torch.cat(states.response[done : done + len(records)])
             images = [image.key for record in records for image in record.tokens.images]
-            response.append(head.logits(hidden, dtype=torch.float32).log_softmax(1))
+            response.append(head.compute_logits(hidden, dtype=torch.float32).log_softmax(1))
             rows = torch.cat([states.visual[key] for key in images])
-            visual.append(head.logits(rows, dtype=torch.float32).log_softmax(1))
+            visual.append(head.compute_logits(rows, dtype=torch.float32).log_softmax(1))
             batches.append(batch)
             done += len(records)
         return HeldOut(batches, response, visual)
@@ -99,42 +99,48 @@ def train_student(
     student = Student(
         model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=asked.features
     )
-    material = material_of(asked.tokens if cache is None else cache, checkpoint)
+    stage_data = make_stage_data(asked.tokens if cache is None else cache, checkpoint)
     if online is not None:
         objective, families = OnlineObjective(student, losses, online.of, teacher_head(asked.teacher)), ()
     else:
-        teacher = cached_teacher(material, losses)
-        objective, families = Objective(student, losses, teacher, chunk_logits=1 << 27), loss_families(losses)
-    fit(objective, material, asked.vision.gather, families, seed=seed, schedule=schedule)
+        teacher = load_cached_teacher(stage_data, losses)
+        objective, families = Objective(student, losses, teacher, chunk_logits=1 << 27), list_loss_families(losses)
+    fit(objective, stage_data, asked.vision.gather, families, seed=seed, schedule=schedule)
     return student, time.perf_counter() - started
 
 
-def material_of(cache: Cache, checkpoint: Checkpoint) -> Material:
+def make_stage_data(cache: Cache, checkpoint: Checkpoint) -> StageData:
     """The split `train` of a cache, in the same order whatever else the cache holds."""
     indices = cache.splits.find_positions(["train"])
     rows, images, visual = (
         counts[indices].astype(np.int64)
         for counts in (cache.num_response_rows, cache.num_images, cache.num_visual_tokens)
     )
-    return Material(Mixture([Source(cache, indices)]), SampleTable(indices, rows, images, visual), checkpoint)
+    return StageData(Mixture([CacheSource(cache, indices)]), SampleTable(indices, rows, images, visual), checkpoint)
 
 
 def fit(
-    objective: Objective, material: Material, gather: Gather, families: Sequence[str], *, seed: int, schedule: Schedule
+    objective: Objective,
+    stage_data: StageData,
+    gather: GatherImages,
+    families: Sequence[str],
+    *,
+    seed: int,
+    schedule: Schedule,
 ) -> None:
     """Train what of an objective trains, as a trainer's loop with one micro-batch a step."""
     parameters = [each for each in objective.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
-    table = material.table
+    table = stage_data.table
     steps = range(schedule.steps)
-    for plan in plans(table, schedule.batch, schedule.batch, steps=steps, seed=seed, rank=0, num_ranks=1):
+    for plan in plan_micro_batches(table, schedule.batch, schedule.batch, steps=steps, seed=seed, rank=0, num_ranks=1):
         epoch = plan.step * schedule.batch // len(table)
-        records = material.data.read_many(table.indices[plan.rows], draw_set=epoch)
-        batch = collate(records, material.checkpoint.grid, gather, families=families)
+        records = stage_data.mixture.read_many(table.indices[plan.rows], draw_set=epoch)
+        batch = collate(records, stage_data.checkpoint.sequence_format, gather, families=families)
         objective(batch, plan.totals, plan.largest)["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, schedule.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
+            group["lr"] = compute_learning_rate(
                 plan.step, num_steps=schedule.steps, peak=schedule.lr, warmup_fraction=schedule.warmup_fraction
             )
         optimizer.step()
@@ -148,9 +154,9 @@ def judge(student: Student, held_out: HeldOut, seconds: float) -> Found:
     num_right, num_questions, sums, rows, visual_rows = 0, 0, torch.zeros(3, dtype=torch.float64), 0, 0
     confidences, hits = [], []
     for batch, response, visual in zip(held_out.batches, held_out.response, held_out.visual, strict=True):
-        hidden = student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
-        log_q = student.logits(hidden.index_select(0, batch.response_positions)).log_softmax(1)
-        log_q_visual = student.logits(hidden.index_select(0, batch.visual_positions.flatten())).log_softmax(1)
+        hidden = student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
+        log_q = student.compute_logits(hidden.index_select(0, batch.response_positions)).log_softmax(1)
+        log_q_visual = student.compute_logits(hidden.index_select(0, batch.visual_positions.flatten())).log_softmax(1)
         confidence, choice = log_q.exp().max(1)
         hit = choice == batch.labels
         num_right += sum(bool(each.all()) for each in hit.split(batch.response_counts.tolist()))

@@ -26,7 +26,7 @@ from storage.records.records import ImageRef, PartRecords, RelationMatrix, Sampl
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
 from student_train.data.collate import Batch, collate
-from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
+from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
 from student_train.models.loading import Checkpoint, load_for_inference, read_checkpoint
 from student_train.models.student import Student
 from teacher_dump.signals.sparsify import Sampled, Selection, Threshold, TopK, row_uniforms, select_rows
@@ -40,15 +40,15 @@ class Asked:
 
     tokens: Cache
     checkpoint: Checkpoint  # of the teacher; the students' processor and grid are the same
-    vision: VisionSource
-    features: FeatureStore
+    vision: VisionGatherer
+    features: TensorStore
 
     @staticmethod
     def open(cache: Path, teacher: Path) -> Asked:
         """The samples of a cache and a teacher, with a store for the features of a tower that all models share."""
-        tokens, checkpoint, features = Cache.open(cache, ()), read_checkpoint(teacher), FeatureStore(1 << 30)
+        tokens, checkpoint, features = Cache.open(cache, ()), read_checkpoint(teacher), TensorStore(1 << 30)
         folder = ImageFolder(tokens.image_root, checkpoint.image_processor, pixels=stored_pixels(tokens.identity))
-        vision = VisionSource(folder, features=features, pixels=FeatureStore(0))
+        vision = VisionGatherer(folder, features=features, pixels=TensorStore(0))
         return Asked(tokens, checkpoint, vision, features)
 
     @cached_property
@@ -64,7 +64,7 @@ class Asked:
         groups = []
         for start in range(0, len(indices), _BATCH):
             records = self.tokens.read_many(indices[start : start + _BATCH]).records()
-            groups.append((records, collate(records, self.checkpoint.grid, self.vision.gather)))
+            groups.append((records, collate(records, self.checkpoint.sequence_format, self.vision.gather)))
         return groups
 
 
@@ -102,7 +102,7 @@ def ask_teacher(asked: Asked, split: str) -> TeacherStates:
         records += group
         response += states["response"].split(batch.response_counts.tolist())
         images: list[ImageRef] = [image for record in group for image in record.tokens.images]
-        per_image = states["visual"].split(asked.checkpoint.grid.tokens_per_image)
+        per_image = states["visual"].split(asked.checkpoint.sequence_format.tokens_per_image)
         visual |= {image.key: rows for image, rows in zip(images, per_image, strict=True)}
     return TeacherStates(records, response, visual)
 
@@ -128,7 +128,7 @@ def write_cache(folder: Path, asked: Asked, states: TeacherStates, chosen: Cache
         records["visual"] = dict(zip(keys, rows, strict=True))
     if "relation" in families:
         records["relation"] = {
-            key: _relation(head.logits(rows, dtype=torch.float32)) for key, rows in states.visual.items()
+            key: _relation(head.compute_logits(rows, dtype=torch.float32)) for key, rows in states.visual.items()
         }
     tokens = [record.tokens for record in states.records]
     writer.write_part(0, PartRecords(tokens=tokens, **records, tail_totals=totals))
@@ -155,7 +155,7 @@ def _select(
         uniforms = row_uniforms(len(states), seed=section.seed, family=family, key=key, num_sets=section.draw_sets)
         rows.append(
             select_rows(
-                head.logits(states, dtype=torch.float32),
+                head.compute_logits(states, dtype=torch.float32),
                 labels=None if labels is None else labels[number],
                 selection=_selection(section),
                 uniforms=uniforms,

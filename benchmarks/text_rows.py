@@ -158,9 +158,9 @@ def hidden_states(model: Any, tokens: Tensor) -> Tensor:
 
 def model_and_tokenizer() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    from student_train.models.huggingface import transformers_module
+    from student_train.models.huggingface import import_transformers
 
-    transformers = transformers_module()
+    transformers = import_transformers()
     folder = _wheel_folder()
     file = next(folder.glob("*.gguf")).name
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)

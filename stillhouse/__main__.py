@@ -331,7 +331,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from student_train.evaluation.ask import answer  # torch, transformers
+    from student_train.evaluation.ask import answer_question  # torch, transformers
 
     _check_folder(arguments.model, "--model")
     if not arguments.image.is_file():
@@ -340,7 +340,9 @@ def _ask(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}, expected at least 1")
     if not arguments.question.strip() or "\ufffd" in arguments.question.encode(errors="replace").decode():
         raise ConfigError("the question is empty or not UTF-8")
-    print(answer(arguments.model, arguments.image, arguments.question, max_new_tokens=arguments.max_new_tokens))
+    print(
+        answer_question(arguments.model, arguments.image, arguments.question, max_new_tokens=arguments.max_new_tokens)
+    )
 
 
 def _ablate(arguments: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from storage.config_loader import NamedSections, read_sections
 from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import describe_changes
 from student_train.config import StageSection
-from student_train.training.stage_inputs import init_inputs
+from student_train.training.stage_inputs import collect_init_inputs
 from teacher_dump.ray_jobs import Command, run_commands
 
 
@@ -191,10 +191,10 @@ def _collect_inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
     if run.parent is not None:  # only its weights matter: other files there describe how they were made
         start: Any = {path.name: fingerprint_path(path) for path in sorted(run.parent.glob("*.safetensors"))}
     else:
-        start = init_inputs(run.section, run.section.init.replace("{seed}", str(run.seed)))
+        start = collect_init_inputs(run.section, run.section.init.replace("{seed}", str(run.seed)))
     return {
         "stage": run.section.model_dump(mode="json"),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
         "init": start,
-        "cache": [fingerprint_cache(source.path) for source in run.section.sources(experiment.cache.path)],
+        "cache": [fingerprint_cache(source.path) for source in run.section.list_sources(experiment.cache.path)],
     }

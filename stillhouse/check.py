@@ -18,11 +18,11 @@ from storage.identity import Identity
 from storage.layout.segments import NewSegment, find_segment, has_cache
 from storage.reader.cache import Cache
 from student_train.config import StageSection
-from student_train.models.compose import check_parts, parts_of
+from student_train.models.compose import check_composition, list_parts
 from student_train.models.expert_parallel import check_ranks
 from student_train.models.loading import check_fit, read_checkpoint
-from student_train.training.stage_data import check_architecture, check_losses, fitting_checkpoint
-from student_train.training.trainer import resolved
+from student_train.training.stage_data import check_architecture, check_losses, read_fitting_checkpoint
+from student_train.training.trainer import resolve_stage
 from teacher_dump.audit.preflight import check_teacher
 from teacher_dump.execution.worker_setup import inspect_data
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
@@ -76,8 +76,8 @@ def _list_unchecked(experiment: Experiment) -> str:
     if has_cache(open_folder(experiment.cache.path)):
         lines.append("the bytes of the cache (`verify`) and whether its rows still fit the teacher (`verify --replay`)")
     for name, section in experiment.stages.items():
-        stage = resolved(section, name)
-        sources = [source.path for source in stage.sources(experiment.cache.path)]
+        stage = resolve_stage(section, name)
+        sources = [source.path for source in stage.list_sources(experiment.cache.path)]
         if not Path(stage.init).is_dir():
             lines.append(f"whether the student of stages.{name} fits: {stage.init} is not there yet")
         elif experiment.cache.path not in sources and not all(has_cache(open_folder(path)) for path in sources):
@@ -130,7 +130,7 @@ def _check_experts(experiment: Experiment) -> None:
 
 def _is_made_later(experiment: Experiment, path: str) -> bool:
     """Whether a checkpoint does not exist yet, but `prepare` or a stage may make it."""
-    outputs = {Path(resolved(section, name).output) for name, section in experiment.stages.items()}
+    outputs = {Path(resolve_stage(section, name).output) for name, section in experiment.stages.items()}
     return not Path(path).is_dir() and (may_be_made_by_prepare(experiment, path) or Path(path) in outputs)
 
 
@@ -160,22 +160,24 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
         families |= set(cache.families)
         identity = identity.model_copy(update={"selection": {**cache.identity.selection, **identity.selection}})
     for field, section in _list_losses(experiment):
-        for source in section.sources(own_cache):
+        for source in section.list_sources(own_cache):
             if source.path == own_cache:
                 check_losses(section.losses, identity, families, place=field)
             elif has_cache(open_folder(source.path)):
                 other = Cache.open(source.path, families=())
                 check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {field}")
     for name, section in experiment.stages.items():
-        stage = resolved(section, name)
-        if stage.compose is not None and not any(_is_made_later(experiment, part) for part in parts_of(stage.compose)):
-            check_parts(stage.compose, f"{experiment.path}: stages.{name}")
+        stage = resolve_stage(section, name)
+        if stage.compose is not None and not any(
+            _is_made_later(experiment, part) for part in list_parts(stage.compose)
+        ):
+            check_composition(stage.compose, f"{experiment.path}: stages.{name}")
             yield f"stages.{name}: the parts of compose fit together"
         if not Path(stage.init).is_dir():
             continue
-        paths = [source.path for source in stage.sources(own_cache)]
+        paths = [source.path for source in stage.list_sources(own_cache)]
         if all(has_cache(open_folder(path)) for path in paths):
-            notes, noun = fitting_checkpoint(stage, own_cache).notes, "cache" if len(paths) == 1 else "caches"
+            notes, noun = read_fitting_checkpoint(stage, own_cache).notes, "cache" if len(paths) == 1 else "caches"
             yield f"stages.{name}: {stage.init} fits the {noun}{_indent_lines(notes)}"
         elif own_cache in paths:
             checkpoint = read_checkpoint(stage.init)

@@ -26,7 +26,7 @@ from storage.layout.segments import has_cache
 from storage.reader.cache import Cache
 from student_train.config import SourceSection, StageSection
 from student_train.models.loading import is_hub_id
-from student_train.training.trainer import resolved
+from student_train.training.trainer import resolve_stage
 from teacher_dump.execution.machine import check_dump_machine, check_machine, count_gpus, is_alone, refuse_more_gpus
 from teacher_dump.settings import read_settings
 from teacher_dump.teachers.hf_checkpoint import read_header, weight_files
@@ -79,7 +79,7 @@ def check_output_folders(experiment: Experiment) -> None:
     if experiment.data.extracted is not None:
         check_writable(experiment.data.extracted, field="data.extracted")
     for name, stage in experiment.stages.items():
-        check_writable(resolved(stage, name).output, field=f"stages.{name}.output")
+        check_writable(resolve_stage(stage, name).output, field=f"stages.{name}.output")
 
 
 def check_gpus(experiment: Experiment) -> str:
@@ -106,7 +106,7 @@ def _check_nccl(experiment: Experiment) -> None:
 
 def check_stage_inputs(experiment: Experiment, name: str) -> None:
     """Checks a stage before `train` starts it. ConfigError if its init is missing or its output cannot be written."""
-    stage = resolved(experiment.get_stage(name, named_by="--stage"), name)
+    stage = resolve_stage(experiment.get_stage(name, named_by="--stage"), name)
     if stage.compose is None and not Path(stage.init).is_dir() and not is_hub_id(stage.init):
         raise ConfigError(
             f"{experiment.path}: stages.{name}.init is {stage.init}, which is neither a directory nor a Hub id "
@@ -124,7 +124,7 @@ def estimate_disk_needs(experiment: Experiment) -> list[DiskNeed]:
     stages = [(run.label, run.section, run.folder, run.parent) for run in list_grid(experiment)]
     if experiment.train_teacher is not None:
         name = experiment.train_teacher.stage
-        stage = resolved(experiment.stages[name], name)
+        stage = resolve_stage(experiment.stages[name], name)
         stages.insert(0, (name, stage, Path(stage.output), None))
     for label, stage, folder, parent in stages:
         init = parent or Path(stage.init.replace("{seed}", str(stage.seed)))
@@ -254,7 +254,7 @@ def _read_splits(paths: Sequence[str], own_cache: str) -> set[str]:
 
 def check_inits(experiment: Experiment) -> None:
     """ConfigError if a checkpoint, cache or image folder is missing and nothing in the experiment makes it."""
-    stages = {name: resolved(section, name) for name, section in experiment.stages.items()}
+    stages = {name: resolve_stage(section, name) for name, section in experiment.stages.items()}
     made_caches = {experiment.cache.path}
     if experiment.train_teacher is not None:
         made_caches.add(str(experiment.stages[experiment.train_teacher.stage].cache))
@@ -281,7 +281,7 @@ def check_inits(experiment: Experiment) -> None:
 
 def _list_sources(name: str, stage: StageSection, cache_path: str) -> Iterator[tuple[str, SourceSection]]:
     """The caches that a stage trains on, each with the field that names it."""
-    for number, source in enumerate(stage.sources(cache_path)):
+    for number, source in enumerate(stage.list_sources(cache_path)):
         yield f"stages.{name}" if stage.caches is None else f"stages.{name}.caches.{number}", source
 
 

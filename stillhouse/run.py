@@ -28,7 +28,7 @@ from storage.errors import ConfigError, StillhouseError
 from storage.processes.child_process import GRACE_S, run_child
 from storage.processes.search_path import make_module_command
 from storage.processes.stop_signals import Interrupted, find_stop_signal
-from student_train.training.stage_inputs import init_inputs
+from student_train.training.stage_inputs import collect_init_inputs
 from teacher_dump.__main__ import table
 from teacher_dump.dump import run_dump
 from teacher_dump.settings import read_settings
@@ -89,7 +89,7 @@ def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: 
     dump_cache(experiment, overrides)
     inputs = {
         "stage": stage.model_dump(mode="json"),
-        "init": init_inputs(stage, stage.init.replace("{seed}", str(stage.seed))),
+        "init": collect_init_inputs(stage, stage.init.replace("{seed}", str(stage.seed))),
         "cache": fingerprint_cache(stage.cache or experiment.cache.path),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
     }

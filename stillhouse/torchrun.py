@@ -12,9 +12,9 @@ import torch
 import student_train
 from storage.processes.search_path import make_module_command
 from student_train.config import StageSection
-from student_train.models.compose import check_parts
-from student_train.training.stage_data import open_mixture, prepare, samples_of_any
-from student_train.training.trainer import resolved
+from student_train.models.compose import check_composition
+from student_train.training.stage_data import open_mixture, prepare_stage_data, select_samples_of_caches
+from student_train.training.trainer import resolve_stage
 
 MAIN = Path(student_train.__file__).with_name("main.py")
 _SHUTDOWN_S = 300  # that ranks have to save their state after SIGTERM; torchrun's default is 30
@@ -45,15 +45,15 @@ def check_training_start(stage: StageSection, name: str, cache_path: str, *, spl
     `splits` are those of the evaluation after the training, None without one. A composed student that does not exist
     yet has only its parts checked; the ranks check whether the whole fits the caches.
     """
-    stage = resolved(stage, name)
+    stage = resolve_stage(stage, name)
     if stage.compose is None:
-        data = prepare(stage, cache_path).data
+        data = prepare_stage_data(stage, cache_path).mixture
     else:
         if not Path(stage.init).is_dir():
-            check_parts(stage.compose, f"stages.{name}")
+            check_composition(stage.compose, f"stages.{name}")
         data = open_mixture(stage, cache_path)
     if splits is not None:
-        samples_of_any([source.cache for source in data.sources], splits)
+        select_samples_of_caches([source.cache for source in data.sources], splits)
 
 
 def make_training_flags(*, again: bool = False, restart: bool = False, if_changed: bool = True) -> tuple[str, ...]:

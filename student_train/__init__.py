@@ -1,1 +1,1 @@
-"""Cache to student: loader, losses, models, stages, and the torchrun entry main.py."""
+"""Trains students from a cache: loader, losses, models, stages, and the torchrun entry main.py."""

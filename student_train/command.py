@@ -1,4 +1,4 @@
-"""The command line of student_train/main.py: reads sections, trains, evaluates, speaks to a person."""
+"""The command line of student_train/main.py: reads the config, trains, evaluates, reports errors."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ from storage.errors import ConfigError, StillhouseError
 from storage.processes.stop_signals import describe_interruption, get_exit_code, interruptible
 from storage.processes.supervisor import die_with_parent
 from student_train.config import EvaluationSection, StageSection
-from student_train.training.stage_request import Request
+from student_train.training.stage_request import StageRequest
 
 if TYPE_CHECKING:  # which imports torch
-    from student_train.training.stage_result import Work
+    from student_train.training.stage_result import StageDecision
 
 SCHEMAS = {"cache": CacheSection, "stages": NamedSections(StageSection), "evaluation": EvaluationSection}
 
 
 def main(arguments: Sequence[str], *, started: float) -> int:
-    """Train the stage that the command line names; returns the exit code. `started`: of time.monotonic().
+    """Train the stage that the command line names; return the exit code.
 
-    SIGTERM and SIGINT save a state and end it with 143 or 130; before the first step there is nothing to save.
+    `started`: time.monotonic() at the start of the process. SIGTERM and SIGINT save the training state
+    (none before the first step) and give the exit codes 143 and 130.
     """
     parser = argparse.ArgumentParser(prog="student_train/main.py", description="Train one stage.")
     parser.add_argument("file", help="pipeline.yaml")
     parser.add_argument("--stage", required=True, help="a name below `stages:`")
     parser.add_argument("--evaluate", action="store_true", help="evaluate the checkpoint afterwards")
-    parser.add_argument("--again", action="store_true", help="train a finished stage anew, and replace its result then")
-    parser.add_argument("--again-if-changed", action="store_true", help="the same, if it was made from other inputs")
-    parser.add_argument("--restart", action="store_true", help="give up the state of an unfinished training")
+    parser.add_argument("--again", action="store_true", help="retrain a finished stage, then replace its result")
+    parser.add_argument("--again-if-changed", action="store_true", help="the same, but only if its inputs have changed")
+    parser.add_argument("--restart", action="store_true", help="discard the state of an unfinished training")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the cores from other ranks
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would take the cores of other ranks
     is_first = os.environ.get("RANK", "0") == "0"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this rank, which must not train on without it
         die_with_parent()
     try:
         with interruptible():
             sections = read_sections(options.file, SCHEMAS, options.overrides)
-            train(sections, options.stage, _request(options), evaluate=options.evaluate, started=started)
+            train(sections, options.stage, _make_request(options), evaluate=options.evaluate, started=started)
     except KeyboardInterrupt as stop:
         if is_first:
             sys.stderr.write(f"{describe_interruption(stop)}\n")
@@ -63,70 +64,76 @@ def main(arguments: Sequence[str], *, started: float) -> int:
     return 0
 
 
-def _request(options: argparse.Namespace) -> Request:
+def _make_request(options: argparse.Namespace) -> StageRequest:
     if options.again:
-        return Request("always", options.restart)
-    return Request("if_changed" if options.again_if_changed else "never", options.restart)
+        return StageRequest("always", options.restart)
+    return StageRequest("if_changed" if options.again_if_changed else "never", options.restart)
 
 
-def train(sections: Sections, name: str, request: Request, *, evaluate: bool, started: float) -> None:
-    """Train the stage of that name unless it is finished; evaluate it on the first rank. Errors: StillhouseError."""
+def train(sections: Sections, name: str, request: StageRequest, *, evaluate: bool, started: float) -> None:
+    """Train the stage `name` unless it is finished, then evaluate it on the first rank.
+
+    Errors: StillhouseError.
+    """
     stages = sections["stages"]
     if name not in stages:
         known = ", ".join(stages) or "no stages"
         raise ConfigError(f"{sections.path}: there is no stage {name!r}; the file has {known}")
-    # torch and transformers: seconds, which a misspelt name should not cost
+    # These import torch and transformers, which takes seconds that a misspelt stage name should not cost.
     from student_train.models.compose import ensure_composed
     from student_train.training import trainer
-    from student_train.training.deepspeed_engine import from_first, this_process
-    from student_train.training.stage_data import fitting_checkpoint, prepare, samples_of_any
-    from student_train.training.stage_inputs import stage_inputs
-    from student_train.training.stage_result import decide, lock_stage, put_in_place
+    from student_train.training.deepspeed_engine import detect_process, run_on_first_rank
+    from student_train.training.stage_data import prepare_stage_data, read_fitting_checkpoint, select_samples_of_caches
+    from student_train.training.stage_inputs import collect_stage_inputs
+    from student_train.training.stage_result import decide_stage, install_result, lock_stage
 
-    stage = trainer.resolved(stages[name], name)
+    stage = trainer.resolve_stage(stages[name], name)
     cache_path, evaluation = sections["cache"].path, sections["evaluation"]
-    process = this_process()
-    with contextlib.ExitStack() as held:
+    process = detect_process()
+    with contextlib.ExitStack() as stack:
         locks: list[Lock] = []  # the first rank's
 
-        def fits(folder: Path) -> None:
-            fitting_checkpoint(stage.model_copy(update={"init": str(folder)}), cache_path)
+        def check_fits(folder: Path) -> None:
+            read_fitting_checkpoint(stage.model_copy(update={"init": str(folder)}), cache_path)
 
-        def begin() -> None:
-            locks.append(held.enter_context(lock_stage(stage, name)))
+        def lock_and_compose() -> None:
+            locks.append(stack.enter_context(lock_stage(stage, name)))
             if stage.compose is not None:
                 replaces = request.again != "never" or request.restart
-                ensure_composed(stage.compose, stage.init, seed=stage.seed, replaces=replaces, check=fits)
+                ensure_composed(stage.compose, stage.init, seed=stage.seed, replaces=replaces, check=check_fits)
 
-        from_first(process, begin)
-        material = prepare(stage, cache_path)
-        if evaluate:  # hours of training should not end at a misspelt split
-            samples_of_any([source.cache for source in material.data.sources], evaluation.splits)
-        aside = trainer.held_out_stage(stage, material.data)
-        held_out = None if aside is None else prepare(aside, cache_path)
+        run_on_first_rank(process, lock_and_compose)
+        stage_data = prepare_stage_data(stage, cache_path)
+        if evaluate:  # fails now, not after hours of training, if a split is misspelt
+            select_samples_of_caches([source.cache for source in stage_data.mixture.sources], evaluation.splits)
+        held_out_stage = trainer.make_held_out_stage(stage, stage_data.mixture)
+        held_out = None if held_out_stage is None else prepare_stage_data(held_out_stage, cache_path)
 
-        def begin_work() -> tuple[Work, dict[str, Any]]:
-            inputs = stage_inputs(stage, material)
-            return decide(stage, name, inputs, request, num_ranks=process.num_ranks), inputs
+        def decide() -> tuple[StageDecision, dict[str, Any]]:
+            inputs = collect_stage_inputs(stage, stage_data)
+            return decide_stage(stage, name, inputs, request, num_ranks=process.num_ranks), inputs
 
-        work, inputs = from_first(process, begin_work)
-        if work.trains:
-            moved = stage.model_copy(update={"output": str(work.folder)})
-            trainer.train(moved, name, material, process, inputs=inputs, started=started, held_out=held_out)
+        decision, inputs = run_on_first_rank(process, decide)
+        if decision.trains:
+            moved = stage.model_copy(update={"output": str(decision.folder)})
+            trainer.train(moved, name, stage_data, process, inputs=inputs, started=started, held_out=held_out)
         elif process.is_first:
-            sys.stdout.write(f"stage {name}: finished already, and nothing has changed: {work.folder}\n")
+            sys.stdout.write(f"stage {name}: already finished and unchanged: {decision.folder}\n")
         if process.is_first:
-            if evaluate and (work.trains or not _is_evaluated(work.folder, evaluation, request)):
-                from student_train.evaluation.evaluate import evaluate_model
+            if evaluate and (decision.trains or not _is_evaluated(decision.folder, evaluation, request)):
+                from student_train.evaluation.model_evaluation import evaluate_model
 
-                evaluate_model(work.folder, stage.sources(cache_path), evaluation)
+                evaluate_model(decision.folder, stage.list_sources(cache_path), evaluation)
             for lock in locks:
                 lock.check()
-            put_in_place(work, stage)
+            install_result(decision, stage)
 
 
-def _is_evaluated(folder: Path, section: EvaluationSection, request: Request) -> bool:
-    """Whether a finished stage has its evaluation.json. A grid asks for it when a cache has changed, so it gets one."""
+def _is_evaluated(folder: Path, section: EvaluationSection, request: StageRequest) -> bool:
+    """Return whether a finished stage has an evaluation.json made with these settings.
+
+    False with --again and --again-if-changed: an ablation passes them when a cache may have changed.
+    """
     if request.again != "never":
         return False
     try:

@@ -1,4 +1,4 @@
-"""The `stages:` and `evaluation:` sections of pipeline.yaml: what is trained, on what, by which losses."""
+"""The `stages:` and `evaluation:` sections of pipeline.yaml: modules, data, losses and schedule of each stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from storage.config import LocalPath, Section
 from storage.reader.shuffle import WINDOW_ROWS
 from student_train.data.sample_filter import Condition, check_condition
-from student_train.losses.config import SWITCHES, LossesSection
+from student_train.losses.config import LOSS_OPTIONS, LossesSection
 
 Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -17,71 +17,78 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class MoeSection(Section):
-    """Sparse upcycling when the stage begins: every `every`-th layer's MLP becomes experts, copies of it."""
+    """Sparse upcycling at the start of a stage: the MLP of each `every`-th layer is copied into experts."""
 
     experts: Annotated[int, Field(ge=2)] = 4
-    top_k: Annotated[int, Field(ge=1)] = 2  # experts that see a token
+    top_k: Annotated[int, Field(ge=1)] = 2  # experts that process a token
     every: Annotated[int, Field(ge=1)] = 2  # layers 0, every, 2 * every, …
 
     @model_validator(mode="after")
-    def _enough_experts(self) -> MoeSection:
+    def _check_top_k(self) -> MoeSection:
         if self.top_k > self.experts:
-            raise ValueError(f"top_k is {self.top_k} of {self.experts} experts; no token can see more than there are")
+            raise ValueError(
+                f"top_k is {self.top_k} but there are only {self.experts} experts; lower top_k or raise experts"
+            )
         return self
 
 
 class CompositionSection(Section):
-    """Parts of a student: folders or hub ids. The projector between them, two layers with GELU, is new."""
+    """Parts that make up a student: directories or Hub ids. The two-layer GELU projector between them is new."""
 
     vision: LocalPath  # SigLIP or CLIP; a whole model or its tower
     llm: LocalPath  # a causal decoder
-    processor: LocalPath  # tokenizer, chat template and image preprocessing: the teacher's, most often
+    processor: LocalPath  # tokenizer, chat template and image preprocessing: usually the teacher's
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
-    feature_layer: int = -2  # of the tower, whose output the projector reads
-    select: Literal["full", "default"] = "full"  # default drops the first position, which is CLIP's class token
+    feature_layer: int = -2  # layer of the tower whose output the projector reads
+    select: Literal["full", "default"] = "full"  # default drops the first position: CLIP's class token
 
 
-def _checked(conditions: tuple[Condition, ...] | None) -> tuple[Condition, ...] | None:
+def _check_conditions(conditions: tuple[Condition, ...] | None) -> tuple[Condition, ...] | None:
     for condition in conditions or ():
         check_condition(condition)
     return conditions
 
 
-# [column, comparison, value] each, on the columns of sample_filter.COLUMNS; all must hold
-Filter = Annotated[tuple[Condition, ...], AfterValidator(_checked)]
+# Conditions [column, comparison, value] on the columns of sample_filter.COLUMNS; all must hold
+Filter = Annotated[tuple[Condition, ...], AfterValidator(_check_conditions)]
 
 
 class SourceSection(Section):
-    """One of several caches that a stage trains on. What is left out is as the stage says."""
+    """One of several caches that a stage trains on. Omitted fields take the stage's values."""
 
     path: LocalPath
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0  # times that each of its samples comes in an epoch
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0  # times that each sample occurs in an epoch
     splits: tuple[str, ...] | None = None
     filter: Filter | None = None
     images: LocalPath | None = None
 
 
 class CheckpointsSection(Section):
-    """Checkpoints while a stage runs, in <output>/checkpoints, like the one at its end; the best by a held-out loss."""
+    """Checkpoints that a stage writes while it runs, in <output>/checkpoints, and the best by a held-out loss."""
 
-    every: Annotated[int, Field(ge=1)]  # steps; the last step's is the stage's own
-    keep_last: Annotated[int, Field(ge=0)] = 1  # as step-00000500
-    splits: tuple[str, ...] = ()  # held out of training: their losses are logged as held_out_*, and `best` is kept
-    samples: Annotated[int, Field(ge=1)] = 256  # of these splits, always the same ones
-    metric: str = "loss"  # or one of its parts; the smallest is best
+    every: Annotated[int, Field(ge=1)]  # steps; the last step's checkpoint is the stage's result
+    keep_last: Annotated[int, Field(ge=0)] = 1  # newest ones to keep, as step-00000500
+    splits: tuple[
+        str, ...
+    ] = ()  # held out of training; their losses are logged as held_out_*, and decide which is `best`
+    samples: Annotated[int, Field(ge=1)] = 256  # number of held-out samples, the same ones each time
+    metric: str = "loss"  # the loss or one of its parts; smallest is best
 
     @model_validator(mode="after")
-    def _keeps_something(self) -> CheckpointsSection:
+    def _check_keeps_any(self) -> CheckpointsSection:
         if not self.keep_last and not self.splits:
-            raise ValueError("checkpoints keeps none: give keep_last, or splits by whose loss the best one is known")
+            raise ValueError(
+                "checkpoints keeps no checkpoint: keep_last is 0 and splits is empty; raise keep_last, or give the "
+                "held-out splits whose loss decides which one is best"
+            )
         return self
 
 
 class LoraSection(Section):
-    """Adapters of low rank in the decoder, which is frozen itself; the checkpoint holds them merged into it."""
+    """Low-rank adapters in the frozen decoder; checkpoints hold them merged into its weights."""
 
-    rank: Annotated[int, Field(ge=1)] = 128  # this and the next two: LLaVA-1.5's
-    alpha: Annotated[float, Field(gt=0)] = 256.0  # an adapter counts alpha / rank
+    rank: Annotated[int, Field(ge=1)] = 128  # rank, alpha and dropout are LLaVA-1.5's
+    alpha: Annotated[float, Field(gt=0)] = 256.0  # adapters are scaled by alpha / rank
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -89,62 +96,64 @@ class LoraSection(Section):
 
 
 class StageSection(Section):
-    """One training stage: start, data, trained modules, losses, schedule."""
+    """One training stage: initial checkpoint, data, trained modules, losses and schedule."""
 
-    init: LocalPath  # checkpoint folder or hub id; `{seed}` becomes the stage's seed
-    compose: CompositionSection | None = None  # makes the checkpoint at `init`, where it is not there yet
+    init: LocalPath  # checkpoint directory or Hub id; `{seed}` becomes the stage's seed
+    compose: CompositionSection | None = None  # composes the checkpoint at `init` if it does not exist yet
     output: LocalPath = "{run}/models/{stage}"  # checkpoint, metrics.jsonl, summary.json
     cache: LocalPath | None = None  # default: cache.path
-    caches: Annotated[tuple[SourceSection, ...], Field(min_length=1)] | None = None  # in place of `cache`
+    caches: Annotated[tuple[SourceSection, ...], Field(min_length=1)] | None = None  # instead of `cache`
     splits: tuple[str, ...] = ("train",)
-    filter: Filter = ()  # samples that are trained on
+    filter: Filter = ()  # conditions that trained samples meet
     images: LocalPath | None = None  # folder of images; default: the one that the cache names
-    train: Annotated[tuple[Module, ...], Field(min_length=1)] = ("projector", "llm")  # everything else is frozen
+    train: Annotated[tuple[Module, ...], Field(min_length=1)] = ("projector", "llm")  # all other modules are frozen
     moe: MoeSection | None = None  # makes the dense student of `init` sparse
-    lora: LoraSection | None = None  # trains adapters where `train` says llm
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # checkpoints hold averaged weights; what stays, a step
+    lora: LoraSection | None = None  # trains adapters instead of the weights of `llm`
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay a step; checkpoints hold averaged weights
     losses: LossesSection = LossesSection()
     steps: Annotated[int, Field(ge=1)] | None = None  # optimizer steps; or
     epochs: Annotated[float, Field(gt=0)] | None = None  # passes over the splits
     global_batch: Annotated[int, Field(ge=1)] = 128  # samples an optimizer step, over all ranks
     micro_batch: Annotated[int, Field(ge=1)] = 16  # samples a forward pass, per rank
-    group_by_length: bool = True  # samples of a global batch that share a micro-batch: less padding, the same mean
+    group_by_length: bool = True  # group micro-batches of similar lengths: less padding, same mean
     lr: Annotated[float, Field(gt=0)] = 2e-5  # peak
-    module_lr: dict[Module, Annotated[float, Field(gt=0)]] = {}  # peaks of trained modules that have their own
+    module_lr: dict[Module, Annotated[float, Field(gt=0)]] = {}  # peaks of modules with their own learning rate
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.03  # of the steps, then cosine to 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0  # of the global gradient
-    precision: Precision = "bf16"  # fp16: with a loss scale that falls at an overflow, whose step is left out
+    precision: Precision = "bf16"  # fp16: dynamic loss scale; a step that overflows is skipped
     zero_stage: Literal[0, 1, 2, 3] = 2  # DeepSpeed ZeRO
-    offload: tuple[Literal["optimizer", "parameters"], ...] = ()  # to the CPU's memory; parameters: ZeRO-3 alone
-    expert_parallel: Annotated[int, Field(ge=1)] = 1  # ranks that divide a sparse student's experts; 1: all have all
+    offload: tuple[Literal["optimizer", "parameters"], ...] = ()  # to CPU memory; parameters: ZeRO-3 only
+    expert_parallel: Annotated[int, Field(ge=1)] = 1  # ranks that share a sparse student's experts; 1: not shared
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0  # of the sample order, of new weights and of dropout
-    chunk_logits: Annotated[int, Field(ge=1)] = 2**27  # of the head in memory at once, 4 bytes each
-    memory_mb: Annotated[int, Field(ge=0)] = 512  # MiB a rank: half decoded rows, half image features (or pixels)
-    shuffle_rows: Annotated[int, Field(ge=1)] = WINDOW_ROWS  # rows mixed at a time, some 270 bytes each
+    chunk_logits: Annotated[int, Field(ge=1)] = 2**27  # logits in memory at once, 4 bytes each
+    memory_mb: Annotated[int, Field(ge=0)] = (
+        512  # MiB a rank: half for decoded rows, half for image features (or pixels)
+    )
+    shuffle_rows: Annotated[int, Field(ge=1)] = WINDOW_ROWS  # rows of a shuffle window, about 270 bytes each
     log_every: Annotated[int, Field(ge=1)] = 10  # steps
     track: tuple[Tracker, ...] = ("tensorboard",)  # besides metrics.jsonl
-    explosion_factor: Annotated[float, Field(gt=1)] | None = 10.0  # of the last steps' median loss: stops
+    explosion_factor: Annotated[float, Field(gt=1)] | None = 10.0  # stop at this multiple of the recent median loss
     checkpoints: CheckpointsSection | None = None
-    save_every: Annotated[int, Field(ge=1)] | None = None  # steps; the state to resume from. SIGTERM saves in any case
+    save_every: Annotated[int, Field(ge=1)] | None = None  # steps between saved states; SIGTERM always saves one
     keep_states: Annotated[int, Field(ge=1)] = 1  # the newest ones, while the stage runs
     num_processes: Annotated[int, Field(ge=1)] = 1  # ranks that `stillhouse train` asks torchrun for
 
     @model_validator(mode="after")
-    def _exactly_one_length(self) -> StageSection:
+    def _check_one_length(self) -> StageSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
         return self
 
     @model_validator(mode="after")
-    def _cache_or_caches(self) -> StageSection:
+    def _check_one_cache_field(self) -> StageSection:
         if self.cache is not None and self.caches is not None:
             raise ValueError("give either cache or caches")
         return self
 
-    def sources(self, cache_path: str) -> tuple[SourceSection, ...]:
-        """The caches that this stage trains on, nothing left out; `cache_path` where it names none."""
+    def list_sources(self, cache_path: str) -> tuple[SourceSection, ...]:
+        """Return the stage's caches with all fields filled in; `cache_path` if the stage names none."""
         given = self.caches or (SourceSection(path=self.cache or cache_path),)
         own = {"splits": self.splits, "filter": self.filter, "images": self.images}
         return tuple(
@@ -153,37 +162,42 @@ class StageSection(Section):
         )
 
     @model_validator(mode="after")
-    def _own_rates_of_what_trains(self) -> StageSection:
+    def _check_module_lr(self) -> StageSection:
         trained = {*self.train, "mlp"} if "llm" in self.train else set(self.train)
         if idle := sorted(set(self.module_lr) - trained):
-            raise ValueError(f"module_lr has {', '.join(idle)}, but only {', '.join(self.train)} train")
+            raise ValueError(
+                f"module_lr names {', '.join(idle)}, but train is {', '.join(self.train)}; train these modules or "
+                "remove them from module_lr"
+            )
         return self
 
     @model_validator(mode="after")
-    def _adapters_of_a_dense_decoder(self) -> StageSection:
+    def _check_lora(self) -> StageSection:
         if self.lora and ("llm" not in self.train or "mlp" in self.train):
             raise ValueError(
-                f"lora takes the place of whole weights where train says llm, but train is {', '.join(self.train)}; "
-                "name layers that get adapters by lora.modules"
+                f"lora replaces the training of llm and needs llm but not mlp in train, which is "
+                f"{', '.join(self.train)}; select the adapted layers with lora.modules"
             )
         if self.lora and self.moe:
-            raise ValueError("lora puts adapters into a dense decoder, but moe makes it sparse; leave one of them out")
+            raise ValueError("lora adapts a dense decoder, but moe makes it sparse; remove one of them")
         return self
 
     @model_validator(mode="after")
-    def _average_of_whole_weights(self) -> StageSection:
+    def _check_ema(self) -> StageSection:
         if self.ema is not None and self.zero_stage == 3:
-            raise ValueError("ema averages whole weights, of which a rank has a piece under zero_stage 3; take 2")
+            raise ValueError("ema needs whole weights on each rank, but zero_stage 3 shards them; set zero_stage: 2")
         return self
 
     @model_validator(mode="after")
-    def _held_out(self) -> StageSection:
+    def _check_held_out(self) -> StageSection:
         if self.checkpoints is None:
             return self
-        trained = {split for source in self.sources("") for split in source.splits or ()}
+        trained = {split for source in self.list_sources("") for split in source.splits or ()}
         if both := sorted(trained & set(self.checkpoints.splits)):
-            raise ValueError(f"checkpoints.splits are held out, but {', '.join(both)} is trained on")
-        parts = [name for name in LossesSection.model_fields if name not in SWITCHES and getattr(self.losses, name)]
+            raise ValueError(
+                f"checkpoints.splits are held out, but {', '.join(both)} is trained on; remove it from one of them"
+            )
+        parts = [name for name in LossesSection.model_fields if name not in LOSS_OPTIONS and getattr(self.losses, name)]
         if self.checkpoints.metric not in ("loss", *parts):
             raise ValueError(
                 f"checkpoints.metric is {self.checkpoints.metric!r}; this stage has loss, {', '.join(parts)}"
@@ -191,53 +205,64 @@ class StageSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _fixed_micro_batches(self) -> StageSection:
+    def _check_fixed_micro_batches(self) -> StageSection:
         if self.losses.averaging == "micro_batch" and self.group_by_length:
             which = "literal" if self.losses.literal else "mean: micro_batch"
             raise ValueError(
-                f"losses.{which} averages over micro-batches, and group_by_length makes these of samples of like "
-                "length: the objective would depend on it; set group_by_length: false"
+                f"losses.{which} averages over micro-batches, so the objective would depend on how "
+                "group_by_length composes them; set group_by_length: false"
             )
         return self
 
     @model_validator(mode="after")
-    def _possible_with_zero(self) -> StageSection:
+    def _check_zero(self) -> StageSection:
         if self.precision == "fp16" and self.zero_stage == 0:
-            raise ValueError("precision fp16 needs zero_stage 1, 2 or 3: the loss is scaled there; bf16 needs none")
+            raise ValueError(
+                "precision fp16 needs zero_stage 1, 2 or 3, which scale the loss, but it is 0; raise it, or take bf16"
+            )
         if self.offload and self.zero_stage == 0:
-            raise ValueError(f"offload {', '.join(self.offload)} needs zero_stage 1, 2 or 3, but it is 0")
+            raise ValueError(
+                f"offload {', '.join(self.offload)} needs zero_stage 1, 2 or 3, but it is 0; raise it or remove offload"
+            )
         if "parameters" in self.offload and self.zero_stage != 3:
-            raise ValueError(f"offload parameters needs zero_stage 3, but it is {self.zero_stage}")
+            raise ValueError(
+                f"offload parameters needs zero_stage 3, but it is {self.zero_stage}; set zero_stage: 3, or remove it"
+            )
         return self
 
     @model_validator(mode="after")
-    def _possible_with_divided_experts(self) -> StageSection:
+    def _check_expert_parallel(self) -> StageSection:
         size = self.expert_parallel
         if size == 1:
             return self
         place = f"expert_parallel {size}"
         if self.zero_stage == 0:
             raise ValueError(
-                f"{place} needs zero_stage 1, 2 or 3: DeepSpeed's norm of divided gradients is wrong with 0"
+                f"{place} needs zero_stage 1, 2 or 3, but it is 0, where DeepSpeed computes a wrong gradient norm for "
+                "sharded experts; raise zero_stage"
             )
         if not {"mlp", "llm"} & set(self.train):
-            raise ValueError(f"{place} divides experts that train, but train is {', '.join(self.train)}; take 1")
+            raise ValueError(
+                f"{place} shards trained experts, but train is {', '.join(self.train)}; set expert_parallel: 1"
+            )
         if self.lora is not None:
-            raise ValueError(f"{place} divides experts, and lora adapts a dense decoder; leave one of them out")
+            raise ValueError(f"{place} shards experts, but lora adapts a dense decoder; remove one of them")
         if self.ema is not None:
-            raise ValueError(f"{place} leaves a rank some of the experts, and ema averages whole weights; take 1")
+            raise ValueError(f"{place} shards experts, but ema needs whole weights on each rank; remove one of them")
         if self.moe is not None and self.moe.experts % size:
-            raise ValueError(f"{place} does not divide moe.experts, which is {self.moe.experts}")
+            raise ValueError(f"{place} does not divide moe.experts, which is {self.moe.experts}; change one of them")
         if self.num_processes > 1 and self.num_processes % size:
-            raise ValueError(f"{place} does not divide num_processes, which is {self.num_processes}")
+            raise ValueError(
+                f"{place} does not divide num_processes, which is {self.num_processes}; change one of them"
+            )
         return self
 
 
 class EvaluationSection(Section):
-    """Held-out test: generation against the reference answers, and fidelity to the cached teacher."""
+    """Held-out evaluation: generated answers compared with references, and fidelity to the cached teacher."""
 
-    splits: tuple[str, ...] = ("test",)  # of cache.path, or after a stage of any of its caches
+    splits: tuple[str, ...] = ("test",)  # of cache.path; after a stage, of any of its caches
     images: LocalPath | None = None  # folder of images; default: the one that the cache names
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     batch: Annotated[int, Field(ge=1)] = 64  # samples
-    turns: Literal["all", "first", "last"] = "all"  # answers judged; the sample's own earlier answers stand before each
+    turns: Literal["all", "first", "last"] = "all"  # answers to evaluate; prompts hold the sample's own earlier answers

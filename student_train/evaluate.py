@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# `python -m` puts the current folder first, where a user's own storage.py would pass for our package.
+# `python -m` puts the current folder first, where a user's own storage.py would shadow our package.
 if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parent.parent:
     del sys.path[0]
 
@@ -26,19 +26,19 @@ from student_train.config import EvaluationSection, SourceSection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate the model that the command line names; returns the exit code."""
+    """Evaluate the model that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m student_train.evaluate", description="Evaluate a model.")
     parser.add_argument("file", help="pipeline.yaml")
     parser.add_argument("--model", required=True, help="a checkpoint's folder")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, which is later
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it when it is imported, below
     try:
         with interruptible():
             schemas = {"cache": CacheSection, "evaluation": EvaluationSection}
             sections = read_sections(options.file, schemas, options.overrides)
             source = SourceSection(path=sections["cache"].path)
-            from student_train.evaluation.evaluate import evaluate_model
+            from student_train.evaluation.model_evaluation import evaluate_model
 
             document = evaluate_model(options.model, [source], sections["evaluation"])
     except KeyboardInterrupt as stop:

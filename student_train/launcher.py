@@ -1,6 +1,6 @@
-"""`python -m student_train.launcher …` is `torchrun …`, but it ends with its ranks' exit code and without a traceback.
+"""`python -m student_train.launcher …` runs `torchrun …`, but returns its ranks' exit code without a traceback.
 
-torchrun makes 1 of every code, under a traceback of its own that hides what the ranks have said.
+torchrun itself exits with 1 for every failure, and its traceback hides the messages of the ranks.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs ranks as torchrun's arguments say; returns the exit code of the first that failed, 128 + N for signal N."""
+    """Run the ranks that torchrun's arguments describe; return the exit code of the first that failed.
+
+    Returns 128 + N where a rank or torchrun itself was ended by signal N, and 0 if no rank failed.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     try:
         run(parse_args(list(arguments)))
-    except SignalException as stop:  # its ranks have had it, and have ended
+    except SignalException as stop:  # torchrun passed the signal on, and its ranks have ended
         return 128 + int(stop.sigval)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()

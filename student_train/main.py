@@ -12,8 +12,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     started = time.monotonic()
-    # This folder comes first on sys.path, where our modules would pass for packages of the same name.
-    # With PYTHONSAFEPATH set it is not there.
+    # Python puts this folder first on sys.path, where our modules would shadow packages of the same name.
+    # With PYTHONSAFEPATH set it does not.
     sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parent.parent)]
     from storage.processes.standard_streams import open_closed_streams
     from storage.processes.stop_signals import end_process

@@ -17,7 +17,7 @@ ARGUMENTS_FILE = "chat_template_arguments.json"
 
 
 def read_template_arguments(folder: str | Path) -> dict[str, Any]:
-    """The arguments that a checkpoint names; empty where it names none. StillhouseError: a broken file."""
+    """Return the arguments that a checkpoint names, or an empty dict. StillhouseError: a broken file."""
     path = Path(folder) / ARGUMENTS_FILE
     try:
         arguments = json.loads(path.read_bytes())
@@ -38,7 +38,7 @@ def read_template_arguments(folder: str | Path) -> dict[str, Any]:
 
 
 def write_template_arguments(arguments: Mapping[str, Any], folder: Path) -> None:
-    """Put the arguments beside a checkpoint's weights; without any no file is there."""
+    """Write the arguments beside a checkpoint's weights; delete the file if there are none."""
     path = folder / ARGUMENTS_FILE
     if arguments:
         path.write_text(f"{json.dumps(dict(arguments), indent=1)}\n", encoding="utf-8")

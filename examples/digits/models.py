@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.digits.tower import FEATURE_LAYER, IMAGE_PIXELS, PATCH_PIXELS
-from student_train.models.huggingface import transformers_module
+from student_train.models.huggingface import import_transformers
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, SiglipVisionModel
@@ -40,7 +40,7 @@ STUDENT = DecoderSize(hidden=96, layers=2)
 
 def make_processor(texts: Iterable[str]) -> LlavaProcessor:
     """A LLaVA processor with a byte-level BPE tokenizer trained on `texts`."""
-    transformers = transformers_module()
+    transformers = import_transformers()
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -66,7 +66,7 @@ def make_llava(
     tower: SiglipVisionModel, processor: LlavaProcessor, size: DecoderSize, *, seed: int
 ) -> LlavaForConditionalGeneration:
     """A LLaVA with this tower, and a projector and a Qwen2 decoder of random weights."""
-    transformers = transformers_module()
+    transformers = import_transformers()
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     text = transformers.Qwen2Config(

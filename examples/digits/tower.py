@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.digits.mosaics import Originals, draw_mosaics
-from student_train.models.huggingface import transformers_module
+from student_train.models.huggingface import import_transformers
 
 if TYPE_CHECKING:
     from transformers import SiglipVisionModel
@@ -30,7 +30,7 @@ def pretrain_tower(
     train: Originals, test: Originals, *, steps: int, num_mosaics: int = 8000, batch: int = 64, seed: int = 0
 ) -> tuple[SiglipVisionModel, float]:
     """The trained tower and its probe's accuracy on single digits of held-out mosaics."""
-    transformers = transformers_module()
+    transformers = import_transformers()
     torch.manual_seed(seed)
     tower = transformers.SiglipVisionModel(
         transformers.SiglipVisionConfig(

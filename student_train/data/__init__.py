@@ -1,1 +1,1 @@
-"""From cached samples to batches: filters, mixtures, order, images, collation. Uses losses' types."""
+"""Turns cached samples into batches: filters, mixtures, order, images, collation. Uses the losses' types."""

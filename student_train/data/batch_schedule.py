@@ -1,10 +1,10 @@
-"""Sample order, who gets which sample, how many rows a global batch has, and reading ahead.
+"""The schedule of batches: sample order, the samples of each rank, row counts of global batches, and prefetch.
 
-Order depends only on (seed, epoch, position): storage/reader/shuffle.py makes it. A global batch is the next
-`global_batch` samples of the endless sequence of shuffled epochs; each rank takes a share of it and cuts that into
-micro-batches, as many on every rank. Samples of like length share a micro-batch, so there is little padding; a
-global batch stays what it is, and with it the loss, since that is a mean over all of its rows. Row counts come
-from the cache's plain columns, so every rank knows those of the whole global batch without asking the others.
+Order depends only on (seed, epoch, position); see storage/reader/shuffle.py. A global batch is the next
+`global_batch` samples of the endless sequence of shuffled epochs; each rank takes a share of it and splits that into
+micro-batches, the same number on every rank. Samples of similar length share a micro-batch, to save padding; that
+does not change the global batch, nor the loss, which is a mean over all of its rows. Row counts come from the
+cache's plain columns, so each rank knows those of the whole global batch without communication.
 """
 
 from __future__ import annotations
@@ -26,27 +26,31 @@ T = TypeVar("T")
 _END = object()
 
 
-class Order(Protocol):
-    """An endless sequence of epochs, as storage.reader.shuffle.Shuffle and mixture.Interleaving make it."""
+class SampleOrder(Protocol):
+    """An endless sequence of epochs, such as storage.reader.shuffle.Shuffle or mixture.InterleavedOrder."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of samples, or pairs, of an epoch."""
+        ...
 
-    def batch(self, step: int, size: int, *, seed: int) -> NDArray[np.int64]: ...
+    def batch(self, step: int, size: int, *, seed: int) -> NDArray[np.int64]:
+        """Return positions `step * size` to `(step + 1) * size` of the sequence."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class SampleTable:
-    """The samples that a stage trains on, with the counts that their losses are divided by."""
+    """The samples that a stage trains on, with their numbers of rows."""
 
     indices: NDArray[np.int64]  # (s,) into the cache; of pairs (s, 2): chosen, rejected
     num_response_rows: NDArray[np.int64]  # (s,)
     num_images: NDArray[np.int64]  # (s,)
     num_visual_rows: NDArray[np.int64]  # (s,) of the teacher
-    lengths: NDArray[np.int64] | None = None  # (s,) positions of the student, by which micro-batches are grouped
-    order: Order | None = None  # of the samples, or pairs; None: all in one window
+    lengths: NDArray[np.int64] | None = None  # (s,) positions in the student; None: no grouping by length
+    order: SampleOrder | None = None  # of the samples, or pairs; None: all in one window
 
-    def counts(self, rows: NDArray[np.int64]) -> RowCounts:
-        """Row counts of some rows of this table, repetitions counted."""
+    def count_rows(self, rows: NDArray[np.int64]) -> RowCounts:
+        """Sum the row counts of some rows of this table; repeated rows count repeatedly."""
         return RowCounts(
             response=int(self.num_response_rows[rows].sum()),
             visual=int(self.num_visual_rows[rows].sum()),
@@ -55,68 +59,71 @@ class SampleTable:
         )
 
     def __len__(self) -> int:
-        """Samples, or pairs, of an epoch."""
+        """Return the number of samples, or pairs, of an epoch."""
         return len(self.indices) if self.order is None else len(self.order)
 
 
 @dataclass(frozen=True, eq=False)
-class MicroPlan:
-    """What one rank computes in one forward pass."""
+class MicroBatchPlan:
+    """The samples of one rank's forward pass, and the row counts that its loss is divided by."""
 
     step: int
     micro: int  # 0 .. num_micro - 1
     num_micro: int
     rows: NDArray[np.int64]  # of the sample table, one or more
-    counted: bool  # False: this rank has run out of samples, and a sample stands in without any loss
+    counted: bool  # False: the rank has no samples left, and computes a filler without loss
     totals: RowCounts  # of the global batch
-    largest: RowCounts  # the most that any rank has in its micro-batch of this number
+    largest: RowCounts  # maximum over ranks of the counts in this micro-batch
 
 
-def num_micro_batches(global_size: int, micro_size: int, *, num_ranks: int) -> int:
-    """Forward passes that every rank makes for a global batch: enough for the largest slice."""
+def count_micro_batches(global_size: int, micro_size: int, *, num_ranks: int) -> int:
+    """Return the number of forward passes of each rank for a global batch: enough for the largest slice."""
     return math.ceil(math.ceil(global_size / num_ranks) / micro_size)
 
 
-def micro_batches(batch: NDArray[np.int64], micro_size: int, *, rank: int, num_ranks: int) -> list[NDArray[np.int64]]:
-    """One rank's contiguous slice of a global batch in nearly equal pieces, as many on every rank.
+def split_micro_batches(
+    batch: NDArray[np.int64], micro_size: int, *, rank: int, num_ranks: int
+) -> list[NDArray[np.int64]]:
+    """Split one rank's contiguous slice of a global batch into nearly equal micro-batches.
 
-    Some may be empty.
+    Their number is the same on every rank; some may be empty.
     """
     edges = [len(batch) * each // num_ranks for each in (rank, rank + 1)]
-    pieces = num_micro_batches(len(batch), micro_size, num_ranks=num_ranks)
+    pieces = count_micro_batches(len(batch), micro_size, num_ranks=num_ranks)
     return np.array_split(batch[edges[0] : edges[1]], pieces)
 
 
-def grouped_by_length(
+def group_micro_batches_by_length(
     batch: NDArray[np.int64], lengths: NDArray[np.int64], micro_size: int, *, num_ranks: int
 ) -> list[list[NDArray[np.int64]]]:
-    """Each rank's micro-batches of a global batch, samples of like `lengths` together, the longest first.
+    """Group a global batch into each rank's micro-batches of similar lengths, longest first.
 
-    As many and as large as those of `micro_batches`. Ranks that wait for each other have like lengths too.
+    Number and sizes are those of `split_micro_batches`. Micro-batches that ranks compute at the same time have
+    similar lengths as well.
     """
-    pieces = num_micro_batches(len(batch), micro_size, num_ranks=num_ranks)
+    pieces = count_micro_batches(len(batch), micro_size, num_ranks=num_ranks)
     longest_first = batch[np.argsort(-lengths[batch], kind="stable")]
     cut = np.array_split(longest_first, pieces * num_ranks)
     return [cut[rank::num_ranks] for rank in range(num_ranks)]
 
 
-def plans(
+def plan_micro_batches(
     table: SampleTable, size: int, micro_size: int, *, steps: range, seed: int, rank: int, num_ranks: int
-) -> Iterator[MicroPlan]:
-    """One rank's forward passes of the steps in turn: `range(s, n)` goes on where `range(s)` ended."""
+) -> Iterator[MicroBatchPlan]:
+    """Yield one rank's forward passes of the given steps; `range(s, n)` resumes where `range(s)` ended."""
     order = table.order or Shuffle.plain(len(table))
     for step in steps:
         batch = order.batch(step, size, seed=seed)
         pieces = (
-            [micro_batches(batch, micro_size, rank=each, num_ranks=num_ranks) for each in range(num_ranks)]
+            [split_micro_batches(batch, micro_size, rank=each, num_ranks=num_ranks) for each in range(num_ranks)]
             if table.lengths is None
-            else grouped_by_length(batch, table.lengths, micro_size, num_ranks=num_ranks)
+            else group_micro_batches_by_length(batch, table.lengths, micro_size, num_ranks=num_ranks)
         )
         num_filled = sum(len(rows) > 0 for of_rank in pieces for rows in of_rank)
-        totals = replace(table.counts(batch), micro_batches=num_filled)
+        totals = replace(table.count_rows(batch), micro_batches=num_filled)
         for micro, rows in enumerate(pieces[rank]):
-            each = [table.counts(of_rank[micro]) for of_rank in pieces]
-            yield MicroPlan(
+            each = [table.count_rows(of_rank[micro]) for of_rank in pieces]
+            yield MicroBatchPlan(
                 step=step,
                 micro=micro,
                 num_micro=len(pieces[rank]),
@@ -127,18 +134,18 @@ def plans(
             )
 
 
-class ReadAhead(Generic[T]):
-    """Computes items in a background thread, a few ahead of who iterates. Use as a context manager.
+class Prefetcher(Generic[T]):
+    """Computes the next items in a background thread. Use as a context manager.
 
-    An error of the thread is raised where the item it failed at is asked for.
+    An error in the thread is raised when its item is requested.
     """
 
     def __init__(self, items: Iterable[T], *, depth: int = 2) -> None:
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(items,), name="read-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(items,), name="prefetch", daemon=True)
 
-    def __enter__(self) -> ReadAhead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         self._thread.start()
         return self
 
@@ -161,7 +168,7 @@ class ReadAhead(Generic[T]):
                 return self._queue.get(timeout=1)
             except queue.Empty:
                 if not self._thread.is_alive() and self._queue.empty():
-                    raise RuntimeError("the read-ahead thread has died without an error") from None
+                    raise RuntimeError("the prefetch thread died without an error") from None
 
     def _work(self, items: Iterable[T]) -> None:
         try:

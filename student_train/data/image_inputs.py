@@ -1,8 +1,8 @@
-"""What a vision-language model's own processor makes of images: the model's inputs, and the ids that stand for each.
+"""Image inputs from a vision-language model's own processor: the model's arguments, and the token ids of each image.
 
-Nothing is known of architectures here: tiles, grids of patches and their sizes are the processor's affair. What an
-image becomes in the sequence (visual tokens, with separators between them where a model has some) depends on its
-size alone, and is asked of the processor once a size.
+This file knows no architecture: the processor decides about tiles, patch grids and their sizes. The tokens of an
+image in the sequence (visual tokens, and separators in some models) depend only on its size, so the processor is
+called once for each size.
 
 Legend: n visual tokens of an image, e tokens that stand for it, n of them visual.
 """
@@ -27,26 +27,26 @@ _OF_TEXT = ("input_ids", "attention_mask")
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is
 _REMEMBERED_SIZES = 4096
 _BLANK = (32, 32)  # pixels
-_PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # a grid that knows sizes differs between them
+_PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # numbers of tokens that depend on the size differ among these
 
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """The images of a batch, ready for the model. Without any: one blank image, which no sequence shows."""
+    """The images of a batch as model inputs; one blank image, in no sequence, for a batch without images."""
 
-    tensors: Mapping[str, Tensor]  # by the names of the model's arguments; none for a model that sees nothing
+    tensors: Mapping[str, Tensor]  # by the names of the model's arguments; empty for a text-only model
     token_types: tuple[str, ...]  # arguments that say which positions are visual
     ids: tuple[NDArray[np.int64], ...]  # (e,) of each image
     blank_ids: NDArray[np.int64] | None  # of the blank image
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> ModelInputs:
-        """The same on another device."""
+        """Return the same inputs on another device."""
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors.items()}
         return replace(self, tensors=moved)
 
 
-class ImageInputs:
-    """A processor that is asked about images only. Threads may ask at once."""
+class ImageProcessorAdapter:
+    """Wraps a transformers processor to convert images only. Thread-safe."""
 
     def __init__(self, processor: Any, *, image_token_id: int) -> None:
         """`image_token_id`: the placeholder of an image, -1 for a model without images."""
@@ -60,13 +60,13 @@ class ImageInputs:
         """The transformers image processor; None for a model without images."""
         return getattr(self._processor, "image_processor", None)
 
-    def of(self, pictures: Sequence[Picture]) -> ModelInputs:
-        """The inputs of some images in order. StillhouseError: the processor refuses one."""
+    def make_inputs(self, pictures: Sequence[Picture]) -> ModelInputs:
+        """Convert images, in order, to model inputs. StillhouseError: the processor refuses one."""
         if self._image_token_id < 0:
             return ModelInputs({}, (), (), None)
         shown = pictures or [make_blank_picture(_BLANK)]
-        made = self._ask(shown)
-        ids = tuple(self.ids(picture.size) for picture in shown)
+        made = self._run_processor(shown)
+        ids = tuple(self.expand_image(picture.size) for picture in shown)
         return ModelInputs(
             tensors={name: value for name, value in made.items() if name not in (*_OF_TEXT, *_TOKEN_TYPES)},
             token_types=tuple(name for name in _TOKEN_TYPES if name in made),
@@ -74,21 +74,23 @@ class ImageInputs:
             blank_ids=None if pictures else ids[0],
         )
 
-    def ids(self, size: tuple[int, int]) -> NDArray[np.int64]:
-        """(e,) what an image of this width and height becomes, separators included."""
+    def expand_image(self, size: tuple[int, int]) -> NDArray[np.int64]:
+        """Return the token ids (e,) of an image of this width and height, separators included."""
         with self._lock:
             if size not in self._by_size:
                 if len(self._by_size) == _REMEMBERED_SIZES:
                     del self._by_size[next(iter(self._by_size))]
-                self._by_size[size] = self._ask([make_blank_picture(size)])["input_ids"][0].numpy().astype(np.int64)
+                self._by_size[size] = (
+                    self._run_processor([make_blank_picture(size)])["input_ids"][0].numpy().astype(np.int64)
+                )
             return self._by_size[size]
 
-    def fixed_count(self) -> int | None:
-        """n of every image, if it does not depend on its size."""
-        counts = {int(np.count_nonzero(self.ids(size) == self._image_token_id)) for size in _PROBED_SIZES}
+    def count_fixed_tokens(self) -> int | None:
+        """Return the number of visual tokens of every image; None if it depends on the image's size."""
+        counts = {int(np.count_nonzero(self.expand_image(size) == self._image_token_id)) for size in _PROBED_SIZES}
         return counts.pop() if len(counts) == 1 else None
 
-    def _ask(self, pictures: Sequence[Picture]) -> dict[str, Any]:
+    def _run_processor(self, pictures: Sequence[Picture]) -> dict[str, Any]:
         token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
         text = [token * len(pictures)]
         try:

@@ -1,10 +1,10 @@
-"""The data of a stage: one cache or several, read as one and shuffled into one order.
+"""The data of a stage: one or several caches, read as one and shuffled into one order.
 
-A weight says how often a cache's samples come in an epoch: 2 is twice each, 0.5 half of them, other halves in turn,
-so that over the epochs every sample of a cache comes equally often. Order depends only on caches, weights, seed,
-epoch and window: an epoch takes from each cache the next pieces of its own endless shuffled sequence
-(storage/reader/shuffle.py), and mixes the caches evenly over the epoch without changing the order within any. So each
-cache is still read through a window, and one of several costs no more than one alone.
+A weight says how often a cache's samples occur in an epoch: 2 means twice each; 0.5 means half of them, alternately,
+so that over the epochs all samples of a cache occur equally often. Order depends only on caches, weights, seed,
+epoch and window: an epoch takes the next samples of each cache's own endless shuffled sequence
+(storage/reader/shuffle.py), and mixes the caches evenly without changing the order within any. So each cache is read
+through a window, at the same cost as a single cache.
 
 Legend: s samples of all caches, one cache after another.
 """
@@ -24,61 +24,61 @@ from storage.images.pixels import Picture
 from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle, slice_epochs
 from storage.records.records import ImageRef, SampleRecord
-from student_train.data.sample_images import Pictures, open_images
+from student_train.data.sample_images import ImageSource, open_images
 
 _KEPT_EPOCHS = 2  # a batch may run over the end of one
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """One cache of a stage, and what of it is trained on."""
+class CacheSource:
+    """One cache of a stage, and the samples of it that are trained on."""
 
     cache: Cache
     indices: NDArray[np.int64]  # samples (n,) or pairs (n, 2) of the cache
     weight: float = 1.0
-    images: str | None = None  # folder; None: the one that the cache names, or the cache itself
+    images: str | None = None  # folder; None: the folder that the cache names, or the cache itself
 
 
 class Mixture:
-    """Caches read as one. A sample is known by the number of samples in the caches before its own, plus its index.
+    """Several caches read as one; a sample's index is its index in its cache plus the sizes of the caches before.
 
-    Where there are several, ids are NUMBER:ID, by the place of the cache in the stage: two may hold the same id.
+    With several caches, sample ids become NUMBER:ID with the cache's number, since two may hold the same id.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[CacheSource]) -> None:
         self.sources = tuple(sources)
         self._starts = np.cumsum([0, *(source.cache.num_samples for source in sources)])
 
     @property
     def identity(self) -> Identity:
-        """Of the first cache; a student that fits them all sees no difference."""
+        """The first cache's identity; caches that one student fits agree in all fields that it uses."""
         return self.sources[0].cache.identity
 
     @property
     def indices(self) -> NDArray[np.int64]:
-        """(s,) the samples, or (s, 2) pairs, that are trained on."""
+        """The samples (s,), or pairs (s, 2), that are trained on."""
         starts = self._starts[:-1].tolist()
         return np.concatenate([source.indices + start for source, start in zip(self.sources, starts, strict=True)])
 
-    def owners(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """(len(indices),) the number of the cache that each sample lies in."""
+    def find_owners(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of the cache (len(indices),) that holds each sample."""
         return np.searchsorted(self._starts, np.asarray(indices, np.int64), side="right") - 1
 
     def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> list[SampleRecord]:
-        """Some samples, one or more, in this order. Errors as Cache.read_many."""
-        chosen, owners = np.asarray(indices, np.int64), self.owners(indices)
+        """Read one or more samples, in this order. Errors as Cache.read_many."""
+        chosen, owners = np.asarray(indices, np.int64), self.find_owners(indices)
         records: list[SampleRecord | None] = [None] * len(chosen)
         for owner in np.unique(owners).tolist():
             places = np.flatnonzero(owners == owner)
             batch = self.sources[owner].cache.read_many(chosen[places] - self._starts[owner], draw_set=draw_set)
             for place, record in zip(places.tolist(), batch.records(), strict=True):
-                records[place] = record if len(self.sources) == 1 else _named(record, owner)
+                records[place] = record if len(self.sources) == 1 else _prefix_sample_id(record, owner)
         return [record for record in records if record is not None]
 
-    def order(self, *, window_rows: int) -> Interleaving:
-        """The order of `indices`, each cache with an equal share of the window."""
+    def order(self, *, window_rows: int) -> InterleavedOrder:
+        """Return the shuffled order of `indices`; each cache gets an equal share of the window."""
         share = max(1, window_rows // len(self.sources))
-        return Interleaving(
+        return InterleavedOrder(
             [
                 source.cache.shuffle(
                     source.indices if source.indices.ndim == 1 else source.indices[:, 0], window_rows=share
@@ -88,13 +88,13 @@ class Mixture:
             [source.weight for source in self.sources],
         )
 
-    def images(self, processor: Any) -> Pictures:
-        """Where the samples' images are found."""
+    def images(self, processor: Any) -> ImageSource:
+        """Open the samples' images."""
         folders = [open_images(source.cache, source.images, processor) for source in self.sources]
-        return folders[0] if len(folders) == 1 else _Folders(folders)
+        return folders[0] if len(folders) == 1 else _MixtureImages(folders)
 
 
-class Interleaving:
+class InterleavedOrder:
     """The endless sequence of epochs over several shuffled caches. Positions are those of `Mixture.indices`.
 
     Invariant: epoch e has the positions e * n to (e + 1) * n of each cache's own endless sequence, in that order, n
@@ -108,54 +108,54 @@ class Interleaving:
         self._epochs: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
-        """Positions of an epoch."""
+        """Return the number of positions of an epoch."""
         return sum(self.counts)
 
     def epoch(self, epoch: int, *, seed: int) -> NDArray[np.int64]:
-        """(len(self),) the positions of one epoch."""
-        found = self._epochs.get((seed, epoch))
-        if found is None:
-            found = self._epochs[seed, epoch] = self._mixed(epoch, seed)
+        """Return the positions (len(self),) of one epoch."""
+        positions = self._epochs.get((seed, epoch))
+        if positions is None:
+            positions = self._epochs[seed, epoch] = self._mix(epoch, seed)
             while len(self._epochs) > _KEPT_EPOCHS:
                 self._epochs.pop(next(iter(self._epochs)))
-        return found
+        return positions
 
     def batch(self, step: int, size: int, *, seed: int) -> NDArray[np.int64]:
-        """(size,) positions `step * size` and on of the endless sequence."""
+        """Return the positions (size,) of the endless sequence from `step * size` on."""
         return slice_epochs(lambda epoch: self.epoch(epoch, seed=seed), len(self), step * size, size)
 
-    def _mixed(self, epoch: int, seed: int) -> NDArray[np.int64]:
+    def _mix(self, epoch: int, seed: int) -> NDArray[np.int64]:
         owners = np.repeat(np.arange(len(self._orders)), self.counts)
         owners = np.random.Generator(np.random.PCG64([seed, epoch, len(owners)])).permutation(owners)
         positions = np.empty(len(owners), np.int64)
         for number, (order, count, start) in enumerate(zip(self._orders, self.counts, self._starts, strict=True)):
-            own_seed = seed + (number << 64)  # caches of the same size would be in the same order
+            own_seed = seed + (number << 64)  # else caches of the same size would get the same order
             positions[owners == number] = order.batch(epoch, count, seed=own_seed) + start
-        positions.flags.writeable = False  # it is remembered
+        positions.flags.writeable = False  # since it is kept
         return positions
 
 
-class _Folders:
-    """The images of several caches, found by the number before a sample's id."""
+class _MixtureImages:
+    """The images of several caches; the number before a sample's id selects the cache."""
 
-    def __init__(self, folders: Sequence[Pictures]) -> None:
+    def __init__(self, folders: Sequence[ImageSource]) -> None:
         self._folders = folders
 
     @property
     def processor(self) -> Any:
         return self._folders[0].processor
 
-    def picture(self, image: ImageRef, *, sample_id: str) -> Picture:
+    def load_picture(self, image: ImageRef, *, sample_id: str) -> Picture:
         number, _, own_id = sample_id.partition(":")
-        return self._folders[int(number)].picture(image, sample_id=own_id)
+        return self._folders[int(number)].load_picture(image, sample_id=own_id)
 
-    def pixels(self, image: ImageRef, *, sample_id: str) -> Tensor:
+    def load_pixels(self, image: ImageRef, *, sample_id: str) -> Tensor:
         number, _, own_id = sample_id.partition(":")
-        return self._folders[int(number)].pixels(image, sample_id=own_id)
+        return self._folders[int(number)].load_pixels(image, sample_id=own_id)
 
-    def blank(self) -> Tensor:
-        return self._folders[0].blank()
+    def make_blank(self) -> Tensor:
+        return self._folders[0].make_blank()
 
 
-def _named(record: SampleRecord, number: int) -> SampleRecord:
+def _prefix_sample_id(record: SampleRecord, number: int) -> SampleRecord:
     return replace(record, tokens=replace(record.tokens, sample_id=f"{number}:{record.tokens.sample_id}"))

@@ -1,5 +1,4 @@
-"""Images of a cache: read below one root or from the cache itself, checked against their sha256, made into
-pixels; features kept.
+"""Loads a cache's images from a folder or from the cache, checks their sha256, and keeps pixels or features.
 
 Legend: i images, n visual tokens of an image, f channels of the vision tower, k images whose features are
 known, p images whose pixels are needed, c h w channels, height and width.
@@ -24,14 +23,14 @@ from storage.images.pixels import ImageDecodeError, Picture, make_pixels
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
 from storage.records.records import ImageRef
-from student_train.data.image_inputs import ImageInputs, ModelInputs
+from student_train.data.image_inputs import ImageProcessorAdapter, ModelInputs
 
 
 def open_images(cache: Cache, configured: str | None, processor: Any) -> ImageFolder:
-    """The images that a cache's samples show: of the configured folder, or of the one that the cache names.
+    """Open the images of a cache's samples: in the configured folder, or in the one that the cache names.
 
-    That one may have moved together with the cache. Where none is configured and it is not here, they come out
-    of the cache if it holds them.
+    The latter may have moved with the cache. If it does not exist and none is configured, images are read from the
+    cache itself, if it holds them.
     """
     root = cache.image_root if configured is None else Path(configured)
     travels = configured is None and "images" in cache.families and not root.is_dir()
@@ -45,7 +44,7 @@ def open_images(cache: Cache, configured: str | None, processor: Any) -> ImageFo
 
 
 class ImageFolder:
-    """The images below a root, as the student's own preprocessing shows them to its vision tower."""
+    """The images below a root, preprocessed for the student's vision tower."""
 
     def __init__(
         self,
@@ -56,10 +55,10 @@ class ImageFolder:
         cache: Cache | None = None,
         follows_links: bool = True,
     ) -> None:
-        """`processor`: a transformers image processor that makes every image equally large, or ImageInputs.
+        """`processor`: a transformers image processor with a fixed output size, or an ImageProcessorAdapter.
 
-        `pixels`: how a file's bytes become pixels. `cache`: holds the files, which are then not looked for below the
-        root. `follows_links`: also to where they lead out of the root, as links of a folder of this machine may.
+        `pixels`: how a file's bytes are decoded. `cache`: holds the files, which are then not read below the root.
+        `follows_links`: whether links may lead out of the root.
         """
         self._follows_links = follows_links
         self._cache = cache
@@ -68,25 +67,25 @@ class ImageFolder:
         self._resolved_root = self.root.resolve()
         self.processor = processor
 
-    def pixels(self, image: ImageRef, *, sample_id: str) -> Float[Tensor, "c h w"]:
-        """One image, ready for the tower. Errors as `picture`."""
-        return self._processed(self.picture(image, sample_id=sample_id))
+    def load_pixels(self, image: ImageRef, *, sample_id: str) -> Float[Tensor, "c h w"]:
+        """Load one image, preprocessed for the tower. Errors as `load_picture`."""
+        return self._process(self.load_picture(image, sample_id=sample_id))
 
-    def picture(self, image: ImageRef, *, sample_id: str) -> Picture:
-        """One image in RGB.
+    def load_picture(self, image: ImageRef, *, sample_id: str) -> Picture:
+        """Load one image in RGB.
 
-        Errors: StillhouseError naming sample and file, for a file that is missing, lies outside of the root,
-        is not the one that the teacher saw, or is no image. CorruptPartError of the cache.
+        Errors: StillhouseError with sample and file, for a file that is missing, outside the root, not the one that
+        the teacher saw, or not an image. CorruptPartError of the cache.
         """
         place = f"sample {sample_id!r}: image {self.root / image.path}"
         if self._cache is not None:
             content = self._cache.image_bytes(self._cache.index_of(sample_id), image.sha256)
         else:
-            content = self._content(image, place)
+            content = self._read_content(image, place)
         got = hashlib.sha256(content).hexdigest()
         if got != image.sha256:
             raise StillhouseError(
-                f"{place}: sha256 is {got[:12]}…, the cache was made from {image.sha256[:12]}…; "
+                f"{place}: sha256 is {got[:12]}…, expected {image.sha256[:12]}… as in the cache; "
                 "give the folder of the original images, or dump again"
             )
         try:
@@ -94,18 +93,18 @@ class ImageFolder:
         except ImageDecodeError as error:
             raise StillhouseError(f"{place}: cannot be decoded: {error}") from error
 
-    def blank(self) -> Float[Tensor, "1 c h w"]:
-        """A black image, for a batch without images: parameters then get a gradient (of 0) on every rank."""
-        return self._processed(make_blank_picture((32, 32)))[None]
+    def make_blank(self) -> Float[Tensor, "1 c h w"]:
+        """Return a black image for a batch without images, so that parameters get a (zero) gradient on every rank."""
+        return self._process(make_blank_picture((32, 32)))[None]
 
-    def _processed(self, picture: Picture) -> Float[Tensor, "c h w"]:
+    def _process(self, picture: Picture) -> Float[Tensor, "c h w"]:
         return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
-    def _content(self, image: ImageRef, place: str) -> bytes:
+    def _read_content(self, image: ImageRef, place: str) -> bytes:
         file = image.file(self.root)
         try:
             if not self._follows_links and not file.resolve().is_relative_to(self._resolved_root):
-                raise StillhouseError(f"{place}: leads out of {self.root}; copy the image into it")
+                raise StillhouseError(f"{place}: is a link that leads out of {self.root}; copy the image into it")
             return file.read_bytes()
         except OSError as error:
             raise StillhouseError(
@@ -113,32 +112,32 @@ class ImageFolder:
             ) from error
 
 
-class Pictures(Protocol):
-    """Where images are found, by sample and reference: one ImageFolder, or those of several caches."""
+class ImageSource(Protocol):
+    """Loads images by sample and reference: one ImageFolder, or those of several caches."""
 
     @property
     def processor(self) -> Any: ...
 
-    def picture(self, image: ImageRef, *, sample_id: str) -> Picture: ...
+    def load_picture(self, image: ImageRef, *, sample_id: str) -> Picture: ...
 
-    def pixels(self, image: ImageRef, *, sample_id: str) -> Tensor: ...
+    def load_pixels(self, image: ImageRef, *, sample_id: str) -> Tensor: ...
 
-    def blank(self) -> Tensor: ...
+    def make_blank(self) -> Tensor: ...
 
 
-class FeatureStore:
-    """Tensors by name, up to a number of bytes. What came first stays: all are wanted equally often."""
+class TensorStore:
+    """Keeps tensors by name, up to a number of bytes. Evicts none: all are used equally often."""
 
     def __init__(self, max_bytes: int) -> None:
         self._free_bytes = max_bytes
         self._tensors: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor | None:
-        """The tensor of that name, if it is kept."""
+        """Return the tensor of that name; None if it is not kept."""
         return self._tensors.get(name)
 
     def put(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        """Keep copies of those that are new and fit."""
+        """Keep copies of the tensors that are new and fit into the remaining bytes."""
         for name, tensor in zip(names, tensors, strict=True):
             if name not in self._tensors and tensor.nbytes <= self._free_bytes:
                 self._tensors[name] = tensor.detach().to("cpu", copy=True)
@@ -150,17 +149,17 @@ class FeatureStore:
 
 @dataclass(frozen=True, eq=False)
 class VisionInput:
-    """What fills the visual positions of a batch: known features, and the pixels of the other images."""
+    """The images of a batch: known features of some, pixels of the others."""
 
     names: tuple[str, ...]  # sha256 of each image's file, i of them
     known: Float[Tensor, "k n f"] | None  # features of the frozen tower
-    known_slots: Int[Tensor, " k"]  # which image each of them is
-    pixel_values: Float[Tensor, "p c h w"] | None  # without any image: one blank image, p = 1
-    pixel_slots: Int[Tensor, " p"]  # which image each of them is; empty without any image
-    inputs: ModelInputs | None = None  # in place of all that: of a model that is called with its processor's output
+    known_slots: Int[Tensor, " k"]  # the index of the image of each
+    pixel_values: Float[Tensor, "p c h w"] | None  # one blank image, p = 1, for a batch without images
+    pixel_slots: Int[Tensor, " p"]  # the index of the image of each; empty without images
+    inputs: ModelInputs | None = None  # instead of the above, for a model called with its processor's output
 
     def to(self, device: torch.device) -> VisionInput:
-        """The same on another device."""
+        """Return the same input on another device."""
         moved = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
@@ -169,23 +168,23 @@ class VisionInput:
         return replace(self, **moved)
 
 
-class VisionSource:
-    """Gathers a batch's images: from the features kept in memory if there is a store, else as pixels."""
+class VisionGatherer:
+    """Gathers a batch's images: features that are kept in memory, else pixels."""
 
-    def __init__(self, folder: Pictures, *, features: FeatureStore | None, pixels: FeatureStore) -> None:
+    def __init__(self, folder: ImageSource, *, features: TensorStore | None, pixels: TensorStore) -> None:
         """`features`: of a frozen tower; None if the tower trains. `pixels`: decoded images worth keeping."""
         self._folder = folder
         self._features = features
         self._pixels = pixels
 
     def gather(self, images: Sequence[tuple[str, ImageRef]]) -> VisionInput:
-        """The input for (sample id, image) pairs. Errors as ImageFolder.picture."""
+        """Return the vision input of (sample id, image) pairs. Errors as ImageFolder.load_picture."""
         processor = self._folder.processor
-        if isinstance(processor, ImageInputs):
-            pictures = [self._folder.picture(image, sample_id=sample_id) for sample_id, image in images]
+        if isinstance(processor, ImageProcessorAdapter):
+            pictures = [self._folder.load_picture(image, sample_id=sample_id) for sample_id, image in images]
             nothing = torch.zeros(0, dtype=torch.int64)
             names = tuple(image.sha256 for _, image in images)
-            return VisionInput(names, None, nothing, None, nothing, processor.of(pictures))
+            return VisionInput(names, None, nothing, None, nothing, processor.make_inputs(pictures))
         known: list[Tensor] = []
         known_slots, pixel_slots = [], []
         for slot, (_, image) in enumerate(images):
@@ -201,13 +200,13 @@ class VisionSource:
             names=tuple(image.sha256 for _, image in images),
             known=torch.stack(known) if known else None,
             known_slots=torch.tensor(known_slots, dtype=torch.int64),
-            pixel_values=pixel_values if images else self._folder.blank(),
+            pixel_values=pixel_values if images else self._folder.make_blank(),
             pixel_slots=torch.tensor(pixel_slots, dtype=torch.int64),
         )
 
     def _read(self, sample_id: str, image: ImageRef) -> Tensor:
         pixels = self._pixels.get(image.sha256)
         if pixels is None:
-            pixels = self._folder.pixels(image, sample_id=sample_id)
+            pixels = self._folder.load_pixels(image, sample_id=sample_id)
             self._pixels.put([image.sha256], [pixels])
         return pixels

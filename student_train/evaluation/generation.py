@@ -1,4 +1,4 @@
-"""Greedy generation in batches, through the same layout and vocabulary as training.
+"""Greedy generation in batches, with the same sequence format and vocabulary as in training.
 
 Legend: b sequences, t tokens, v real vocabulary.
 """
@@ -15,17 +15,17 @@ from student_train.models.student import Student
 
 
 @torch.inference_mode()
-def greedy(
+def generate_greedily(
     student: Student, prompts: PromptBatch, *, max_new_tokens: int, eos_token_ids: Collection[int]
 ) -> list[list[int]]:
-    """The most probable continuation of each prompt, token by token, without its end-of-turn token.
+    """Generate the most probable continuation of each prompt, token by token, without its end-of-turn token.
 
     Stops at a token of `eos_token_ids` or after `max_new_tokens`. Ids lie in the real vocabulary.
     """
     if prompts.vision.inputs is not None:
-        return _generated(student, prompts, prompts.vision.inputs, max_new_tokens, list(eos_token_ids))
+        return _generate_with_transformers(student, prompts, prompts.vision.inputs, max_new_tokens, list(eos_token_ids))
     decoder = student.model.model.language_model
-    embedded = student.embedded(prompts.input_ids, prompts.visual_positions, prompts.vision)
+    embedded = student.embed_inputs(prompts.input_ids, prompts.visual_positions, prompts.vision)
     mask = prompts.attention_mask
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     answers: list[list[int]] = [[] for _ in range(len(mask))]
@@ -40,7 +40,7 @@ def greedy(
             use_cache=True,
         )
         past = output.past_key_values
-        chosen = student.logits(output.last_hidden_state[:, -1]).argmax(1)  # (b,)
+        chosen = student.compute_logits(output.last_hidden_state[:, -1]).argmax(1)  # (b,)
         ids = chosen.tolist()
         open_rows = [row for row in open_rows if ids[row] not in eos_token_ids]
         for row in open_rows:
@@ -53,10 +53,10 @@ def greedy(
     return answers
 
 
-def _generated(
+def _generate_with_transformers(
     student: Student, prompts: PromptBatch, inputs: ModelInputs, max_new_tokens: int, eos_token_ids: list[int]
 ) -> list[list[int]]:
-    """The same by the model's own generation, which places its images itself."""
+    """Generate with the model's own `generate`, for models that place their images themselves."""
     from transformers import GenerationConfig
 
     start = prompts.input_ids.shape[1]
@@ -73,11 +73,11 @@ def _generated(
         input_ids=prompts.input_ids,
         attention_mask=prompts.attention_mask,
         generation_config=config,
-        **student.arguments(prompts.input_ids, inputs, shown),
+        **student.make_arguments(prompts.input_ids, inputs, shown),
     )
     answers = output[:, start:].tolist()
-    return [_until(answer, eos_token_ids) for answer in answers]
+    return [_cut_at_stop(answer, eos_token_ids) for answer in answers]
 
 
-def _until(ids: list[int], stops: list[int]) -> list[int]:
+def _cut_at_stop(ids: list[int], stops: list[int]) -> list[int]:
     return ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))]

@@ -1,7 +1,7 @@
-"""What weighs the same in a loss: the rows, the samples or the micro-batches of a global batch.
+"""Weights that turn sums over rows into means: over rows, samples or micro-batches of a global batch.
 
-A share is a range of a micro-batch's rows with the factor of their sum. All shares of a global batch add up to its
-mean: over rows, over the means of samples, or over the means of micro-batches, as published scripts have them.
+Ranges of a micro-batch's rows get one weight each. The weighted sums of all ranges of a global batch add up to its
+mean: over rows, over the means of samples, or over the means of micro-batches, as in published scripts.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ Rows = TypeVar("Rows", Tensor, TeacherRows)
 
 
 @dataclass(frozen=True)
-class Share:
-    """Rows start : stop of a micro-batch, whose sum counts `value`."""
+class WeightedRows:
+    """The rows start : stop of a micro-batch, and the weight of their sum."""
 
     start: int
     stop: int
-    value: float
+    weight: float
 
-    def of(self, rows: Rows) -> Rows:
-        """These rows of something that has a row for each."""
+    def select(self, rows: Rows) -> Rows:
+        """Return these rows of a tensor or of teacher rows."""
         return rows[self.start : self.stop] if isinstance(rows, Tensor) else rows.slice(self.start, self.stop)
 
 
-def row_shares(mean: Mean, counts: Sequence[int], *, total_rows: int, totals: RowCounts) -> list[Share]:
-    """The shares of a micro-batch whose samples have `counts` rows; at least one, which may be empty.
+def weigh_rows(mean: Mean, counts: Sequence[int], *, total_rows: int, totals: RowCounts) -> list[WeightedRows]:
+    """Split a micro-batch whose samples have `counts` rows into weighted ranges; at least one, perhaps empty.
 
-    `total_rows`: of this loss in the global batch. `totals`: its samples and micro-batches, those without a row of
-    this loss among them, which therefore add 0 to a mean.
+    `total_rows`: rows of this loss in the global batch. `totals`: its samples and micro-batches, including those
+    without a row of this loss, which therefore add 0 to a mean.
     """
     num_rows = sum(counts)
     if mean == "rows":
-        return [Share(0, num_rows, 1 / max(1, total_rows))]
+        return [WeightedRows(0, num_rows, 1 / max(1, total_rows))]
     if mean == "micro_batch":
-        return [Share(0, num_rows, 1 / (max(1, num_rows) * max(1, totals.micro_batches)))]
+        return [WeightedRows(0, num_rows, 1 / (max(1, num_rows) * max(1, totals.micro_batches)))]
     shares, start = [], 0
     for count in counts:
         if count:
-            shares.append(Share(start, start + count, 1 / (count * max(1, totals.samples))))
+            shares.append(WeightedRows(start, start + count, 1 / (count * max(1, totals.samples))))
         start += count
-    return shares or [Share(0, 0, 1.0)]
+    return shares or [WeightedRows(0, 0, 1.0)]
 
 
-def image_weights(mean: Mean, counts: Sequence[int], *, totals: RowCounts) -> list[float]:
-    """The factor of each image's relation loss, for a micro-batch whose samples have `counts` images."""
+def weigh_images(mean: Mean, counts: Sequence[int], *, totals: RowCounts) -> list[float]:
+    """Return the weight of each image's relation loss in a micro-batch whose samples have `counts` images."""
     if mean == "rows":
         return [1 / max(1, totals.relation)] * sum(counts)
     if mean == "micro_batch":

@@ -1,9 +1,9 @@
-"""The output head and the losses of its logits in one step: logits of a few rows at a time, never of all.
+"""The output head fused with the losses of its logits: logits exist for one chunk of rows at a time.
 
 Legend: r rows, d hidden, w rows of the head (w >= v), v vocabulary.
-Gradients are computed in the forward pass, while a chunk's logits are in memory, and multiplied by the
-incoming one in the backward pass: so the head is multiplied three times, as in plain cross-entropy. Computed in
-float32 whatever the input's dtype, products of bfloat16 and float16 included.
+Gradients are computed in the forward pass, while a chunk's logits are in memory, and multiplied by the incoming
+gradient in the backward pass. So the head is multiplied three times, as in plain cross-entropy. Computed in
+float32 whatever the input's dtype, including products of bfloat16 and float16.
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from student_train.losses.head_products import HeadProducts, products_of
+from student_train.losses.head_products import HeadProducts, select_products
 from student_train.losses.sparse_divergence import (
-    BUCKET,
-    Against,
+    BUCKET_SPEC,
+    ChunkTarget,
+    LossSpec,
     RowSums,
-    Rule,
     TailProfile,
     TeacherRows,
-    events_of,
-    row_losses_,
+    differentiate_rows_,
+    make_events,
 )
 
 
 @dataclass(frozen=True, eq=False)
 class SparseTarget:
-    """Stored rows of the teacher, and how they are read."""
+    """Stored teacher rows and the loss spec that reads them."""
 
     rows: TeacherRows
-    rule: Rule = BUCKET
-    profile: TailProfile | None = None  # of treatment `profile`, at the rule's temperature
+    spec: LossSpec = BUCKET_SPEC
+    profile: TailProfile | None = None  # for treatment `profile`, at the spec's temperature
 
-    def against(self, start: int, stop: int, like: Float[Tensor, "r v"]) -> Against:
-        """Rows start : stop, for logits of a dtype."""
+    def select_chunk(self, start: int, stop: int, like: Float[Tensor, "r v"]) -> ChunkTarget:
+        """Return the target of rows start : stop, for logits with the dtype and vocabulary of `like`."""
         rows = self.rows.slice(start, stop)
-        events = events_of(rows, self.rule, vocab_size=like.shape[1], dtype=like.dtype)
-        return Against(self.rule, events=events, profile=self.profile)
+        events = make_events(rows, self.spec, vocab_size=like.shape[1], dtype=like.dtype)
+        return ChunkTarget(self.spec, events=events, profile=self.profile)
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherHead:
-    """The teacher's head; see storage.encoding.output_head.StoredHead, whose logits these are."""
+    """The teacher's head on torch; computes the same logits as storage.encoding.output_head.StoredHead."""
 
     weight: Float[Tensor, "v d"]
     bias: Float[Tensor, " v"] | None = None
     scale: float = 1.0
     soft_cap: float | None = None
 
-    def logits(self, hidden: Float[Tensor, "r d"], *, dtype: torch.dtype) -> Float[Tensor, "r v"]:
-        """Raw logits."""
+    def compute_logits(self, hidden: Float[Tensor, "r d"], *, dtype: torch.dtype) -> Float[Tensor, "r v"]:
+        """Return raw logits in `dtype`."""
         logits = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
-        products_of(self.weight, result=dtype).logits(hidden, self.weight, out=logits)
+        select_products(self.weight, result=dtype).compute_logits(hidden, self.weight, out=logits)
         if self.bias is not None:
             logits += self.bias
         logits *= self.scale
@@ -67,20 +67,20 @@ class TeacherHead:
 
 @dataclass(frozen=True, eq=False)
 class HiddenTarget:
-    """The teacher's final-norm hidden states: with its head, whole rows."""
+    """The teacher's final-norm hidden states and its head, which give whole teacher rows."""
 
     hidden: Float[Tensor, "r d"]
     head: TeacherHead
-    rule: Rule
+    spec: LossSpec
 
-    def against(self, start: int, stop: int, like: Float[Tensor, "r v"]) -> Against:
-        """Rows start : stop, for logits of a dtype."""
-        return Against(self.rule, logits=self.head.logits(self.hidden[start:stop], dtype=like.dtype))
+    def select_chunk(self, start: int, stop: int, like: Float[Tensor, "r v"]) -> ChunkTarget:
+        """Return the target of rows start : stop, for logits with the dtype of `like`."""
+        return ChunkTarget(self.spec, logits=self.head.compute_logits(self.hidden[start:stop], dtype=like.dtype))
 
 
 @dataclass(frozen=True, eq=False)
-class HeadTask:
-    """Rows of the student, what they are compared with, and the factors of their sums in the loss."""
+class HeadLossTask:
+    """Student rows with their labels and teacher target, and the weights of both losses."""
 
     hidden: Float[Tensor, "r d"]
     labels: Int[Tensor, " r"] | None = None
@@ -91,43 +91,43 @@ class HeadTask:
 
 def fused_head_loss(
     weight: Float[Tensor, "w d"],
-    tasks: Sequence[HeadTask],
+    tasks: Sequence[HeadLossTask],
     *,
     bias: Float[Tensor, " w"] | None = None,
     vocab_size: int | None = None,
     chunk_logits: int = 1 << 27,
     products: HeadProducts | None = None,
 ) -> tuple[Float[Tensor, ""], list[RowSums]]:
-    """The weighted sum of all tasks' sums, and each task's sums without weights and without a gradient.
+    """Return the weighted sum of all tasks' losses, and each task's unweighted sums, detached.
 
-    Rows of the head from `vocab_size` on take no part and get no gradient. `chunk_logits`: elements of logits in
-    memory at once. `products`: how the head is multiplied; default: by its dtype and device. Of the loss one backward
-    pass can be made; a second raises RuntimeError. No rows give 0, attached to the graph.
+    Rows of the head from `vocab_size` on are ignored and get no gradient. `chunk_logits`: elements of logits in
+    memory at once. `products`: how the head is multiplied; default: chosen by its dtype and device. The loss allows
+    one backward pass; a second raises RuntimeError. No rows give 0, attached to the graph.
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    products = products or products_of(weight, result=_compute_dtype(weight))
-    settings = _Settings(tuple(tasks), vocab_size, chunk_logits, torch.is_grad_enabled(), products)
+    products = products or select_products(weight, result=_select_dtype(weight))
+    settings = _HeadSettings(tuple(tasks), vocab_size, chunk_logits, torch.is_grad_enabled(), products)
     loss, sums = _FusedHead.apply(settings, weight, bias, *(task.hidden for task in tasks))
     return loss, [RowSums(*each.unbind()) for each in sums.unbind()]
 
 
 @dataclass(frozen=True, eq=False)
-class _Settings:
-    tasks: tuple[HeadTask, ...]
+class _HeadSettings:
+    tasks: tuple[HeadLossTask, ...]
     vocab_size: int
     chunk_logits: int
     gradient: bool
     products: HeadProducts
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
+def _select_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, settings: _Settings, weight: Tensor, bias: Tensor | None, *hiddens: Tensor) -> Any:
-        dtype = _compute_dtype(weight)
+    def forward(ctx: Any, settings: _HeadSettings, weight: Tensor, bias: Tensor | None, *hiddens: Tensor) -> Any:
+        dtype = _select_dtype(weight)
         needed = [settings.gradient and needs for needs in ctx.needs_input_grad[1:]]
         gradients = _Gradients(
             torch.zeros_like(weight, dtype=dtype) if needed[0] else None,
@@ -135,7 +135,7 @@ class _FusedHead(torch.autograd.Function):
             [torch.empty_like(h, dtype=dtype) if need else None for h, need in zip(hiddens, needed[2:], strict=True)],
         )
         head = weight[: settings.vocab_size]
-        chunks = [_chunks(len(hidden), max(1, settings.chunk_logits // settings.vocab_size)) for hidden in hiddens]
+        chunks = [_split_rows(len(hidden), max(1, settings.chunk_logits // settings.vocab_size)) for hidden in hiddens]
         most = max((rows.stop - rows.start for each in chunks for rows in each), default=0)
         buffer = weight.new_empty(most, settings.vocab_size, dtype=dtype)
         sums = weight.new_zeros(len(hiddens), 2, dtype=torch.float64)
@@ -143,10 +143,10 @@ class _FusedHead(torch.autograd.Function):
             for rows in chunks[number]:
                 chunk = hidden[rows]
                 logits = buffer[: len(chunk)]
-                settings.products.logits(chunk, head, out=logits)
+                settings.products.compute_logits(chunk, head, out=logits)
                 if bias is not None:
                     logits += bias[: settings.vocab_size]
-                found = _differentiate_(logits, task, rows, gradient=any(needed))
+                found = _differentiate_chunk_(logits, task, rows, gradient=any(needed))
                 sums[number] += torch.stack([found.cross_entropy, found.divergence])
                 if any(needed):
                     gradients.add(number, rows, logits, chunk, head, settings.products)
@@ -171,14 +171,14 @@ class _FusedHead(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Gradients:
-    """What is accumulated, in the dtype that is computed in; None where nobody asks."""
+    """Accumulators of gradients, in the computing dtype; None for gradients that are not needed."""
 
     weight: Tensor | None  # (w, d)
     bias: Tensor | None  # (w,)
     hidden: list[Tensor | None]  # of each task (r, d)
 
     def add(self, task: int, rows: slice, slopes: Tensor, chunk: Tensor, head: Tensor, products: HeadProducts) -> None:
-        """The share of some rows, with `slopes` the gradient of their logits."""
+        """Add the gradients of some rows; `slopes`: the gradient of their logits."""
         of_hidden = self.hidden[task]
         products.add_gradients_(
             slopes,
@@ -191,18 +191,18 @@ class _Gradients:
             self.bias[: len(head)] += slopes.sum(0)
 
 
-def _chunks(num_rows: int, most: int) -> list[slice]:
-    """Ranges of at most so many rows, nearly equal: products of a few rows are slow."""
+def _split_rows(num_rows: int, most: int) -> list[slice]:
+    """Split rows into nearly equal ranges of at most `most`; products of very few rows are slow."""
     number = -(-num_rows // most)
     edges = [num_rows * n // number for n in range(number + 1)] if number else []
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
-def _differentiate_(logits: Tensor, task: HeadTask, rows: slice, *, gradient: bool) -> RowSums:
-    return row_losses_(
+def _differentiate_chunk_(logits: Tensor, task: HeadLossTask, rows: slice, *, gradient: bool) -> RowSums:
+    return differentiate_rows_(
         logits,
         None if task.labels is None else task.labels[rows],
-        None if task.target is None else task.target.against(rows.start, rows.stop, logits),
+        None if task.target is None else task.target.select_chunk(rows.start, rows.stop, logits),
         label_weight=task.label_weight,
         weight=task.weight,
         gradient=gradient,

@@ -1,4 +1,4 @@
-"""The three matrix products of an output head with its loss: logits, and the gradients of hidden states and head.
+"""Matrix products of an output head: logits, and the gradients of hidden states and head.
 
 Legend: r rows, v vocabulary, d hidden. Results are float32 (float64 for float64 heads) whatever the dtype of head
 and hidden states.
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_HEAD_ROWS = 16_384  # of a low-precision head that are in memory in float32 at once
+_HEAD_ROWS = 16_384  # rows of a low-precision head that are held in float32 at once
 _HALF_EXPONENT = 12  # float16 slopes are scaled to at most 2^12: 2^36 above its least number, 2^4 below its largest
 _LEAST_SLOPE = 2.0**-100  # keeps the factor finite where all slopes are 0
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -22,9 +22,11 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 @runtime_checkable
 class HeadProducts(Protocol):
-    """How a device multiplies with the head."""
+    """The products that a device computes with the head."""
 
-    def logits(self, hidden: Float[Tensor, "r d"], head: Float[Tensor, "v d"], *, out: Float[Tensor, "r v"]) -> None:
+    def compute_logits(
+        self, hidden: Float[Tensor, "r d"], head: Float[Tensor, "v d"], *, out: Float[Tensor, "r v"]
+    ) -> None:
         """Write hidden headᵀ into `out`."""
         ...
 
@@ -37,14 +39,14 @@ class HeadProducts(Protocol):
         of_hidden: Float[Tensor, "r d"] | None,
         of_head: Float[Tensor, "v d"] | None,
     ) -> None:
-        """Write slopes head into `of_hidden` and add slopesᵀ hidden to `of_head`; None is left out."""
+        """Write slopes head into `of_hidden` and add slopesᵀ hidden to `of_head`; skip those that are None."""
         ...
 
 
 class WideProducts:
     """Converts low-precision inputs to the dtype of the result, a part of the head at a time."""
 
-    def logits(self, hidden: Tensor, head: Tensor, *, out: Tensor) -> None:
+    def compute_logits(self, hidden: Tensor, head: Tensor, *, out: Tensor) -> None:
         """See HeadProducts."""
         hidden = hidden.to(out.dtype)
         for part, weight in _convert_parts(head, out.dtype):
@@ -63,22 +65,22 @@ class WideProducts:
 
 
 def multiply_into_float32(left: Tensor, right: Tensor) -> Tensor:
-    """left right in float32 sums, for bfloat16 or float16 matrices on a GPU."""
+    """Multiply bfloat16 or float16 matrices on a GPU with float32 sums; return float32."""
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class TensorCoreProducts:
-    """Multiplies low-precision inputs as they are, with float32 sums, and casts slopes to their dtype.
+    """Multiplies low-precision inputs without conversion, with float32 sums, and casts slopes to their dtype.
 
-    Slopes are (q − p) times a loss weight over the rows of the whole global batch, so in a flat row they lie below
-    the least float16 number. They are therefore scaled by a power of two before the cast, which is undone on the
-    float32 sums: the only rounding left is that of float16's eleven bits.
+    Slopes are (q − p) times a loss weight over the rows of the whole global batch, so those of a flat row lie below
+    the smallest float16 number. They are scaled by a power of two before the cast, which is undone on the float32
+    sums: only the rounding to float16's eleven bits remains.
     """
 
     multiply: Callable[[Tensor, Tensor], Tensor] = multiply_into_float32
 
-    def logits(self, hidden: Tensor, head: Tensor, *, out: Tensor) -> None:
+    def compute_logits(self, hidden: Tensor, head: Tensor, *, out: Tensor) -> None:
         """See HeadProducts."""
         out.copy_(self.multiply(hidden.to(head.dtype), head.T))
 
@@ -95,15 +97,15 @@ class TensorCoreProducts:
             of_head.addmm_(slopes.T, hidden.to(of_head.dtype))
 
 
-def products_of(head: Tensor, *, result: torch.dtype) -> HeadProducts:
-    """The products for a head of that dtype and device."""
+def select_products(head: Tensor, *, result: torch.dtype) -> HeadProducts:
+    """Return the products for the head's dtype and device, with results of dtype `result`."""
     if head.is_cuda and head.dtype in _LOW_PRECISION and result == torch.float32:
         return TensorCoreProducts()
     return WideProducts()
 
 
 def _cast_slopes(slopes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """Slopes in `dtype`, and the factor that brings products with them back to their size."""
+    """Return scaled slopes in `dtype`, and the factor that undoes the scale in products with them."""
     if dtype != torch.float16:
         return slopes.to(dtype), 1.0
     exponent = torch.frexp(slopes.abs().amax().clamp(min=_LEAST_SLOPE)).exponent
@@ -112,7 +114,7 @@ def _cast_slopes(slopes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | f
 
 
 def _convert_parts(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head in `dtype`, in parts where it has to be converted."""
+    """Yield slices of the head converted to `dtype`; one slice if no conversion is needed."""
     step = len(head) if head.dtype == dtype else _HEAD_ROWS
     for start in range(0, len(head), max(1, step)):
         part = slice(start, min(start + step, len(head)))

@@ -1,6 +1,6 @@
-"""What routers are trained by and watched for: load balance, z-loss, entropy, the share of tokens of each expert.
+"""Losses and statistics of routers: load balance, z-loss, entropy, each expert's share of the tokens.
 
-Legend: l sparse layers, t tokens, e experts, k experts that see a token.
+Legend: l sparse layers, t tokens, e experts, k experts that process a token.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RouterLosses:
-    """Of one micro-batch, its padding left out. Layers are summed in the losses and averaged in what is watched."""
+    """Router losses of one micro-batch without its padding: summed over layers; entropy averaged over them."""
 
-    balance: Float[Tensor, ""]  # sum over layers of e * sum_i f_i * P_i; 1 a layer where all is even
+    balance: Float[Tensor, ""]  # sum over layers of e * sum_i f_i * P_i; 1 a layer if balanced
     z: Float[Tensor, ""]  # sum over layers of the mean squared log-sum-exp of the router's logits
     load: Float[Tensor, "l e"]  # f: the share of the token-expert assignments that each expert gets; detached
     entropy: Float[Tensor, ""]  # nats, of a token's routing distribution; detached
@@ -27,14 +27,14 @@ class RouterLosses:
 def router_losses(
     logits: Sequence[Float[Tensor, "t e"]], is_token: Bool[Tensor, " t"], *, top_k: int, first_choice: bool = False
 ) -> RouterLosses:
-    """Load balance and z-loss of the routers' logits, in float32. `is_token`: False for padding.
+    """Compute load balance and z-loss of the routers' logits, in float32. `is_token`: False for padding.
 
     f_i is the share of assignments that expert i gets, over all k choices, and carries no gradient; P_i is its mean
     routing probability. With `first_choice` the balance takes for f_i the share of tokens whose first choice is i.
-    Without any token the losses are 0 and stay attached to the graph.
+    Without tokens the losses are 0 and stay attached to the graph.
 
-    Sources: Switch Transformer (arXiv 2101.03961, eq. 4-6), which LLaVA-MoD takes over; `first_choice` is what its
-    code runs, DeepSpeed's top2gating (sharded_moe.py); ST-MoE (arXiv 2202.08906, eq. 5).
+    Sources: Switch Transformer (arXiv 2101.03961, eq. 4-6), as used by LLaVA-MoD; `first_choice` follows its code,
+    DeepSpeed's top2gating (sharded_moe.py); ST-MoE (arXiv 2202.08906, eq. 5).
     """
     weight = is_token.to(logits[0].device, torch.float32)[:, None]  # (t, 1)
     num_tokens = weight.sum().clamp(min=1)
@@ -44,8 +44,8 @@ def router_losses(
         logprobs = layer.float().log_softmax(1)
         probs = logprobs.exp()
         choices = layer.topk(top_k, dim=1).indices
-        load = _shares_of_tokens(choices, weight, probs)
-        balanced = _shares_of_tokens(choices[:, :1], weight, probs) if first_choice else load
+        load = _compute_load(choices, weight, probs)
+        balanced = _compute_load(choices[:, :1], weight, probs) if first_choice else load
         balance = balance + probs.shape[1] * (balanced * ((probs * weight).sum(0) / num_tokens)).sum()
         z = z + (layer.float().logsumexp(1).square() * weight[:, 0]).sum() / num_tokens
         entropy = entropy - (probs * logprobs * weight).sum().detach() / num_tokens
@@ -53,17 +53,17 @@ def router_losses(
     return RouterLosses(balance, z, torch.stack(loads), entropy / len(logits))
 
 
-def _shares_of_tokens(choices: Int[Tensor, "t k"], weight: Float[Tensor, "t 1"], like: Tensor) -> Float[Tensor, " e"]:
-    """The share of all choices of the weighted tokens that falls on each expert."""
+def _compute_load(choices: Int[Tensor, "t k"], weight: Float[Tensor, "t 1"], like: Tensor) -> Float[Tensor, " e"]:
+    """Return each expert's share of the choices of the weighted tokens."""
     chosen = torch.zeros_like(like).scatter_(1, choices, 1.0)
     return (chosen * weight).sum(0) / (weight.sum().clamp(min=1) * choices.shape[1])
 
 
-def router_statistics(batches: Sequence[tuple[int, RouterLosses]]) -> dict[str, Any]:
-    """What routers did over one or more batches, each with its number of tokens: means over tokens and layers.
+def summarize_routers(batches: Sequence[tuple[int, RouterLosses]]) -> dict[str, Any]:
+    """Average router losses over batches of (number of tokens, losses); one or more batches.
 
-    `load` keeps layers and experts apart, layer by layer; `balance` is 1 where it is even and the number of experts
-    over k where all tokens go to the same ones. `dropped` is 0: experts have no capacity that could be exceeded.
+    `load` is listed by layer and expert. `balance` is 1 for an even load, and the number of experts over k if all
+    tokens go to the same ones. `dropped` is 0: experts have no capacity limit.
     """
     num_tokens = sum(count for count, _ in batches)
     shares = [(count / max(1, num_tokens), losses) for count, losses in batches]

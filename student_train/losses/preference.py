@@ -1,7 +1,7 @@
-"""Preference losses: pairs of sequence logprobs in, a sum over pairs out.
+"""Preference losses of pairs of sequence logprobs, summed over pairs.
 
 Legend: p pairs. r_w and r_l are log pi_student(y) - log pi_teacher(y) of the chosen and of the rejected answer: sums
-over response tokens in nats, no length normalisation, the teacher as the reference. All is computed in float32.
+over response tokens in nats, not normalised by length, with the teacher as the reference. Computed in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rewards:
 
     @property
     def num_won(self) -> Int[Tensor, ""]:
-        """How many pairs the student has in the right order, relative to the teacher."""
+        """Number of pairs that the student, relative to the teacher, orders correctly."""
         return (self.chosen > self.rejected).sum()
 
     @property
@@ -35,7 +35,7 @@ class Rewards:
 
 
 def dpo(rewards: Rewards, *, beta: float, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
-    """Sum over pairs of -log sigmoid(beta (r_w - r_l)); smoothing s gives the reverse order the share s of it.
+    """Sum -log sigmoid(beta (r_w - r_l)) over pairs; smoothing s gives the reverse order the weight s.
 
     Sources: DPO (arXiv 2305.18290, eq. 7); conservative DPO (Mitchell, 2023).
     """
@@ -44,9 +44,9 @@ def dpo(rewards: Rewards, *, beta: float, label_smoothing: float = 0.0) -> Float
 
 
 def ipo(rewards: Rewards, *, beta: float) -> Float[Tensor, ""]:
-    """Sum over pairs of (r_w - r_l - 1 / (2 beta))^2.
+    """Sum (r_w - r_l - 1 / (2 beta))^2 over pairs.
 
-    Source: IPO (arXiv 2310.12036, eq. 17), with sums of logprobs as the paper has them.
+    Source: IPO (arXiv 2310.12036, eq. 17), with sums of logprobs as in the paper.
     """
     return (rewards.chosen - rewards.rejected - 1 / (2 * beta)).square().sum()
 
@@ -54,18 +54,18 @@ def ipo(rewards: Rewards, *, beta: float) -> Float[Tensor, ""]:
 def kto_pair(
     rewards: Rewards, *, beta: float, kl_chosen: Float[Tensor, " p"], kl_rejected: Float[Tensor, " p"]
 ) -> Float[Tensor, ""]:
-    """Sum over pairs of the mean of 1 - sigmoid(beta (r_w - KL_l)) and 1 - sigmoid(beta (KL_w - r_l)).
+    """Sum the mean of 1 - sigmoid(beta (r_w - KL_l)) and 1 - sigmoid(beta (KL_w - r_l)) over pairs.
 
-    KL_x is the mean of r_x over a reference set, here given pair by pair and clamped at 0 from below: see
-    `mean_of`. Source: LLaVA-MoD (arXiv 2408.15881), after KTO (arXiv 2402.01306).
+    KL_x is the mean of r_x over a reference set, given for each pair (see `expand_mean`) and clamped to at least 0.
+    Source: LLaVA-MoD (arXiv 2408.15881), after KTO (arXiv 2402.01306).
     """
     chosen = 1 - (beta * (rewards.chosen - kl_rejected.clamp(min=0))).sigmoid()
     rejected = 1 - (beta * (kl_chosen.clamp(min=0) - rewards.rejected)).sigmoid()
     return (chosen + rejected).sum() / 2
 
 
-def preference(rewards: Rewards, section: PreferenceLossSection) -> Float[Tensor, ""]:
-    """The configured loss, summed over pairs. With `kl_reference: global` a collective of all ranks."""
+def preference_loss(rewards: Rewards, section: PreferenceLossSection) -> Float[Tensor, ""]:
+    """Compute the configured loss, summed over pairs. With `kl_reference: global` it is a collective."""
     if section.kind == "dpo":
         return dpo(rewards, beta=section.beta, label_smoothing=section.label_smoothing)
     if section.kind == "ipo":
@@ -73,15 +73,15 @@ def preference(rewards: Rewards, section: PreferenceLossSection) -> Float[Tensor
     kl_chosen, kl_rejected = rewards.chosen, rewards.rejected
     if section.kl_reference != "pair":
         everywhere = section.kl_reference == "global"
-        kl_chosen, kl_rejected = (mean_of(values, over_ranks=everywhere) for values in (kl_chosen, kl_rejected))
+        kl_chosen, kl_rejected = (expand_mean(values, over_ranks=everywhere) for values in (kl_chosen, kl_rejected))
     return kto_pair(rewards, beta=section.beta, kl_chosen=kl_chosen, kl_rejected=kl_rejected)
 
 
-def mean_of(values: Float[Tensor, " p"], *, over_ranks: bool = False) -> Float[Tensor, " p"]:
-    """The mean of some pairs' log-ratios, for each of them; of no pairs, none.
+def expand_mean(values: Float[Tensor, " p"], *, over_ranks: bool = False) -> Float[Tensor, " p"]:
+    """Return the mean of the pairs' log-ratios, repeated for each pair; empty for no pairs.
 
-    With `over_ranks` the mean is that of all ranks' pairs, and a collective; the gradient still flows through
-    these pairs alone.
+    With `over_ranks` this is a collective and the mean is over the pairs of all ranks; the gradient flows through
+    this rank's pairs only.
     """
     sums = torch.stack([values.sum().detach(), values.new_tensor(float(len(values)))])
     if over_ranks and torch.distributed.is_initialized():

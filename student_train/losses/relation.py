@@ -1,4 +1,4 @@
-"""The relation loss between visual rows of the student and the teacher's cached matrices, and grids that differ.
+"""The relation loss between the student's visual rows and the teacher's cached relation matrices.
 
 Legend: i images, n visual tokens of the student, m those of the teacher (or blocks of its pooled grid), k rank
 of a factor, d hidden, w rows of the head. Computed in float32 whatever the input's dtype.
@@ -20,38 +20,43 @@ from torch.autograd.function import once_differentiable
 
 from storage.records.records import Relation, RelationFactor
 
-_LEAST_NORM = 1e-8  # product of two norms: a matrix that is zero has the cosine 0
-_LEAST_SQUARE = 1e-30  # under a root, whose slope at 0 is infinite
-_HEAD_ROWS = 16_384  # of a low-precision head that are in memory in float32 at once
+_LEAST_NORM = 1e-8  # product of two norms: a zero matrix has the cosine 0
+_LEAST_SQUARE = 1e-30  # under a square root, whose slope at 0 is infinite
+_HEAD_ROWS = 16_384  # rows of a low-precision head that are held in float32 at once
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherRelations:
-    """The teacher's G / ||G|| of each image (zero where G is): as they are, or as factors F of F F^T."""
+    """The teacher's G / ||G|| of each image (0 for G = 0), as matrices or as factors F with F F^T = G / ||G||."""
 
     values: Float[Tensor, "i m k"]  # k is m unless they are factors
     norms: Float[Tensor, " i"]  # of G
     factored: bool = False
 
     def to(self, device: torch.device) -> TeacherRelations:
-        """The same on another device."""
+        """Return the same matrices on another device."""
         return TeacherRelations(self.values.to(device), self.norms.to(device), self.factored)
 
-    def inner(self, rows: Float[Tensor, "i m d"], metric: Float[Tensor, "d d"]) -> Float[Tensor, " i"]:
-        """<G_t / ||G_t||, G_s>, G_s = Z Z^T the student's matrix. Of factors ||F^T Z||^2, with no (m, m) formed."""
-        if not self.factored:
-            return (self.values * (rows @ metric @ rows.mT)).sum((1, 2))
-        projected = self.values.mT @ rows  # (i, k, d)
-        return (projected @ metric * projected).sum((1, 2))
+    def compute_inner_products(
+        self, rows: Float[Tensor, "i m d"], head_gram: Float[Tensor, "d d"]
+    ) -> Float[Tensor, " i"]:
+        """Return <G_t / ||G_t||, G_s> with the student's matrix G_s = Z Z^T.
 
-    def squares(self) -> Float[Tensor, " i"]:
-        """Squared norms of what is held, 1 or 0 but for rounding."""
+        For factors this is ||F^T Z||^2, computed without an (m, m) matrix.
+        """
+        if not self.factored:
+            return (self.values * (rows @ head_gram @ rows.mT)).sum((1, 2))
+        projected = self.values.mT @ rows  # (i, k, d)
+        return (projected @ head_gram * projected).sum((1, 2))
+
+    def compute_squared_norms(self) -> Float[Tensor, " i"]:
+        """Return the squared norms of the stored matrices: 1 or 0, up to rounding."""
         values = self.values.mT @ self.values if self.factored else self.values
         return (values**2).sum((1, 2))
 
 
-def teacher_relations(relations: Sequence[Relation], *, size: int) -> TeacherRelations:
-    """The matrices of a batch's images, which have `size` rows each: factors if all are, of the largest rank."""
+def stack_relations(relations: Sequence[Relation], *, size: int) -> TeacherRelations:
+    """Stack the relations of images with `size` rows each; as factors, padded to the largest rank, if all are."""
     norms = torch.tensor([each.norm for each in relations], dtype=torch.float32)
     factors = [each.factor for each in relations if isinstance(each, RelationFactor)]
     factored = 0 < len(factors) == len(relations)
@@ -65,7 +70,7 @@ def teacher_relations(relations: Sequence[Relation], *, size: int) -> TeacherRel
 
 def relation_loss(
     hidden: Float[Tensor, "i n d"],
-    metric: Float[Tensor, "d d"],
+    head_gram: Float[Tensor, "d d"],
     teacher: TeacherRelations,
     *,
     centered: bool = False,
@@ -73,54 +78,55 @@ def relation_loss(
     weights: Float[Tensor, " i"] | None = None,
     literal: bool = False,
 ) -> Float[Tensor, ""]:
-    """Sum over images of 1 - cosine between the teacher's and the student's relation matrix.
+    """Sum 1 - cosine between the teacher's and the student's relation matrix over images.
 
     `weights`: of each image in the sum; default 1.
 
-    The student's is G = H (W^T W) H^T = Z Z^T with `metric` W^T W and Z the raw logits of the visual rows,
-    which are never formed. The cosine does not feel the scale of either matrix. With `centered` the mean visual
-    row is subtracted first, as the cache says of the teacher's; `resampling` then brings rows to its grid.
-    `literal` is the published code: one cosine of all images' matrices, unscaled and end to end, which counts
-    once for each. Both are the same for one image.
+    The student's matrix is G = H (W^T W) H^T = Z Z^T with `head_gram` W^T W and Z the raw logits of the visual rows,
+    which are never materialised. The cosine ignores the scale of either matrix. With `centered` the mean visual row
+    is subtracted first, as the cache records for the teacher; `resampling` then maps rows to the teacher's grid.
+    `literal` follows the published code: one cosine of all images' matrices, unscaled and concatenated, which counts
+    once for each image. Both are the same for one image.
 
     Source: LLaVA-KD (arXiv 2410.16236), RDist.
     """
-    hidden, metric = hidden.float(), metric.float()
+    hidden, head_gram = hidden.float(), head_gram.float()
     if hidden.shape[0] == 0:
-        return 0 * (hidden.sum() + metric.sum())
+        return 0 * (hidden.sum() + head_gram.sum())
     if centered:
         hidden = hidden - hidden.mean(1, keepdim=True)
     if resampling is not None:
         hidden = resampling @ hidden  # (i, m, d)
-    inner = teacher.inner(hidden, metric)
-    product = hidden.mT @ hidden @ metric  # (i, d, d): ||H M H^T||^2 = tr(A M A M), with A = H^T H
+    inner = teacher.compute_inner_products(hidden, head_gram)
+    product = hidden.mT @ hidden @ head_gram  # (i, d, d): ||H M H^T||^2 = tr(A M A M), with A = H^T H
     student = (product * product.mT).sum((1, 2))
     if not literal:
-        losses = 1 - _cosine(inner, student, teacher.squares())
+        losses = 1 - _compute_cosine(inner, student, teacher.compute_squared_norms())
         return losses.sum() if weights is None else (losses * weights).sum()
     norms = teacher.norms.double()
-    raw = (teacher.squares().double() * norms**2).sum()
+    raw = (teacher.compute_squared_norms().double() * norms**2).sum()
     weight = hidden.shape[0] if weights is None else weights.sum()
-    return weight * (1 - _cosine((inner.double() * norms).sum(), student.double().sum(), raw)).float()
+    return weight * (1 - _compute_cosine((inner.double() * norms).sum(), student.double().sum(), raw)).float()
 
 
-def _cosine(inner: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    """Of an inner product and two squared norms; 0, with no gradient that is no number, where one is 0."""
+def _compute_cosine(inner: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return the cosine of an inner product and two squared norms; 0, with finite gradients, if a norm is 0."""
     return inner / (ours.clamp_min(_LEAST_SQUARE).sqrt() * theirs.sqrt()).clamp_min(_LEAST_NORM)
 
 
 @lru_cache(maxsize=4)
-def resampling(num_student: int, num_teacher: int, *, pool: int | None = None) -> Float[Tensor, "m n"] | None:
-    """What brings an image's rows from the student's square grid to the teacher's; None where they are the same.
+def make_resampling_matrix(
+    num_student: int, num_teacher: int, *, pool: int | None = None
+) -> Float[Tensor, "m n"] | None:
+    """Return the matrix that maps rows from the student's square grid to the teacher's; None if the grids are equal.
 
-    Each row is the mean over the area of a cell of the teacher's grid, or of a block of pool x pool cells (see
-    storage.encoding.relation_matrix.assign_grid_blocks). Logits are linear in hidden states, so resampling these
-    resamples those: no row of the teacher is changed, left out or invented. ValueError for numbers of tokens that are
-    no squares.
+    Each mapped row is the mean over the area of a cell of the teacher's grid, or of a block of pool x pool cells (see
+    storage.encoding.relation_matrix.assign_grid_blocks). Logits are linear in hidden states, so resampling hidden
+    states resamples logits; the teacher's rows are not changed. ValueError for token counts that are not squares.
     """
     if num_student == num_teacher and pool is None:
         return None
-    ours, theirs = _side(num_student), _side(num_teacher)
+    ours, theirs = _compute_side(num_student), _compute_side(num_teacher)
     block = 1 if pool is None else pool
     cells = np.arange(ours + 1) * theirs  # edges, both in units of 1 / (ours * theirs)
     blocks = np.append(np.arange(0, theirs, block), theirs) * ours
@@ -129,30 +135,30 @@ def resampling(num_student: int, num_teacher: int, *, pool: int | None = None) -
     return torch.from_numpy(np.kron(line, line)).float()
 
 
-def _side(num_tokens: int) -> int:
+def _compute_side(num_tokens: int) -> int:
     side = math.isqrt(num_tokens)
     if side * side != num_tokens or side == 0:
-        raise ValueError(f"{num_tokens} visual tokens are no square grid")
+        raise ValueError(f"{num_tokens} visual tokens are not a square grid")
     return side
 
 
-def head_metric(weight: Float[Tensor, "w d"], *, vocab_size: int) -> Float[Tensor, "d d"]:
-    """W^T W of the first `vocab_size` rows of a head, in float32."""
-    return _HeadMetric.apply(weight, vocab_size)
+def compute_head_gram(weight: Float[Tensor, "w d"], *, vocab_size: int) -> Float[Tensor, "d d"]:
+    """Compute W^T W of the first `vocab_size` rows of a head, in float32."""
+    return _HeadGram.apply(weight, vocab_size)
 
 
-class _HeadMetric(torch.autograd.Function):
-    """Keeps the weight itself, which ZeRO-3 gathers again for the backward pass, and no copy in float32."""
+class _HeadGram(torch.autograd.Function):
+    """W^T W; saves the weight for the backward pass (ZeRO-3 gathers it again) rather than a float32 copy."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, vocab_size: int) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.vocab_size = vocab_size
-        metric = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float32)
+        head_gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float32)
         for start in range(0, vocab_size, _HEAD_ROWS):
             part = weight[start : min(start + _HEAD_ROWS, vocab_size)].float()
-            metric.addmm_(part.T, part)
-        return metric
+            head_gram.addmm_(part.T, part)
+        return head_gram
 
     @staticmethod
     @once_differentiable

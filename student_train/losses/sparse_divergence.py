@@ -1,11 +1,11 @@
-"""Losses of rows of logits against labels and cached teacher rows: sums in nats, and gradients put in place.
+"""Losses of logits against labels and cached teacher rows: sums in nats, with gradients computed in place.
 
 Legend: r rows, v vocabulary, e stored entries of all rows together, o = r + 1.
-Logits come in the dtype that is computed in (float32, or float64 in tests) and are overwritten by the gradient,
-so that nothing else of their size is kept. Dividing by the rows of the whole global batch is left to the caller.
+Logits have the computing dtype (float32, or float64 in tests) and are overwritten by their gradient, so that nothing
+else of their size is kept. The caller divides by the number of rows of the global batch.
 
-The stored entries of a row are taken out of it and handled in logarithms; the others are exponentiated less
-their own maximum. So neither a teacher that leaves no rest nor a student that leaves none loses digits.
+The stored entries of a row are taken out of it and handled in logarithms; the other logits are exponentiated relative
+to their own maximum. So precision holds even if the teacher or the student leaves no mass to the other tokens.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from student_train.losses.config import Divergence, Treatment
-from student_train.losses.divergences import LINEAR, Term, term
+from student_train.losses.divergences import LINEAR, EventLoss, select_event_loss
 
-LEAST_TAIL = 2.0**-24  # what a float32 beside 1 cannot tell from 0: a tail mass of 0 stands for this much
-PROFILE_FLOOR = 1e-3  # of a tail profile, spread evenly: no token is impossible outside the stored set
-_BLOCK = {"cpu": 1 << 20}  # logits whose elements are computed on at once; a core's cache, or few kernels elsewhere
+MIN_TAIL_MASS = 2.0**-24  # float32 resolution next to 1: a tail mass of 0 is treated as this
+PROFILE_FLOOR = 1e-3  # share of a tail profile that is spread evenly, so that no token has probability 0
+_BLOCK = {"cpu": 1 << 20}  # elements of logits computed on at once: fits a core's cache; elsewhere few kernels
 _BLOCK_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherRows:
-    """Cached teacher distributions in CSR form; storage.records.sparse_rows.SparseRows says what the fields mean."""
+    """Cached teacher distributions in CSR form, with the fields of storage.records.sparse_rows.SparseRows."""
 
     offsets: Int[Tensor, " o"]
     ids: Int[Tensor, " e"]
-    logprobs: Float[Tensor, " e"]  # exact entries: log p, falling; then sampled entries: log of their weight
+    logprobs: Float[Tensor, " e"]  # exact entries: log p, descending; then sampled entries: log of their weight
     num_exact: Int[Tensor, " r"]
     tail_mass: Float[Tensor, " r"]
     entropy: Float[Tensor, " r"]  # nats, of the full distribution
@@ -39,10 +39,11 @@ class TeacherRows:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows."""
         return self.num_exact.shape[0]
 
     def slice(self, start: int, stop: int) -> TeacherRows:
-        """Rows start : stop."""
+        """Return rows start : stop."""
         first, last = self.offsets[[start, stop]].tolist()
         of_rows = {name: getattr(self, name)[start:stop] for name in ("num_exact", "tail_mass", "entropy")}
         return TeacherRows(
@@ -53,8 +54,8 @@ class TeacherRows:
             **of_rows,
         )
 
-    def at(self, rows: Int[Tensor, " s"]) -> TeacherRows:
-        """Some rows, in the order of their indices."""
+    def select_rows(self, rows: Int[Tensor, " s"]) -> TeacherRows:
+        """Return the given rows, in the given order."""
         counts = self.offsets.diff()[rows]
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         starts = (self.offsets[:-1][rows] - offsets[:-1]).repeat_interleave(counts)
@@ -63,57 +64,58 @@ class TeacherRows:
         return TeacherRows(offsets=offsets, ids=self.ids[entries], logprobs=self.logprobs[entries], **of_rows)
 
     def row_of_entry(self) -> Int[Tensor, " e"]:
-        """The row that each entry belongs to."""
+        """Return the index of the row that each entry belongs to."""
         rows = torch.arange(self.num_rows, device=self.ids.device)
         return rows.repeat_interleave(self.offsets.diff(), output_size=self.ids.shape[0])
 
     def is_exact(self) -> Bool[Tensor, " e"]:
-        """True for exact entries, False for sampled ones."""
+        """Return True for exact entries and False for sampled ones."""
         row = self.row_of_entry()
         return torch.arange(row.shape[0], device=row.device) - self.offsets[row] < self.num_exact[row]
 
     def to(self, device: torch.device) -> TeacherRows:
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
         return TeacherRows(**moved)
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How student rows are compared with teacher rows; the fields are those of DistributionLossSection.
+class LossSpec:
+    """Divergence, tail handling and temperature; the fields are those of DistributionLossSection.
 
-    At temperature T both sides are, and the sum is multiplied by T^2, so that gradients keep their size.
+    Temperature T applies to teacher and student, and the loss is multiplied by T^2 so that gradients keep their size.
     """
 
     divergence: Divergence = "forward_kl"
     treatment: Treatment = "bucket"
     temperature: float = 1.0
     beta: float | None = None
-    column: int | None = None  # of the stored rows' log-sum-exp that is of this temperature
+    column: int | None = None  # column of log_sum_exp that belongs to this temperature
 
     @property
-    def term(self) -> Term:
-        return term(self.divergence, self.beta)
+    def event_loss(self) -> EventLoss:
+        """The divergence's function of one event."""
+        return select_event_loss(self.divergence, self.beta)
 
 
-BUCKET = Rule()
+BUCKET_SPEC = LossSpec()
 
 
 @dataclass(frozen=True, eq=False)
-class Events:
-    """Teacher rows as a treatment reads them: some tokens, and any other token together."""
+class TeacherEvents:
+    """Teacher rows after tail handling: events of single tokens, and one event for all other tokens."""
 
-    edges: list[int]  # o, of the entries
+    edges: list[int]  # (o,) first entry of each row, and the end
     ids: Int[Tensor, " e"]
     log_p: Float[Tensor, " e"]
-    log_rest: Float[Tensor, " r"]  # minus infinity: no term
-    spread: Float[Tensor, " r"] | None  # mass that the profile spreads over the other tokens, instead of `log_rest`
-    constant: Float[Tensor, " r"]  # is added to the loss
+    log_rest: Float[Tensor, " r"]  # of the other tokens together; minus infinity: no such event
+    spread: Float[Tensor, " r"] | None  # mass that the tail profile spreads over the other tokens; replaces `log_rest`
+    constant: Float[Tensor, " r"]  # added to the loss
 
-    def slice(self, start: int, stop: int) -> Events:
-        """Rows start : stop."""
+    def slice(self, start: int, stop: int) -> TeacherEvents:
+        """Return rows start : stop."""
         first, last = self.edges[start], self.edges[stop]
-        return Events(
+        return TeacherEvents(
             edges=[edge - first for edge in self.edges[start : stop + 1]],
             ids=self.ids[first:last],
             log_p=self.log_p[first:last],
@@ -122,58 +124,58 @@ class Events:
             constant=self.constant[start:stop],
         )
 
-    def counts(self) -> Int[Tensor, " r"]:
-        """Entries of each row."""
+    def count_entries(self) -> Int[Tensor, " r"]:
+        """Return the number of entries of each row."""
         return torch.tensor(self.edges, device=self.ids.device).diff()
 
 
-def events_of(teacher: TeacherRows, rule: Rule, *, vocab_size: int, dtype: torch.dtype) -> Events:
-    """What a treatment makes of stored rows; `exact` has none."""
+def make_events(teacher: TeacherRows, spec: LossSpec, *, vocab_size: int, dtype: torch.dtype) -> TeacherEvents:
+    """Convert stored rows to events as the spec's treatment requires; `exact` has no stored rows."""
     row = teacher.row_of_entry()
     nothing = torch.full_like(teacher.tail_mass, -torch.inf, dtype=dtype)
     constant = torch.zeros_like(nothing)
-    if rule.treatment == "unbiased":
-        if rule.divergence == "forward_kl":
+    if spec.treatment == "unbiased":
+        if spec.divergence == "forward_kl":
             constant = -teacher.entropy.to(dtype)
-        return Events(teacher.offsets.tolist(), teacher.ids, teacher.logprobs.to(dtype), nothing, None, constant)
+        return TeacherEvents(teacher.offsets.tolist(), teacher.ids, teacher.logprobs.to(dtype), nothing, None, constant)
     exact = teacher.is_exact()
     row, ids = row[exact], teacher.ids[exact]
     log_p = teacher.logprobs[exact].to(dtype)
-    if rule.temperature != 1:
-        log_p = log_p / rule.temperature
-        if rule.treatment != "renormalise":
-            assert rule.column is not None
-            log_p = log_p - teacher.log_sum_exp[:, rule.column].to(dtype)[row]
+    if spec.temperature != 1:
+        log_p = log_p / spec.temperature
+        if spec.treatment != "renormalise":
+            assert spec.column is not None
+            log_p = log_p - teacher.log_sum_exp[:, spec.column].to(dtype)[row]
     head = torch.zeros_like(constant).index_add_(0, row, log_p.exp())
-    if rule.treatment == "renormalise":
+    if spec.treatment == "renormalise":
         log_p = log_p - head.log()[row]
     edges = [0, *teacher.num_exact.cumsum(0).tolist()]
-    if rule.treatment in ("truncate", "renormalise"):
-        return Events(edges, ids, log_p, nothing, None, constant)
-    if rule.temperature == 1:
+    if spec.treatment in ("truncate", "renormalise"):
+        return TeacherEvents(edges, ids, log_p, nothing, None, constant)
+    if spec.temperature == 1:
         rest = teacher.tail_mass.to(dtype)
-    else:  # rounding may have brought the entries above 1
+    else:  # rounding may have raised the sum of the entries above 1
         log_p = log_p - head.clamp_min(1).log()[row]
         rest = 1 - head.clamp_max(1)
-    if rule.divergence == "reverse_kl":
-        rest = rest.clamp_min(LEAST_TAIL)
+    if spec.divergence == "reverse_kl":
+        rest = rest.clamp_min(MIN_TAIL_MASS)
     rest = rest * (teacher.num_exact < vocab_size)
-    if rule.treatment == "profile":
-        return Events(edges, ids, log_p, nothing, rest, constant)
-    return Events(edges, ids, log_p, rest.log(), None, constant)
+    if spec.treatment == "profile":
+        return TeacherEvents(edges, ids, log_p, nothing, rest, constant)
+    return TeacherEvents(edges, ids, log_p, rest.log(), None, constant)
 
 
 @dataclass(frozen=True, eq=False)
 class TailProfile:
-    """The mean distribution of what lay outside the stored sets, at a loss's temperature."""
+    """The mean distribution of tokens outside the stored sets, at a loss's temperature."""
 
     mass: Float[Tensor, " v"]
     log_mass: Float[Tensor, " v"]
-    exact_log_mass: Float[Tensor, " v"]  # float64: 1 minus the mass of stored tokens loses digits in float32
+    exact_log_mass: Float[Tensor, " v"]  # float64: 1 minus the mass of stored tokens would lose digits in float32
 
     @staticmethod
-    def of(profile: Float[Tensor, " v"], *, temperature: float = 1.0, dtype: torch.dtype) -> TailProfile:
-        """A profile of any sum with `PROFILE_FLOOR` spread evenly, p^(1/T) of it where T is not 1."""
+    def from_mass(profile: Float[Tensor, " v"], *, temperature: float = 1.0, dtype: torch.dtype) -> TailProfile:
+        """Normalise a profile, mix in `PROFILE_FLOOR` evenly, and apply the temperature (p^(1/T))."""
         wide = profile.double()
         log_mass = ((1 - PROFILE_FLOOR) * wide / wide.sum() + PROFILE_FLOOR / len(wide)).log() / temperature
         exact = log_mass.log_softmax(0)
@@ -181,18 +183,18 @@ class TailProfile:
 
 
 @dataclass(frozen=True, eq=False)
-class Against:
-    """What a chunk of rows is compared with: stored rows as events, or logits of the teacher."""
+class ChunkTarget:
+    """The target of a chunk of rows: teacher rows as events, or logits of the teacher."""
 
-    rule: Rule
-    events: Events | None = None
+    spec: LossSpec
+    events: TeacherEvents | None = None
     logits: Float[Tensor, "r v"] | None = None
     profile: TailProfile | None = None
 
-    def slice(self, start: int, stop: int) -> Against:
-        """Rows start : stop."""
-        return Against(
-            self.rule,
+    def slice(self, start: int, stop: int) -> ChunkTarget:
+        """Return rows start : stop."""
+        return ChunkTarget(
+            self.spec,
             None if self.events is None else self.events.slice(start, stop),
             None if self.logits is None else self.logits[start:stop],
             self.profile,
@@ -201,7 +203,7 @@ class Against:
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
-    """Sums over rows, in nats: not weighted."""
+    """Unweighted sums of both losses over rows, in nats."""
 
     cross_entropy: Float[Tensor, ""]
     divergence: Float[Tensor, ""]
@@ -210,73 +212,78 @@ class RowSums:
         return RowSums(self.cross_entropy + other.cross_entropy, self.divergence + other.divergence)
 
 
-def row_losses_(
+def differentiate_rows_(
     logits: Float[Tensor, "r v"],
     labels: Int[Tensor, " r"] | None = None,
-    against: Against | None = None,
+    target: ChunkTarget | None = None,
     *,
     label_weight: float = 1.0,
     weight: float = 1.0,
     gradient: bool = True,
 ) -> RowSums:
-    """Sums of -log q(label) and of the divergence; the logits become the gradient of their weighted sum.
+    """Return the sums of -log q(label) and of the divergence; overwrite logits with the gradient of both, weighted.
 
-    Without `gradient` the logits end as anything. Computed block of rows by block of rows.
+    Without `gradient` the content of the logits is undefined afterwards. Computes one block of rows at a time.
     """
     num_rows, vocab_size = logits.shape
     sums = RowSums(*logits.new_zeros(2).unbind())
     step = max(1, _BLOCK.get(logits.device.type, _BLOCK_ELSEWHERE) // vocab_size)
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        block, part = logits[start:stop], None if against is None else against.slice(start, stop)
+        block, part = logits[start:stop], None if target is None else target.slice(start, stop)
         of_block = None if labels is None else labels[start:stop]
         if part is None:
-            part = _nothing(block)
-        if of_block is not None and part.rule.temperature != 1:  # two softmaxes
+            part = _make_empty_target(block)
+        if of_block is not None and part.spec.temperature != 1:  # two softmaxes
             other = block.clone()
-            sums += _block_(other, None, part, label_weight, weight, gradient)
-            sums += _block_(block, of_block, _nothing(block), label_weight, weight, gradient)
+            sums += _differentiate_block_(other, None, part, label_weight, weight, gradient)
+            sums += _differentiate_block_(block, of_block, _make_empty_target(block), label_weight, weight, gradient)
             block += other
         else:
-            sums += _block_(block, of_block, part, label_weight, weight, gradient)
+            sums += _differentiate_block_(block, of_block, part, label_weight, weight, gradient)
     return sums
 
 
-def _nothing(block: Tensor) -> Against:
-    """No teacher: rows without events."""
+def _make_empty_target(block: Tensor) -> ChunkTarget:
+    """Return a target without teacher: rows without events."""
     zeros = block.new_zeros(len(block))
-    none = Events([0] * (len(block) + 1), zeros[:0].long(), zeros[:0], zeros - torch.inf, None, zeros)
-    return Against(BUCKET, none)
+    none = TeacherEvents([0] * (len(block) + 1), zeros[:0].long(), zeros[:0], zeros - torch.inf, None, zeros)
+    return ChunkTarget(BUCKET_SPEC, none)
 
 
-def _block_(
-    z: Tensor, labels: Tensor | None, against: Against, label_weight: float, weight: float, gradient: bool
+def _differentiate_block_(
+    z: Tensor, labels: Tensor | None, target: ChunkTarget, label_weight: float, weight: float, gradient: bool
 ) -> RowSums:
-    rule, events = against.rule, against.events
-    if rule.temperature != 1:
-        z /= rule.temperature
-    weights = (0.0 if labels is None else label_weight, weight * rule.temperature)
-    # Below temperature 1 a profile's floor is raised to a power; what it leaves to other tokens may underflow.
-    if events is not None and (events.spread is None or (rule.divergence in LINEAR and rule.temperature >= 1)):
-        sums = _events_step_(z, labels, events, against, weights, gradient)
+    spec, events = target.spec, target.events
+    if spec.temperature != 1:
+        z /= spec.temperature
+    weights = (0.0 if labels is None else label_weight, weight * spec.temperature)
+    # Below temperature 1 a profile's floor is raised to a power above 1; the other tokens' mass may underflow.
+    if events is not None and (events.spread is None or (spec.divergence in LINEAR and spec.temperature >= 1)):
+        sums = _differentiate_events_(z, labels, events, target, weights, gradient)
     else:
-        sums = _dense_step_(z, labels, _log_p(against), rule.term, weights, gradient)
-    return RowSums(sums.cross_entropy, sums.divergence * rule.temperature**2)
+        sums = _differentiate_dense_(z, labels, _make_dense_log_p(target), spec.event_loss, weights, gradient)
+    return RowSums(sums.cross_entropy, sums.divergence * spec.temperature**2)
 
 
-def _events_step_(
-    z: Tensor, labels: Tensor | None, events: Events, against: Against, weights: tuple[float, float], gradient: bool
+def _differentiate_events_(
+    z: Tensor,
+    labels: Tensor | None,
+    events: TeacherEvents,
+    target: ChunkTarget,
+    weights: tuple[float, float],
+    gradient: bool,
 ) -> RowSums:
-    """Rows whose other tokens share one event, or a profile in which the loss is linear."""
-    rule, profile = against.rule, against.profile
-    counts, ids = events.counts(), events.ids
+    """Differentiate rows whose other tokens share one event, or a profile that the loss is linear in."""
+    spec, profile = target.spec, target.profile
+    counts, ids = events.count_entries(), events.ids
     row = torch.arange(len(z), device=z.device).repeat_interleave(counts, output_size=ids.shape[0])
     stored = z[row, ids]  # (e,)
     at_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
-    shape = dot = None
+    scale = dot = None
     if events.spread is not None:
         assert profile is not None
-        shape = _shape(events.spread, profile, ids, counts)
+        scale = _scale_profile(events.spread, profile, ids, counts)
         z[row, ids] = 0
         dot = z @ profile.mass
     z[row, ids] = -torch.inf
@@ -284,44 +291,44 @@ def _events_step_(
     top.masked_fill_(top == -torch.inf, 0)
     rest = z.sub_(top[:, None]).exp_().sum(1)
     log_rest = top + rest.log()
-    log_z = torch.logaddexp(log_rest, _log_sums(stored, counts))
+    log_z = torch.logaddexp(log_rest, _log_sum_exp_entries(stored, counts))
     log_q, log_q_rest = stored - log_z[row], log_rest - log_z
 
-    function = term("cross_entropy") if rule.treatment == "unbiased" else rule.term
+    function = select_event_loss("cross_entropy") if spec.treatment == "unbiased" else spec.event_loss
     value, slope = function(events.log_p, log_q)
     rest_value, rest_slope = function(events.log_rest, log_q_rest)
     total = value.sum() + rest_value.sum() + events.constant.sum()
-    slopes = _sums(slope, counts) + rest_slope  # (r,)
-    if shape is not None:
+    slopes = _sum_entries(slope, counts) + rest_slope  # (r,)
+    if scale is not None:
         assert profile is not None and events.spread is not None and dot is not None  # noqa: PT018
-        total = total + (events.spread * log_z - shape * dot).sum()
+        total = total + (events.spread * log_z - scale * dot).sum()
         slopes -= events.spread
-        if rule.divergence == "forward_kl":
-            total = total + _spread_logs(events, profile, shape, counts)
+        if spec.divergence == "forward_kl":
+            total = total + _sum_spread_p_log_p(events, profile, scale, counts)
     surprise = total.new_zeros(()) if at_label is None else (log_z - at_label).sum()
     if gradient:
         label_weight, weight = weights
         common = label_weight - weight * slopes  # of q
         factor = (weight * rest_slope + log_q_rest.exp() * common) / rest
         z *= torch.where(rest > 0, factor, 0)[:, None]
-        if shape is not None:
+        if scale is not None:
             assert profile is not None
-            z.addr_(shape, profile.mass, alpha=-weight)
+            z.addr_(scale, profile.mass, alpha=-weight)
         z[row, ids] = weight * slope + log_q.exp() * common[row]
         if labels is not None:
             z.scatter_add_(1, labels[:, None], z.new_full((len(z), 1), -label_weight))
     return RowSums(surprise, total)
 
 
-def _dense_step_(
+def _differentiate_dense_(
     z: Tensor,
     labels: Tensor | None,
     log_p: Float[Tensor, "r v"],
-    function: Term,
+    function: EventLoss,
     weights: tuple[float, float],
     gradient: bool,
 ) -> RowSums:
-    """Rows whose every token is an event."""
+    """Differentiate rows in which every token is an event."""
     at_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
     log_z = z.logsumexp(1)
     surprise = z.new_zeros(()) if at_label is None else (log_z - at_label).sum()
@@ -336,15 +343,15 @@ def _dense_step_(
     return RowSums(surprise, value.sum())
 
 
-def _log_p(against: Against) -> Float[Tensor, "r v"]:
-    """Whole rows of the teacher at the rule's temperature, some at a time."""
-    if against.logits is not None:
-        return (against.logits / against.rule.temperature).log_softmax(1)
-    events, profile = against.events, against.profile
+def _make_dense_log_p(target: ChunkTarget) -> Float[Tensor, "r v"]:
+    """Return the teacher's log-probabilities of all tokens, at the spec's temperature."""
+    if target.logits is not None:
+        return (target.logits / target.spec.temperature).log_softmax(1)
+    events, profile = target.events, target.profile
     assert events is not None
     assert events.spread is not None
     assert profile is not None
-    counts = events.counts()
+    counts = events.count_entries()
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(events.ids))
     rows = profile.log_mass.repeat(len(counts), 1)
     rows[row, events.ids] = -torch.inf
@@ -353,27 +360,27 @@ def _log_p(against: Against) -> Float[Tensor, "r v"]:
     return rows
 
 
-def _shape(spread: Tensor, profile: TailProfile, ids: Tensor, counts: Tensor) -> Float[Tensor, " r"]:
-    """What the profile is multiplied by to be the teacher's probability of tokens that are not stored."""
-    outside = 1 - _sums(profile.exact_log_mass[ids].exp(), counts)
+def _scale_profile(spread: Tensor, profile: TailProfile, ids: Tensor, counts: Tensor) -> Float[Tensor, " r"]:
+    """Return the factor that scales the profile to the teacher's mass of tokens that are not stored."""
+    outside = 1 - _sum_entries(profile.exact_log_mass[ids].exp(), counts)
     return torch.where(spread > 0, spread / outside, 0).to(spread.dtype)
 
 
-def _spread_logs(events: Events, profile: TailProfile, shape: Tensor, counts: Tensor) -> Tensor:
-    """Sum over rows and other tokens of t log t, with t = shape * profile."""
+def _sum_spread_p_log_p(events: TeacherEvents, profile: TailProfile, scale: Tensor, counts: Tensor) -> Tensor:
+    """Sum t log t over rows and tokens that are not stored, with t = scale * profile."""
     mass_log = profile.exact_log_mass.exp() * profile.exact_log_mass
-    outside = (mass_log.sum() - _sums(mass_log[events.ids], counts)).to(shape.dtype)
+    outside = (mass_log.sum() - _sum_entries(mass_log[events.ids], counts)).to(scale.dtype)
     assert events.spread is not None
-    return (torch.special.xlogy(events.spread, shape) + shape * outside).sum()
+    return (torch.special.xlogy(events.spread, scale) + scale * outside).sum()
 
 
-def _sums(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
-    """Of each row's entries; always in the same order, so that a repeated run is the same to the bit."""
+def _sum_entries(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """Sum each row's entries, always in the same order, so that repeated runs are bit-identical."""
     return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0)
 
 
-def _log_sums(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
-    """log(sum(exp)) of each row's entries; minus infinity without any."""
+def _log_sum_exp_entries(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """Return log(sum(exp)) of each row's entries; minus infinity for a row without entries."""
     top = torch.segment_reduce(values, "max", lengths=counts, unsafe=True, initial=-torch.inf)
     top = torch.where(top == -torch.inf, 0, top)
-    return top + _sums((values - top.repeat_interleave(counts, output_size=len(values))).exp(), counts).log()
+    return top + _sum_entries((values - top.repeat_interleave(counts, output_size=len(values))).exp(), counts).log()

@@ -1,10 +1,10 @@
-"""Checkpoints: Hugging Face folders that transformers loads and vLLM serves, written whole or not at all.
+"""Writes checkpoints: Hugging Face folders that transformers loads and vLLM serves, replaced atomically.
 
 Tensor names: transformers 5 saves a LLaVA's tower as `vision_tower.encoder…`, vLLM reads
-`vision_tower.vision_model.encoder…`. The names from before transformers 4.52 are read by both:
+`vision_tower.vision_model.encoder…`. Both read the names from before transformers 4.52:
 `language_model.model.*`, `language_model.lm_head.*`, `multi_modal_projector.*` and
-`vision_tower.vision_model.*`. Experts lie one by one, as public mixtures of experts have them. Other architectures
-have the names that transformers' own save_pretrained gives them, which are those of the hub.
+`vision_tower.vision_model.*`. Experts are saved one by one, as in public mixtures of experts. Other architectures
+keep the names of transformers' save_pretrained, which are those of the Hub.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from storage.backends.disk import explain_write_errors, format_bytes, measure_fr
 from storage.backends.folder import sync
 from storage.errors import ConfigError, StillhouseError
 from storage.images.settings import PIXELS_FILE, PixelSettings, write_pixel_settings
-from student_train.models.huggingface import holds_nothing
-from student_train.models.sparse_upcycling import experts_apart
+from student_train.models.huggingface import is_empty_expert
+from student_train.models.sparse_upcycling import split_experts
 from student_train.template_arguments import write_template_arguments
 
 _WEIGHTS = "model{suffix}.safetensors"
@@ -39,7 +39,7 @@ _LEGACY = (
     (r"^model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
     (r"^model\.image_newline$", "image_newline"),
 )
-_OLD = "-old"  # ends the name of a folder that makes room for another
+_OLD = "-old"  # suffix of a folder that is being replaced
 _LEGACY_TYPES = ("llava", "llava_onevision")
 PROCESSOR_FILES = (  # tokenizer, chat template with its arguments, image preprocessing
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
@@ -60,11 +60,11 @@ def save_checkpoint(
     beside: Callable[[Path], object] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> Path:
-    """Make `folder` a checkpoint of a model with the tokenizer and processor of `processor_source`.
+    """Save a model with the tokenizer and processor of `processor_source` as the checkpoint `folder`.
 
-    Either the old folder or the new one is there, never a mixture; other files in it stay. `state_dict`: the
-    model's whole weights, where its parameters are sharded. `pixels` and `template_arguments`: what it was trained
-    with; None: as the source says. `beside` writes more into the new folder.
+    The folder is either the old or the new one, never a mixture; other files in it are kept. `state_dict`: the
+    model's whole weights, needed if its parameters are sharded. `pixels` and `template_arguments`: those it was
+    trained with; None: those of the source. `beside` is called to write more files into the new folder.
     StillhouseError: no tokenizer in the source; WriteError: a full disk, a folder that cannot be written.
     """
     folder = Path(folder)
@@ -88,7 +88,7 @@ def _fill_and_swap(
     write_settings: Callable[[Path], object],
     max_shard_bytes: int,
 ) -> None:
-    """Make the empty folder `new` a checkpoint and put it in the place of `folder`, or delete it."""
+    """Write a checkpoint into the empty folder `new` and replace `folder` by it; delete `new` on failure."""
     try:
         if model.config.model_type not in _LEGACY_TYPES:
             model.save_pretrained(new, state_dict=dict(weights), max_shard_size=max_shard_bytes)
@@ -118,18 +118,18 @@ def _write_settings(
         beside(folder)
 
 
-def check_room(num_bytes: int, folder: Path) -> None:
-    """ConfigError if a checkpoint of that size, which is written beside an older one, cannot fit on the disk."""
+def check_free_space(num_bytes: int, folder: Path) -> None:
+    """Check that a checkpoint of that size, written beside the old one, fits on the disk. Errors: ConfigError."""
     free = measure_free_bytes(folder)
     if free is not None and num_bytes > free:
         raise ConfigError(
-            f"{folder}: its disk has {format_bytes(free)} free, and the checkpoint at the end of the stage has "
-            f"{format_bytes(num_bytes)} of weights; free space there, or give another output"
+            f"{folder}: its disk has {format_bytes(free)} free, but the checkpoint at the end of the stage needs "
+            f"{format_bytes(num_bytes)}; free space there, or give another output"
         )
 
 
-def put_back(folder: Path) -> None:
-    """Undo what a kill left of `save_checkpoint`: an old folder that was moved aside, half of a new one."""
+def recover_checkpoint(folder: Path) -> None:
+    """Recover from a `save_checkpoint` that was killed: restore the old folder, delete a partial new one."""
     beside = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"))
     for old in beside:
         if old.name.endswith(_OLD) and not folder.exists():
@@ -139,19 +139,19 @@ def put_back(folder: Path) -> None:
 
 
 def copy_processor(source: str | Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and image preprocessing. StillhouseError if there is no tokenizer."""
-    root = _local(source)
+    """Copy tokenizer, chat template and image preprocessing. StillhouseError: the source has no tokenizer."""
+    root = _locate_folder(source)
     files = sorted({path for pattern in PROCESSOR_FILES for path in root.glob(pattern) if path.is_file()})
     if not any(path.name.startswith("tokenizer") or path.suffix == ".model" for path in files):
-        raise StillhouseError(f"{source}: has no tokenizer to put beside weights; give a complete checkpoint")
+        raise StillhouseError(f"{source}: has no tokenizer, which a checkpoint needs; give a complete checkpoint")
     for path in files:
         target = folder / path.relative_to(root)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
 
 
-def legacy_name(name: str) -> str:
-    """A parameter's name in the file: see this module's header."""
+def to_legacy_name(name: str) -> str:
+    """Return a parameter's name in the file; see this module's header."""
     for pattern, replacement in _LEGACY:
         renamed = re.sub(pattern, replacement, name)
         if renamed != name:
@@ -177,9 +177,9 @@ def _write_weights(model: Any, state_dict: Mapping[str, Tensor], folder: Path, m
 
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     tensors = {
-        legacy_name(name): tensor.detach().to("cpu").contiguous()
-        for name, tensor in experts_apart(state_dict).items()
-        if name not in tied and not holds_nothing(name, model.config)
+        to_legacy_name(name): tensor.detach().to("cpu").contiguous()
+        for name, tensor in split_experts(state_dict).items()
+        if name not in tied and not is_empty_expert(name, model.config)
     }
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=_WEIGHTS, max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
@@ -191,7 +191,7 @@ def _write_weights(model: Any, state_dict: Mapping[str, Tensor], folder: Path, m
 
 
 def _replace_folder(folder: Path, new: Path) -> None:
-    """Put `new` in the place of `folder`, keeping files of the old one that are no part of a checkpoint."""
+    """Replace `folder` by `new`; keep files of the old one that are not part of a checkpoint."""
     if folder.exists():
         stale = {path.name for pattern in _OWN_FILES for path in folder.glob(pattern)}
         for path in folder.iterdir():
@@ -220,12 +220,12 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copytree(source, target, copy_function=_link_or_copy)
         return
     try:
-        os.link(source, target)  # the same file: a log that is open goes on in it
+        os.link(source, target)  # the same file: open logs keep writing to it
     except OSError:
         shutil.copy2(source, target)
 
 
-def _local(source: str | Path) -> Path:
+def _locate_folder(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download

@@ -1,4 +1,4 @@
-"""What a checkpoint is, and what one is composed of, as plain JSON by the content of the files."""
+"""Describes checkpoints and compositions as plain JSON, by content hashes of their files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PROCESSOR = (
 )  # fmt: skip
 
 
-def checkpoint_inputs(place: str | Path) -> dict[str, Any]:
-    """What a checkpoint is, by the content of its files; a hub id stands for itself.
+def describe_checkpoint(place: str | Path) -> dict[str, Any]:
+    """Describe a checkpoint by content hashes of its files; a Hub id by itself.
 
-    What other commands write beside a checkpoint (evaluation.json, logs) does not count.
+    Ignores what other commands write beside a checkpoint (evaluation.json, logs).
     """
     folder = Path(place)
     if not folder.is_dir():
@@ -33,34 +33,34 @@ def checkpoint_inputs(place: str | Path) -> dict[str, Any]:
     }
 
 
-def composition_inputs(section: CompositionSection, *, seed: int) -> dict[str, Any]:
-    """What a composed checkpoint is made from: settings, seed of the projector, content of the parts."""
+def describe_composition(section: CompositionSection, *, seed: int) -> dict[str, Any]:
+    """Describe what a composed checkpoint is made from: settings, projector seed, content of the parts."""
     parts = {"vision": section.vision, "llm": section.llm}
     return {
         **section.model_dump(mode="json", exclude={"vision", "llm", "processor"}),
         "seed": seed,
-        **{name: _without(checkpoint_inputs(place), {"processor"}) for name, place in parts.items()},
-        "processor": _without(checkpoint_inputs(section.processor), {"weights", "config"}),
+        **{name: _drop_fields(describe_checkpoint(place), {"processor"}) for name, place in parts.items()},
+        "processor": _drop_fields(describe_checkpoint(section.processor), {"weights", "config"}),
     }
 
 
-def _without(document: Mapping[str, Any], names: Any) -> dict[str, Any]:
+def _drop_fields(document: Mapping[str, Any], names: Any) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name not in names}
 
 
-def _files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+def _iterate_files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
     yield from sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
 def _hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for path in _files(folder, patterns):
+    for path in _iterate_files(folder, patterns):
         digest.update(f"{path.name} {_hash_file(path)}\n".encode())
     return digest.hexdigest()
 
 
 def _hash_config(path: Path) -> str:
-    """Of config.json, but for the version of transformers that wrote it."""
+    """Hash config.json, ignoring the version of transformers that wrote it; empty if it cannot be read."""
     try:
         document = json.loads(path.read_bytes())
         document.pop("transformers_version", None)
@@ -76,6 +76,6 @@ def _hash_file(path: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _hash_known_file(path: Path, _size: int, _time_ns: int) -> str:
-    """A grid asks for the same start many times."""
+    """Hash a file; cached, since an ablation hashes the same checkpoint many times."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

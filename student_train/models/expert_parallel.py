@@ -1,9 +1,9 @@
-"""Expert parallelism: the experts of each sparse layer are divided among ranks, and tokens travel to them.
+"""Expert parallelism: shards the experts of each sparse layer among ranks, which exchange tokens.
 
-DeepSpeed's AutoEP does it, beside ZeRO-1, 2 or 3: it puts its own layer in the place of each sparse one, which holds
-this rank's experts and sends tokens to those of the others and back, two all-to-alls a layer. Nothing is dropped, so
-the model is the same function. Here is what AutoEP has to know of a sparse LLaVA, and how its layers become standard
-ones again.
+DeepSpeed's AutoEP does the work, with ZeRO-1, 2 or 3: it replaces each sparse layer by its own, which holds this
+rank's experts and exchanges tokens with the other ranks by two all-to-alls. No token is dropped, so the model
+computes the same function. This file configures AutoEP for a sparse LLaVA and converts its weights back to standard
+names.
 
 Legend: e experts, d hidden, i width of an expert.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from storage.errors import ConfigError
 
 _SPARSE_LAYERS = r".*\.language_model\.layers\.\d+\.mlp"
-_ALIAS = ".mlp.gate.gate."  # of router.gate
+_ALIAS = ".mlp.gate.gate."  # a second name of router.gate
 _RENAMED = {
     ".mlp.router.gate.": ".mlp.gate.",
     ".mlp.shared_experts.": ".mlp.shared_expert.",
@@ -28,7 +28,7 @@ _RENAMED = {
 
 
 def check_ranks(num_ranks: int, size: int, *, stage: str) -> None:
-    """ConfigError unless ranks can be divided into groups of `size`, each of which holds all experts."""
+    """Check that the ranks divide into groups of `size`, each of which holds all experts. Errors: ConfigError."""
     if num_ranks % size:
         raise ConfigError(
             f"stages.{stage}.expert_parallel is {size}, which does not divide the {num_ranks} ranks of this run; "
@@ -37,22 +37,28 @@ def check_ranks(num_ranks: int, size: int, *, stage: str) -> None:
 
 
 def check_experts(num_experts: int | None, size: int, *, student: str) -> None:
-    """ConfigError unless a student's experts can be divided among `size` ranks. `num_experts`: None if it has none."""
+    """Check that a student's experts divide among `size` ranks. `num_experts`: None for a dense student.
+
+    Errors: ConfigError.
+    """
     if num_experts is None:
         raise ConfigError(
-            f"expert_parallel divides the experts of a sparse LLaVA, and {student} has none; give the stage `moe`, "
-            "or leave it out"
+            f"expert_parallel shards the experts of a sparse LLaVA, but {student} has none; give the stage `moe`, "
+            "or remove expert_parallel"
         )
     if num_experts % size:
-        raise ConfigError(f"expert_parallel is {size}, which does not divide the {num_experts} experts of {student}")
+        raise ConfigError(
+            f"expert_parallel is {size}, which does not divide the {num_experts} experts of {student}; "
+            "set a divisor of their number"
+        )
 
 
-def autoep_settings(text_config: Any, size: int) -> dict[str, Any]:
-    """DeepSpeed's section `expert_parallel` for a Qwen2-MoE decoder within a LLaVA."""
+def make_autoep_settings(text_config: Any, size: int) -> dict[str, Any]:
+    """Return DeepSpeed's section `expert_parallel` for a Qwen2-MoE decoder in a LLaVA."""
     return {
         "enabled": True,
         "autoep_size": size,
-        "preset_model": "qwen3_moe",  # which is Qwen2-MoE's too
+        "preset_model": "qwen3_moe",  # fits Qwen2-MoE as well
         "moe_layer_pattern": _SPARSE_LAYERS,
         "top_k": text_config.num_experts_per_tok,
         "route_norm": text_config.norm_topk_prob,
@@ -60,8 +66,8 @@ def autoep_settings(text_config: Any, size: int) -> dict[str, Any]:
     }
 
 
-def standard_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with AutoEP's layers, their experts whole, as transformers' Qwen2-MoE has them.
+def to_standard_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of AutoEP's layers, with whole experts, to those of transformers' Qwen2-MoE.
 
     `experts.w1` and `experts.w3`, both (e, i, d), become `experts.gate_up_proj` (e, 2 * i, d).
     """

@@ -1,9 +1,9 @@
-"""The one door to transformers: imported lean, with images always processed by Pillow.
+"""Loads configs, tokenizers, processors and models with transformers; images are always processed by Pillow.
 
-transformers imports torchvision, torchaudio, scikit-learn and others wherever it finds them. The student
-needs none of them: a torchvision built for another torch cannot be imported at all, torchvision and Pillow
-resize images differently, and scikit-learn alone takes 1.5 s of every start. So they are hidden while
-transformers is imported, and visible again afterwards; transformers remembers that they are absent.
+All imports of transformers go through this file. transformers imports torchvision, torchaudio, scikit-learn and
+others if they are installed. The student needs none of them: a torchvision built for another torch cannot be
+imported at all, torchvision and Pillow resize images differently, and scikit-learn alone takes 1.5 s of every start.
+So they are hidden while transformers is imported; transformers caches that they are absent.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from student_train.template_arguments import ARGUMENTS_FILE, read_template_argum
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HIDDEN = ("torchvision", "torchaudio", "torchcodec", "sklearn", "scipy", "pandas", "librosa", "soundfile")
-_PROBES = (  # transformers.utils functions that look for a hidden package, and remember what they saw
+HIDDEN_PACKAGES = ("torchvision", "torchaudio", "torchcodec", "sklearn", "scipy", "pandas", "librosa", "soundfile")
+_PROBES = (  # transformers.utils functions that look for a hidden package, and cache the result
     "is_torchvision_available",
     "is_torchvision_v2_available",
     "is_torchaudio_available",
@@ -39,11 +39,11 @@ _PROBES = (  # transformers.utils functions that look for a hidden package, and 
 
 
 @contextmanager
-def hidden(packages: tuple[str, ...] = HIDDEN) -> Iterator[None]:
-    """Within it, packages that are not imported yet look as if they were not installed."""
+def hide_packages(packages: tuple[str, ...] = HIDDEN_PACKAGES) -> Iterator[None]:
+    """Make packages that are not imported yet look as if they were not installed, within the context."""
     masked = [name for name in packages if name not in sys.modules]
     for name in masked:
-        sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to bar an import
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to block an import
     try:
         yield
     finally:
@@ -52,11 +52,11 @@ def hidden(packages: tuple[str, ...] = HIDDEN) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def transformers_module() -> Any:
-    """The transformers package, its logs quiet, its classes imported without optional packages."""
+def import_transformers() -> Any:
+    """Import and return transformers, with quiet logs and without its optional packages."""
     loaded = sys.modules.get("transformers.generation.candidate_generator") is not None
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with hidden():
+    with hide_packages():
         module = importlib.import_module("transformers")
         if not loaded:
             availability = importlib.import_module("transformers.utils.import_utils")
@@ -68,44 +68,44 @@ def transformers_module() -> Any:
     return module
 
 
-def holds_nothing(name: str, config: Any) -> bool:
-    """Whether a parameter belongs to a shared expert of no width, so that it neither is saved nor may be missed."""
+def is_empty_expert(name: str, config: Any) -> bool:
+    """Return whether a parameter belongs to a shared expert of width 0, which is neither saved nor required."""
     text = getattr(config, "text_config", config)
     return ".shared_expert" in name and getattr(text, "shared_expert_intermediate_size", None) == 0
 
 
 def load_config(folder: str | Path) -> Any:
-    """A checkpoint's configuration. StillhouseError if there is no readable one."""
-    return _load("configuration", transformers_module().AutoConfig.from_pretrained, folder)
+    """Load a checkpoint's configuration. StillhouseError if there is no readable one."""
+    return _load("configuration", import_transformers().AutoConfig.from_pretrained, folder)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """A checkpoint's tokenizer. StillhouseError if there is no readable one."""
-    return _load("tokenizer", transformers_module().AutoTokenizer.from_pretrained, folder)
+    """Load a checkpoint's tokenizer. StillhouseError if there is no readable one."""
+    return _load("tokenizer", import_transformers().AutoTokenizer.from_pretrained, folder)
 
 
 def load_image_processor(folder: str | Path) -> Any:
-    """A checkpoint's image processor on Pillow. StillhouseError if there is no readable one."""
-    return _load("image processor", transformers_module().AutoImageProcessor.from_pretrained, folder, backend=BACKEND)
+    """Load a checkpoint's image processor, with the Pillow backend. StillhouseError if there is no readable one."""
+    return _load("image processor", import_transformers().AutoImageProcessor.from_pretrained, folder, backend=BACKEND)
 
 
 def load_pixel_settings(folder: str | Path) -> PixelSettings | None:
-    """The pixels that a checkpoint was trained with, None where it does not say. StillhouseError: a broken file."""
-    place = _folder_with(folder, PIXELS_FILE)
+    """Load the pixels that a checkpoint was trained with; None if it names none. StillhouseError: a broken file."""
+    place = _find_folder_of(folder, PIXELS_FILE)
     return None if place is None else read_pixel_settings(place)
 
 
 def load_template_arguments(folder: str | Path) -> dict[str, Any]:
-    """The chat template's arguments that a checkpoint was trained with. StillhouseError: a broken file."""
-    place = _folder_with(folder, ARGUMENTS_FILE)
+    """Load the chat template's arguments that a checkpoint was trained with. StillhouseError: a broken file."""
+    place = _find_folder_of(folder, ARGUMENTS_FILE)
     return {} if place is None else read_template_arguments(place)
 
 
-def _folder_with(folder: str | Path, name: str) -> Path | None:
-    """The local folder of a checkpoint's optional file; None for a hub id whose repository has no such file."""
+def _find_folder_of(folder: str | Path, name: str) -> Path | None:
+    """Return the local folder of a checkpoint's optional file; None for a Hub id whose repository lacks the file."""
     if Path(folder).is_dir():
         return Path(folder)
-    file = transformers_module().utils.cached_file(  # the files of a hub id are fetched one by one
+    file = import_transformers().utils.cached_file(  # a Hub id's files are fetched one by one
         str(folder),
         name,
         _raise_exceptions_for_gated_repo=False,
@@ -116,32 +116,32 @@ def _folder_with(folder: str | Path, name: str) -> Path | None:
 
 
 def load_processor(folder: str | Path) -> Any:
-    """A checkpoint's processor (chat template, tokenizer, images, but no videos). StillhouseError if it has none."""
+    """Load a checkpoint's processor (chat template, tokenizer, images; no videos). StillhouseError if it has none."""
     try:
-        kind = _processor_class(load_config(folder))
-    except StillhouseError:  # a folder of a processor alone has no config.json
+        kind = _find_processor_class(load_config(folder))
+    except StillhouseError:  # a folder with only a processor has no config.json
         kind = None
     if kind is None or "video_processor" not in kind.get_attributes():
-        return _load("processor", transformers_module().AutoProcessor.from_pretrained, folder, backend=BACKEND)
-    return _load("processor", lambda place: _without_videos(kind, place), folder)
+        return _load("processor", import_transformers().AutoProcessor.from_pretrained, folder, backend=BACKEND)
+    return _load("processor", lambda place: _load_without_videos(kind, place), folder)
 
 
-def _processor_class(config: Any) -> Any:
-    transformers_module()
+def _find_processor_class(config: Any) -> Any:
+    import_transformers()
     classes = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING
     return classes.get(type(config), None)
 
 
 class _NoVideos:
-    """Stands where a processor has its video processor: of its settings some are read though no video comes."""
+    """Replaces a processor's video processor, whose settings are read even without videos; all are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
 
 
-def _without_videos(kind: Any, folder: str) -> Any:
-    """A processor that would also take videos, which asks for torchvision, with nothing in that place."""
+def _load_without_videos(kind: Any, folder: str) -> Any:
+    """Load a processor that also supports videos, which need torchvision, without its video processor."""
 
     class OfImages(kind):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -162,41 +162,43 @@ def _without_videos(kind: Any, folder: str) -> Any:
 
 
 def is_llava(config: Any) -> bool:
-    """Whether a student is driven part by part, so that a frozen tower's features can be kept."""
+    """Return whether a student is a LLaVA, whose parts are called one by one, so that features can be kept."""
     return config.model_type == "llava"
 
 
-def auto_model(config: Any) -> Any:
-    """The class of transformers that makes the model of a configuration; None if neither kind knows it."""
-    modeling = transformers_module().models.auto.modeling_auto
+def find_auto_class(config: Any) -> Any:
+    """Return the auto class of transformers for a configuration: vision-language or causal; None if neither fits."""
+    modeling = import_transformers().models.auto.modeling_auto
     if type(config) in modeling.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return modeling.AutoModelForImageTextToText
     return modeling.AutoModelForCausalLM if type(config) in modeling.MODEL_FOR_CAUSAL_LM_MAPPING else None
 
 
 def load_weights(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The model with its weights. StillhouseError if they are missing or do not fill the model."""
-    auto = auto_model(load_config(folder))
+    """Load a model with its weights. StillhouseError if they are missing or incomplete."""
+    auto = find_auto_class(load_config(folder))
     options |= {"use_safetensors": True, "output_loading_info": True}  # never a pickle
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # see `holds_nothing`
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # see `is_empty_expert`
         model, info = _load("model", auto.from_pretrained, folder, **options)
-    missing = sorted(name for name in info["missing_keys"] if not holds_nothing(name, model.config))
+    missing = sorted(name for name in info["missing_keys"] if not is_empty_expert(name, model.config))
     if missing:
         raise StillhouseError(
-            f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}, and random ones would "
-            "stand in for them; give a complete checkpoint"
+            f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}, which would be random; "
+            "give a complete checkpoint"
         )
     return model
 
 
 def load_part(kind: Any, name: str | Path, **options: Any) -> PreTrainedModel:
-    """A tower or a decoder of a checkpoint, in the checkpoint's own dtype. StillhouseError as `load_weights`."""
+    """Load a tower or a decoder of a checkpoint, in the checkpoint's dtype. StillhouseError as `load_weights`."""
     options |= {"use_safetensors": True, "output_loading_info": True, "dtype": "auto"}
     model, info = _load("model", kind.from_pretrained, name, **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise StillhouseError(f"{name}: the weights lack {len(missing)} tensors, such as {missing[0]}")
+        raise StillhouseError(
+            f"{name}: the weights lack {len(missing)} tensors, such as {missing[0]}; give a complete checkpoint"
+        )
     return model
 
 
@@ -207,4 +209,4 @@ def _load(what: str, loader: Any, folder: str | Path, **options: Any) -> Any:
         return loader(str(folder), **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
-        raise StillhouseError(f"{folder}: no {what} can be read from it: {first_line}") from error
+        raise StillhouseError(f"{folder}: its {what} cannot be read: {first_line}") from error

@@ -1,7 +1,7 @@
-"""Students: checkpoints of transformers, checked against a cache before weights are read, then frozen in part.
+"""Loads students: reads a checkpoint's description, checks it against a cache, loads weights, freezes modules.
 
-A LLaVA is driven part by part, which keeps a frozen tower's features. Any other vision-language model, or a decoder
-by itself, is called as it is, up to its head, with what its own processor makes of the images.
+The parts of a LLaVA are called one by one, so that a frozen tower's features can be kept. Any other vision-language
+model, or a text-only decoder, is called as a whole, up to its head, with the inputs of its own processor.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from storage.images.settings import (
     read_processor_settings,
 )
 from student_train.config import Module, Precision
-from student_train.data.collate import Grid
-from student_train.data.image_inputs import ImageInputs
-from student_train.data.sample_images import FeatureStore
+from student_train.data.collate import SequenceFormat
+from student_train.data.image_inputs import ImageProcessorAdapter
+from student_train.data.sample_images import TensorStore
 from student_train.models.huggingface import (
-    auto_model,
+    find_auto_class,
     is_llava,
     load_config,
     load_image_processor,
@@ -44,7 +44,7 @@ from student_train.models.student import Student
 
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # positions before the patches
 FLASH_PACKAGES = ("flash_attn", "flash_attn_interface")  # versions 2 and 3
-# Where transformers' vision-language models keep their parts. A parameter is of the first part that matches.
+# Module names of the parts of transformers' vision-language models. A parameter belongs to the first part that matches.
 PARTS: dict[Literal["projector", "vision", "llm"], tuple[str, ...]] = {
     "projector": (
         "model.multi_modal_projector", "model.connector", "model.visual.merger", "model.visual.deepstack_merger_list",
@@ -53,65 +53,69 @@ PARTS: dict[Literal["projector", "vision", "llm"], tuple[str, ...]] = {
     "vision": ("model.vision_tower", "model.vision_model", "model.visual"),
     "llm": (
         "model.language_model", "model.text_model", "lm_head",
-        "model.embed_tokens", "model.layers", "model.norm",  # of a decoder by itself
+        "model.embed_tokens", "model.layers", "model.norm",  # of a text-only decoder
     ),
 }  # fmt: skip
 _LAYERS = ("model.language_model.layers", "model.text_model.layers", "model.layers")
-_CHANGED_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}  # and what changes none
+_CHANGED_LOGITS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+}  # and their neutral values
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A student's description, its weights not read yet."""
+    """A student's description, without weights."""
 
-    folder: str  # or hub id
+    folder: str  # or Hub id
     config: Any
     tokenizer: Any
-    image_processor: Any  # of a LLaVA, else ImageInputs
-    grid: Grid
-    pixels: PixelSettings | None = None  # that it was trained with, where it says so
+    image_processor: Any  # of a LLaVA, else ImageProcessorAdapter
+    sequence_format: SequenceFormat
+    pixels: PixelSettings | None = None  # those it was trained with, if it names them
     notes: tuple[str, ...] = ()  # see `check_fit`
     template_arguments: Mapping[str, Any] = field(default_factory=dict)  # of the chat template, as it was trained
 
     @property
     def is_llava(self) -> bool:
-        """Whether it is driven part by part."""
+        """Whether the student is a LLaVA, whose parts are called one by one."""
         return is_llava(self.config)
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether a name that is no folder may be one on the hub: owner/name."""
+    """Return whether a name that is not a directory may be a Hub id: owner/name."""
     return not Path(name).is_absolute() and len(Path(name).parts) == 2
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Everything but the weights. Errors: StillhouseError; ConfigError for another architecture."""
+    """Read everything but the weights. Errors: StillhouseError; ConfigError for another architecture."""
     if not Path(folder).is_dir() and not is_hub_id(folder):
-        raise ConfigError(f"{folder}: there is no such folder, and a hub id is owner/name")
+        raise ConfigError(f"{folder}: is neither a directory nor a Hub id (owner/name); give one of them")
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
-        raise ConfigError(f"{folder}: no checkpoint is in this folder (config.json is missing)")
+        raise ConfigError(f"{folder}: is not a checkpoint (config.json is missing); give a checkpoint's directory")
     config = load_config(folder)
-    if auto_model(config) is None:
+    if find_auto_class(config) is None:
         raise ConfigError(
-            f"{folder}: model_type is {config.model_type!r}, which transformers has as no vision-language model and "
-            "no causal decoder; a student is one of these"
+            f"{folder}: model_type is {config.model_type!r}, expected a vision-language model or causal decoder of "
+            "transformers; give a checkpoint of one"
         )
     text = config.get_text_config()
     for name, harmless in _CHANGED_LOGITS.items():
         if getattr(text, name, harmless) not in (None, harmless):
             raise ConfigError(
-                f"{folder}: has {name} = {getattr(text, name)}; the losses take logits as the head makes them, so "
-                "such a student cannot be trained"
+                f"{folder}: has {name} = {getattr(text, name)}, but the losses use the head's unchanged logits; "
+                "take a student without it"
             )
     tokenizer = load_tokenizer(folder)
     image_token_id = getattr(config, "image_token_id", None)
     if is_llava(config):
         image_processor = load_image_processor(folder)
-        tokens_per_image = visual_tokens_per_image(config, image_processor, folder)
+        tokens_per_image = count_visual_tokens(config, image_processor, folder)
     else:
-        image_processor, tokens_per_image = _image_inputs(config, folder)
+        image_processor, tokens_per_image = _load_processor_adapter(config, folder)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    grid = Grid(
+    sequence_format = SequenceFormat(
         image_token_id=-1 if image_token_id is None else image_token_id,
         tokens_per_image=tokens_per_image,
         pad_token_id=0 if pad is None else pad,
@@ -122,24 +126,26 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         config,
         tokenizer,
         image_processor,
-        grid,
+        sequence_format,
         load_pixel_settings(folder),
         template_arguments=load_template_arguments(folder),
     )
 
 
-def _image_inputs(config: Any, folder: str | Path) -> tuple[ImageInputs, int | None]:
-    """A student's own processor, and the visual tokens of each image where they are equally many."""
+def _load_processor_adapter(config: Any, folder: str | Path) -> tuple[ImageProcessorAdapter, int | None]:
+    """Load a student's own processor, and the number of visual tokens of each image if it is fixed."""
     is_decoder = not hasattr(config, "vision_config")
     if not is_decoder and getattr(config, "image_token_id", None) is None:
-        raise ConfigError(f"{folder}: a {config.model_type!r} names no image_token_id in its config.json")
+        raise ConfigError(
+            f"{folder}: config.json of a {config.model_type!r} has no image_token_id, which locates images; add it"
+        )
     processor = None if is_decoder else load_processor(folder)
-    inputs = ImageInputs(processor, image_token_id=-1 if is_decoder else config.image_token_id)
-    return inputs, 0 if is_decoder else inputs.fixed_count()
+    inputs = ImageProcessorAdapter(processor, image_token_id=-1 if is_decoder else config.image_token_id)
+    return inputs, 0 if is_decoder else inputs.count_fixed_tokens()
 
 
-def visual_tokens_per_image(config: Any, image_processor: Any, folder: str | Path) -> int:
-    """Positions that an image takes in the decoder: patches and class token, as the config selects them."""
+def count_visual_tokens(config: Any, image_processor: Any, folder: str | Path) -> int:
+    """Return the number of an image's positions in the decoder: patches and class token, as the config selects."""
     vision = config.vision_config
     if vision.model_type not in CLASS_TOKENS:
         raise ConfigError(
@@ -150,7 +156,7 @@ def visual_tokens_per_image(config: Any, image_processor: Any, folder: str | Pat
     pixels = [size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))]
     if pixels != [vision.image_size, vision.image_size]:
         raise StillhouseError(
-            f"{folder}: the image processor makes {pixels[0]} x {pixels[1]} pixels, the vision tower takes "
+            f"{folder}: the image processor makes {pixels[0]} x {pixels[1]} pixels, but the vision tower expects "
             f"{vision.image_size} x {vision.image_size}; make preprocessor_config.json and config.json agree"
         )
     num_patches = (vision.image_size // vision.patch_size) ** 2
@@ -159,10 +165,10 @@ def visual_tokens_per_image(config: Any, image_processor: Any, folder: str | Pat
 
 
 def check_fit(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
-    """Notes on the image processor: a line for each setting in which the student's differs from the teacher's.
+    """Check that a student fits a cache; return a note for each image-processor setting that differs.
 
-    Another size or mean is the student's own affair; its visual tokens are resampled. IdentityError naming each
-    field in which a student does not fit a cache, both values and what to do.
+    Another size or mean is allowed; visual tokens are then resampled. IdentityError with each field that does not
+    fit, both values and what to do.
     """
     vocabulary = checkpoint.tokenizer.get_vocab()
     rows = checkpoint.config.get_text_config().vocab_size
@@ -170,7 +176,7 @@ def check_fit(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
     for name, ours, theirs in (
         ("tokenizer_fingerprint", compute_tokenizer_fingerprint(vocabulary), identity.tokenizer_fingerprint),
         ("vocab_size", compute_vocab_size(vocabulary), identity.vocab_size),
-        ("image_token_id", checkpoint.grid.image_token_id, identity.image_token_id),
+        ("image_token_id", checkpoint.sequence_format.image_token_id, identity.image_token_id),
     ):
         if ours != theirs:
             problems.append(f"{name}: the cache has {theirs}, {checkpoint.folder} has {ours}")
@@ -179,22 +185,22 @@ def check_fit(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
     if problems:
         raise IdentityError(
             "this student does not fit this cache; give it the teacher's tokenizer, or dump with a teacher "
-            "of its own family:" + "".join(f"\n  {problem}" for problem in problems)
+            "that has the student's tokenizer:" + "".join(f"\n  {problem}" for problem in problems)
         )
     return _check_pixels(checkpoint, identity)
 
 
 def _check_pixels(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]:
-    """See `check_fit`."""
+    """Check the pixels that a student sees against the teacher's; see `check_fit`."""
     processor = checkpoint.image_processor
-    if isinstance(processor, ImageInputs):
+    if isinstance(processor, ImageProcessorAdapter):
         processor = processor.image_processor
-    if processor is None or checkpoint.grid.image_token_id < 0:
+    if processor is None or checkpoint.sequence_format.image_token_id < 0:
         return ()
     theirs, backend = stored_pixels(identity), read_processor_backend(processor)
     trained = checkpoint.pixels or theirs.model_copy(update={"backend": backend})
     differing = {name: (cache, own) for name, cache, own in theirs.find_differences(trained)}
-    if theirs.backend not in (None, backend):  # what is at hand, whatever it was trained with
+    if theirs.backend not in (None, backend):  # the backend in use, whatever it was trained with
         differing["backend"] = (theirs.backend, backend)
     if differing:
         lines = "".join(
@@ -202,54 +208,59 @@ def _check_pixels(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]
             for name, (cache, own) in differing.items()
         )
         raise IdentityError(
-            "this student does not see the pixels that this cache's teacher saw; dump again with data.background as "
-            f"the student's, or start from a student that was not trained on other pixels:{lines}"
+            "this student does not see the pixels that this cache's teacher saw; dump again with the student's "
+            f"data.background, or start from a student that was not trained on other pixels:{lines}"
         )
     if identity.image_processor is None:
         return ()
     return tuple(describe_settings_differences(identity.image_processor, read_processor_settings(processor)))
 
 
-def check_parts(checkpoint: Checkpoint, trained: Sequence[Module], *, place: str = "train") -> None:
-    """ConfigError unless each part that trains is known in this architecture. No weight is read or made."""
+def check_trained_parts(checkpoint: Checkpoint, trained: Sequence[Module], *, place: str = "train") -> None:
+    """Check that this architecture has each trained part, without reading weights. Errors: ConfigError."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        model = auto_model(checkpoint.config).from_config(checkpoint.config)
+        model = find_auto_class(checkpoint.config).from_config(checkpoint.config)
     names = [name for name, _ in model.named_parameters()]
     kind = f"{checkpoint.folder}: a {checkpoint.config.model_type!r}"
-    unknown = [name for name in names if part_of(name) is None]
+    unknown = [name for name in names if find_part(name) is None]
     if unknown:
-        raise ConfigError(f"{kind} has {unknown[0]}, which is no known part of vision, projector or llm")
-    held = {part_of(name) for name in names} | ({"mlp"} if _mlps(model) else set())
+        raise ConfigError(
+            f"{kind} has the parameter {unknown[0]}, which belongs to neither vision, projector nor llm; this "
+            "architecture cannot be trained here"
+        )
+    held = {find_part(name) for name in names} | ({"mlp"} if _find_mlps(model) else set())
     for part in trained:
         if part not in held:
-            raise ConfigError(f"{place}: {kind} has no {part}; it has {', '.join(sorted(filter(None, held)))}")
+            raise ConfigError(
+                f"{place}: {kind} has no {part}; it has {', '.join(sorted(filter(None, held)))}; take these"
+            )
 
 
-def part_of(name: str) -> Literal["projector", "vision", "llm"] | None:
-    """The part that a parameter belongs to."""
+def find_part(name: str) -> Literal["projector", "vision", "llm"] | None:
+    """Return the part that a parameter belongs to; None if it is unknown."""
     for part, prefixes in PARTS.items():
         if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
             return part
     return None
 
 
-def _mlps(model: nn.Module) -> list[str]:
-    """The MLPs of the decoder's layers."""
+def _find_mlps(model: nn.Module) -> list[str]:
+    """Return the names of the MLPs of the decoder's layers."""
     names = [name for name, _ in model.named_modules()]
     return [name for name in names for layers in _LAYERS if re.fullmatch(re.escape(layers) + r"\.\d+\.mlp", name)]
 
 
 def load_student(checkpoint: Checkpoint, *, precision: Precision, device: torch.device) -> Any:
-    """The model with its weights on a device, in eval mode.
+    """Load the model with its weights onto a device, in eval mode.
 
-    Errors: StillhouseError as `load_weights`; ConfigError for a model whose logits are not its head times the last
+    Errors: StillhouseError as `load_weights`; ConfigError for a model whose logits are not its head times its last
     hidden states.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     installed = {package for package in FLASH_PACKAGES if find_spec(package) is not None}
-    attention = attention_implementation(precision, capability, installed)
+    attention = choose_attention(precision, capability, installed)
     model: Any = load_weights(checkpoint.folder, dtype=dtype, attn_implementation=attention)
     model = model.to(device).eval()
     if not checkpoint.is_llava:
@@ -259,24 +270,24 @@ def load_student(checkpoint: Checkpoint, *, precision: Precision, device: torch.
 
 @torch.no_grad()
 def _check_head(model: Any, checkpoint: Checkpoint) -> None:
-    ids = torch.full((1, 2), checkpoint.grid.pad_token_id, device=model.device)
+    ids = torch.full((1, 2), checkpoint.sequence_format.pad_token_id, device=model.device)
     head = model.get_output_embeddings()
     logits = model(input_ids=ids, use_cache=False).logits
     ours = None if head is None else head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     if ours is None or ours.shape != logits.shape or not torch.allclose(ours.float(), logits.float(), rtol=1e-2):
         raise ConfigError(
-            f"{checkpoint.folder}: a {checkpoint.config.model_type!r} does not make its logits of its last hidden "
-            "states and its head alone, as the losses do; it cannot be trained here"
+            f"{checkpoint.folder}: the logits of a {checkpoint.config.model_type!r} are not its head times its last "
+            "hidden states, as the losses expect; it cannot be trained here"
         )
 
 
 @torch.no_grad()
-def attention_implementation(
+def choose_attention(
     precision: Precision, capability: tuple[int, int] | None, installed: Collection[str]
 ) -> Literal["flash_attention_3", "flash_attention_2", "sdpa"]:
-    """The fastest one that transformers can use; `capability` is of the GPU, None without one.
+    """Choose the fastest attention that transformers can use; `capability`: of the GPU, None without one.
 
-    FlashAttention computes in 16 bits: version 3 on Hopper, version 2 from Ampere on. PyTorch's SDPA does the rest.
+    FlashAttention computes in 16 bits: version 3 on Hopper, version 2 from Ampere on. Otherwise PyTorch's SDPA.
     """
     if precision == "fp32" or capability is None:
         return "sdpa"
@@ -285,40 +296,42 @@ def attention_implementation(
     return "flash_attention_2" if capability >= (8, 0) and "flash_attn" in installed else "sdpa"
 
 
-def load_for_inference(checkpoint: Checkpoint, *, vocab_size: int, features: FeatureStore | None = None) -> Student:
-    """A frozen student on the GPU in bfloat16 if there is one, else on the CPU in float32."""
+def load_for_inference(checkpoint: Checkpoint, *, vocab_size: int, features: TensorStore | None = None) -> Student:
+    """Load a frozen student, on the GPU in bfloat16 if there is one, else on the CPU in float32."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     model = load_student(checkpoint, precision="bf16" if on_gpu else "fp32", device=device)
     model.requires_grad_(False)
-    return Student(model, vocab_size=vocab_size, image_token_id=checkpoint.grid.image_token_id, features=features)
+    return Student(
+        model, vocab_size=vocab_size, image_token_id=checkpoint.sequence_format.image_token_id, features=features
+    )
 
 
-def module_of(name: str) -> tuple[Module, ...]:
-    """The modules that hold a parameter, the narrowest first."""
-    part = part_of(name)
+def find_modules(name: str) -> tuple[Module, ...]:
+    """Return the modules that contain a parameter, the narrowest first."""
+    part = find_part(name)
     assert part is not None, name
     is_mlp = any(re.match(rf"{re.escape(layers)}\.\d+\.mlp\.", name) for layers in _LAYERS)
     return ("mlp", part) if is_mlp else (part,)
 
 
 def freeze(model: nn.Module, trained: Sequence[Module]) -> None:
-    """Let gradients and train mode reach only the trained parts."""
+    """Enable gradients and train mode for the trained parts only."""
     model.requires_grad_(False).eval()
-    mlps = tuple(_mlps(model)) if "mlp" in trained else ()
-    for part in ("vision", "llm", "projector"):  # a projector may lie inside of its tower, so it comes last
+    mlps = tuple(_find_mlps(model)) if "mlp" in trained else ()
+    for part in ("vision", "llm", "projector"):  # a projector may be a submodule of its tower, so it comes last
         for name in PARTS[part]:
-            module = _submodule(model, name)
+            module = _get_submodule(model, name)
             if module is not None:
                 module.train(part in trained)
     for name in mlps:
         model.get_submodule(name).train()
     for name, parameter in model.named_parameters():
         is_mlp = any(name.startswith(mlp + ".") for mlp in mlps)
-        parameter.requires_grad_(is_mlp or part_of(name) in trained)
+        parameter.requires_grad_(is_mlp or find_part(name) in trained)
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+def _get_submodule(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
     except AttributeError:  # not of this architecture, or a parameter

@@ -1,6 +1,6 @@
-"""LoRA: adapters of low rank in the decoder, peft's while they train, merged into its weights in a checkpoint.
+"""LoRA: low-rank adapters in the decoder, by peft in training, merged into its weights in checkpoints.
 
-Source: LoRA (arXiv 2106.09685). As in LLaVA's recipe the projector trains whole.
+Source: LoRA (arXiv 2106.09685). As in LLaVA's recipe, the projector is trained without adapters.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ FOLDER = "adapter"
 
 
 def add_adapters(model: Any, section: LoraSection) -> None:
-    """Put adapters that change nothing yet into a LLaVA's decoder, in place, drawn by torch's own generator.
+    """Insert zero-output adapters into a LLaVA's decoder, in place, drawn by torch's global generator.
 
-    They train, in train mode; the rest of the decoder is frozen. ConfigError for modules that are not there.
+    Adapters are trainable, in train mode; the rest of the decoder is frozen. ConfigError for modules that the decoder
+    lacks.
     """
     if is_sparse(model.config):
-        raise ConfigError("lora: the student's decoder is a mixture of experts; leave lora out, or train a dense one")
+        raise ConfigError("lora: the student's decoder is a mixture of experts; remove lora, or train a dense student")
     decoder = model.get_submodule(_DECODER)
     linear = {name.rpartition(".")[2] for name, part in decoder.named_modules() if isinstance(part, torch.nn.Linear)}
     if missing := sorted(set(section.modules) - linear):
@@ -39,15 +40,15 @@ def add_adapters(model: Any, section: LoraSection) -> None:
     from peft import inject_adapter_in_model
 
     others = {name: p.requires_grad for name, p in model.named_parameters() if not name.startswith(_DECODER)}
-    inject_adapter_in_model(_peft_config(section), model)  # which freezes all but the adapters
+    inject_adapter_in_model(_make_peft_config(section), model)  # which freezes all but the adapters
     for name, parameter in model.named_parameters():
         if name in others:
             parameter.requires_grad_(others[name])
     decoder.train()
 
 
-def merged(weights: Mapping[str, Tensor], section: LoraSection) -> dict[str, Tensor]:
-    """The weights of a model with adapters as those of one without: W + alpha / rank * B A, under its names."""
+def merge_adapters(weights: Mapping[str, Tensor], section: LoraSection) -> dict[str, Tensor]:
+    """Return plain weights with the adapters merged, W + alpha / rank * B A, under the names of a plain model."""
     plain: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if _is_adapter(name):
@@ -61,7 +62,7 @@ def merged(weights: Mapping[str, Tensor], section: LoraSection) -> dict[str, Ten
 
 
 def save_adapter(weights: Mapping[str, Tensor], section: LoraSection, base: str, folder: Path) -> None:
-    """Write what peft's PeftModel.from_pretrained puts upon the checkpoint `base`: adapters and trained projector."""
+    """Save adapters and trained projector in the form that PeftModel.from_pretrained loads onto `base`."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -70,14 +71,14 @@ def save_adapter(weights: Mapping[str, Tensor], section: LoraSection, base: str,
         if _is_adapter(name) or "multi_modal_projector." in name
     }
     folder.mkdir()
-    config: Any = _peft_config(section)
+    config: Any = _make_peft_config(section)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.modules_to_save = ["multi_modal_projector"]
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _peft_config(section: LoraSection) -> Any:
+def _make_peft_config(section: LoraSection) -> Any:
     from peft import LoraConfig
 
     names = "|".join(map(re.escape, section.modules))

@@ -1,4 +1,4 @@
-"""Which trained parameters share a learning rate and a weight decay."""
+"""Groups trained parameters by learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import dataclass
 from torch import nn
 
 from student_train.config import Module
-from student_train.models.loading import module_of
+from student_train.models.loading import find_modules
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterGroup:
-    """Parameters that are updated alike."""
+    """Parameters with one learning rate and one weight decay."""
 
     parameters: list[nn.Parameter]
-    lr_factor: float = 1.0  # of the stage's learning rate
+    lr_factor: float = 1.0  # multiplies the stage's learning rate
     weight_decay: float = 0.0
 
 
-def parameter_groups(
+def make_parameter_groups(
     model: nn.Module, *, lr: float, module_lr: Mapping[Module, float], weight_decay: float
 ) -> list[ParameterGroup]:
-    """All parameters of a LLaVA that train, none of the groups empty.
+    """Group all trainable parameters of a model; no group is empty.
 
-    A module of `module_lr` has its own peak, `mlp` before `llm`. Norms and biases do not decay.
+    A module in `module_lr` has its own peak; `mlp` takes precedence over `llm`. Norms and biases get no weight decay.
     """
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = [module_lr[module] for module in module_of(name) if module in module_lr]
+            own = [module_lr[module] for module in find_modules(name) if module in module_lr]
             key = (own[0] / lr if own else 1.0, weight_decay if parameter.ndim > 1 else 0.0)
-            found.setdefault(key, []).append(parameter)
-    return [ParameterGroup(parameters, *key) for key, parameters in found.items()]
+            groups.setdefault(key, []).append(parameter)
+    return [ParameterGroup(parameters, *key) for key, parameters in groups.items()]

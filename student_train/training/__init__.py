@@ -1,1 +1,1 @@
-"""One stage: its data, objective, loop, engine, state, result and journal. Uses data, models and losses."""
+"""Training of one stage: data, objective, loop, engine, state, result, journal. Uses data, models and losses."""

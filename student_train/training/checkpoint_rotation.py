@@ -1,10 +1,10 @@
-"""The checkpoints of a stage: the one at its end, the last ones on the way, and the best by a held-out loss.
+"""The checkpoints of a stage: the final one, the latest intermediate ones, and the best by a held-out loss.
 
-    <output>/                            the last step's
-    <output>/checkpoints/step-00000500/  on the way
+    <output>/                            of the last step
+    <output>/checkpoints/step-00000500/  intermediate
     <output>/checkpoints/best/           of the smallest held-out loss
 
-Each is whole: a folder that transformers loads, written beside its place and renamed.
+Each is a complete folder that transformers loads, written to a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 from storage.images.settings import PixelSettings
 from student_train.config import StageSection
 from student_train.models import lora
-from student_train.models.checkpoint import put_back, save_checkpoint
+from student_train.models.checkpoint import recover_checkpoint, save_checkpoint
 from student_train.training.deepspeed_engine import Engine
 from student_train.training.ema import WeightAverage
 
 
 @dataclass(frozen=True)
-class Best:
-    """The smallest held-out loss so far."""
+class BestCheckpoint:
+    """The step and value of the smallest held-out loss so far."""
 
     step: int  # counted from 1
     metric: str
@@ -36,55 +36,57 @@ class Best:
 
 
 @dataclass(frozen=True, eq=False)
-class KeptCheckpoints:
-    """Writes checkpoints of a model that trains. All methods but `begin` are collectives."""
+class CheckpointRotation:
+    """Writes and deletes a stage's checkpoints. All methods but `delete_stale` are collectives."""
 
     engine: Engine
     model: Any
     stage: StageSection  # resolved
     average: WeightAverage | None = None
-    pixels: PixelSettings | None = None  # that it trains on; None: its caches hold no images
-    template_arguments: Mapping[str, Any] | None = None  # of its cache's conversations; None: those of stage.init
+    pixels: PixelSettings | None = None  # that the stage trains on; None: its caches hold no images
+    template_arguments: Mapping[str, Any] | None = None  # of the cache's conversations; None: those of stage.init
 
     @property
     def _folder(self) -> Path:
         return Path(self.stage.output) / "checkpoints"
 
-    def begin(self, step: int) -> None:
-        """Delete what a run that now goes on after `step` steps has not made yet, and what a kill left half written."""
+    def delete_stale(self, step: int) -> None:
+        """Delete checkpoints after step `step`, from which the run resumes, and those that a kill left incomplete."""
         if not self.engine.process.is_first:
             return
         if step == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
-        put_back(self._folder / "best")  # of which there is no other copy
+        recover_checkpoint(self._folder / "best")  # there is no other copy of it
         for folder in self._folder.glob("*"):
-            if ".tmp-" in folder.name or (folder.name.startswith("step-") and folder.name > _name(step)):
+            if ".tmp-" in folder.name or (folder.name.startswith("step-") and folder.name > _format_step(step)):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
-        """Make the output folder a checkpoint."""
+        """Write the final checkpoint into the output folder."""
         self._write(Path(self.stage.output))
 
-    def keep(self, step: int, held_out: Mapping[str, float], best: Best | None, *, last: bool) -> Best | None:
-        """After a step, counted from 1: keep its checkpoint, and delete older ones; returns the best of now.
+    def keep(
+        self, step: int, held_out: Mapping[str, float], best: BestCheckpoint | None, *, last: bool
+    ) -> BestCheckpoint | None:
+        """Write the checkpoint of a step, counted from 1, and delete older ones; return the best one so far.
 
-        `held_out`: its losses; empty if there are none. `last`: the stage ends here, and has its own checkpoint.
+        `held_out`: the step's held-out losses; may be empty. `last`: the stage ends here, with its final checkpoint.
         """
         section = self.stage.checkpoints
         assert section is not None
         value = held_out.get(section.metric, math.nan)
         if math.isfinite(value) and (best is None or value < best.value):
-            best = Best(step, section.metric, value)
+            best = BestCheckpoint(step, section.metric, value)
             self._write(self._folder / "best")
         if section.keep_last and not last:
-            self._write(self._folder / _name(step))
+            self._write(self._folder / _format_step(step))
             if self.engine.process.is_first:
                 for older in sorted(self._folder.glob("step-*"))[: -section.keep_last]:
                     shutil.rmtree(older, ignore_errors=True)
         return best
 
     def _write(self, folder: Path) -> None:
-        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+        with contextlib.nullcontext() if self.average is None else self.average.swapped_in():
             weights = self.engine.state_dict(self.model)
             if not self.engine.process.is_first:
                 return
@@ -92,7 +94,7 @@ class KeptCheckpoints:
             if section is not None:
                 adapters, base = weights, self.stage.init
                 beside = partial(_save_adapter, adapters, section, base)
-                weights = lora.merged(weights, section)
+                weights = lora.merge_adapters(weights, section)
             save_checkpoint(
                 self.model,
                 folder,
@@ -108,5 +110,5 @@ def _save_adapter(weights: Mapping[str, Any], section: Any, base: str, folder: P
     lora.save_adapter(weights, section, base, folder / lora.FOLDER)
 
 
-def _name(step: int) -> str:
+def _format_step(step: int) -> str:
     return f"step-{step:08d}"

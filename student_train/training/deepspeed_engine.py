@@ -1,8 +1,8 @@
-"""DeepSpeed behind a small surface, and its only importer: processes, gradients, optimizer, gathered weights.
+"""Wraps DeepSpeed, which only this file imports: processes, gradients, optimizer, gathered weights.
 
 On a CPU nothing is compiled. DeepSpeed would build a shared-memory collective with g++ (30 s, once a
-machine), which serves its inference kernels alone; gloo does all of training's collectives. It would also
-load torch.compile (3 s, every start) for Muon's kernels, to learn that AdamW is not Muon.
+machine), which only its inference kernels use; gloo does all of training's collectives. It would also
+load torch.compile (3 s, every start) for Muon's kernels, which AdamW does not use.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from torch import Tensor, nn
 from storage.errors import ConfigError, StillhouseError
 from storage.processes.waiting import Waiting
 from student_train.config import StageSection
-from student_train.models.expert_parallel import autoep_settings, standard_names
+from student_train.models.expert_parallel import make_autoep_settings, to_standard_names
 from student_train.models.parameter_groups import ParameterGroup
 
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
-_LARGEST_BUCKET = 200_000_000  # elements of gradients that are reduced at once
-_RESTART = "mend the disk and try again, or give the state up with --restart, which begins the stage anew"
-_PATIENCE = timedelta(hours=6)  # for what the first rank does alone, such as composing a student of many gigabytes
+_LARGEST_BUCKET = 200_000_000  # gradient elements that are reduced at once
+_RESTART = "repair the disk and try again, or discard the state with --restart, which starts the stage again"
+_PATIENCE = timedelta(hours=6)  # for work of the first rank alone, such as composing a student of many gigabytes
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Process:
-    """Which of how many processes this one is, and where it computes."""
+    """Rank, number of ranks and device of this process."""
 
     rank: int
     num_ranks: int
@@ -52,17 +52,17 @@ class Process:
         return self.rank == 0
 
 
-def this_process() -> Process:
-    """As torchrun's environment says; alone without it. A GPU is taken if there is one."""
+def detect_process() -> Process:
+    """Read rank and device from torchrun's environment; without it the only rank. Uses a GPU if there is one."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     return Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
 
 
-def from_first(process: Process, make: Callable[[], T]) -> T:
-    """What `make` returns on the first rank, on every rank; its StillhouseError is raised on each. A collective.
+def run_on_first_rank(process: Process, make: Callable[[], T]) -> T:
+    """Call `make` on the first rank; return its result, or raise its StillhouseError, on every rank. A collective.
 
-    What ranks decide from files must be decided by one of them: another node may see a shared folder late.
+    Decisions that depend on files must be made by one rank: another node may see a shared folder late.
     """
     if process.num_ranks == 1:
         return make()
@@ -72,11 +72,11 @@ def from_first(process: Process, make: Callable[[], T]) -> T:
         try:
             outcome[1] = make()
         except StillhouseError as error:
-            kind = ConfigError if isinstance(error, ConfigError) else StillhouseError  # which decide exit codes
+            kind = ConfigError if isinstance(error, ConfigError) else StillhouseError  # these two decide exit codes
             failure, outcome[0] = error, kind(str(error))
-    with quiet(Path(os.devnull)):
-        _join_ranks(process)
-        torch.distributed.broadcast_object_list(outcome, src=0, group=_patient_group(), device=torch.device("cpu"))
+    with redirect_output(Path(os.devnull)):
+        _init_process_group(process)
+        torch.distributed.broadcast_object_list(outcome, src=0, group=_make_patient_group(), device=torch.device("cpu"))
     if failure is not None:
         raise failure
     if outcome[0] is not None:
@@ -85,16 +85,16 @@ def from_first(process: Process, make: Callable[[], T]) -> T:
 
 
 @dataclass(frozen=True)
-class Update:
-    """What an optimizer step did."""
+class StepUpdate:
+    """The outcome of an optimizer step."""
 
-    grad_norm: float  # of the whole gradient, before it is clipped
-    applied: bool = True  # False: fp16 overflowed at this loss scale; weights stay, the scale falls
-    loss_scale: float | None = None  # that was used; None but for fp16
+    grad_norm: float  # of the whole gradient, before clipping
+    applied: bool = True  # False: fp16 overflowed; the weights are unchanged and the loss scale is lowered
+    loss_scale: float | None = None  # used in this step; fp16 only
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held: of the GPU, or resident."""
+def measure_peak_memory(device: torch.device) -> int:
+    """Return this process's peak memory: allocated on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
@@ -102,7 +102,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Engine:
-    """A module that trains: DeepSpeed's engine, its process group, and what it prints kept in a file."""
+    """Trains a module: DeepSpeed's engine and process group, with their output redirected to a file."""
 
     def __init__(
         self,
@@ -115,39 +115,39 @@ class Engine:
         log_path: Path,
         decoder: Any = None,
     ) -> None:
-        """Join the other ranks and shard `module`'s optimizer, of `groups` of its parameters, as stage.zero_stage says.
+        """Join the other ranks and shard the optimizer of `module`'s parameter `groups` by stage.zero_stage.
 
-        `num_micro`: forward passes an optimizer step. DeepSpeed's and gloo's messages go to `log_path`. `decoder`: its
-        configuration, needed for stage.expert_parallel, which puts others in the place of the module's sparse layers.
+        `num_micro`: forward passes an optimizer step. DeepSpeed's and gloo's output goes to `log_path`. `decoder`: the
+        decoder's configuration; stage.expert_parallel needs it to replace the module's sparse layers.
         """
         self.process = process
         self._scales = stage.precision == "fp16"
         self._log_path = log_path
         self._zero_stage = stage.zero_stage
-        self._unwrapped = stage.zero_stage == 0 and stage.precision == "fp32"  # DeepSpeed keeps no norm then
-        with quiet(log_path):
+        self._unwrapped = stage.zero_stage == 0 and stage.precision == "fp32"  # DeepSpeed keeps no gradient norm then
+        with redirect_output(log_path):
             self._deepspeed = _import_deepspeed(process)
-            _join(process, self._deepspeed)
+            _init_deepspeed(process, self._deepspeed)
             num_parameters = sum(p.numel() for group in groups for p in group.parameters)
-            settings = _settings(stage, num_micro, num_parameters, pins=process.device.type == "cuda")
+            settings = _make_config(stage, num_micro, num_parameters, pins=process.device.type == "cuda")
             if stage.expert_parallel > 1:
-                settings["expert_parallel"] = autoep_settings(decoder, stage.expert_parallel)
+                settings["expert_parallel"] = make_autoep_settings(decoder, stage.expert_parallel)
             self._engine: Any = self._deepspeed.initialize(
                 model=module,
-                model_parameters=_described(groups),
-                optimizer=_adamw,
+                model_parameters=_describe_groups(groups),
+                optimizer=_make_adamw,
                 config=settings,
             )[0]
-            for state in self._engine.basic_optimizer.state.values():  # a step with no gradient may have made room
+            for state in self._engine.basic_optimizer.state.values():  # DeepSpeed may have run a step without gradients
                 state["step"].zero_()
 
     def forward(self, *inputs: Any) -> Any:
-        """The module's output, in train mode."""
+        """Return the module's output, in train mode."""
         return self._engine(*inputs)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within it the module is in eval mode, and no gradients are made."""
+        """Put the module into eval mode without gradients, within the context."""
         modes = [(module, module.training) for module in self._engine.modules()]
         self._engine.eval()
         try:
@@ -158,17 +158,17 @@ class Engine:
                 module.training = mode
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss that is this rank's share of a sum over ranks and micro-batches."""
-        # DeepSpeed averages over ranks (and over micro-batches, unless told not to); ours are sums.
+        """Accumulate the gradient of this rank's share of a loss that is a sum over ranks and micro-batches."""
+        # DeepSpeed averages over ranks (and over micro-batches, unless disabled); our losses are sums.
         self._engine.backward(loss * self.process.num_ranks, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> Update | None:
-        """Count a micro-batch; after the last one update weights. `lr`: of groups whose factor is 1.
+    def step(self, lr: float) -> StepUpdate | None:
+        """Count a micro-batch; after the last one, update weights and return the outcome.
 
-        StillhouseError: fp16 overflows at any loss scale.
+        `lr`: the learning rate of groups with factor 1. StillhouseError: fp16 overflows at any loss scale.
         """
         last = self._engine.is_gradient_accumulation_boundary()
-        norm = self._unwrapped_norm() if last and self._unwrapped else 0.0
+        norm = self._compute_unwrapped_norm() if last and self._unwrapped else 0.0
         optimizer = self._engine.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -178,29 +178,29 @@ class Engine:
         except Exception as error:
             if type(error) is Exception and "loss scale already at minimum" in str(error):  # DeepSpeed has no class
                 raise StillhouseError(
-                    "gradients overflow in fp16 at every loss scale, 1 at last; lower stages.NAME.lr, or take bf16"
+                    "gradients overflow in fp16 at every loss scale down to 1; lower stages.NAME.lr, or take bf16"
                 ) from error
             raise
         if not last:
             return None
         if self._unwrapped:
-            return Update(norm)
+            return StepUpdate(norm)
         applied = not self._scales or bool(self._engine.was_step_applied())
-        return Update(float(self._engine.get_global_grad_norm()) if applied else math.nan, applied, scale)
+        return StepUpdate(float(self._engine.get_global_grad_norm()) if applied else math.nan, applied, scale)
 
-    def _unwrapped_norm(self) -> float:
+    def _compute_unwrapped_norm(self) -> float:
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Each value summed over ranks; a collective."""
-        return self._reduced(values, torch.distributed.ReduceOp.SUM)
+        """Sum each value over ranks. A collective."""
+        return self._reduce(values, torch.distributed.ReduceOp.SUM)
 
     def max_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The largest of each value over ranks; a collective."""
-        return self._reduced(values, torch.distributed.ReduceOp.MAX)
+        """Return the maximum of each value over ranks. A collective."""
+        return self._reduce(values, torch.distributed.ReduceOp.MAX)
 
-    def _reduced(self, values: Mapping[str, float], operation: Any) -> dict[str, float]:
+    def _reduce(self, values: Mapping[str, float], operation: Any) -> dict[str, float]:
         if self.process.num_ranks == 1:
             return dict(values)
         packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.process.device)
@@ -208,7 +208,7 @@ class Engine:
         return dict(zip(values, packed.tolist(), strict=True))
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Whole weights of a part of the module on the first rank, nothing on the others. A collective."""
+        """Gather the whole weights of a part of the module on the first rank; empty on the others. A collective."""
         experts = {
             f"{path}.experts.": layer.ep_group
             for path, layer in model.named_modules()
@@ -222,24 +222,24 @@ class Engine:
                 weight = parameter.detach()
                 for prefix, group in experts.items():
                     if name.startswith(prefix):
-                        weight = _of_all_ranks(weight, group)
+                        weight = _gather_pieces(weight, group)
                 if self.process.is_first:
-                    gathered[name] = weight.to("cpu", copy=self._zero_stage == 3)  # which takes its piece back
+                    gathered[name] = weight.to("cpu", copy=self._zero_stage == 3)  # ZeRO-3 frees the gathered weight
         if self.process.is_first:
             buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in gathered}
             gathered.update(buffers)
-        return standard_names(gathered) if experts else gathered
+        return to_standard_names(gathered) if experts else gathered
 
     def save_state(self, folder: Path) -> None:
-        """What training needs to go on: trained weights and optimizer, in DeepSpeed's files. A collective."""
-        with quiet(self._log_path):
+        """Save trained weights and optimizer in DeepSpeed's files, to resume from. A collective."""
+        with redirect_output(self._log_path):
             self._engine.save_checkpoint(
                 str(folder.parent), folder.name, save_latest=False, exclude_frozen_parameters=True
             )
 
     def load_state(self, folder: Path) -> None:
-        """Go on where `save_state` was called, on as many ranks. StillhouseError if the files are not whole."""
-        with quiet(self._log_path):
+        """Restore a state that `save_state` saved with the same number of ranks. StillhouseError: broken files."""
+        with redirect_output(self._log_path):
             try:
                 found, _ = self._engine.load_checkpoint(
                     str(folder.parent), folder.name, load_module_strict=False, load_lr_scheduler_states=False
@@ -250,19 +250,19 @@ class Engine:
             raise StillhouseError(f"{folder}: holds no state of DeepSpeed; {_RESTART}")
 
     def barrier(self) -> None:
-        """Wait for the other ranks."""
+        """Wait until all ranks arrive here."""
         if self.process.num_ranks > 1:
             with Waiting("the other ranks"):
                 torch.distributed.barrier()
 
     def close(self) -> None:
-        """Let go of the module. The ranks stay joined, so that this process may train another stage."""
+        """Release the module. The process group stays, so that this process may train another stage."""
         self._engine.destroy()
 
 
 @contextlib.contextmanager
-def quiet(log_path: Path) -> Iterator[None]:
-    """Within it, whatever Python or native code prints goes to the end of a file."""
+def redirect_output(log_path: Path) -> Iterator[None]:
+    """Append all output of Python and native code to a file, within the context."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -274,7 +274,7 @@ def quiet(log_path: Path) -> Iterator[None]:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # a log on a full disk; the terminal must come back all the same
+            with contextlib.suppress(OSError):  # a log on a full disk; the terminal must be restored nevertheless
                 stream.flush()
         for descriptor, number in zip(kept, (1, 2), strict=True):
             os.dup2(descriptor, number)
@@ -284,55 +284,55 @@ def quiet(log_path: Path) -> Iterator[None]:
 def _import_deepspeed(process: Process) -> Any:
     if process.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # its own calls
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's own calls
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         deepspeed = importlib.import_module("deepspeed")
         with importlib.import_module("torch._dynamo").config.patch(disable=True):
             importlib.import_module(_MUON)
     if process.device.type == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}  # the answer of a probe that found nothing to build
-        # It says no where the CPU has no instructions for fp16. PyTorch computes there all the same, slowly.
+        deepspeed.ops.__compatible_ops__ = {}  # the cached result of a probe that found nothing to build
+        # DeepSpeed refuses fp16 on CPUs without fp16 instructions, but PyTorch computes it, slowly.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
 
 
-def _join(process: Process, deepspeed: Any) -> None:
-    deepspeed.init_distributed(_join_ranks(process))
+def _init_deepspeed(process: Process, deepspeed: Any) -> None:
+    deepspeed.init_distributed(_init_process_group(process))
 
 
-def _join_ranks(process: Process) -> str:
-    """Make the process group, unless it is there; returns its backend."""
+def _init_process_group(process: Process) -> str:
+    """Create the process group unless it exists; return its backend."""
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if process.device.type == "cuda" else "gloo"
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     if not torch.distributed.is_initialized():
-        store = None if "MASTER_ADDR" in os.environ else _store_of_one()
+        store = None if "MASTER_ADDR" in os.environ else _make_local_store()
         torch.distributed.init_process_group(backend, rank=process.rank, world_size=process.num_ranks, store=store)
         atexit.register(torch.distributed.destroy_process_group)
     return backend
 
 
 @cache
-def _patient_group() -> Any:
+def _make_patient_group() -> Any:
     return importlib.import_module("torch.distributed").new_group(backend="gloo", timeout=_PATIENCE)
 
 
-def _store_of_one() -> Any:
-    """What a process group without others meets in: no port is opened."""
+def _make_local_store() -> Any:
+    """Return a store for a process group of one rank, which opens no port."""
     return importlib.import_module("torch.distributed").HashStore()
 
 
-def _of_all_ranks(piece: Tensor, group: Any) -> Tensor:
-    """The pieces of a group's ranks, one after another."""
+def _gather_pieces(piece: Tensor, group: Any) -> Tensor:
+    """Concatenate the pieces of a group's ranks. A collective of the group."""
     pieces = [torch.empty_like(piece) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(pieces, piece.contiguous(), group=group)
     return torch.cat(pieces)
 
 
-def _described(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
-    """Groups of parameters as optimizers have them; AutoEP puts what replaces a parameter into its list."""
+def _describe_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    """Convert parameter groups to an optimizer's dicts, in whose lists AutoEP replaces parameters."""
     return [
         {
             "params": group.parameters, "weight_decay": group.weight_decay,
@@ -342,17 +342,17 @@ def _described(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """torch's own, fused on GPU and CPU alike: an offloaded step needs no compiler, as DeepSpeed's would.
+def _make_adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Create torch's fused AdamW, for GPU and CPU: unlike DeepSpeed's, an offloaded step needs no compiler.
 
-    Experts that are divided among ranks have groups of their own, for ZeRO shards them over fewer ranks.
+    Experts that are sharded among ranks get groups of their own, since ZeRO shards them over fewer ranks.
     """
     moe = importlib.import_module("deepspeed.moe.utils")
     split = moe.split_params_into_different_moe_groups_for_optimizer(groups)
     return torch.optim.AdamW([group for group in split if group["params"]], lr=0.0, fused=True)  # step() sets it
 
 
-def _settings(stage: StageSection, num_micro: int, num_parameters: int, *, pins: bool) -> dict[str, Any]:
+def _make_config(stage: StageSection, num_micro: int, num_parameters: int, *, pins: bool) -> dict[str, Any]:
     bucket = max(1, min(num_parameters, _LARGEST_BUCKET))
     zero: dict[str, Any] = {"stage": stage.zero_stage}
     if stage.zero_stage:
@@ -360,7 +360,7 @@ def _settings(stage: StageSection, num_micro: int, num_parameters: int, *, pins:
     for what, name in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         if what in stage.offload:
             zero[name] = {"device": "cpu", "pin_memory": pins}
-    # DeepSpeed's default is the model's dtype, and each micro-batch would round the sum of those before it to 8 bits.
+    # DeepSpeed's default is the model's dtype, where each micro-batch would round the accumulated sum to 8 bits.
     data_types = {"grad_accum_dtype": "fp32"} if stage.zero_stage and stage.precision == "bf16" else {}
     return {
         "data_types": data_types,

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights that train."""
+"""The exponential moving average of trained weights."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from storage.errors import StillhouseError
 
 
 class WeightAverage:
-    """Averages of a model's trained parameters, in float32, the same on every rank.
+    """Averages a model's trained parameters in float32, identically on every rank.
 
-    After step t an average keeps min(decay, (1 + t) / (10 + t)) of itself, so that the weights before any training
-    are soon forgotten. Source: TensorFlow's ExponentialMovingAverage with num_updates.
+    The decay of step t is min(decay, (1 + t) / (10 + t)), so that the initial weights lose their influence quickly.
+    Source: TensorFlow's ExponentialMovingAverage with num_updates.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Of the model as it is: whole parameters, not ZeRO-3's pieces."""
+        """Start from the model's current parameters, which must be whole, not sharded by ZeRO-3."""
         self._decay = decay
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {name: p.detach().float().clone() for name, p in self._trained.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After the step of that number, counted from 1."""
+        """Add the weights after a step, counted from 1."""
         kept = min(self._decay, (1 + step) / (10 + step))
         for name, parameter in self._trained.items():
             self._average[name].lerp_(parameter.float(), 1 - kept)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within it the model has the averaged weights; afterwards its own, to the bit."""
+    def swapped_in(self) -> Iterator[None]:
+        """Give the model the averaged weights, within the context; then restore its own bit-exactly."""
         own = {name: p.detach().clone() for name, p in self._trained.items()}
-        self._put(self._average)
+        self._copy_to_model(self._average)
         try:
             yield
         finally:
-            self._put(own)
+            self._copy_to_model(own)
 
     @torch.no_grad()
-    def _put(self, weights: dict[str, torch.Tensor]) -> None:
+    def _copy_to_model(self, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._trained.items():
             parameter.copy_(weights[name])
 
@@ -54,7 +54,7 @@ class WeightAverage:
         save_file(self._average, path)
 
     def load(self, path: Path) -> None:
-        """Go on where `save` was called. StillhouseError if the file is not whole."""
+        """Restore averages that `save` wrote. StillhouseError: a broken file."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -64,5 +64,5 @@ class WeightAverage:
                 average.copy_(found[name])
         except (OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise StillhouseError(
-                f"{path}: cannot be read back: {error}; mend the disk, or give the state up with --restart"
+                f"{path}: cannot be read back: {error}; repair the disk, or discard the state with --restart"
             ) from error

@@ -1,4 +1,4 @@
-"""What is told of a stage's steps: metrics.jsonl, trackers, a progress bar."""
+"""Reports a stage's steps: metrics.jsonl, trackers, a progress bar."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from student_train.config import StageSection
-from student_train.training.deepspeed_engine import Process, Update
+from student_train.training.deepspeed_engine import Process, StepUpdate
 from student_train.training.metrics_log import MetricsLog
-from student_train.training.trackers import Tracking
+from student_train.training.trackers import Trackers
 
 
 class Journal:
-    """Written by the first rank; the others count along. Use as a context manager."""
+    """Reports steps on the first rank; does nothing visible on the others. Use as a context manager."""
 
     def __init__(self, stage: StageSection, name: str, *, num_steps: int, resumed_at: int, process: Process) -> None:
-        """Of a resolved stage, after `resumed_at` of its `num_steps` steps."""
+        """`stage`: resolved. `resumed_at`: the number of steps that are already done."""
         output, is_first = Path(stage.output), process.is_first
         self._log = MetricsLog(output / "metrics.jsonl" if is_first else None, resumed_at=resumed_at)
-        self._tracking = Tracking(
+        self._tracking = Trackers(
             stage.track if is_first else (), output, title=f"{name}-{stage.seed}",
             settings=stage.model_dump(mode="json"), done=self._log.kept,
         )  # fmt: skip
@@ -45,8 +45,8 @@ class Journal:
     def __exit__(self, *raised: Any) -> None:
         self._open.__exit__(*raised)
 
-    def count(self, num_tokens: float, num_positions: float, losses: Mapping[str, float]) -> None:
-        """A step of all ranks, of so many tokens; positions are those with padding. The bar shows its losses."""
+    def count_step(self, num_tokens: float, num_positions: float, losses: Mapping[str, float]) -> None:
+        """Count a step with its tokens over all ranks, and positions with padding; show its losses in the bar."""
         self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + num_tokens
         self._num_positions += num_positions
         shown = [f"{name}={value:.3f}" for name, value in losses.items()]
@@ -60,10 +60,10 @@ class Journal:
         held_out: Mapping[str, float],
         *,
         lr: float,
-        update: Update,
+        update: StepUpdate,
         memory_bytes: int,
     ) -> None:
-        """After a step, counted from 1. Rates are of the steps since the last time."""
+        """Log a step, counted from 1. Rates are over the steps since the last call."""
         seconds = max(time.monotonic() - self._since, 1e-9)
         line = {
             "step": step,
@@ -75,7 +75,7 @@ class Journal:
             "samples_per_s": self._num_steps * self._global_batch / seconds,
             "tokens_per_s": self._num_tokens / seconds,
             "padding_fraction": 1 - self._num_tokens / self._num_positions,
-            "memory_bytes": memory_bytes,  # the most that a rank has held so far
+            "memory_bytes": memory_bytes,  # peak of any rank so far
         }
         self._log.write(line)
         self._tracking.write(line)

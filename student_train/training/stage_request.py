@@ -1,4 +1,4 @@
-"""What a training command asks for besides training. Imports nothing heavy: the command line needs it at once."""
+"""The options --again, --again-if-changed and --restart of a training command. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Request:
-    """How a finished result and an unfinished state are treated."""
+class StageRequest:
+    """What to do with a finished result and an unfinished state."""
 
-    again: Literal["never", "if_changed", "always"] = "never"  # whether a finished stage is trained anew
-    restart: bool = False  # an unfinished state is given up
+    again: Literal["never", "if_changed", "always"] = "never"  # whether to retrain a finished stage
+    restart: bool = False  # whether to discard an unfinished state

@@ -1,8 +1,8 @@
-"""Metrics for people to watch: TensorBoard, Weights & Biases, MLflow. metrics.jsonl holds the same, and is the record.
+"""Writes metrics to TensorBoard, Weights & Biases or MLflow. metrics.jsonl holds the same and is authoritative.
 
-A resumed run goes on in the same curves, no step twice: TensorBoard's files are written again from metrics.jsonl;
-the other two go on in the run that tracking.json names, after the last step that they were given. (A resumed run
-repeats the steps since its last saved state to the bit, so those that are left out are there already.)
+A resumed run continues the same curves, without repeated steps: TensorBoard's files are written again from
+metrics.jsonl; the other two continue the run that tracking.json names, after the last step that they received. (A
+resumed run repeats the steps since its last saved state bit-exactly, so the skipped ones are already there.)
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from student_train.config import Tracker
 
 _PROJECT = "stillhouse"
 _FILE = "tracking.json"
-_EVENT_THREAD = "_AsyncWriterThread"  # TensorBoard's, which prints a traceback and lets go
+_EVENT_THREAD = "_AsyncWriterThread"  # TensorBoard's, which prints a traceback and ends
 _Values = Mapping[str, float]
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:
-    """ConfigError for a tracker whose package is not installed."""
+    """Check that the trackers' packages are installed. Errors: ConfigError."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
-                f"track: {name} is not installed; pip install {name}, or leave it out of stages.NAME.track"
+                f"track: {name} is not installed; pip install {name}, or remove it from stages.NAME.track"
             )
 
 
 @dataclass(frozen=True)
-class _Sink:
-    run: str | None  # its id at the service
+class _Tracker:
+    run: str | None  # the run's id at the service; None for local files
     write: Callable[[int, _Values], object]
     close: Callable[[bool], object]  # takes whether the run failed
 
 
-class Tracking:
+class Trackers:
     """The trackers that a stage names. Use as a context manager."""
 
     def __init__(
@@ -57,13 +57,13 @@ class Tracking:
         settings: Mapping[str, Any],
         done: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """`title`: of the run. `settings`: of the stage. `done`: the logged steps of a run that is resumed."""
+        """`title`: of the run. `settings`: of the stage. `done`: logged steps of a resumed run."""
         self._path = output / _FILE
-        self._known: dict[str, Any] = _read(self._path) if done else {}
-        self._sinks: dict[str, _Sink] = {}
+        self._known: dict[str, Any] = _read_tracking(self._path) if done else {}
+        self._sinks: dict[str, _Tracker] = {}
         for name in names:
             if name == "tensorboard":
-                self._sinks[name] = _tensorboard(output / name, done)
+                self._sinks[name] = _open_tensorboard(output / name, done)
             else:
                 known = self._known.get(name, {})
                 self._sinks[name] = _SERVICES[name](output, title, settings, known.get("run"))
@@ -76,8 +76,8 @@ class Tracking:
             sink.close(kind is not None)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Numbers of a logged step, `step` among them; what is no number is left out."""
-        step, numbers = int(values["step"]), _numbers(values)
+        """Write the numbers of a logged step, which `values` holds as `step`; ignore values of other types."""
+        step, numbers = int(values["step"]), _select_numbers(values)
         for name, sink in self._sinks.items():
             if sink.run is None:
                 sink.write(step, numbers)
@@ -87,7 +87,7 @@ class Tracking:
                 write_json(self._path, self._known)
 
 
-def _tensorboard(folder: Path, done: Sequence[Mapping[str, Any]]) -> _Sink:
+def _open_tensorboard(folder: Path, done: Sequence[Mapping[str, Any]]) -> _Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -106,41 +106,41 @@ def _tensorboard(folder: Path, done: Sequence[Mapping[str, Any]]) -> _Sink:
             with explain_write_errors(folder):
                 events.close()
         except WriteError:
-            if not failed:  # else what has failed is told, not what it did to the last events
+            if not failed:  # else the first failure is reported, not this one
                 raise
         finally:
             threading.excepthook = before
 
     for values in done:
-        write(int(values["step"]), _numbers(values))
-    return _Sink(None, write, close)
+        write(int(values["step"]), _select_numbers(values))
+    return _Tracker(None, write, close)
 
 
 def _report_thread(report: Callable[[Any], object], failure: Any) -> None:
-    """Threads' failures as before, but for a full disk in TensorBoard's own: the next event that is given tells it."""
+    """Report a thread's failure, except a full disk in TensorBoard's thread, which the next event reports."""
     if type(failure.thread).__name__ != _EVENT_THREAD or failure.exc_value is None or not is_full(failure.exc_value):
         report(failure)
 
 
-def _wandb(output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Sink:
+def _open_wandb(output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Tracker:
     found = importlib.import_module("wandb").init(
         project=_PROJECT, name=title, config=dict(settings), dir=str(output), id=run, resume="allow"
     )
-    return _Sink(
+    return _Tracker(
         found.id,
         lambda step, values: found.log(dict(values), step=step),
         lambda failed: found.finish(exit_code=int(failed)),
     )
 
 
-def _mlflow(_output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Sink:
+def _open_mlflow(_output: Path, title: str, settings: Mapping[str, Any], run: str | None) -> _Tracker:
     mlflow = importlib.import_module("mlflow")
     client = mlflow.MlflowClient()
     if run is None:
         experiment = mlflow.set_experiment(_PROJECT).experiment_id
         run = str(client.create_run(experiment, run_name=title).info.run_id)
         for name, value in settings.items():
-            client.log_param(run, name, json.dumps(value)[:6000])  # it takes no longer ones
+            client.log_param(run, name, json.dumps(value)[:6000])  # MLflow's limit
     else:
         client.update_run(run, status="RUNNING")
 
@@ -148,17 +148,17 @@ def _mlflow(_output: Path, title: str, settings: Mapping[str, Any], run: str | N
         for name, value in values.items():
             client.log_metric(run, name, value, step=step)
 
-    return _Sink(run, write, lambda failed: client.set_terminated(run, "FAILED" if failed else "FINISHED"))
+    return _Tracker(run, write, lambda failed: client.set_terminated(run, "FAILED" if failed else "FINISHED"))
 
 
-_SERVICES = {"wandb": _wandb, "mlflow": _mlflow}
+_SERVICES = {"wandb": _open_wandb, "mlflow": _open_mlflow}
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def _select_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name != "step" and isinstance(value, int | float)}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_tracking(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):

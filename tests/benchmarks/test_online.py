@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.online import OnlineObjective, teacher_head, teacher_states
-from benchmarks.student_runs import Schedule, fit, material_of
+from benchmarks.student_runs import Schedule, fit, make_stage_data
 from storage.encoding.output_head import make_head
 from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleRecord
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
 from student_train.data.collate import collate
-from student_train.data.sample_images import FeatureStore, VisionSource, open_images
+from student_train.data.sample_images import TensorStore, VisionGatherer, open_images
 from student_train.losses.config import LossesSection
 from student_train.models.loading import Checkpoint, freeze, load_for_inference, load_student, read_checkpoint
 from student_train.models.student import Student
 from student_train.training.objective import Objective
-from student_train.training.stage_data import cached_teacher, loss_families
+from student_train.training.stage_data import list_loss_families, load_cached_teacher
 from tests.student_train.caches import make_cache, sparse_rows
 from tests.tiny import make_tiny_llava
 
@@ -40,8 +40,8 @@ class World:
     tokens: Cache
     student: Checkpoint
     teacher: Student
-    vision: VisionSource
-    features: FeatureStore
+    vision: VisionGatherer
+    features: TensorStore
     folder: Path
 
 
@@ -51,9 +51,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     small = make_tiny_llava(folder / "student", num_layers=1)
     large = make_tiny_llava(folder / "teacher", num_layers=2, seed=5)
     tokens = Cache.open(make_cache(folder / "tokens", small, families=()), ())
-    checkpoint, features = read_checkpoint(small), FeatureStore(0)  # each has a tower of its own: no feature is kept
-    vision = VisionSource(
-        open_images(tokens, None, checkpoint.image_processor), features=None, pixels=FeatureStore(1 << 24)
+    checkpoint, features = read_checkpoint(small), TensorStore(0)  # each has a tower of its own: no feature is kept
+    vision = VisionGatherer(
+        open_images(tokens, None, checkpoint.image_processor), features=None, pixels=TensorStore(1 << 24)
     )
     teacher = load_for_inference(read_checkpoint(large), vocab_size=VOCABULARY)
     with torch.no_grad():  # a random head says nothing; this one has preferences
@@ -85,13 +85,13 @@ def write(world: World, name: str, *, k: int | None = None, hidden: bool = False
 
 
 def _rows(world: World, hidden: Tensor, k: int | None, record: SampleRecord | None = None) -> SparseRows:
-    logits = teacher_head(world.teacher).logits(hidden, dtype=torch.float32).numpy()
+    logits = teacher_head(world.teacher).compute_logits(hidden, dtype=torch.float32).numpy()
     labels = None if record is None else record.tokens.token_ids[record.tokens.response_mask].astype(np.int64)
     return sparse_rows(logits, k=k, labels=labels)
 
 
 def _batch(world: World, records: list[SampleRecord]) -> Any:
-    return collate(records, world.student.grid, world.vision.gather)
+    return collate(records, world.student.sequence_format, world.vision.gather)
 
 
 def trained(world: World, losses: dict[str, Any], cache: Cache | None) -> dict[str, Tensor]:
@@ -102,14 +102,14 @@ def trained(world: World, losses: dict[str, Any], cache: Cache | None) -> dict[s
     start = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
     identity = world.tokens.identity
     student = Student(model, vocab_size=VOCABULARY, image_token_id=identity.image_token_id, features=None)
-    material = material_of(world.tokens if cache is None else cache, world.student)
+    stage_data = make_stage_data(world.tokens if cache is None else cache, world.student)
     if cache is None:
         head, ask = teacher_head(world.teacher), partial(teacher_states, world.teacher)
         objective, families = OnlineObjective(student, section, ask, head), ()
     else:
-        teacher = cached_teacher(material, section)
-        objective, families = Objective(student, section, teacher, chunk_logits=1 << 20), loss_families(section)
-    fit(objective, material, world.vision.gather, families, seed=1, schedule=SCHEDULE)
+        teacher = load_cached_teacher(stage_data, section)
+        objective, families = Objective(student, section, teacher, chunk_logits=1 << 20), list_loss_families(section)
+    fit(objective, stage_data, world.vision.gather, families, seed=1, schedule=SCHEDULE)
     return {name: model.get_parameter(name).detach() - before for name, before in start.items()}
 
 

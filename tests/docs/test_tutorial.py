@@ -9,7 +9,7 @@ import torch
 
 from student_train.config import CompositionSection
 from student_train.models.compose import compose
-from student_train.models.huggingface import load_processor, transformers_module
+from student_train.models.huggingface import import_transformers, load_processor
 from tests.tiny import SPECIAL_TOKENS, make_tiny_tokenizer
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
@@ -17,7 +17,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tutorial.md").read_text(
 
 def make_parts(folder: Path) -> dict[str, str]:
     """A SigLIP with its image processor and a Qwen2 with a tokenizer that has no image token."""
-    transformers = transformers_module()
+    transformers = import_transformers()
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 2}
     config = transformers.SiglipConfig(

@@ -11,7 +11,7 @@ from PIL import Image
 from storage.identity import compute_tokenizer_fingerprint, compute_vocab_size
 from storage.records.records import ImageRef, PartRecords, SampleError, TokensRecord, compute_image_key
 from storage.writer.cache_writer import CacheWriter
-from student_train.models.huggingface import transformers_module
+from student_train.models.huggingface import import_transformers
 from teacher_dump import torchvision_shim
 from tests.storage.synthetic_cache import TAU, make_identity, make_logits, make_relation, select
 from tests.tiny import IMAGE_TOKEN, make_tiny_tokenizer
@@ -27,15 +27,15 @@ REASON = f"broken: {SCRIPT}"
 NUM_VISUAL_TOKENS = 9
 
 
-def import_transformers() -> None:
+def import_transformers_first() -> None:
     """As the command does it, which decides what transformers sees of other packages in this process."""
     torchvision_shim.ensure()  # other tests of the process want torchvision
-    transformers_module()
+    import_transformers()
 
 
 def write_hostile_cache(folder: Path, *, num_samples: int = 3) -> Path:
     """The cache in <folder>/cache, its tokenizer in <folder>/teacher, its one image below <folder>/images."""
-    import_transformers()
+    import_transformers_first()
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(folder / "teacher")
     vocabulary = tokenizer.get_vocab()

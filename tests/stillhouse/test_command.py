@@ -69,7 +69,7 @@ def test_a_folder_without_a_cache_or_checkpoint_is_a_users_mistake(tmp_path, cap
     for command, words in (
         (["verify", str(tmp_path)], "no cache is here (cache.json is missing)"),
         (["inspect", str(tmp_path)], "no cache is here (cache.json is missing)"),
-        (["ask", "--model", str(tmp_path), "--image", str(image), "what?"], "no checkpoint is in this folder"),
+        (["ask", "--model", str(tmp_path), "--image", str(image), "what?"], "is not a checkpoint"),
         (
             ["dump", f"teacher.model={tmp_path}", f"data={{sources: [{{path: {data}}}]}}"],
             "no checkpoint is in the folder",

@@ -20,7 +20,7 @@ from storage.images.settings import OLD_PIXELS
 from storage.reader.cache import Cache
 from student_train.config import EvaluationSection, SourceSection
 from student_train.data.sample_images import ImageFolder, open_images
-from student_train.evaluation.evaluate import evaluate_model
+from student_train.evaluation.model_evaluation import evaluate_model
 from student_train.models.huggingface import load_image_processor
 from teacher_dump.data.image_loading import load_image
 from teacher_dump.prompts.processor import load_processor
@@ -48,7 +48,7 @@ def student_values(cache: Path, teacher: Path) -> dict[str, np.ndarray]:
     opened = Cache.open(cache, families=())
     images = open_images(opened, None, load_image_processor(teacher))
     return {
-        sample_id: images.pixels(opened.read(index).tokens.images[0], sample_id=sample_id).numpy()
+        sample_id: images.load_pixels(opened.read(index).tokens.images[0], sample_id=sample_id).numpy()
         for index, sample_id in enumerate(opened.sample_ids)
     }
 
@@ -94,7 +94,7 @@ def test_pixels_of_older_caches_are_others(folder: Path) -> None:
     images = ImageFolder(folder / "data", load_image_processor(folder / "teacher"), pixels=OLD_PIXELS)
     now, differing = student_values(folder / "cache", folder / "teacher"), set()
     for index, sample_id in enumerate(cache.sample_ids):
-        old = images.pixels(cache.read(index).tokens.images[0], sample_id=sample_id).numpy()
+        old = images.load_pixels(cache.read(index).tokens.images[0], sample_id=sample_id).numpy()
         if not np.array_equal(old, now[sample_id]):
             differing.add(sample_id)
     assert {"exif-6", "rgba", "16-bit", "float-tiff", "transparent-palette"} <= differing

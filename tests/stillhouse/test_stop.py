@@ -104,7 +104,7 @@ def test_sigterm_saves_the_state_of_a_training(
     stop_in_the_loop(train, [output], train.process.terminate)
     assert_stopped(train, 143)
     assert last_state(output) >= 3
-    assert "all is saved" in train.text()
+    assert "its state is saved" in train.text()
 
 
 def test_torchrun_s_ranks_keep_their_exit_code(start: Callable[..., MarkedCommand], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Prints one JSON line a ZeRO stage: the relative error of a gradient that many micro-batches add up to in bf16.
+"""Prints the relative error of a bf16 gradient accumulated over many micro-batches, one JSON line a ZeRO stage.
 
-A process of its own, since DeepSpeed changes the one that it is imported in.
+Runs in a process of its own, since importing DeepSpeed changes the process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from student_train.config import StageSection
 from student_train.models.parameter_groups import ParameterGroup
-from student_train.training.deepspeed_engine import Engine, this_process
+from student_train.training.deepspeed_engine import Engine, detect_process
 
 SIZE = 48
 
@@ -34,12 +34,12 @@ class Quadratic(nn.Module):
 
 
 def relative_error(zero_stage: Literal[1, 2, 3], num_micro: int, log_path: Path) -> float:
-    """Of the accumulated gradient, in the Frobenius norm, against float64 on the same bf16 weights."""
+    """Return the accumulated gradient's relative error (Frobenius norm) against float64 on the same bf16 weights."""
     stage = StageSection(init="none", zero_stage=zero_stage, precision="bf16", steps=1)
     module = Quadratic()
     weight = module.weight.detach().to(torch.bfloat16).double()
     group = ParameterGroup(parameters=[module.weight], weight_decay=0.0, lr_factor=1.0)
-    engine = Engine(module, [group], stage, this_process(), num_micro=num_micro, log_path=log_path)
+    engine = Engine(module, [group], stage, detect_process(), num_micro=num_micro, log_path=log_path)
     draw = torch.Generator().manual_seed(1)
     expected = torch.zeros(SIZE, SIZE, dtype=torch.float64)
     for micro in range(num_micro):

@@ -1,7 +1,6 @@
-"""Small sealed caches for the student's tests, written through storage alone: no teacher is needed.
+"""Small sealed caches for the student's tests, written with storage alone, without a teacher.
 
-Teacher rows come from random logits; `dense_rows` makes a SparseRows of them by an exact threshold, top k
-or threshold sampling, in plain numpy.
+Teacher rows come from random logits; `sparse_rows` selects entries by top k or threshold sampling, in plain numpy.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), 
 
 
 def log_softmax(logits: NDArray) -> NDArray[np.float64]:
-    """Row-wise, in float64."""
+    """Compute log-softmax of each row, in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
@@ -48,7 +47,7 @@ def sparse_rows(
     labels: NDArray | None = None,
     temperatures: Sequence[float] = (),
 ) -> SparseRows:
-    """Rows of logits (r, v) as a cache keeps them: the k most probable, or threshold sampling with tau."""
+    """Convert logits (r, v) to rows as a cache stores them: the k most probable, or threshold sampling with tau."""
     logprobs = log_softmax(logits)
     draw = np.random.default_rng(seed)
     ids, values, offsets, num_exact, tails = [], [], [0], [], []
@@ -107,7 +106,7 @@ def make_cache(
     temperatures: Sequence[float] = (),
     **identity_fields: Any,
 ) -> Path:
-    """A cache whose samples a student with `checkpoint`'s tokenizer can learn; images lie in <folder>/images.
+    """Write a cache that a student with `checkpoint`'s tokenizer can learn; images lie in <folder>/images.
 
     `num_samples` for each split. Sample i shows image i % num_images and asks for one of its colours. With the
     family sequence, samples 2 i and 2 i + 1 are the right and a wrong answer to one question.

@@ -1,4 +1,4 @@
-"""Shared by the student's tests: a tiny checkpoint, a cache that fits it, runs of the command line."""
+"""Fixtures of the student's tests: a tiny checkpoint, a cache that fits it, runs of the command line."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
-    """24 samples of `train` and of `test`, all families, top 8."""
+    """A cache with 24 samples each of `train` and `test`, all families, top 8."""
     return make_cache(tmp_path_factory.mktemp("cache"), checkpoint)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command line ended."""
+    """Exit code and stderr of a command line."""
 
     code: int
     stderr: str
@@ -77,7 +77,7 @@ class Runner:
         return self.folder / "runs" / "t" / f"{stage}-0"
 
     def run(self, stage: str, *arguments: str) -> Outcome:
-        """One command line of plain Python."""
+        """Run one command line with plain Python."""
         self.config.write_text(yaml.safe_dump(self.document))
         done = self._python([str(MAIN), *self._arguments(stage, arguments)])
         return Outcome(done.returncode, done.stderr)
@@ -85,10 +85,10 @@ class Runner:
     def run_in_turn(
         self, *commands: Sequence[str], prologue: str = "", ranks: int = 1, nodes: int = 1
     ) -> list[Outcome]:
-        """Command lines (stage, arguments) one after another in the same processes, as the first rank sees them.
+        """Run command lines (stage, arguments) in turn in the same processes; return the first rank's outcomes.
 
-        `prologue`: Python to run first. Several ranks are torchrun's; of `nodes` each has a torchrun of its own, and
-        as many ranks.
+        `prologue`: Python code to run first. Several ranks are started by torchrun; each of `nodes` has a torchrun of
+        its own, and an equal number of ranks.
         """
         self.config.write_text(yaml.safe_dump(self.document))
         script = self.folder / "in_turn.py"
@@ -104,7 +104,7 @@ class Runner:
         return [Outcome(**outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
 
     def _nodes(self, torchrun: Sequence[str], command: Sequence[str], nodes: int) -> subprocess.CompletedProcess[str]:
-        """As many torchruns; what the first one said. Another port is tried where somebody was quicker to take it."""
+        """Run one torchrun for each node; return the first one's result. Tries another port if one is taken."""
         done = []
         for _ in range(5):
             meeting = [f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
@@ -129,7 +129,7 @@ class Runner:
 
 @pytest.fixture(scope="session")
 def make_runner(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, cache: Path) -> Callable[..., Runner]:
-    """Runners over the shared checkpoint and cache; each stage is given by the fields that differ."""
+    """Makes runners over the shared checkpoint and cache; each stage is given by the fields that differ."""
 
     def make(**stages: dict[str, Any]) -> Runner:
         folder = tmp_path_factory.mktemp("run")

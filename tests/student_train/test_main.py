@@ -1,4 +1,4 @@
-"""Whole trainings through the command line, each in processes of its own."""
+"""Complete trainings through the command line, each in processes of its own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from storage.images.settings import PixelSettings, read_pixel_settings
 from storage.reader.cache import Cache
 from student_train import evaluate
 from student_train.config import EvaluationSection, SourceSection
-from student_train.evaluation.ask import answer
-from student_train.evaluation.evaluate import evaluate_model
+from student_train.evaluation.ask import answer_question
+from student_train.evaluation.model_evaluation import evaluate_model
 from student_train.template_arguments import read_template_arguments
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
@@ -26,7 +26,7 @@ LOSSES = {"response": {}, "visual": {"weight": 0.5}, "relation": {"weight": 0.5}
 WITHOUT = '''
 import sys
 class Without:
-    """A finder that does not see some packages, as if they were not installed."""
+    """A finder that hides some packages, as if they were not installed."""
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
@@ -105,7 +105,7 @@ def test_a_student_trains_where_the_teacher_s_packages_are_absent(alone: Alone) 
     assert summary["peak_memory_bytes"] > 10**7
 
 
-def test_a_split_to_be_judged_on_that_is_not_there_is_refused_before_training(alone: Alone) -> None:
+def test_a_missing_evaluation_split_is_refused_before_training(alone: Alone) -> None:
     outcome = alone.outcomes["misjudged"]
     assert outcome.code == 2
     assert "no sample is in the splits nowhere" in outcome.stderr
@@ -123,10 +123,10 @@ def test_bf16_follows_fp32(alone: Alone) -> None:
     ("zero_stage", "micro_batch", "ranks", "nodes"),
     [(2, 4, 2, 2), pytest.param(3, 2, 4, 1, marks=[pytest.mark.ci, pytest.mark.slow])],
 )
-def test_any_number_of_ranks_and_nodes_trains_as_one(
+def test_any_number_of_ranks_and_nodes_gives_the_same_training(
     make_runner: Make, alone: Alone, zero_stage: int, micro_batch: int, ranks: int, nodes: int
 ) -> None:
-    """Two ranks of a node each, and four of one node: other micro-batches (sizes differ) and a chunked head."""
+    """Two nodes with one rank each, and one node with four ranks: micro-batches of other sizes, a chunked head."""
     fields = {"losses": LOSSES, "chunk_logits": 300 * 20, "zero_stage": zero_stage, "micro_batch": micro_batch}
     runner = make_runner(split=fields)
     (outcome,) = runner.run_in_turn(("split",), ranks=ranks, nodes=nodes)
@@ -144,12 +144,12 @@ def test_a_trained_student_answers(alone: Alone) -> None:
     image = Path(cache.identity.image_root) / cache.read(0).tokens.images[0].path
     reference = document["samples"][0]["reference"]
     assert reference in ("red", "green", "blue", "white")
-    assert answer(folder, image, "what colour is the left half?") == reference
-    assert answer(folder, image, "describe the image.", max_new_tokens=2) != reference
+    assert answer_question(folder, image, "what colour is the left half?") == reference
+    assert answer_question(folder, image, "describe the image.", max_new_tokens=2) != reference
 
 
 def top_is_label(path: Path) -> float:
-    """The fraction of response rows whose most probable token is the label: the teacher is random."""
+    """Return the fraction of response rows whose most probable token is the label (the teacher is random)."""
     cache, hits = Cache.open(path), []
     for index in range(cache.num_samples):
         record = cache.read(index)
@@ -159,7 +159,7 @@ def top_is_label(path: Path) -> float:
     return sum(hits) / len(hits)
 
 
-def test_an_evaluation_holds_what_the_contract_says(alone: Alone) -> None:
+def test_an_evaluation_has_all_promised_fields(alone: Alone) -> None:
     folder, path = alone.output("memory"), alone.small_cache
     document = evaluate_model(folder, [SourceSection(path=str(path))], EvaluationSection(splits=("train",), batch=4))
     written = json.loads((folder / "evaluation.json").read_text())
@@ -193,7 +193,7 @@ def test_a_cache_of_tokens_alone_gives_no_fidelity(checkpoint: Path, tmp_path: P
     (checkpoint / "evaluation.json").unlink()
 
 
-def test_a_user_s_mistake_is_one_message_and_code_2(make_runner: Make) -> None:
+def test_a_user_s_mistake_gives_one_message_and_exit_code_2(make_runner: Make) -> None:
     runner = make_runner(run={})
     done = runner.run("rnu")
     assert done.code == 2
@@ -211,7 +211,7 @@ def test_a_changed_image_stops_training_and_is_named(alone: Alone) -> None:
     assert not (alone.runner.output("broken") / "summary.json").exists()
 
 
-def test_a_loss_that_is_no_number_stops_with_the_samples_named(alone: Alone) -> None:
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_samples(alone: Alone) -> None:
     done = alone.outcomes["hot"]
     assert done.code == 1
     assert "lower stages.NAME.lr" in done.stderr

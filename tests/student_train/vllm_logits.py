@@ -1,6 +1,6 @@
-"""`python -m tests.student_train.vllm_logits FOLDER`: how far vLLM's logits are from transformers' on two prompts.
+"""`python -m tests.student_train.vllm_logits FOLDER` prints the distance of vLLM's logits from transformers'.
 
-A process of its own: vLLM wants to be the first to import transformers.
+Runs in a process of its own, since vLLM must be the first to import transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ VOCAB_SIZE = 300
 
 
 def main(folder: Path) -> float:
-    """The largest difference on a text and on a question about an image, as a fraction of the largest logit."""
+    """Return the largest difference on a text and on an image question, as a fraction of the largest logit."""
     from teacher_dump.prompts.teacher_prompt import TeacherPrompt
     from teacher_dump.signals.lm_head import read_head
     from teacher_dump.teachers.vllm_teacher import VllmTeacher

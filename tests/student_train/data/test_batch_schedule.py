@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from storage.errors import StillhouseError
 from storage.reader.shuffle import Shuffle
 from student_train.data.batch_schedule import (
-    ReadAhead,
+    Prefetcher,
     SampleTable,
-    grouped_by_length,
-    micro_batches,
-    num_micro_batches,
-    plans,
+    count_micro_batches,
+    group_micro_batches_by_length,
+    plan_micro_batches,
+    split_micro_batches,
 )
 from student_train.losses.row_counts import RowCounts
 
@@ -31,8 +31,8 @@ def table(size: int) -> SampleTable:
 @given(size=st.integers(1, 60), micro=st.integers(1, 20), num_ranks=st.integers(1, 9))
 def test_ranks_share_a_batch_in_equally_many_pieces(size: int, micro: int, num_ranks: int) -> None:
     batch = np.random.default_rng(size).permutation(size)
-    pieces = [micro_batches(batch, micro, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
-    expected = num_micro_batches(size, micro, num_ranks=num_ranks)
+    pieces = [split_micro_batches(batch, micro, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    expected = count_micro_batches(size, micro, num_ranks=num_ranks)
     assert {len(of_rank) for of_rank in pieces} == {expected}
     assert np.concatenate([piece for of_rank in pieces for piece in of_rank]).tolist() == batch.tolist()
     assert max(len(piece) for of_rank in pieces for piece in of_rank) <= micro
@@ -42,8 +42,8 @@ def test_ranks_share_a_batch_in_equally_many_pieces(size: int, micro: int, num_r
 def test_grouping_by_length_keeps_sizes_and_sorts(size: int, micro: int, num_ranks: int) -> None:
     random = np.random.default_rng(size)
     batch, lengths = random.permutation(size), random.integers(1, 9, size)
-    pieces = grouped_by_length(batch, lengths, micro, num_ranks=num_ranks)
-    assert {len(of_rank) for of_rank in pieces} == {num_micro_batches(size, micro, num_ranks=num_ranks)}
+    pieces = group_micro_batches_by_length(batch, lengths, micro, num_ranks=num_ranks)
+    assert {len(of_rank) for of_rank in pieces} == {count_micro_batches(size, micro, num_ranks=num_ranks)}
     in_turn = [piece for together in zip(*pieces, strict=True) for piece in together]
     assert max(map(len, in_turn)) <= micro
     assert max(map(len, in_turn)) - min(map(len, in_turn)) <= 1
@@ -61,7 +61,7 @@ def test_totals_are_those_of_the_global_batch_on_every_rank(
 ) -> None:
     samples = replace(table(size), lengths=np.arange(size) * 7 % 5 if groups else None)
     by_rank = [
-        list(plans(samples, batch, micro, steps=range(2), seed=3, rank=rank, num_ranks=num_ranks))
+        list(plan_micro_batches(samples, batch, micro, steps=range(2), seed=3, rank=rank, num_ranks=num_ranks))
         for rank in range(num_ranks)
     ]
     for step in range(2):
@@ -77,17 +77,17 @@ def test_totals_are_those_of_the_global_batch_on_every_rank(
         assert sorted(counted.tolist()) == sorted(rows.tolist())
         for together in zip(*([plan for plan in each if plan.step == step] for each in by_rank), strict=True):
             assert len({(plan.micro, plan.largest) for plan in together}) == 1
-            counts = [samples.counts(plan.rows).response for plan in together if plan.counted]
+            counts = [samples.count_rows(plan.rows).response for plan in together if plan.counted]
             assert together[0].largest.response == max(counts)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_stopping_and_going_on_gives_the_same_plans_however_many_ranks(num_ranks: int) -> None:
+def test_a_resumed_schedule_gives_the_same_plans_on_any_number_of_ranks(num_ranks: int) -> None:
     order = Shuffle(np.arange(40) // 4, np.full(10, 100), window_rows=300)
     samples = replace(table(40), order=order)
 
     def rows(steps: range, rank: int, ranks: int = num_ranks) -> list[int]:
-        micro_plans = plans(samples, 8, 3, steps=steps, seed=5, rank=rank, num_ranks=ranks)
+        micro_plans = plan_micro_batches(samples, 8, 3, steps=steps, seed=5, rank=rank, num_ranks=ranks)
         return np.concatenate([plan.rows for plan in micro_plans]).tolist()
 
     for rank in range(num_ranks):
@@ -97,29 +97,29 @@ def test_stopping_and_going_on_gives_the_same_plans_however_many_ranks(num_ranks
         assert [row for of_rank in of_ranks for row in of_rank] == rows(range(step, step + 1), 0, ranks=1)
 
 
-def test_a_rank_without_samples_gets_one_that_does_not_count() -> None:
-    third = list(plans(table(5), 2, 1, steps=range(1), seed=0, rank=0, num_ranks=3))
+def test_a_rank_without_samples_gets_a_filler() -> None:
+    third = list(plan_micro_batches(table(5), 2, 1, steps=range(1), seed=0, rank=0, num_ranks=3))
     assert [(len(plan.rows), plan.counted) for plan in third] == [(1, False)]
 
 
-def test_read_ahead_yields_in_order() -> None:
-    with ReadAhead(iter(range(20)), depth=2) as reader:
+def test_the_prefetcher_yields_in_order() -> None:
+    with Prefetcher(iter(range(20)), depth=2) as reader:
         assert list(reader) == list(range(20))
 
 
-def test_read_ahead_raises_the_thread_s_own_error_where_it_happened() -> None:
+def test_the_prefetcher_raises_the_thread_s_error_at_its_item() -> None:
     def items():
         yield 1
         raise StillhouseError("sample 'x': broken")
 
-    with ReadAhead(items()) as reader:
+    with Prefetcher(items()) as reader:
         iterator = iter(reader)
         assert next(iterator) == 1
         with pytest.raises(StillhouseError, match="sample 'x': broken"):
             next(iterator)
 
 
-def test_read_ahead_stays_within_its_depth_and_stops_with_its_reader() -> None:
+def test_the_prefetcher_stays_within_its_depth_and_stops_with_its_reader() -> None:
     made = []
 
     def items():
@@ -127,7 +127,7 @@ def test_read_ahead_stays_within_its_depth_and_stops_with_its_reader() -> None:
             made.append(number)
             yield number
 
-    with ReadAhead(items(), depth=3) as reader:
+    with Prefetcher(items(), depth=3) as reader:
         assert next(iter(reader)) == 0
         time.sleep(0.2)
     assert len(made) <= 6

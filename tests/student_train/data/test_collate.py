@@ -17,12 +17,19 @@ from storage.records.records import (
     SampleRecord,
     TokensRecord,
 )
-from student_train.data.collate import Grid, answer_spans, collate, collate_prompts, layout, prompt_of
+from student_train.data.collate import (
+    SequenceFormat,
+    collate,
+    collate_prompts,
+    cut_prompt,
+    expand_sample,
+    find_answer_spans,
+)
 from student_train.data.sample_images import VisionInput
 from tests.student_train.caches import sparse_rows
 
 IMAGE = 9
-GRID = Grid(image_token_id=IMAGE, tokens_per_image=3, pad_token_id=0, max_length=32)
+GRID = SequenceFormat(image_token_id=IMAGE, tokens_per_image=3, pad_token_id=0, max_length=32)
 
 
 def image(name: str, tokens: int = 3) -> ImageRef:
@@ -51,7 +58,7 @@ def record(tokens: TokensRecord, seed: int = 0, tokens_per_image: int = 3) -> Sa
 
 
 def test_placeholders_expand_and_rows_are_predicted_one_position_before() -> None:
-    found = layout(sample([1, IMAGE, 2, 3, 4, 5, 6], [4, 5], image("a")), GRID)
+    found = expand_sample(sample([1, IMAGE, 2, 3, 4, 5, 6], [4, 5], image("a")), GRID)
     assert found.input_ids.tolist() == [1, IMAGE, IMAGE, IMAGE, 2, 3, 4, 5, 6]
     assert found.labels.tolist() == [4, 5]
     assert found.response_positions.tolist() == [5, 6]  # of tokens 3 and 4, which predict 4 and 5
@@ -59,13 +66,13 @@ def test_placeholders_expand_and_rows_are_predicted_one_position_before() -> Non
 
 
 def test_a_response_right_after_an_image_is_predicted_at_its_last_visual_token() -> None:
-    found = layout(sample([1, IMAGE, 4], [2], image("a")), GRID)
+    found = expand_sample(sample([1, IMAGE, 4], [2], image("a")), GRID)
     assert found.response_positions.tolist() == [3]
     assert found.visual_positions.tolist() == [1, 2, 3]
 
 
 def test_two_images_and_two_turns() -> None:
-    found = layout(sample([IMAGE, 1, 2, IMAGE, 3, 4, 5], [2, 5], image("a"), image("b")), GRID)
+    found = expand_sample(sample([IMAGE, 1, 2, IMAGE, 3, 4, 5], [2, 5], image("a"), image("b")), GRID)
     assert found.input_ids.tolist() == [IMAGE] * 3 + [1, 2] + [IMAGE] * 3 + [3, 4, 5]
     assert found.response_positions.tolist() == [3, 8]
     assert found.labels.tolist() == [2, 4]
@@ -119,7 +126,7 @@ def test_visual_rows_follow_the_order_of_placeholders_not_of_keys() -> None:
     assert batch.vision.names == ("zz", "a")
 
 
-def test_a_batch_that_does_not_count_has_no_rows_but_its_images() -> None:
+def test_a_batch_that_is_not_counted_has_images_but_no_rows() -> None:
     batch = collate(
         [record(sample([1, IMAGE, 4], [2], image("a")))], GRID, gather, families=("response",), counted=False
     )
@@ -133,21 +140,21 @@ def test_images_with_other_numbers_of_rows_are_refused_only_where_rows_must_matc
     whole = record(sample([IMAGE, 4, 5], [2], image("a", tokens=5)), tokens_per_image=5)
     assert collate([whole], GRID, gather, families=("response",)).response_positions.tolist() == [3]
     for family in ("visual", "relation"):
-        with pytest.raises(IdentityError, match="5 visual tokens for image a of sample 's', but 3 for others"):
+        with pytest.raises(IdentityError, match="5 visual tokens for image a of sample 's', but 3 for other images"):
             collate([whole], GRID, gather, families=(family,))
 
 
 def test_a_teacher_with_another_square_grid_keeps_its_rows() -> None:
-    grid = replace(GRID, tokens_per_image=4, teacher_tokens_per_image=9)
+    sequence_format = replace(GRID, tokens_per_image=4, teacher_tokens_per_image=9)
     whole = record(sample([IMAGE, 4, 5], [2], image("a", tokens=9)), tokens_per_image=9)
-    batch = collate([whole], grid, gather, families=("visual",))
+    batch = collate([whole], sequence_format, gather, families=("visual",))
     assert batch.visual is not None
     assert batch.visual.num_rows == 9
     assert batch.visual_positions.tolist() == [0, 1, 2, 3]
     with pytest.raises(
-        IdentityError, match=r"9 visual tokens .* this student has 5, and 5 visual tokens are no square"
+        IdentityError, match=r"9 visual tokens .* this student has 5, and 5 visual tokens are not a square"
     ):
-        collate([whole], replace(grid, tokens_per_image=5), gather, families=("visual",))
+        collate([whole], replace(sequence_format, tokens_per_image=5), gather, families=("visual",))
 
 
 def test_hidden_states_become_rows_of_the_batch() -> None:
@@ -163,11 +170,11 @@ def test_hidden_states_become_rows_of_the_batch() -> None:
         collate(records, GRID, gather, families=("hidden",))
 
 
-def test_what_cannot_be_laid_out_is_refused_by_name() -> None:
+def test_samples_that_cannot_be_expanded_are_refused_by_name() -> None:
     with pytest.raises(StillhouseError, match="sample 's': its first token is a response token"):
-        layout(sample([1, 2], [0]), GRID)
-    with pytest.raises(StillhouseError, match="sample 's' has 34 tokens for this student, which has 32"):
-        layout(sample([1] * 31 + [IMAGE], [5], image("a")), GRID)
+        expand_sample(sample([1, 2], [0]), GRID)
+    with pytest.raises(StillhouseError, match="sample 's' has 34 tokens, but this student has 32"):
+        expand_sample(sample([1] * 31 + [IMAGE], [5], image("a")), GRID)
     incomplete = SampleRecord(sample([1, IMAGE, 2], [2], image("a")))
     with pytest.raises(StillhouseError, match="sample 's': no rows for 1 response tokens"):
         collate([incomplete], GRID, gather, families=("response",))
@@ -178,12 +185,12 @@ def test_what_cannot_be_laid_out_is_refused_by_name() -> None:
 def test_prompts_end_together_before_the_first_response_token() -> None:
     first = sample([1, IMAGE, 2, 7, 8, IMAGE, 3, 6], [3, 4, 7], image("a"), image("b"), name="two turns")
     second = sample([1, 2, 3, 4, 5, 6, 7], [6], name="text")
-    prompts = [prompt_of(tokens, image_token_id=IMAGE) for tokens in (first, second)]
+    prompts = [cut_prompt(tokens, image_token_id=IMAGE) for tokens in (first, second)]
     assert prompts[0].token_ids.tolist() == [1, IMAGE, 2]
     assert [ref.path for ref in prompts[0].images] == ["a"]
-    assert answer_spans(first) == [(3, 5), (7, 8)]
-    assert answer_spans(second) == [(6, 7)]
-    last = prompt_of(first, image_token_id=IMAGE, answer=1)  # the first answer stands before the second
+    assert find_answer_spans(first) == [(3, 5), (7, 8)]
+    assert find_answer_spans(second) == [(6, 7)]
+    last = cut_prompt(first, image_token_id=IMAGE, answer=1)  # the first answer stands before the second
     assert last.token_ids.tolist() == [1, IMAGE, 2, 7, 8, IMAGE, 3]
     assert [ref.path for ref in last.images] == ["a", "b"]
     batch = collate_prompts(prompts, GRID, gather)
@@ -191,4 +198,4 @@ def test_prompts_end_together_before_the_first_response_token() -> None:
     assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
     assert batch.visual_positions.tolist() == [2, 3, 4]
     with pytest.raises(StillhouseError, match="sample 's' has no response token"):
-        prompt_of(sample([1, 2], []), image_token_id=IMAGE)
+        cut_prompt(sample([1, 2], []), image_token_id=IMAGE)

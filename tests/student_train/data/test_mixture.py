@@ -1,4 +1,4 @@
-"""Several caches read as one: which samples, how often, in which order, and a step over two of them."""
+"""Several caches read as one: samples, weights, order, and a training step over two of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from storage.errors import CacheError, ConfigError, IdentityError
 from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle
 from student_train.config import EvaluationSection, SourceSection, StageSection
-from student_train.data.mixture import Interleaving
-from student_train.evaluation.evaluate import evaluate_model
-from student_train.training.stage_data import Material, prepare
-from student_train.training.stage_inputs import changes_of_state, stage_inputs
+from student_train.data.mixture import InterleavedOrder
+from student_train.evaluation.model_evaluation import evaluate_model
+from student_train.training.stage_data import StageData, prepare_stage_data
+from student_train.training.stage_inputs import collect_stage_inputs, compare_state_inputs
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Runner
@@ -34,13 +34,13 @@ LOSSES = {"response": {}, "visual": {}, "relation": {}}
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
-    """Ten samples of the split `more`, with ids and images that the shared cache has too."""
+    """A cache of ten samples of the split `more`, with ids and images that the shared cache also has."""
     folder = tmp_path_factory.mktemp("other")
     return make_cache(folder, checkpoint, num_samples=10, num_images=5, splits=("train", "more"), seed=1)
 
 
-def material(checkpoint: Path, caches: list[dict], **fields: object) -> Material:
-    return prepare(stage(checkpoint, caches, **fields), "")
+def stage_data(checkpoint: Path, caches: list[dict], **fields: object) -> StageData:
+    return prepare_stage_data(stage(checkpoint, caches, **fields), "")
 
 
 def stage(checkpoint: Path, caches: list[dict], **fields: object) -> StageSection:
@@ -48,9 +48,9 @@ def stage(checkpoint: Path, caches: list[dict], **fields: object) -> StageSectio
     return StageSection.model_validate(given)
 
 
-def test_a_weight_is_how_often_each_sample_comes(checkpoint: Path, cache: Path, other: Path) -> None:
+def test_a_weight_is_the_number_of_times_that_samples_occur(checkpoint: Path, cache: Path, other: Path) -> None:
     sources = [{"path": str(cache), "weight": 2}, {"path": str(other), "weight": 0.5, "splits": ["more"]}]
-    table = material(checkpoint, sources).table
+    table = stage_data(checkpoint, sources).table
     assert table.order is not None
     assert len(table.indices) == 24 + 10
     assert len(table) == 2 * 24 + 5
@@ -70,8 +70,8 @@ def test_a_weight_is_how_often_each_sample_comes(checkpoint: Path, cache: Path, 
     batch=st.integers(1, 50),
 )
 def test_batches_are_cut_from_one_endless_sequence(sizes: list[int], weights: list[float], batch: int) -> None:
-    def order() -> Interleaving:
-        return Interleaving([Shuffle.plain(size) for size in sizes], weights[: len(sizes)])
+    def order() -> InterleavedOrder:
+        return InterleavedOrder([Shuffle.plain(size) for size in sizes], weights[: len(sizes)])
 
     whole = np.concatenate([order().epoch(epoch, seed=5) for epoch in range(4)])
     steps = len(whole) // batch
@@ -85,8 +85,8 @@ def test_batches_are_cut_from_one_endless_sequence(sizes: list[int], weights: li
         assert np.ptp(np.bincount(own - start, minlength=size)) <= 1  # all equally often, but for one begun round
 
 
-def test_one_cache_alone_is_in_the_order_of_its_shuffle(checkpoint: Path, cache: Path) -> None:
-    table = material(checkpoint, [{"path": str(cache)}]).table
+def test_a_single_cache_keeps_the_order_of_its_shuffle(checkpoint: Path, cache: Path) -> None:
+    table = stage_data(checkpoint, [{"path": str(cache)}]).table
     assert table.order is not None
     expected = Cache.open(cache, ()).shuffle(table.indices)
     for epoch in range(3):
@@ -96,7 +96,7 @@ def test_one_cache_alone_is_in_the_order_of_its_shuffle(checkpoint: Path, cache:
 def test_each_cache_keeps_the_order_of_its_own_window() -> None:
     blocks = np.repeat(np.arange(20), 50)
     orders = [Shuffle(blocks, np.full(20, 50), window_rows=100) for _ in range(2)]
-    mixed = Interleaving(orders, [1.0, 1.0]).epoch(0, seed=1)
+    mixed = InterleavedOrder(orders, [1.0, 1.0]).epoch(0, seed=1)
     first = mixed[mixed < 1000]
     assert first.tolist() == orders[0].epoch(0, seed=1).tolist()
     assert mixed[mixed >= 1000].tolist() != (first + 1000).tolist()  # caches of one size are not in step
@@ -104,11 +104,11 @@ def test_each_cache_keeps_the_order_of_its_own_window() -> None:
     assert abs(places.mean() - 1000) < 50  # evenly over the epoch
 
 
-def test_records_come_from_the_cache_that_they_lie_in(checkpoint: Path, cache: Path, other: Path) -> None:
-    found = material(checkpoint, [{"path": str(cache)}, {"path": str(other), "splits": ["train", "more"]}])
+def test_records_are_read_from_the_cache_that_holds_them(checkpoint: Path, cache: Path, other: Path) -> None:
+    found = stage_data(checkpoint, [{"path": str(cache)}, {"path": str(other), "splits": ["train", "more"]}])
     caches = [Cache.open(cache), Cache.open(other)]
     chosen = found.table.indices[[30, 0, 43, 5]]
-    records = found.data.read_many(chosen)
+    records = found.mixture.read_many(chosen)
     for record, index in zip(records, chosen.tolist(), strict=True):
         number, own = (0, index) if index < 48 else (1, index - 48)
         expected = caches[number].read(own)
@@ -117,12 +117,12 @@ def test_records_come_from_the_cache_that_they_lie_in(checkpoint: Path, cache: P
         assert record.response is not None
         assert expected.response is not None
         assert record.response.equals(expected.response)
-        pixels = found.data.images(found.checkpoint.image_processor).pixels(
+        pixels = found.mixture.images(found.checkpoint.image_processor).load_pixels(
             record.tokens.images[0], sample_id=record.tokens.sample_id
         )  # of the same path in both: its sha256 is checked
         assert pixels.shape == (3, 32, 32)
     rows = [cached.num_response_rows for cached in caches]
-    counted = found.table.counts(np.array([30, 0]))
+    counted = found.table.count_rows(np.array([30, 0]))
     expected_rows = rows[1][found.table.indices[30] - 48] + rows[0][found.table.indices[0]]
     assert counted.response == expected_rows
     assert (counted.visual, counted.relation, counted.samples) == (32, 2, 2)
@@ -136,26 +136,26 @@ def test_records_come_from_the_cache_that_they_lie_in(checkpoint: Path, cache: P
         ({"tokenizer_fingerprint": "0" * 64}, {}, "tokenizer_fingerprint: the cache has 000"),
     ],
 )
-def test_caches_that_do_not_go_together_are_refused_by_field(
+def test_caches_that_differ_in_needed_fields_are_refused_by_field(
     checkpoint: Path, cache: Path, tmp_path: Path, fields: dict, losses: dict, words: str
 ) -> None:
     odd = make_cache(tmp_path, checkpoint, num_samples=2, **fields)
     with pytest.raises(IdentityError, match=words):
-        material(checkpoint, [{"path": str(cache)}, {"path": str(odd)}], losses=losses)
+        stage_data(checkpoint, [{"path": str(cache)}, {"path": str(odd)}], losses=losses)
 
 
-def test_what_one_of_the_caches_lacks_is_named(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_family_that_one_cache_lacks_is_named(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     poor = make_cache(tmp_path, checkpoint, num_samples=2, families=("response",))
     with pytest.raises(CacheError, match="not visual"):
-        material(checkpoint, [{"path": str(cache)}, {"path": str(poor)}])
+        stage_data(checkpoint, [{"path": str(cache)}, {"path": str(poor)}])
     with pytest.raises(ConfigError, match=f"{poor}: no sample is in the splits typo"):
-        material(checkpoint, [{"path": str(cache)}, {"path": str(poor), "splits": ["typo"]}], losses={"response": {}})
+        stage_data(checkpoint, [{"path": str(cache)}, {"path": str(poor), "splits": ["typo"]}], losses={"response": {}})
     with pytest.raises(ValueError, match="give either cache or caches"):
-        material(checkpoint, [{"path": str(cache)}], cache=str(poor))
+        stage_data(checkpoint, [{"path": str(cache)}], cache=str(poor))
 
 
-def test_profiles_are_averaged_by_the_rows_that_an_epoch_has(checkpoint: Path, tmp_path: Path) -> None:
-    from student_train.training.stage_data import _tail_profile
+def test_profiles_are_averaged_by_their_rows_in_an_epoch(checkpoint: Path, tmp_path: Path) -> None:
+    from student_train.training.stage_data import _average_tail_profiles
 
     class Fixed:
         def __init__(self, profile: list[float], rows: list[int]) -> None:
@@ -172,12 +172,12 @@ def test_profiles_are_averaged_by_the_rows_that_an_epoch_has(checkpoint: Path, t
 
         sources = (_Source(Fixed([1, 0], [5, 1, 7]), 2.0, [0, 1]), _Source(Fixed([0, 1], [4]), 1.0, [0]))
 
-    assert _tail_profile(Two(), "response").tolist() == [0.75, 0.25]  # pyright: ignore[reportArgumentType]
+    assert _average_tail_profiles(Two(), "response").tolist() == [0.75, 0.25]  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_a_stage_over_two_caches_trains_and_resumes_to_the_bit(
+def test_a_stage_over_two_caches_trains_and_resumes_bit_exactly(
     make_runner: Callable[..., Runner], cache: Path, other: Path
 ) -> None:
     stage = {
@@ -200,7 +200,7 @@ def test_a_stage_over_two_caches_trains_and_resumes_to_the_bit(
         assert torch.equal(weight, expected[name]), name
 
 
-def test_a_model_is_judged_on_the_held_out_samples_of_every_cache(
+def test_a_model_is_evaluated_on_the_held_out_samples_of_every_cache(
     checkpoint: Path, cache: Path, other: Path, tmp_path: Path
 ) -> None:
     poor = make_cache(tmp_path, checkpoint, num_samples=4, families=(), splits=("train", "more"), seed=2)
@@ -235,10 +235,10 @@ def test_a_model_is_judged_on_the_held_out_samples_of_every_cache(
 
 def test_the_inputs_of_other_data_differ_in_named_fields(checkpoint: Path, cache: Path, other: Path) -> None:
     def changes(sources: list[dict]) -> list[str]:
-        return changes_of_state(inputs(pair), inputs(sources), "kd")
+        return compare_state_inputs(inputs(pair), inputs(sources), "kd")
 
     def inputs(sources: list[dict]) -> dict:
-        return stage_inputs(stage(checkpoint, sources), material(checkpoint, sources))
+        return collect_stage_inputs(stage(checkpoint, sources), stage_data(checkpoint, sources))
 
     pair = [{"path": str(cache)}, {"path": str(other)}]
     assert changes(pair) == []

@@ -8,8 +8,8 @@ import pytest
 from storage.errors import ConfigError
 from storage.reader.cache import Cache
 from student_train.config import StageSection
-from student_train.data.sample_filter import COLUMNS, filtered, sample_columns
-from student_train.training.stage_data import prepare
+from student_train.data.sample_filter import COLUMNS, filter_samples, read_sample_columns
+from student_train.training.stage_data import prepare_stage_data
 from tests.student_train.caches import make_cache
 
 
@@ -18,8 +18,8 @@ def opened(cache: Path) -> Cache:
     return Cache.open(cache)
 
 
-def test_columns_are_what_the_records_say(opened: Cache) -> None:
-    table = sample_columns(opened, set(COLUMNS) - {"sequence_logprob"}).to_pylist()
+def test_columns_agree_with_the_records(opened: Cache) -> None:
+    table = read_sample_columns(opened, set(COLUMNS) - {"sequence_logprob"}).to_pylist()
     assert len(table) == opened.num_samples == 48
     for index in (0, 7, 24, 47):
         record, row = opened.read(index), table[index]
@@ -36,14 +36,14 @@ def test_columns_are_what_the_records_say(opened: Cache) -> None:
 
 def test_all_conditions_must_hold(opened: Cache) -> None:
     everything = np.arange(opened.num_samples)
-    kept = filtered(opened, everything, [("category", "in", ("left", "caption")), ("split", "!=", "test")])
+    kept = filter_samples(opened, everything, [("category", "in", ("left", "caption")), ("split", "!=", "test")])
     expected = [n for n in range(48) if opened.categories[n] != "right" and opened.splits[n] == "train"]
     assert kept.tolist() == expected
     assert len(expected) == 16
     middle = float(np.median(opened.num_response_rows))
-    longer = filtered(opened, everything[::-1].copy(), [("num_response_tokens", ">", middle)])
+    longer = filter_samples(opened, everything[::-1].copy(), [("num_response_tokens", ">", middle)])
     assert longer.tolist() == [n for n in reversed(range(48)) if opened.num_response_rows[n] > middle]
-    assert filtered(opened, everything, []).tolist() == everything.tolist()
+    assert filter_samples(opened, everything, []).tolist() == everything.tolist()
 
 
 def test_a_sample_without_rows_meets_no_condition_on_rows(checkpoint: Path, tmp_path: Path) -> None:
@@ -51,8 +51,8 @@ def test_a_sample_without_rows_meets_no_condition_on_rows(checkpoint: Path, tmp_
 
     path = caches.make_cache(tmp_path, checkpoint, num_samples=4, families=("response", "sequence"))
     opened = Cache.open(path)
-    first = sample_columns(opened, {"sequence_logprob"})["sequence_logprob"].to_pylist()
-    assert filtered(opened, np.arange(8), [("sequence_logprob", "<=", first[3])]).tolist() == [
+    first = read_sample_columns(opened, {"sequence_logprob"})["sequence_logprob"].to_pylist()
+    assert filter_samples(opened, np.arange(8), [("sequence_logprob", "<=", first[3])]).tolist() == [
         n for n in range(8) if first[n] <= first[3]
     ]
 
@@ -66,12 +66,12 @@ def test_a_sample_without_rows_meets_no_condition_on_rows(checkpoint: Path, tmp_
             lists = pa.array([[1.0, 3.0], [], [2.0]], pa.list_(pa.float32()))
             return [pa.table({columns[0]: lists}), pa.table({columns[0]: lists.slice(1)})]
 
-    columns = sample_columns(Empty(), {"entropy_mean", "entropy_max"})  # pyright: ignore[reportArgumentType]
+    columns = read_sample_columns(Empty(), {"entropy_mean", "entropy_max"})  # pyright: ignore[reportArgumentType]
     assert columns["entropy_mean"].to_pylist() == [2.0, None, 2.0, None, 2.0]
     assert columns["entropy_max"].to_pylist() == [3.0, None, 2.0, None, 2.0]
-    kept = filtered(Empty(), np.arange(5), [("entropy_mean", "!=", 7)])  # pyright: ignore[reportArgumentType]
+    kept = filter_samples(Empty(), np.arange(5), [("entropy_mean", "!=", 7)])  # pyright: ignore[reportArgumentType]
     assert kept.tolist() == [0, 2, 4]
-    kept = filtered(Empty(), np.arange(5), [("entropy_max", "not in", (3,))])  # pyright: ignore[reportArgumentType]
+    kept = filter_samples(Empty(), np.arange(5), [("entropy_max", "not in", (3,))])  # pyright: ignore[reportArgumentType]
     assert kept.tolist() == [2, 4]
 
 
@@ -89,20 +89,20 @@ def test_a_sample_without_rows_meets_no_condition_on_rows(checkpoint: Path, tmp_
         (["num_images", "__import__('os')", 1], "filter"),
     ],
 )
-def test_a_condition_without_sense_is_refused(checkpoint: Path, condition: list, words: str) -> None:
+def test_an_invalid_condition_is_refused(checkpoint: Path, condition: list, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         StageSection.model_validate({"init": str(checkpoint), "steps": 1, "filter": [condition]})
 
 
-def test_a_stage_trains_on_what_its_filter_leaves(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_stage_trains_on_the_samples_that_its_filter_keeps(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     def stage(*conditions: list, **fields: object) -> StageSection:
         document = {"init": str(checkpoint), "steps": 1, "filter": conditions, **fields}
         return StageSection.model_validate(document)
 
-    table = prepare(stage(["category", "==", "left"], ["num_images", "==", 1]), str(cache)).table
+    table = prepare_stage_data(stage(["category", "==", "left"], ["num_images", "==", 1]), str(cache)).table
     assert len(table) == 8
-    with pytest.raises(ConfigError, match="no sample of the splits train has num_images > 1"):
-        prepare(stage(["num_images", ">", 1]), str(cache))
+    with pytest.raises(ConfigError, match="no sample of the splits train meets the filter num_images > 1"):
+        prepare_stage_data(stage(["num_images", ">", 1]), str(cache))
     bare = make_cache(tmp_path, checkpoint, num_samples=2, families=("visual",))
-    with pytest.raises(ConfigError, match="filter asks for entropy_mean, which is of the family response"):
-        prepare(stage(["entropy_mean", "<", 2]), str(bare))
+    with pytest.raises(ConfigError, match="filter reads entropy_mean of the family response"):
+        prepare_stage_data(stage(["entropy_mean", "<", 2]), str(bare))

@@ -12,7 +12,7 @@ from storage.errors import StillhouseError
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
 from storage.records.records import ImageRef
-from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource, open_images
+from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer, open_images
 from student_train.models.huggingface import load_image_processor
 from tests.student_train.caches import make_cache
 
@@ -38,7 +38,7 @@ def test_pixels_are_those_of_the_processor(folder: ImageFolder, checkpoint: Path
     image = picture(folder.root / "a.png", 40)
     processor = load_image_processor(checkpoint)
     expected = processor(images=Image.open(folder.root / "a.png"), return_tensors="pt")["pixel_values"][0]
-    got = folder.pixels(image, sample_id="s")
+    got = folder.load_pixels(image, sample_id="s")
     assert got.shape == (3, 32, 32)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
@@ -50,15 +50,15 @@ def test_the_processor_needs_no_torchvision(checkpoint: Path) -> None:
 def test_another_image_of_the_same_name_is_refused(folder: ImageFolder) -> None:
     image = picture(folder.root / "a.png", 40)
     picture(folder.root / "a.png", 41)
-    with pytest.raises(StillhouseError, match=r"sample 's': image .*a\.png: sha256 is .* made from"):
-        folder.pixels(image, sample_id="s")
+    with pytest.raises(StillhouseError, match=r"sample 's': image .*a\.png: sha256 is .*, expected .* as in the cache"):
+        folder.load_pixels(image, sample_id="s")
 
 
 def test_a_missing_image_is_named(folder: ImageFolder) -> None:
     image = picture(folder.root / "a.png", 40)
     (folder.root / "a.png").unlink()
     with pytest.raises(StillhouseError, match=r"sample 's': image .*a\.png: cannot be read: No such file"):
-        folder.pixels(image, sample_id="s")
+        folder.load_pixels(image, sample_id="s")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
@@ -66,32 +66,31 @@ def test_a_broken_image_is_named(folder: ImageFolder, content: bytes) -> None:
     folder.root.mkdir()
     (folder.root / "a.png").write_bytes(content)
     with pytest.raises(StillhouseError, match=r"sample 's': image .*a\.png: cannot be decoded"):
-        folder.pixels(reference(folder.root / "a.png"), sample_id="s")
+        folder.load_pixels(reference(folder.root / "a.png"), sample_id="s")
 
 
 def test_a_truncated_image_is_named(folder: ImageFolder) -> None:
     picture(folder.root / "a.png", 40)
     (folder.root / "a.png").write_bytes((folder.root / "a.png").read_bytes()[:-40])
     with pytest.raises(StillhouseError, match="cannot be decoded"):
-        folder.pixels(reference(folder.root / "a.png"), sample_id="s")
+        folder.load_pixels(reference(folder.root / "a.png"), sample_id="s")
 
 
-def test_a_link_out_of_the_root_is_followed_in_a_folder_of_this_machine_alone(
-    folder: ImageFolder, tmp_path: Path
-) -> None:
+def test_a_link_out_of_the_root_is_followed_only_in_a_local_folder(folder: ImageFolder, tmp_path: Path) -> None:
     image = picture(tmp_path / "elsewhere" / "a.png", 40)
     folder.root.mkdir()
     (folder.root / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")
     own = ImageFolder(folder.root, folder.processor, pixels=PixelSettings(), follows_links=False)
     with pytest.raises(StillhouseError, match="leads out of"):
-        own.pixels(image, sample_id="s")
+        own.load_pixels(image, sample_id="s")
     assert (
-        folder.picture(image, sample_id="s").size == own.picture(picture(folder.root / "b.png", 40), sample_id="s").size
+        folder.load_picture(image, sample_id="s").size
+        == own.load_picture(picture(folder.root / "b.png", 40), sample_id="s").size
     )
 
 
-def test_a_store_keeps_what_came_first_within_its_bytes() -> None:
-    store = FeatureStore(2 * 4 * 4)
+def test_a_store_keeps_the_first_tensors_within_its_bytes() -> None:
+    store = TensorStore(2 * 4 * 4)
     for number in range(4):
         store.put([str(number)], [torch.full((4,), float(number))])
     assert len(store) == 2
@@ -103,9 +102,9 @@ def test_a_store_keeps_what_came_first_within_its_bytes() -> None:
 
 def test_kept_features_replace_pixels(folder: ImageFolder) -> None:
     first, second = picture(folder.root / "a.png", 10), picture(folder.root / "b.png", 20)
-    features = FeatureStore(1 << 20)
+    features = TensorStore(1 << 20)
     features.put([second.sha256], [torch.ones(16, 5)])
-    source = VisionSource(folder, features=features, pixels=FeatureStore(0))
+    source = VisionGatherer(folder, features=features, pixels=TensorStore(0))
     vision = source.gather([("s", first), ("s", second), ("t", first)])
     assert vision.names == (first.sha256, second.sha256, first.sha256)
     assert vision.known is not None
@@ -118,20 +117,20 @@ def test_kept_features_replace_pixels(folder: ImageFolder) -> None:
 
 def test_a_batch_without_images_gets_a_blank_one(folder: ImageFolder) -> None:
     folder.root.mkdir()
-    vision = VisionSource(folder, features=None, pixels=FeatureStore(0)).gather([])
+    vision = VisionGatherer(folder, features=None, pixels=TensorStore(0)).gather([])
     assert vision.names == ()
     assert vision.pixel_values is not None
     assert vision.pixel_values.shape == (1, 3, 32, 32)
     assert vision.pixel_slots.tolist() == []
 
 
-def test_images_come_from_the_cache_where_their_folder_is_gone(tmp_path: Path, checkpoint: Path) -> None:
+def test_images_are_read_from_the_cache_if_their_folder_is_gone(tmp_path: Path, checkpoint: Path) -> None:
     path = make_cache(tmp_path, checkpoint, num_samples=4, num_images=3, families=("images",), images_per_sample=2)
     cache, processor = Cache.open(path, families=()), load_image_processor(checkpoint)
     shown = [(cache.sample_ids[at], image) for at in range(8) for image in cache.read(at).tokens.images]
 
     def pixels(configured: str | None = None) -> torch.Tensor | None:
-        source = VisionSource(open_images(cache, configured, processor), features=None, pixels=FeatureStore(0))
+        source = VisionGatherer(open_images(cache, configured, processor), features=None, pixels=TensorStore(0))
         return source.gather(shown).pixel_values
 
     expected = pixels()
@@ -147,4 +146,4 @@ def test_a_cache_without_images_needs_their_folder(tmp_path: Path, checkpoint: P
     (tmp_path / "images").rename(tmp_path / "moved")
     folder = open_images(cache, None, load_image_processor(checkpoint))
     with pytest.raises(StillhouseError, match="cannot be read"):
-        folder.pixels(cache.read(0).tokens.images[0], sample_id=cache.sample_ids[0])
+        folder.load_pixels(cache.read(0).tokens.images[0], sample_id=cache.sample_ids[0])

@@ -1,4 +1,4 @@
-"""Questions to a checkpoint: what is asked is text."""
+"""Questions to a checkpoint: pixels, special tokens, templates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from storage.errors import ConfigError, StillhouseError
 from storage.images.settings import OLD_PIXELS, PixelSettings, write_pixel_settings
-from student_train.evaluation.ask import _prompt, _written_stop_ids, answer
+from student_train.evaluation.ask import _build_prompt, _find_template_stop_ids, answer_question
 from student_train.models.huggingface import load_processor
 from student_train.models.loading import read_checkpoint
 from student_train.template_arguments import ARGUMENTS_FILE, write_template_arguments
@@ -31,11 +31,11 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_a_question_gets_an_answer(model: Path, image: Path) -> None:
-    assert isinstance(answer(model, image, "what colour is the left half?", max_new_tokens=3), str)
+    assert isinstance(answer_question(model, image, "what colour is the left half?", max_new_tokens=3), str)
 
 
-def test_a_question_shows_the_pixels_that_the_model_was_trained_on(model: Path, tmp_path: Path) -> None:
-    """A file that lies on its side, and alpha over hidden pixels, are answered as the pictures that they show."""
+def test_a_question_uses_the_pixels_that_the_model_was_trained_on(model: Path, tmp_path: Path) -> None:
+    """A rotated file, and alpha over hidden pixels, give the same answers as the pictures that they show."""
     upright = make_random_rgb((32, 32), seed=3)
     drawing = np.dstack([upright, np.where(upright[..., 0] > 128, 255, 0).astype(np.uint8)])
     (tmp_path / "laid.png").write_bytes(make_turned_file(upright, 6))
@@ -51,18 +51,20 @@ def test_a_question_shows_the_pixels_that_the_model_was_trained_on(model: Path, 
     for number, folder in enumerate((now, old)):
         for name, pictures in shown.items():
             Image.fromarray(pictures[number]).save(tmp_path / "shown.png")
-            answers[number, name] = answer(folder, tmp_path / "shown.png", question, max_new_tokens=8)
-            assert answer(folder, tmp_path / f"{name}.png", question, max_new_tokens=8) == answers[number, name]
+            answers[number, name] = answer_question(folder, tmp_path / "shown.png", question, max_new_tokens=8)
+            assert (
+                answer_question(folder, tmp_path / f"{name}.png", question, max_new_tokens=8) == answers[number, name]
+            )
     assert any(answers[0, name] != answers[1, name] for name in shown)  # or this test could not fail
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "see <|im_start|>assistant", "<image> what?"])
-def test_a_question_that_spells_a_special_token_is_refused(model: Path, image: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match="the question spells the special token <"):
-        answer(model, image, text)
+def test_a_question_with_a_special_token_is_refused(model: Path, image: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="the question contains the special token <"):
+        answer_question(model, image, text)
 
 
-def test_a_question_begins_and_ends_as_the_tokenizer_and_the_template_say(model: Path, image: Path) -> None:
+def test_a_question_gets_the_tokenizer_s_leading_tokens_and_the_template_s_end(model: Path, image: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     checkpoint, processor = read_checkpoint(model), load_processor(model)
@@ -70,16 +72,16 @@ def test_a_question_begins_and_ends_as_the_tokenizer_and_the_template_say(model:
     checkpoint.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A <|im_start|>", special_tokens=[("<|endoftext|>", begin), ("<|im_start|>", end)]
     )
-    ids = _prompt(processor, checkpoint, image, "what?").token_ids.tolist()
+    ids = _build_prompt(processor, checkpoint, image, "what?").token_ids.tolist()
     assert checkpoint.tokenizer.decode(ids).startswith("<|endoftext|><|im_start|>user")
     checkpoint.tokenizer.eos_token = "<|endoftext|>"
-    assert _written_stop_ids(processor, checkpoint) == {turn}
+    assert _find_template_stop_ids(processor, checkpoint) == {turn}
 
 
 def test_a_question_is_rendered_with_the_arguments_that_the_student_was_trained_with(
     model: Path, image: Path, tmp_path: Path
 ) -> None:
-    """The template opens a think block, and ends answers by another token, unless it is told not to."""
+    """The template opens a think block and ends answers with another token, unless an argument disables it."""
     folder = shutil.copytree(model, tmp_path / "thinking")
     opened = CHAT_TEMPLATE.replace(
         "<|im_start|>assistant\n{% endif",
@@ -91,8 +93,8 @@ def test_a_question_is_rendered_with_the_arguments_that_the_student_was_trained_
 
     def prompt_and_stops() -> tuple[str, set[str]]:
         checkpoint, processor = read_checkpoint(folder), load_processor(folder)
-        stops = checkpoint.tokenizer.convert_ids_to_tokens(list(_written_stop_ids(processor, checkpoint)))
-        ids = _prompt(processor, checkpoint, image, "what?").token_ids
+        stops = checkpoint.tokenizer.convert_ids_to_tokens(list(_find_template_stop_ids(processor, checkpoint)))
+        ids = _build_prompt(processor, checkpoint, image, "what?").token_ids
         return checkpoint.tokenizer.decode(ids), set(stops)
 
     text, stops = prompt_and_stops()
@@ -103,7 +105,7 @@ def test_a_question_is_rendered_with_the_arguments_that_the_student_was_trained_
     assert text.endswith("assistant\n")
     assert stops == {"<|im_end|>"}
     write_template_arguments({"enable_thinking": False, "unknown": 1}, folder)  # which this template does not read
-    assert isinstance(answer(folder, image, "what colour is the left half?", max_new_tokens=3), str)
+    assert isinstance(answer_question(folder, image, "what colour is the left half?", max_new_tokens=3), str)
 
 
 @pytest.mark.parametrize(("content", "message"), [("[1]", "holds list, expected an object"), ("{", "is not JSON")])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from storage.encoding.output_head import make_head
-from student_train.data.collate import teacher_rows
+from student_train.data.collate import make_teacher_rows
 from student_train.losses.config import TREATMENTS, Divergence, Treatment
-from student_train.losses.fused_linear import HeadTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
-from student_train.losses.sparse_divergence import Rule, TailProfile
+from student_train.losses.fused_linear import HeadLossTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
+from student_train.losses.sparse_divergence import LossSpec, TailProfile
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import sparse_rows
 from tests.student_train.references import dense_loss, sparse_loss
@@ -24,11 +24,11 @@ ALL = [(divergence, treatment) for divergence, treatments in TREATMENTS.items() 
 
 
 class Case:
-    """Random rows of a student with a head, teacher rows for them, and the slow way to the loss."""
+    """Random student rows with a head and teacher rows, and a slow reference of the loss."""
 
-    def __init__(self, rows: int, rule: Rule, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, rows: int, spec: LossSpec, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         draw = np.random.default_rng(seed)
-        self.rule = replace(rule, column=0)
+        self.spec = replace(spec, column=0)
         self.hidden = torch.tensor(draw.normal(size=(rows, D))).to(dtype).requires_grad_()
         self.weight = torch.tensor(draw.normal(size=(PADDED, D))).to(dtype).requires_grad_()
         self.bias = torch.tensor(draw.normal(size=PADDED)).to(dtype).requires_grad_()
@@ -37,26 +37,26 @@ class Case:
         self.teacher_hidden = draw.normal(size=(rows, 9)).astype(np.float32)
         self.teacher_head = make_head(draw.normal(size=(V, 9)).astype(np.float32), scale=0.7, soft_cap=8.0)
         self.teacher = self.teacher_head.logits(self.teacher_hidden).astype(np.float64)
-        tempered = torch.tensor(self.teacher).log_softmax(1) / rule.temperature
-        unbiased = rule.treatment == "unbiased"
+        tempered = torch.tensor(self.teacher).log_softmax(1) / spec.temperature
+        unbiased = spec.treatment == "unbiased"
         self.stored = sparse_rows(self.teacher, tau=0.05) if unbiased else sparse_rows(self.teacher, k=5)
         self.stored = replace(self.stored, log_sum_exp=tempered.logsumexp(1).float().numpy()[:, None])
 
     def target(self) -> SparseTarget | HiddenTarget:
-        if self.rule.treatment == "exact":
+        if self.spec.treatment == "exact":
             head = TeacherHead(torch.from_numpy(self.teacher_head.weight), scale=0.7, soft_cap=8.0)
-            return HiddenTarget(torch.from_numpy(self.teacher_hidden), head, self.rule)
-        profile = TailProfile.of(
-            torch.from_numpy(self.profile), temperature=self.rule.temperature, dtype=self.compute_dtype
+            return HiddenTarget(torch.from_numpy(self.teacher_hidden), head, self.spec)
+        profile = TailProfile.from_mass(
+            torch.from_numpy(self.profile), temperature=self.spec.temperature, dtype=self.compute_dtype
         )
-        return SparseTarget(teacher_rows([self.stored]), self.rule, profile)
+        return SparseTarget(make_teacher_rows([self.stored]), self.spec, profile)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
-    def task(self) -> HeadTask:
-        return HeadTask(self.hidden, self.labels, self.target(), label_weight=0.7, weight=0.3)
+    def task(self) -> HeadLossTask:
+        return HeadLossTask(self.hidden, self.labels, self.target(), label_weight=0.7, weight=0.3)
 
     def fused(self, *, chunk_logits: int = 1 << 20) -> Tensor:
         return fused_head_loss(self.weight, [self.task()], bias=self.bias, vocab_size=V, chunk_logits=chunk_logits)[0]
@@ -64,13 +64,13 @@ class Case:
     def reference(self) -> Tensor:
         logits = (self.hidden.double() @ self.weight.double().T + self.bias.double())[:, :V]
         surprise = nn.functional.cross_entropy(logits, self.labels, reduction="sum")
-        if self.rule.treatment == "exact":
-            return 0.7 * surprise + 0.3 * dense_loss(self.teacher, logits, self.rule)
+        if self.spec.treatment == "exact":
+            return 0.7 * surprise + 0.3 * dense_loss(self.teacher, logits, self.spec)
         tempered = self.stored.log_sum_exp[:, 0]
-        return 0.7 * surprise + 0.3 * sparse_loss(self.stored, tempered, logits, self.rule, self.profile)
+        return 0.7 * surprise + 0.3 * sparse_loss(self.stored, tempered, logits, self.spec, self.profile)
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        """Of hidden states, head and bias, for an incoming gradient that is not 1."""
+        """Return the gradients of hidden states, head and bias, for an incoming gradient that is not 1."""
         return [each.double() for each in torch.autograd.grad(1.7 * loss, [self.hidden, self.weight, self.bias])]
 
 
@@ -80,10 +80,10 @@ class Case:
     rows=st.integers(1, 9), seed=st.integers(0, 10**6), temperature=st.sampled_from([1.0, 2.0]),
     chunk=st.sampled_from([1, 2 * V, 5 * V, 1 << 20]),
 )  # fmt: skip
-def test_value_and_gradients_are_those_of_whole_logits(
+def test_value_and_gradients_agree_with_whole_logits(
     divergence: Divergence, treatment: Treatment, rows: int, seed: int, temperature: float, chunk: int
 ) -> None:
-    case = Case(rows, Rule(divergence, treatment, 1.0 if treatment == "unbiased" else temperature), seed=seed)
+    case = Case(rows, LossSpec(divergence, treatment, 1.0 if treatment == "unbiased" else temperature), seed=seed)
     loss, reference = case.fused(chunk_logits=chunk), case.reference()
     torch.testing.assert_close(
         loss, reference, rtol=2e-5, atol=2e-5
@@ -94,8 +94,8 @@ def test_value_and_gradients_are_those_of_whole_logits(
 
 @pytest.mark.parametrize(("divergence", "treatment"), ALL)
 def test_gradients_are_differences_of_the_value(divergence: Divergence, treatment: Treatment) -> None:
-    """Along a random direction of all inputs; no reference is asked."""
-    case = Case(3, Rule(divergence, treatment))
+    """Along a random direction of all inputs, without the slow reference."""
+    case = Case(3, LossSpec(divergence, treatment))
     inputs = [case.hidden, case.weight, case.bias]
     draw = torch.Generator().manual_seed(3)
     directions = [torch.randn(each.shape, generator=draw, dtype=torch.float64) for each in inputs]
@@ -111,8 +111,8 @@ def test_gradients_are_differences_of_the_value(divergence: Divergence, treatmen
 
 @pytest.mark.parametrize(("divergence", "treatment"), ALL)
 def test_low_precision_is_accumulated_in_float32(divergence: Divergence, treatment: Treatment) -> None:
-    """All that bfloat16 costs is the rounding of what comes out: the reference computes on the same inputs."""
-    case = Case(8, Rule(divergence, treatment), dtype=torch.bfloat16)
+    """bfloat16 costs only the rounding of the results: the reference computes on the same inputs."""
+    case = Case(8, LossSpec(divergence, treatment), dtype=torch.bfloat16)
     loss, reference = case.fused(chunk_logits=3 * V), case.reference()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
@@ -123,12 +123,12 @@ def test_low_precision_is_accumulated_in_float32(divergence: Divergence, treatme
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=2**-7, atol=1e-4)
 
 
-def test_a_large_head_in_low_precision_is_widened_in_parts() -> None:
+def test_a_large_low_precision_head_is_converted_in_parts() -> None:
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(40_000, 4, generator=draw).bfloat16().requires_grad_()
     hidden = torch.randn(5, 4, generator=draw).bfloat16().requires_grad_()
     labels = torch.tensor([0, 16_383, 16_384, 39_999, 7])
-    loss, _ = fused_head_loss(weight, [HeadTask(hidden, labels)])
+    loss, _ = fused_head_loss(weight, [HeadLossTask(hidden, labels)])
     reference = nn.functional.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="sum")
     torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
     ours, theirs = (torch.autograd.grad(each, [hidden, weight]) for each in (loss, reference))
@@ -136,8 +136,8 @@ def test_a_large_head_in_low_precision_is_widened_in_parts() -> None:
         torch.testing.assert_close(mine, other, rtol=2**-7, atol=1e-5)
 
 
-def test_rows_of_the_head_beyond_the_vocabulary_take_no_part() -> None:
-    case = Case(5, Rule())
+def test_rows_of_the_head_beyond_the_vocabulary_are_ignored() -> None:
+    case = Case(5, LossSpec())
     with torch.no_grad():
         case.weight[V:] = 1e6
     _, of_weight, of_bias = case.gradients(case.fused())
@@ -148,7 +148,7 @@ def test_rows_of_the_head_beyond_the_vocabulary_take_no_part() -> None:
 
 @pytest.mark.parametrize("frozen", list(product([True, False], repeat=3)))
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: tuple[bool, ...]) -> None:
-    case = Case(5, Rule())
+    case = Case(5, LossSpec())
     expected = case.gradients(case.fused())
     inputs = [case.hidden, case.weight, case.bias]
     for each, is_frozen in zip(inputs, frozen, strict=True):
@@ -166,7 +166,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: tuple[boo
 
 
 def test_without_a_gradient_nothing_is_kept_for_one() -> None:
-    case = Case(5, Rule())
+    case = Case(5, LossSpec())
     with torch.no_grad():
         loss = case.fused()
     assert not loss.requires_grad
@@ -180,7 +180,7 @@ def test_a_tied_head_gets_the_gradient_of_both_its_uses() -> None:
             embedding.weight.copy_(torch.from_numpy(np.random.default_rng(1).normal(size=(V, D))))
         hidden, labels = embedding(torch.tensor([3, 5, 3])).tanh(), torch.tensor([5, 3, 39])
         if fused:
-            loss = fused_head_loss(embedding.weight, [HeadTask(hidden, labels)])[0]
+            loss = fused_head_loss(embedding.weight, [HeadLossTask(hidden, labels)])[0]
         else:
             loss = nn.functional.cross_entropy(hidden @ embedding.weight.T, labels, reduction="sum")
         loss.backward()
@@ -191,8 +191,8 @@ def test_a_tied_head_gets_the_gradient_of_both_its_uses() -> None:
 
 
 def test_tasks_share_a_head_and_keep_their_sums() -> None:
-    one, two = Case(5, Rule(), seed=1), Case(3, Rule("jsd", "exact"), seed=2)
-    tasks = [one.task(), HeadTask(two.hidden, None, two.target(), weight=2.0), HeadTask(one.hidden, one.labels)]
+    one, two = Case(5, LossSpec(), seed=1), Case(3, LossSpec("jsd", "exact"), seed=2)
+    tasks = [one.task(), HeadLossTask(two.hidden, None, two.target(), weight=2.0), HeadLossTask(one.hidden, one.labels)]
     loss, sums = fused_head_loss(one.weight, tasks, vocab_size=V, chunk_logits=2 * V)
     alone = [fused_head_loss(one.weight, [task], vocab_size=V) for task in tasks]
     torch.testing.assert_close(loss, alone[0][0] + alone[1][0] + alone[2][0])
@@ -209,7 +209,7 @@ def test_tasks_share_a_head_and_keep_their_sums() -> None:
 
 
 def test_no_rows_give_zero_attached_to_the_graph() -> None:
-    case = Case(0, Rule())
+    case = Case(0, LossSpec())
     for tasks in ([case.task()], []):
         loss, _ = fused_head_loss(case.weight, tasks, vocab_size=V)
         (gradient,) = torch.autograd.grad(loss, case.weight)
@@ -218,7 +218,7 @@ def test_no_rows_give_zero_attached_to_the_graph() -> None:
 
 
 def test_a_second_backward_pass_is_refused() -> None:
-    case = Case(2, Rule())
+    case = Case(2, LossSpec())
     loss = case.fused()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up by an earlier backward pass"):
@@ -235,5 +235,5 @@ def test_the_teacher_s_head_gives_the_cache_s_logits() -> None:
     weight = torch.from_numpy(stored.weight).view(torch.bfloat16)
     assert stored.bias is not None
     head = TeacherHead(weight, torch.from_numpy(stored.bias), stored.scale, stored.soft_cap)
-    logits = head.logits(torch.from_numpy(hidden), dtype=torch.float32)
+    logits = head.compute_logits(torch.from_numpy(hidden), dtype=torch.float32)
     torch.testing.assert_close(logits, torch.from_numpy(stored.logits(hidden)))

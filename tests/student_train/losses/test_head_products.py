@@ -4,33 +4,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.data.collate import teacher_rows
-from student_train.losses.fused_linear import HeadTask, SparseTarget, fused_head_loss
+from student_train.data.collate import make_teacher_rows
+from student_train.losses.fused_linear import HeadLossTask, SparseTarget, fused_head_loss
 from student_train.losses.head_products import TensorCoreProducts
-from student_train.losses.sparse_divergence import Rule
+from student_train.losses.sparse_divergence import LossSpec
 from tests.student_train.caches import sparse_rows
 
 V, D, ROWS = 4096, 32, 24
 
 
 def imitate_tensor_cores(left: Tensor, right: Tensor) -> Tensor:
-    """Exact products of low-precision inputs, summed in float32, as a GPU makes them."""
+    """Multiply low-precision inputs exactly and sum in float32, as a GPU does."""
     assert left.dtype == right.dtype
     assert left.dtype in (torch.float16, torch.bfloat16)
     return left.float() @ right.float()
 
 
 def relative_errors(dtype: torch.dtype, *, total_rows: int, sharpness: float, loss_scale: float) -> list[float]:
-    """Of the gradients of hidden states and head, in norms, against float64 on the same inputs."""
+    """Return the relative errors of the gradients of hidden states and head, against float64 on the same inputs."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, D, generator=draw).to(dtype).requires_grad_()
     weight = (sharpness * torch.randn(V, D, generator=draw)).to(dtype).requires_grad_()
     teacher = sharpness * torch.randn(ROWS, V, generator=draw, dtype=torch.float64)
-    rows = teacher_rows([sparse_rows(teacher.numpy(), k=16)])
+    rows = make_teacher_rows([sparse_rows(teacher.numpy(), k=16)])
     share = 1 / total_rows
 
-    def task(hidden: Tensor) -> HeadTask:
-        return HeadTask(hidden, None, SparseTarget(rows, Rule()), weight=share)
+    def task(hidden: Tensor) -> HeadLossTask:
+        return HeadLossTask(hidden, None, SparseTarget(rows, LossSpec()), weight=share)
 
     loss, _ = fused_head_loss(weight, [task(hidden)], products=TensorCoreProducts(imitate_tensor_cores))
     ours = torch.autograd.grad(loss_scale * loss, [hidden, weight])

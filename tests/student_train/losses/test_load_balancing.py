@@ -1,4 +1,4 @@
-"""Load balance, z-loss, entropy and load of routers, by hand and against transformers' own."""
+"""Load balance, z-loss, entropy and load of routers, by hand and compared with transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from student_train.losses.load_balancing import router_losses, router_statistics
+from student_train.losses.load_balancing import router_losses, summarize_routers
 
 
 def test_an_even_router_costs_one_a_layer():
@@ -18,7 +18,7 @@ def test_an_even_router_costs_one_a_layer():
     assert losses.load.tolist() == [[0.5, 0.5]] * 3
 
 
-def test_a_router_with_one_favourite_costs_up_to_the_number_of_experts():
+def test_a_collapsed_router_has_a_balance_loss_up_to_the_number_of_experts():
     logits = torch.tensor([[50.0, 0.0, 0.0, 0.0]]).repeat(3, 1)
     losses = router_losses([logits], torch.ones(3, dtype=torch.bool), top_k=1)
     assert losses.balance.item() == pytest.approx(4.0)
@@ -35,7 +35,7 @@ def test_worked_by_hand_with_two_choices_of_three():
     assert losses.z.item() == pytest.approx(math.log(4) ** 2, abs=1e-5)
 
 
-def test_padding_counts_nothing():
+def test_padding_does_not_count():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, generator=generator)
     is_token = torch.tensor([True, True, False, True, False, True])
@@ -45,7 +45,7 @@ def test_padding_counts_nothing():
         torch.testing.assert_close(getattr(padded, name), getattr(plain, name))
 
 
-def test_no_token_gives_zero_that_stays_attached():
+def test_no_tokens_give_zero_attached_to_the_graph():
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     losses = router_losses([logits], torch.zeros(3, dtype=torch.bool), top_k=2)
     (losses.balance + losses.z).backward()
@@ -57,9 +57,9 @@ def test_no_token_gives_zero_that_stays_attached():
 
 def test_one_layer_is_what_transformers_computes():
     # Theirs counts each of the k choices as a whole, so it is k times ours.
-    from student_train.models.huggingface import transformers_module
+    from student_train.models.huggingface import import_transformers
 
-    theirs = transformers_module().models.qwen2_moe.modeling_qwen2_moe.load_balancing_loss_func
+    theirs = import_transformers().models.qwen2_moe.modeling_qwen2_moe.load_balancing_loss_func
     logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
     ours = router_losses([logits], torch.ones(50, dtype=torch.bool), top_k=2).balance
     expected = theirs((logits,), num_experts=4, top_k=2) / 2
@@ -69,7 +69,7 @@ def test_one_layer_is_what_transformers_computes():
     torch.testing.assert_close(got, wanted)
 
 
-def test_statistics_of_batches_are_those_of_their_tokens_together():
+def test_statistics_of_batches_equal_those_of_all_their_tokens():
     generator = torch.Generator().manual_seed(2)
     layers = [torch.randn(12, 4, generator=generator) for _ in range(2)]
     everywhere = torch.ones(12, dtype=torch.bool)
@@ -77,7 +77,7 @@ def test_statistics_of_batches_are_those_of_their_tokens_together():
     parts = [
         (n, router_losses([layer[a : a + n] for layer in layers], everywhere[:n], top_k=2)) for a, n in ((0, 9), (9, 3))
     ]
-    statistics = router_statistics(parts)
+    statistics = summarize_routers(parts)
     torch.testing.assert_close(torch.tensor(statistics["load"]), whole.load)
     assert statistics["entropy"] == pytest.approx(float(whole.entropy), rel=1e-5)
     assert statistics["z"] == pytest.approx(float(whole.z) / 2, rel=1e-5)  # a layer

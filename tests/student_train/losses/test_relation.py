@@ -11,18 +11,18 @@ from storage.encoding.relation_matrix import assign_grid_blocks
 from storage.records.records import PooledRelation, Relation, RelationFactor, RelationMatrix
 from student_train.losses.relation import (
     TeacherRelations,
-    head_metric,
+    compute_head_gram,
+    make_resampling_matrix,
     relation_loss,
-    resampling,
-    teacher_relations,
+    stack_relations,
 )
 
 HEAD = torch.randn(50, 8, generator=torch.Generator().manual_seed(5))
 
 
 def teacher(images: int, size: int, *, rank: int = 4, seed: int = 0) -> TeacherRelations:
-    """Matrices at norm 1, with the norms that they had."""
-    return teacher_relations(matrices(images, size, rank=rank, seed=seed), size=size)
+    """Normalise matrices to norm 1; keep their norms."""
+    return stack_relations(matrices(images, size, rank=rank, seed=seed), size=size)
 
 
 def matrices(images: int, size: int, *, rank: int = 4, seed: int = 0) -> list[RelationMatrix]:
@@ -41,7 +41,7 @@ def student(images: int, size: int, *, seed: int = 1) -> Tensor:
 
 
 def gram_of_logits(hidden: Tensor, *, centered: bool = False) -> Tensor:
-    """(i, n, n) in float64, of logits that are really formed."""
+    """Compute relation matrices (i, n, n) in float64 from materialised logits."""
     logits = hidden.double() @ HEAD.double().T
     logits = logits - logits.mean(1, keepdim=True) if centered else logits
     return logits @ logits.mT
@@ -61,7 +61,7 @@ def assert_same(loss: Tensor, values: Tensor, reference: Tensor, reference_value
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("size", [6, 20])
 def test_the_loss_agrees_with_gram_matrices_of_logits(centered: bool, size: int) -> None:
-    """With fewer and more rows than hidden sizes."""
+    """With fewer and with more rows than hidden dimensions."""
     ours, reference, cached = student(3, size), student(3, size), teacher(3, size)
     loss = relation_loss(ours, HEAD.T @ HEAD, cached, centered=centered)
     expected = (1 - cosines(gram_of_logits(reference, centered=centered), cached.values.double())).sum()
@@ -69,8 +69,8 @@ def test_the_loss_agrees_with_gram_matrices_of_logits(centered: bool, size: int)
 
 
 @pytest.mark.parametrize("centered", [False, True])
-def test_factors_give_what_their_matrices_give(centered: bool) -> None:
-    """Of several ranks, one of them 0: a matrix of zeros."""
+def test_factors_give_the_same_loss_as_their_matrices(centered: bool) -> None:
+    """Make factors of several ranks, one of them 0 (a zero matrix)."""
     draw = np.random.default_rng(3)
     factors: list[RelationFactor] = []
     for rank in (3, 0, 5):
@@ -78,7 +78,7 @@ def test_factors_give_what_their_matrices_give(centered: bool) -> None:
         scale = np.sqrt(np.linalg.norm(factor.T @ factor)) if rank else 1.0
         factors.append(RelationFactor((factor / scale).astype(np.float32), 2.0 * (rank > 0)))
     whole = [RelationMatrix(factor.values, factor.norm) for factor in factors]
-    low_rank, full = teacher_relations(factors, size=9), teacher_relations(whole, size=9)
+    low_rank, full = stack_relations(factors, size=9), stack_relations(whole, size=9)
     assert low_rank.factored
     assert low_rank.values.shape == (3, 9, 5)
     assert not full.factored
@@ -91,9 +91,9 @@ def test_factors_give_what_their_matrices_give(centered: bool) -> None:
         assert_same(losses[0], ours, losses[1].double(), reference)
 
 
-def test_factors_among_whole_matrices_become_matrices() -> None:
+def test_factors_mixed_with_matrices_become_matrices() -> None:
     mixed: list[Relation] = [RelationFactor(np.array([[1], [0]], np.float32), 3.0), *matrices(1, 2)]
-    cached = teacher_relations(mixed, size=2)
+    cached = stack_relations(mixed, size=2)
     assert not cached.factored
     assert cached.values[0].tolist() == [[1, 0], [0, 0]]
     assert cached.norms.tolist() == pytest.approx([3.0, mixed[1].norm])
@@ -103,8 +103,10 @@ def test_factors_among_whole_matrices_become_matrices() -> None:
 def test_a_pooled_relation_averages_the_rows_of_each_block(centered: bool) -> None:
     ours, reference = student(2, 9), student(2, 9)
     pooled = [PooledRelation(each.values, each.norm, num_visual_tokens=9, pool=2) for each in matrices(2, 4)]
-    cached = teacher_relations(pooled, size=4)
-    loss = relation_loss(ours, HEAD.T @ HEAD, cached, centered=centered, resampling=resampling(9, 9, pool=2))
+    cached = stack_relations(pooled, size=4)
+    loss = relation_loss(
+        ours, HEAD.T @ HEAD, cached, centered=centered, resampling=make_resampling_matrix(9, 9, pool=2)
+    )
     shifted = reference - reference.mean(1, keepdim=True) if centered else reference  # before pooling
     grid = shifted.view(2, 3, 3, 8)
     blocks = [grid[:, r : r + 2, c : c + 2].flatten(1, 2).mean(1) for r in (0, 2) for c in (0, 2)]
@@ -112,20 +114,20 @@ def test_a_pooled_relation_averages_the_rows_of_each_block(centered: bool) -> No
     assert_same(loss, ours, expected, reference)
 
 
-def test_literal_is_one_cosine_of_all_matrices_end_to_end() -> None:
-    """As the published code: raw Gram matrices of a batch, flattened; so a large image outweighs a small one."""
+def test_literal_is_one_cosine_of_all_matrices_concatenated() -> None:
+    """As in the published code: flattened raw Gram matrices of a batch, so larger matrices weigh more."""
     ours, reference, cached = student(3, 6), student(3, 6), teacher(3, 6)
     loss = relation_loss(ours, HEAD.T @ HEAD, cached, literal=True)
     raw = cached.values.double() * cached.norms.double()[:, None, None]
     flat = torch.nn.functional.cosine_similarity(gram_of_logits(reference).flatten(), raw.flatten(), dim=0)
     assert_same(loss, ours, 3 * (1 - flat), reference)
     assert loss.item() != pytest.approx(relation_loss(ours, HEAD.T @ HEAD, cached).item(), rel=1e-3)
-    first = teacher_relations(matrices(1, 6), size=6)
+    first = stack_relations(matrices(1, 6), size=6)
     single = [relation_loss(ours[:1], HEAD.T @ HEAD, first, literal=each).item() for each in (False, True)]
     assert single[0] == pytest.approx(single[1], rel=1e-5)
 
 
-def test_a_scaled_copy_costs_nothing_and_zeros_cost_1_each() -> None:
+def test_a_scaled_copy_has_loss_0_and_zeros_have_loss_1_each() -> None:
     hidden = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     own = hidden @ hidden.mT
     norms = own.flatten(1).norm(dim=1)
@@ -143,7 +145,7 @@ def test_a_scaled_copy_costs_nothing_and_zeros_cost_1_each() -> None:
 
 def test_no_images_are_zero_attached_to_the_graph() -> None:
     weight = torch.ones(4, requires_grad=True)
-    none = teacher_relations([], size=5)
+    none = stack_relations([], size=5)
     value = relation_loss(torch.zeros(0, 5, 4) * weight, torch.eye(4) * weight, none)
     value.backward()
     assert value.item() == 0
@@ -151,13 +153,13 @@ def test_no_images_are_zero_attached_to_the_graph() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_metric_and_its_gradient_are_of_the_real_vocabulary(dtype: torch.dtype) -> None:
+def test_the_head_gram_and_its_gradient_use_the_real_vocabulary(dtype: torch.dtype) -> None:
     ours = torch.randn(70, 8, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
     reference = ours.detach().double().requires_grad_()
     factor = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))  # not symmetric
-    metric, expected = head_metric(ours, vocab_size=60), reference[:60].T @ reference[:60]
-    torch.testing.assert_close(metric.double(), expected, rtol=1e-5, atol=1e-4)
-    (gradient,) = torch.autograd.grad((metric * factor).sum(), ours)
+    head_gram, expected = compute_head_gram(ours, vocab_size=60), reference[:60].T @ reference[:60]
+    torch.testing.assert_close(head_gram.double(), expected, rtol=1e-5, atol=1e-4)
+    (gradient,) = torch.autograd.grad((head_gram * factor).sum(), ours)
     (theirs,) = torch.autograd.grad((expected * factor).sum(), reference)
     assert gradient.dtype == dtype
     assert not gradient[60:].any()
@@ -165,17 +167,17 @@ def test_the_metric_and_its_gradient_are_of_the_real_vocabulary(dtype: torch.dty
 
 
 @given(side=st.integers(1, 12))
-def test_the_same_grid_is_not_touched(side: int) -> None:
-    assert resampling(side**2, side**2) is None
-    assert resampling(728, 728) is None  # nor one that is no square
-    matrix = resampling(side**2, side**2, pool=1)
+def test_equal_grids_are_not_resampled(side: int) -> None:
+    assert make_resampling_matrix(side**2, side**2) is None
+    assert make_resampling_matrix(728, 728) is None  # nor one that is no square
+    matrix = make_resampling_matrix(side**2, side**2, pool=1)
     assert matrix is not None
     torch.testing.assert_close(matrix, torch.eye(side**2), rtol=0, atol=0)
 
 
 @given(ours=st.integers(1, 12), theirs=st.integers(1, 12), pool=st.none() | st.integers(2, 5))
 def test_resampling_keeps_constants_and_means(ours: int, theirs: int, pool: int | None) -> None:
-    matrix = resampling(ours**2, theirs**2, pool=pool)
+    matrix = make_resampling_matrix(ours**2, theirs**2, pool=pool)
     if matrix is None:
         return
     assert (matrix >= 0).all()
@@ -185,8 +187,8 @@ def test_resampling_keeps_constants_and_means(ours: int, theirs: int, pool: int 
 
 
 @given(side=st.integers(1, 12), pool=st.integers(2, 5))
-def test_a_pooled_grid_is_the_cache_s(side: int, pool: int) -> None:
-    matrix = resampling(side**2, side**2, pool=pool)
+def test_a_pooled_grid_matches_the_cache_s(side: int, pool: int) -> None:
+    matrix = make_resampling_matrix(side**2, side**2, pool=pool)
     assert matrix is not None
     block = assign_grid_blocks(side**2, pool)
     expected = torch.zeros(block.max() + 1, side**2)
@@ -195,15 +197,15 @@ def test_a_pooled_grid_is_the_cache_s(side: int, pool: int) -> None:
 
 
 def test_resampling_by_hand() -> None:
-    """A line of 2 cells seen by 3: the middle one lies half in each. Of squares, each row is a product of two."""
-    matrix = resampling(4, 9)
+    """2 cells resampled to 3: the middle one lies half in each. For squares, each row is a product of two."""
+    matrix = make_resampling_matrix(4, 9)
     assert matrix is not None
     line = torch.tensor([[1, 0], [0.5, 0.5], [0, 1]])
     torch.testing.assert_close(matrix, torch.kron(line, line))
-    back = resampling(9, 4)
+    back = make_resampling_matrix(9, 4)
     assert back is not None
     line = torch.tensor([[2, 1, 0], [0, 1, 2]]) / 3
     torch.testing.assert_close(back, torch.kron(line, line))
     for pair in ((4, 10), (10, 4)):
-        with pytest.raises(ValueError, match="10 visual tokens are no square grid"):
-            resampling(*pair)
+        with pytest.raises(ValueError, match="10 visual tokens are not a square grid"):
+            make_resampling_matrix(*pair)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from storage.records.sparse_rows import SparseRows
-from student_train.data.collate import teacher_rows
+from student_train.data.collate import make_teacher_rows
 from student_train.losses.config import TREATMENTS, Divergence, Treatment
 from student_train.losses.fused_linear import SparseTarget
-from student_train.losses.sparse_divergence import Against, Rule, TailProfile, TeacherRows, row_losses_
+from student_train.losses.sparse_divergence import ChunkTarget, LossSpec, TailProfile, TeacherRows, differentiate_rows_
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import log_softmax, sparse_rows
 from tests.student_train.references import dense_loss, sparse_loss
@@ -30,39 +30,39 @@ def logits(rows: int, vocab: int, seed: int, scale: float = 2.0) -> np.ndarray:
 
 
 def log_sum_exps(teacher: np.ndarray, temperature: float) -> np.ndarray:
-    """As a cache keeps them: of log p / T."""
+    """Compute the log-sum-exp of log p / T, as a cache stores it."""
     return np.log(np.exp(log_softmax(teacher) / temperature).sum(1)).astype(np.float32)
 
 
 def at_temperature(stored: SparseRows, teacher: np.ndarray, temperature: float) -> TeacherRows:
-    return teacher_rows([replace(stored, log_sum_exp=log_sum_exps(teacher, temperature)[:, None])])
+    return make_teacher_rows([replace(stored, log_sum_exp=log_sum_exps(teacher, temperature)[:, None])])
 
 
 def compute(
     rows: TeacherRows | None,
     values: np.ndarray | Tensor,
-    rule: Rule,
+    spec: LossSpec,
     *,
     profile: np.ndarray | None = None,
     labels: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of cross-entropy and of the divergence, and the gradient of their weighted sum, in float64."""
-    rule = replace(rule, column=0)
+    """Return the sums of cross-entropy and divergence, and the gradient of their weighted sum, in float64."""
+    spec = replace(spec, column=0)
     z = torch.as_tensor(values).to(dtype).clone()
-    against = None
+    target = None
     if rows is not None:
         shape = None
-        if rule.treatment == "profile":
+        if spec.treatment == "profile":
             assert profile is not None
-            shape = TailProfile.of(torch.from_numpy(profile), temperature=rule.temperature, dtype=dtype)
-        against = SparseTarget(rows, rule, shape).against(0, rows.num_rows, z)
-    sums = row_losses_(z, labels, against)
+            shape = TailProfile.from_mass(torch.from_numpy(profile), temperature=spec.temperature, dtype=dtype)
+        target = SparseTarget(rows, spec, shape).select_chunk(0, rows.num_rows, z)
+    sums = differentiate_rows_(z, labels, target)
     return sums.cross_entropy.double(), sums.divergence.double(), z.double()
 
 
 def assert_same(found: tuple[Tensor, Tensor, Tensor], reference: Tensor, values: Tensor, tolerance: float) -> None:
-    """The divergence and its gradient agree."""
+    """Check that the divergence and its gradient agree with the reference."""
     (expected,) = torch.autograd.grad(reference, values)
     torch.testing.assert_close(found[1], reference.detach().double(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found[2], expected.double(), rtol=tolerance, atol=tolerance)
@@ -73,7 +73,7 @@ def student(values: np.ndarray) -> Tensor:
 
 
 def tail_profile(vocab: int, seed: int) -> np.ndarray:
-    """With tokens that no tail ever held."""
+    """Make a tail profile, with tokens of mass 0."""
     profile = np.random.default_rng(seed).gamma(0.3, size=vocab)
     profile[::5] = 0
     return profile / max(profile.sum(), 1e-9)
@@ -87,7 +87,7 @@ def tail_profile(vocab: int, seed: int) -> np.ndarray:
 )  # fmt: skip
 # The stored entries, rounded to float32, sum to more than 1 at this temperature: no mass is left, not a negative one.
 @example(rows=1, vocab=37, k=35, seed=1145, temperature=0.5, beta=None, sharp=False)
-def test_every_treatment_agrees_with_its_events_spelt_out(
+def test_every_treatment_agrees_with_the_slow_reference(
     divergence: Divergence, treatment: Treatment, rows: int, vocab: int, k: int, seed: int,
     temperature: float, beta: float | None, sharp: bool,
 ) -> None:  # fmt: skip
@@ -97,11 +97,11 @@ def test_every_treatment_agrees_with_its_events_spelt_out(
     stored = sparse_rows(teacher, tau=0.04, seed=seed) if sampled else sparse_rows(teacher, k=min(k, vocab))
     if treatment == "renormalise" and k == 0:
         stored = sparse_rows(teacher, k=1)
-    rule = Rule(divergence, treatment, temperature, beta if divergence in ("jsd", "skewed_kl") else None)
+    spec = LossSpec(divergence, treatment, temperature, beta if divergence in ("jsd", "skewed_kl") else None)
     profile = tail_profile(vocab, seed)
-    found = compute(at_temperature(stored, teacher, temperature), values, rule, profile=profile, dtype=torch.float64)
+    found = compute(at_temperature(stored, teacher, temperature), values, spec, profile=profile, dtype=torch.float64)
     reference = student(values)
-    expected = sparse_loss(stored, log_sum_exps(teacher, temperature), reference, rule, profile)
+    expected = sparse_loss(stored, log_sum_exps(teacher, temperature), reference, spec, profile)
     # Sums of a few float32 probabilities that a logarithm is taken of: a tail that is 1 minus them has their error.
     tolerance = 1e-7 if temperature == 1 and not sampled else 2e-5
     assert_same(found, expected, reference, max(tolerance, 1e-6 if treatment == "profile" else 0))
@@ -115,22 +115,22 @@ def test_with_every_entry_stored_it_is_the_dense_divergence(
 ) -> None:
     for temperature in (1.0,) if treatment == "unbiased" else (1.0, 2.5):
         teacher, values = logits(rows, vocab, seed), logits(rows, vocab, seed + 1)
-        rule = Rule(divergence, treatment, temperature)
+        spec = LossSpec(divergence, treatment, temperature)
         stored = at_temperature(sparse_rows(teacher, k=vocab), teacher, temperature)
-        found = compute(stored, values, rule, profile=tail_profile(vocab, seed))
+        found = compute(stored, values, spec, profile=tail_profile(vocab, seed))
         reference = student(values)
-        assert_same(found, dense_loss(teacher, reference, rule), reference, 1e-5)
+        assert_same(found, dense_loss(teacher, reference, spec), reference, 1e-5)
 
 
 @pytest.mark.parametrize("divergence", TREATMENTS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_whole_rows_of_the_teacher_give_the_dense_divergence(divergence: Divergence, temperature: float) -> None:
     teacher, values = logits(7, 33, 0), logits(7, 33, 1)
-    rule = Rule(divergence, "exact", temperature)
+    spec = LossSpec(divergence, "exact", temperature)
     z = torch.tensor(values)
-    sums = row_losses_(z, None, Against(rule, logits=torch.tensor(teacher)))
+    sums = differentiate_rows_(z, None, ChunkTarget(spec, logits=torch.tensor(teacher)))
     reference = student(values)
-    assert_same((sums.cross_entropy, sums.divergence, z), dense_loss(teacher, reference, rule), reference, 1e-9)
+    assert_same((sums.cross_entropy, sums.divergence, z), dense_loss(teacher, reference, spec), reference, 1e-9)
 
 
 @pytest.mark.parametrize("divergence", [d for d in TREATMENTS if d != "cross_entropy"])
@@ -140,9 +140,9 @@ def test_the_bucket_is_a_lower_bound_of_the_dense_divergence(
     divergence: Divergence, vocab: int, k: int, seed: int
 ) -> None:
     teacher, values = logits(3, vocab, seed), logits(3, vocab, seed + 1)
-    rule = Rule(divergence)
-    _, bucketed, _ = compute(teacher_rows([sparse_rows(teacher, k=min(k, vocab))]), values, rule)
-    assert -1e-5 <= bucketed.item() <= dense_loss(teacher, torch.tensor(values), rule).item() + 1e-5
+    spec = LossSpec(divergence)
+    _, bucketed, _ = compute(make_teacher_rows([sparse_rows(teacher, k=min(k, vocab))]), values, spec)
+    assert -1e-5 <= bucketed.item() <= dense_loss(teacher, torch.tensor(values), spec).item() + 1e-5
 
 
 @pytest.mark.parametrize("divergence", [d for d in TREATMENTS if d != "cross_entropy"])
@@ -151,11 +151,11 @@ def test_the_bucket_is_a_lower_bound_of_the_dense_divergence(
 def test_divergence_of_a_distribution_from_itself_is_zero(divergence: Divergence, k: int, temperature: float) -> None:
     teacher = logits(6, 30, 0)
     rows = at_temperature(sparse_rows(teacher, k=k), teacher, temperature)
-    _, loss, gradient = compute(rows, teacher, Rule(divergence, "bucket", temperature))
+    _, loss, gradient = compute(rows, teacher, LossSpec(divergence, "bucket", temperature))
     assert abs(loss.item()) < 2e-5  # the tail mass is a float32 and weighs up to 5 nats, in 6 rows
     assert gradient.abs().max().item() < 1e-5 if divergence != "total_variation" else 1
     z = torch.tensor(teacher, dtype=torch.float32)
-    exact = row_losses_(z, None, Against(Rule(divergence, "exact", temperature), logits=z.clone()))
+    exact = differentiate_rows_(z, None, ChunkTarget(LossSpec(divergence, "exact", temperature), logits=z.clone()))
     assert abs(exact.divergence.item()) < 2e-6
 
 
@@ -165,18 +165,18 @@ def test_the_bucket_by_hand() -> None:
     one = 0.5 * np.log(0.5 / (1 / 3)) + 0.5 * np.log(0.5 / (2 / 3))
     two = 0.5 * np.log(1.5) + 0.3 * np.log(0.9) + 0.2 * np.log(0.6)
     for k, expected in ((1, one), (2, two)):
-        loss = compute(teacher_rows([sparse_rows(teacher, k=k)]), uniform, Rule())[1]
+        loss = compute(make_teacher_rows([sparse_rows(teacher, k=k)]), uniform, LossSpec())[1]
         assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_profile_by_hand() -> None:
-    """Stored 0.5; the other half goes 1 : 3, as the profile says of the tokens that are not stored."""
+    """One entry of 0.5 is stored; the profile splits the other half 1 : 3 among the tokens that are not."""
     teacher = np.log(np.array([[0.5, 0.3, 0.2]]))
     profile = np.array([0.6, 0.1, 0.3]) - 1e-3 / 3
     profile /= profile.sum()
     expected = 0.5 * np.log(0.5 * 3) + 0.125 * np.log(0.125 * 3) + 0.375 * np.log(0.375 * 3)
-    rows = teacher_rows([sparse_rows(teacher, k=1)])
-    _, loss, gradient = compute(rows, np.zeros((1, 3)), Rule(treatment="profile"), profile=profile)
+    rows = make_teacher_rows([sparse_rows(teacher, k=1)])
+    _, loss, gradient = compute(rows, np.zeros((1, 3)), LossSpec(treatment="profile"), profile=profile)
     assert loss.item() == pytest.approx(expected, abs=1e-3)
     np.testing.assert_allclose(gradient[0], np.array([1 / 3 - 0.5, 1 / 3 - 0.125, 1 / 3 - 0.375]), atol=1e-3)
 
@@ -184,19 +184,19 @@ def test_the_profile_by_hand() -> None:
 @pytest.mark.parametrize("divergence", TREATMENTS)
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("num_outside", [1, 55])
-def test_a_profile_that_lies_on_stored_tokens_keeps_its_digits_in_float32(
+def test_a_profile_concentrated_on_stored_tokens_keeps_float32_precision(
     divergence: Divergence, temperature: float, num_outside: int
 ) -> None:
-    """Other tokens have the profile's floor alone: in float32, 1 minus the stored mass has no digit of it."""
+    """Other tokens have only the profile's floor, which is lost in 1 minus the stored mass in float32."""
     vocab = 60
     teacher, values = logits(3, vocab, 4, scale=0.5), logits(3, vocab, 5)
     stored = sparse_rows(teacher, k=vocab - num_outside)
     profile = np.zeros(vocab)
     profile[np.bincount(stored.ids).argmax()] = 1.0  # a token that most rows have stored
-    rule = Rule(divergence, "profile", temperature)
-    found = compute(at_temperature(stored, teacher, temperature), values, rule, profile=profile)
+    spec = LossSpec(divergence, "profile", temperature)
+    found = compute(at_temperature(stored, teacher, temperature), values, spec, profile=profile)
     reference = student(values)
-    expected = sparse_loss(stored, log_sum_exps(teacher, temperature), reference, rule, profile)
+    expected = sparse_loss(stored, log_sum_exps(teacher, temperature), reference, spec, profile)
     assert_same(found, expected, reference, 1e-4)
 
 
@@ -207,20 +207,20 @@ def test_the_bucket_ignores_sampled_entries() -> None:
     assert sampled.num_exact.tolist() == counts
     assert sampled.num_entries > sum(counts)
     reference = student(values)
-    expected = sparse_loss(sampled, np.zeros(4), reference, Rule())
-    assert_same(compute(teacher_rows([sampled]), values, Rule()), expected, reference, 1e-5)
+    expected = sparse_loss(sampled, np.zeros(4), reference, LossSpec())
+    assert_same(compute(make_teacher_rows([sampled]), values, LossSpec()), expected, reference, 1e-5)
 
 
 def test_unbiased_kl_averages_to_the_dense_kl_and_its_gradient() -> None:
     teacher, values = logits(2, 60, 3, scale=1.5), logits(2, 60, 4)
     losses, gradients = [], []
     for seed in range(600):
-        rows = teacher_rows([sparse_rows(teacher, tau=0.08, seed=seed)])
-        _, loss, gradient = compute(rows, values, Rule(treatment="unbiased"))
+        rows = make_teacher_rows([sparse_rows(teacher, tau=0.08, seed=seed)])
+        _, loss, gradient = compute(rows, values, LossSpec(treatment="unbiased"))
         losses.append(loss.item())
         gradients.append(gradient)
     reference = student(values)
-    dense = dense_loss(teacher, reference, Rule())
+    dense = dense_loss(teacher, reference, LossSpec())
     (expected,) = torch.autograd.grad(dense, reference)
     standard_error = np.std(losses) / np.sqrt(len(losses))
     assert abs(np.mean(losses) - dense.item()) < 4 * standard_error
@@ -231,18 +231,18 @@ def test_unbiased_kl_averages_to_the_dense_kl_and_its_gradient() -> None:
 
 @pytest.mark.parametrize("divergence", TREATMENTS)
 @pytest.mark.parametrize("gap", [30.0, 90.0, 1000.0])
-def test_a_student_that_leaves_no_rest_gives_finite_values_and_gradients(divergence: Divergence, gap: float) -> None:
-    rows = teacher_rows([sparse_rows(logits(1, 20, 5), k=2)])
+def test_a_student_without_mass_outside_the_stored_set_gives_finite_values(divergence: Divergence, gap: float) -> None:
+    rows = make_teacher_rows([sparse_rows(logits(1, 20, 5), k=2)])
     values = torch.zeros(1, 20)
     values[0, rows.ids[:1]] = gap
-    _, loss, gradient = compute(rows, values, Rule(divergence))
+    _, loss, gradient = compute(rows, values, LossSpec(divergence))
     assert torch.isfinite(loss)
     assert torch.isfinite(gradient).all()
     reference = values.double().requires_grad_()
     stored = sparse_rows(logits(1, 20, 5), k=2)
     if gap < 700:  # where float64 still has a probability for it
         assert_same(
-            (loss, loss, gradient), sparse_loss(stored, np.zeros(1), reference, Rule(divergence)), reference, 1e-5
+            (loss, loss, gradient), sparse_loss(stored, np.zeros(1), reference, LossSpec(divergence)), reference, 1e-5
         )
     elif divergence == "forward_kl":  # all of the rest is 1000 below the top
         p = np.exp(stored.logprobs.astype(np.float64))
@@ -252,7 +252,7 @@ def test_a_student_that_leaves_no_rest_gives_finite_values_and_gradients(diverge
 
 @pytest.mark.parametrize(("divergence", "treatment"), SPARSE)
 def test_rows_whose_mass_rounds_to_1(divergence: Divergence, treatment: Treatment) -> None:
-    """The first row is all but certain, of the second the stored entries sum to 1 in float32, of the third above."""
+    """The first row is almost certain; stored entries of the second sum to 1 in float32, of the third to more."""
     teacher = logits(3, 20, 6)
     teacher[0, 4] = 60.0
     stored = sparse_rows(teacher, k=4)
@@ -260,29 +260,29 @@ def test_rows_whose_mass_rounds_to_1(divergence: Divergence, treatment: Treatmen
     head /= head.sum(1, keepdims=True)
     head[2, 0] += 5e-7
     whole = replace(stored, tail_mass=np.zeros(3, np.float32), logprobs=np.log(head).ravel().astype(np.float32))
-    values, rule, profile = logits(3, 20, 7), Rule(divergence, treatment), tail_profile(20, 3)
+    values, spec, profile = logits(3, 20, 7), LossSpec(divergence, treatment), tail_profile(20, 3)
     reference = student(values)
-    expected = sparse_loss(whole, np.zeros(3), reference, rule, profile)
+    expected = sparse_loss(whole, np.zeros(3), reference, spec, profile)
     assert torch.isfinite(expected)
-    assert_same(compute(teacher_rows([whole]), values, rule, profile=profile), expected, reference, 2e-5)
+    assert_same(compute(make_teacher_rows([whole]), values, spec, profile=profile), expected, reference, 2e-5)
 
 
 @pytest.mark.parametrize(("divergence", "treatment"), [*SPARSE, ("jsd", "exact")])
 def test_labels_add_their_cross_entropy(divergence: Divergence, treatment: Treatment) -> None:
-    """Of labels stored and not stored, at temperature 1 (one softmax) and others (two)."""
+    """For labels that are stored and not, at temperature 1 (one softmax) and others (two)."""
     teacher, values = logits(5, 30, 11), logits(5, 30, 12)
     labels = torch.tensor([int(teacher[0].argmax()), 3, 29, 3, int(teacher[4].argmin())])
     profile = tail_profile(30, 1)
     for temperature in (1.0,) if treatment == "unbiased" else (1.0, 2.0):
-        rule = Rule(divergence, treatment, temperature, column=0)
+        spec = LossSpec(divergence, treatment, temperature, column=0)
         stored = at_temperature(sparse_rows(teacher, k=6), teacher, temperature)
         z, alone = torch.tensor(values), torch.tensor(values)
-        against = Against(rule, logits=torch.tensor(teacher))
+        target = ChunkTarget(spec, logits=torch.tensor(teacher))
         if treatment != "exact":
-            shape = TailProfile.of(torch.from_numpy(profile), temperature=temperature, dtype=torch.float64)
-            against = SparseTarget(stored, rule, shape).against(0, 5, z)
-        both = row_losses_(z, labels, against, label_weight=0.7, weight=0.3)
-        one = row_losses_(alone, None, against, weight=0.3)
+            shape = TailProfile.from_mass(torch.from_numpy(profile), temperature=temperature, dtype=torch.float64)
+            target = SparseTarget(stored, spec, shape).select_chunk(0, 5, z)
+        both = differentiate_rows_(z, labels, target, label_weight=0.7, weight=0.3)
+        one = differentiate_rows_(alone, None, target, weight=0.3)
         reference = student(values)
         expected = torch.nn.functional.cross_entropy(reference, labels, reduction="sum")
         (slope,) = torch.autograd.grad(expected, reference)
@@ -292,15 +292,15 @@ def test_labels_add_their_cross_entropy(divergence: Divergence, treatment: Treat
 
 
 def test_blocks_of_rows_change_nothing() -> None:
-    """A vocabulary so large that some rows at a time are computed on."""
+    """A vocabulary so large that rows are computed in several blocks."""
     teacher, values = logits(7, 300_000, 1), logits(7, 300_000, 2)
-    rows, labels = teacher_rows([sparse_rows(teacher, k=5)]), torch.arange(7)
+    rows, labels = make_teacher_rows([sparse_rows(teacher, k=5)]), torch.arange(7)
     for treatment in ("bucket", "profile"):
         profile = tail_profile(300_000, 0)
-        rule = Rule(treatment=treatment)
-        together = compute(rows, values, rule, labels=labels, profile=profile, dtype=torch.float64)
+        spec = LossSpec(treatment=treatment)
+        together = compute(rows, values, spec, labels=labels, profile=profile, dtype=torch.float64)
         single = [
-            compute(rows.slice(n, n + 1), values[n : n + 1], rule, labels=labels[n : n + 1], profile=profile,
+            compute(rows.slice(n, n + 1), values[n : n + 1], spec, labels=labels[n : n + 1], profile=profile,
                     dtype=torch.float64)
             for n in range(7)
         ]  # fmt: skip
@@ -309,40 +309,42 @@ def test_blocks_of_rows_change_nothing() -> None:
         torch.testing.assert_close(together[2], torch.cat([one[2] for one in single]))
 
 
-def test_a_logit_that_is_no_number_is_no_finite_loss() -> None:
-    rows = teacher_rows([sparse_rows(logits(2, 20, 5), k=2)])
+def test_a_nan_logit_gives_a_nan_loss() -> None:
+    rows = make_teacher_rows([sparse_rows(logits(2, 20, 5), k=2)])
     for divergence, treatment in SPARSE:
         for place, value in product((int(rows.ids[0]), (int(rows.ids[0]) + 1) % 20), (torch.nan, torch.inf)):
             values = torch.zeros(2, 20)
             values[0, place] = value
-            loss = compute(rows, values, Rule(divergence, treatment), profile=tail_profile(20, 0))[1]
+            loss = compute(rows, values, LossSpec(divergence, treatment), profile=tail_profile(20, 0))[1]
             assert not torch.isfinite(loss), (divergence, treatment, place, value)
 
 
 def test_no_rows_give_zero() -> None:
-    empty = teacher_rows([SparseRows.empty()])
+    empty = make_teacher_rows([SparseRows.empty()])
     for divergence, treatment in SPARSE:
         for labels in (None, torch.zeros(0, dtype=torch.int64)):
             found = compute(
-                empty, np.zeros((0, 7)), Rule(divergence, treatment), labels=labels, profile=tail_profile(7, 0)
+                empty, np.zeros((0, 7)), LossSpec(divergence, treatment), labels=labels, profile=tail_profile(7, 0)
             )
             assert [found[0].item(), found[1].item(), found[2].numel()] == [0, 0, 0]
 
 
-def test_teacher_rows_slice_as_the_cache_does() -> None:
+def test_teacher_rows_slice_like_sparse_rows() -> None:
     stored = sparse_rows(logits(6, 30, 11), tau=0.06)
-    rows = teacher_rows([stored])
-    part, expected = rows.slice(2, 5), teacher_rows([stored.slice(2, 5)])
+    rows = make_teacher_rows([stored])
+    part, expected = rows.slice(2, 5), make_teacher_rows([stored.slice(2, 5)])
     for name, value in vars(expected).items():
         torch.testing.assert_close(getattr(part, name), value, rtol=0, atol=0)
     assert rows.row_of_entry().tolist() == stored.row_of_entry().tolist()
     assert rows.is_exact().tolist() == stored.is_exact().tolist()
 
 
-def test_teacher_rows_are_taken_one_by_one_as_slices_are() -> None:
-    rows = teacher_rows([sparse_rows(np.random.default_rng(3).normal(size=(6, 30)), tau=0.05, temperatures=(2.0,))])
+def test_selected_teacher_rows_equal_slices() -> None:
+    rows = make_teacher_rows(
+        [sparse_rows(np.random.default_rng(3).normal(size=(6, 30)), tau=0.05, temperatures=(2.0,))]
+    )
     for chosen in ([4, 0, 0, 5], [2], []):
-        taken = rows.at(torch.tensor(chosen, dtype=torch.int64))
+        taken = rows.select_rows(torch.tensor(chosen, dtype=torch.int64))
         assert taken.num_rows == len(chosen)
         for place, row in enumerate(chosen):
             found, expected = taken.slice(place, place + 1), rows.slice(row, row + 1)

@@ -1,4 +1,4 @@
-"""Students of every architecture: their own forward in our batches, parts, saved checkpoints, answers, training."""
+"""Students of every architecture: forward passes in batches, parts, saved checkpoints, answers, training."""
 
 from __future__ import annotations
 
@@ -20,21 +20,28 @@ from storage.images.settings import PixelSettings
 from storage.records.records import SampleRecord
 from storage.writer.cache_writer import CacheWriter
 from student_train.config import EvaluationSection, SourceSection, StageSection
-from student_train.data.collate import collate, collate_prompts, prompt_of
-from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
-from student_train.evaluation.ask import answer
-from student_train.evaluation.evaluate import evaluate_model
-from student_train.evaluation.generation import greedy
+from student_train.data.collate import collate, collate_prompts, cut_prompt
+from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
+from student_train.evaluation.ask import answer_question
+from student_train.evaluation.generation import generate_greedily
+from student_train.evaluation.model_evaluation import evaluate_model
 from student_train.losses.config import LossesSection
-from student_train.losses.relation import head_metric, relation_loss, teacher_relations
+from student_train.losses.relation import compute_head_gram, relation_loss, stack_relations
 from student_train.losses.row_counts import RowCounts
 from student_train.models.checkpoint import save_checkpoint
 from student_train.models.huggingface import load_processor, load_weights
-from student_train.models.loading import Checkpoint, check_parts, freeze, load_for_inference, load_student, part_of
+from student_train.models.loading import (
+    Checkpoint,
+    check_trained_parts,
+    find_part,
+    freeze,
+    load_for_inference,
+    load_student,
+)
 from student_train.models.loading import read_checkpoint as read
 from student_train.models.student import Student
 from student_train.training.objective import Objective
-from student_train.training.stage_data import cached_teacher, loss_families, prepare
+from student_train.training.stage_data import list_loss_families, load_cached_teacher, prepare_stage_data
 from teacher_dump.prompts import processor
 from teacher_dump.prompts.image_tokens import VisualGrid, expand
 from teacher_dump.signals.scoring import RowRequest, SignalRequest
@@ -54,7 +61,7 @@ LOSSES = {"response": {}, "visual": {}, "relation": {"weight": 0.5}}
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A tiny checkpoint, samples that show it images of several sizes, and the batches that we make of them."""
+    """A tiny checkpoint, samples with images of several sizes, and batches of them."""
 
     folder: Path
     checkpoint: Checkpoint
@@ -65,21 +72,23 @@ class Case:
         return self.folder.name
 
     @property
-    def vision(self) -> VisionSource:
+    def vision(self) -> VisionGatherer:
         folder = ImageFolder(self.folder, self.checkpoint.image_processor, pixels=PixelSettings())
-        return VisionSource(folder, features=None, pixels=FeatureStore(0))
+        return VisionGatherer(folder, features=None, pixels=TensorStore(0))
 
     def whole_logits(self, model: Any, sample_id: str) -> Tensor:
-        """The model's own forward pass, of one sample and what its own processor makes of its images."""
+        """Run the model's own forward pass on one sample, with its own processor's image inputs."""
         tokens = self.samples[sample_id].tokens
         own = load_processor(self.folder / "teacher")
-        pictures = [self.vision._folder.picture(image, sample_id=sample_id) for image in tokens.images]
-        image_token_id = self.checkpoint.grid.image_token_id
+        pictures = [self.vision._folder.load_picture(image, sample_id=sample_id) for image in tokens.images]
+        image_token_id = self.checkpoint.sequence_format.image_token_id
         ids = tokens.token_ids.astype(np.int64)
         inputs: dict[str, Tensor] = {}
         if pictures:
-            grid = VisualGrid(own, image_token_id)
-            ids = expand(tokens.token_ids, [grid.ids(picture) for picture in pictures], image_token_id).token_ids
+            sequence_format = VisualGrid(own, image_token_id)
+            ids = expand(
+                tokens.token_ids, [sequence_format.ids(picture) for picture in pictures], image_token_id
+            ).token_ids
             marks = own.tokenizer.convert_ids_to_tokens(image_token_id) * len(pictures)
             inputs = dict(own(images=pictures, text=[marks], return_tensors="pt"))
             del inputs["input_ids"], inputs["attention_mask"]
@@ -90,7 +99,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """Cases by architecture, made once."""
+    """Returns cases by architecture, each made once."""
     root, made = tmp_path_factory.mktemp("students"), {}
 
     def case(name: str) -> Case:
@@ -119,9 +128,9 @@ def test_logits_of_padded_batches_are_those_of_the_whole_model(case: Case) -> No
     ids = list(case.samples)
     for chosen in (ids, ids[:2]):  # the second without any image
         records = [case.samples[sample_id] for sample_id in chosen]
-        batch = collate(records, case.checkpoint.grid, case.vision.gather)
-        hidden = student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
-        logits = student.logits(hidden).view(*batch.input_ids.shape, -1)
+        batch = collate(records, case.checkpoint.sequence_format, case.vision.gather)
+        hidden = student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
+        logits = student.compute_logits(hidden).view(*batch.input_ids.shape, -1)
         for row, record in enumerate(records):
             expected = case.whole_logits(student.model, record.tokens.sample_id)
             length = int(batch.lengths[row])
@@ -130,30 +139,32 @@ def test_logits_of_padded_batches_are_those_of_the_whole_model(case: Case) -> No
             assert error < TOLERANCE, (case.name, record.tokens.sample_id, float(error))
         flat = batch.input_ids.flatten()
         assert flat[batch.response_positions + 1].tolist() == batch.labels.tolist()
-        assert set(flat[batch.visual_positions].tolist()) <= {case.checkpoint.grid.image_token_id}
+        assert set(flat[batch.visual_positions].tolist()) <= {case.checkpoint.sequence_format.image_token_id}
 
 
 def test_a_batch_without_images_reaches_the_tower_with_no_effect(case: Case) -> None:
     model = load_student(case.checkpoint, precision="fp32", device=torch.device("cpu"))
     freeze(model, ("llm",) if case.name in BLIND else ("vision", "projector", "llm"))
-    student = Student(model, vocab_size=VOCAB_SIZE, image_token_id=case.checkpoint.grid.image_token_id, features=None)
+    student = Student(
+        model, vocab_size=VOCAB_SIZE, image_token_id=case.checkpoint.sequence_format.image_token_id, features=None
+    )
     records = [case.samples["text"], case.samples["text-again"]]
-    batch = collate(records, case.checkpoint.grid, case.vision.gather)
-    hidden = student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
+    batch = collate(records, case.checkpoint.sequence_format, case.vision.gather)
+    hidden = student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
     with torch.no_grad():
         expected = case.whole_logits(model, "text")
-        torch.testing.assert_close(student.logits(hidden)[: len(expected)], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(student.compute_logits(hidden)[: len(expected)], expected, rtol=1e-4, atol=1e-4)
     hidden.square().sum().backward()
     gradients = dict.fromkeys(("vision", "projector", "llm"), 0.0)
     for name, parameter in model.named_parameters():
-        part = part_of(name)
+        part = find_part(name)
         assert part is not None
         if parameter.grad is not None:
             gradients[part] += float(parameter.grad.abs().sum())
     assert gradients["llm"] > 0
     assert gradients["vision"] == gradients["projector"] == 0
     if case.name not in BLIND:  # they have gradients, of 0: every rank's reduction has the same tensors
-        assert all(p.grad is not None for name, p in model.named_parameters() if part_of(name) == "projector")
+        assert all(p.grad is not None for name, p in model.named_parameters() if find_part(name) == "projector")
 
 
 @pytest.mark.parametrize(
@@ -179,12 +190,12 @@ def test_the_projector_alone_trains(part: str, expected: tuple[str, ...], case_o
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"mlp"}
 
 
-def test_parts_that_an_architecture_has_not_are_refused_before_a_model_is_made(case_of: Callable[[str], Case]) -> None:
+def test_parts_that_an_architecture_lacks_are_refused_before_loading(case_of: Callable[[str], Case]) -> None:
     for name in GENERAL:
         known = ("llm", "mlp") if name in BLIND else ("vision", "projector", "llm", "mlp")
-        check_parts(case_of(name).checkpoint, known)
+        check_trained_parts(case_of(name).checkpoint, known)
     with pytest.raises(ConfigError, match=r"train: .* a 'llama' has no projector; it has llm, mlp"):
-        check_parts(case_of("llama").checkpoint, ("projector", "llm"))
+        check_trained_parts(case_of("llama").checkpoint, ("projector", "llm"))
 
 
 def test_a_saved_student_gives_the_same_logits_to_anyone(case: Case, tmp_path: Path) -> None:
@@ -198,26 +209,33 @@ def test_a_saved_student_gives_the_same_logits_to_anyone(case: Case, tmp_path: P
     with torch.no_grad():
         torch.testing.assert_close(case.whole_logits(saved, list(case.samples)[-1]), expected, rtol=0, atol=0)
     again = read(tmp_path / "saved")
-    assert again.grid == case.checkpoint.grid
+    assert again.sequence_format == case.checkpoint.sequence_format
 
 
 def test_answers_of_a_batch_are_those_of_each_prompt_alone(case: Case) -> None:
     student = load_for_inference(case.checkpoint, vocab_size=VOCAB_SIZE)
-    grid = case.checkpoint.grid
-    prompts = [prompt_of(each.tokens, image_token_id=grid.image_token_id) for each in list(case.samples.values())[:6]]
+    sequence_format = case.checkpoint.sequence_format
+    prompts = [
+        cut_prompt(each.tokens, image_token_id=sequence_format.image_token_id)
+        for each in list(case.samples.values())[:6]
+    ]
     eos = (case.checkpoint.tokenizer.eos_token_id,)
     gather = case.vision.gather
-    together = greedy(student, collate_prompts(prompts, grid, gather), max_new_tokens=4, eos_token_ids=eos)
+    together = generate_greedily(
+        student, collate_prompts(prompts, sequence_format, gather), max_new_tokens=4, eos_token_ids=eos
+    )
     for prompt, got in zip(prompts, together, strict=True):
-        alone = greedy(student, collate_prompts([prompt], grid, gather), max_new_tokens=4, eos_token_ids=eos)
+        alone = generate_greedily(
+            student, collate_prompts([prompt], sequence_format, gather), max_new_tokens=4, eos_token_ids=eos
+        )
         assert [got] == alone
         assert all(token < VOCAB_SIZE for token in got)
     if case.name not in BLIND:
-        assert isinstance(answer(case.folder / "teacher", case.folder / "wide.png", "what?", 3), str)
+        assert isinstance(answer_question(case.folder / "teacher", case.folder / "wide.png", "what?", 3), str)
 
 
 def dumped(case: Case, folder: Path) -> Path:
-    """A cache of the case's own checkpoint as teacher, through the transformers backend, images cut by its size."""
+    """Dump a cache with the case's checkpoint as the teacher, through the transformers backend."""
     request = SignalRequest(
         response=RowRequest(TopK(16), 0), visual=RowRequest(Threshold(0.05), 0), relation_centered=False
     )
@@ -252,40 +270,42 @@ def onevision_cache(case_of: Callable[[str], Case], tmp_path_factory: pytest.Tem
 def test_losses_over_images_of_several_sizes_are_means_over_images(
     case_of: Callable[[str], Case], onevision_cache: Path
 ) -> None:
-    """The slow reference takes one sample and one image after another, through whole logits."""
+    """Compared with a slow reference: one sample and one image after another, through whole logits."""
     case = case_of("llava_onevision")
     stage = StageSection.model_validate({"init": str(case.folder / "teacher"), "steps": 1, "losses": LOSSES})
-    material = prepare(stage, str(onevision_cache))
-    model = load_student(material.checkpoint, precision="fp32", device=torch.device("cpu"))
+    stage_data = prepare_stage_data(stage, str(onevision_cache))
+    model = load_student(stage_data.checkpoint, precision="fp32", device=torch.device("cpu"))
     with torch.no_grad():
         noise = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1))
         model.lm_head.weight += 0.1 * noise  # another model than the teacher
     student = Student(model, vocab_size=VOCAB_SIZE, image_token_id=VOCAB_SIZE - 1, features=None)
     losses = LossesSection.model_validate(LOSSES)
-    objective = Objective(student, losses, cached_teacher(material, losses), chunk_logits=1 << 22)
-    vision = VisionSource(
-        material.data.images(material.checkpoint.image_processor), features=None, pixels=FeatureStore(0)
+    objective = Objective(student, losses, load_cached_teacher(stage_data, losses), chunk_logits=1 << 22)
+    vision = VisionGatherer(
+        stage_data.mixture.images(stage_data.checkpoint.image_processor), features=None, pixels=TensorStore(0)
     )
-    rows = np.arange(len(material.table))
-    totals = material.table.counts(rows)
-    records = material.data.read_many(material.table.indices)
-    batch = collate(records, material.checkpoint.grid, vision.gather, families=loss_families(losses))
-    assert len(batch.grids) > 3
-    assert totals.visual == sum(run.num_images * run.teacher for run in batch.grids)
+    rows = np.arange(len(stage_data.table))
+    totals = stage_data.table.count_rows(rows)
+    records = stage_data.mixture.read_many(stage_data.table.indices)
+    batch = collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=list_loss_families(losses))
+    assert len(batch.image_runs) > 3
+    assert totals.visual == sum(run.num_images * run.teacher for run in batch.image_runs)
     with torch.no_grad():
         parts = objective(batch, totals, totals)
-        metric = head_metric(model.lm_head.weight, vocab_size=VOCAB_SIZE)
+        metric = compute_head_gram(model.lm_head.weight, vocab_size=VOCAB_SIZE)
         sums = {"visual": 0.0, "relation": 0.0, "rows": 0, "images": 0}
         for record in records:
-            one = collate([record], material.checkpoint.grid, vision.gather, families=loss_families(losses))
-            states = student.hidden(one.input_ids, one.visual_positions, one.vision)
+            one = collate(
+                [record], stage_data.checkpoint.sequence_format, vision.gather, families=list_loss_families(losses)
+            )
+            states = student.compute_hidden(one.input_ids, one.visual_positions, one.vision)
             start = 0
             for image in record.tokens.images:
                 places = one.visual_positions[start : start + image.num_visual_tokens]
                 start += image.num_visual_tokens
                 of_image = states[places]
                 relation = record.relation[image.key]
-                relations = teacher_relations([relation], size=image.num_visual_tokens)
+                relations = stack_relations([relation], size=image.num_visual_tokens)
                 sums["relation"] += relation_loss(of_image[None], metric, relations).item()
                 sums["images"] += 1
             alone = RowCounts(response=1, visual=1, relation=1, samples=1)
@@ -298,22 +318,20 @@ def test_losses_over_images_of_several_sizes_are_means_over_images(
     assert parts["visual"].item() > 1e-3
 
 
-def test_the_teacher_itself_has_no_distance_from_its_cache(
-    case_of: Callable[[str], Case], onevision_cache: Path
-) -> None:
+def test_the_teacher_has_loss_0_on_its_own_cache(case_of: Callable[[str], Case], onevision_cache: Path) -> None:
     case = case_of("llava_onevision")
     stage = StageSection.model_validate({"init": str(case.folder / "teacher"), "steps": 1, "losses": LOSSES})
-    material = prepare(stage, str(onevision_cache))
+    stage_data = prepare_stage_data(stage, str(onevision_cache))
     losses = LossesSection.model_validate(LOSSES)
-    model = load_student(material.checkpoint, precision="fp32", device=torch.device("cpu"))
+    model = load_student(stage_data.checkpoint, precision="fp32", device=torch.device("cpu"))
     student = Student(model, vocab_size=VOCAB_SIZE, image_token_id=VOCAB_SIZE - 1, features=None)
-    objective = Objective(student, losses, cached_teacher(material, losses), chunk_logits=1 << 22)
-    vision = VisionSource(
-        material.data.images(material.checkpoint.image_processor), features=None, pixels=FeatureStore(0)
+    objective = Objective(student, losses, load_cached_teacher(stage_data, losses), chunk_logits=1 << 22)
+    vision = VisionGatherer(
+        stage_data.mixture.images(stage_data.checkpoint.image_processor), features=None, pixels=TensorStore(0)
     )
-    records = material.data.read_many(material.table.indices)
-    batch = collate(records, material.checkpoint.grid, vision.gather, families=loss_families(losses))
-    totals = material.table.counts(np.arange(len(material.table)))
+    records = stage_data.mixture.read_many(stage_data.table.indices)
+    batch = collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=list_loss_families(losses))
+    totals = stage_data.table.count_rows(np.arange(len(stage_data.table)))
     with torch.no_grad():
         parts = objective(batch, totals, totals)
     assert parts["response"].item() < 2e-3  # rounded rows
@@ -340,7 +358,7 @@ def test_a_stage_trains_saves_and_evaluates(
     assert document["kl_to_teacher"] < 1
 
 
-def test_a_student_that_cuts_images_otherwise_is_refused_for_visual_losses(
+def test_a_student_that_tiles_images_differently_is_refused_for_visual_losses(
     case_of: Callable[[str], Case], onevision_cache: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(case_of("llava_onevision").folder / "teacher", tmp_path / "other")
@@ -352,17 +370,17 @@ def test_a_student_that_cuts_images_otherwise_is_refused_for_visual_losses(
     config = json.loads(path.read_text()) | {"image_grid_pinpoints": [[32, 32], [32, 64]]}
     path.write_text(json.dumps(config))
     stage = {"init": str(tmp_path / "other"), "steps": 1, "losses": {"response": {}}}
-    material = prepare(StageSection.model_validate(stage), str(onevision_cache))
-    vision = VisionSource(
-        material.data.images(material.checkpoint.image_processor), features=None, pixels=FeatureStore(0)
+    stage_data = prepare_stage_data(StageSection.model_validate(stage), str(onevision_cache))
+    vision = VisionGatherer(
+        stage_data.mixture.images(stage_data.checkpoint.image_processor), features=None, pixels=TensorStore(0)
     )
-    records = material.data.read_many(material.table.indices)
-    collate(records, material.checkpoint.grid, vision.gather, families=("response",))
+    records = stage_data.mixture.read_many(stage_data.table.indices)
+    collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=("response",))
     with pytest.raises(IdentityError, match=r"visual grid: the cache has \d+ visual tokens .* this student makes \d+"):
-        collate(records, material.checkpoint.grid, vision.gather, families=("response", "visual"))
+        collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=("response", "visual"))
 
 
-def test_logits_that_are_not_the_head_s_are_refused(case_of: Callable[[str], Case], tmp_path: Path) -> None:
+def test_a_model_whose_logits_are_not_its_head_s_is_refused(case_of: Callable[[str], Case], tmp_path: Path) -> None:
     folder = case_of("llama").folder / "teacher"
     shutil.copytree(folder, tmp_path / "capped")
     config = json.loads((folder / "config.json").read_text())

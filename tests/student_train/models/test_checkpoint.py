@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from storage.errors import StillhouseError
-from student_train.models.checkpoint import legacy_name, put_back, save_checkpoint
-from student_train.models.huggingface import load_processor, transformers_module
+from student_train.models.checkpoint import recover_checkpoint, save_checkpoint, to_legacy_name
+from student_train.models.huggingface import import_transformers, load_processor
 from student_train.models.loading import load_student, read_checkpoint
 from student_train.template_arguments import read_template_arguments
 from tests.tiny import make_tiny_llava
@@ -46,7 +46,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_a_saved_model_gives_the_same_logits(model: Any, checkpoint: Path, tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "out", checkpoint)
-    loaded, info = transformers_module().AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    loaded, info = import_transformers().AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlavaForConditionalGeneration"]
@@ -75,7 +75,7 @@ def test_tensors_have_the_names_that_vllm_reads(model: Any, checkpoint: Path, tm
     assert all(
         name.startswith("vision_tower.vision_model.") for name in names(folder) if name.startswith("vision_tower")
     )
-    assert legacy_name("model.vision_tower.vision_model.x") == "vision_tower.vision_model.x"
+    assert to_legacy_name("model.vision_tower.vision_model.x") == "vision_tower.vision_model.x"
 
 
 def test_a_tied_head_is_stored_once(checkpoint: Path, tmp_path: Path) -> None:
@@ -98,14 +98,14 @@ def test_a_large_model_is_sharded(model: Any, checkpoint: Path, tmp_path: Path) 
     assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
 
 
-def test_tokenizer_and_template_are_copied_to_the_byte(model: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_template_are_copied_byte_exactly(model: Any, checkpoint: Path, tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "out", checkpoint)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json"):
         assert (folder / name).read_bytes() == (checkpoint / name).read_bytes()
     assert load_processor(folder).chat_template
 
 
-def test_other_files_of_the_folder_stay(model: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_other_files_of_the_folder_are_kept(model: Any, checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     with (folder / "metrics.jsonl").open("w") as log:
@@ -138,16 +138,16 @@ def test_a_checkpoint_may_be_saved_over_its_own_source(model: Any, checkpoint: P
 
 
 def test_what_a_kill_between_two_renames_left_is_put_back(tmp_path: Path) -> None:
-    """The old folder is in its place again, with what it held; a half-written one is gone; others' are not touched."""
+    """The old folder and its content are restored, an incomplete one is deleted, others are not touched."""
     folder = tmp_path / "kd [1]"
     for name in ("kd [1].tmp-7-ab-old", "kd [1].tmp-7-ab", "kd 1.tmp-7-ab", "kd [1]x"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
-    put_back(folder)
+    recover_checkpoint(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kd 1.tmp-7-ab", "kd [1]", "kd [1]x"]
     assert (folder / "config.json").read_text() == "kd [1].tmp-7-ab-old"
     (tmp_path / "kd [1].tmp-8-cd-old").mkdir()  # it was killed after both renames
-    put_back(folder)
+    recover_checkpoint(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kd 1.tmp-7-ab", "kd [1]", "kd [1]x"]
     assert (folder / "config.json").read_text() == "kd [1].tmp-7-ab-old"
-    put_back(tmp_path / "none/there")
+    recover_checkpoint(tmp_path / "none/there")

@@ -12,19 +12,19 @@ from safetensors.torch import load_file
 
 from storage.errors import ConfigError
 from student_train.config import CompositionSection, StageSection
-from student_train.models.checkpoint_contents import checkpoint_inputs
-from student_train.models.compose import check_parts, compose, ensure_composed
-from student_train.models.huggingface import load_weights, transformers_module
+from student_train.models.checkpoint_contents import describe_checkpoint
+from student_train.models.compose import check_composition, compose, ensure_composed
+from student_train.models.huggingface import import_transformers, load_weights
 from student_train.models.loading import read_checkpoint
-from student_train.training.stage_inputs import init_inputs
+from student_train.training.stage_inputs import collect_init_inputs
 from tests.student_train.conftest import Runner
 from tests.tiny import make_tiny_llava, make_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, str]:
-    """A whole SigLIP, a tied Qwen2 of fewer rows than the tokenizer has, and a teacher's processor."""
-    transformers = transformers_module()
+    """A whole SigLIP, a tied Qwen2 with fewer rows than the tokenizer has tokens, and a teacher's processor."""
+    transformers = import_transformers()
     root = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
@@ -58,22 +58,20 @@ def test_the_parts_are_kept_and_the_projector_follows_the_seed(parts: dict[str, 
     differing = {name for name in a if not torch.equal(a[name], c[name])}
     assert differing == {f"multi_modal_projector.linear_{layer}.weight" for layer in (1, 2)}
     described = read_checkpoint(tmp_path / "a")
-    assert described.grid.tokens_per_image == 16
+    assert described.sequence_format.tokens_per_image == 16
     assert load_weights(tmp_path / "a").lm_head.weight.shape == (300, 64)
 
 
-def test_a_checkpoint_that_was_not_composed_here_is_left_alone_with_a_warning(
+def test_a_checkpoint_of_unknown_inputs_is_kept_with_a_warning(
     parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "made").mkdir()
     ensure_composed(CompositionSection.model_validate(parts), tmp_path / "made", seed=0, replaces=True)
     assert not list((tmp_path / "made").iterdir())
-    assert "does not say what it was composed from" in caplog.text
+    assert "so its inputs are unknown" in caplog.text
 
 
-def test_a_changed_composition_is_refused_with_its_fields_or_composed_anew(
-    parts: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_changed_composition_is_refused_with_its_fields_or_replaced(parts: dict[str, str], tmp_path: Path) -> None:
     folder, section = tmp_path / "made", CompositionSection.model_validate(parts)
     ensure_composed(section, folder, seed=0)
     before = (folder / "model.safetensors").read_bytes()
@@ -108,15 +106,15 @@ def test_a_failed_composition_leaves_nothing_behind(parts: dict[str, str], tmp_p
 
 @pytest.mark.parametrize("part", ["vision", "llm", "processor"])
 def test_check_opens_what_compose_names(parts: dict[str, str], tmp_path: Path, part: str) -> None:
-    check_parts(CompositionSection.model_validate(parts), "stages.a")
+    check_composition(CompositionSection.model_validate(parts), "stages.a")
     (tmp_path / "empty").mkdir()
     wrong = {"vision": parts["llm"], "llm": parts["vision"], "processor": str(tmp_path / "empty")}
     with pytest.raises(ConfigError, match=rf"^stages\.a: .*{wrong[part]}"):
-        check_parts(CompositionSection.model_validate({**parts, part: wrong[part]}), "stages.a")
+        check_composition(CompositionSection.model_validate({**parts, part: wrong[part]}), "stages.a")
 
 
 def test_three_stages_from_parts(parts: dict[str, str], make_runner: Callable[..., Runner]) -> None:
-    """LLaVA-KD's own: the projector alone, then the decoder too, each stage from the last one's checkpoint."""
+    """LLaVA-KD's stages: first the projector alone, then the decoder too, each from the checkpoint before."""
     kd = {"response": {}, "visual": {}, "relation": {"weight": 0.5}}
     runner = make_runner(
         dpt={"init": "{run}/composed", "compose": parts, "train": ["projector"], "losses": kd},
@@ -133,7 +131,7 @@ def test_three_stages_from_parts(parts: dict[str, str], make_runner: Callable[..
     assert all(torch.equal(dft[name], dpt[name]) for name in dft if name.startswith("vision_tower."))
 
 
-def test_parts_that_do_not_go_together_are_refused(parts: dict[str, str], tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_are_refused(parts: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"compose\.vision: .* is a 'qwen2'"):
         compose(CompositionSection.model_validate({**parts, "vision": parts["llm"]}), seed=0)
     make_tiny_llava(tmp_path / "text")
@@ -146,26 +144,26 @@ def test_parts_that_do_not_go_together_are_refused(parts: dict[str, str], tmp_pa
 def test_what_a_stage_starts_from_is_the_same_before_and_after_its_student_is_composed(
     parts: dict[str, str], tmp_path: Path
 ) -> None:
-    """So that a grid's finished runs are not repeated."""
+    """So that finished runs of an ablation are not repeated."""
     place = tmp_path / "composed"
     stage = StageSection.model_validate({"init": str(place), "steps": 1, "compose": parts})
     assert stage.compose is not None
-    before = init_inputs(stage, stage.init)
+    before = collect_init_inputs(stage, stage.init)
     ensure_composed(stage.compose, place, seed=0)
     (place / "evaluation.json").write_text("{}")
-    assert init_inputs(stage, stage.init) == before
+    assert collect_init_inputs(stage, stage.init) == before
     changed = stage.model_copy(update={"compose": stage.compose.model_copy(update={"llm": str(place)})})
-    assert init_inputs(changed, stage.init) != before
+    assert collect_init_inputs(changed, stage.init) != before
 
 
 def test_what_is_written_beside_a_checkpoint_is_no_part_of_it(parts: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "llm"
     shutil.copytree(parts["llm"], folder)
-    before = checkpoint_inputs(folder)
-    assert before == checkpoint_inputs(parts["llm"])
+    before = describe_checkpoint(folder)
+    assert before == describe_checkpoint(parts["llm"])
     (folder / "evaluation.json").write_text("{}")
     (folder / "summary.json").write_text("{}")
-    assert checkpoint_inputs(folder) == before
+    assert describe_checkpoint(folder) == before
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    assert [name for name in before if checkpoint_inputs(folder)[name] != before[name]] == ["config"]
+    assert [name for name in before if describe_checkpoint(folder)[name] != before[name]] == ["config"]

@@ -1,4 +1,4 @@
-"""Experts that are divided among ranks train as whole ones do, and leave a standard checkpoint."""
+"""Experts that are sharded among ranks train like whole ones, and give a standard checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from storage.errors import ConfigError
 from student_train.models.checkpoint import save_checkpoint
-from student_train.models.expert_parallel import check_experts, standard_names
-from student_train.models.huggingface import load_weights, transformers_module
-from student_train.models.sparse_upcycling import Experts, upcycled
+from student_train.models.expert_parallel import check_experts, to_standard_names
+from student_train.models.huggingface import import_transformers, load_weights
+from student_train.models.sparse_upcycling import ExpertSettings, upcycle
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import assert_same_course, metrics
@@ -39,7 +39,7 @@ Trained = Callable[[str], Path]
 def outcomes(
     tmp_path_factory: pytest.TempPathFactory, make_runner: Callable[..., Runner]
 ) -> tuple[Runner, dict[str, Outcome]]:
-    """A sparse student's stages: on one rank, on two, and on four, two of which hold the same experts.
+    """Stages of a sparse student on one rank, on two, and on four, two of which hold the same experts.
 
     Each forward pass sees the same samples however many ranks there are, for the balance is not linear in them. Few
     tokens are routed, so that hardly one stands where rounding decides between two experts.
@@ -64,12 +64,12 @@ def outcomes(
 
 
 def sparse(dense: Path, folder: Path) -> Path:
-    """Its layers 0 and 2 have four experts that differ, routers that tell tokens apart, and a shared expert."""
-    model = upcycled(load_weights(dense), Experts(4, 2, 2), seed=0)
+    """Save a student whose layers 0 and 2 have four different experts, selective routers, and a shared expert."""
+    model = upcycle(load_weights(dense), ExpertSettings(4, 2, 2), seed=0)
     config = copy.deepcopy(model.config)
     config.text_config.shared_expert_intermediate_size = 16
     torch.manual_seed(0)
-    other = transformers_module().AutoModelForImageTextToText.from_config(config)
+    other = import_transformers().AutoModelForImageTextToText.from_config(config)
     missing, _ = other.load_state_dict(
         {name: tensor for name, tensor in model.state_dict().items() if ".shared_expert." not in name}, strict=False
     )
@@ -83,7 +83,7 @@ def sparse(dense: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(outcomes: tuple[Runner, dict[str, Outcome]]) -> Trained:
-    """The output folder of a stage."""
+    """Returns the output folder of a stage."""
     runner, found = outcomes
 
     def output(stage: str) -> Path:
@@ -99,8 +99,8 @@ def trained(outcomes: tuple[Runner, dict[str, Outcome]]) -> Trained:
     ("stage", "other"),
     [("whole", "one"), ("zero1", "one"), ("zero2", "one"), ("zero3", "one"), ("four", "one"), ("d2s_of_two", "d2s")],
 )
-def test_divided_experts_take_the_course_of_whole_ones(trained: Trained, stage: str, other: str) -> None:
-    """Losses, what is watched of routers, held-out losses, gradient norms above clip_norm, weights and their names."""
+def test_sharded_experts_train_like_whole_ones(trained: Trained, stage: str, other: str) -> None:
+    """Same losses, router statistics, held-out losses, gradient norms above clip_norm, weights and names."""
     assert_same_course(trained(stage), trained(other))
     line = metrics(trained(stage))[-1]
     assert line["grad_norm"] > 1
@@ -140,10 +140,10 @@ def test_bf16_follows_fp32(trained: Trained) -> None:
     ("stage", "words"),
     [
         ("alone", "stages.alone.expert_parallel is 2, which does not divide the 1 ranks of this run"),
-        ("dense", "expert_parallel divides the experts of a sparse LLaVA, and "),
+        ("dense", "expert_parallel shards the experts of a sparse LLaVA, but "),
     ],
 )
-def test_where_there_is_nothing_to_divide_it_is_refused(
+def test_expert_parallel_without_experts_to_shard_is_refused(
     outcomes: tuple[Runner, dict[str, Outcome]], stage: str, words: str
 ) -> None:
     _, found = outcomes
@@ -151,13 +151,13 @@ def test_where_there_is_nothing_to_divide_it_is_refused(
     assert words in found[stage].stderr
 
 
-def test_experts_that_ranks_cannot_share_evenly_are_refused() -> None:
+def test_a_number_of_experts_that_ranks_do_not_divide_is_refused() -> None:
     check_experts(4, 2, student="x")
     with pytest.raises(ConfigError, match="expert_parallel is 3, which does not divide the 4 experts of x"):
         check_experts(4, 3, student="x")
 
 
-def test_divided_layers_get_their_standard_names() -> None:
+def test_sharded_layers_get_their_standard_names() -> None:
     divided = {
         "router.gate.weight": 0, "gate.gate.weight": 0, "experts.w1": 1, "experts.w2": 2, "experts.w3": 3,
         "shared_experts.up_proj.weight": 4, "shared_experts_gate.weight": 5,
@@ -167,7 +167,7 @@ def test_divided_layers_get_their_standard_names() -> None:
         "shared_expert.up_proj.weight": [4, 4], "shared_expert_gate.weight": [5, 5],
     }  # fmt: skip
     others = {"layers.1.mlp.gate_proj.weight": torch.zeros(1), "layers.1.mlp.down_proj.weight": torch.ones(1)}
-    found = standard_names(
+    found = to_standard_names(
         {f"layers.0.mlp.{name}": torch.full((1, 2), number) for name, number in divided.items()} | others
     )
     assert {name: tensor.flatten().tolist() for name, tensor in found.items()} == {

@@ -1,4 +1,4 @@
-"""A cache that does not fit is refused by field, both values and what to do, before it is read."""
+"""A cache that does not fit is refused with field, both values and what to do, before it is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from storage.identity import FORMAT_VERSION
 from storage.reader.cache import Cache, read_identity
 from student_train.config import StageSection
 from student_train.losses.config import LossesSection
-from student_train.training.stage_data import fitting_checkpoint, prepare
+from student_train.training.stage_data import prepare_stage_data, read_fitting_checkpoint
 from tests.student_train.caches import make_cache
 
 LIMIT_S = 60.0  # it takes under a second on an idle machine; that no rows are read is tested below, without a clock
@@ -26,7 +26,7 @@ def stage(checkpoint: Path, *losses: str, **fields: object) -> StageSection:
 
 
 def rewrite_version(cache: Path, version: int) -> None:
-    """As a later Stillhouse would write it, its own hash included."""
+    """Write an identity as a later Stillhouse version would, with its hash."""
     document = json.loads((cache / "cache.json").read_text())
     del document["sha256"]
     document["format_version"] = version
@@ -37,8 +37,8 @@ def rewrite_version(cache: Path, version: int) -> None:
 
 @pytest.fixture(scope="module")
 def warm(checkpoint: Path, cache: Path) -> Path:
-    """The checkpoint, after everything that a first use imports was imported."""
-    prepare(stage(checkpoint, "response", "visual"), str(cache))
+    """The checkpoint, after everything that its first use imports has been imported."""
+    prepare_stage_data(stage(checkpoint, "response", "visual"), str(cache))
     return checkpoint
 
 
@@ -50,13 +50,13 @@ def warm(checkpoint: Path, cache: Path) -> Path:
         ({"tokens_per_image": 10}, ("visual grid: the cache has 10 visual tokens", "this student has 16")),
     ],
 )
-def test_a_misfit_is_named_with_both_values_and_soon(
+def test_a_misfit_is_reported_with_both_values_within_a_second(
     warm: Path, cache: Path, tmp_path: Path, identity_fields: dict, words: tuple[str, ...]
 ) -> None:
     path = make_cache(tmp_path, warm, num_samples=4, **identity_fields)
     started = time.perf_counter()
     with pytest.raises(IdentityError) as caught:
-        prepare(stage(warm, "response", "visual"), str(path))
+        prepare_stage_data(stage(warm, "response", "visual"), str(path))
     seconds = time.perf_counter() - started
     fingerprint = read_identity(cache).tokenizer_fingerprint
     for word in words:
@@ -65,10 +65,10 @@ def test_a_misfit_is_named_with_both_values_and_soon(
     assert seconds < LIMIT_S
 
 
-def test_an_unknown_format_version_is_named_soon(warm: Path, tmp_path: Path) -> None:
+def test_an_unknown_format_version_is_refused_within_a_second(warm: Path, tmp_path: Path) -> None:
     path = make_cache(tmp_path, warm, num_samples=4)
     rewrite_version(path, 99)
-    for opens in (lambda: prepare(stage(warm), str(path)), lambda: Cache.open(path)):
+    for opens in (lambda: prepare_stage_data(stage(warm), str(path)), lambda: Cache.open(path)):
         started = time.perf_counter()
         with pytest.raises(
             CacheError, match=rf"format version is 99, this Stillhouse reads {FORMAT_VERSION}; read it with"
@@ -78,16 +78,16 @@ def test_an_unknown_format_version_is_named_soon(warm: Path, tmp_path: Path) -> 
 
 
 def test_a_misfit_is_found_without_the_index(warm: Path, tmp_path: Path) -> None:
-    """Files of tokens are gone that the index would need: so a cache of any size is refused as quickly."""
+    """Token files that the index would read are missing, so the time does not depend on the cache's size."""
     path = make_cache(tmp_path / "grid", warm, num_samples=4, tokens_per_image=10)
     for file in (path / "tokens").glob("part-00001.*"):
         file.unlink()
     with pytest.raises(IdentityError, match="visual grid"):
-        fitting_checkpoint(stage(warm, "relation"), str(path))
+        read_fitting_checkpoint(stage(warm, "relation"), str(path))
     path = make_cache(tmp_path / "tokenizer", warm, num_samples=4, tokenizer_fingerprint="0" * 64)
     for file in (path / "tokens").iterdir():
         file.unlink()
     with pytest.raises(IdentityError, match="tokenizer_fingerprint"):
-        fitting_checkpoint(stage(warm, "relation"), str(path))
+        read_fitting_checkpoint(stage(warm, "relation"), str(path))
     with pytest.raises(CorruptPartError):
         Cache.open(path)

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from storage.errors import ConfigError, IdentityError, StillhouseError
-from storage.identity import Identity
+from storage.identity import Identity, compute_tokenizer_fingerprint
 from storage.images.settings import PixelSettings, read_processor_settings, write_pixel_settings
 from storage.reader.cache import Cache
 from student_train.config import Precision
 from student_train.models.loading import (
-    attention_implementation,
     check_fit,
-    compute_tokenizer_fingerprint,
+    choose_attention,
     freeze,
     load_student,
     read_checkpoint,
@@ -28,7 +27,7 @@ def identity(cache: Path) -> Identity:
 
 
 def edited(checkpoint: Path, folder: Path, file: str, *changes: tuple[str, object]) -> Path:
-    """A copy of a checkpoint with dotted fields of one JSON file changed."""
+    """Copy a checkpoint and change dotted fields of one of its JSON files."""
     shutil.copytree(checkpoint, folder)
     document = json.loads((folder / file).read_text())
     for dotted, value in changes:
@@ -43,8 +42,8 @@ def edited(checkpoint: Path, folder: Path, file: str, *changes: tuple[str, objec
 
 def test_a_student_of_the_same_family_fits(checkpoint: Path, identity: Identity) -> None:
     found = read_checkpoint(checkpoint)
-    assert found.grid.tokens_per_image == 16
-    assert found.grid.image_token_id == identity.image_token_id
+    assert found.sequence_format.tokens_per_image == 16
+    assert found.sequence_format.image_token_id == identity.image_token_id
     check_fit(found, identity)  # its head of 320 rows is padded beyond the tokenizer's 300
 
 
@@ -122,7 +121,7 @@ def test_a_head_smaller_than_the_vocabulary_is_refused_without_reading_weights(
 
 def test_another_architecture_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
     folder = edited(checkpoint, tmp_path / "other", "config.json", ("model_type", "siglip"))
-    with pytest.raises(ConfigError, match="model_type is 'siglip', which transformers has as no vision-language"):
+    with pytest.raises(ConfigError, match="model_type is 'siglip', expected a vision-language"):
         read_checkpoint(folder)
 
 
@@ -131,7 +130,7 @@ def test_a_processor_of_another_resolution_is_refused(checkpoint: Path, tmp_path
         checkpoint, tmp_path / "other", "processor_config.json",
         ("image_processor.size", {"height": 64, "width": 64}),
     )  # fmt: skip
-    with pytest.raises(StillhouseError, match="makes 64 x 64 pixels, the vision tower takes 32 x 32"):
+    with pytest.raises(StillhouseError, match="makes 64 x 64 pixels, but the vision tower expects 32 x 32"):
         read_checkpoint(folder)
 
 
@@ -148,7 +147,7 @@ def test_incomplete_weights_are_refused(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StillhouseError, match="no checkpoint is in this folder"):
+    with pytest.raises(StillhouseError, match="is not a checkpoint"):
         read_checkpoint(tmp_path)
 
 
@@ -185,7 +184,7 @@ def test_fingerprint_is_the_dump_s(checkpoint: Path) -> None:
         ("bf16", None, {"flash_attn", "flash_attn_interface"}, "sdpa"),
     ],
 )
-def test_attention_is_what_gpu_precision_and_packages_allow(
+def test_attention_is_chosen_by_gpu_precision_and_packages(
     precision: Precision, capability: tuple[int, int] | None, installed: set[str], expected: str
 ) -> None:
-    assert attention_implementation(precision, capability, installed) == expected
+    assert choose_attention(precision, capability, installed) == expected

@@ -8,8 +8,8 @@ import torch
 from storage.errors import ConfigError
 from student_train.config import LoraSection
 from student_train.models.loading import freeze, load_student, read_checkpoint
-from student_train.models.lora import add_adapters, merged
-from student_train.models.sparse_upcycling import Experts, upcycled
+from student_train.models.lora import add_adapters, merge_adapters
+from student_train.models.sparse_upcycling import ExpertSettings, upcycle
 
 CPU = torch.device("cpu")
 
@@ -23,18 +23,18 @@ def test_adapters_begin_without_effect_and_merge_by_their_formula(checkpoint: Pa
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or "multi_modal_projector" in name for name in trained)
     assert sum("lora_" in name for name in trained) == 4  # A and B of two modules in one layer
-    assert merged(model.state_dict(), section).keys() == plain.keys()
-    assert all(torch.equal(weight, plain[name]) for name, weight in merged(model.state_dict(), section).items())
+    assert merge_adapters(model.state_dict(), section).keys() == plain.keys()
+    assert all(torch.equal(weight, plain[name]) for name, weight in merge_adapters(model.state_dict(), section).items())
     layer = model.model.language_model.layers[0].mlp.down_proj
     with torch.no_grad():
         layer.lora_B["default"].weight.normal_()
-    found = merged(model.state_dict(), section)
+    found = merge_adapters(model.state_dict(), section)
     name = "model.language_model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(found[name] - plain[name], layer.get_delta_weight("default"))
     assert {other for other in plain if not torch.equal(found[other], plain[other])} == {name}
 
 
-def test_modules_that_are_not_there_are_named(checkpoint: Path) -> None:
+def test_missing_modules_are_refused_by_name(checkpoint: Path) -> None:
     model = load_student(read_checkpoint(checkpoint), precision="fp32", device=CPU)
     with pytest.raises(ConfigError, match=r"the decoder has no qproj; its linear layers are down_proj, .*q_proj"):
         add_adapters(model, LoraSection(modules=("qproj", "v_proj")))
@@ -42,6 +42,6 @@ def test_modules_that_are_not_there_are_named(checkpoint: Path) -> None:
 
 def test_a_sparse_decoder_is_refused(checkpoint: Path) -> None:
     model = load_student(read_checkpoint(checkpoint), precision="fp32", device=CPU)
-    sparse = upcycled(model, Experts(num_experts=2, top_k=1, every=1), seed=0)
-    with pytest.raises(ConfigError, match="mixture of experts; leave lora out"):
+    sparse = upcycle(model, ExpertSettings(num_experts=2, top_k=1, every=1), seed=0)
+    with pytest.raises(ConfigError, match="mixture of experts; remove lora"):
         add_adapters(sparse, LoraSection())

@@ -7,14 +7,14 @@ import torch
 
 from student_train.config import Module
 from student_train.models.loading import freeze, load_student, read_checkpoint
-from student_train.models.parameter_groups import parameter_groups
+from student_train.models.parameter_groups import make_parameter_groups
 
 
 def test_each_trained_parameter_is_in_the_group_of_its_module(checkpoint: Path) -> None:
     model = load_student(read_checkpoint(checkpoint), precision="fp32", device=torch.device("cpu"))
     freeze(model, ("projector", "llm"))
     rates: dict[Module, float] = {"projector": 2e-4, "mlp": 1e-5}
-    groups = parameter_groups(model, lr=2e-5, module_lr=rates, weight_decay=0.1)
+    groups = make_parameter_groups(model, lr=2e-5, module_lr=rates, weight_decay=0.1)
     of_parameter = {id(p): group for group in groups for p in group.parameters}
     assert sum(len(group.parameters) for group in groups) == len(of_parameter)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

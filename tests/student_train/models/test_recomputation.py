@@ -17,7 +17,7 @@ ROWS, TOKENS = 2, 9
 
 
 def gradients(model: Any, *, checkpointing: bool, trained: tuple[Module, ...]) -> tuple[list[Tensor], Counter[str]]:
-    """Of the trained parameters, and how often each decoder layer's attention was called on the way."""
+    """Return the trained parameters' gradients, and the number of calls of each decoder layer's attention."""
     freeze(model, trained)
     if checkpointing:
         enable_gradient_checkpointing(model)

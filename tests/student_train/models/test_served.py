@@ -1,4 +1,4 @@
-"""A student after one real step of training is a checkpoint like any other: transformers and vLLM agree on it."""
+"""A student after one training step is a standard checkpoint, on which transformers and vLLM agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dense student with its MLPs copied into experts: the same network, a standard checkpoint."""
+"""A dense student with its MLPs copied into experts computes the same function, in a standard checkpoint."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from safetensors.torch import load_file
 
 from storage.errors import ConfigError
 from student_train.models.checkpoint import save_checkpoint
-from student_train.models.huggingface import load_weights, transformers_module
-from student_train.models.sparse_upcycling import Experts, is_sparse, route_in_float32, sparse_config, upcycled
+from student_train.models.huggingface import import_transformers, load_weights
+from student_train.models.sparse_upcycling import (
+    ExpertSettings,
+    is_sparse,
+    make_sparse_config,
+    route_in_float32,
+    upcycle,
+)
 from tests.student_train.conftest import ROOT
 from tests.tiny import make_tiny_llava
 
-TWO_OF_FOUR = Experts(num_experts=4, top_k=2, every=2)
+TWO_OF_FOUR = ExpertSettings(num_experts=4, top_k=2, every=2)
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +39,18 @@ def logits_of(model) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("experts", [TWO_OF_FOUR, Experts(3, 1, 1), Experts(4, 4, 3)])
-def test_before_training_the_sparse_model_is_the_dense_one(dense, experts):
+@pytest.mark.parametrize("experts", [TWO_OF_FOUR, ExpertSettings(3, 1, 1), ExpertSettings(4, 4, 3)])
+def test_before_training_the_sparse_model_equals_the_dense_one(dense, experts):
     model = load_weights(dense).eval()
     expected = logits_of(model)
-    sparse = upcycled(model, experts, seed=0)
+    sparse = upcycle(model, experts, seed=0)
     assert (logits_of(sparse) - expected).abs().max() < 1e-5 * expected.abs().max()
     blocks = [hasattr(layer.mlp, "experts") for layer in sparse.model.language_model.layers]
     assert blocks == [number % experts.every == 0 for number in range(4)]
 
 
-def test_once_experts_differ_the_router_matters(dense):
-    sparse = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+def test_the_router_matters_once_experts_differ(dense):
+    sparse = upcycle(load_weights(dense), TWO_OF_FOUR, seed=0)
     before = logits_of(sparse)
     with torch.no_grad():
         experts = sparse.model.language_model.layers[0].mlp.experts
@@ -53,14 +59,14 @@ def test_once_experts_differ_the_router_matters(dense):
 
 
 def test_routers_follow_the_seed_and_nothing_else_does(dense):
-    one, same, other = (upcycled(load_weights(dense), TWO_OF_FOUR, seed=seed).state_dict() for seed in (0, 0, 1))
+    one, same, other = (upcycle(load_weights(dense), TWO_OF_FOUR, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
     differing = {name for name in one if not torch.equal(one[name], other[name])}
     assert differing == {f"model.language_model.layers.{layer}.mlp.gate.weight" for layer in (0, 2)}
 
 
-def test_a_saved_one_is_read_back_to_the_bit_and_has_public_names(dense, tmp_path):
-    sparse = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+def test_a_saved_sparse_model_is_read_back_bit_exactly_and_has_public_names(dense, tmp_path):
+    sparse = upcycle(load_weights(dense), TWO_OF_FOUR, seed=0)
     folder = save_checkpoint(sparse, tmp_path / "sparse", dense)
     names = load_file(folder / "model.safetensors").keys()
     assert "language_model.model.layers.2.mlp.experts.3.up_proj.weight" in names
@@ -74,16 +80,16 @@ def test_a_saved_one_is_read_back_to_the_bit_and_has_public_names(dense, tmp_pat
 
 
 def test_plain_transformers_reads_it(dense, tmp_path):
-    sparse = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+    sparse = upcycle(load_weights(dense), TWO_OF_FOUR, seed=0)
     folder = save_checkpoint(sparse, tmp_path / "sparse", dense)
-    transformers = transformers_module()
+    transformers = import_transformers()
     with pytest.warns(UserWarning, match="zero-element"):  # the shared expert of no width
         plain = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
     assert torch.equal(logits_of(plain.eval()), logits_of(sparse))
 
 
 def test_vllm_serves_it_with_the_same_logits(dense, tmp_path):
-    sparse = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+    sparse = upcycle(load_weights(dense), TWO_OF_FOUR, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # experts that differ, and routers that decide
         for name, parameter in sparse.named_parameters():
@@ -97,7 +103,7 @@ def test_vllm_serves_it_with_the_same_logits(dense, tmp_path):
 
 
 def test_a_llama_decoder_becomes_experts_without_biases(dense):
-    transformers = transformers_module()
+    transformers = import_transformers()
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2
     )
@@ -108,7 +114,7 @@ def test_a_llama_decoder_becomes_experts_without_biases(dense):
     ids = torch.arange(12)[None]
     with torch.no_grad():
         expected = llama(input_ids=ids).logits
-        sparse = upcycled(llama, TWO_OF_FOUR, seed=0)
+        sparse = upcycle(llama, TWO_OF_FOUR, seed=0)
         assert (sparse(input_ids=ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -121,21 +127,21 @@ def test_a_llama_decoder_becomes_experts_without_biases(dense):
         ({"model_type": "qwen2_moe"}, "experts already"),
     ],
 )
-def test_decoders_that_no_standard_architecture_continues_are_refused(dense, changes, said):
+def test_decoders_without_a_standard_sparse_architecture_are_refused(dense, changes, said):
     config = load_weights(dense).config.text_config
     described = SimpleNamespace(**{**config.to_dict(), **changes})
     with pytest.raises(ConfigError, match=said):
-        sparse_config(described, TWO_OF_FOUR)
+        make_sparse_config(described, TWO_OF_FOUR)
 
 
 def test_more_active_experts_than_there_are_is_refused(dense):
     with pytest.raises(ConfigError, match="top_k is 5 of 4"):
-        sparse_config(load_weights(dense).config.text_config, Experts(4, 5, 2))
+        make_sparse_config(load_weights(dense).config.text_config, ExpertSettings(4, 5, 2))
 
 
 def test_a_bfloat16_router_chooses_in_float32(dense):
     """Logits that differ by one part in a thousand are equal in bfloat16, which has eight bits."""
-    model = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0).to(torch.bfloat16)
+    model = upcycle(load_weights(dense), TWO_OF_FOUR, seed=0).to(torch.bfloat16)
     router = model.model.language_model.layers[0].mlp.gate
     with torch.no_grad():
         router.weight.zero_()
@@ -154,7 +160,7 @@ def test_a_bfloat16_router_chooses_in_float32(dense):
 
 
 def test_routing_in_float32_changes_nothing_in_float32(dense):
-    model = upcycled(load_weights(dense), TWO_OF_FOUR, seed=0)
+    model = upcycle(load_weights(dense), TWO_OF_FOUR, seed=0)
     expected, names = logits_of(model), list(model.state_dict())
     route_in_float32(model)
     assert torch.equal(logits_of(model), expected)

@@ -7,11 +7,11 @@ import torch
 
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
-from student_train.data.collate import Batch, collate, collate_prompts, prompt_of
-from student_train.data.sample_images import FeatureStore, ImageFolder, VisionSource
-from student_train.evaluation.generation import greedy
+from student_train.data.collate import Batch, collate, collate_prompts, cut_prompt
+from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
+from student_train.evaluation.generation import generate_greedily
 from student_train.models.loading import Checkpoint, load_for_inference, read_checkpoint
-from student_train.models.student import Student, tower_features
+from student_train.models.student import Student, compute_tower_features
 
 
 @pytest.fixture(scope="module")
@@ -24,27 +24,27 @@ def samples(cache: Path) -> Cache:
     return Cache.open(cache)
 
 
-def source(description: Checkpoint, samples: Cache, features: FeatureStore | None = None) -> VisionSource:
+def source(description: Checkpoint, samples: Cache, features: TensorStore | None = None) -> VisionGatherer:
     folder = ImageFolder(samples.identity.image_root, description.image_processor, pixels=PixelSettings())
-    return VisionSource(folder, features=features, pixels=FeatureStore(0))
+    return VisionGatherer(folder, features=features, pixels=TensorStore(0))
 
 
-def load(description: Checkpoint, features: FeatureStore | None = None) -> Student:
+def load(description: Checkpoint, features: TensorStore | None = None) -> Student:
     return load_for_inference(description, vocab_size=300, features=features)
 
 
-def batch_of(description: Checkpoint, samples: Cache, indices: list[int], vision: VisionSource) -> Batch:
-    return collate([samples.read(index) for index in indices], description.grid, vision.gather)
+def batch_of(description: Checkpoint, samples: Cache, indices: list[int], vision: VisionGatherer) -> Batch:
+    return collate([samples.read(index) for index in indices], description.sequence_format, vision.gather)
 
 
 @torch.no_grad()
 def test_hidden_states_and_head_are_those_of_the_whole_model(description: Checkpoint, samples: Cache) -> None:
     student = load(description)
     batch = batch_of(description, samples, [0, 2, 4], source(description, samples))
-    hidden = student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
-    logits = student.logits(hidden).view(*batch.input_ids.shape, -1)
+    hidden = student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
+    logits = student.compute_logits(hidden).view(*batch.input_ids.shape, -1)
     for row, index in enumerate([0, 2, 4]):
-        length = int((batch.input_ids[row] != description.grid.pad_token_id).sum())
+        length = int((batch.input_ids[row] != description.sequence_format.pad_token_id).sum())
         alone = student.model(
             input_ids=batch.input_ids[row : row + 1, :length],
             pixel_values=batch.vision.pixel_values[row : row + 1],  # type: ignore[index]
@@ -58,7 +58,7 @@ def test_tower_features_are_what_the_model_projects(description: Checkpoint, sam
     student = load(description)
     pixels = batch_of(description, samples, [0, 1], source(description, samples)).vision.pixel_values
     assert pixels is not None
-    ours = student.model.model.multi_modal_projector(tower_features(student.model, pixels))
+    ours = student.model.model.multi_modal_projector(compute_tower_features(student.model, pixels))
     config = student.model.config
     theirs = student.model.get_image_features(
         pixels,
@@ -69,40 +69,43 @@ def test_tower_features_are_what_the_model_projects(description: Checkpoint, sam
 
 
 @torch.no_grad()
-def test_kept_features_change_nothing(description: Checkpoint, samples: Cache) -> None:
-    features = FeatureStore(1 << 20)
+def test_kept_features_do_not_change_the_result(description: Checkpoint, samples: Cache) -> None:
+    features = TensorStore(1 << 20)
     student = load(description, features)
     vision = source(description, samples, features)
     first = batch_of(description, samples, [0, 1, 2], vision)
-    fresh = student.hidden(first.input_ids, first.visual_positions, first.vision)
+    fresh = student.compute_hidden(first.input_ids, first.visual_positions, first.vision)
     again = batch_of(description, samples, [0, 1, 2], vision)
     assert again.vision.pixel_values is None
     mixed = batch_of(description, samples, [0, 1, 2, 5], vision)
     assert mixed.vision.pixel_slots.tolist() == [3]
-    torch.testing.assert_close(student.hidden(again.input_ids, again.visual_positions, again.vision), fresh)
+    torch.testing.assert_close(student.compute_hidden(again.input_ids, again.visual_positions, again.vision), fresh)
     length = mixed.input_ids.shape[1]
-    hidden = student.hidden(mixed.input_ids, mixed.visual_positions, mixed.vision).view(4, length, -1)
+    hidden = student.compute_hidden(mixed.input_ids, mixed.visual_positions, mixed.vision).view(4, length, -1)
     expected = fresh.view(3, first.input_ids.shape[1], -1)
     shared = min(length, expected.shape[1])
     torch.testing.assert_close(hidden[:3, :shared], expected[:, :shared], rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_batches_agree_with_one_prompt_at_a_time(description: Checkpoint, samples: Cache) -> None:
-    """The reference is transformers' own generate, whose head is not cut to the real vocabulary: so cut it."""
+    """The reference is transformers' own generate, with its head cut to the real vocabulary."""
     student = load(description)
     with torch.no_grad():
         student.model.lm_head.weight[300:] = 0
         student.model.lm_head.weight[:300, 0] += 1
     prompts = [
-        prompt_of(samples.read(index).tokens, image_token_id=samples.identity.image_token_id) for index in range(5)
+        cut_prompt(samples.read(index).tokens, image_token_id=samples.identity.image_token_id) for index in range(5)
     ]
     eos = samples.identity.eos_token_ids
     vision = source(description, samples)
-    together = greedy(
-        student, collate_prompts(prompts, description.grid, vision.gather), max_new_tokens=8, eos_token_ids=eos
+    together = generate_greedily(
+        student,
+        collate_prompts(prompts, description.sequence_format, vision.gather),
+        max_new_tokens=8,
+        eos_token_ids=eos,
     )
     for prompt, got in zip(prompts, together, strict=True):
-        alone = collate_prompts([prompt], description.grid, vision.gather)
+        alone = collate_prompts([prompt], description.sequence_format, vision.gather)
         output = student.model.generate(
             input_ids=alone.input_ids, attention_mask=alone.attention_mask,
             pixel_values=alone.vision.pixel_values, max_new_tokens=8, do_sample=False,

@@ -1,4 +1,4 @@
-"""What DeepSpeed is asked for is what it does: each option trains as the plain run does."""
+"""Each DeepSpeed option takes effect and trains the same as the plain run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student_train.models.checkpoint import legacy_name
+from student_train.models.checkpoint import to_legacy_name
 from student_train.models.loading import load_student, read_checkpoint
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import assert_same_course, metrics
@@ -22,7 +22,7 @@ Trained = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def trained(make_runner: Callable[..., Runner]) -> Trained:
-    """The output folder of a stage; all of them ran in one process."""
+    """Return the output folder of a stage; all stages ran in one process."""
     common = {"losses": LOSSES, "micro_batch": 6}
     stages = {
         "plain": {"zero_stage": 0},
@@ -46,7 +46,7 @@ def trained(make_runner: Callable[..., Runner]) -> Trained:
 
 
 @pytest.mark.parametrize("stage", ["offloaded", "all_offloaded"])
-def test_offloading_changes_nothing(trained: Trained, stage: str) -> None:
+def test_offloading_does_not_change_the_result(trained: Trained, stage: str) -> None:
     assert_same_course(trained(stage), trained("plain"))
 
 
@@ -59,7 +59,7 @@ def test_fp16_follows_fp32(trained: Trained, stage: str) -> None:
     assert {tensor.dtype for tensor in load_file(trained(stage) / "model.safetensors").values()} == {torch.float16}
 
 
-def test_a_step_that_overflows_is_left_out_and_is_no_divergence(trained: Trained) -> None:
+def test_a_step_that_overflows_is_skipped_and_does_not_count_as_divergence(trained: Trained) -> None:
     lines = metrics(trained("overflowing"))
     skipped = [line for line in lines if line["grad_norm"] is None]
     assert 0 < len(skipped) < len(lines)
@@ -69,13 +69,13 @@ def test_a_step_that_overflows_is_left_out_and_is_no_divergence(trained: Trained
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_a_module_s_own_rate_is_its_alone(trained: Trained, checkpoint: Path) -> None:
+def test_a_module_s_own_learning_rate_changes_no_other_module(trained: Trained, checkpoint: Path) -> None:
     model = load_student(read_checkpoint(checkpoint), precision="fp32", device=torch.device("cpu"))
-    before = {legacy_name(name): tensor for name, tensor in model.state_dict().items()}
+    before = {to_legacy_name(name): tensor for name, tensor in model.state_dict().items()}
     after = load_file(trained("frozen_llm") / "model.safetensors")
     changed = {name.split(".")[0] for name, tensor in after.items() if (tensor - before[name]).abs().max() > 1e-20}
     assert changed == {"multi_modal_projector"}
 
 
-def test_rates_of_all_modules_are_the_stage_s(trained: Trained) -> None:
+def test_all_modules_take_the_stage_s_learning_rate(trained: Trained) -> None:
     assert_same_course(trained("own_rate"), trained("plain"), without=("lr",))

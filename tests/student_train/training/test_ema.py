@@ -24,27 +24,27 @@ def test_an_average_by_hand(tmp_path: Path) -> None:
     with torch.no_grad():
         model.weight.fill_(11.0)
     average.update(1)  # keeps 2 / 11 of itself
-    with average.in_place():
+    with average.swapped_in():
         assert model.weight.item() == pytest.approx(9.0)
         assert model.bias.item() == 7.0
     assert model.weight.item() == 11.0
     average.update(1000)  # keeps its decay, 0.5
-    with average.in_place():
+    with average.swapped_in():
         assert model.weight.item() == pytest.approx(10.0)
     average.save(tmp_path / "average.safetensors")
     other = make_model(0.0)
     restored = WeightAverage(other, 0.5)
     restored.load(tmp_path / "average.safetensors")
-    with restored.in_place():
+    with restored.swapped_in():
         assert other.weight.item() == pytest.approx(10.0)
 
 
-def test_a_model_has_its_own_weights_after_an_error() -> None:
+def test_a_model_gets_its_own_weights_back_after_an_error() -> None:
     model = make_model(3.0)
     average = WeightAverage(model, 0.5)
     with torch.no_grad():
         model.weight.fill_(4.0)
-    with pytest.raises(RuntimeError, match="disk is full"), average.in_place():
+    with pytest.raises(RuntimeError, match="disk is full"), average.swapped_in():
         raise RuntimeError("disk is full")
     assert model.weight.item() == 4.0
 

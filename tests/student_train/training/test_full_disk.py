@@ -1,4 +1,4 @@
-"""A disk that fills up while a stage trains: one sentence, the last state whole, the same command resumes."""
+"""A disk that fills up while a stage trains: one message, a complete last state, the same command resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from storage.errors import WriteError
 from student_train.models.checkpoint import save_checkpoint
 from student_train.models.loading import load_student, read_checkpoint
 from student_train.training.metrics_log import MetricsLog
-from student_train.training.trackers import Tracking
+from student_train.training.trackers import Trackers
 from tests.small_disk import SmallDisk, small_disk
 from tests.student_train.conftest import ROOT, Runner
 
@@ -33,7 +33,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield found
 
 
-def test_weights_that_do_not_fit_leave_the_old_ones(disk: SmallDisk, checkpoint: Path) -> None:
+def test_weights_that_do_not_fit_on_the_disk_leave_the_old_ones(disk: SmallDisk, checkpoint: Path) -> None:
     model: Any = load_student(read_checkpoint(checkpoint), precision="fp32", device=torch.device("cpu"))
     folder = save_checkpoint(model, disk.folder / "out", checkpoint)
     old = (folder / "model.safetensors").read_bytes()
@@ -64,7 +64,7 @@ def test_a_log_on_a_full_disk_ends_with_a_whole_line(disk: SmallDisk) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
-def test_a_document_on_a_full_disk_stays_as_it_was(disk: SmallDisk) -> None:
+def test_a_full_disk_leaves_a_document_unchanged(disk: SmallDisk) -> None:
     path = disk.folder / "evaluation.json"
     write_json(path, {"a": 1})
     disk.fill()
@@ -73,11 +73,11 @@ def test_a_document_on_a_full_disk_stays_as_it_was(disk: SmallDisk) -> None:
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-def test_tensorboard_on_a_full_disk_is_one_sentence(disk: SmallDisk) -> None:
+def test_tensorboard_on_a_full_disk_gives_one_message(disk: SmallDisk) -> None:
     disk.fill(free_bytes=8192)
 
     def write() -> None:
-        with Tracking(["tensorboard"], disk.folder, title="t", settings={}) as tracking:
+        with Trackers(["tensorboard"], disk.folder, title="t", settings={}) as tracking:
             for step in range(20_000):
                 tracking.write({"step": step, "loss": 1.0})
 
@@ -91,7 +91,7 @@ from pathlib import Path
 from student_train import command
 from student_train.training import loop as stage_loop
 disk, plan = Path({disk!r}), iter({plan!r})
-ballast, step, train, now = disk / "ballast", stage_loop.optimizer_step, command.train, {{}}
+ballast, step, train, now = disk / "ballast", stage_loop.run_optimizer_step, command.train, {{}}
 def training(*arguments, **options):
     ballast.unlink(missing_ok=True)
     now["at"], now["free"] = next(plan)
@@ -106,8 +106,8 @@ def filling(engine, items, lr, number):
         found = os.statvfs(disk)
         ballast.write_bytes(bytes(max(0, found.f_bavail * found.f_frsize - now["free"])))
     return step(engine, items, lr, number)
-command.train, stage_loop.optimizer_step = training, filling
-"""  # before some step of some commands somebody else fills the disk
+command.train, stage_loop.run_optimizer_step = training, filling
+"""  # fills the disk before given steps of given commands
 
 
 def test_a_stage_resumes_after_a_full_disk(make_runner: Callable[..., Runner], disk: SmallDisk, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_stage_resumes_after_a_full_disk(make_runner: Callable[..., Runner], d
 
 
 @pytest.mark.slow
-def test_ranks_end_together_when_one_finds_the_disk_full(
+def test_all_ranks_end_when_one_finds_the_disk_full(
     make_runner: Callable[..., Runner], disk: SmallDisk, tmp_path: Path
 ) -> None:
     common = {"steps": 4, "save_every": 1, "output": str(disk.folder / "kd-0"), "zero_stage": 2}
@@ -164,5 +164,5 @@ def test_a_disk_that_is_too_small_from_the_start_is_refused_before_training(
     disk.fill(free_bytes=500_000)
     outcome = make_runner(kd={"output": str(disk.folder / "kd-0")}).run("kd")
     assert outcome.code == 2
-    assert "the checkpoint at the end of the stage has " in outcome.stderr
+    assert "the checkpoint at the end of the stage needs " in outcome.stderr
     assert "free space there, or give another output" in outcome.stderr

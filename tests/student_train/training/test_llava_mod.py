@@ -1,4 +1,4 @@
-"""LLaVA-MoD's stages: a sparse student's losses, pairs, and the whole road from dense to preference."""
+"""LLaVA-MoD's stages: a sparse student's losses, preference pairs, and all stages from dense to preference."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from storage.errors import ConfigError
 from storage.reader.cache import Cache
 from student_train.config import EvaluationSection, MoeSection, SourceSection, StageSection
-from student_train.data.batch_schedule import plans
+from student_train.data.batch_schedule import plan_micro_batches
 from student_train.data.collate import collate
-from student_train.data.sample_images import FeatureStore, VisionSource, open_images
-from student_train.evaluation.evaluate import evaluate_model
+from student_train.data.sample_images import TensorStore, VisionGatherer, open_images
+from student_train.evaluation.model_evaluation import evaluate_model
 from student_train.losses.config import LossesSection, PreferenceLossSection
 from student_train.losses.load_balancing import router_losses
-from student_train.losses.preference import Rewards, preference
+from student_train.losses.preference import Rewards, preference_loss
 from student_train.losses.row_counts import RowCounts
 from student_train.models.loading import freeze, load_student
-from student_train.models.sparse_upcycling import Experts, upcycled
+from student_train.models.sparse_upcycling import ExpertSettings, upcycle
 from student_train.models.student import Student
-from student_train.training.objective import Objective, part_names
-from student_train.training.stage_data import Material, cached_teacher, prepare
+from student_train.training.objective import Objective, list_part_names
+from student_train.training.stage_data import StageData, load_cached_teacher, prepare_stage_data
 from tests.student_train.caches import make_cache
 from tests.student_train.conftest import Runner
 from tests.tiny import make_tiny_llava
@@ -45,32 +45,34 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
     return make_cache(tmp_path_factory.mktemp("pairs"), dense, num_samples=16, families=("response", "sequence"))
 
 
-def objective_of(material: Material, losses: dict, *, sparse: bool = False) -> tuple[Objective, VisionSource]:
-    model = load_student(material.checkpoint, precision="fp32", device=CPU)
+def objective_of(stage_data: StageData, losses: dict, *, sparse: bool = False) -> tuple[Objective, VisionGatherer]:
+    model = load_student(stage_data.checkpoint, precision="fp32", device=CPU)
     if sparse:
-        model = upcycled(model, Experts(4, 2, 1), seed=0)
+        model = upcycle(model, ExpertSettings(4, 2, 1), seed=0)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for layer in model.model.language_model.layers:
                 layer.mlp.gate.weight += torch.randn(layer.mlp.gate.weight.shape, generator=generator)
     freeze(model, ("projector", "llm"))
-    identity = material.cache.identity
+    identity = stage_data.cache.identity
     student = Student(model, vocab_size=identity.vocab_size, image_token_id=identity.image_token_id, features=None)
-    folder = open_images(material.cache, None, material.checkpoint.image_processor)
+    folder = open_images(stage_data.cache, None, stage_data.checkpoint.image_processor)
     section = LossesSection.model_validate(losses)
-    objective = Objective(student, section, cached_teacher(material, section), chunk_logits=300 * 7)
-    return objective, VisionSource(folder, features=None, pixels=FeatureStore(0))
+    objective = Objective(student, section, load_cached_teacher(stage_data, section), chunk_logits=300 * 7)
+    return objective, VisionGatherer(folder, features=None, pixels=TensorStore(0))
 
 
-def summed(material: Material, losses: dict, *, ranks: int, micro: int, sparse: bool = False) -> tuple[dict, dict]:
-    """Parts over ranks and micro-batches of one global batch of 6, and the gradients."""
-    objective, vision = objective_of(material, losses, sparse=sparse)
+def summed(stage_data: StageData, losses: dict, *, ranks: int, micro: int, sparse: bool = False) -> tuple[dict, dict]:
+    """Return the parts, summed over ranks and micro-batches of one global batch of 6, and the gradients."""
+    objective, vision = objective_of(stage_data, losses, sparse=sparse)
     families = ("sequence",) if "preference" in losses else ()
     totals: dict[str, float] = {}
     for rank in range(ranks):
-        for plan in plans(material.table, 6, micro, steps=range(1), seed=1, rank=rank, num_ranks=ranks):
-            records = [material.cache.read(int(index)) for index in material.table.indices[plan.rows].flat]
-            batch = collate(records, material.checkpoint.grid, vision.gather, families=families, counted=plan.counted)
+        for plan in plan_micro_batches(stage_data.table, 6, micro, steps=range(1), seed=1, rank=rank, num_ranks=ranks):
+            records = [stage_data.cache.read(int(index)) for index in stage_data.table.indices[plan.rows].flat]
+            batch = collate(
+                records, stage_data.checkpoint.sequence_format, vision.gather, families=families, counted=plan.counted
+            )
             parts = objective(batch, plan.totals, plan.largest)
             parts["loss"].backward()
             for name, value in parts.items():
@@ -82,47 +84,47 @@ def summed(material: Material, losses: dict, *, ranks: int, micro: int, sparse: 
 @pytest.mark.parametrize(
     "section", [{}, {"kind": "dpo", "label_smoothing": 0.1}, {"kind": "ipo"}], ids=["kto_pair", "dpo", "ipo"]
 )
-def test_preference_is_that_of_a_slow_reference_however_a_batch_is_split(dense: Path, pairs: Path, section) -> None:
+def test_preference_agrees_with_a_slow_reference_however_a_batch_is_split(dense: Path, pairs: Path, section) -> None:
     losses = {"cross_entropy": 0, "preference": section}
     stage = StageSection(init=str(dense), steps=1, losses=LossesSection.model_validate(losses))
-    material = prepare(stage, str(pairs))
-    assert material.table.indices.shape == (8, 2)  # of `train`
-    totals, gradients = summed(material, losses, ranks=1, micro=6)
+    stage_data = prepare_stage_data(stage, str(pairs))
+    assert stage_data.table.indices.shape == (8, 2)  # of `train`
+    totals, gradients = summed(stage_data, losses, ranks=1, micro=6)
     for ranks, micro in ((1, 2), (2, 3), (7, 1)):  # 7 ranks: one has no pair
-        others, other_gradients = summed(material, losses, ranks=ranks, micro=micro)
+        others, other_gradients = summed(stage_data, losses, ranks=ranks, micro=micro)
         assert others == pytest.approx(totals, rel=1e-5, abs=1e-5)
         for name, gradient in gradients.items():
             largest = float(gradient.abs().max())  # rounding is relative to what is summed, not to the sum
             torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-4, atol=1e-5 * largest)
     ratios = []
-    objective, vision = objective_of(material, losses)
-    (plan,) = plans(material.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
-    for index in material.table.indices[plan.rows].flat:
-        record = material.cache.read(int(index))
-        batch = collate([record], material.checkpoint.grid, vision.gather)
+    objective, vision = objective_of(stage_data, losses)
+    (plan,) = plan_micro_batches(stage_data.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
+    for index in stage_data.table.indices[plan.rows].flat:
+        record = stage_data.cache.read(int(index))
+        batch = collate([record], stage_data.checkpoint.sequence_format, vision.gather)
         with torch.no_grad():
-            hidden = objective.student.hidden(batch.input_ids, batch.visual_positions, batch.vision)
-            logits = objective.student.logits(hidden)[:, :300].double()
+            hidden = objective.student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
+            logits = objective.student.compute_logits(hidden)[:, :300].double()
         ids, mask = batch.input_ids[0], np.flatnonzero(record.tokens.response_mask) + 15  # the image took 16 places
         logprob = sum(logits[place - 1].log_softmax(0)[ids[place]] for place in mask.tolist())
         assert record.sequence is not None
         ratios.append(logprob - record.sequence.logprob)
     chosen, rejected = torch.stack(ratios).view(-1, 2).T
     rewards = Rewards(chosen, rejected)
-    expected = preference(rewards, PreferenceLossSection.model_validate(section)).item() / 6
+    expected = preference_loss(rewards, PreferenceLossSection.model_validate(section)).item() / 6
     assert totals["preference"] == pytest.approx(expected, rel=1e-5)
     assert totals["loss"] == pytest.approx(expected, rel=1e-5)
     assert totals["preference_margin"] == pytest.approx(rewards.margin.item() / 6, rel=1e-4)
     assert totals["preference_won"] == pytest.approx(rewards.num_won.item() / 6)
 
 
-def test_balance_counts_once_and_literally_twice(dense: Path, pairs: Path) -> None:
+def test_balance_is_added_once_and_twice_with_literal(dense: Path, pairs: Path) -> None:
     stage = StageSection(init=str(dense), steps=1)
-    material = prepare(stage, str(pairs))
-    totals, _ = summed(material, {"balance": {}}, ranks=1, micro=6, sparse=True)
-    assert tuple(totals) == ("loss", *part_names(LossesSection.model_validate({"balance": {}})))
+    stage_data = prepare_stage_data(stage, str(pairs))
+    totals, _ = summed(stage_data, {"balance": {}}, ranks=1, micro=6, sparse=True)
+    assert tuple(totals) == ("loss", *list_part_names(LossesSection.model_validate({"balance": {}})))
     assert totals["loss"] == pytest.approx(totals["cross_entropy"] + 0.01 * totals["balance"], rel=1e-6)
-    literal, _ = summed(material, {"balance": {"literal": True}}, ranks=1, micro=6, sparse=True)
+    literal, _ = summed(stage_data, {"balance": {"literal": True}}, ranks=1, micro=6, sparse=True)
     assert literal["loss"] == pytest.approx(totals["cross_entropy"] + 0.02 * literal["balance"], rel=1e-6)
     assert literal["balance"] != pytest.approx(totals["balance"], rel=1e-3)  # of first choices alone
     assert 0 <= totals["expert_load_min"] <= 0.25 <= totals["expert_load_max"] <= 0.5
@@ -132,19 +134,21 @@ def test_balance_counts_once_and_literally_twice(dense: Path, pairs: Path) -> No
 def test_literal_balance_of_pairs_is_added_side_by_side_and_averaged_over_micro_batches(
     dense: Path, pairs: Path
 ) -> None:
-    """An oracle one answer at a time: E * sum_i (share of first choices) * (mean gate), chosen plus rejected."""
+    """A slow reference by answer: E * sum_i (share of first choices) * (mean gate), chosen plus rejected."""
     losses = {"cross_entropy": 0, "preference": {}, "balance": {"literal": True}, "mean": "micro_batch"}
     section = LossesSection.model_validate(losses)
     stage = StageSection(init=str(dense), steps=1, group_by_length=False, moe=MoeSection(), losses=section)
-    material = prepare(stage, str(pairs))
-    totals, _ = summed(material, losses, ranks=1, micro=1, sparse=True)
-    objective, vision = objective_of(material, losses, sparse=True)
-    (plan,) = plans(material.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
+    stage_data = prepare_stage_data(stage, str(pairs))
+    totals, _ = summed(stage_data, losses, ranks=1, micro=1, sparse=True)
+    objective, vision = objective_of(stage_data, losses, sparse=True)
+    (plan,) = plan_micro_batches(stage_data.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
     expected = 0.0
-    for index in material.table.indices[plan.rows].flat:
-        batch = collate([material.cache.read(int(index))], material.checkpoint.grid, vision.gather)
+    for index in stage_data.table.indices[plan.rows].flat:
+        batch = collate([stage_data.cache.read(int(index))], stage_data.checkpoint.sequence_format, vision.gather)
         with torch.no_grad():
-            _, routers = objective.student.hidden_and_routers(batch.input_ids, batch.visual_positions, batch.vision)
+            _, routers = objective.student.compute_hidden_and_routers(
+                batch.input_ids, batch.visual_positions, batch.vision
+            )
         for layer in routers:
             gates = layer.double().softmax(1)
             first = torch.nn.functional.one_hot(gates.argmax(1), gates.shape[1]).double()
@@ -154,16 +158,18 @@ def test_literal_balance_of_pairs_is_added_side_by_side_and_averaged_over_micro_
 
 
 def test_balance_leaves_padding_out_and_is_the_mean_over_samples(dense: Path, pairs: Path) -> None:
-    """A slow reference: one sample at a time, no padding, as micro-batches of one see it."""
-    material = prepare(StageSection(init=str(dense), steps=1), str(pairs))
-    totals, _ = summed(material, {"balance": {}}, ranks=2, micro=1, sparse=True)
-    objective, vision = objective_of(material, {"balance": {}}, sparse=True)
-    (plan,) = plans(material.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
+    """A slow reference: one sample at a time, without padding, as in micro-batches of one."""
+    stage_data = prepare_stage_data(StageSection(init=str(dense), steps=1), str(pairs))
+    totals, _ = summed(stage_data, {"balance": {}}, ranks=2, micro=1, sparse=True)
+    objective, vision = objective_of(stage_data, {"balance": {}}, sparse=True)
+    (plan,) = plan_micro_batches(stage_data.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
     values = []
-    for index in material.table.indices[plan.rows]:
-        batch = collate([material.cache.read(int(index))], material.checkpoint.grid, vision.gather)
+    for index in stage_data.table.indices[plan.rows]:
+        batch = collate([stage_data.cache.read(int(index))], stage_data.checkpoint.sequence_format, vision.gather)
         with torch.no_grad():
-            _, routers = objective.student.hidden_and_routers(batch.input_ids, batch.visual_positions, batch.vision)
+            _, routers = objective.student.compute_hidden_and_routers(
+                batch.input_ids, batch.visual_positions, batch.vision
+            )
         values.append(router_losses(routers, torch.ones(len(routers[0]), dtype=torch.bool), top_k=2).balance.item())
     assert totals["balance"] == pytest.approx(np.mean(values), rel=1e-5)
 
@@ -172,11 +178,11 @@ def test_the_published_mask_misses_the_first_token_of_every_answer(dense: Path, 
     losses = {"cross_entropy": 0.5, "response": {"weight": 2.0}}
     literal = {**losses, "unshifted_mask": True}
     stage = StageSection(init=str(dense), steps=1, losses=LossesSection.model_validate(losses))
-    material = prepare(stage, str(pairs))
-    objective, vision = objective_of(material, losses)
-    unshifted, _ = objective_of(material, literal)
-    records = [material.cache.read(int(index)) for index in material.table.indices[:5]]
-    batch = collate(records, material.checkpoint.grid, vision.gather, families=("response",))
+    stage_data = prepare_stage_data(stage, str(pairs))
+    objective, vision = objective_of(stage_data, losses)
+    unshifted, _ = objective_of(stage_data, literal)
+    records = [stage_data.cache.read(int(index)) for index in stage_data.table.indices[:5]]
+    batch = collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=("response",))
     counts = batch.response_counts
     first = counts.cumsum(0) - counts  # rows, one an answer
     assert batch.response is not None
@@ -184,7 +190,7 @@ def test_the_published_mask_misses_the_first_token_of_every_answer(dense: Path, 
         batch,
         response_positions=batch.response_positions[first],
         labels=batch.labels[first],
-        response=batch.response.at(first),
+        response=batch.response.select_rows(first),
         response_counts=torch.ones_like(counts),
     )
     totals = RowCounts(response=int(counts.sum()), visual=0, relation=0, samples=5)
@@ -198,7 +204,7 @@ def test_the_published_mask_misses_the_first_token_of_every_answer(dense: Path, 
         0.5 * published["cross_entropy"].item() + 2 * published["response"].item(), rel=1e-5
     )
     # Answers of one token: nothing of the teacher arrives.
-    objective_of_one, _ = objective_of(material, {**literal, "cross_entropy": 0})
+    objective_of_one, _ = objective_of(stage_data, {**literal, "cross_entropy": 0})
     nothing = objective_of_one(alone, totals, totals)
     nothing["loss"].backward()
     assert nothing["response"] == 0
@@ -210,14 +216,14 @@ def test_an_unshifted_mask_without_a_response_loss_is_refused() -> None:
         LossesSection.model_validate({"unshifted_mask": True})
 
 
-def test_pairs_that_are_not_there_are_refused(dense: Path, cache: Path) -> None:
+def test_a_cache_without_pairs_is_refused(dense: Path, cache: Path) -> None:
     losses = LossesSection.model_validate({"cross_entropy": 0, "preference": {}})
     stage = StageSection(init=str(dense), steps=1, losses=losses)
     with pytest.raises(Exception, match="sequence"):
-        prepare(stage, str(cache))
+        prepare_stage_data(stage, str(cache))
 
 
-def test_preference_beside_other_losses_is_refused() -> None:
+def test_preference_with_other_losses_is_refused() -> None:
     with pytest.raises(ValueError, match="cross_entropy: 0"):
         LossesSection.model_validate({"preference": {}})
 
@@ -225,13 +231,13 @@ def test_preference_beside_other_losses_is_refused() -> None:
 def test_balance_of_a_dense_student_is_refused(dense: Path, pairs: Path) -> None:
     stage = StageSection(init=str(dense), steps=1, losses=LossesSection.model_validate({"balance": {}}))
     with pytest.raises(ConfigError, match="balance"):
-        prepare(stage, str(pairs))
+        prepare_stage_data(stage, str(pairs))
 
 
 @pytest.mark.ci
 @pytest.mark.slow
 def test_from_dense_to_sparse_to_preference(make_runner: Callable[..., Runner], dense: Path, pairs: Path) -> None:
-    """Three stages, each from the last one's checkpoint; the last begins on two ranks as on one."""
+    """Three stages, each from the checkpoint of the one before; the last gives the same on two ranks as on one."""
     runner = make_runner(
         d2d={"init": str(dense), "cache": str(pairs), "losses": {"cross_entropy": 0, "response": {}}},
         d2s={

@@ -1,4 +1,4 @@
-"""What a stage keeps on its way, and what it does when its loss explodes."""
+"""The checkpoints and logs that a stage keeps, and its behaviour when its loss explodes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from student_train.config import StageSection
-from student_train.models.huggingface import transformers_module
-from student_train.training.checkpoint_rotation import KeptCheckpoints
-from student_train.training.loop import dropout_seed
+from student_train.models.huggingface import import_transformers
+from student_train.training.checkpoint_rotation import CheckpointRotation
+from student_train.training.loop import compute_dropout_seed
 from tests.student_train.conftest import Outcome, Runner
 from tests.student_train.courses import metrics
 
@@ -83,7 +83,7 @@ def test_adapters_are_merged_into_the_checkpoint_and_kept_beside_it(
 
     assert outcomes["adapted"].code == 0, outcomes["adapted"].stderr
     folder = runner.output("adapted")
-    load = transformers_module().AutoModelForImageTextToText.from_pretrained
+    load = import_transformers().AutoModelForImageTextToText.from_pretrained
     merged, info = load(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     base = load(checkpoint)
@@ -102,21 +102,21 @@ def test_adapters_are_merged_into_the_checkpoint_and_kept_beside_it(
 
 
 @pytest.mark.parametrize("best", [("best", "best.tmp-1-ab"), ("best.tmp-1-ab", "best.tmp-1-ab-old")])
-def test_a_resumed_run_deletes_what_it_has_not_made_yet_and_what_is_half_written(
-    best: tuple[str, str], tmp_path: Path
-) -> None:
-    """But not the best so far, which a kill between two renames left aside."""
+def test_a_resumed_run_deletes_later_and_incomplete_checkpoints(best: tuple[str, str], tmp_path: Path) -> None:
+    """But restores the best one, which a kill between two renames left under another name."""
     names = [*best, "step-00000002", "step-00000002.tmp-1-cd-old", "step-00000004", "step-00000006"]
     for name in names:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     engine: Any = SimpleNamespace(process=SimpleNamespace(is_first=True))
     stage = StageSection.model_validate({"init": "none", "steps": 8, "output": str(tmp_path)})
-    KeptCheckpoints(engine, None, stage).begin(4)
+    CheckpointRotation(engine, None, stage).delete_stale(4)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["best", "step-00000002", "step-00000004"]
 
 
-def test_an_output_that_can_be_no_folder_is_named(make_runner: Callable[..., Runner], tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_created_is_refused_by_name(
+    make_runner: Callable[..., Runner], tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     (done,) = make_runner(first={"output": str(tmp_path / "file" / "out")}).run_in_turn(("first",))
     assert done.code == 2, done.stderr
@@ -126,13 +126,13 @@ def test_an_output_that_can_be_no_folder_is_named(make_runner: Callable[..., Run
 
 @pytest.mark.parametrize("seed", [0, 20261125, 2**64 - 1])
 def test_dropout_has_another_seed_in_every_step_and_rank(seed: int) -> None:
-    seeds = {dropout_seed(seed, step, rank) for step in (1, 2, 70_000) for rank in (0, 1)}
+    seeds = {compute_dropout_seed(seed, step, rank) for step in (1, 2, 70_000) for rank in (0, 1)}
     assert len(seeds) == 6
     for each in seeds:
         torch.manual_seed(each)
 
 
-def test_a_loss_that_explodes_stops_with_the_samples_written_down(runner: Runner, outcomes: Outcomes) -> None:
+def test_a_loss_that_explodes_stops_the_stage_and_records_the_samples(runner: Runner, outcomes: Outcomes) -> None:
     done = outcomes["exploding"]
     assert done.code == 1, done.stderr
     assert "explosion_factor" in done.stderr

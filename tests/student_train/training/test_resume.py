@@ -1,4 +1,4 @@
-"""A stage that is stopped anywhere goes on, and ends with the very weights of one that was not."""
+"""A stage that is stopped anywhere resumes, and ends with the weights of one that was not stopped, bit-exactly."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ STEPS = 7
 STOP_AT = """
 import os, signal
 from student_train.training import loop as stage_loop
-step = stage_loop.optimizer_step
+step = stage_loop.run_optimizer_step
 def stopping(engine, items, lr, number):
     if number == {step}:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(engine, items, lr, number)
-stage_loop.optimizer_step = stopping
+stage_loop.run_optimizer_step = stopping
 """
 STOP_ONCE_AT = (
     STOP_AT
     + """
 def stopping_once(engine, items, lr, number):
     if number == {step}:
-        stage_loop.optimizer_step = step
+        stage_loop.run_optimizer_step = step
     return stopping(engine, items, lr, number)
-stage_loop.optimizer_step = stopping_once
+stage_loop.run_optimizer_step = stopping_once
 """
 )
 
@@ -54,7 +54,7 @@ def weights(runner: Runner, stage: str) -> dict[str, torch.Tensor]:
 
 
 def curves(output: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows, but for what is measured."""
+    """Read TensorBoard's curves, except measured ones such as rates."""
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     tags = sorted(set(events.Tags()["scalars"]) - set(MEASURED))
@@ -85,7 +85,7 @@ def log_of(runner: Runner, stage: str) -> list[dict]:
         ),
     ],
 )
-def test_a_stopped_stage_resumes_to_the_bit(make_runner: Callable[..., Runner], ranks: int, options: dict) -> None:
+def test_a_stopped_stage_resumes_bit_exactly(make_runner: Callable[..., Runner], ranks: int, options: dict) -> None:
     stage = {"losses": LOSSES, "steps": STEPS, "micro_batch": 3, "memory_mb": 1, **options}
     runner = make_runner(whole=stage, stopped=stage)
     (whole,) = runner.run_in_turn(("whole",), ranks=ranks)
@@ -114,7 +114,7 @@ def test_a_stopped_stage_resumes_to_the_bit(make_runner: Callable[..., Runner], 
         }  # fmt: skip
 
 
-def test_a_killed_stage_goes_on_from_its_last_saved_state(make_runner: Callable[..., Runner]) -> None:
+def test_a_killed_stage_resumes_from_its_last_saved_state(make_runner: Callable[..., Runner]) -> None:
     stage = {"losses": LOSSES, "steps": 400, "save_every": 5, "zero_stage": 0}
     runner = make_runner(whole={**stage, "steps": 400}, killed=stage)
     runner.config.write_text(yaml.safe_dump(runner.document))
@@ -140,14 +140,14 @@ def test_a_killed_stage_goes_on_from_its_last_saved_state(make_runner: Callable[
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_a_state_is_for_its_own_configuration_and_number_of_ranks(make_runner: Callable[..., Runner]) -> None:
+def test_a_state_of_other_settings_or_ranks_is_refused(make_runner: Callable[..., Runner]) -> None:
     stage = {"steps": STEPS, "zero_stage": 2}
     runner = make_runner(first=stage)
     (stopped,) = runner.run_in_turn(("first",), prologue=STOP_AT.format(step=2))
     assert stopped.code == 143, stopped.stderr
     (two,) = runner.run_in_turn(("first",), ranks=2)
     assert two.code == 2
-    assert "is the state of 1 ranks, this run has 2" in two.stderr
+    assert "is the state of 1 ranks, but this run has 2" in two.stderr
     changed = ("first", "stages.first.lr=0.001")
     other, anew = runner.run_in_turn(changed, (*changed, "--restart"))
     assert other.code == 2
@@ -173,14 +173,14 @@ def test_a_state_of_an_earlier_version_is_refused_and_kept(tmp_path: Path) -> No
     folder.mkdir(parents=True)
     marker = {"step": 4, "fingerprint": "0" * 64, "num_ranks": 1, "notes": {}}
     (folder / "state.json").write_text(json.dumps(marker))
-    with pytest.raises(ConfigError, match=r"step-00000004: this state does not say .* --restart"):
-        StageState.of(tmp_path, "first", {}, num_ranks=1).newest()
+    with pytest.raises(ConfigError, match=r"step-00000004: this state has no inputs, .* --restart"):
+        StageState.of(tmp_path, "first", {}, num_ranks=1).find_newest()
     assert (folder / "state.json").is_file()
 
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_a_state_is_for_the_weights_that_its_stage_began_with(
+def test_a_state_of_other_initial_weights_is_refused(
     make_runner: Callable[..., Runner], checkpoint: Path, tmp_path: Path
 ) -> None:
     init = tmp_path / "init"
@@ -199,7 +199,7 @@ def test_a_state_is_for_the_weights_that_its_stage_began_with(
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_the_best_checkpoint_so_far_is_forgotten_with_what_judged_it(make_runner: Callable[..., Runner]) -> None:
+def test_a_changed_criterion_resets_the_best_checkpoint(make_runner: Callable[..., Runner]) -> None:
     checkpoints = {"every": 2, "splits": ["test"], "metric": "response"}
     runner = make_runner(first={"losses": {"response": {}}, "steps": STEPS, "checkpoints": checkpoints})
     (stopped,) = runner.run_in_turn(("first",), prologue=STOP_AT.format(step=4))
@@ -213,7 +213,7 @@ def test_the_best_checkpoint_so_far_is_forgotten_with_what_judged_it(make_runner
     assert (summary["resumed_at"], summary["best"]) == (4, expected)
 
 
-def test_a_log_keeps_the_lines_of_steps_that_are_done(tmp_path: Path) -> None:
+def test_a_resumed_log_keeps_only_the_lines_of_finished_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     with MetricsLog(path, resumed_at=2) as log:

@@ -1,4 +1,4 @@
-"""A finished stage is left alone, refused or trained anew as asked; the old result is there until the new one is."""
+"""A finished stage is kept, refused or retrained as requested; the old result is kept until the new one exists."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from storage.backends.lock import HeldError
 from storage.errors import ConfigError
 from student_train.config import StageSection
 from student_train.training.stage_inputs import write_record
-from student_train.training.stage_request import Request
-from student_train.training.stage_result import Work, decide, finish_swap, lock_stage, put_in_place
+from student_train.training.stage_request import StageRequest
+from student_train.training.stage_result import StageDecision, decide_stage, finish_swap, install_result, lock_stage
 from tests.student_train.conftest import Runner
 
 INPUTS: dict[str, Any] = {
@@ -38,7 +38,7 @@ def remembering(*arguments, **options):
     return code
 student_train.command.main = remembering
 """
-PLAIN, ALWAYS, IF_CHANGED = Request(), Request("always"), Request("if_changed")
+PLAIN, ALWAYS, IF_CHANGED = StageRequest(), StageRequest("always"), StageRequest("if_changed")
 
 
 def finish(folder: Path, inputs: dict[str, Any] = INPUTS) -> None:
@@ -55,36 +55,36 @@ def save_state(folder: Path, inputs: dict[str, Any] = INPUTS) -> Path:
     return state
 
 
-def work(output: Path, inputs: dict[str, Any] = INPUTS, request: Request = PLAIN) -> Work:
-    return decide(stage(output), "kd", inputs, request, num_ranks=1)
+def work(output: Path, inputs: dict[str, Any] = INPUTS, request: StageRequest = PLAIN) -> StageDecision:
+    return decide_stage(stage(output), "kd", inputs, request, num_ranks=1)
 
 
 def stage(output: Path) -> StageSection:
     return StageSection(init="x", output=str(output), steps=1)
 
 
-def test_a_finished_stage_is_left_alone_refused_or_trained_beside_its_result(tmp_path: Path) -> None:
+def test_a_finished_stage_is_kept_refused_or_retrained_beside_its_result(tmp_path: Path) -> None:
     output, again = tmp_path / "kd", tmp_path / "kd~again"
-    assert work(output) == Work(output, trains=True)
+    assert work(output) == StageDecision(output, trains=True)
     finish(output)
-    assert work(output) == work(output, request=IF_CHANGED) == Work(output, trains=False)
-    assert work(output, request=ALWAYS) == Work(again, trains=True)
-    assert work(output, OTHER, IF_CHANGED) == Work(again, trains=True)
+    assert work(output) == work(output, request=IF_CHANGED) == StageDecision(output, trains=False)
+    assert work(output, request=ALWAYS) == StageDecision(again, trains=True)
+    assert work(output, OTHER, IF_CHANGED) == StageDecision(again, trains=True)
     with pytest.raises(ConfigError, match=r"(?s)kd is finished, but .*--again.*stages\.kd\.lr: was 0\.1, is 0\.2"):
         work(output, OTHER)
     (output / "inputs.json").unlink()  # as an earlier version left it
-    with pytest.raises(ConfigError, match="does not say what it was made from"):
+    with pytest.raises(ConfigError, match="holds a finished result of unknown inputs"):
         work(output)
-    assert work(output, request=IF_CHANGED) == Work(again, trains=True)
+    assert work(output, request=IF_CHANGED) == StageDecision(again, trains=True)
 
 
-def test_a_field_that_an_earlier_version_lacked_is_no_change(tmp_path: Path) -> None:
+def test_a_field_that_an_earlier_version_lacked_counts_as_its_default(tmp_path: Path) -> None:
     old = {**INPUTS, "stage": {name: value for name, value in INPUTS["stage"].items() if name != "clip_norm"}}
     finish(tmp_path / "kd", old)
     assert not work(tmp_path / "kd").trains
 
 
-def test_only_restart_gives_a_state_up(tmp_path: Path) -> None:
+def test_only_restart_discards_a_state(tmp_path: Path) -> None:
     output, again = tmp_path / "kd", tmp_path / "kd~again"
     state = save_state(output)
     assert work(output).trains
@@ -92,7 +92,7 @@ def test_only_restart_gives_a_state_up(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"(?s)after step 3.*undo.*--restart.*stages\.kd\.lr: was 0\.1, is 0\.2"):
             work(output, OTHER, request)
     assert state.is_dir()
-    assert work(output, OTHER, Request(restart=True)) == Work(output, trains=True)
+    assert work(output, OTHER, StageRequest(restart=True)) == StageDecision(output, trains=True)
     assert not state.exists()
     finish_folder = tmp_path / "other"
     output.rename(finish_folder)
@@ -101,14 +101,14 @@ def test_only_restart_gives_a_state_up(tmp_path: Path) -> None:
     assert not work(output).trains  # the finished one has not changed
     with pytest.raises(ConfigError, match="undo"):
         work(output, request=ALWAYS)
-    assert work(output, OTHER, IF_CHANGED) == Work(again, trains=True)
+    assert work(output, OTHER, IF_CHANGED) == StageDecision(again, trains=True)
     assert state.is_dir()
-    assert work(output, request=Request("always", restart=True)) == Work(again, trains=True)
+    assert work(output, request=StageRequest("always", restart=True)) == StageDecision(again, trains=True)
     assert not state.exists()
     assert (output / "summary.json").is_file()
 
 
-def test_a_swap_that_a_kill_cut_short_is_brought_to_its_end(tmp_path: Path) -> None:
+def test_a_swap_that_a_kill_interrupted_is_completed(tmp_path: Path) -> None:
     output, again, before = (tmp_path / name for name in ("kd", "kd~again", "kd~before"))
 
     def inputs_of(folder: Path) -> float:
@@ -125,7 +125,7 @@ def test_a_swap_that_a_kill_cut_short_is_brought_to_its_end(tmp_path: Path) -> N
             again.rename(output)
         if moment == 3:
             (before / "summary.json").unlink()  # half deleted
-        assert work(output, OTHER) == Work(output, trains=False)
+        assert work(output, OTHER) == StageDecision(output, trains=False)
         assert inputs_of(output) == 0.2
         assert {item.name for item in tmp_path.iterdir()} == {"kd"}
     shutil.rmtree(output)
@@ -134,17 +134,17 @@ def test_a_swap_that_a_kill_cut_short_is_brought_to_its_end(tmp_path: Path) -> N
     assert inputs_of(output) == 0.1
 
 
-def test_what_was_trained_anew_but_not_put_in_place_is_not_trained_again(tmp_path: Path) -> None:
+def test_a_finished_retraining_that_was_not_installed_is_not_repeated(tmp_path: Path) -> None:
     output, again = tmp_path / "kd", tmp_path / "kd~again"
     finish(output)
     finish(again)
     done = work(output, request=ALWAYS)
-    assert done == Work(again, trains=False)
-    put_in_place(done, stage(output))
+    assert done == StageDecision(again, trains=False)
+    install_result(done, stage(output))
     assert not again.exists()
 
 
-def test_a_finished_stage_says_so_and_again_replaces_it(make_runner: Callable[..., Runner]) -> None:
+def test_a_finished_stage_is_reported_and_again_replaces_it(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner(first={"steps": 2, "zero_stage": 0})
     output = runner.output("first")
     changed = ("first", "stages.first.lr=0.001")
@@ -170,7 +170,7 @@ def test_a_stage_s_output_has_one_command_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_all_ranks_decide_alike(make_runner: Callable[..., Runner]) -> None:
+def test_all_ranks_take_the_first_rank_s_decision(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner(first={"steps": 2, "zero_stage": 0})
     commands = ("first",), ("first",), ("first", "stages.first.lr=0.001"), ("first", "stages.first.lr=0.001", "--again")
     codes = [outcome.code for outcome in runner.run_in_turn(*commands, ranks=2)]

@@ -1,4 +1,4 @@
-"""Curves go on where they were; a tracker that is not installed is named.
+"""Trackers continue a resumed run's curves; a tracker that is not installed is refused by name.
 
 Weights & Biases and MLflow are not installed for tests: small stand-ins take what is sent to the narrow part of
 their interfaces that is used. Both were tried by hand as they are (LOG.md).
@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from storage.errors import ConfigError
 from student_train.config import Tracker
-from student_train.training.trackers import Tracking, check_trackers
+from student_train.training.trackers import Trackers, check_trackers
 
 
 def line(step: int) -> dict[str, Any]:
@@ -26,13 +26,13 @@ def line(step: int) -> dict[str, Any]:
 
 def track(names: tuple[Tracker, ...], output: Path, steps: range, *, done: int = 0) -> None:
     kept = [line(step) for step in range(1, done + 1)]
-    with Tracking(names, output, title="kd-0", settings={"lr": 1e-3}, done=kept) as tracking:
+    with Trackers(names, output, title="kd-0", settings={"lr": 1e-3}, done=kept) as tracking:
         for step in steps:
             tracking.write(line(step))
 
 
 class Wandb:
-    """What the service holds: the points of each run."""
+    """A fake of the service: keeps the points of each run."""
 
     def __init__(self) -> None:
         self.runs: dict[str, list[tuple[int, dict]]] = {}
@@ -50,7 +50,7 @@ class Wandb:
 
 
 class Mlflow:
-    """What the service holds: the points and the status of each run."""
+    """A fake of the service: keeps the points and the status of each run."""
 
     def __init__(self) -> None:
         self.points: dict[str, list[tuple[str, float, int]]] = {}
@@ -91,7 +91,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     ]
 
 
-def test_services_go_on_in_the_run_and_get_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_services_continue_the_run_and_get_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb, mlflow = Wandb(), Mlflow()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
@@ -106,11 +106,11 @@ def test_services_go_on_in_the_run_and_get_each_step_once(tmp_path: Path, monkey
     assert json.loads((tmp_path / "tracking.json").read_text()) == {"wandb": {"run": "run1", "step": 2}}
 
 
-def test_a_run_that_fails_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_is_marked_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb, mlflow = Wandb(), Mlflow()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    tracking = Tracking(("wandb", "mlflow"), tmp_path, title="kd-0", settings={})
+    tracking = Trackers(("wandb", "mlflow"), tmp_path, title="kd-0", settings={})
     with pytest.raises(RuntimeError, match="out of memory"), tracking:
         raise RuntimeError("out of memory")
     assert wandb.exit_codes == [1]
@@ -118,11 +118,11 @@ def test_a_run_that_fails_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, name: Tracker) -> None:
+def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: Tracker) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # as Python does for what cannot be imported
-    with pytest.raises(ConfigError, match=rf"{name} is not installed; pip install {name}, or leave it out"):
+    with pytest.raises(ConfigError, match=rf"{name} is not installed; pip install {name}, or remove it"):
         check_trackers((name,))
 
 
-def test_tensorboard_comes_with_the_student() -> None:
+def test_tensorboard_is_a_dependency_of_the_student() -> None:
     check_trackers(("tensorboard",))

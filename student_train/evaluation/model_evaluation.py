@@ -1,7 +1,7 @@
-"""How good a model is: generated answers against references, and closeness to the cached teacher, held out.
+"""Evaluates a model on held-out samples: generated answers against references, and fidelity to the cached teacher.
 
-Of several turns all are judged, or the first or last: `evaluation.turns`. A prompt ends before the answer that is
-judged, and holds the sample's own earlier answers.
+`evaluation.turns` selects the turns of a conversation: all, the first or the last. A prompt ends before the evaluated
+answer and holds the sample's own earlier answers.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from storage.backends.folder import write_json
 from storage.reader.cache import Cache, read_identity
 from storage.records.records import TokensRecord
 from student_train.config import EvaluationSection, SourceSection
-from student_train.data.collate import Batch, answer_spans, collate, collate_prompts, prompt_of
-from student_train.data.mixture import Mixture, Source
-from student_train.data.sample_images import FeatureStore, VisionSource
-from student_train.evaluation.generation import greedy
-from student_train.evaluation.hallucination import unsupported_rate, yes_no_scores
+from student_train.data.collate import Batch, collate, collate_prompts, cut_prompt, find_answer_spans
+from student_train.data.mixture import CacheSource, Mixture
+from student_train.data.sample_images import TensorStore, VisionGatherer
+from student_train.evaluation.generation import generate_greedily
+from student_train.evaluation.hallucination import compute_unsupported_rate, score_yes_no
 from student_train.losses.fused_linear import SparseTarget
-from student_train.losses.load_balancing import RouterLosses, router_losses, router_statistics
-from student_train.losses.sparse_divergence import row_losses_
+from student_train.losses.load_balancing import RouterLosses, router_losses, summarize_routers
+from student_train.losses.sparse_divergence import differentiate_rows_
 from student_train.models.loading import Checkpoint, check_fit, load_for_inference, read_checkpoint
 from student_train.models.sparse_upcycling import is_sparse
 from student_train.models.student import Student
-from student_train.training.stage_data import open_sealed, samples_of_any
+from student_train.training.stage_data import open_sealed_cache, select_samples_of_caches
 
-MEMORY_BYTES = 512 << 20  # of image features, which the second pass needs again
+MEMORY_BYTES = 512 << 20  # of image features, which the second pass reads again
 Item = TypeVar("Item")
-CHUNK_LOGITS = 1 << 25  # of the head in memory at once
+CHUNK_LOGITS = 1 << 25  # logits in memory at once
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Closeness to the references and to the cached teacher, over held-out response rows."""
+    """Sums of distances from the references and from the cached teacher, over held-out response rows."""
 
     cross_entropy_sum: float  # nats, of the references' tokens
     num_labels: int
-    kl_sum: float  # nats, bucketed on the exact entries
+    kl_sum: float  # nats, exact entries and one bucket
     num_agreeing: int  # rows whose most probable token is the teacher's
     num_rows: int  # with a distribution of the teacher
     num_topped: int  # rows whose most probable token of the teacher is stored
-    routers: tuple[tuple[int, RouterLosses], ...] = ()  # of a sparse model: each batch's number of tokens and these
+    routers: tuple[tuple[int, RouterLosses], ...] = ()  # of a sparse model: (number of tokens, losses) of each batch
 
     @staticmethod
-    def total(parts: Sequence[Fidelity]) -> Fidelity:
-        """Of several batches."""
+    def combine(parts: Sequence[Fidelity]) -> Fidelity:
+        """Add up the sums of several batches."""
         return Fidelity(
             cross_entropy_sum=sum(part.cross_entropy_sum for part in parts),
             num_labels=sum(part.num_labels for part in parts),
@@ -65,17 +65,17 @@ class Fidelity:
 
     @property
     def cross_entropy(self) -> float | None:
-        """Mean over the references' tokens, None without any."""
+        """Mean over the references' tokens; None without any."""
         return self.cross_entropy_sum / self.num_labels if self.num_labels else None
 
     @property
     def kl(self) -> float | None:
-        """Mean over rows, None without any."""
+        """Mean over rows; None without any."""
         return self.kl_sum / self.num_rows if self.num_rows else None
 
     @property
     def agreement(self) -> float | None:
-        """Fraction of rows, None without any."""
+        """Fraction of rows whose most probable token is the teacher's; None without any."""
         return self.num_agreeing / self.num_topped if self.num_topped else None
 
 
@@ -90,26 +90,28 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
     checkpoint = read_checkpoint(model)
     for source in sources:
         check_fit(checkpoint, read_identity(source.path))  # before a cache's index is read
-    data = _held_out(sources, section)
-    tokens = _tokens(data, section.batch)
-    features = FeatureStore(MEMORY_BYTES)
+    data = _open_held_out(sources, section)
+    tokens = _read_tokens(data, section.batch)
+    features = TensorStore(MEMORY_BYTES)
     images = data.images(checkpoint.image_processor)
-    judge = _Judge(
+    evaluator = _Evaluator(
         data=data,
         tokens=tokens,
         checkpoint=checkpoint,
         student=load_for_inference(checkpoint, vocab_size=data.identity.vocab_size, features=features),
-        vision=VisionSource(images, features=features, pixels=FeatureStore(0)),
+        vision=VisionGatherer(images, features=features, pixels=TensorStore(0)),
         section=section,
     )
-    samples = judge.answers()
+    samples = evaluator.generate_answers()
     scored = [
         index
-        for index, owner in zip(tokens, data.owners(list(tokens)).tolist(), strict=True)
+        for index, owner in zip(tokens, data.find_owners(list(tokens)).tolist(), strict=True)
         if "response" in data.sources[owner].cache.families
     ]
     others = sorted(set(tokens) - set(scored))
-    fidelity = Fidelity.total([*judge.fidelity(scored, ("response",)), *judge.fidelity(others, ())])
+    fidelity = Fidelity.combine(
+        [*evaluator.compute_fidelity(scored, ("response",)), *evaluator.compute_fidelity(others, ())]
+    )
     by_category: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
         by_category[sample["category"]].append(sample["correct"])
@@ -117,13 +119,13 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
         "num_samples": len(tokens),
         "turns": section.turns,
         "num_answers": len(samples),
-        "exact_match": _mean([sample["correct"] for sample in samples]),
+        "exact_match": _average([sample["correct"] for sample in samples]),
         "by_category": {
-            name: {"num": len(hits), "exact_match": _mean(hits)} for name, hits in sorted(by_category.items())
+            name: {"num": len(hits), "exact_match": _average(hits)} for name, hits in sorted(by_category.items())
         },
-        "unsupported_rate": unsupported_rate((sample["answer"], sample["reference"]) for sample in samples),
-        "yes_no": yes_no_scores((sample["answer"], sample["reference"]) for sample in samples),
-        "routers": router_statistics(fidelity.routers) if fidelity.routers else None,
+        "unsupported_rate": compute_unsupported_rate((sample["answer"], sample["reference"]) for sample in samples),
+        "yes_no": score_yes_no((sample["answer"], sample["reference"]) for sample in samples),
+        "routers": summarize_routers(fidelity.routers) if fidelity.routers else None,
         "cross_entropy": fidelity.cross_entropy,
         "kl_to_teacher": fidelity.kl,
         "top1_agreement": fidelity.agreement,
@@ -135,57 +137,57 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
     return document
 
 
-def _held_out(sources: Sequence[SourceSection], section: EvaluationSection) -> Mixture:
-    """The samples that a model is judged on, each once though a stage names its cache twice. A cache may have none."""
+def _open_held_out(sources: Sequence[SourceSection], section: EvaluationSection) -> Mixture:
+    """Open the evaluated samples, each once even if a stage names its cache twice. A cache may have none."""
     sources = list({source.path: source for source in sources}.values())
     caches = []
     for source in sources:
         families = ("response",) if "response" in Cache.open(source.path, ()).families else ()
-        caches.append(open_sealed(source.path, families, max_bytes=MEMORY_BYTES // len(sources)))
-    chosen = samples_of_any(caches, section.splits)
+        caches.append(open_sealed_cache(source.path, families, max_bytes=MEMORY_BYTES // len(sources)))
+    chosen = select_samples_of_caches(caches, section.splits)
     return Mixture(
         [
-            Source(cache, indices, images=section.images or source.images)
+            CacheSource(cache, indices, images=section.images or source.images)
             for cache, indices, source in zip(caches, chosen, sources, strict=True)
         ]
     )
 
 
-def _tokens(data: Mixture, at_once: int) -> dict[int, TokensRecord]:
-    """The tokens of each sample that is judged, by its index."""
+def _read_tokens(data: Mixture, batch_size: int) -> dict[int, TokensRecord]:
+    """Read the tokens of each evaluated sample, by its index."""
     return {
         index: record.tokens
-        for piece in _pieces(data.indices.tolist(), at_once)
+        for piece in _split_batches(data.indices.tolist(), batch_size)
         for index, record in zip(piece, data.read_many(piece), strict=True)
     }
 
 
 @dataclass(frozen=True, eq=False)
-class _Judge:
-    """A model and the samples it is judged on."""
+class _Evaluator:
+    """A model and the samples it is evaluated on."""
 
     data: Mixture
     tokens: dict[int, TokensRecord]
     checkpoint: Checkpoint
     student: Student
-    vision: VisionSource
+    vision: VisionGatherer
     section: EvaluationSection
 
-    def answers(self) -> list[dict[str, Any]]:
-        """What the model answers at each judged turn of each sample, in the order of `tokens`."""
-        grid, tokenizer = self.checkpoint.grid, self.checkpoint.tokenizer
+    def generate_answers(self) -> list[dict[str, Any]]:
+        """Generate and score the answer of each evaluated turn of each sample, in the order of `tokens`."""
+        sequence_format, tokenizer = self.checkpoint.sequence_format, self.checkpoint.tokenizer
         prompts = {
-            (index, turn): prompt_of(record, image_token_id=grid.image_token_id, answer=turn)
+            (index, turn): cut_prompt(record, image_token_id=sequence_format.image_token_id, answer=turn)
             for index, record in self.tokens.items()
-            for turn in _judged_turns(record, self.section.turns)
+            for turn in _select_turns(record, self.section.turns)
         }
         order = sorted(prompts, key=lambda place: (len(prompts[place].token_ids), place))  # little padding
         device = next(self.student.parameters()).device
         answers: dict[tuple[int, int], list[int]] = {}
         with tqdm(total=len(order), desc="answering", unit="answer", mininterval=1.0, leave=False) as bar:
-            for batch in _pieces(order, self.section.batch):
-                prompt_batch = collate_prompts([prompts[place] for place in batch], grid, self.vision.gather)
-                continued = greedy(
+            for batch in _split_batches(order, self.section.batch):
+                prompt_batch = collate_prompts([prompts[place] for place in batch], sequence_format, self.vision.gather)
+                continued = generate_greedily(
                     self.student,
                     prompt_batch.to(device),
                     max_new_tokens=self.section.max_new_tokens,
@@ -196,9 +198,9 @@ class _Judge:
         results = []
         for index, turn in prompts:
             record = self.tokens[index]
-            start, stop = answer_spans(record)[turn]
-            answer = normalised(tokenizer.decode(answers[index, turn], skip_special_tokens=True))
-            reference = normalised(tokenizer.decode(record.token_ids[start:stop], skip_special_tokens=True))
+            start, stop = find_answer_spans(record)[turn]
+            answer = normalise_spaces(tokenizer.decode(answers[index, turn], skip_special_tokens=True))
+            reference = normalise_spaces(tokenizer.decode(record.token_ids[start:stop], skip_special_tokens=True))
             results.append(
                 {
                     "sample_id": record.sample_id,
@@ -212,65 +214,65 @@ class _Judge:
         return results
 
     @torch.inference_mode()
-    def fidelity(self, indices: Sequence[int], families: tuple[str, ...]) -> list[Fidelity]:
-        """Cross-entropy of all response tokens of the samples, by batch.
+    def compute_fidelity(self, indices: Sequence[int], families: tuple[str, ...]) -> list[Fidelity]:
+        """Compute the cross-entropy of the samples' response tokens, by batch.
 
-        With the family `response`, KL to the teacher and agreement with its first choice, too.
+        With the family `response`, also KL to the teacher and agreement with its most probable token.
         """
         order = sorted(indices, key=lambda index: (len(self.tokens[index].token_ids), index))
         device = next(self.student.parameters()).device
         parts = []
         for indices_of_batch in tqdm(
-            _pieces(order, self.section.batch), desc="comparing", unit="batch", mininterval=1.0, leave=False
+            _split_batches(order, self.section.batch), desc="comparing", unit="batch", mininterval=1.0, leave=False
         ):
             records = self.data.read_many(indices_of_batch)
-            batch = collate(records, self.checkpoint.grid, self.vision.gather, families=families).to(device)
-            parts.append(_fidelity(self.student, batch))
+            batch = collate(records, self.checkpoint.sequence_format, self.vision.gather, families=families).to(device)
+            parts.append(_compute_fidelity(self.student, batch))
         return parts
 
 
-def normalised(text: str) -> str:
-    """Text with each run of white space as one space, and none at its ends."""
+def normalise_spaces(text: str) -> str:
+    """Replace each run of white space by one space, and strip the text."""
     return " ".join(text.split())
 
 
-def _judged_turns(tokens: TokensRecord, turns: str) -> Sequence[int]:
-    count = max(1, len(answer_spans(tokens)))  # of none, `prompt_of` says so
+def _select_turns(tokens: TokensRecord, turns: str) -> Sequence[int]:
+    count = max(1, len(find_answer_spans(tokens)))  # `cut_prompt` refuses a sample without answers
     return {"all": range(count), "first": [0], "last": [count - 1]}[turns]
 
 
-def _fidelity(student: Student, batch: Batch) -> Fidelity:
+def _compute_fidelity(student: Student, batch: Batch) -> Fidelity:
     inputs = batch.input_ids, batch.visual_positions, batch.vision
     routers = ()
     if is_sparse(student.model.config):
-        hidden, logits = student.hidden_and_routers(*inputs)
+        hidden, logits = student.compute_hidden_and_routers(*inputs)
         is_token = batch.is_token.flatten()
         routers = ((int(is_token.sum()), router_losses(logits, is_token, top_k=student.top_k)),)
     else:
-        hidden = student.hidden(*inputs)
+        hidden = student.compute_hidden(*inputs)
     rows = hidden.index_select(0, batch.response_positions)
     per_chunk = max(1, CHUNK_LOGITS // student.vocab_size)
     cross_entropy_sum, kl_sum, num_agreeing, num_topped = 0.0, 0.0, 0, 0
     for start in range(0, len(rows), per_chunk):
         stop = min(start + per_chunk, len(rows))
-        logits, labels = student.logits(rows[start:stop]).float(), batch.labels[start:stop]
+        logits, labels = student.compute_logits(rows[start:stop]).float(), batch.labels[start:stop]
         cross_entropy_sum += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
         if batch.response is None:
             continue
         teacher = batch.response.slice(start, stop)
-        topped = teacher.num_exact > 0  # entries fall, so the first is the most probable
+        topped = teacher.num_exact > 0  # entries descend, so the first is the most probable
         tops = teacher.ids[teacher.offsets[:-1][topped]]
         num_agreeing += int((logits.argmax(1)[topped] == tops).sum())
         num_topped += int(topped.sum())
-        against = SparseTarget(teacher).against(0, teacher.num_rows, logits)
-        kl_sum += float(row_losses_(logits, None, against, gradient=False).divergence)
+        target = SparseTarget(teacher).select_chunk(0, teacher.num_rows, logits)
+        kl_sum += float(differentiate_rows_(logits, None, target, gradient=False).divergence)
     num_rows = 0 if batch.response is None else len(rows)
     return Fidelity(cross_entropy_sum, len(rows), kl_sum, num_agreeing, num_rows, num_topped, routers)
 
 
-def _pieces(items: list[Item], size: int) -> list[list[Item]]:
+def _split_batches(items: list[Item], size: int) -> list[list[Item]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _mean(values: Sequence[bool]) -> float:
+def _average(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
