@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from storage.errors import ConfigError, IdentityError, StillhouseError
-from storage.identity import Identity, compute_tokenizer_fingerprint
+from storage.identity import Identity
 from storage.images.settings import PixelSettings, read_processor_settings, write_pixel_settings
 from storage.reader.cache import Cache
 from student_train.config import Precision
