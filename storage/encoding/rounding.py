@@ -102,7 +102,7 @@ def places_of_first(head: Head, values: NDArray, ids: NDArray[np.int32], step: f
 
 
 def count_ties(falling: NDArray, num_exact: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(r,) how many of a row's entries are as probable as its most probable one; 0 in an empty row."""
+    """Returns (r,) how many entries are as probable as a row's most probable one; 0 if the row is empty."""
     starts = (np.cumsum(num_exact, dtype=np.int64) - num_exact)[num_exact > 0]
     if not len(starts):
         return np.zeros(len(num_exact), np.int64)

@@ -45,6 +45,7 @@ from storage.verify.token_columns import check_tokens
 WHOLE_BYTES = 256 << 20  # of a file that is read once; each scan at a time holds one
 _BLOCK_BYTES = 4 << 20
 _BATCH_BYTES = 4 << 20  # of small row groups that are read and checked together, uncompressed
+_BATCH_GROUPS = 16  # at most, whatever bytes a footer claims
 _BAD = (CacheError, ValueError, OSError, pa.ArrowException)
 
 Advance = Callable[[int], None]  # bytes that were read
@@ -345,7 +346,7 @@ def _batches(metadata: pq.FileMetaData, batch_bytes: int) -> Iterator[list[int]]
     batch, size = [], 0
     for number in range(metadata.num_row_groups):
         group_bytes = metadata.row_group(number).total_byte_size
-        if batch and size + group_bytes > batch_bytes:
+        if batch and (size + group_bytes > batch_bytes or len(batch) == _BATCH_GROUPS):
             yield batch
             batch, size = [], 0
         batch.append(number)

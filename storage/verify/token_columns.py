@@ -11,7 +11,7 @@ from storage.identity import Identity
 
 
 def check_tokens(table: pa.Table, identity: Identity, first: int = 0) -> NDArray[np.int64]:
-    """Response tokens of each row of a tokens table, all rows of which pass the checks of columns.tokens_record.
+    """Response tokens of each row of a tokens table, all rows of which pass the checks of arrow_rows.decode_tokens_row.
 
     Images are checked by count alone. `first` is the number of the first row, for messages. Errors: ValueError.
     """
