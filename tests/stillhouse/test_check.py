@@ -164,7 +164,10 @@ def test_a_budget_is_compared_with_the_one_that_a_cache_was_made_by(file: Path) 
     [
         ("losses={response: {treatment: exact}}", r"stages\.kd\.losses: these losses read hidden, which is not dumped"),
         ("losses={cross_entropy: 0, preference: {}}", r"stages\.kd\.losses: these losses read sequence"),
-        ("losses={response: {temperature: 2}}", r"stages\.kd\.losses\.response\.temperature is 2, but the cache keeps"),
+        (
+            "losses={response: {temperature: 2}}",
+            r"kd\.losses\.response\.temperature is 2, but the cache stores the log-sum",
+        ),
     ],
 )
 def test_losses_that_the_dump_will_not_serve_are_found(file: Path, override: str, message: str) -> None:

@@ -124,7 +124,7 @@ def test_a_llama_decoder_becomes_experts_without_biases(dense):
         ({"model_type": "gemma2"}, "'gemma2'"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
         ({"head_dim": 48}, "head_dim is 48"),
-        ({"model_type": "qwen2_moe"}, "experts already"),
+        ({"model_type": "qwen2_moe"}, "already a mixture of experts"),
     ],
 )
 def test_decoders_without_a_standard_sparse_architecture_are_refused(dense, changes, said):
@@ -135,7 +135,7 @@ def test_decoders_without_a_standard_sparse_architecture_are_refused(dense, chan
 
 
 def test_more_active_experts_than_there_are_is_refused(dense):
-    with pytest.raises(ConfigError, match="top_k is 5 of 4"):
+    with pytest.raises(ConfigError, match="top_k is 5, expected 1 to 4"):
         make_sparse_config(load_weights(dense).config.text_config, ExpertSettings(4, 5, 2))
 
 

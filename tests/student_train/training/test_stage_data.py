@@ -96,7 +96,7 @@ def test_a_temperature_must_be_stored_where_the_tail_matters(checkpoint: Path, t
     path = make_cache(tmp_path, checkpoint, num_samples=2, temperatures=(2.0,))
     assert prepare_stage_data(stage(checkpoint, {"response": {"temperature": 2.0}}), str(path))
     with pytest.raises(
-        ConfigError, match=r"losses\.response\.temperature is 3, but the cache keeps .* 1, 2; dump with"
+        ConfigError, match=r"losses\.response\.temperature is 3, but the cache stores .* 1, 2; dump with"
     ):
         prepare_stage_data(stage(checkpoint, {"response": {"temperature": 3.0}}), str(path))
     assert prepare_stage_data(
@@ -118,7 +118,7 @@ def test_a_temperature_must_be_stored_where_the_tail_matters(checkpoint: Path, t
         ({"relation": {"weight": 0.5}, "literal": True}, "weights are all 1"),
         ({"response": {"k": 8, "treatment": "unbiased"}}, "sampled entries, which k drops"),
         ({"response": {"k": 8, "treatment": "profile"}}, "remove k and tau"),
-        ({"visual": {"k": 8, "tau": 0.1}}, "narrowed by one of them"),
+        ({"visual": {"k": 8, "tau": 0.1}}, "k is 8 and tau is 0.1; give only one of them"),
     ],
 )
 def test_invalid_loss_combinations_are_refused(losses: dict, words: str) -> None:
