@@ -165,7 +165,7 @@ def test_overrides_reach_the_other_fields_of_a_section_that_is_a_list(path):
         (["stages.dft.losses.wieght=3"], ["stages.dft.losses.wieght: unknown field; did you mean weight?"]),
         (["stages.dft.splits=[]"], ["stages.dft.splits: got [] (list), expected at least 1 item"]),
         (["stages.dft.width={rows: 0}"], ["stages.dft.width.rows: got 0 (int), expected greater than or equal to 1"]),
-        (["stages.dft.width={}"], ["stages.dft.width: got {} (dict), give gradient_error or bytes_per_row"]),
+        (["stages.dft.width={}"], ["stages.dft.width: got {} (dict), give either gradient_error or bytes_per_row"]),
         (["stages.dft.width={row: 1}"], ["stages.dft.width.row: unknown field; did you mean rows?"]),
         (["data.sources.1.lmit=3"], ["data.sources.1.lmit: unknown field; did you mean limit?"]),
         (["data.sources.2.limit=3"], ["data.sources: got item '2', expected a number below 2"]),

@@ -99,7 +99,7 @@ def test_another_tokenizer_is_refused_if_given_and_not_used_if_found(folder: Pat
 
 
 def test_a_folder_without_a_tokenizer_is_the_users_mistake(tmp_path: Path, identity: Identity) -> None:
-    with pytest.raises(ConfigError, match="no tokenizer can be read"):
+    with pytest.raises(ConfigError, match="its tokenizer cannot be read"):
         load_token_texts(identity, tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):
         load_token_texts(identity, tmp_path / "nowhere")

@@ -215,7 +215,7 @@ def test_invalid_matrices_are_refused(section, values, norm, message):
 
 def test_what_an_encoding_cannot_hold_is_refused():
     matrix = RelationMatrix(np.array([[0, 1], [1, 0]], np.float32) / np.float32(np.sqrt(2)), 1.0)
-    with pytest.raises(ValueError, match="no Gram matrix"):
+    with pytest.raises(ValueError, match="not a Gram matrix"):
         encode_relation(matrix, SECTIONS[1])
     with pytest.raises(ValueError, match="2 visual tokens are no square grid"):
         encode_relation(matrix, SECTIONS[4])

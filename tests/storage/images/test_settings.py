@@ -58,6 +58,6 @@ def test_only_fields_that_change_pixels_differ() -> None:
 def test_processors_are_compared_setting_by_setting() -> None:
     cache, own = {"size": {"height": 32}, "image_mean": [0.5]}, {"size": {"height": 64}, "image_mean": [0.5]}
     assert describe_settings_differences(cache, own) == [
-        "image_processor.size: the cache has {'height': 32}, the student {'height': 64}"
+        "image_processor.size: the cache has {'height': 32}, the student has {'height': 64}"
     ]
     assert describe_settings_differences(cache, cache) == []

@@ -48,12 +48,12 @@ IGNORES = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAI
 PARENT = """
 import math, sys
 from storage.processes.child_process import run_child
-from storage.processes.stop_signals import exit_code, interruptible, leave
+from storage.processes.stop_signals import get_exit_code, interruptible, exit_now
 try:
     with interruptible(adopt=True):
         print("ended with", run_child([sys.executable, "-c", sys.argv[1], sys.argv[2]], grace_s=float(sys.argv[3])))
 except KeyboardInterrupt as stop:
-    leave(exit_code(stop))
+    exit_now(get_exit_code(stop))
 """
 
 
@@ -162,7 +162,7 @@ def test_a_parent_that_is_killed_while_its_watcher_looks_leaves_nothing(tmp_path
     """What was below it is below another process by then, or even before its own end, and is not found there."""
     watcher = (
         "import os, signal, sys, time\n"
-        "from storage.processes.supervisor import descendants, watch\n"
+        "from storage.processes.supervisor import list_descendants, watch\n"
         "parent, looks = os.getppid(), []\n"
         "def kill_and_look(pid):\n"
         "    looks.append(pid)\n"
@@ -172,7 +172,7 @@ def test_a_parent_that_is_killed_while_its_watcher_looks_leaves_nothing(tmp_path
         "        os.kill(parent, signal.SIGKILL)\n"
         "    while len(looks) == 3 and os.getppid() == parent:\n"
         "        time.sleep(0.01)\n"
-        "    return descendants(pid)\n"
+        "    return list_descendants(pid)\n"
         "while not os.path.exists(sys.argv[1]):\n"
         "    time.sleep(0.01)\n"
         "watch(parent, last_s=0.5, list_below=kill_and_look)\n"
@@ -219,7 +219,7 @@ def test_what_a_process_starts_after_its_parent_s_death_ends_too(tmp_path: Path)
 
 def test_a_killed_supervisor_takes_its_command_along(tmp_path: Path) -> None:
     """The parent inherits the grandchildren, and ends them when it leaves; nobody else would."""
-    running = start(tmp_path, WAITS, parent=PARENT + "else:\n    leave(1)\n")
+    running = start(tmp_path, WAITS, parent=PARENT + "else:\n    exit_now(1)\n")
     try:
         (supervisor,) = [pid for pid, line in running.processes().items() if "supervisor.py" in line]
         os.kill(supervisor, signal.SIGKILL)

@@ -251,7 +251,7 @@ def spoil_tokens(part, **changes):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda part: dataclasses.replace(part, relation=None), "relation: records and cache"),
+        (lambda part: dataclasses.replace(part, relation=None), "relation: the records and the cache"),
         (lambda part: dataclasses.replace(part, errors=[SampleError("sample-0-1", "?")]), "more than once"),
         (lambda part: dataclasses.replace(part, tokens=[*part.tokens, part.tokens[0]]), "more than once"),
         (lambda part: dataclasses.replace(part, response=part.response[1:]), "5 responses for 6 samples"),

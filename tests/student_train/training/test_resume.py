@@ -114,6 +114,8 @@ def test_a_stopped_stage_resumes_bit_exactly(make_runner: Callable[..., Runner],
         }  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_killed_stage_resumes_from_its_last_saved_state(make_runner: Callable[..., Runner]) -> None:
     stage = {"losses": LOSSES, "steps": 400, "save_every": 5, "zero_stage": 0}
     runner = make_runner(whole={**stage, "steps": 400}, killed=stage)

@@ -126,8 +126,8 @@ def test_the_choice_on_a_scored_slice_meets_the_budget(write_config: WriteConfig
 @pytest.mark.parametrize(
     ("cache", "problem"),
     [
-        ({"budget": {}}, "give gradient_error or bytes_per_row"),
-        ({"budget": {"gradient_error": 0.1, "bytes_per_row": 3}}, "one of the two"),
+        ({"budget": {}}, "give either gradient_error or bytes_per_row"),
+        ({"budget": {"gradient_error": 0.1, "bytes_per_row": 3}}, "give either gradient_error or"),
         ({"budget": {"bytes_per_row": 30}, "families": ["relation"]}, "budget.families names response"),
         ({"budget": {"bytes_per_row": 30}, "response": {"method": "topk"}}, "with method 'threshold'"),
     ],

@@ -295,7 +295,7 @@ def test_sigterm_is_heard_after_ray_is_left(ray_head: RayHead) -> None:
     """Ray's core takes the handler away when it ends: a training after a dump would die of the signal."""
     code = (
         "import os, signal, sys, time\n"
-        "from storage.processes.stop_signals import exit_code, interruptible, leave\n"
+        "from storage.processes.stop_signals import get_exit_code, interruptible, exit_now\n"
         "from teacher_dump.ray_jobs.cluster import connect_to_ray\n"
         "try:\n"
         "    with interruptible():\n"
@@ -304,7 +304,7 @@ def test_sigterm_is_heard_after_ray_is_left(ray_head: RayHead) -> None:
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        time.sleep(60)\n"
         "except KeyboardInterrupt as stop:\n"
-        "    leave(exit_code(stop))\n"
+        "    exit_now(get_exit_code(stop))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env=ray_head.environment, timeout=PATIENCE_S, check=False

@@ -152,6 +152,8 @@ def test_a_call_that_fails_costs_the_engine_nothing(tiny_teacher: Path, tmp_path
     }
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_settings_that_vllm_does_not_have_are_refused_by_name() -> None:
     code = (
         "from storage.errors import ConfigError\n"
