@@ -33,7 +33,7 @@ class MoeSection(Section):
 
 
 class CompositionSection(Section):
-    """Parts that make up a student: directories or Hub ids. The two-layer GELU projector between them is new."""
+    """Components that make up a student: directories or Hub ids. The two-layer GELU projector between them is new."""
 
     vision: LocalPath  # SigLIP or CLIP; a whole model or its tower
     llm: LocalPath  # a causal decoder
@@ -54,7 +54,7 @@ Filter = Annotated[tuple[Condition, ...], AfterValidator(_check_conditions)]
 
 
 class SourceSection(Section):
-    """One of several caches that a stage trains on. Omitted fields take the stage's values."""
+    """One of several caches that a stage trains on. Omitted splits, filter and images are the stage's."""
 
     path: LocalPath
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0  # times that each sample occurs in an epoch
@@ -85,7 +85,7 @@ class CheckpointsSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters in the frozen decoder; checkpoints hold them merged into its weights."""
+    """Low-rank adapters that stand in for training `llm`, which must be in `train`; checkpoints hold them merged."""
 
     rank: Annotated[int, Field(ge=1)] = 128  # rank, alpha and dropout are LLaVA-1.5's
     alpha: Annotated[float, Field(gt=0)] = 256.0  # adapters are scaled by alpha / rank
@@ -147,13 +147,13 @@ class StageSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_one_cache_field(self) -> StageSection:
+    def _check_not_both_cache_fields(self) -> StageSection:
         if self.cache is not None and self.caches is not None:
-            raise ValueError("give either cache or caches")
+            raise ValueError("cache and caches are both given; remove one of them")
         return self
 
     def list_sources(self, cache_path: str) -> tuple[SourceSection, ...]:
-        """Return the stage's caches with all fields filled in; `cache_path` if the stage names none."""
+        """Return the stage's caches, or `cache_path`, with the stage's splits, filter and images by default."""
         given = self.caches or (SourceSection(path=self.cache or cache_path),)
         own = {"splits": self.splits, "filter": self.filter, "images": self.images}
         return tuple(
@@ -183,13 +183,13 @@ class StageSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_ema(self) -> StageSection:
+    def _check_ema_sharding(self) -> StageSection:
         if self.ema is not None and self.zero_stage == 3:
             raise ValueError("ema needs whole weights on each rank, but zero_stage 3 shards them; set zero_stage: 2")
         return self
 
     @model_validator(mode="after")
-    def _check_held_out(self) -> StageSection:
+    def _check_checkpoint_splits_and_metric(self) -> StageSection:
         if self.checkpoints is None:
             return self
         trained = {split for source in self.list_sources("") for split in source.splits or ()}
@@ -205,7 +205,7 @@ class StageSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_fixed_micro_batches(self) -> StageSection:
+    def _check_averaging_without_grouping(self) -> StageSection:
         if self.losses.averaging == "micro_batch" and self.group_by_length:
             which = "literal" if self.losses.literal else "mean: micro_batch"
             raise ValueError(
@@ -215,10 +215,11 @@ class StageSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_zero(self) -> StageSection:
+    def _check_precision_and_offload(self) -> StageSection:
         if self.precision == "fp16" and self.zero_stage == 0:
             raise ValueError(
-                "precision fp16 needs zero_stage 1, 2 or 3, which scale the loss, but it is 0; raise it, or take bf16"
+                "precision fp16 needs zero_stage 1, 2 or 3, but it is 0, where DeepSpeed does not scale "
+                "the loss; raise it, or take bf16"
             )
         if self.offload and self.zero_stage == 0:
             raise ValueError(

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from storage.config import LocalPath, Section
 from storage.images.settings import WHITE, Background
 
+SourceFormat = Literal["json", "parquet", "webdataset", "datasets"]
 TooLong = Literal["refuse", "cut_turns", "cut_answer"]  # see teacher_dump/prompts/truncation.py
 Ignorable = Literal[  # see teacher_dump/data/unread_fields.py
     "video", "audio", "tools", "reasoning_content", "<video>", "<audio>", "<img>", "<image 1>", "<ImageHere>", "media"
@@ -30,7 +31,7 @@ class SourceSection(Section):
     """
 
     path: LocalPath  # a file, a pattern, a folder of save_to_disk, or a hub id where `format: datasets` says so
-    format: Literal["json", "parquet", "webdataset", "datasets"] | None = None  # None: by suffix; json: lines too
+    format: SourceFormat | None = None  # None: by suffix; json: lines too
     images: LocalPath | None = None  # folder, zip or tar that image names are relative to; None: the file's own folder
     split: str = "train"  # a name that stages and evaluation select by
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0  # 0.25: a random quarter of the rows; 2: every row twice

@@ -7,7 +7,7 @@ from teacher_dump.estimates.cost_model import Forecast
 
 
 def format_forecast(forecast: Forecast) -> str:
-    """Parts, bytes and time, and the number of samples that were tried to estimate them."""
+    """Formats a dump's size and time as text, then how many samples were tried and refused, and why."""
     rows = [
         ("parts", f"{forecast.parts:,}"),
         ("samples", f"{forecast.samples:,}"),

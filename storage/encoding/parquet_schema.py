@@ -94,7 +94,7 @@ FAMILIES = tuple(SCHEMAS)
 def encode_parquet(
     family: str, groups: Sequence[Sequence[Mapping[str, Any]]], *, zstd_level: int, metadata: Mapping[str, str]
 ) -> bytes:
-    """Returns the content of a part's Parquet file with these row groups.
+    """Returns the bytes of one family's Parquet file of a part; each group of rows becomes a row group.
 
     The same rows give the same bytes with the same version of pyarrow.
     """
@@ -150,4 +150,4 @@ def check_schema(family: str, got: pa.Schema, place: str) -> None:
 
 
 def _describe_columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} {field.type}" for field in schema)
+    return ", ".join(f"{field.name} {field.type}{' or null' if field.nullable else ''}" for field in schema)

@@ -66,7 +66,7 @@ class SampleFile(_LazySamples):
             raise StillhouseError(f"{place}: has no room for the plan's samples; give another runs_dir") from error
 
     def strip_path_prefix(self, num_characters: int) -> None:
-        """Removes the first characters of every image's path from now on."""
+        """Cuts the first characters off every image's path from now on; a later call replaces this."""
         self._num_cut = num_characters
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ _Aligned = TypeVar("_Aligned")
 
 
 def drop_lone_halves(records: PartRecords) -> PartRecords:
-    """Drops each half of a pair whose other half is missing or has another prompt.
+    """Drops each half of a pair whose other half is missing or has another prompt or other images.
 
     Each dropped half becomes an error, whose reason contains that of the other half.
     """

@@ -5,19 +5,16 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 from storage.errors import ConfigError
-from teacher_dump.config import SourceSection
+from teacher_dump.config import SourceFormat, SourceSection
 from teacher_dump.data.sources.hub_rows import read_hub_rows
 from teacher_dump.data.sources.json_rows import read_json_rows
 from teacher_dump.data.sources.parquet_rows import read_parquet_rows
 from teacher_dump.data.sources.row import SourceRows
 from teacher_dump.data.sources.webdataset_rows import TarReader
 
-Format = Literal["json", "parquet", "webdataset", "datasets"]
-
-_BY_SUFFIX: Mapping[str, Format] = {
+_BY_SUFFIX: Mapping[str, SourceFormat] = {
     ".json": "json",
     ".jsonl": "json",
     ".ndjson": "json",
@@ -37,7 +34,7 @@ def read_rows(source: SourceSection) -> SourceRows:
             source.path, subset=source.subset, hub_split=source.hub_split, revision=source.revision
         )
         return
-    readers: Mapping[Format, Callable[[Path], SourceRows]] = {
+    readers: Mapping[SourceFormat, Callable[[Path], SourceRows]] = {
         "json": read_json_rows,
         "parquet": read_parquet_rows,
         "webdataset": TarReader(frozenset(source.ignore)).read_rows,
@@ -46,7 +43,7 @@ def read_rows(source: SourceSection) -> SourceRows:
         yield from readers[kind](path)
 
 
-def detect_format(source: SourceSection) -> Format:
+def detect_format(source: SourceSection) -> SourceFormat:
     """Returns the source's format. Raises ConfigError if neither `format` nor the path tells it."""
     if source.format is not None:
         return source.format

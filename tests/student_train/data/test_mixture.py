@@ -150,7 +150,7 @@ def test_a_family_that_one_cache_lacks_is_named(checkpoint: Path, cache: Path, t
         stage_data(checkpoint, [{"path": str(cache)}, {"path": str(poor)}])
     with pytest.raises(ConfigError, match=f"{poor}: no sample is in the splits typo"):
         stage_data(checkpoint, [{"path": str(cache)}, {"path": str(poor), "splits": ["typo"]}], losses={"response": {}})
-    with pytest.raises(ValueError, match="give either cache or caches"):
+    with pytest.raises(ValueError, match="cache and caches are both given; remove one"):
         stage_data(checkpoint, [{"path": str(cache)}], cache=str(poor))
 
 
