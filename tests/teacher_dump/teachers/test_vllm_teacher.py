@@ -65,6 +65,8 @@ def entries(rows: SparseRows) -> list[tuple[int, int, float]]:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_both_teachers_write_the_same_signals(write_config: WriteConfig, tiny_data: Path, tmp_path: Path) -> None:
     """A whole dump through Ray and vLLM, against the reference in this process."""
     teacher = make_tiny_llava(tmp_path / "teacher", tied=True, head_dim=64, seed=1)
