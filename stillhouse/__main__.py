@@ -25,71 +25,36 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from storage.entry_point import run_command
 from storage.errors import ConfigError, NoCacheError, StillhouseError
 from storage.processes.search_path import check_current_folder
-from storage.processes.standard_streams import drop_output, open_closed_streams
-from storage.processes.stop_signals import (
-    describe_interruption,
-    exit_now,
-    exit_on_signals,
-    get_exit_code,
-    interruptible,
-)
 
 if TYPE_CHECKING:  # torch
     from teacher_dump.audit.replay import Replay
     from teacher_dump.settings import DumpSettings
 
 DEFAULT_FILE = "pipeline.yaml"
-PIPE_CLOSED = 141  # 128 + SIGPIPE, the code that a shell gives
 Verb = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code. Without `argv` the verb owns this process, and a signal ends it."""
-    if argv is None:
-        open_closed_streams()
-    try:
-        with interruptible(adopt=argv is None):
-            code = _run_verb(argv)
-    except KeyboardInterrupt as stop:
-        print(f"stillhouse: {describe_interruption(stop)}", file=sys.stderr)
-        if argv is None:
-            exit_now(get_exit_code(stop))
-        return get_exit_code(stop)
-    if argv is None:
-        exit_on_signals(code)
-    return code
+    return run_command(
+        lambda: _run_verb(argv), owns_process=argv is None, prefix="stillhouse: ", stop_prefix="stillhouse: "
+    )
 
 
-def _run_verb(argv: Sequence[str] | None) -> int:
+def _run_verb(argv: Sequence[str] | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # or a terminal that is not UTF-8 raises an error
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    try:
-        check_current_folder()
-        _parse_overrides(arguments, rest)
-        with _reserve_stdout(arguments):
-            arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has ended, such as `head`
-        drop_output(sys.stdout, sys.stderr)
-        return PIPE_CLOSED
-    except ConfigError as error:
-        print(f"stillhouse: {error}", file=sys.stderr)
-        return 2
-    except StillhouseError as error:
-        print(f"stillhouse: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        from storage.backends.disk import report_full_disk  # 60 ms, for errors alone
-
-        code = report_full_disk(error, prefix="stillhouse: ")
-        drop_output(sys.stdout)  # the rest would fail again if it goes to that disk
-        return code
-    return 0
+    check_current_folder()
+    _parse_overrides(arguments, rest)
+    with _reserve_stdout(arguments):
+        arguments.run(arguments)
+    sys.stdout.flush()
 
 
 @contextmanager

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.backends.disk import report_full_disk
 from storage.backends.lock import Lock
 from storage.config import CacheSection
 from storage.config_loader import NamedSections, Sections, read_sections
-from storage.errors import ConfigError, StillhouseError
-from storage.processes.stop_signals import describe_interruption, get_exit_code, interruptible
+from storage.entry_point import run_command
+from storage.errors import ConfigError
 from storage.processes.supervisor import die_with_parent
 from student_train.config import EvaluationSection, StageSection
 from student_train.training.stage_request import StageRequest
@@ -47,21 +46,12 @@ def main(arguments: Sequence[str], *, started: float) -> int:
     is_first = os.environ.get("RANK", "0") == "0"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this rank, which must not train on without it
         die_with_parent()
-    try:
-        with interruptible():
-            sections = read_sections(options.file, SCHEMAS, options.overrides)
-            train(sections, options.stage, _make_request(options), evaluate=options.evaluate, started=started)
-    except KeyboardInterrupt as stop:
-        if is_first:
-            sys.stderr.write(f"{describe_interruption(stop)}\n")
-        return get_exit_code(stop)
-    except StillhouseError as error:
-        if is_first or getattr(error, "of_this_rank", False):
-            sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
-    except Exception as error:
-        return report_full_disk(error)
-    return 0
+
+    def run() -> None:
+        sections = read_sections(options.file, SCHEMAS, options.overrides)
+        train(sections, options.stage, _make_request(options), evaluate=options.evaluate, started=started)
+
+    return run_command(run, is_shown=lambda error: is_first or getattr(error, "of_this_rank", False))
 
 
 def _make_request(options: argparse.Namespace) -> StageRequest:

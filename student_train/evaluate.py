@@ -16,12 +16,11 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from storage.backends.disk import report_full_disk
 from storage.config import CacheSection
 from storage.config_loader import read_sections
-from storage.errors import ConfigError, StillhouseError
+from storage.entry_point import run_command
 from storage.processes.standard_streams import open_closed_streams
-from storage.processes.stop_signals import describe_interruption, end_process, get_exit_code, interruptible
+from storage.processes.stop_signals import end_process
 from student_train.config import EvaluationSection, SourceSection
 
 
@@ -33,24 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it when it is imported, below
-    try:
-        with interruptible():
-            schemas = {"cache": CacheSection, "evaluation": EvaluationSection}
-            sections = read_sections(options.file, schemas, options.overrides)
-            source = SourceSection(path=sections["cache"].path)
-            from student_train.evaluation.model_evaluation import evaluate_model
+    return run_command(lambda: _evaluate(options))
 
-            document = evaluate_model(options.model, [source], sections["evaluation"])
-    except KeyboardInterrupt as stop:
-        sys.stderr.write(f"{describe_interruption(stop)}\n")
-        return get_exit_code(stop)
-    except StillhouseError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
-    except Exception as error:
-        return report_full_disk(error)
+
+def _evaluate(options: argparse.Namespace) -> None:
+    schemas = {"cache": CacheSection, "evaluation": EvaluationSection}
+    sections = read_sections(options.file, schemas, options.overrides)
+    source = SourceSection(path=sections["cache"].path)
+    from student_train.evaluation.model_evaluation import evaluate_model
+
+    document = evaluate_model(options.model, [source], sections["evaluation"])
     sys.stdout.write(f"{options.model}: exact match {document['exact_match']:.1%} of {document['num_answers']}\n")
-    return 0
 
 
 if __name__ == "__main__":

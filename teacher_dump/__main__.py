@@ -19,44 +19,22 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from storage.backends.disk import report_full_disk
-from storage.errors import ConfigError, StillhouseError
+from storage.entry_point import run_command
 from storage.processes.search_path import check_current_folder
-from storage.processes.standard_streams import drop_output, open_closed_streams
-from storage.processes.stop_signals import (
-    describe_interruption,
-    exit_now,
-    exit_on_signals,
-    get_exit_code,
-    interruptible,
-)
 
 if TYPE_CHECKING:  # this import takes a second, and no signal handler is installed yet
     from teacher_dump.dump import DumpResult, RetryOutcome
     from teacher_dump.settings import DumpSettings
 
-PIPE_CLOSED = 141  # 128 + SIGPIPE, as shells report it
 RETRY_HELP = "retry samples that failed, after their images or rows were fixed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the dump that a YAML file describes and returns the exit code."""
-    if arguments is None:
-        open_closed_streams()
-    try:
-        with interruptible(adopt=arguments is None):
-            code = _parse_and_dump(arguments)
-    except KeyboardInterrupt as stop:
-        print(describe_interruption(stop), file=sys.stderr)
-        if arguments is None:
-            exit_now(get_exit_code(stop))
-        return get_exit_code(stop)
-    if arguments is None:
-        exit_on_signals(code)
-    return code
+    return run_command(lambda: _parse_and_dump(arguments), owns_process=arguments is None)
 
 
-def _parse_and_dump(arguments: Sequence[str] | None) -> int:
+def _parse_and_dump(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m teacher_dump", description="Dump a teacher's signals.")
     parser.add_argument("file", nargs="?", default="pipeline.yaml", help="the experiment (pipeline.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -65,26 +43,13 @@ def _parse_and_dump(arguments: Sequence[str] | None) -> int:
     file, overrides = parsed.file, list(parsed.overrides)
     if "=" in file:  # only overrides were given
         file, overrides = "pipeline.yaml", [file, *overrides]
-    try:
-        check_current_folder()
-        from teacher_dump.dump import run_dump
-        from teacher_dump.settings import read_settings
+    check_current_folder()
+    from teacher_dump.dump import run_dump
+    from teacher_dump.settings import read_settings
 
-        settings = read_settings(file, overrides)
-        warn_of_machine(settings)
-        print(format_result(run_dump(settings, retry_errors=parsed.retry_errors)), flush=True)
-    except BrokenPipeError:  # the reader has closed the pipe
-        drop_output(sys.stdout, sys.stderr)
-        return PIPE_CLOSED
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        return report_full_disk(error)
-    return 0
+    settings = read_settings(file, overrides)
+    warn_of_machine(settings)
+    print(format_result(run_dump(settings, retry_errors=parsed.retry_errors)), flush=True)
 
 
 def warn_of_machine(settings: DumpSettings) -> None:

@@ -6,8 +6,10 @@ or children would be written into that file. Such descriptors are redirected to 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from contextlib import suppress
 from typing import IO
 
 _MODES = {"stdin": "r", "stdout": "w", "stderr": "w"}  # in the order of their descriptors
@@ -26,9 +28,13 @@ def open_closed_streams() -> None:
 
 
 def drop_output(*streams: IO[str]) -> None:
-    """Redirects streams to /dev/null, so that the interpreter's last flush does not fail on a closed pipe."""
+    """Redirects streams to /dev/null, so that the interpreter's last flush does not fail on a closed pipe.
+
+    Streams without a descriptor, such as a caller's buffer, stay as they are.
+    """
     for stream in streams:
-        _redirect_to_null(stream.fileno())
+        with suppress(io.UnsupportedOperation):
+            _redirect_to_null(stream.fileno())
 
 
 def _is_open(number: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from storage.layout import commits as layout
 from storage.layout.documents import CacheDescription, Commit, ErrorEntry, FileEntry, HeadEntry, Manifest
 from storage.layout.error_summaries import summarize_encoding_errors, summarize_errors_before_encoding
 from storage.layout.processor_files import write_processor_files
-from storage.layout.retries import FailedIds, collect_retried_ids, find_or_begin_retry, read_contents
-from storage.layout.segments import NewSegment, Segment, find_segment, read_segments, select_tokens_segments
+from storage.layout.retries import FailedIds, find_or_begin_retry, read_contents
+from storage.layout.segments import NewSegment, Segment, find_segment, read_segments
 from storage.reader.row_group_cache import RowGroupCache
 from storage.records.preference_pairs import check_pairs
 from storage.records.records import PartRecords, SampleError, TokensRecord, reorder
+from storage.writer.unique_ids import UniqueIds, map_samples_to_parts, refuse_known_ids
 from storage.writer.validation import check_records
 
 # Columns in which the tokens of an added family must equal the stored ones; the other columns follow from them.
@@ -45,8 +45,7 @@ class CacheWriter:
         self._segments = segments
         self._zstd_level = zstd_level
         self._row_groups = RowGroupCache(folder, max_bytes=0, checksums=False)
-        self._part_of_sample: dict[str, int] | None = None
-        self._retried: frozenset[str] = frozenset()  # known together with the holders
+        self._unique_ids = UniqueIds(folder, self.segment, self._row_groups)
         self._head: HeadEntry | None = None
         self._head_width = 0
 
@@ -79,7 +78,7 @@ class CacheWriter:
         while isinstance(found, NewSegment):
             if segments and found.adds_to is None and sample_ids:
                 files = RowGroupCache(folder, max_bytes=0, checksums=False)
-                _refuse_known(folder, _map_samples_to_parts(folder, segments, files), sample_ids)
+                refuse_known_ids(folder, map_samples_to_parts(folder, segments, files), sample_ids)
             folder.make_folders([found.file.rpartition("/")[0]])
             document = found.document
             if processor_files and isinstance(document, CacheDescription):
@@ -142,11 +141,7 @@ class CacheWriter:
         check_records(records, self.segment)
         self._check_widths(records)
         if self.segment.has_tokens:
-            known = self._load_known_ids()
-            records = self._drop_retried(records)
-            ids = [record.sample_id for record in (*records.tokens, *records.errors)]
-            self._check_retried(part, ids)
-            _refuse_known(self.folder, known, ids)
+            records = self._unique_ids.check_part(part, records)
         else:
             records = self._align_records(number, records)
         families = encode_part(records, self.segment.identity, self.segment.stored_families)
@@ -212,7 +207,7 @@ class CacheWriter:
         if self._read_manifest_bytes() == content:
             return manifest
         if self.segment.has_tokens:
-            self._refuse_duplicates([commit for commit, _ in commits])
+            self._unique_ids.check_commits([commit for commit, _ in commits])
         layout.remove_orphans(self.folder, self.segment, [commit for commit, _ in commits])
         self.folder.write(self.segment.manifest_file, content)
         return manifest
@@ -332,80 +327,6 @@ class CacheWriter:
         if aligned.sequence is not None:
             _check_pairs_of_cache(f"{self.folder}: part {number}", aligned.tokens)
         return aligned
-
-    def _load_known_ids(self) -> dict[str, int]:
-        """Returns the part of each sample in the other segments, as committed at the first call.
-
-        Leaves out the errors that this segment retries and those that later segments retried for it: these
-        ids may also occur in this segment.
-        """
-        if self._part_of_sample is None:
-            segments = read_segments(self.folder)
-            others = [segment for segment in segments if segment.number != self.segment.number]
-            self._part_of_sample = _map_samples_to_parts(self.folder, others, self._row_groups)
-            self._retried = collect_retried_ids(segments, self.segment)
-            for sample_id in (*self._retried, *(sample_id for ids in self.segment.failed_ids for sample_id in ids)):
-                self._part_of_sample.pop(sample_id, None)
-        return self._part_of_sample
-
-    def _drop_retried(self, records: PartRecords) -> PartRecords:
-        """Returns the records of a part without samples that a later segment retried; they remain errors."""
-        places = [place for place, record in enumerate(records.tokens) if record.sample_id not in self._retried]
-        if len(places) == len(records.tokens):
-            return records
-        again = sorted({record.sample_id for record in records.tokens} & self._retried)
-        errors = [*records.errors, *(SampleError(sample_id, "is in a later segment") for sample_id in again)]
-        return replace(reorder(records, places), errors=errors)
-
-    def _check_retried(self, part: int, ids: Sequence[str]) -> None:
-        """Raises ValueError unless a retry's part has a record or an error for each of its samples."""
-        if self.segment.retries is None:
-            return
-        failed = self.segment.failed_ids
-        of_others = {sample_id for number, of_part in enumerate(failed) if number != part for sample_id in of_part}
-        strange = sorted(of_others.intersection(ids))
-        if strange or len(ids) < len(failed[part]):
-            raise ValueError(
-                f"part {part} of a retry has {len(ids)} records and errors for {len(failed[part])} failed samples"
-                + (f"; {strange[:5]} belong to other parts" if strange else "")
-            )
-
-    def _refuse_duplicates(self, commits: Sequence[Commit]) -> None:
-        self._part_of_sample = None  # read again: other dumps may have committed since
-        holders = dict(self._load_known_ids())
-        for commit in commits:
-            for sample_id in _read_sample_ids(commit, self._row_groups):
-                if sample_id in holders:
-                    raise CacheError(
-                        f"{self.folder}: parts {holders[sample_id]} and {commit.part} both hold sample "
-                        f"{sample_id!r}; sample ids must be unique in the plan"
-                    )
-                holders[sample_id] = commit.part
-
-
-def _map_samples_to_parts(folder: Folder, segments: Sequence[Segment], part_files: RowGroupCache) -> dict[str, int]:
-    """Returns the part of each committed sample of some segments, both records and errors."""
-    holders: dict[str, int] = {}
-    for segment in select_tokens_segments(segments):
-        for commit, _ in layout.read_commits(folder, segment, layout.list_committed_parts(folder, segment)):
-            ids = [*_read_sample_ids(commit, part_files), *(error.sample_id for error in commit.errors)]
-            holders |= dict.fromkeys(ids, commit.part)
-    return holders
-
-
-def _read_sample_ids(commit: Commit, part_files: RowGroupCache) -> list[str]:
-    return part_files.read_columns("tokens", commit.families["tokens"], ["sample_id"])["sample_id"].to_pylist()
-
-
-def _refuse_known(folder: Folder, known: Mapping[str, int], sample_ids: Collection[str]) -> None:
-    twice = [sample_id for sample_id in sample_ids if sample_id in known]
-    if twice:
-        shown = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
-        raise CacheError(
-            f"{folder}: {len(twice)} of the samples to append are in the cache already: {shown}; "
-            f"{twice[0]!r} is in part {known[twice[0]]}; give only new samples in data.sources (--retry-errors "
-            "dumps failed samples again, with the same data.sources as before)"
-        )
 
 
 def _describe_missing_record(row: Mapping[str, Any], records: PartRecords) -> str:

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from storage.backends.disk import report_full_disk
 from storage.config import CacheSection
-from storage.errors import ConfigError, StillhouseError
-from storage.processes.stop_signals import describe_interruption, end_process, get_exit_code, interruptible
+from storage.entry_point import run_command
+from storage.processes.stop_signals import end_process
 from teacher_dump.config import DataSection, DumpSection, TeacherSection
 from teacher_dump.execution.answer_generation import answer_parts
 from teacher_dump.execution.repeated_questions import answer_failed_questions
@@ -20,24 +19,16 @@ from teacher_dump.settings import DumpSettings
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answers one stripe of a job's parts and returns the exit code."""
-    job, stripe, num_stripes = arguments
-    try:
-        with interruptible():
-            document = json.loads(Path(job).read_bytes())
-            answer = answer_parts
-            if "again" in document:
-                answer = partial(answer_failed_questions, Path(job).parent, document["again"])
-            answer(_parse_settings(document), stripe=int(stripe), num_stripes=int(num_stripes))
-    except KeyboardInterrupt as stop:  # between two parts or within one: a part is written whole
-        sys.stderr.write(f"{describe_interruption(stop)}\n")
-        return get_exit_code(stop)
-    except StillhouseError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
-    except Exception as error:
-        return report_full_disk(error, prefix="")
-    return 0
+    """Answers one stripe of a job's parts and returns the exit code; a part is written whole or not at all."""
+    return run_command(lambda: _answer(*arguments), prefix="")
+
+
+def _answer(job: str, stripe: str, num_stripes: str) -> None:
+    document = json.loads(Path(job).read_bytes())
+    answer = answer_parts
+    if "again" in document:
+        answer = partial(answer_failed_questions, Path(job).parent, document["again"])
+    answer(_parse_settings(document), stripe=int(stripe), num_stripes=int(num_stripes))
 
 
 def _parse_settings(job: dict[str, Any]) -> DumpSettings:
