@@ -28,7 +28,8 @@ from storage.encoding.parquet_schema import encode_parquet
 from storage.encoding.tail_profile import encode_tail_total
 from storage.records.records import TailTotal
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK, make_row_uniforms, select_rows
+from storage.selection import Mass, Sampled, Selection, Threshold, TopK
+from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
 
 ROWS_PER_SAMPLE = {"digits": 8}  # of the others, a sequence: 512
 ZSTD_LEVEL = 9
@@ -46,9 +47,7 @@ class Setting:
 
     @property
     def tau(self) -> float:
-        if isinstance(self.selection, Sampled):
-            return 1 / self.selection.draws
-        return self.selection.tau if isinstance(self.selection, Threshold) else 0.0
+        return self.selection.draw_weight
 
     def __str__(self) -> str:
         match self.selection:
@@ -60,6 +59,8 @@ class Setting:
                 name = f"mass {mass:g}"
             case Sampled(draws):
                 name = f"sampled {draws} (RS-KD)"
+            case other:
+                name = str(other)
         name += f", {self.draw_sets} sets" if self.draw_sets > 1 else ""
         return name if self.rounding_kl == DEFAULT.rounding_kl else f"{name}, rounding {self.rounding_kl:g}"
 

@@ -19,8 +19,9 @@ from storage.config import SelectionSection
 from storage.identity import Identity
 from storage.records.records import PartRecords, TokensRecord
 from storage.records.sparse_rows import SparseRows
+from storage.selection import Threshold
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.signals.sparsify import Threshold, make_row_uniforms, select_rows
+from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
 
 NUM_SAMPLES = 256
 SAMPLE_ROWS = 64

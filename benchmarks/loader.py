@@ -27,8 +27,9 @@ from storage.reader.prefetch import shuffled_batches
 from storage.reader.shuffle import WINDOW_ROWS
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, compute_image_key
 from storage.records.sparse_rows import SparseRows
+from storage.selection import Threshold
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.signals.sparsify import Threshold, make_row_uniforms, select_rows
+from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
 
 NUM_ROWS = 2048  # of the model; answers are runs of them
 VOCAB_SIZE = 49_152

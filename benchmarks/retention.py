@@ -75,7 +75,7 @@ class Arm:
         return LossesSection.model_validate({self.family: {"treatment": self.treatment} if self.selection else {}})
 
 
-DEFAULT_TREATMENT = DistributionLossSection().resolve_treatment("threshold")
+DEFAULT_TREATMENT = DistributionLossSection().resolve_treatment(SelectionSection().selection)
 SFT, ONLINE, ONLINE_VISUAL = Arm(""), Arm("response"), Arm("visual")
 OFFLINE = Arm("response", "threshold .01", DEFAULT_TREATMENT)
 

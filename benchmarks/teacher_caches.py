@@ -29,7 +29,7 @@ from student_train.data.collate import Batch, collate
 from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
 from student_train.models.loading import Checkpoint, load_for_inference, read_checkpoint
 from student_train.models.student import Student
-from teacher_dump.signals.sparsify import Sampled, Selection, Threshold, TopK, make_row_uniforms, select_rows
+from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
 
 _BATCH = 64
 
@@ -157,7 +157,7 @@ def _select(
             select_rows(
                 head.compute_logits(states, dtype=torch.float32),
                 labels=None if labels is None else labels[number],
-                selection=_selection(section),
+                selection=section.selection,
                 uniforms=uniforms,
                 temperatures=section.temperatures,
                 tail_total=total,
@@ -170,12 +170,6 @@ def _relation(logits: Tensor) -> RelationMatrix:
     gram = logits @ logits.T
     norm = float(gram.norm())
     return RelationMatrix((gram / norm).numpy(), norm)
-
-
-def _selection(section: SelectionSection) -> Selection:
-    if section.method == "topk":
-        return TopK(section.k)
-    return Sampled(section.draws) if section.method == "sampled" else Threshold(section.tau)
 
 
 def _labels(record: SampleRecord) -> Tensor:

@@ -25,9 +25,10 @@ from storage.identity import Identity
 from storage.reader.cache import Cache
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, compute_image_key
 from storage.records.sparse_rows import SparseRows
+from storage.selection import Threshold
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump.signals.sparsify import Threshold, make_row_uniforms, select_rows
+from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
 
 VOCAB_SIZE = 32_000
 IMAGE_TOKEN = VOCAB_SIZE

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from storage.home_paths import expand_path
+from storage.selection import METHODS, MethodName, Selection, Threshold, find_parameters, make_selection
 
 Family = Literal["response", "visual", "relation", "sequence", "hidden", "images"]  # that a dump can make
 LocalPath = Annotated[str, AfterValidator(expand_path)]  # `~` and `$VAR` become what they stand for on this machine
@@ -26,7 +27,7 @@ class SelectionSection(Section):
     fewest that reach a mass, `sampled` independent draws of the whole row (RS-KD).
     """
 
-    method: Literal["threshold", "topk", "mass", "sampled"] = "threshold"
+    method: MethodName = "threshold"
     tau: Annotated[float, Field(gt=0, lt=1)] = 0.01  # probability, threshold only
     k: Annotated[int, Field(ge=1, le=65535)] = 64  # entries a row, topk only
     mass: Annotated[float, Field(gt=0, lt=1)] = 0.99  # probability, mass only
@@ -45,9 +46,21 @@ class SelectionSection(Section):
 
     @model_validator(mode="after")
     def _check_draw_sets(self) -> SelectionSection:
-        if self.draw_sets > 1 and self.method not in ("threshold", "sampled"):
+        if self.draw_sets > 1 and not self.selection.samples_tail:
             raise ValueError(f"draw_sets {self.draw_sets} with method {self.method!r}, which draws nothing")
         return self
+
+    @property
+    def selection(self) -> Selection:
+        """The method with its own parameters."""
+        return make_selection(self.model_dump())
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what an identity records: without the parameters of other methods, and of draws that are not made."""
+        unused = set().union(*map(find_parameters, METHODS.values())) - find_parameters(METHODS[self.method])
+        unused |= set() if self.selection.samples_tail else {"seed"}
+        unused |= set() if self.draw_sets > 1 else {"draw_sets"}
+        return self.model_dump(mode="json", exclude=unused)
 
 
 class RelationSection(Section):
@@ -134,6 +147,6 @@ class CacheSection(Section):
     @model_validator(mode="after")
     def _check_budget_families(self) -> CacheSection:
         for family in self.budget.families if self.budget else ():
-            if family not in self.families or getattr(self, family).method != "threshold":
+            if family not in self.families or not isinstance(getattr(self, family).selection, Threshold):
                 raise ValueError(f"budget.families names {family}; it must be in families, with method 'threshold'")
         return self

@@ -7,10 +7,11 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from storage.config import HiddenSection, RelationSection
 from storage.images.settings import OLD_PIXELS, PixelSettings
+from storage.selection import Selection, make_selection
 
 FORMAT_VERSION = 4  # becomes 1 with the first release; other versions are refused
 NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
@@ -42,6 +43,14 @@ class Identity(BaseModel):
     num_parts: Annotated[int, Field(ge=0, le=10**7)]
     image_root: str  # a place; Cache.image_root also finds a folder that was moved together with the cache
     selection: dict[str, dict[str, Any]]  # by family; of tokens: how they were made, and how a teacher answered
+
+    @field_validator("selection")
+    @classmethod
+    def _check_methods(cls, selection: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for settings in selection.values():
+            if "method" in settings:
+                make_selection(settings)
+        return selection
 
     def content_json(self) -> str:
         """Returns the identity as JSON without LOCATION_FIELDS, to compare or to hash."""
@@ -100,12 +109,16 @@ def stored_hidden(identity: Identity) -> HiddenSection:
     return HiddenSection.model_validate(identity.selection.get("hidden", {}))
 
 
+def stored_selection(identity: Identity, family: str) -> Selection | None:
+    """Returns the method that selected a family's entries; None if the cache does not say."""
+    settings = identity.selection.get(family, {})
+    return make_selection(settings) if "method" in settings else None
+
+
 def stored_tau(identity: Identity, family: str) -> float:
     """Returns the weight of one sampled draw in a family's rows; 0 if no entries are sampled."""
-    selection = identity.selection.get(family, {})
-    if selection.get("method") == "threshold":
-        return float(selection["tau"])
-    return 1 / int(selection["draws"]) if selection.get("method") == "sampled" else 0.0
+    selection = stored_selection(identity, family)
+    return selection.draw_weight if selection else 0.0
 
 
 def stored_draw_sets(identity: Identity, family: str) -> int:

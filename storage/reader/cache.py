@@ -20,7 +20,7 @@ from storage.encoding.output_head import StoredHead
 from storage.encoding.parquet_schema import FAMILIES
 from storage.encoding.tail_profile import compute_mean_profile, select_tail_parts
 from storage.errors import CacheError, CorruptPartError, MissingFamilyError
-from storage.identity import Identity
+from storage.identity import Identity, stored_selection
 from storage.images.image_root import find_image_root, may_follow_links
 from storage.layout import commits as layout
 from storage.layout.documents import Commit
@@ -99,7 +99,7 @@ class Cache:
         needed = {segment.number for segment in segments if segment.has_tokens or {*segment.families} & {*requested}}
         checksums = not folder.is_remote if checksums is None else checksums
         for family, family_narrowing in (narrowing or {}).items():
-            family_narrowing.check(merge_identities(segments).selection.get(family, {}), family)
+            family_narrowing.check(stored_selection(merge_identities(segments), family), family)
         row_groups = RowGroupCache(folder, max_bytes=max_bytes, checksums=checksums, narrowing=narrowing)
         return cls(folder, segments, parts, stored, requested, row_groups, sealed=needed <= sealed)
 

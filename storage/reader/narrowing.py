@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import ConfigError
 from storage.records.sparse_rows import SparseRows
+from storage.selection import Selection, Threshold, TopK
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,17 @@ class Narrowing:
             raise ValueError(f"tau is {tau:g}, expected a probability between 0 and 1")
         return None if k is None and tau is None else Narrowing(k, tau)
 
-    def check(self, selection: Mapping[str, Any], place: str) -> None:
-        """Raises ConfigError if rows of this `selection` (from an identity) cannot be narrowed so."""
-        method = selection.get("method")
-        if self.k is not None and method == "sampled":
-            raise ConfigError(f"{place}: k is {self.k}, but rows selected by 'sampled' keep no entry exactly")
-        if self.k is not None and method == "topk" and self.k > selection["k"]:
-            raise ConfigError(f"{place}: k is {self.k}, but the cache keeps the {selection['k']} largest of a row")
-        if self.tau is not None and method != "threshold":
+    def check(self, selection: Selection | None, place: str) -> None:
+        """Raises ConfigError if rows of this selection (see `stored_selection`) cannot be narrowed so."""
+        if self.k is not None and selection and not selection.keeps_exact:
+            raise ConfigError(f"{place}: k is {self.k}, but rows selected by {selection.name!r} keep no entry exactly")
+        if self.k is not None and isinstance(selection, TopK) and self.k > selection.k:
+            raise ConfigError(f"{place}: k is {self.k}, but the cache keeps the {selection.k} largest of a row")
+        if self.tau is not None and not isinstance(selection, Threshold):
+            method = selection and selection.name
             raise ConfigError(f"{place}: tau is {self.tau:g}, but the cache's rows were selected by {method!r}")
-        if self.tau is not None and self.tau < selection["tau"]:
-            raise ConfigError(f"{place}: tau is {self.tau:g}, but the cache was dumped with {selection['tau']:g}")
+        if self.tau is not None and isinstance(selection, Threshold) and self.tau < selection.tau:
+            raise ConfigError(f"{place}: tau is {self.tau:g}, but the cache was dumped with {selection.tau:g}")
 
 
 def narrow_rows(rows: SparseRows, to: Narrowing, uniforms: NDArray[np.float64]) -> SparseRows:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from storage.config import Section
 from storage.reader.narrowing import Narrowing
+from storage.selection import Selection
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation", "cross_entropy"]
 Treatment = Literal["unbiased", "bucket", "profile", "truncate", "renormalise", "exact"]
@@ -23,7 +24,6 @@ TREATMENTS: dict[Divergence, tuple[Treatment, ...]] = {
 }
 Mean = Literal["rows", "samples", "micro_batch"]
 LOSS_OPTIONS = ("mean", "literal", "unshifted_mask")  # fields of `losses` that are options, not losses
-DRAWING_METHODS = ("threshold", "sampled")  # selection methods of `cache:` that sample from the tail
 
 
 class DistributionLossSection(Section):
@@ -73,12 +73,12 @@ class DistributionLossSection(Section):
         """The part of a stored row that is read; None for all of it."""
         return Narrowing.of(k=self.k, tau=self.tau)
 
-    def resolve_treatment(self, method: str | None) -> Treatment:
-        """Return the tail handling for rows that were selected by `method` of `cache:`; resolves 'auto'."""
+    def resolve_treatment(self, selection: Selection | None) -> Treatment:
+        """Return the tail handling for a cache's rows, selected by this method; resolves 'auto'."""
         if self.treatment != "auto":
             return self.treatment
         takes_draws = "unbiased" in TREATMENTS[self.divergence] and self.temperature == 1 and self.k is None
-        return "unbiased" if takes_draws and method in DRAWING_METHODS else "bucket"
+        return "unbiased" if takes_draws and selection is not None and selection.samples_tail else "bucket"
 
 
 class RelationLossSection(Section):

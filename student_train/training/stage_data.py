@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from storage.errors import CacheError, ConfigError, IdentityError
-from storage.identity import Identity, stored_pixels, stored_relation, stored_temperatures
+from storage.identity import Identity, stored_pixels, stored_relation, stored_selection, stored_temperatures
 from storage.images.image_root import find_image_root
 from storage.reader.cache import Cache, find_first_sample_with_images, read_identity
 from storage.reader.narrowing import Narrowing
@@ -22,7 +22,7 @@ from student_train.data.image_inputs import ImageProcessorAdapter
 from student_train.data.mixture import CacheSource, Mixture
 from student_train.data.sample_filter import filter_samples
 from student_train.data.sample_images import ImageFolder
-from student_train.losses.config import DRAWING_METHODS, DistributionLossSection, LossesSection
+from student_train.losses.config import DistributionLossSection, LossesSection
 from student_train.losses.fused_linear import TeacherHead
 from student_train.models.expert_parallel import check_experts
 from student_train.models.loading import Checkpoint, check_fit, check_trained_parts, read_checkpoint
@@ -192,7 +192,7 @@ def check_caches_agree(losses: LossesSection, identities: Mapping[str, Identity]
         section: DistributionLossSection | None = getattr(losses, family)
         if section:
             getters[f"treatment of {family}"] = lambda each, family=family, section=section: section.resolve_treatment(
-                _get_method(each, family)
+                stored_selection(each, family)
             )
             getters[f"selection.{family}.temperatures"] = lambda each, family=family: stored_temperatures(each, family)
     if losses.response and losses.response.treatment == "exact":
@@ -222,7 +222,9 @@ def load_cached_teacher(stage_data: StageData, losses: LossesSection) -> CachedT
     return CachedTeacher(
         centered=relation.centered,
         pool=relation.pool,
-        treatments={name: section.resolve_treatment(_get_method(identity, name)) for name, section in sections.items()},
+        treatments={
+            name: section.resolve_treatment(stored_selection(identity, name)) for name, section in sections.items()
+        },
         temperatures={name: stored_temperatures(identity, name) for name in sections},
         profiles={
             name: torch.from_numpy(_average_tail_profiles(stage_data.mixture, name))
@@ -259,11 +261,6 @@ def collect_narrowing(losses: LossesSection) -> dict[str, Narrowing]:
     sections = {"response": losses.response, "visual": losses.visual}
     asked = {family: each.narrowing for family, each in sections.items() if each}
     return {family: each for family, each in asked.items() if each}
-
-
-def _get_method(identity: Identity, family: str) -> str | None:
-    """Return the method that selected a family's rows."""
-    return identity.selection.get(family, {}).get("method")
 
 
 def open_sealed_cache(
@@ -328,16 +325,17 @@ def check_losses(losses: LossesSection, identity: Identity, held: Collection[str
             continue
         asked = section.narrowing
         if asked:
-            asked.check(identity.selection.get(family, {}), f"{place}.{family}")
-        method = _get_method(identity, family)
-        treatment = section.resolve_treatment(method)
+            asked.check(stored_selection(identity, family), f"{place}.{family}")
+        selection = stored_selection(identity, family)
+        treatment = section.resolve_treatment(selection)
         given = f"{place}.{family}.treatment is {treatment!r}, but the cache's {family} rows were selected by "
-        if treatment == "unbiased" and method not in DRAWING_METHODS:
+        method = selection and selection.name
+        if treatment == "unbiased" and not (selection and selection.samples_tail):
             raise ConfigError(
                 f"{given}{method!r}, which does not sample the tail; use 'bucket', or dump with method 'threshold'"
             )
-        if treatment != "unbiased" and method == "sampled":
-            raise ConfigError(f"{given}'sampled', which stores no exact entries; use 'unbiased'")
+        if treatment != "unbiased" and selection and not selection.keeps_exact:
+            raise ConfigError(f"{given}{method!r}, which stores no exact entries; use 'unbiased'")
         temperatures = stored_temperatures(identity, family)
         needs = section.treatment != "renormalise" and section.temperature != 1
         if needs and section.temperature not in temperatures:

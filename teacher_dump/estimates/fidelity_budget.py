@@ -25,8 +25,9 @@ from storage.encoding.parquet_schema import encode_parquet
 from storage.encoding.row_block import decode_block, encode_block
 from storage.errors import ConfigError
 from storage.records.sparse_rows import SparseRows
+from storage.selection import Threshold
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.sparsify import Threshold, make_row_uniforms, select_rows
+from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
 
 STUDENT_KL = 0.3  # nats, mean over rows
 MAX_ROWS = 2048  # of a family, for the calibration

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 from tqdm import tqdm
 
 from storage.backends.folder import is_url
-from storage.config import CacheSection, SelectionSection
+from storage.config import CacheSection
 from storage.encoding.hidden_states import MAX_FLOAT16
 from storage.encoding.tail_profile import select_tail_parts
-from storage.identity import Identity
+from storage.identity import Identity, stored_draw_sets, stored_seed, stored_selection, stored_temperatures
 from storage.records.records import SampleError
 from teacher_dump.data.sample import SampleRefusedError
 from teacher_dump.execution.driver import LOG_FILE
@@ -126,8 +126,8 @@ def _make_signal_request(settings: DumpSettings, identity: Identity) -> SignalRe
 
     cache = settings.cache
     return SignalRequest(
-        response=_make_row_request(cache.response, identity, "response") if "response" in cache.families else None,
-        visual=_make_row_request(cache.visual, identity, "visual") if "visual" in cache.families else None,
+        response=_make_row_request(identity, "response") if "response" in cache.families else None,
+        visual=_make_row_request(identity, "visual") if "visual" in cache.families else None,
         relation_centered=cache.relation.centered if "relation" in cache.families else None,
         relation_pool=cache.relation.pool if "relation" in cache.families else None,
         hidden_limit=_get_hidden_limit(cache) if "hidden" in cache.families else None,
@@ -142,14 +142,14 @@ def _get_hidden_limit(cache: CacheSection) -> float:
     return MAX_FLOAT16 if cache.hidden.encoding == "float16" else math.inf
 
 
-def _make_row_request(section: SelectionSection, identity: Identity, family: str) -> RowRequest:
-    from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK
+def _make_row_request(identity: Identity, family: str) -> RowRequest:
     from teacher_dump.signals.spec import RowRequest
 
-    selections: dict[str, Selection] = {
-        "threshold": Threshold(identity.selection[family].get("tau", section.tau)),  # a budget may have chosen it
-        "topk": TopK(section.k),
-        "mass": Mass(section.mass),
-        "sampled": Sampled(section.draws),
-    }
-    return RowRequest(selections[section.method], section.seed, section.temperatures, section.draw_sets)
+    selection = stored_selection(identity, family)
+    assert selection is not None
+    return RowRequest(
+        selection,
+        stored_seed(identity, family),
+        stored_temperatures(identity, family),
+        stored_draw_sets(identity, family),
+    )

@@ -155,20 +155,13 @@ def _needs_teacher(cache: CacheSection) -> bool:
 
 def _describe_selection(cache: CacheSection, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns, for each dumped family, the settings that decide what is stored."""
-    fields = {"tau", "k", "mass", "draws", "seed", "draw_sets"}
-    used = {"threshold": {"tau", "seed"}, "topk": {"k"}, "mass": {"mass"}, "sampled": {"draws", "seed"}}
     chosen: dict[str, dict[str, Any]] = {}
     for family in cache.families:
         if family in ("images", "sequence"):  # they have no selection
             continue
         section = getattr(cache, family)
-        skipped = set()
-        if isinstance(section, SelectionSection):
-            several = {"draw_sets"} if section.draw_sets > 1 else set()  # older caches do not name it
-            skipped = fields - used[section.method] - several
-        chosen[family] = section.model_dump(mode="json", exclude=skipped, exclude_none=True) | dict(
-            recorded.get(family, {})
-        )
+        ours = section.describe() if isinstance(section, SelectionSection) else section.model_dump(exclude_none=True)
+        chosen[family] = ours | dict(recorded.get(family, {}))
     return chosen
 
 

@@ -26,7 +26,8 @@ from storage.encoding.output_head import StoredHead, make_head
 from storage.errors import StillhouseError
 from storage.records.records import RelationMatrix
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.signals.sparsify import Selection, select_rows
+from storage.selection import Selection
+from teacher_dump.signals.sparsify import select_rows
 from teacher_dump.teachers import hf_checkpoint as checkpoint
 from teacher_dump.teachers.device_failure import free_memory, is_out_of_memory
 

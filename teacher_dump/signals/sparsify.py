@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.records.sparse_rows import SparseRows
+from storage.selection import Mass, Sampled, Selection, Threshold, TopK
 from teacher_dump.signals.tail_sampling import (
     RUN,
     Draws,
@@ -27,40 +28,6 @@ from teacher_dump.signals.tail_sampling import (
 
 # Dense entries processed together: as many as a CPU's caches hold, enough to keep a GPU busy.
 _BLOCK_ENTRIES = {"cpu": 2**20, "gpu": 2**26}
-
-
-@dataclass(frozen=True)
-class TopK:
-    """The k most probable tokens of each row, exactly."""
-
-    k: int
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Every token with p >= tau exactly; any other is drawn with probability p / tau and gets weight tau."""
-
-    tau: float
-
-
-@dataclass(frozen=True)
-class Mass:
-    """The smallest set of most probable tokens whose mass is at least `mass`, exactly."""
-
-    mass: float
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """`draws` independent draws from the row, each of weight 1 / draws; no exact entries.
-
-    Source: random-sampling knowledge distillation (arXiv 2503.16870), at proposal temperature 1.
-    """
-
-    draws: int
-
-
-Selection = TopK | Threshold | Mass | Sampled
 
 
 def make_row_uniforms(num_rows: int, *, seed: int, family: str, key: str, num_sets: int = 1) -> NDArray[np.float64]:
@@ -185,10 +152,10 @@ def _draw_entries(dense: _DenseRows, selection: Selection, uniforms: NDArray[np.
     if isinstance(selection, Threshold):
         unit = selection.tau * dense.total
         drawn = draw_systematically(dense.weights, unit=unit, uniforms=uniforms, sums=dense.sums)
-        return _Entries.from_draws(drawn, weight=selection.tau)
+        return _Entries.from_draws(drawn, weight=selection.draw_weight)
     if isinstance(selection, Sampled):
         drawn = draw_independently(dense.weights, num_draws=selection.draws, uniforms=uniforms)
-        return _Entries.from_draws(drawn, weight=1 / selection.draws)
+        return _Entries.from_draws(drawn, weight=selection.draw_weight)
     return _Entries.empty()
 
 
@@ -223,6 +190,7 @@ def _find_exact_places(dense: _DenseRows, selection: Selection) -> Tensor:
         before = falling.double().cumsum(dim=1) - falling
         wanted = (before < selection.mass * dense.total[:, None]) & (falling > 0)
         return (first + order)[wanted]
+    assert isinstance(selection, TopK)
     ids = dense.shifted.topk(min(selection.k, vocab_size), dim=1).indices
     return (first + ids)[torch.isfinite(dense.shifted.gather(1, ids))]
 

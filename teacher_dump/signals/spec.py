@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from teacher_dump.signals.sparsify import Selection
+from storage.selection import Selection
 
 
 @dataclass(frozen=True)

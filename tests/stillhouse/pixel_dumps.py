@@ -14,11 +14,11 @@ import numpy as np
 
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
+from storage.selection import TopK
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.data.image_loading import load_image
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.signals.lm_head import read_head
-from teacher_dump.signals.sparsify import TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.signals.vision_check import check_vision, choose_check_samples
 from teacher_dump.teachers import fingerprint

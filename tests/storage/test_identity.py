@@ -1,3 +1,6 @@
+import pytest
+from pydantic import ValidationError
+
 from storage.identity import Identity, describe_differences, stored_tau
 from tests.storage.synthetic_cache import make_identity
 
@@ -35,8 +38,14 @@ def test_location_fields_are_not_compared():
 
 def test_tau_counts_only_where_something_is_sampled():
     identity = make_identity(
-        selection={"response": {"method": "threshold", "tau": 0.1}, "visual": {"method": "topk", "tau": 0.1}}
+        selection={"response": {"method": "threshold", "tau": 0.1}, "visual": {"method": "topk", "k": 5}}
     )
     assert stored_tau(identity, "response") == 0.1
     assert stored_tau(identity, "visual") == 0.0
     assert stored_tau(identity, "relation") == 0.0
+
+
+@pytest.mark.parametrize("selection", [{"method": "nucleus", "p": 0.9}, {"method": "topk", "tau": 0.1}])
+def test_an_unknown_or_incomplete_selection_is_refused(selection: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=r"selection \{.* is none of the methods .*threshold: tau"):
+        make_identity(selection={"response": selection})

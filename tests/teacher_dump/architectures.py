@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from storage.selection import Threshold, TopK
 from teacher_dump.data.partition import Part
 from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.prompts.processor import load_processor
@@ -26,7 +27,6 @@ from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
 from teacher_dump.signals.pixel_check import check_pixel_values
 from teacher_dump.signals.scoring import PartScorer
-from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.signals.vision_check import VisionCheck, check_vision, choose_check_samples
 from teacher_dump.teachers.teacher import Teacher, TeacherStates

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.images.settings import PixelSettings
+from storage.selection import Threshold, TopK
 from teacher_dump.config import SourceSection
 from teacher_dump.data.dataset import read_samples
 from teacher_dump.data.partition import Part
@@ -16,7 +17,6 @@ from teacher_dump.prompts.processor import load_processor
 from teacher_dump.signals.lm_head import read_head
 from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.scoring import PartScorer
-from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.teacher import Teacher

@@ -13,6 +13,7 @@ from storage.errors import ConfigError
 from storage.reader.cache import Cache
 from storage.reader.narrowing import Narrowing, narrow_rows
 from storage.records.sparse_rows import SparseRows, check_sampled_total
+from storage.selection import Sampled, TopK
 from tests.hypothesis_profiles import examples
 from tests.storage.synthetic_cache import TAU, VOCAB_SIZE, make_logits, select, top_k, write_cache
 
@@ -119,11 +120,11 @@ def test_a_threshold_below_the_cache_s_is_refused_when_it_is_opened(tmp_path: Pa
 
 def test_selections_that_lack_what_is_asked_for_are_refused():
     with pytest.raises(ConfigError, match="'sampled' keep no entry exactly"):
-        Narrowing(k=8).check({"method": "sampled", "draws": 50}, "response")
+        Narrowing(k=8).check(Sampled(50), "response")
     with pytest.raises(ConfigError, match="keeps the 32 largest"):
-        Narrowing(k=64).check({"method": "topk", "k": 32}, "visual")
+        Narrowing(k=64).check(TopK(32), "visual")
     with pytest.raises(ConfigError, match="selected by 'topk'"):
-        Narrowing(tau=0.1).check({"method": "topk", "k": 32}, "visual")
+        Narrowing(tau=0.1).check(TopK(32), "visual")
     with pytest.raises(ValueError, match="give only one of them"):
         Narrowing.of(k=3, tau=0.1)
     assert Narrowing.of(k=None, tau=None) is None

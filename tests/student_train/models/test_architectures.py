@@ -18,6 +18,7 @@ from storage.errors import ConfigError, IdentityError
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
 from storage.records.records import SampleRecord
+from storage.selection import Threshold, TopK
 from storage.writer.cache_writer import CacheWriter
 from student_train.config import EvaluationSection, SourceSection, StageSection
 from student_train.data.collate import collate, collate_prompts, cut_prompt
@@ -45,7 +46,6 @@ from student_train.training.stage_data import list_loss_families, load_cached_te
 from teacher_dump.prompts import processor
 from teacher_dump.prompts.image_tokens import VisualGrid, expand_image_tokens
 from teacher_dump.signals.scoring import RowRequest, SignalRequest
-from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.student_train.conftest import Runner

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from storage.config import SelectionSection
 from storage.reader.cache import Cache
 from student_train.config import StageSection
 from student_train.data.batch_schedule import plan_micro_batches
@@ -278,7 +279,7 @@ def test_every_divergence_and_treatment_trains(checkpoint: Path, tmp_path: Path)
         run = Run(stage_data, losses, chunk_logits=300 * 3)
         totals, _ = run(ranks=1, micro=2, size=4)
         assert section.response is not None
-        treatment = section.response.resolve_treatment("threshold")
+        treatment = section.response.resolve_treatment(SelectionSection().selection)
         spec = LossSpec(section.response.divergence, treatment, section.response.temperature, section.response.beta)
         expected, count = 0.0, 0
         for index in stage_data.table.indices:

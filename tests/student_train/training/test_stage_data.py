@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from storage.backends.folder import open_folder
+from storage.config import SelectionSection
 from storage.errors import CacheError, ConfigError, IdentityError
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
@@ -198,7 +199,8 @@ def test_stage_data_comes_from_an_object_store(checkpoint: Path, cache: Path) ->
 def test_auto_uses_sampled_entries_if_cache_and_loss_allow_it(
     asked: dict[str, object], method: str, expected: str
 ) -> None:
-    assert DistributionLossSection.model_validate(asked).resolve_treatment(method) == expected
+    selection = SelectionSection.model_validate({"method": method}).selection
+    assert DistributionLossSection.model_validate(asked).resolve_treatment(selection) == expected
 
 
 def test_the_cache_decides_the_treatment(checkpoint: Path, tmp_path: Path) -> None:

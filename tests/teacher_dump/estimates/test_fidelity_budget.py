@@ -10,6 +10,7 @@ import torch
 
 from storage.config import BudgetSection
 from storage.errors import ConfigError, IdentityError
+from storage.selection import Threshold
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.estimates.budget_calibration import BudgetTask, choose_settings, pick_evenly
 from teacher_dump.estimates.budget_choice import apply_budget
@@ -18,7 +19,7 @@ from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import read_settings
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.sparsify import Threshold, select_rows
+from teacher_dump.signals.sparsify import select_rows
 from teacher_dump.workers.worker import open_scorer
 from tests.teacher_dump.conftest import WriteConfig
 

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from storage.errors import StillhouseError
 from storage.records.sparse_rows import SparseRows
+from storage.selection import Threshold, TopK
 from teacher_dump import torchvision_shim
 from teacher_dump.signals.lm_head import OutputHead, find_head, read_head
-from teacher_dump.signals.sparsify import Threshold, TopK, make_row_uniforms
+from teacher_dump.signals.sparsify import make_row_uniforms
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from storage.errors import StillhouseError
+from storage.selection import TopK
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import SampleRefusedError
 from teacher_dump.prompts.processor import load_processor
@@ -19,7 +20,6 @@ from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import read_head
 from teacher_dump.signals.loaded_teacher import LoadedTeacher
 from teacher_dump.signals.scoring import PartScorer
-from teacher_dump.signals.sparsify import TopK
 from teacher_dump.signals.spec import RowRequest
 from teacher_dump.signals.teacher_noise import compute_rescored_kl
 from teacher_dump.teachers.teacher import TeacherStates

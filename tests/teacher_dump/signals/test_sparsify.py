@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.records.sparse_rows import SparseRows
-from teacher_dump.signals.sparsify import Mass, Sampled, Selection, Threshold, TopK, make_row_uniforms, select_rows
+from storage.selection import Mass, Sampled, Selection, Threshold, TopK
+from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
 from tests.hypothesis_profiles import examples
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from storage.errors import StillhouseError
+from storage.selection import TopK
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.sparsify import TopK
 from teacher_dump.teachers.device_failure import (
     DeviceLostError,
     PromptRefusedError,

@@ -15,8 +15,8 @@ import torch
 
 from storage.reader.cache import Cache
 from storage.records.sparse_rows import SparseRows
+from storage.selection import Threshold, TopK
 from teacher_dump.data.partition import Part
-from teacher_dump.signals.sparsify import Threshold, TopK
 from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.teachers import hf_checkpoint as checkpoint
 from teacher_dump.teachers.vllm_teacher import complete_shared_prefixes, extract_computed_states
