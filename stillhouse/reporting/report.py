@@ -1,7 +1,7 @@
 """Collects the results of an experiment from the files of its runs, and writes report.json and report.html.
 
-Spreads are standard deviations over seeds. Differences to a control are paired by seed and have a 95 % interval of
-Student's t.
+Spreads are standard deviations over seeds. `verdicts` compare runs with their controls, paired by seed and question,
+with simultaneous intervals (comparisons.py).
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy import stats
+import numpy as np
+from numpy.typing import NDArray
 
+from stillhouse.reporting.comparisons import compare_runs
 from stillhouse.reporting.plots import draw_accuracy, draw_categories, draw_losses, run_colours
 from stillhouse.reporting.templates import render_template
 from stillhouse.reporting.text_formats import NO_CATEGORY
@@ -27,12 +30,7 @@ from storage.reader.cache import Cache
 _ADVICE = "remove it, and run `stillhouse run` or `stillhouse ablate` again"
 TEACHER_LOSSES = ("response", "visual", "relation", "preference")  # parts of a loss that come from the teacher
 OPTIONAL_MEASURES = ("unsupported_rate", "cross_entropy", "kl_to_teacher", "top1_agreement")
-PAIRED_MEASURES = {  # by the report's field for the differences to the controls
-    "paired": "exact_match",
-    "paired_kl_to_teacher": "kl_to_teacher",
-    "paired_unsupported_rate": "unsupported_rate",
-    "paired_hallucination_rate": "hallucination_rate",
-}
+COMPARED_METRICS = ("exact_match", "kl_to_teacher", "unsupported_rate", "hallucination_rate")  # a family each
 
 
 def write_report(folder: Path) -> Path:
@@ -77,14 +75,11 @@ def build_report(folder: Path) -> dict[str, Any]:
     for entry in listing["runs"]:
         by_name.setdefault(entry["name"], []).append(_read_run(Path(entry["folder"]), entry))
     runs = [_summarise_run(name, entries) for name, entries in by_name.items()]
-    for run in runs:
-        entries, controls = by_name[run["name"]], listing["controls"].get(run["name"], [])
-        for field, measure in PAIRED_MEASURES.items():
-            run[field] = {
-                control: pair_by_seed(entries, by_name[control], measure)
-                for control in controls
-                if all(entry.get(measure) is not None for entry in (*entries, *by_name[control]))
-            }
+    comparisons = [
+        each
+        for metric in COMPARED_METRICS
+        for each in compare_runs(metric, _pair_runs(by_name, listing["controls"], metric))
+    ]
     cache = listing.get("cache")
     return {
         "name": folder.name,
@@ -93,27 +88,43 @@ def build_report(folder: Path) -> dict[str, Any]:
         "cache": {} if cache is None else _read_cache(cache),
         "dump": {} if cache is None else _read_dump(cache),
         "runs": runs,
-        "verdict": describe_verdict(runs),
+        "verdicts": [asdict(each) for each in comparisons],
+        "verdict": describe_verdict(runs, comparisons),
     }
+
+
+def _pair_runs(
+    by_name: dict[str, list[dict[str, Any]]], controls: dict[str, list[str]], metric: str
+) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """A metric's differences (s, q) of each run to each control that has the metric and a seed in common with it."""
+    pairs = {}
+    for name, others in controls.items():
+        for control in others:
+            partners = {entry["seed"]: entry for entry in by_name[control]}
+            both = [(entry, partners[entry["seed"]]) for entry in by_name[name] if entry["seed"] in partners]
+            if both and all(entry.get(metric) is not None for pair in both for entry in pair):
+                pairs[name, control] = np.array(_subtract_controls(both, metric))
+    return pairs
+
+
+def _subtract_controls(both: list[tuple[dict[str, Any], dict[str, Any]]], metric: str) -> list[list[float]]:
+    """Differences of (run, control) of each seed: by question if all answered the same ones, else of the means."""
+    answers = [[_list_answers(entry, metric) for entry in pair] for pair in both]
+    questions = answers[0][0].keys()
+    if questions and all(each.keys() == questions for pair in answers for each in pair):
+        return [[run[question] - control[question] for question in questions] for run, control in answers]
+    return [[run[metric] - control[metric]] for run, control in both]
+
+
+def _list_answers(entry: dict[str, Any], metric: str) -> dict[tuple[str, int], float]:
+    """1 or 0 by question (sample and turn) for exact match; empty for other metrics."""
+    samples = entry.get("samples", []) if metric == "exact_match" else []
+    return {(sample["sample_id"], sample.get("turn", 0)): float(sample["correct"]) for sample in samples}
 
 
 def compute_mean_and_sd(values: Sequence[float]) -> dict[str, float]:
     """{"mean", "sd"}; sd is the sample's, 0 for a single value."""
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
-
-
-def pair_by_seed(
-    run: list[dict[str, Any]], control: list[dict[str, Any]], measure: str = "exact_match"
-) -> dict[str, float | None]:
-    """`measure` of `run` minus that of `control`, seed by seed: mean, sd, 95 % interval (None for one seed)."""
-    by_seed = {entry["seed"]: entry[measure] for entry in control}
-    differences = [entry[measure] - by_seed[entry["seed"]] for entry in run if entry["seed"] in by_seed]
-    summary: dict[str, float | None] = {**compute_mean_and_sd(differences), "low": None, "high": None}
-    if len(differences) > 1:
-        quantile = float(stats.t.ppf(0.975, len(differences) - 1))
-        half_width = quantile * stdev(differences) / len(differences) ** 0.5
-        summary |= {"low": fmean(differences) - half_width, "high": fmean(differences) + half_width}
-    return summary
 
 
 def _read_run(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,31 +1,31 @@
-"""States in sentences which distilled runs beat their controls, judged by paired 95 % intervals."""
+"""States in one sentence whether distillation beat its controls, and in another whether it is closer to the teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
+from stillhouse.reporting.comparisons import Comparison
 
-def describe_verdict(runs: Sequence[dict[str, Any]]) -> str:
-    """Which distilled runs beat all of their controls in exact match, and which are closer to the teacher.
 
-    Either can be true without the other. `runs` as in report.json.
+def describe_verdict(runs: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -> str:
+    """The best distilled run against its best control, in exact match and in KL to the teacher.
+
+    `runs` as in report.json, `comparisons` those of runs with their controls.
     """
-    distilled = [run for run in runs if run["distilled"] and run["paired"]]
-    if not distilled:
+    accuracy = {run["name"]: run["exact_match"]["mean"] for run in runs}
+    distilled = {run["name"] for run in runs if run["distilled"]}
+    of_accuracy = [each for each in comparisons if each.metric == "exact_match" and each.run in distilled]
+    if not of_accuracy:
         return "There is nothing to compare: no distilled run has a control."
-    wins = [run for run in distilled if all(map(_is_above_zero, run["paired"].values()))]
-    others = [run for run in distilled if run not in wins]
-    describe_points = partial(_describe_differences, field="paired", unit="points", scale=100, digits=1)
-    parts = []
-    if wins:
-        parts.append(f"Distillation beat its controls in {describe_points(wins)}")
-    if others:
-        opening = "but not" if wins else "Distillation did not beat its controls"
-        parts.append(f"{opening} by more than the seeds' spread in {describe_points(others)}")
-    judged = f"Exact match of {describe_judged_turns(runs)}, paired by seed, with 95 % intervals."
-    return f"{', '.join(parts)}. {judged}{_describe_closeness(distilled)}{_warn_of_other_samples(runs)}"
+    best = max({each.run for each in of_accuracy}, key=accuracy.__getitem__)
+    sentences = [
+        _describe_gain([each for each in of_accuracy if each.run == best]),
+        _describe_closeness([each for each in comparisons if each.run == best and each.metric == "kl_to_teacher"]),
+        f"Exact match of {describe_judged_turns(runs)}.",
+        _warn_of_other_samples(runs),
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def describe_judged_turns(runs: Sequence[dict[str, Any]]) -> str:
@@ -33,16 +33,52 @@ def describe_judged_turns(runs: Sequence[dict[str, Any]]) -> str:
     return " and ".join(sorted({f"{run.get('turns') or 'first'} answers" for run in runs}))
 
 
-def _describe_closeness(distilled: Sequence[dict[str, Any]]) -> str:
-    """Which runs have a lower KL to the teacher than all of their controls; empty where no KL was compared."""
-    measured = [run for run in distilled if run.get("paired_kl_to_teacher")]
-    lower = [run for run in measured if all(map(_is_below_zero, run["paired_kl_to_teacher"].values()))]
-    higher = [run for run in measured if any(map(_is_above_zero, run["paired_kl_to_teacher"].values()))]
-    others = [run for run in measured if run not in lower and run not in higher]
-    groups = (("lower", lower), ("higher", higher), ("not shown to differ", others))
-    describe_nats = partial(_describe_differences, field="paired_kl_to_teacher", unit="nats", scale=1, digits=3)
-    parts = [f"{verb} in {describe_nats(group)}" for verb, group in groups if group]
-    return f" KL to the teacher: {', '.join(parts)}." if parts else ""
+def _describe_gain(comparisons: Sequence[Comparison]) -> str:
+    """One run against the control that it leads by the least."""
+    least = min(comparisons, key=lambda each: each.difference)
+    others = f", the best of {len(comparisons)} controls," if len(comparisons) > 1 else ""
+    points, interval = f"{100 * abs(least.difference):.1f} points", describe_interval(least, scale=100, digits=1)
+    if least.shown:
+        verb = "beats" if least.difference > 0 else "falls behind"
+        return f"{least.run} {verb} {least.control}{others} by {points} ({interval})."
+    return (
+        f"That {least.run} beats {least.control}{others} is not shown: "
+        f"{100 * least.difference:+.1f} points ({interval}){describe_need(least)}."
+    )
+
+
+def _describe_closeness(comparisons: Sequence[Comparison]) -> str:
+    """One run against the control that is closest to the teacher; empty where no KL was compared."""
+    if not comparisons:
+        return ""
+    least = max(comparisons, key=lambda each: each.difference)
+    nats, interval = f"{abs(least.difference):.3f} nats", describe_interval(least, scale=1, digits=3)
+    if least.shown:
+        side = "lower" if least.difference < 0 else "higher"
+        return f"Its KL to the teacher is {nats} {side} than that of {least.control} ({interval})."
+    return (
+        f"Its KL to the teacher is not shown to differ from that of {least.control}: {least.difference:+.3f} nats "
+        f"({interval}){describe_need(least)}."
+    )
+
+
+def describe_interval(comparison: Comparison, *, scale: float, digits: int) -> str:
+    """A comparison's interval in words; of an absolute difference where one is shown."""
+    if comparison.low is None or comparison.high is None:
+        return "one seed has no interval"
+    limits = [scale * comparison.low, scale * comparison.high]
+    if comparison.shown:
+        limits = sorted(map(abs, limits))
+    return f"95 % interval {limits[0]:.{digits}f} to {limits[1]:.{digits}f}"
+
+
+def describe_need(comparison: Comparison) -> str:
+    """How many seeds would show a difference of this size, as the end of a sentence."""
+    if comparison.num_seeds < 2:
+        return "; take several seeds"
+    if comparison.seeds_needed is None:
+        return "; more questions, not seeds, would show a difference of this size"
+    return f"; would need about {comparison.seeds_needed} seeds"
 
 
 def _warn_of_other_samples(runs: Sequence[dict[str, Any]]) -> str:
@@ -51,27 +87,4 @@ def _warn_of_other_samples(runs: Sequence[dict[str, Any]]) -> str:
     if len(set(numbers.values())) < 2:
         return ""
     listed = ", ".join(f"{name} {number}" for name, number in numbers.items())
-    return f" Beware of differences between runs that were judged on other samples; numbers of samples: {listed}."
-
-
-def _is_below_zero(difference: dict[str, float | None]) -> bool:
-    return difference["high"] is not None and difference["high"] < 0
-
-
-def _is_above_zero(difference: dict[str, float | None]) -> bool:
-    return difference["low"] is not None and difference["low"] > 0
-
-
-def _describe_differences(runs: Sequence[dict[str, Any]], field: str, unit: str, *, scale: float, digits: int) -> str:
-    """Runs with their differences to controls: "kd (+1.2 points [+0.5, +1.9] to sft); …"."""
-    texts = []
-    for run in runs:
-        differences = []
-        for control, paired in run[field].items():
-            mean, *limits = (
-                f"{scale * paired[name]:+.{digits}f}" for name in ("mean", "low", "high") if paired[name] is not None
-            )
-            interval = f" [{', '.join(limits)}]" if limits else ""
-            differences.append(f"{mean} {unit}{interval} to {control}")
-        texts.append(f"{run['name']} ({', '.join(differences)})")
-    return "; ".join(texts)
+    return f"Beware of differences between runs that were judged on other samples; numbers of samples: {listed}."

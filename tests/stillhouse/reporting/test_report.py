@@ -1,23 +1,21 @@
 """The report's arithmetic by hand, its sentence both ways, and its page against hostile text."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from stillhouse.reporting.comparisons import Comparison
 from stillhouse.reporting.plots import draw_categories
-from stillhouse.reporting.report import build_report, compute_mean_and_sd, pair_by_seed, read_metrics, render_report
+from stillhouse.reporting.report import build_report, compute_mean_and_sd, read_metrics, render_report
 from stillhouse.reporting.summary import describe_evaluation
 from stillhouse.reporting.verdict import describe_verdict
 from storage.backends.disk import format_bytes
 from storage.errors import StillhouseError
 
 
-def entries(*values: float) -> list[dict]:
-    return [{"seed": seed, "exact_match": value} for seed, value in enumerate(values)]
-
-
-def run(name: str, *, distilled: bool, paired: dict) -> dict:
+def run(name: str, *, distilled: bool) -> dict:
     return {
         "name": name,
         "stage": "dft",
@@ -38,63 +36,62 @@ def run(name: str, *, distilled: bool, paired: dict) -> dict:
         "routers": None,
         "seconds": 1.0,
         "peak_memory_bytes": 1,
-        "paired": paired,
     }
 
 
-def test_paired_difference_by_hand():
-    # Differences .1, .2, .3: mean .2, sd .1, half-width 4.303 * .1 / sqrt(3) = .2484.
-    found = pair_by_seed(entries(0.6, 0.7, 0.8), entries(0.5, 0.5, 0.5))
-    assert found["mean"] == pytest.approx(0.2)
-    assert found["sd"] == pytest.approx(0.1)
-    assert found["low"] == pytest.approx(0.2 - 0.2484, abs=1e-4)
-    assert found["high"] == pytest.approx(0.2 + 0.2484, abs=1e-4)
+def compare(
+    run: str, difference: float, half: float, *, metric: str = "exact_match", control: str = "sft"
+) -> Comparison:
+    return Comparison(
+        run, control, metric, difference, difference - half, difference + half, adjusted_p=0.01, num_seeds=3,
+        num_questions=9, shown=abs(difference) > half, smallest=half, seeds_needed=11,
+    )  # fmt: skip
 
 
-def test_paired_difference_pairs_by_seed_not_by_order():
-    assert pair_by_seed(entries(0.6, 0.7), entries(0.5, 0.6)[::-1])["sd"] == pytest.approx(0)
-
-
-def test_one_seed_has_no_interval():
-    assert pair_by_seed(entries(0.6), entries(0.5))["low"] is None
+def test_spread_of_one_seed() -> None:
     assert compute_mean_and_sd([0.3]) == {"mean": 0.3, "sd": 0.0}
 
 
-def test_verdict_is_honest_either_way():
-    better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
-    worse = {"mean": -0.1, "sd": 0.01, "low": -0.15, "high": -0.05}
-    unsure = {"mean": 0.1, "sd": 0.1, "low": -0.05, "high": 0.25}
-    wins = run("kd", distilled=True, paired={"sft": better, "double": better})
-    for bad in (worse, unsure):
-        loses = run("kd2", distilled=True, paired={"sft": better, "double": bad})
-        assert describe_verdict([loses]).startswith("Distillation did not beat its controls")
-        both = describe_verdict([wins, loses])
-        assert both.startswith("Distillation beat its controls in kd (+10.0")
-        assert "but not by more than the seeds' spread in kd2" in both
-    assert describe_verdict([wins]).startswith(
-        "Distillation beat its controls in kd (+10.0 points [+5.0, +15.0] to sft"
+def test_the_verdict_is_one_honest_sentence_either_way() -> None:
+    runs = [run("sft", distilled=False), run("kd", distilled=True)]
+    wins = [compare("kd", 0.098, 0.036), compare("kd", 0.2, 0.01, control="sft_double")]
+    assert describe_verdict(runs, wins[:1]).startswith("kd beats sft by 9.8 points (95 % interval 6.2 to 13.4). Exact")
+    assert describe_verdict(runs, wins).startswith("kd beats sft, the best of 2 controls, by 9.8 points")
+    unsure = describe_verdict(runs, [compare("kd", 0.01, 0.05)])
+    assert unsure.startswith(
+        "That kd beats sft is not shown: +1.0 points (95 % interval -4.0 to 6.0); would need about 11 seeds."
     )
-    assert "nothing to compare" in describe_verdict([run("sft", distilled=False, paired={"x": better})])
+    worse = describe_verdict(runs, [compare("kd", -0.1, 0.05)])
+    assert worse.startswith("kd falls behind sft by 10.0 points (95 % interval 5.0 to 15.0).")
+    assert "nothing to compare" in describe_verdict(runs, [])
+    assert "nothing to compare" in describe_verdict(runs[:1], [compare("sft", 0.1, 0.05)])
+    once = dataclasses.replace(wins[0], low=None, high=None, shown=False, num_seeds=1, seeds_needed=None)
+    assert "(one seed has no interval); take several seeds." in describe_verdict(runs, [once])
 
 
-def test_the_verdict_says_which_answers_were_judged_and_who_is_closer_to_the_teacher():
-    better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
-    lower = {"mean": -0.2, "sd": 0.01, "low": -0.25, "high": -0.15}
-    unsure = {"mean": -0.2, "sd": 0.5, "low": -0.7, "high": 0.3}
-    wins = {**run("kd", distilled=True, paired={"sft": better}), "turns": "all"}
-    for difference, said in ((lower, "lower in"), (better, "higher in"), (unsure, "not shown to differ in")):
-        sentence = describe_verdict([{**wins, "paired_kl_to_teacher": {"sft": difference}}])
-        assert f"KL to the teacher: {said} kd ({difference['mean']:+.3f} nats" in sentence
-        assert "Exact match of all answers" in sentence
-    assert "KL" not in describe_verdict([{**wins, "paired_kl_to_teacher": {}}])
+def test_the_verdict_is_about_the_most_accurate_distilled_run() -> None:
+    runs = [run("kd", distilled=True), {**run("kd_full", distilled=True), "exact_match": {"mean": 0.7, "sd": 0.1}}]
+    assert describe_verdict(runs, [compare("kd", 0.1, 0.05), compare("kd_full", 0.3, 0.05)]).startswith("kd_full beats")
 
 
-def test_runs_that_were_judged_on_other_samples_are_said_to_be():
+def test_the_verdict_says_which_answers_were_judged_and_who_is_closer_to_the_teacher() -> None:
+    runs = [{**run("kd", distilled=True), "turns": "all"}]
+    for difference, said in (
+        (-0.2, "Its KL to the teacher is 0.200 nats lower than that of sft (95 % interval 0.150 to 0.250)."),
+        (0.2, "Its KL to the teacher is 0.200 nats higher than that of sft"),
+        (-0.02, "not shown to differ from that of sft: -0.020 nats (95 % interval -0.070 to 0.030); would need"),
+    ):
+        both = [compare("kd", 0.1, 0.05), compare("kd", difference, 0.05, metric="kl_to_teacher")]
+        assert said in describe_verdict(runs, both)
+        assert "Exact match of all answers." in describe_verdict(runs, both)
+    assert "KL" not in describe_verdict(runs, both[:1])
+
+
+def test_runs_that_were_judged_on_other_samples_are_said_to_be() -> None:
     """A run is judged on the held-out samples of all caches of its stage, which its control may not read."""
-    better = {"mean": 0.1, "sd": 0.01, "low": 0.05, "high": 0.15}
-    one, other = run("sft", distilled=False, paired={}), run("kd", distilled=True, paired={"sft": better})
-    assert "other samples" not in describe_verdict([{**each, "num_held_out": 24} for each in (one, other)])
-    said = describe_verdict([{**one, "num_held_out": 24}, {**other, "num_held_out": 34}])
+    one, other, found = run("sft", distilled=False), run("kd", distilled=True), [compare("kd", 0.1, 0.05)]
+    assert "other samples" not in describe_verdict([{**each, "num_held_out": 24} for each in (one, other)], found)
+    said = describe_verdict([{**one, "num_held_out": 24}, {**other, "num_held_out": 34}], found)
     assert said.endswith("judged on other samples; numbers of samples: sft 24, kd 34.")
 
 
@@ -106,8 +103,9 @@ def test_page_escapes_text_from_data():
         "teacher": {},
         "cache": {},
         "dump": {},
-        "runs": [run(hostile, distilled=False, paired={})],
+        "runs": [run(hostile, distilled=False)],
         "verdict": hostile,
+        "verdicts": [dataclasses.asdict(compare(hostile, 0.1, 0.05, control=hostile))],
     }
     page = render_report(report, {f"{hostile}/seed{seed}": [{"step": 1, "cross_entropy": 2.0}] for seed in (0, 1)})
     assert "<script" not in page
@@ -154,15 +152,17 @@ def test_claims_and_routers_of_a_grid_are_reported(tmp_path: Path):
     assert sparse["routers"]["load"] == [pytest.approx([0.5, 0.35, 0.15])]  # the busiest, whichever number it has
     assert sparse["routers"]["load_by_seed"] == list(loads)
     assert dense["routers"] is None
-    found = sparse["paired_hallucination_rate"]["dense"]
-    assert found["mean"] == pytest.approx(0.1 - 0.35)
+    found = {each["metric"]: each for each in report["verdicts"]}
+    assert found["hallucination_rate"]["difference"] == pytest.approx(0.1 - 0.35)
     assert sparse["unsupported_rate"]["mean"] == pytest.approx(0.2)
-    assert sparse["paired_unsupported_rate"]["dense"]["mean"] == pytest.approx(2 * (0.1 - 0.35))
+    assert found["unsupported_rate"]["difference"] == pytest.approx(2 * (0.1 - 0.35))
+    assert found["exact_match"]["num_questions"] == 1  # the files name no questions
+    assert "kl_to_teacher" not in found
     page = render_report(report, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)})
     assert "50.0 · 35.0 · 15.0" in page
     assert "Routers of the sparse students" in page
     assert "<td>20.0 ± 0.0 %</td>" in page  # sparse's answers with words without support, and how many fewer:
-    assert page.split("Words without support")[1].split("<h2>")[0].count("<td>-50.0</td>") == 1
+    assert page.split("<h2>Words without support")[1].split("<h2>")[0].count("<td>-50.0</td>") == 1
     plain = [{**each, "unsupported_rate": None, "yes_no": None} for each in report["runs"]]
     page = render_report(
         {**report, "runs": plain}, {f"{name}/seed{seed}": [] for name in ("sparse", "dense") for seed in (0, 1)}
@@ -179,14 +179,23 @@ def test_samples_without_a_category_have_a_name_in_every_table(tmp_path: Path) -
         "kl_to_teacher": None,
     }))  # fmt: skip
     assert "no category  25.0 %" in " ".join(describe_evaluation(path).split("\n"))
-    runs = [{**run("sft", distilled=False, paired={}), "by_category": {"": {"mean": 0.5, "sd": 0.1}}}]
-    report = {"name": "", "machine": "", "teacher": {}, "cache": {}, "dump": {}, "runs": runs, "verdict": ""}
+    runs = [{**run("sft", distilled=False), "by_category": {"": {"mean": 0.5, "sd": 0.1}}}]
+    report = {
+        "name": "",
+        "machine": "",
+        "teacher": {},
+        "cache": {},
+        "dump": {},
+        "runs": runs,
+        "verdict": "",
+        "verdicts": [],
+    }
     assert "<th>no category</th>" in render_report(report, {"sft/seed0": [], "sft/seed1": []})
     assert "no category" in draw_categories(runs)
 
 
 def test_a_category_that_looks_like_a_formula_is_drawn_as_it_is() -> None:
-    runs = [{**run("sft", distilled=False, paired={}), "by_category": {"$\\frac$ & x": {"mean": 0.5, "sd": 0.1}}}]
+    runs = [{**run("sft", distilled=False), "by_category": {"$\\frac$ & x": {"mean": 0.5, "sd": 0.1}}}]
     assert "$\\frac$ &amp; x" in draw_categories(runs)
 
 
