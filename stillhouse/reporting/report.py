@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.reporting.comparisons import compare_runs
+from stillhouse.reporting.cost import compute_cost, describe_cost
 from stillhouse.reporting.plots import draw_accuracy, draw_categories, draw_losses, run_colours
 from stillhouse.reporting.templates import render_template
 from stillhouse.reporting.text_formats import NO_CATEGORY
@@ -80,16 +81,22 @@ def build_report(folder: Path) -> dict[str, Any]:
         for metric in COMPARED_METRICS
         for each in compare_runs(metric, _pair_runs(by_name, listing["controls"], metric))
     ]
-    cache = listing.get("cache")
+    path = listing.get("cache")
+    cache, dump = ({}, {}) if path is None else (_read_cache(path), _read_dump(path))
+    distilled = {run["name"] for run in runs if run["distilled"]}
+    entries = [{**entry, "name": name} for name, of_run in by_name.items() for entry in of_run]
+    cost = compute_cost(entries, distilled, dump, cache.get("num_samples", 0))
     return {
         "name": folder.name,
         "machine": describe_machine(),
         "teacher": _read_teacher(listing.get("teacher")),
-        "cache": {} if cache is None else _read_cache(cache),
-        "dump": {} if cache is None else _read_dump(cache),
+        "cache": cache,
+        "dump": dump,
         "runs": runs,
         "verdicts": [asdict(each) for each in comparisons],
         "verdict": describe_verdict(runs, comparisons),
+        "cost": cost,
+        "cost_sentence": describe_cost(cost),
     }
 
 

@@ -10,7 +10,7 @@ from storage.backends.disk import format_bytes
 
 
 def print_summary(folder: Path) -> None:
-    """Prints the table of <folder>/report.json, its verdict, and the path of the page."""
+    """Prints the table of <folder>/report.json, the path of the page, and at the end its verdict and the cost."""
     report = json.loads((folder / "report.json").read_bytes())
     rows = [("run", "exact match", "cross-entropy", "KL to teacher", "seconds", "peak memory")]
     for run in report["runs"]:
@@ -20,7 +20,8 @@ def print_summary(folder: Path) -> None:
         rows.append((run["name"], format_percent(run["exact_match"]), cross_entropy, kl_to_teacher, seconds, memory))
     if report["teacher"]:
         rows.append(("teacher", format_percent(report["teacher"]["exact_match"]), "", "", "", ""))
-    print(f"\n{format_columns(rows)}\n\n{report['verdict']}\n{folder / 'report.html'}")
+    print(f"\n{format_columns(rows)}\n{folder / 'report.html'}\n")
+    print("\n".join(filter(None, (report["verdict"], report["cost_sentence"]))))
 
 
 def describe_evaluation(path: Path) -> str:

@@ -192,7 +192,8 @@ def train(
             setup.checkpoints.finish()
             peak = engine.max_over_ranks({"bytes": measure_peak_memory(process.device)})
             if process.is_first:
-                run = {"stage": name, "seed": stage.seed, "steps": steps}
+                trained = {"steps": steps, "num_samples_trained": steps * stage.global_batch}
+                run = {"stage": name, "seed": stage.seed, **trained}
                 cost = {
                     "seconds": round(time.monotonic() - started, 3),
                     "peak_memory_bytes": int(peak["bytes"]),

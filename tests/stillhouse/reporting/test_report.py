@@ -106,6 +106,8 @@ def test_page_escapes_text_from_data():
         "runs": [run(hostile, distilled=False)],
         "verdict": hostile,
         "verdicts": [dataclasses.asdict(compare(hostile, 0.1, 0.05, control=hostile))],
+        "cost": {},
+        "cost_sentence": hostile,
     }
     page = render_report(report, {f"{hostile}/seed{seed}": [{"step": 1, "cross_entropy": 2.0}] for seed in (0, 1)})
     assert "<script" not in page
@@ -189,6 +191,7 @@ def test_samples_without_a_category_have_a_name_in_every_table(tmp_path: Path) -
         "runs": runs,
         "verdict": "",
         "verdicts": [],
+        "cost": {},
     }
     assert "<th>no category</th>" in render_report(report, {"sft/seed0": [], "sft/seed1": []})
     assert "no category" in draw_categories(runs)

@@ -1,0 +1,41 @@
+"""The cost of a grid, by hand."""
+
+import pytest
+
+from stillhouse.reporting.cost import compute_cost, describe_cost, format_seconds
+
+DUMP = {"seconds": 20.0, "num_samples": 100}  # .2 s a sample
+ENTRIES = [
+    {"name": "sft", "seconds": 30.0, "num_samples_trained": 1000},
+    {"name": "kd", "seconds": 40.0, "num_samples_trained": 1000},
+    {"name": "kd", "seconds": 50.0, "num_samples_trained": 500},
+]
+
+
+def test_cost_by_hand() -> None:
+    cost = compute_cost(ENTRIES, {"kd"}, DUMP, num_samples=2000)  # a dump that was resumed measured its last part
+    assert cost["dump_s"] == pytest.approx(400)
+    assert cost["cached_s"] == pytest.approx(120 + 400)
+    assert cost["with_teacher_in_every_step_s"] == pytest.approx(120 + 0.2 * 1500)
+    assert cost["runs_to_break_even"] == 3  # 400 s over 150 s a run
+    assert describe_cost(cost) == (
+        "All runs took 9 min with the cache, its dump (7 min) included; with the teacher in every step they would have "
+        "taken 7 min. The cache pays for itself after 3 distilled runs."
+    )
+    assert "The cache paid for itself after 1 distilled run." in describe_cost({**cost, "runs_to_break_even": 1})
+
+
+@pytest.mark.parametrize("dump", [{}, {"seconds": 0.0, "num_samples": 4}, {"seconds": 4.0, "num_samples": 0}])
+def test_no_cost_without_a_measured_dump(dump: dict[str, float]) -> None:
+    assert compute_cost(ENTRIES, {"kd"}, dump, num_samples=4) == {}
+    assert describe_cost({}) == ""
+
+
+def test_no_cost_without_distilled_runs_or_their_samples() -> None:
+    assert compute_cost(ENTRIES, set(), DUMP, num_samples=4) == {}
+    earlier = [{"name": "kd", "seconds": 1.0}]
+    assert compute_cost(earlier, {"kd"}, DUMP, num_samples=4) == {}
+
+
+def test_durations_have_the_unit_that_fits() -> None:
+    assert [format_seconds(each) for each in (3.14, 41, 99, 745, 12240)] == ["3.1 s", "41 s", "99 s", "12 min", "3.4 h"]
