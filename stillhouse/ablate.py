@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,12 +20,19 @@ from tqdm import tqdm
 
 from stillhouse.config import Experiment
 from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
-from stillhouse.torchrun import make_training_command, make_training_environment, make_training_flags
+from stillhouse.torchrun import (
+    TRAINING_SERVER,
+    make_training_arguments,
+    make_training_command,
+    make_training_environment,
+    make_training_flags,
+)
 from storage.backends.disk import explain_write_errors, suggest_freeing_space
 from storage.backends.folder import write_json
 from storage.config_loader import NamedSections, read_sections
 from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import describe_changes
+from storage.processes.search_path import make_module_command
 from student_train.config import StageSection
 from student_train.training.stage_inputs import collect_init_inputs
 from teacher_dump.ray_jobs import Command, run_commands
@@ -119,24 +127,7 @@ def _train_group(
     for run in waiting.values():
         if reasons := ledger.explain_redo(run.label, inputs[run.label], _list_outputs(run)):
             bar.write(f"{run.label} is trained again:" + "".join(f"\n  {reason}" for reason in reasons))
-    commands = [
-        Command(
-            name=run.label,
-            argv=make_training_command(
-                experiment.path,
-                run.stage,
-                run.overrides,
-                num_processes=run.section.num_processes,
-                evaluate=True,
-                flags=make_training_flags(restart=restart),
-            ),
-            env=make_training_environment(round(experiment.ablations.cpus_per_run / run.section.num_processes)),
-            log_path=experiment.run / "logs" / f"{run.label}.log",
-            grace_s=math.inf,  # after a signal, saving its state may take long
-            num_devices=run.section.num_processes,
-        )
-        for run in waiting.values()
-    ]
+    commands = [_make_command(experiment, run, make_training_flags(restart=restart)) for run in waiting.values()]
     results = run_commands(
         commands,
         experiment.ablations.cpus_per_run,
@@ -155,6 +146,28 @@ def _train_group(
                 hint = suggest_freeing_space(result.log_path) or suggest_freeing_space(run.folder)
                 yield f"{run.label}: exit code {result.returncode}, see {result.log_path}{hint}"
             bar.update()
+
+
+def _make_command(experiment: Experiment, run: GridRun, flags: tuple[str, ...]) -> Command:
+    """The training of a run. Those of one process share their start: each is a fork of a server."""
+    num_processes = run.section.num_processes
+    if num_processes == 1 and hasattr(os, "fork"):
+        server = make_module_command(TRAINING_SERVER)
+        argv = make_training_arguments(experiment.path, run.stage, run.overrides, evaluate=True, flags=flags)
+    else:
+        server = ()
+        argv = make_training_command(
+            experiment.path, run.stage, run.overrides, num_processes=num_processes, evaluate=True, flags=flags
+        )
+    return Command(
+        name=run.label,
+        argv=argv,
+        env=make_training_environment(round(experiment.ablations.cpus_per_run / num_processes)),
+        log_path=experiment.run / "logs" / f"{run.label}.log",
+        grace_s=math.inf,  # after a signal, saving its state may take long
+        num_devices=num_processes,
+        server=server,
+    )
 
 
 def _check_compositions(experiment: Experiment, runs: list[GridRun]) -> None:

@@ -17,6 +17,7 @@ from student_train.training.stage_data import open_mixture, prepare_stage_data, 
 from student_train.training.trainer import resolve_stage
 
 MAIN = Path(student_train.__file__).with_name("main.py")
+TRAINING_SERVER = "student_train.training_server"
 _SHUTDOWN_S = 300  # that ranks have to save their state after SIGTERM; torchrun's default is 30
 
 
@@ -34,9 +35,15 @@ def make_training_command(
     `flags` come from make_training_flags. One process starts without torchrun, which saves seconds.
     """
     launcher = (*make_module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
-    options = (*flags, *(("--evaluate",) if evaluate else ()))
-    script = (str(MAIN), str(config), "--stage", stage, *options, *overrides)
+    script = (str(MAIN), *make_training_arguments(config, stage, overrides, evaluate=evaluate, flags=flags))
     return (*(launcher if num_processes > 1 else (sys.executable,)), *script)
+
+
+def make_training_arguments(
+    config: Path, stage: str, overrides: Sequence[str], *, evaluate: bool, flags: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The arguments of student_train/main.py, and of a call of the training server."""
+    return (str(config), "--stage", stage, *flags, *(("--evaluate",) if evaluate else ()), *overrides)
 
 
 def check_training_start(stage: StageSection, name: str, cache_path: str, *, splits: tuple[str, ...] | None) -> None:

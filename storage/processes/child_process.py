@@ -17,7 +17,7 @@ from storage.processes import supervisor
 
 GRACE_S = 8.0  # between SIGTERM and SIGKILL, for a command that has nothing to save
 LAST_S = 6.0  # the same once whoever started the command is gone
-_POLL_S = 0.2  # an interruption that is no signal (Ray's cancel) does not end a wait
+POLL_S = 0.2  # an interruption that is no signal (Ray's cancel) does not end a wait
 _KILL_TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
 
@@ -39,9 +39,8 @@ def run_child(
     """
     if sys.platform != "linux":  # other systems have no subreapers
         return subprocess.run(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, check=False).returncode
-    watching = [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), str(grace_s), str(LAST_S)]
     process = subprocess.Popen(
-        [*watching, *argv],
+        make_supervised_command(argv, grace_s=grace_s),
         env=env,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
@@ -52,14 +51,25 @@ def run_child(
     try:
         return _wait(process)
     except BaseException:
-        process.send_signal(signal.SIGTERM)
-        if grace_s == math.inf:
-            _log.warning("waiting until the started command has saved its state; a second signal ends it at once")
-        try:
-            _wait(process)
-        except BaseException:
-            _kill_now(process)
-            raise
+        stop_child(process, grace_s=grace_s)
+        raise
+
+
+def make_supervised_command(argv: Sequence[str], *, grace_s: float) -> list[str]:
+    """Returns the argv that runs a command under a supervisor, whose parent is this process."""
+    watching = [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), str(grace_s), str(LAST_S)]
+    return [*watching, *argv]
+
+
+def stop_child(process: subprocess.Popen[bytes], *, grace_s: float) -> None:
+    """Sends a supervised command SIGTERM and waits for its end; an interruption of the wait kills it at once."""
+    process.send_signal(signal.SIGTERM)
+    if grace_s == math.inf:
+        _log.warning("waiting until the started command has saved its state; a second signal ends it at once")
+    try:
+        _wait(process)
+    except BaseException:
+        _kill_now(process)
         raise
 
 
@@ -96,7 +106,7 @@ def end_descendants(*, grace_s: float = 3.0) -> None:
 def _wait(process: subprocess.Popen[bytes]) -> int:
     while True:
         try:
-            return process.wait(timeout=_POLL_S)
+            return process.wait(timeout=POLL_S)
         except subprocess.TimeoutExpired:
             continue
 

@@ -126,7 +126,7 @@ class Engine:
         self._zero_stage = stage.zero_stage
         self._unwrapped = stage.zero_stage == 0 and stage.precision == "fp32"  # DeepSpeed keeps no gradient norm then
         with redirect_output(log_path):
-            self._deepspeed = _import_deepspeed(process)
+            self._deepspeed = import_deepspeed(process)
             _init_deepspeed(process, self._deepspeed)
             num_parameters = sum(p.numel() for group in groups for p in group.parameters)
             settings = _make_config(stage, num_micro, num_parameters, pins=process.device.type == "cuda")
@@ -281,7 +281,8 @@ def redirect_output(log_path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _import_deepspeed(process: Process) -> Any:
+def import_deepspeed(process: Process) -> Any:
+    """Return the module, without its warnings and without what only GPUs need; takes seconds the first time."""
     if process.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's own calls

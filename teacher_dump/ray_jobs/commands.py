@@ -9,12 +9,14 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import ray
 from ray.exceptions import RayError
 
 from storage.errors import StillhouseError
 from storage.processes.child_process import GRACE_S, run_child
+from storage.processes.forking_server import ForkingServer
 from storage.processes.waiting import Waiting
 from teacher_dump.ray_jobs.cluster import (
     Resources,
@@ -26,6 +28,7 @@ from teacher_dump.ray_jobs.cluster import (
 )
 
 _GPUS_OF_COMMANDS = "ablations.gpus_per_run or dump.gpus_per_actor"
+_SERVER_ENDED = 127  # as for a program that could not be started
 _log = logging.getLogger(__name__)
 
 
@@ -39,6 +42,7 @@ class Command:
     env: Mapping[str, str] = field(default_factory=dict)  # added to the worker's
     grace_s: float = GRACE_S  # between SIGTERM and SIGKILL; math.inf: it saves its state and ends by itself
     num_devices: int = 1  # how many GPUs it uses, if Ray has any
+    server: tuple[str, ...] = ()  # argv of a forking server that runs `argv` as a call; (): `argv` is a program
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,30 @@ def _read_log_state(path: Path) -> tuple[int, int] | None:
 def _run_command(command: Command, folder: str) -> CommandResult:
     started = time.monotonic()
     command.log_path.parent.mkdir(parents=True, exist_ok=True)
+    env, cwd = {**os.environ, **command.env}, Path(folder) if Path(folder).is_dir() else None
     with command.log_path.open("ab") as log:
-        returncode = run_child(
-            command.argv,
-            env={**os.environ, **command.env},
-            cwd=Path(folder) if Path(folder).is_dir() else None,
-            output=log,
-            grace_s=command.grace_s,
-        )
+        if command.server:
+            returncode = _call_server(command, env, cwd, log)
+        else:
+            returncode = run_child(command.argv, env=env, cwd=cwd, output=log, grace_s=command.grace_s)
     return CommandResult(command.name, returncode, time.monotonic() - started, command.log_path)
+
+
+_servers: dict[tuple[str, ...], ForkingServer] = {}  # of this worker, which runs one task after another
+
+
+def _call_server(command: Command, env: Mapping[str, str], cwd: Path | None, log: IO[bytes]) -> int:
+    """Runs a command in a fork of the worker's server, which is started for the first one."""
+    place = (*command.server, env.get("OMP_NUM_THREADS", ""))  # which is read when libraries are loaded
+    for other in [each for each in _servers if each != place or not _servers[each].is_running]:
+        _servers.pop(other).close()
+    if place not in _servers:
+        _servers[place] = ForkingServer(command.server, env=env, grace_s=command.grace_s, errors=log)
+    try:
+        code = _servers[place].run(command.argv, env=env, cwd=cwd, output=command.log_path)
+    except BaseException:
+        del _servers[place]
+        raise
+    if code is None:
+        _servers.pop(place).close()
+    return _SERVER_ENDED if code is None else code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +11,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from stillhouse.ablate import ablate, group_by_parent
-from stillhouse.config import read_experiment
+from stillhouse.ablate import ablate, group_by_parent, list_grid
+from stillhouse.config import Experiment, read_experiment
 from stillhouse.run import run_experiment
+from stillhouse.torchrun import make_training_command, make_training_environment
 from storage.backends.lock import HeldError, hold_lock
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.ray_jobs.cluster import connect_to_ray
 from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_llava
+
+WEIGHTS = "model.safetensors"
 
 
 def write(folder: Path, runs: dict, *, seeds: list[int], cache: str = "nowhere", init: str = "nowhere") -> Path:
@@ -100,6 +104,16 @@ def test_an_impossible_chain_of_runs_is_refused(tmp_path: Path, runs: dict, word
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def _train_in_new_process(experiment: Experiment, name: str) -> bytes:
+    """The weights of a run that shares no start with others."""
+    run = next(run for run in list_grid(experiment) if run.name == name)
+    output = run.folder.with_name("alone")
+    overrides = (*run.overrides, f"stages.{run.stage}.output={output}")
+    argv = make_training_command(experiment.path, run.stage, overrides, num_processes=1, evaluate=False)
+    subprocess.run(argv, check=True, env=make_training_environment(1))
+    return (output / WEIGHTS).read_bytes()
+
+
 @pytest.mark.ci
 @pytest.mark.slow
 def test_a_chain_is_trained_in_order_and_again_when_its_init_changes(tmp_path: Path):
@@ -115,6 +129,7 @@ def test_a_chain_is_trained_in_order_and_again_when_its_init_changes(tmp_path: P
 
     with connect_to_ray(None, local_cpus=1):
         ablate(read_experiment(path))
+        assert _train_in_new_process(read_experiment(path), "first") == folders["first"].joinpath(WEIGHTS).read_bytes()
         first, second = (load_file(folder / "model.safetensors") for folder in folders.values())
         start = load_file(init / "model.safetensors")
         moved = {name for name in first if not torch.equal(first[name], second[name])}

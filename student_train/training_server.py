@@ -1,0 +1,45 @@
+"""Trains stages in turn, each in a fork of this process, which imports what training needs only once.
+
+`python -m student_train.training_server` is started by teacher_dump.ray_jobs for the short runs of an ablation grid;
+the requests come through stdin (storage/processes/forking_server.py). Each is a call of student_train/main.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from storage.processes.forking_server import serve
+from student_train.command import main
+
+_IMPORTED = (
+    "transformers.modeling_utils",
+    "transformers.processing_utils",
+    "transformers.models.llava.modeling_llava",  # what every architecture imports, too
+    "student_train.models.compose",
+    "student_train.training.trainer",
+    "student_train.training.stage_result",
+    "student_train.evaluation.model_evaluation",
+)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Do what `python student_train/main.py ARGUMENTS` does; return the exit code."""
+    return main(arguments, started=time.monotonic())
+
+
+def import_all() -> None:
+    """Import the modules that every stage needs; they start no thread and use no GPU."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else asking for a GPU would spoil the forks' use of it
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    from student_train.training.deepspeed_engine import detect_process, import_deepspeed
+
+    import_deepspeed(detect_process())
+
+
+if __name__ == "__main__":
+    sys.exit(serve(train, prepare=import_all))
