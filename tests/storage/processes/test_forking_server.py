@@ -66,8 +66,9 @@ def wait_until(is_true: Callable[[], bool], *, patience_s: float = 60.0) -> None
 
 
 def test_each_call_is_a_process_of_its_own(server: ForkingServer, tmp_path: Path) -> None:
-    for number, colour in enumerate(("red", "blue")):
-        log = tmp_path / f"log{number}"
+    log = tmp_path / "log"
+    for colour in ("red", "blue"):
+        log.unlink(missing_ok=True)
         env = {"COLOUR": colour, "PATH": os.environ["PATH"]}
         assert server.run(["hello"], env=env, cwd=tmp_path, output=log) == 0
         assert log.read_text() == f"hello {colour} {tmp_path} 0 True\n"  # 0: no state of the call before
