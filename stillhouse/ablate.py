@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from stillhouse.config import Experiment
 from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
+from stillhouse.reporting.text_formats import compute_mean_and_sd, format_columns, format_percent
 from stillhouse.torchrun import (
     TRAINING_SERVER,
     make_training_arguments,
@@ -57,9 +58,9 @@ class GridRun:
 
 
 def list_grid(experiment: Experiment) -> Iterator[GridRun]:
-    """Every run of `ablations:` in the file's order, once for each seed."""
-    for name, run in experiment.ablations.runs.items():
-        for seed in experiment.ablations.seeds:
+    """Seed by seed, so that whole seeds can be compared early: every run of `ablations:` in the file's order."""
+    for seed in experiment.ablations.seeds:
+        for name, run in experiment.ablations.runs.items():
             folder = _get_folder(experiment, name, seed)
             parent = None if run.after is None else _get_folder(experiment, run.after, seed)
             place = f"stages.{run.stage}"
@@ -135,17 +136,36 @@ def _train_group(
         address=experiment.dump.ray_address,
         logs=experiment.run / "logs",
     )
+    unfinished = set(waiting)
     with closing(results):  # ends the commands that still run if this loop is left early
         for result in results:
             run = waiting[result.name]
             if result.returncode == 0 and all(path.exists() for path in _list_outputs(run)):
                 ledger.record(run.label, inputs[run.label], seconds=result.seconds)
-                accuracy = json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
-                bar.write(f"{run.label}: exact match {accuracy:.1%} in {result.seconds:.0f} s")
+                bar.write(f"{run.label}: exact match {_read_accuracy(run):.1%} in {result.seconds:.0f} s")
+                unfinished.remove(run.label)
+                of_seed = [other for other in runs if other.seed == run.seed]
+                if unfinished.isdisjoint(other.label for other in of_seed) and len(of_seed) < len(runs):
+                    bar.write(describe_finished_seeds(runs, unfinished))
             else:
                 hint = suggest_freeing_space(result.log_path) or suggest_freeing_space(run.folder)
                 yield f"{run.label}: exit code {result.returncode}, see {result.log_path}{hint}"
             bar.update()
+
+
+def describe_finished_seeds(runs: Sequence[GridRun], unfinished: Collection[str]) -> str:
+    """A table of exact match so far, over the seeds that all of these runs have finished."""
+    seeds = {run.seed for run in runs} - {run.seed for run in runs if run.label in unfinished}
+    by_name: dict[str, list[float]] = {}
+    for run in runs:
+        if run.seed in seeds:
+            by_name.setdefault(run.name, []).append(_read_accuracy(run))
+    rows = [(name, format_percent(compute_mean_and_sd(values))) for name, values in by_name.items()]
+    return format_columns([("run", f"exact match, {len(seeds)} of {len({run.seed for run in runs})} seeds"), *rows])
+
+
+def _read_accuracy(run: GridRun) -> float:
+    return json.loads((run.folder / "evaluation.json").read_bytes())["exact_match"]
 
 
 def _make_command(experiment: Experiment, run: GridRun, flags: tuple[str, ...]) -> Command:

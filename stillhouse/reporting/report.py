@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from stillhouse.reporting.comparisons import compare_runs
 from stillhouse.reporting.cost import compute_cost, describe_cost
 from stillhouse.reporting.plots import draw_accuracy, draw_categories, draw_losses, run_colours
 from stillhouse.reporting.templates import render_template
-from stillhouse.reporting.text_formats import NO_CATEGORY
+from stillhouse.reporting.text_formats import NO_CATEGORY, compute_mean_and_sd
 from stillhouse.reporting.verdict import describe_judged_turns, describe_verdict
 from storage.backends.folder import open_folder, write_atomically, write_json
 from storage.errors import ConfigError, StillhouseError
@@ -127,11 +126,6 @@ def _list_answers(entry: dict[str, Any], metric: str) -> dict[tuple[str, int], f
     """1 or 0 by question (sample and turn) for exact match; empty for other metrics."""
     samples = entry.get("samples", []) if metric == "exact_match" else []
     return {(sample["sample_id"], sample.get("turn", 0)): float(sample["correct"]) for sample in samples}
-
-
-def compute_mean_and_sd(values: Sequence[float]) -> dict[str, float]:
-    """{"mean", "sd"}; sd is the sample's, 0 for a single value."""
-    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
 
 
 def _read_run(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:

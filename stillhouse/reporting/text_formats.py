@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean, stdev
 
 NO_CATEGORY = "no category"  # of samples whose source names none
+
+
+def compute_mean_and_sd(values: Sequence[float]) -> dict[str, float]:
+    """{"mean", "sd"}; sd is the sample's, 0 for a single value."""
+    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
 
 
 def format_percent(value: dict[str, float] | float | None) -> str:

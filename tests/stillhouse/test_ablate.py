@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from stillhouse.ablate import ablate, group_by_parent, list_grid
+from stillhouse.ablate import ablate, describe_finished_seeds, group_by_parent, list_grid
 from stillhouse.config import Experiment, read_experiment
 from stillhouse.run import run_experiment
 from stillhouse.torchrun import make_training_command, make_training_environment
@@ -57,13 +58,24 @@ def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path: Path):
     experiment = read_experiment(write(tmp_path, CHAIN, seeds=[3, 7]))
     found = [[run.label for run in wave] for wave in group_by_parent(experiment)]
     assert found == [
-        ["first-seed3", "first-seed7", "beside-seed3", "beside-seed7"],
+        ["first-seed3", "beside-seed3", "first-seed7", "beside-seed7"],  # a seed's runs together: they are compared
         ["second-seed3", "second-seed7"],
         ["third-seed3", "third-seed7"],
     ]
     (second, _) = group_by_parent(experiment)[1]
     assert second.section.init == str(tmp_path / "runs" / "chain" / "models" / "first" / "seed3")
     assert second.section.seed == 3
+
+
+def test_finished_seeds_are_shown_while_others_train(tmp_path: Path) -> None:
+    runs = list(list_grid(read_experiment(write(tmp_path, CHAIN, seeds=[3, 5, 7]))))
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        accuracy = {3: 0.5, 5: 0.7, 7: 0.0}[run.seed] if run.name == "first" else 0.25
+        (run.folder / "evaluation.json").write_text(json.dumps({"exact_match": accuracy}))
+    shown = describe_finished_seeds(runs, {"beside-seed7"})
+    assert shown.split("\n")[:2] == ["run     exact match, 2 of 3 seeds", "first   60.0 ± 14.1 %"]
+    assert "beside  25.0 ± 0.0 %" in shown
 
 
 @pytest.mark.parametrize(

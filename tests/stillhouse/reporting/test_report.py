@@ -8,8 +8,9 @@ import pytest
 
 from stillhouse.reporting.comparisons import Comparison
 from stillhouse.reporting.plots import draw_categories
-from stillhouse.reporting.report import build_report, compute_mean_and_sd, read_metrics, render_report
+from stillhouse.reporting.report import build_report, read_metrics, render_report
 from stillhouse.reporting.summary import describe_evaluation
+from stillhouse.reporting.text_formats import compute_mean_and_sd
 from stillhouse.reporting.verdict import describe_verdict
 from storage.backends.disk import format_bytes
 from storage.errors import StillhouseError
