@@ -81,9 +81,11 @@ class AblationsSection(Section):
         return seeds
 
     def get_controls(self, name: str) -> tuple[str, ...]:
-        """The runs that run `name` is compared with; a control is not compared with itself."""
+        """The runs that run `name` is compared with: its own controls, else those of all runs that are no control."""
         own = self.runs[name].controls
-        return tuple(control for control in (self.controls if own is None else own) if control != name)
+        if own is None:
+            return () if name in self.controls else self.controls
+        return tuple(control for control in own if control != name)
 
 
 SCHEMAS = {

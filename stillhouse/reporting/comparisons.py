@@ -94,7 +94,7 @@ class Comparison:
     difference: float
     low: float | None  # of the simultaneous 95 % interval; None for a single seed
     high: float | None
-    adjusted_p: float  # by Holm
+    adjusted_p: float | None  # by Holm; None for a single seed
     num_seeds: int
     num_questions: int  # 1: paired by seed alone
     shown: bool  # whether the interval excludes 0
@@ -122,7 +122,7 @@ def _compare(pair: tuple[str, str], metric: str, estimate: Estimate, p: float, l
         difference=estimate.mean,
         low=None if half is None else estimate.mean - half,
         high=None if half is None else estimate.mean + half,
-        adjusted_p=p,
+        adjusted_p=None if half is None else p,
         num_seeds=estimate.num_seeds,
         num_questions=estimate.num_questions,
         shown=half is not None and abs(estimate.mean) > half,

@@ -59,7 +59,7 @@ def draw_categories(runs: list[dict[str, Any]]) -> Markup:
         scores = [run["by_category"].get(category, {"mean": 0, "sd": 0}) for category in categories]
         offset = (index - (len(runs) - 1) / 2) * width
         positions = [group + offset for group in range(len(categories))]
-        heights, spreads = [100 * score["mean"] for score in scores], [100 * score["sd"] for score in scores]
+        heights, spreads = [100 * score["mean"] for score in scores], [100 * (score["sd"] or 0) for score in scores]
         axes.bar(positions, heights, width, yerr=spreads, color=colour, label=run["name"], error_kw={"linewidth": 0.8})
     axes.set_xticks(range(len(categories)), [category or NO_CATEGORY for category in categories])
     axes.set_ylim(0, 100)

@@ -172,7 +172,7 @@ def _summarise_run(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _average_yes_no(scores: list[dict[str, Any] | None]) -> dict[str, dict[str, float]] | None:
+def _average_yes_no(scores: list[dict[str, Any] | None]) -> dict[str, dict[str, float | None]] | None:
     """The mean and spread of each score that all seeds have; None if a seed was asked no yes/no questions."""
     measured = [score for score in scores if score is not None]
     if len(measured) < len(scores):
@@ -198,7 +198,7 @@ def _average_routers(statistics: list[dict[str, Any] | None]) -> dict[str, Any] 
     }
 
 
-def _average_measure(entries: list[dict[str, Any]], measure: str) -> dict[str, float] | None:
+def _average_measure(entries: list[dict[str, Any]], measure: str) -> dict[str, float | None] | None:
     """Mean and spread of a measure that all seeds have; None if one lacks it."""
     values = [entry[measure] for entry in entries if entry.get(measure) is not None]
     return compute_mean_and_sd(values) if len(values) == len(entries) else None

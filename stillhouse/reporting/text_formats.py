@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 NO_CATEGORY = "no category"  # of samples whose source names none
 
 
-def compute_mean_and_sd(values: Sequence[float]) -> dict[str, float]:
-    """{"mean", "sd"}; sd is the sample's, 0 for a single value."""
-    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
+def compute_mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
+    """{"mean", "sd"}; sd is the sample's, None for a single value."""
+    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None}
 
 
-def format_percent(value: dict[str, float] | float | None) -> str:
+def format_percent(value: Mapping[str, float | None] | float | None) -> str:
     """A fraction as "68.8 %", or {"mean", "sd"} as "68.8 ± 0.7 %"; a dash for None, which was not measured."""
-    if isinstance(value, dict):
-        return f"{100 * value['mean']:.1f} ± {100 * value['sd']:.1f} %"
+    if isinstance(value, Mapping):
+        mean, sd = value["mean"], value["sd"]
+        return format_percent(mean) if mean is None or sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f} %"
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def format_number(value: dict[str, float] | float | None, spec: str = ",") -> str:
+def format_number(value: Mapping[str, float | None] | float | None, spec: str = ",") -> str:
     """A number by a format specification, or {"mean", "sd"} as "0.12 ± 0.01"; a dash for None."""
-    if isinstance(value, dict):
-        return f"{value['mean']:{spec}} ± {value['sd']:{spec}}"
+    if isinstance(value, Mapping):
+        mean, sd = value["mean"], value["sd"]
+        return format_number(mean, spec) if mean is None or sd is None else f"{mean:{spec}} ± {sd:{spec}}"
     return "–" if value is None else format(value, spec)
 
 

@@ -10,7 +10,7 @@ from stillhouse.reporting.comparisons import Comparison
 from stillhouse.reporting.plots import draw_categories
 from stillhouse.reporting.report import build_report, read_metrics, render_report
 from stillhouse.reporting.summary import describe_evaluation
-from stillhouse.reporting.text_formats import compute_mean_and_sd
+from stillhouse.reporting.text_formats import compute_mean_and_sd, format_number, format_percent
 from stillhouse.reporting.verdict import describe_verdict
 from storage.backends.disk import format_bytes
 from storage.errors import StillhouseError
@@ -50,7 +50,9 @@ def compare(
 
 
 def test_spread_of_one_seed() -> None:
-    assert compute_mean_and_sd([0.3]) == {"mean": 0.3, "sd": 0.0}
+    assert compute_mean_and_sd([0.3]) == {"mean": 0.3, "sd": None}
+    assert format_percent(compute_mean_and_sd([0.3])) == "30.0 %"
+    assert format_number(compute_mean_and_sd([0.3]), ".2f") == "0.30"
 
 
 def test_the_verdict_is_one_honest_sentence_either_way() -> None:
