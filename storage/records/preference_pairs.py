@@ -20,8 +20,6 @@ from storage.records.records import SequenceLogprob, TokensRecord
 from storage.records.sample_key import HALVES
 from storage.records.sparse_rows import LOGPROB_TOLERANCE
 
-CHOSEN, REJECTED = "#chosen", "#rejected"
-
 
 @dataclass(frozen=True)
 class PreferencePair:
@@ -65,13 +63,6 @@ def check_sequence(sequence: SequenceLogprob, record: TokensRecord) -> None:
     logprob = sequence.logprob
     if not -float(np.finfo(np.float32).max) <= logprob <= LOGPROB_TOLERANCE * count:  # nor may it be NaN
         raise ValueError(f"{place}: its sequence logprob is {logprob}, expected at most 0")
-
-
-def get_other_half_id(sample_id: str) -> str:
-    """Returns the id of the other sample of a pair."""
-    if sample_id.endswith(CHOSEN):
-        return sample_id.removesuffix(CHOSEN) + REJECTED
-    return sample_id.removesuffix(REJECTED) + CHOSEN
 
 
 def _select_prompt(record: TokensRecord) -> np.ndarray:

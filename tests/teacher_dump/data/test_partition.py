@@ -76,6 +76,12 @@ def test_halves_of_a_pair_are_in_one_part_even_without_an_image() -> None:
     ]
 
 
+def test_own_ids_that_look_like_halves_form_no_group() -> None:
+    samples = [Sample(SampleKey(name), "train", "", (), TURNS) for name in ("a#chosen", "a#rejected")]
+    plan = make_plan(samples, samples_per_part=1, max_length=8)
+    assert [[sample.id for sample in part.samples] for part in plan.parts] == [["a#chosen"], ["a#rejected"]]
+
+
 def test_errors_travel_in_part_0_even_without_samples() -> None:
     errors = (SampleError("x", "bad"),)
     assert make_plan([], errors=errors, samples_per_part=2, max_length=8).parts == (Part(0, (), errors),)

@@ -130,3 +130,22 @@ def test_halves_with_different_prompts_are_both_errors(tmp_path: Path, tiny_teac
     assert records.tokens == []
     assert [type(error) for error in records.errors] == [SampleError, SampleError]
     assert all("prompt or images differ" in error.reason for error in records.errors)
+
+
+def test_own_ids_that_look_like_halves_or_copies_are_ordinary_samples(tmp_path: Path, tiny_teacher: Path) -> None:
+    """Both answers of each conversation count, and no sample looks for another."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    turns = [
+        {"from": "human", "value": "<image>\nwhat colour?"},
+        {"from": "gpt", "value": "red"},
+        {"from": "human", "value": "and on the right?"},
+        {"from": "gpt", "value": "blue"},
+    ]
+    ids = ["plain", "a#chosen", "a#rejected", "x#chosen", "b~2"]
+    rows = [{"id": name, "image": "red.png", "conversations": turns} for name in ids]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    scorer = make_scorer(tiny_teacher, tmp_path, SEQUENCE, reference_teacher(tiny_teacher))
+    records = scorer.score(part_of(tmp_path / "rows.jsonl")).records
+    assert not records.errors
+    assert [record.sample_id for record in records.tokens] == ids
+    assert len({record.num_response_tokens for record in records.tokens}) == 1
