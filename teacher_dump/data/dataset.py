@@ -16,7 +16,7 @@ from storage.records.records import SampleError, check_image_path
 from storage.records.sample_key import HALVES, SampleKey
 from teacher_dump.config import SourceSection
 from teacher_dump.data.archives import Archive, open_archive
-from teacher_dump.data.conversation import check_encodable, is_pair, parse_conversation
+from teacher_dump.data.conversation import QUESTION_KEY, check_encodable, is_pair, parse_conversation
 from teacher_dump.data.image_store import ImageFiles
 from teacher_dump.data.sample import Sample, SampleRefusedError, shorten
 from teacher_dump.data.sample_spool import SampleFile
@@ -160,7 +160,7 @@ class _SampleReader:
             if not isinstance(row, dict):
                 raise SampleRefusedError(f"row is {type(row).__name__}, expected an object")
             fields = columns.rename(row)
-            key = replace(key, row_id=key.row_id or _read_id(fields))
+            key = _read_key(fields, key)
             of_row = [replace(key, half=half) for half in HALVES] if is_pair(fields) else [key]
             for key in of_row:
                 self._check_unique(key.sample_id)
@@ -213,6 +213,18 @@ def _make_names_unique(errors: Sequence[SampleError], taken: Container[str]) -> 
         if seen[name] > 1:
             named[-1] = replace(named[-1], sample_id=f"{name} (error {seen[name]})")
     return tuple(named)
+
+
+def _read_key(fields: dict[str, Any], key: SampleKey) -> SampleKey:
+    """Returns the key of a row: of one that the teacher answered its question's, else `key`, with the row's own id."""
+    given = fields.get(QUESTION_KEY)
+    if given is None:
+        return replace(key, row_id=key.row_id or _read_id(fields))
+    try:
+        row_id, _, copy, source = given
+        return SampleKey(_read_id({"id": row_id}), copy=copy, source=source)
+    except (TypeError, ValueError) as error:
+        raise SampleRefusedError(f"{QUESTION_KEY} is {shorten(given)}, expected a key: {error}") from error
 
 
 def _read_id(fields: dict[str, Any]) -> str:
