@@ -18,6 +18,7 @@ from benchmarks import text_rows
 from storage.config import SelectionSection
 from storage.identity import Identity
 from storage.records.records import PartRecords, TokensRecord
+from storage.records.sample_key import SampleKey
 from storage.records.sparse_rows import SparseRows
 from storage.selection import Threshold
 from storage.writer.cache_writer import CacheWriter
@@ -62,7 +63,9 @@ def _records(rows: SparseRows, labels: np.ndarray) -> PartRecords:
     starts = range(0, rows.num_rows, SAMPLE_ROWS)
     mask = np.concatenate([np.zeros(len(_PROMPT), bool), np.ones(SAMPLE_ROWS, bool)])
     tokens = [
-        TokensRecord(f"{start:06d}", "train", "", np.concatenate([_PROMPT, labels[start : start + SAMPLE_ROWS]]), mask)
+        TokensRecord(
+            SampleKey(f"{start:06d}"), "train", "", np.concatenate([_PROMPT, labels[start : start + SAMPLE_ROWS]]), mask
+        )
         for start in starts
     ]
     return PartRecords(tokens, response=[rows.slice(start, start + SAMPLE_ROWS) for start in starts])

@@ -26,6 +26,7 @@ from storage.reader.cache import Cache
 from storage.reader.prefetch import shuffled_batches
 from storage.reader.shuffle import WINDOW_ROWS
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, compute_image_key
+from storage.records.sample_key import SampleKey
 from storage.records.sparse_rows import SparseRows
 from storage.selection import Threshold
 from storage.writer.cache_writer import CacheWriter
@@ -97,7 +98,7 @@ def _part(part: int, rows: SparseRows, samples: int, images: bool) -> PartRecord
             gram = np.corrcoef(rng.normal(size=(VISUAL_TOKENS, 16)))
             relation[key] = RelationMatrix((gram / np.linalg.norm(gram)).astype(np.float32), 1.0)
         mask = np.arange(len(token_ids)) >= prompt
-        tokens.append(TokensRecord(f"{part}-{sample}", "train", "", token_ids, mask, refs))
+        tokens.append(TokensRecord(SampleKey(f"{part}-{sample}"), "train", "", token_ids, mask, refs))
         response.append(_run_of(rows, answer, rng, labels=True))
     if not images:
         return PartRecords(tokens=tokens, response=response)

@@ -24,6 +24,7 @@ from storage.encoding.output_head import make_head
 from storage.identity import Identity
 from storage.reader.cache import Cache
 from storage.records.records import ImageRef, PartRecords, RelationMatrix, TokensRecord, compute_image_key
+from storage.records.sample_key import SampleKey
 from storage.records.sparse_rows import SparseRows
 from storage.selection import Threshold
 from storage.verify.scan_cache import verify
@@ -135,7 +136,7 @@ def make_part(
             visual[key] = some_rows(rng, rows, NUM_VISUAL_TOKENS, labels=False)
         length = int(rng.integers(num_answer_tokens // 2, num_answer_tokens * 3 // 2))
         ids = np.array([*prompt, *rng.integers(0, 4000, length)], np.int32)
-        tokens.append(TokensRecord(sample_id, "train", "", ids, np.arange(len(ids)) >= len(prompt), images))
+        tokens.append(TokensRecord(SampleKey(sample_id), "train", "", ids, np.arange(len(ids)) >= len(prompt), images))
         if "response" in families:
             response.append(some_rows(rng, rows, length, labels=True))
         if "hidden" in families:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         compute_image_key,
     )
     from storage.records.sample_batch import SampleBatch
+    from storage.records.sample_key import SampleKey
     from storage.records.sparse_rows import SparseRows
     from storage.verify.scan_cache import VerifyReport, verify
     from storage.writer.cache_writer import CacheWriter
@@ -76,6 +77,7 @@ __all__ = [
     "RelationMatrix",
     "SampleBatch",
     "SampleError",
+    "SampleKey",
     "SampleRecord",
     "SequenceLogprob",
     "SparseRows",
@@ -108,6 +110,7 @@ _LAZY_NAMES = {  # by the module that defines them
         "SequenceLogprob", "TokensRecord", "compute_image_key",
     ),
     "storage.records.sample_batch": ("SampleBatch",),
+    "storage.records.sample_key": ("SampleKey",),
     "storage.records.sparse_rows": ("SparseRows",),
     "storage.verify.scan_cache": ("VerifyReport", "verify"),
     "storage.writer.cache_writer": ("CacheWriter",),

@@ -13,7 +13,7 @@ from storage.config import HiddenSection, RelationSection
 from storage.images.settings import OLD_PIXELS, PixelSettings
 from storage.selection import Selection, make_selection
 
-FORMAT_VERSION = 4  # becomes 1 with the first release; other versions are refused
+FORMAT_VERSION = 5  # becomes 1 with the first release; other versions are refused
 NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
 LOCATION_FIELDS = ("teacher", "image_root")  # paths at the time of the dump; never compared, hashes are
 

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from storage.config import HiddenSection, RelationSection
 from storage.encoding.hidden_states import compute_relative_errors, decode_hidden, encode_hidden, read_hidden_encoding
+from storage.encoding.parquet_schema import KEY_COLUMNS
 from storage.encoding.relation_matrix import compute_stored_norm, decode_relation, encode_relation, read_cosine_error
 from storage.errors import CorruptPartError
 from storage.identity import Identity
 from storage.records.records import ImageRef, Relation, RelationMatrix, SequenceLogprob, TokensRecord
+from storage.records.sample_key import SampleKey
 
 Columns = Mapping[str, Any]
 
@@ -25,6 +27,10 @@ def encode_tokens_row(record: TokensRecord) -> Columns:
     starts, stops = _make_spans(record.response_mask)
     return {
         "sample_id": record.sample_id,
+        "row_id": record.key.row_id,
+        "half": record.key.half or "",
+        "copy": record.key.copy,
+        "source": record.key.source,
         "split": record.split,
         "category": record.category,
         "num_tokens": len(record.token_ids),
@@ -55,13 +61,23 @@ def decode_tokens_row(table: pa.Table, row: int, identity: Identity) -> TokensRe
     if placeholders != len(images):
         raise CorruptPartError(f"{placeholders} image placeholders for {len(images)} images")
     return TokensRecord(
-        sample_id=table["sample_id"][row].as_py(),
+        key=decode_keys(table.slice(row, 1))[0],
         split=table["split"][row].as_py(),
         category=table["category"][row].as_py(),
         token_ids=token_ids,
         response_mask=mask,
         images=tuple(images),
     )
+
+
+def decode_keys(table: pa.Table) -> list[SampleKey]:
+    """Decodes the keys of a tokens table. CorruptPartError (or ValueError) unless `sample_id` is the text of each."""
+    columns = (table[name].to_pylist() for name in KEY_COLUMNS)
+    keys = [SampleKey(row_id, half or None, *numbers) for row_id, half, *numbers in zip(*columns, strict=True)]
+    for key, sample_id in zip(keys, table["sample_id"].to_pylist(), strict=True):
+        if key.sample_id != sample_id:
+            raise CorruptPartError(f"sample {sample_id!r} has the key of {key.sample_id!r}")
+    return keys
 
 
 def check_token_ids(token_ids: NDArray[np.int32], identity: Identity) -> None:

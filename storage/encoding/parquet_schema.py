@@ -45,6 +45,10 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     "tokens": pa.schema(
         [
             _make_field("sample_id", pa.string()),
+            _make_field("row_id", pa.string()),
+            _make_field("half", pa.string()),  # of a preference pair: chosen or rejected; else empty
+            _make_field("copy", pa.int32()),
+            _make_field("source", pa.int32()),
             _make_field("split", pa.string()),
             _make_field("category", pa.string()),
             _make_field("num_tokens", pa.int32()),
@@ -89,6 +93,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     ),
 }
 FAMILIES = tuple(SCHEMAS)
+KEY_COLUMNS = ("row_id", "half", "copy", "source")  # of tokens: the fields of a SampleKey, in order
 
 
 def encode_parquet(
@@ -106,7 +111,7 @@ def encode_parquet(
     settings: dict[str, Any] = {
         "compression": {leaf: "none" if leaf in plain else "zstd" for leaf in leaves},
         "compression_level": {leaf: zstd_level for leaf in leaves if leaf not in plain},
-        "use_dictionary": [name for name in ("split", "category") if name in schema.names],
+        "use_dictionary": [name for name in ("half", "split", "category") if name in schema.names],
         "column_encoding": dict.fromkeys(scalars, "BYTE_STREAM_SPLIT") or None,
         "write_statistics": [name for name in ("sample_id", "split", "num_rows") if name in schema.names],
         "write_page_checksum": True,

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.encoding.arrow_rows import check_token_ids
+from storage.encoding.arrow_rows import check_token_ids, decode_keys
 from storage.errors import CorruptPartError
 from storage.identity import Identity
 from storage.records.records import ImageRef, TokensRecord
+from storage.records.sample_key import SampleKey
 
 _IMAGE_COLUMNS = ("image_paths", "image_sha256s", "image_visual_tokens", "image_keys")
 _SAMPLE_BYTES, _IMAGE_BYTES = 400, 800  # approximate size of the Python objects for one
@@ -22,7 +23,7 @@ _SAMPLE_BYTES, _IMAGE_BYTES = 400, 800  # approximate size of the Python objects
 class TokenRows:
     """The conversations of s samples as flat arrays. Legend: t tokens of all samples."""
 
-    sample_ids: Sequence[str]
+    keys: Sequence[SampleKey]
     splits: Sequence[str]
     categories: Sequence[str]
     starts: Sequence[int]  # s + 1, into the tokens
@@ -36,13 +37,13 @@ class TokenRows:
         """Returns the approximate size in memory."""
         num_images = sum(map(len, self.images))
         arrays = self.token_ids.nbytes + self.response_mask.nbytes
-        return arrays + _SAMPLE_BYTES * len(self.sample_ids) + _IMAGE_BYTES * num_images
+        return arrays + _SAMPLE_BYTES * len(self.keys) + _IMAGE_BYTES * num_images
 
     def record(self, index: int) -> TokensRecord:
         """Returns one sample's record; its arrays are views."""
         tokens = slice(self.starts[index], self.starts[index + 1])
         return TokensRecord(
-            sample_id=self.sample_ids[index],
+            key=self.keys[index],
             split=self.splits[index],
             category=self.categories[index],
             token_ids=self.token_ids[tokens],
@@ -73,7 +74,7 @@ def decode_tokens(table: pa.Table, identity: Identity) -> TokenRows:
     counts = np.array([len(refs) for refs in images], np.int64)
     _check_rows("the number of image placeholders is not that of its images", placeholders == counts)
     return TokenRows(
-        sample_ids=table["sample_id"].to_pylist(),
+        keys=decode_keys(table),
         splits=table["split"].to_pylist(),
         categories=table["category"].to_pylist(),
         starts=starts.tolist(),

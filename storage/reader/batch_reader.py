@@ -60,8 +60,8 @@ class BatchReader:
 
     def _add_sample(self, batch: _BatchParts, sample_id: str, part: Part, row: int) -> None:
         tokens, index = self._row_groups.read_token_rows(part.families["tokens"], row, self._identity)
-        if tokens.sample_ids[index] != sample_id:
-            raise CorruptPartError(f"its tokens row is of sample {tokens.sample_ids[index]!r}")
+        if tokens.keys[index].sample_id != sample_id:
+            raise CorruptPartError(f"its tokens row is of sample {tokens.keys[index].sample_id!r}")
         batch.tokens.append((tokens, index))
         num_rows = tokens.num_response_tokens[index]
         if "response" in self._families:
@@ -138,7 +138,7 @@ class _BatchParts:
         spans = [(rows, rows.starts[index], rows.starts[index + 1]) for rows, index in self.tokens]
         return SampleBatch(
             indices=indices,
-            sample_ids=[rows.sample_ids[index] for rows, index in self.tokens],
+            keys=[rows.keys[index] for rows, index in self.tokens],
             splits=[rows.splits[index] for rows, index in self.tokens],
             categories=[rows.categories[index] for rows, index in self.tokens],
             token_offsets=_make_offsets([stop - start for _, start, stop in spans]),

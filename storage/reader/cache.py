@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.backends.folder import Folder, open_folder
-from storage.encoding.arrow_rows import decode_image_row, decode_tokens_row
+from storage.encoding.arrow_rows import decode_image_row, decode_keys, decode_tokens_row
 from storage.encoding.output_head import StoredHead
-from storage.encoding.parquet_schema import FAMILIES
+from storage.encoding.parquet_schema import FAMILIES, KEY_COLUMNS, SCHEMAS
 from storage.encoding.tail_profile import compute_mean_profile, select_tail_parts
 from storage.errors import CacheError, CorruptPartError, MissingFamilyError
 from storage.identity import Identity, stored_selection
@@ -38,7 +38,7 @@ from storage.reader.narrowing import Narrowing
 from storage.reader.row_group_cache import RowGroupCache
 from storage.reader.sample_index import INDEX_COLUMNS, SampleIndex, TextColumn
 from storage.reader.shuffle import WINDOW_ROWS, Shuffle, cut_blocks
-from storage.records.preference_pairs import CHOSEN, PreferencePair, find_pair_positions
+from storage.records.preference_pairs import PreferencePair, find_pair_positions
 from storage.records.records import SampleError, SampleRecord, TokensRecord
 from storage.records.sample_batch import SampleBatch
 
@@ -292,15 +292,15 @@ class Cache:
             raise CorruptPartError(f"{self.folder}: part {part.number}: {error}") from error
 
     def pairs(self) -> list[PreferencePair]:
-        """Returns the preference pairs: samples `<id>#chosen` and `<id>#rejected`."""
-        return [
-            PreferencePair(self.sample_ids[chosen].removesuffix(CHOSEN), chosen, rejected)
-            for chosen, rejected in self.find_pair_positions().tolist()
-        ]
+        """Returns the preference pairs: the two halves of one row each."""
+        table = self._read_keys()
+        found = find_pair_positions(table)
+        keys = decode_keys(table.take(found[:, 0]))
+        return [PreferencePair(key.whole.sample_id, *pair) for key, pair in zip(keys, found.tolist(), strict=True)]
 
     def find_pair_positions(self) -> NDArray[np.int64]:
         """Returns (p, 2) the positions of the chosen and the rejected sample of each preference pair."""
-        return find_pair_positions(self.sample_ids.arrow)
+        return find_pair_positions(self._read_keys())
 
     def count_samples_showing(self, image_key: str) -> int:
         """Counts the samples that show an image after the same prefix; reads one column of every part."""
@@ -359,13 +359,22 @@ class Cache:
     def _commits(self) -> list[Commit]:
         return [commit for part in self._parts for commit in part.commits]
 
-    def _read_index(self) -> SampleIndex:
+    def _read_keys(self) -> pa.Table:
+        columns = ("sample_id", *KEY_COLUMNS)
+        none = SCHEMAS["tokens"].empty_table().select(columns)
+        return pa.concat_tables([none, *self._read_tokens_columns(columns)])
+
+    def _read_tokens_columns(self, columns: Sequence[str]) -> list[pa.Table]:
+        """Returns plain columns of the tokens of each part."""
+
         def read(part: Part) -> pa.Table:
-            return self._row_groups.read_columns("tokens", part.families["tokens"], INDEX_COLUMNS)
+            return self._row_groups.read_columns("tokens", part.families["tokens"], columns)
 
         with ThreadPoolExecutor(layout.NUM_CONNECTIONS if self.folder.is_remote else NUM_THREADS) as pool:
-            tables = list(pool.map(read, self._parts))
-        index = SampleIndex(tables)
+            return list(pool.map(read, self._parts))
+
+    def _read_index(self) -> SampleIndex:
+        index = SampleIndex(self._read_tokens_columns(INDEX_COLUMNS))
         if index.has_duplicates():
             raise CorruptPartError(f"{self.folder}: a sample id has two records; run stillhouse verify")
         return index

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.records.sample_key import SampleKey
 from storage.records.sparse_rows import SparseRows
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -82,12 +83,21 @@ class TokensRecord:
     t token ids; each image is expanded to its visual tokens only when a batch is collated.
     """
 
-    sample_id: str
+    key: SampleKey
     split: str
     category: str
     token_ids: NDArray[np.int32]  # (t,)
     response_mask: NDArray[np.bool_]  # (t,) True where a loss counts
     images: tuple[ImageRef, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, SampleKey):
+            raise TypeError(f"key is {self.key!r}, expected a SampleKey, such as SampleKey({self.key!r})")
+
+    @property
+    def sample_id(self) -> str:
+        """The key's text, unique in a cache."""
+        return self.key.sample_id
 
     @property
     def num_response_tokens(self) -> int:
@@ -169,6 +179,7 @@ class SampleError:
 
     sample_id: str
     reason: str
+    key: SampleKey | None = field(default=None, compare=False)  # known of a row of data.sources that has an id
 
     def __str__(self) -> str:
         """Returns id and reason in one line; the id "row N" is left out if the reason begins with N."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.records.records import ImageRef, Relation, SampleRecord, SequenceLogprob, TokensRecord
+from storage.records.sample_key import SampleKey
 from storage.records.sparse_rows import SparseRows
 
 
@@ -17,7 +18,7 @@ class SampleBatch:
     """b samples in the order of `indices`. Legend: t tokens, r response rows, both over all samples."""
 
     indices: NDArray[np.int64]  # (b,) positions in the cache
-    sample_ids: Sequence[str]
+    keys: Sequence[SampleKey]
     splits: Sequence[str]
     categories: Sequence[str]
     token_offsets: NDArray[np.int64]  # (b + 1,) sample i has the tokens token_offsets[i] : token_offsets[i + 1]
@@ -31,6 +32,11 @@ class SampleBatch:
     hidden: Sequence[NDArray[np.float32]] | None = None  # per sample (its response rows, d)
     sequence: Sequence[SequenceLogprob] | None = None  # per sample
 
+    @property
+    def sample_ids(self) -> list[str]:
+        """Returns the text of each key."""
+        return [key.sample_id for key in self.keys]
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -43,7 +49,7 @@ class SampleBatch:
             rows = rows.slice(int(self.row_offsets[at]), int(self.row_offsets[at + 1]))
         return SampleRecord(
             tokens=TokensRecord(
-                sample_id=self.sample_ids[at],
+                key=self.keys[at],
                 split=self.splits[at],
                 category=self.categories[at],
                 token_ids=self.token_ids[tokens],

@@ -1,11 +1,15 @@
 """The columns of a tokens table, checked whole: spans, ids and counts of all rows at once."""
 
+# pyarrow makes its compute functions when it is imported:
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from storage.encoding.arrow_rows import decode_keys
 from storage.encoding.parquet_schema import whole_column
 from storage.identity import Identity
 
@@ -39,7 +43,15 @@ def check_tokens(table: pa.Table, identity: Identity, first: int = 0) -> NDArray
     num_images = np.bincount(row_of_id[placeholders], minlength=len(num_tokens))
     for name in ("image_paths", "image_sha256s", "image_visual_tokens", "image_keys"):
         check(_list(table, name)[1] == num_images, f"{name} has not one value for each image placeholder")
+    _check_keys(table)
     return num_response
+
+
+def _check_keys(table: pa.Table) -> None:
+    """Raises the errors of decode_keys, which is left the rows that are not plain samples of whole rows."""
+    is_whole = pc.and_(pc.equal(table["half"], ""), pc.equal(table["copy"], 0))
+    is_plain = pc.and_(pc.equal(table["row_id"], table["sample_id"]), pc.greater_equal(table["source"], 0))
+    decode_keys(table.filter(pc.invert(pc.and_(is_whole, is_plain))))
 
 
 def _list(table: pa.Table, name: str) -> tuple[NDArray, NDArray[np.int64]]:

@@ -12,7 +12,7 @@ import numpy as np
 from storage.backends.folder import Folder, open_folder
 from storage.encoding.arrow_rows import Columns, encode_tokens_row
 from storage.encoding.output_head import StoredHead, encode_head
-from storage.encoding.parquet_schema import encode_parquet
+from storage.encoding.parquet_schema import KEY_COLUMNS, encode_parquet
 from storage.encoding.part_encoder import FamilyRows, encode_part
 from storage.errors import CacheError, CorruptPartError
 from storage.identity import Identity
@@ -29,7 +29,7 @@ from storage.writer.unique_ids import UniqueIds, map_samples_to_parts, refuse_kn
 from storage.writer.validation import check_records
 
 # Columns in which the tokens of an added family must equal the stored ones; the other columns follow from them.
-_ALIGNED_COLUMNS = ("sample_id", "token_ids", "response_starts", "response_stops", "image_keys")
+_ALIGNED_COLUMNS = ("sample_id", *KEY_COLUMNS, "token_ids", "response_starts", "response_stops", "image_keys")
 
 
 class CacheWriter:

@@ -24,6 +24,7 @@ from storage.images.pixels import Picture
 from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle, slice_epochs
 from storage.records.records import ImageRef, SampleRecord
+from storage.records.sample_key import SampleKey
 from student_train.data.sample_images import ImageSource, open_images
 
 _KEPT_EPOCHS = 2  # a batch may run over the end of one
@@ -158,4 +159,4 @@ class _MixtureImages:
 
 
 def _prefix_sample_id(record: SampleRecord, number: int) -> SampleRecord:
-    return replace(record, tokens=replace(record.tokens, sample_id=f"{number}:{record.tokens.sample_id}"))
+    return replace(record, tokens=replace(record.tokens, key=SampleKey(f"{number}:{record.tokens.sample_id}")))

@@ -14,6 +14,7 @@ from storage.identity import compute_vocab_size
 from storage.images.settings import PixelSettings
 from storage.records.prompt_ids import find_leading_special_ids, prepend_leading_ids
 from storage.records.records import ImageRef, TokensRecord
+from storage.records.sample_key import SampleKey
 from student_train.data.collate import collate_prompts
 from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
 from student_train.evaluation.generation import generate_greedily
@@ -79,7 +80,7 @@ def _build_prompt(processor: Any, checkpoint: Checkpoint, image: Path, question:
             f"{question!r}, expected 1; ask without image markers, or give it a multimodal template"
         )
     return TokensRecord(
-        "question", "", "", token_ids, np.zeros(len(token_ids), bool), (_make_image_ref(image, checkpoint),)
+        SampleKey("question"), "", "", token_ids, np.zeros(len(token_ids), bool), (_make_image_ref(image, checkpoint),)
     )
 
 

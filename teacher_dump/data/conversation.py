@@ -35,6 +35,7 @@ from teacher_dump.data.unread_fields import (
 NO_LABEL = "no answer is a label: each has weight 0 or loss false"
 UNANSWERED = "?"  # placeholder of an answer that the teacher will generate
 GENERATED_IDS = "generated_token_ids"  # the field of a message that holds an answer's generated ids
+QUESTION_KEY = "question_key"  # the field of a row that the teacher answered: the key of the question
 
 _ROLES: dict[str, Role] = {
     "system": "system",

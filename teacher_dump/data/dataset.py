@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import ConfigError
-from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.records import SampleError, check_image_path
+from storage.records.sample_key import HALVES, SampleKey
 from teacher_dump.config import SourceSection
 from teacher_dump.data.archives import Archive, open_archive
-from teacher_dump.data.conversation import check_encodable, is_pair, parse_conversation
+from teacher_dump.data.conversation import QUESTION_KEY, check_encodable, is_pair, parse_conversation
 from teacher_dump.data.image_store import ImageFiles
 from teacher_dump.data.sample import Sample, SampleRefusedError, shorten
 from teacher_dump.data.sample_spool import SampleFile
@@ -72,13 +72,13 @@ def read_samples(
 
 
 def _iterate_samples(sources: Sequence[SourceSection], reader: _SampleReader) -> Iterator[Sample]:
-    for source, name in zip(sources, _make_position_names(sources), strict=True):
+    for position, (source, name) in enumerate(zip(sources, _make_position_names(sources), strict=True)):
         images = _open_image_source(source)
         number = None
         columns = _ColumnNames(source)
         for number, copy, (place, row) in islice(_iterate_weighted_rows(source), source.limit):
-            given = f"{name}:{number}" if source.ids == "position" else None
-            yield from reader.read_row(row, place=place, given=given, copy=copy, columns=columns, images=images)
+            key = SampleKey(f"{name}:{number}" if source.ids == "position" else "", copy=copy, source=position)
+            yield from reader.read_row(row, place=place, key=key, columns=columns, images=images)
         if number is None and (num_rows := sum(1 for _ in read_rows(source))):
             raise ConfigError(
                 f"data.sources: {source.path}: weight {source.weight:g} selects none of its {num_rows:,} rows; "
@@ -150,28 +150,29 @@ class _SampleReader:
         self.first_place: dict[str, str] = {}  # by sample id
 
     def read_row(
-        self, row: Any, *, place: str, given: str | None, copy: int, columns: _ColumnNames, images: Path | Archive
+        self, row: Any, *, place: str, key: SampleKey, columns: _ColumnNames, images: Path | Archive
     ) -> list[Sample]:
-        """Returns the samples of a row; none if it is an error. `given`: its id; None: the row's own."""
-        names = [place]
+        """Returns the samples of a row; none if it is an error. `key`: with an empty id for the row's own."""
+        keys: list[SampleKey] = []
         try:
             if isinstance(row, BrokenRow):
                 raise SampleRefusedError(row.reason)
             if not isinstance(row, dict):
                 raise SampleRefusedError(f"row is {type(row).__name__}, expected an object")
             fields = columns.rename(row)
-            name = (given or _read_id(fields)) + (f"~{copy + 1}" if copy else "")
-            of_row = [name + CHOSEN, name + REJECTED] if is_pair(fields) else [name]
-            for name in of_row:
-                self._check_unique(name)
-            names = of_row
-            self.first_place.update(dict.fromkeys(names, place))
-            samples = self._make_samples(names, fields, columns.source, images)
+            key = _read_key(fields, key)
+            of_row = [replace(key, half=half) for half in HALVES] if is_pair(fields) else [key]
+            for key in of_row:
+                self._check_unique(key.sample_id)
+            keys = of_row
+            self.first_place.update((key.sample_id, place) for key in keys)
+            samples = self._make_samples(keys, fields, columns.source, images)
         except SampleRefusedError as refusal:
             reason = str(refusal) if len(str(refusal)) <= _MAX_REASON else f"{str(refusal)[:_MAX_REASON]}…"
-            self.errors += [SampleError(name, f"{place}: {reason}") for name in names]
+            reason = f"{place}: {reason}"
+            self.errors += [SampleError(key.sample_id, reason, key) for key in keys] or [SampleError(place, reason)]
             return []
-        for name in names:
+        for name in (sample.id for sample in samples):
             if name in self._watched:
                 self.rows[name] = WatchedRow(place, [name])
             elif place in self._watched:
@@ -179,16 +180,16 @@ class _SampleReader:
         return samples
 
     def _make_samples(
-        self, names: Sequence[str], fields: dict[str, Any], source: SourceSection, images: Path | Archive
+        self, keys: Sequence[SampleKey], fields: dict[str, Any], source: SourceSection, images: Path | Archive
     ) -> list[Sample]:
         ignored = frozenset(source.ignore)
         conversation = parse_conversation(fields, only_questions=self._only_questions, ignored=ignored)
         category = _read_category(fields)
         paths = tuple(self.files.resolve(value, images) for value in conversation.images)
         turns = conversation.turns
-        samples = [Sample(names[0], source.split, category, paths, turns)]
+        samples = [Sample(keys[0], source.split, category, paths, turns)]
         if conversation.rejected is not None:
-            samples.append(Sample(names[1], source.split, category, paths, (*turns[:-1], conversation.rejected)))
+            samples.append(Sample(keys[1], source.split, category, paths, (*turns[:-1], conversation.rejected)))
         return samples
 
     def _check_unique(self, name: str) -> None:
@@ -205,13 +206,25 @@ def _make_names_unique(errors: Sequence[SampleError], taken: Container[str]) -> 
     seen: dict[str, int] = {}
     for error in errors:
         name = error.sample_id
-        if name in taken and error.reason.startswith(f"{name}: "):
+        if name in taken and error.key is None:
             name = f"row {name}"
         seen[name] = seen.get(name, 0) + 1
         named.append(error if name == error.sample_id else replace(error, sample_id=name))
         if seen[name] > 1:
             named[-1] = replace(named[-1], sample_id=f"{name} (error {seen[name]})")
     return tuple(named)
+
+
+def _read_key(fields: dict[str, Any], key: SampleKey) -> SampleKey:
+    """Returns the key of a row: of one that the teacher answered its question's, else `key`, with the row's own id."""
+    given = fields.get(QUESTION_KEY)
+    if given is None:
+        return replace(key, row_id=key.row_id or _read_id(fields))
+    try:
+        row_id, _, copy, source = given
+        return SampleKey(_read_id({"id": row_id}), copy=copy, source=source)
+    except (TypeError, ValueError) as error:
+        raise SampleRefusedError(f"{QUESTION_KEY} is {shorten(given)}, expected a key: {error}") from error
 
 
 def _read_id(fields: dict[str, Any]) -> str:

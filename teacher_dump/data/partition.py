@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.records import SampleError
+from storage.records.sample_key import SampleKey
 from teacher_dump.config import TooLong
 from teacher_dump.data.sample import Sample
 from teacher_dump.data.sample_spool import SampleSubset
@@ -84,9 +84,9 @@ def make_plan(
 def group_by_images(samples: Sequence[Sample]) -> Iterator[list[int]]:
     """Yields positions of samples connected by images, groups and members in order of first appearance."""
     parent = array("q", range(len(samples)))
-    first_with: dict[str, int] = {}
+    first_with: dict[str | SampleKey, int] = {}
     for index, sample in enumerate(samples):
-        for shared in (*sample.images, *_get_pair_key(sample.id)):
+        for shared in (*sample.images, *([sample.key.whole] if sample.key.half else [])):
             one, other = first_with.setdefault(shared, index), index
             while parent[one] != one:
                 parent[one] = one = parent[parent[one]]
@@ -102,11 +102,6 @@ def group_by_images(samples: Sequence[Sample]) -> Iterator[list[int]]:
     borders = [*np.flatnonzero(np.diff(first[order], prepend=-1)).tolist(), len(order)]
     for start, stop in pairwise(borders):
         yield order[start:stop].tolist()
-
-
-def _get_pair_key(sample_id: str) -> tuple[str, ...]:
-    """Returns a key that both halves of a preference pair share and no image has; none for other samples."""
-    return (f"{sample_id.rpartition('#')[0]}\0",) if sample_id.endswith((CHOSEN, REJECTED)) else ()
 
 
 def _hash_parts(parts: Sequence[Part], max_length: int, too_long: TooLong) -> str:

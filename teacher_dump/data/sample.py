@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from storage.errors import StillhouseError
+from storage.records.sample_key import SampleKey
 
 Role = Literal["system", "user", "assistant"]
 
@@ -56,16 +57,21 @@ class Turn:
 class Sample:
     """One conversation with any number of images."""
 
-    id: str
+    key: SampleKey
     split: str
     category: str  # "" where the data names none
     images: tuple[str, ...]  # paths relative to the image root, forward slashes
     turns: tuple[Turn, ...]
 
+    @property
+    def id(self) -> str:
+        """The key's text, unique over all sources."""
+        return self.key.sample_id
+
     def as_json(self) -> dict[str, Any]:
         """Returns plain data, for a fingerprint or another process."""
         return {
-            "id": self.id,
+            "key": self.key.as_json(),
             "split": self.split,
             "category": self.category,
             "images": list(self.images),
@@ -76,4 +82,4 @@ class Sample:
     def from_json(row: dict[str, Any]) -> Sample:
         """Inverts `as_json`."""
         turns = tuple(Turn.from_json(turn) for turn in row["turns"])
-        return Sample(row["id"], row["split"], row["category"], tuple(row["images"]), turns)
+        return Sample(SampleKey(*row["key"]), row["split"], row["category"], tuple(row["images"]), turns)

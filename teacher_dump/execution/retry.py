@@ -6,7 +6,7 @@ So a retry with nothing fixed writes nothing. A sample that only the teacher ref
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,6 @@ from storage.identity import Identity
 from storage.layout.documents import ErrorEntry
 from storage.layout.retries import make_retry_fields
 from storage.layout.segments import Segment
-from storage.records.preference_pairs import CHOSEN, REJECTED, get_other_half_id
 from storage.records.records import PartRecords, SampleError, TokensRecord
 from teacher_dump.data.partition import Part, Plan
 from teacher_dump.data.sample import SampleRefusedError
@@ -68,8 +67,9 @@ def select_retryable(
         readable = [rows[error.sample_id] for error in errors if error.sample_id in rows]
         reasons = _find_current_reasons(readable, preparer)
         chosen = {error.sample_id for error in errors if _is_changed(error, rows.get(error.sample_id), reasons)}
-        chosen |= {get_other_half_id(name) for name in chosen if name.endswith((CHOSEN, REJECTED))}
-        units = _iterate_units([error.sample_id for error in errors if error.sample_id in chosen])
+        others = _map_other_halves(readable)
+        chosen |= {others[name] for name in chosen if name in others}
+        units = _iterate_units([error.sample_id for error in errors if error.sample_id in chosen], others)
         for position, unit in enumerate(units):
             if not parts or position == 0 or len(parts[-1]) + len(unit) > settings.dump.samples_per_part:
                 parts.append([])
@@ -103,14 +103,20 @@ def _encode_as_stored(reason: str) -> str:
     return reason.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _iterate_units(sample_ids: Sequence[str]) -> Iterator[list[str]]:
-    """Yields ids one by one, but both halves of a preference pair together."""
+def _map_other_halves(rows: Sequence[FailedRow]) -> dict[str, str]:
+    """Returns the id of the other half of a preference pair, by the id of each half."""
+    keys = [sample.key for row in rows for sample in row.samples]
+    keys += [row.error.key for row in rows if row.error is not None and row.error.key is not None]
+    return {key.sample_id: key.other_half.sample_id for key in keys if key.half is not None}
+
+
+def _iterate_units(sample_ids: Sequence[str], others: Mapping[str, str]) -> Iterator[list[str]]:
+    """Yields ids one by one, but both halves of a preference pair together. `others`: the id of the other half."""
     known, seen = set(sample_ids), set[str]()
     for sample_id in sample_ids:
-        if sample_id in seen:
-            continue
-        unit = [sample_id]
-        if sample_id.endswith((CHOSEN, REJECTED)) and get_other_half_id(sample_id) in known:
-            unit.append(get_other_half_id(sample_id))
-        seen.update(unit)
-        yield unit
+        if sample_id not in seen:
+            unit = [sample_id]
+            if others.get(sample_id) in known:
+                unit.append(others[sample_id])
+            seen.update(unit)
+            yield unit

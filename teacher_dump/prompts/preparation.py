@@ -104,7 +104,7 @@ class Preparer:
             )
             for number, (image, count, place) in enumerate(zip(images, counts, places, strict=True))
         )
-        record = TokensRecord(sample.id, sample.split, sample.category, prompt.token_ids, prompt.response_mask, refs)
+        record = TokensRecord(sample.key, sample.split, sample.category, prompt.token_ids, prompt.response_mask, refs)
         return PreparedSample(record, images, expansion, is_cut)
 
     def restore(self, record: TokensRecord) -> PreparedSample:

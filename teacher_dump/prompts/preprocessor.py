@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import compute_vocab_size
-from storage.records.preference_pairs import CHOSEN, REJECTED
 from storage.records.prompt_ids import find_leading_special_ids, prepend_leading_ids
 from teacher_dump.data.sample import IMAGE_MARKER, Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.chat_template import (
@@ -189,7 +188,7 @@ def make_messages(
 def _list_label_turns(sample: Sample) -> set[int]:
     """Returns the turns whose answers are labels; in half of a preference pair only the last."""
     labels = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant" and turn.is_trained]
-    return set(labels[-1:] if sample.id.endswith((CHOSEN, REJECTED)) else labels)
+    return set(labels if sample.key.half is None else labels[-1:])
 
 
 def tokenise(

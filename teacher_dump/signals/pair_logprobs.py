@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from storage.records.preference_pairs import CHOSEN, REJECTED, check_pairs, get_other_half_id
+from storage.records.preference_pairs import check_pairs
 from storage.records.records import PartRecords, SampleError, TokensRecord
+from storage.records.sample_key import SampleKey
 
 _Aligned = TypeVar("_Aligned")
 
@@ -17,12 +18,12 @@ def drop_lone_halves(records: PartRecords) -> PartRecords:
 
     Each dropped half becomes an error, whose reason contains that of the other half.
     """
-    halves = {record.sample_id: record for record in records.tokens if record.sample_id.endswith((CHOSEN, REJECTED))}
+    halves = {record.key: record for record in records.tokens if record.key.half is not None}
     reasons = {error.sample_id: error.reason for error in records.errors}
-    failed = {name: reason for name in halves if (reason := _explain_removal(name, halves, reasons)) is not None}
+    failed = {key: reason for key in halves if (reason := _explain_removal(key, halves, reasons)) is not None}
     if not failed:
         return records
-    kept = [place for place, record in enumerate(records.tokens) if record.sample_id not in failed]
+    kept = [place for place, record in enumerate(records.tokens) if record.key not in failed]
     tokens = [records.tokens[place] for place in kept]
     keys = {image.key for record in tokens for image in record.images}
     shas = {image.sha256 for record in tokens for image in record.images}
@@ -37,18 +38,18 @@ def drop_lone_halves(records: PartRecords) -> PartRecords:
         if records.relation is None
         else {key: records.relation[key] for key in records.relation if key in keys},
         images=None if records.images is None else {sha: records.images[sha] for sha in records.images if sha in shas},
-        errors=[*records.errors, *(SampleError(name, reason) for name, reason in failed.items())],
+        errors=[*records.errors, *(SampleError(key.sample_id, reason, key) for key, reason in failed.items())],
     )
 
 
-def _explain_removal(name: str, halves: dict[str, TokensRecord], reasons: dict[str, str]) -> str | None:
+def _explain_removal(key: SampleKey, halves: dict[SampleKey, TokensRecord], reasons: dict[str, str]) -> str | None:
     """Returns why a half must be dropped; None if it need not be."""
-    other = get_other_half_id(name)
+    other = key.other_half
     if other not in halves:
-        reason = reasons.get(other, "the data has no such sample")
-        return f"is half of a preference pair, and {other} has no record: {reason}"
+        reason = reasons.get(other.sample_id, "the data has no such sample")
+        return f"is half of a preference pair, and {other.sample_id} has no record: {reason}"
     try:
-        check_pairs([halves[name], halves[other]])
+        check_pairs([halves[key], halves[other]])
     except ValueError as error:
         return str(error)
     return None

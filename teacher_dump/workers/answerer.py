@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import StillhouseError
 from storage.records.records import SampleError
 from teacher_dump.config import SamplingSection
-from teacher_dump.data.conversation import GENERATED_IDS
+from teacher_dump.data.conversation import GENERATED_IDS, QUESTION_KEY
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import IMAGE_MARKER, Sample, SampleRefusedError, Turn
 
@@ -45,7 +45,8 @@ class Answerer:
         for error in part.errors:
             yield {"split": None, "id": error.sample_id, "refused": error.reason}
         for sample, outcome in zip(part.samples, self.answer_samples(part.samples), strict=True):
-            row = {"split": sample.split, "id": sample.id, "category": sample.category}
+            question = {"split": sample.split, "id": sample.id, QUESTION_KEY: sample.key.as_json()}
+            row = {**question, "category": sample.category}
             if isinstance(outcome, SampleError):
                 yield {**row, "refused": outcome.reason}
             else:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from storage.identity import compute_tokenizer_fingerprint, compute_vocab_size
 from storage.records.records import ImageRef, PartRecords, SampleError, TokensRecord, compute_image_key
+from storage.records.sample_key import SampleKey
 from storage.writer.cache_writer import CacheWriter
 from student_train.models.huggingface import import_transformers
 from teacher_dump import torchvision_shim
@@ -61,7 +62,7 @@ def write_hostile_cache(folder: Path, *, num_samples: int = 3) -> Path:
         ids = np.array([*prefix, *question, *answer], np.int32)
         mask = np.arange(len(ids)) >= len(ids) - len(answer)
         image = ImageRef(IMAGE_PATH, sha256, NUM_VISUAL_TOKENS, key)
-        records.append(TokensRecord(f"{SAMPLE_ID}{number}", HANDLER, CATEGORY, ids, mask, (image,)))
+        records.append(TokensRecord(SampleKey(f"{SAMPLE_ID}{number}"), HANDLER, CATEGORY, ids, mask, (image,)))
         responses.append(select(make_logits(draw, len(answer), identity.vocab_size), tau=TAU, rng=draw, labels=True))
     visual = select(make_logits(draw, NUM_VISUAL_TOKENS, identity.vocab_size), tau=TAU, rng=draw, labels=False)
     writer = CacheWriter.open(folder / "cache", identity, ("response", "visual", "relation"))

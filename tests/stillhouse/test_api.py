@@ -67,7 +67,11 @@ def make_part(part: int, num_samples: int) -> stillhouse.PartRecords:
         key = stillhouse.compute_image_key(ids[:2], [sha256], "0" * 64)
         image = stillhouse.ImageRef(f"{part}-{number}.png", sha256, num_visual_tokens=4, key=key)
         mask = np.array([False, False, False, True, True])
-        tokens.append(stillhouse.TokensRecord(f"sample-{part}-{number}", "train", "made", ids, mask, (image,)))
+        tokens.append(
+            stillhouse.TokensRecord(
+                stillhouse.SampleKey(f"sample-{part}-{number}"), "train", "made", ids, mask, (image,)
+            )
+        )
         visual[key] = make_rows(rng, 4, labels=False)
     response = [make_rows(rng, 2, labels=True) for _ in tokens]
     errors = [stillhouse.SampleError(f"lost-{part}", "its image is missing")]

@@ -45,3 +45,14 @@ def set_value(name: str, row: int, value: Any) -> Callable[[dict[str, list]], di
         return columns
 
     return change
+
+
+def set_plain_id(row: int, sample_id: str) -> Callable[[dict[str, list]], dict[str, list]]:
+    """Returns a change of the columns of tokens: makes a row a sample of its own, with this id."""
+
+    def change(columns: dict[str, list]) -> dict[str, list]:
+        for name, value in {"sample_id": sample_id, "row_id": sample_id, "half": "", "copy": 0}.items():
+            columns[name][row] = value
+        return columns
+
+    return change

@@ -18,18 +18,21 @@ from storage.records.records import (
     TokensRecord,
     compute_image_key,
 )
+from storage.records.sample_key import Half, SampleKey
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import IMAGE_TOKEN, VOCAB_SIZE, make_identity, make_relation
 
 WIDTH = 12
 FAMILIES = ("relation", "sequence", "hidden", "images")
 PROMPT = [1, IMAGE_TOKEN, 20, 21]
-SAMPLES = (  # id, image number, prompt, answer
-    ("text", None, [1, 20, 21], [30, 31]),
-    ("silent", 0, PROMPT, []),
-    ("shared", 0, [1, IMAGE_TOKEN, 22], [30, 31, 32]),
-    ("pair#chosen", 1, PROMPT, [30, 33]),
-    ("pair#rejected", 1, PROMPT, [40, 41, 42]),
+SAMPLES: tuple[
+    tuple[str, Half | None, int | None, list[int], list[int]], ...
+] = (  # id, half of a pair, image number, prompt, answer
+    ("text", None, None, [1, 20, 21], [30, 31]),
+    ("silent", None, 0, PROMPT, []),
+    ("shared", None, 0, [1, IMAGE_TOKEN, 22], [30, 31, 32]),
+    ("pair", "chosen", 1, PROMPT, [30, 33]),
+    ("pair", "rejected", 1, PROMPT, [40, 41, 42]),
 )
 
 
@@ -60,7 +63,7 @@ def make_family_part(part: int) -> PartRecords:
     """Records of the samples above, ids suffixed by the part where they are no pair's."""
     rng = np.random.default_rng([7, part])
     tokens, relation, images = [], {}, {}
-    for sample_id, number, prompt, answer in SAMPLES:
+    for row_id, half, number, prompt, answer in SAMPLES:
         refs = ()
         if number is not None:
             content = make_image_file(part, number)
@@ -70,9 +73,9 @@ def make_family_part(part: int) -> PartRecords:
             refs = (ImageRef(f"{part}-{number}.png", sha256, 9, key),)
             if key not in relation:
                 relation[key] = make_relation(rng, 9) if number else make_flat_relation(rng, 9)
-        name = f"{part}-{sample_id}"
+        key = SampleKey(f"{part}-{row_id}", half)
         mask = np.array([False] * len(prompt) + [True] * len(answer))
-        tokens.append(TokensRecord(name, "train", "", np.array(prompt + answer, np.int32), mask, refs))
+        tokens.append(TokensRecord(key, "train", "", np.array(prompt + answer, np.int32), mask, refs))
     return PartRecords(
         tokens=tokens,
         relation=relation,

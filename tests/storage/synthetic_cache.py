@@ -26,6 +26,7 @@ from storage.records.records import (
     TokensRecord,
     compute_image_key,
 )
+from storage.records.sample_key import SampleKey
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
 
@@ -147,7 +148,7 @@ def make_part(
                 relation[key] = make_relation(rng, num_visual_tokens)
         tokens.append(
             TokensRecord(
-                sample_id=f"sample-{part}-{sample}",
+                key=SampleKey(f"sample-{part}-{sample}"),
                 split="test" if sample == 0 else "train",
                 category="digit" if sample % 2 else "größe",
                 token_ids=np.array(ids, np.int32),

@@ -21,7 +21,7 @@ from storage.reader.cache import Cache
 from storage.records.records import RelationFactor, SequenceLogprob
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from tests.storage.damage import flip_bytes, list_all_files, read_everything, set_value
+from tests.storage.damage import flip_bytes, list_all_files, read_everything, set_plain_id, set_value
 from tests.storage.family_cache import (
     FAMILIES,
     WIDTH,
@@ -364,7 +364,13 @@ def first_rows(count):
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("tokens", set_value("sample_id", 4, "0-pair#x"), "holds no 0-pair#rejected"),
+        ("tokens", set_plain_id(4, "0-pair"), "holds no 0-pair#rejected"),
+        ("tokens", set_value("sample_id", 4, "0-pair#x"), "sample '0-pair#x' has the key of '0-pair#rejected'"),
+        ("tokens", set_value("half", 0, "chosen"), "sample '0-text' has the key of '0-text#chosen'"),
+        ("tokens", set_value("half", 0, "best"), "half of sample '0-text' is 'best'"),
+        ("tokens", set_value("copy", 0, 1), "sample '0-text' has the key of '0-text~2'"),
+        ("tokens", set_value("source", 0, -1), "of source -1, expected 0 to"),
+        ("tokens", set_value("source", 4, 1), "holds no 0-pair#rejected"),
         ("tokens", set_value("token_ids", 4, lambda ids: [2, *ids[1:]]), "its prompt or images differ"),
         ("sequence", set_value("sample_id", 1, "other"), "sequence row 1: is not of sample"),
         ("sequence", set_value("num_tokens", 0, 5), "over 5 tokens for 2"),
@@ -458,8 +464,8 @@ def test_manifest_errors_are_compared(folder):
 def test_other_programs_read_margins_directly(good):
     duckdb = pytest.importorskip("duckdb")
     query = (
-        f"with s as (select * from '{good}/sequence/*.parquet') "
-        "select c.sample_id, c.logprob - r.logprob from s c join s r "
-        "on r.sample_id = replace(c.sample_id, '#chosen', '#rejected') and c.sample_id != r.sample_id order by 1"
+        f"with s as (select * from '{good}/tokens/*.parquet' join '{good}/sequence/*.parquet' using (sample_id)) "
+        "select row_id, c.logprob - r.logprob from s c join s r using (source, row_id, copy) "
+        "where c.half = 'chosen' and r.half = 'rejected' order by 1"
     )
-    assert duckdb.sql(query).fetchall() == [("0-pair#chosen", 1.5), ("1-pair#chosen", 1.5)]
+    assert duckdb.sql(query).fetchall() == [("0-pair", 1.5), ("1-pair", 1.5)]

@@ -9,6 +9,7 @@ import pytest
 
 from storage.errors import CacheError
 from storage.reader.cache import Cache
+from storage.records.sample_key import SampleKey
 from storage.records.sparse_rows import SparseRows
 from storage.verify.scan_cache import verify
 from tests.storage.golden.make_cache import (
@@ -66,6 +67,7 @@ def test_it_is_verified_and_opened_as_it_was_written(golden):
 @pytest.mark.parametrize("index", range(len(SAMPLES)))
 def test_its_records_read_to_the_numbers_they_were_written_with(index, golden):
     sample, got = SAMPLES[index], Cache.open(golden).read(index, draw_set=3)
+    assert got.tokens.key == SampleKey(sample["sample_id"], source=sample.get("source", 0))
     assert got.tokens.token_ids.tolist() == sample["token_ids"]
     assert got.response is not None
     assert_blocks_hold(got.response, sample["response"], tau=TAU, temperatures=1)

@@ -25,6 +25,7 @@ from storage.records.records import (
     TokensRecord,
     compute_image_key,
 )
+from storage.records.sample_key import HALVES, SampleKey
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
 
@@ -148,10 +149,9 @@ def make_cache(
         records = []
         for index in range(num_samples):
             number, half = divmod(index, 2) if "sequence" in families else (index, 0)
-            suffix = ("#chosen", "#rejected")[half] if "sequence" in families else ""
+            key = SampleKey(f"{split}-{number:03d}", HALVES[half] if "sequence" in families else None)
             shown = [pictures[(number + n) % num_images] for n in range(images_per_sample)]
-            name = f"{split}-{number:03d}{suffix}"
-            records.append(_sample(tokenizer, identity, name, split, number, shown, tokens_per_image, wrong=bool(half)))
+            records.append(_sample(tokenizer, identity, key, split, number, shown, tokens_per_image, wrong=bool(half)))
         keys = {image.key: image for record in records for image in record.images}
         responses = [record.token_ids[record.response_mask] for record in records]
         writer.write_part(
@@ -208,7 +208,7 @@ def _picture(root: Path, name: str, size: int, draw: np.random.Generator) -> tup
 def _sample(
     tokenizer: Any,
     identity: Identity,
-    sample_id: str,
+    key: SampleKey,
     split: str,
     index: int,
     shown: list,
@@ -233,7 +233,7 @@ def _sample(
         ImageRef(name, sha256, tokens_per_image, compute_image_key(token_ids[: place + 1], hashes[: n + 1], "test"))
         for n, ((name, sha256, _, _), place) in enumerate(zip(shown, places, strict=True))
     )
-    return TokensRecord(sample_id, split, ("left", "right", "caption")[kind], token_ids, mask, images)
+    return TokensRecord(key, split, ("left", "right", "caption")[kind], token_ids, mask, images)
 
 
 def _files(root: Path, record: TokensRecord) -> list[tuple[str, bytes]]:

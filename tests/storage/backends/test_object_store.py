@@ -20,6 +20,7 @@ from storage.errors import CacheError, CorruptPartError
 from storage.processes.waiting import send_notices_to
 from storage.reader.cache import Cache
 from storage.records.records import PartRecords, TokensRecord
+from storage.records.sample_key import SampleKey
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.family_cache import make_image_file, make_output_head, write_family_cache
@@ -144,7 +145,7 @@ def test_rows_are_read_by_ranges(url, trouble):
     rng, num_samples, num_tokens = np.random.default_rng(0), 256, 8000
     mask = np.zeros(num_tokens, bool)
     tokens = [
-        TokensRecord(f"sample-{n}", "train", "", rng.integers(8, 300, num_tokens, dtype=np.int32), mask)
+        TokensRecord(SampleKey(f"sample-{n}"), "train", "", rng.integers(8, 300, num_tokens, dtype=np.int32), mask)
         for n in range(num_samples)
     ]
     writer = CacheWriter.open(url, make_identity(num_parts=1), ())

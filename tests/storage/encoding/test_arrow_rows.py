@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 from storage.encoding.arrow_rows import decode_tokens_row, encode_tokens_row
 from storage.encoding.parquet_schema import SCHEMAS
 from storage.records.records import TokensRecord
+from storage.records.sample_key import SampleKey
 from tests.storage.synthetic_cache import make_identity
 
 
 @given(st.lists(st.booleans(), max_size=40), st.text(max_size=5))
 def test_any_response_mask_comes_back(bits, sample_id):
     mask = np.array(bits, bool)
-    record = TokensRecord(sample_id, "train", "", np.full(len(bits), 9, np.int32), mask)
+    record = TokensRecord(SampleKey(sample_id), "train", "", np.full(len(bits), 9, np.int32), mask)
     try:
         columns = {name: pa.array([value], SCHEMAS["tokens"].field(name).type) for name, value in make_table(record)}
     except UnicodeEncodeError:

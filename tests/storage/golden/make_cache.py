@@ -114,6 +114,7 @@ PARTS: list[dict[str, Any]] = [
         "samples": [
             {
                 "sample_id": "fourth",
+                "source": 1,
                 "split": "train",
                 "category": "colour",
                 "token_ids": [1, 999, 26, 50],
@@ -147,6 +148,7 @@ def main(folder: str) -> None:
         TokensRecord,
         compute_image_key,
     )
+    from storage.records.sample_key import SampleKey
     from storage.records.sparse_rows import SparseRows
     from storage.writer.cache_writer import CacheWriter
 
@@ -178,7 +180,7 @@ def main(folder: str) -> None:
             key = compute_image_key(sample["token_ids"][:2], [sha256], PREPROCESSING)
             refs.append(ImageRef(f"set/{name}", sha256, IMAGES[name]["num_visual_tokens"], key))
         return TokensRecord(
-            sample["sample_id"], sample["split"], sample["category"],
+            SampleKey(sample["sample_id"], source=sample.get("source", 0)), sample["split"], sample["category"],
             np.array(sample["token_ids"], np.int32), np.array(sample["response_mask"], bool), tuple(refs),
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from storage.errors import IdentityError
 from storage.images.image_root import find_image_root, is_moved_root, may_follow_links
 from storage.reader.cache import Cache
 from storage.records.records import ImageRef, PartRecords, TokensRecord, compute_image_key
+from storage.records.sample_key import SampleKey
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import IMAGE_TOKEN, make_identity
 
@@ -23,7 +24,7 @@ def write(project, name="one", **identity) -> Cache:
     (images / f"{name}.png").write_bytes(b"?")
     ids = np.array([1, IMAGE_TOKEN, 20], np.int32)
     image = ImageRef(f"{name}.png", "0" * 64, 4, compute_image_key(ids[:2].tolist(), ["0" * 64], "d" * 8))
-    record = TokensRecord(name, "train", "", ids, np.array([False, False, True]), (image,))
+    record = TokensRecord(SampleKey(name), "train", "", ids, np.array([False, False, True]), (image,))
     chosen = make_identity(**{"num_parts": 1, "image_root": str(images), "selection": {}, **identity})
     writer = CacheWriter.open(project / "runs/x/cache", chosen, (), append=True)
     writer.write_part(0, PartRecords([record]))

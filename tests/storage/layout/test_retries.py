@@ -17,6 +17,7 @@ from storage.layout.documents import SegmentDescription, parse_document
 from storage.layout.retries import find_or_begin_retry
 from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleError
+from storage.records.sample_key import SampleKey
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.synthetic_cache import FAMILIES, SAMPLES_PER_PART, make_identity, make_part, write_cache
@@ -34,7 +35,7 @@ def mend(sample_ids, *, errors=(), families=FAMILIES, part=9) -> PartRecords:
     """Records under these ids, and these errors."""
     records = make_part(part, families=families, num_samples=len(sample_ids))
     tokens = [
-        dataclasses.replace(record, sample_id=sample_id)
+        dataclasses.replace(record, key=SampleKey(sample_id))
         for record, sample_id in zip(records.tokens, sample_ids, strict=True)
     ]
     return dataclasses.replace(records, tokens=tokens, errors=[SampleError(name, "again") for name in errors])
@@ -137,7 +138,7 @@ def test_a_part_that_is_written_anew_leaves_a_retry_its_samples(tmp_path):
     retry(tmp_path, FAILED, mend(["broken-0"], errors=["broken-1"])).seal()
     (tmp_path / "commits/part-00000.json").unlink()
     records = make_part(0)
-    again = [dataclasses.replace(records.tokens[0], sample_id="broken-0"), *records.tokens[1:]]
+    again = [dataclasses.replace(records.tokens[0], key=SampleKey("broken-0")), *records.tokens[1:]]
     writer = CacheWriter.open(tmp_path, make_identity(), FAMILIES)
     writer.unseal()
     writer.write_part(0, dataclasses.replace(records, tokens=again, errors=[]))

@@ -4,22 +4,44 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from storage.encoding.parquet_schema import KEY_COLUMNS, SCHEMAS
 from storage.records.preference_pairs import check_pairs, check_sequence, find_pair_positions
 from storage.records.records import SequenceLogprob
+from storage.records.sample_key import SampleKey
 from tests.storage.family_cache import make_family_part
 
 TEXT, _, SHARED, CHOSEN, REJECTED = make_family_part(0).tokens
 
 
-def test_pairs_are_found_by_their_ids():
-    ids = ["b#rejected", "a#chosen", "c", "b#chosen", "lone#chosen", "a#rejected", "#rejected"]
-    assert find_pair_positions(pa.array(ids)).tolist() == [[1, 5], [3, 0]]
-    assert find_pair_positions(pa.chunked_array([ids[:3], ids[3:]])).tolist() == [[1, 5], [3, 0]]
-    assert find_pair_positions(pa.array([], pa.string())).shape == (0, 2)
+def make_key_table(rows):
+    return pa.Table.from_pylist(
+        [dict(zip(KEY_COLUMNS, row, strict=True)) for row in rows],
+        pa.schema([SCHEMAS["tokens"].field(name) for name in KEY_COLUMNS]),
+    )
+
+
+def test_pairs_are_found_by_their_keys():
+    rows = [
+        ("b", "rejected", 0, 0),
+        ("a", "chosen", 1, 2),
+        ("c", "", 0, 0),
+        ("b", "chosen", 0, 0),
+        ("lone", "chosen", 0, 0),
+        ("a", "rejected", 0, 2),  # of the row's first copy
+        ("a", "rejected", 1, 2),
+        ("lone", "rejected", 0, 1),  # of another source
+        ("d#chosen", "", 0, 0),  # rows with such ids of their own
+        ("d#rejected", "", 0, 0),
+    ]
+    table = make_key_table(rows)
+    assert find_pair_positions(table).tolist() == [[1, 6], [3, 0]]
+    assert find_pair_positions(pa.concat_tables([table[:2], table[2:]])).tolist() == [[1, 6], [3, 0]]
+    assert find_pair_positions(make_key_table([])).shape == (0, 2)
 
 
 def test_good_pairs_pass_beside_ordinary_samples():
-    check_pairs([TEXT, CHOSEN, SHARED, REJECTED])
+    alike = dataclasses.replace(TEXT, key=SampleKey("alone#chosen"))
+    check_pairs([TEXT, CHOSEN, SHARED, REJECTED, alike])
     check_pairs([])
 
 

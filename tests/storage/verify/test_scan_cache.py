@@ -18,9 +18,10 @@ from storage.layout.documents import CacheDescription, Commit, Manifest, parse_d
 from storage.layout.segments import read_segments
 from storage.reader.cache import Cache
 from storage.records.records import PartRecords, TokensRecord
+from storage.records.sample_key import SampleKey
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
-from tests.storage.damage import flip_bytes, list_all_files, read_everything, set_value
+from tests.storage.damage import flip_bytes, list_all_files, read_everything, set_plain_id, set_value
 from tests.storage.synthetic_cache import (
     FAMILIES,
     SAMPLES_PER_PART,
@@ -152,9 +153,9 @@ def swap_ids(columns):
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("tokens", set_value("sample_id", 1, "sample-1-0"), "'sample-1-0' is in part 0 too"),
-        ("tokens", set_value("sample_id", 1, "broken-0"), "'broken-0' is in part 0 too"),
-        ("tokens", set_value("sample_id", 1, "other"), "response row 1: is not of sample 'other'"),
+        ("tokens", set_plain_id(1, "sample-1-0"), "'sample-1-0' is in part 0 too"),
+        ("tokens", set_plain_id(1, "broken-0"), "'broken-0' is in part 0 too"),
+        ("tokens", set_plain_id(1, "other"), "response row 1: is not of sample 'other'"),
         ("tokens", set_value("image_paths", 0, ["../../etc/passwd"]), "must stay inside its image root"),
         ("tokens", set_value("image_paths", 0, ["/etc/passwd"]), "must be relative"),
         ("tokens", set_value("image_paths", 0, ["a.png", "b.png"]), "tokens row 0"),
@@ -225,10 +226,10 @@ def test_manifest_totals_are_compared(folder):
 
 def test_another_format_version_is_named_before_anything_is_parsed(folder):
     place = folder / "cache.json"
-    assert json.loads(place.read_text())["format_version"] == 4
+    assert json.loads(place.read_text())["format_version"] == 5
     description = parse_document(place.read_bytes(), CacheDescription, "cache.json")
     place.write_bytes(description.model_copy(update={"format_version": 99}).to_bytes())
-    assert "format version is 99, this Stillhouse reads 4" in verify(folder).problems[0]
+    assert "format version is 99, this Stillhouse reads 5" in verify(folder).problems[0]
 
 
 def test_sampled_weights_that_do_not_make_up_the_tail_are_found(folder):
@@ -257,7 +258,7 @@ def test_a_bad_row_group_behind_a_good_one_is_named_by_its_own_rows(tmp_path):
     rows = top_k(make_logits(rng, 2500), VOCAB_SIZE, labels=True)  # two samples of it exceed a row group
     rows = dataclasses.replace(rows, tail_mass=np.zeros(2500, np.float32))
     ids, mask = np.full(2501, 20, np.int32), np.arange(2501) > 0
-    tokens = [TokensRecord(f"s{number}", "train", "", ids, mask, ()) for number in range(3)]
+    tokens = [TokensRecord(SampleKey(f"s{number}"), "train", "", ids, mask, ()) for number in range(3)]
     writer = CacheWriter.open(tmp_path, make_identity(num_parts=2), ("response",))
     writer.write_part(0, PartRecords(tokens=tokens, response=[rows] * 3))
     writer.write_part(1, PartRecords(tokens=[], response=[]))

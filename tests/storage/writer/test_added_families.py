@@ -15,6 +15,7 @@ from storage.errors import CacheError, CorruptPartError
 from storage.layout.documents import Commit, Manifest, parse_document
 from storage.reader.cache import Cache
 from storage.records.records import PartRecords, SampleError
+from storage.records.sample_key import SampleKey
 from storage.verify.scan_cache import verify
 from storage.writer.cache_writer import CacheWriter
 from tests.storage.damage import flip_bytes, list_all_files
@@ -236,6 +237,16 @@ def test_sequence_is_not_added_to_half_a_pair(tmp_path):
     dump(tmp_path, ("relation",), change=drop_samples(("pair#rejected",)))
     with pytest.raises(CacheError, match=r"sample 0-pair#chosen: its part holds no 0-pair#rejected.*created without"):
         dump(tmp_path, ("relation", "sequence"))
+
+
+def test_a_family_is_not_added_to_another_key_of_the_same_text(tmp_path):
+    def make_plain(records):
+        tokens = [dataclasses.replace(record, key=SampleKey(record.sample_id)) for record in records.tokens]
+        return dataclasses.replace(records, tokens=tokens)
+
+    dump(tmp_path, ("relation",))
+    with pytest.raises(CacheError, match="sample '0-pair#chosen': its row_id differ from those of segment 0"):
+        dump(tmp_path, ("relation", "hidden"), change=make_plain)
 
 
 def test_any_flipped_byte_of_any_segment_is_found(tmp_path):

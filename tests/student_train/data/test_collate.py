@@ -17,6 +17,7 @@ from storage.records.records import (
     SampleRecord,
     TokensRecord,
 )
+from storage.records.sample_key import SampleKey
 from student_train.data.collate import (
     SequenceFormat,
     collate,
@@ -39,7 +40,7 @@ def image(name: str, tokens: int = 3) -> ImageRef:
 def sample(ids: Sequence[int], responses: Sequence[int], *images: ImageRef, name: str = "s") -> TokensRecord:
     mask = np.zeros(len(ids), bool)
     mask[list(responses)] = True
-    return TokensRecord(name, "train", "c", np.array(ids, np.int32), mask, images)
+    return TokensRecord(SampleKey(name), "train", "c", np.array(ids, np.int32), mask, images)
 
 
 def gather(images: Sequence[tuple[str, ImageRef]]) -> VisionInput:

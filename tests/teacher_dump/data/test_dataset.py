@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from storage.errors import ConfigError
+from storage.records.sample_key import HALVES, SampleKey
 from teacher_dump.config import DataSection, SourceSection
 from teacher_dump.data.dataset import SampleSet, read_samples
 from teacher_dump.data.sample import Sample, Turn
@@ -209,6 +210,42 @@ def test_a_pair_is_two_samples_and_a_broken_one_two_errors(tmp_path: Path) -> No
     assert ids == ["2#chosen", "2#rejected", "3#chosen", "3#rejected", "r.jsonl:4", "r.jsonl:5"]
     numbered = read(write_rows(tmp_path / "n.jsonl", [good, good]), ids="position", weight=2)
     assert len({sample.id for sample in numbered.samples}) == len(numbered.samples) == 8
+
+
+def test_keys_are_made_of_rows_and_never_of_their_ids(tmp_path: Path) -> None:
+    pair = {"id": "b", "question": "what?", "chosen": "red", "rejected": "blue"}
+    own = [{"id": name, "conversations": TURNS} for name in ("a#chosen", "a~2", "x~2#rejected")]
+    one, other = write_rows(tmp_path / "one.jsonl", own), write_rows(tmp_path / "two.jsonl", [pair])
+    got = read_samples(
+        [SourceSection(path=str(one)), SourceSection(path=str(other), weight=2)], extracted=tmp_path / "extracted"
+    )
+    assert got.errors == ()
+    assert [sample.key for sample in got.samples] == [
+        SampleKey("a#chosen"),
+        SampleKey("a~2"),
+        SampleKey("x~2#rejected"),
+        *(SampleKey("b", half, copy, 1) for copy in (0, 1) for half in HALVES),
+    ]
+    assert [sample.id for sample in got.samples][3:] == ["b#chosen", "b#rejected", "b~2#chosen", "b~2#rejected"]
+
+
+def test_two_rows_with_one_text_are_a_duplicate(tmp_path: Path) -> None:
+    """The second copy of `a` has the text of a row's own id, and so has one half of `b`, which is left out whole."""
+    rows = [{"id": name, "conversations": TURNS} for name in ("a~2", "a", "b#rejected")]
+    pair = {"id": "b", "question": "what?", "chosen": "red", "rejected": "blue"}
+    found = read(write_rows(tmp_path / "r.jsonl", [*rows, pair]), weight=2)
+    kept = ["a~2", "a~2~2", "a", "b#rejected", "b#rejected~2", "b~2#chosen", "b~2#rejected"]
+    assert [sample.id for sample in found.samples] == kept
+    copy, half = found.errors
+    assert "duplicate id 'a~2', first seen at" in copy.reason
+    assert "duplicate id 'b#rejected', first seen at" in half.reason
+
+
+def test_a_failed_row_with_the_id_of_its_place_keeps_it(tmp_path: Path) -> None:
+    place = f"{tmp_path.name}/r.jsonl:1"
+    (error,) = read(write_rows(tmp_path / "r.jsonl", [{"id": place, "conversations": []}])).errors
+    assert error.sample_id == place
+    assert error.key == SampleKey(place)
 
 
 def test_folders_that_no_image_is_in_do_not_matter(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.records.records import SampleError
+from storage.records.sample_key import HALVES, SampleKey
 from teacher_dump.data.partition import Part, make_plan
 from teacher_dump.data.sample import Sample, Turn
 
@@ -11,7 +14,7 @@ TURNS = (Turn("user", "what?"), Turn("assistant", "red"))
 
 
 def samples_of(images: list[tuple[str, ...]]) -> list[Sample]:
-    return [Sample(str(number), "train", "", shown, TURNS) for number, shown in enumerate(images)]
+    return [Sample(SampleKey(str(number)), "train", "", shown, TURNS) for number, shown in enumerate(images)]
 
 
 shown_images = st.lists(
@@ -51,15 +54,18 @@ def test_fingerprint_follows_everything_that_decides_the_records() -> None:
         make_plan(samples[::-1], samples_per_part=2, max_length=8),
         make_plan(samples[:1], samples_per_part=2, max_length=8),
         make_plan(samples, errors=[SampleError("x", "bad")], samples_per_part=2, max_length=8),
+        make_plan([replace(samples[0], key=SampleKey("0", source=1)), samples[1]], samples_per_part=2, max_length=8),
         make_plan(samples, samples_per_part=2, max_length=8, too_long="cut_turns"),
         make_plan(samples, samples_per_part=2, max_length=8, too_long="cut_answer"),
     ]
-    assert len({base.fingerprint, *(plan.fingerprint for plan in others)}) == 8
+    assert len({base.fingerprint, *(plan.fingerprint for plan in others)}) == 9
 
 
 def test_halves_of_a_pair_are_in_one_part_even_without_an_image() -> None:
-    ids = ["a#chosen", "b", "c#chosen", "a", "b#chosen", "c#rejected", "a#rejected", "b#rejected"]
-    samples = [Sample(name, "train", "", (), TURNS) for name in ids]
+    a, b, c = map(SampleKey, "abc")
+    chosen, rejected = ([replace(key, half=half) for key in (a, b, c)] for half in HALVES)
+    keys = [chosen[0], b, chosen[2], a, chosen[1], rejected[2], rejected[0], rejected[1]]
+    samples = [Sample(key, "train", "", (), TURNS) for key in keys]
     plan = make_plan(samples, samples_per_part=2, max_length=8)
     assert [[sample.id for sample in part.samples] for part in plan.parts] == [
         ["a#chosen", "a#rejected"],
@@ -68,6 +74,12 @@ def test_halves_of_a_pair_are_in_one_part_even_without_an_image() -> None:
         ["a"],
         ["b#chosen", "b#rejected"],
     ]
+
+
+def test_own_ids_that_look_like_halves_form_no_group() -> None:
+    samples = [Sample(SampleKey(name), "train", "", (), TURNS) for name in ("a#chosen", "a#rejected")]
+    plan = make_plan(samples, samples_per_part=1, max_length=8)
+    assert [[sample.id for sample in part.samples] for part in plan.parts] == [["a#chosen"], ["a#rejected"]]
 
 
 def test_errors_travel_in_part_0_even_without_samples() -> None:

@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import ConfigError, StillhouseError
+from storage.records.sample_key import HALVES, SampleKey
 from teacher_dump.data.sample import Sample, Turn
 from teacher_dump.data.sample_spool import SampleFile, SampleSubset
 
 texts = st.text(max_size=20)
 turns = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), texts), max_size=3).map(tuple)
+keys = st.builds(SampleKey, texts, st.sampled_from([None, *HALVES]), st.integers(0, 3), st.integers(0, 3))
 samples = st.lists(
-    st.builds(Sample, texts, texts, texts, st.lists(texts.map("/root/".__add__), max_size=2).map(tuple), turns),
+    st.builds(Sample, keys, texts, texts, st.lists(texts.map("/root/".__add__), max_size=2).map(tuple), turns),
     max_size=6,
 )
 
@@ -28,7 +30,7 @@ def test_samples_read_back_equal_those_written_with_shorter_paths(written: list[
     assert list(read) == written
     read.strip_path_prefix(len("/root/"))
     expected = [
-        Sample(one.id, one.split, one.category, tuple(path.removeprefix("/root/") for path in one.images), one.turns)
+        Sample(one.key, one.split, one.category, tuple(path.removeprefix("/root/") for path in one.images), one.turns)
         for one in written
     ]
     assert list(read) == expected
@@ -37,7 +39,7 @@ def test_samples_read_back_equal_those_written_with_shorter_paths(written: list[
 
 
 def test_subsets_select_by_position_and_refuse_positions_beyond_the_end(tmp_path: Path) -> None:
-    written = [Sample(str(number), "train", "", (), ()) for number in range(5)]
+    written = [Sample(SampleKey(str(number)), "train", "", (), ()) for number in range(5)]
     read = SampleFile(written, folder=tmp_path / "made" / "here")
     chosen = SampleSubset(read, array("q", [4, 0, 2]))
     assert [one.id for one in chosen] == ["4", "0", "2"]
@@ -55,7 +57,7 @@ def test_a_folder_that_cannot_hold_them_is_named(tmp_path: Path) -> None:
         SampleFile([], folder=tmp_path / "file" / "runs")
 
     def reading(number: int) -> Iterator[Sample]:
-        yield Sample("1", "train", "", (), ())
+        yield Sample(SampleKey("1"), "train", "", (), ())
         raise OSError(number, "while reading")
 
     with pytest.raises(StillhouseError, match="has no room for the plan's samples"):

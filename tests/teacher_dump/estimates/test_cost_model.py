@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from storage.records.sample_key import SampleKey
 from teacher_dump.data.sample import Sample, Turn
 from teacher_dump.estimates.cost_model import Calibration, SampleCounts, SliceCost, Work, forecast
 
@@ -81,5 +82,7 @@ def test_nothing_is_forecast_from_samples_of_which_none_has_a_record():
 
 def test_shared_images_are_counted_once_and_in_each_place():
     turns = (Turn("user", "<image>\nwhat?"), Turn("assistant", "red"))
-    samples = [Sample(name, "train", "", images, turns) for name, images in (("a", ("x",)), ("b", ("x", "y")))]
+    samples = [
+        Sample(SampleKey(name), "train", "", images, turns) for name, images in (("a", ("x",)), ("b", ("x", "y")))
+    ]
     assert SampleCounts.count(samples) == SampleCounts(samples=2, characters=2 * 16, images=2, image_places=3)

@@ -19,7 +19,7 @@ from storage.records.records import SampleError
 from storage.verify.scan_cache import verify
 from teacher_dump.config import SamplingSection, SourceSection
 from teacher_dump.data.conversation import parse_conversation
-from teacher_dump.data.dataset import read_samples
+from teacher_dump.data.dataset import SampleSet, read_samples
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.dump import run_dump
@@ -183,6 +183,26 @@ def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
     record = answerer.preparer.prepare(again).record
     assert record.token_ids[record.response_mask].tolist() == [*first, *second]
     assert record.token_ids[: len(teacher.asked[1])].tolist() == teacher.asked[1]
+
+
+def test_answers_have_the_keys_of_their_questions(tmp_path: Path, tiny_teacher: Path, tiny_data: Path) -> None:
+    end = load_processor(tiny_teacher).tokenizer.convert_tokens_to_ids("<|im_end|>")
+    samples = read_questions(tiny_data, limit=2, weight=2)
+    num_answers = sum(turn.role == "assistant" for sample in samples for turn in sample.turns)
+    answerer = make_answerer(tiny_teacher, tiny_data.parent, ScriptedTeacher([[5, end]] * num_answers))
+    rows = list(answerer.answer_part(Part(0, samples)))
+    file = tmp_path / "split-0.jsonl"
+
+    def read(rows: list[dict[str, Any]]) -> SampleSet:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return read_samples([SourceSection(path=str(file), images=str(tiny_data.parent))], extracted=tmp_path)
+
+    assert [sample.key.copy for sample in samples] == [0, 1]
+    assert [sample.key for sample in read(rows).samples] == [sample.key for sample in samples]
+    for broken in ("x", ["x"], ["x", None, -1, 0], [None, None, 0, 0], ["x", None, "1", 0]):
+        found = read([{**rows[0], "question_key": broken}])
+        assert "question_key is" in found.errors[0].reason or "id is None" in found.errors[0].reason
+        assert not found.samples
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,26 @@ def test_both_halves_of_a_preference_pair_are_taken_up_together(tmp_path: Path, 
     assert len(Cache.open(tmp_path / "cache").pairs()) == 3
 
 
+def test_own_ids_that_look_like_halves_are_taken_up_alone(
+    tmp_path: Path, write_config: WriteConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("chosen", "rejected", "whole")
+    rows = [{"id": f"x#{name}", "image": f"{name}.png", "question": "What?", "answer": "One."} for name in names]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for name in names:
+        (tmp_path / f"{name}.png").write_bytes(b"no image")
+    draw(tmp_path / "whole.png")
+    sources = [{"path": str(tmp_path / "rows.jsonl")}]
+    config = write_config(cache={"families": []}, data={"sources": sources}, dump=LENIENT)
+    assert main([str(config)]) == 0
+    draw(tmp_path / "chosen.png", seed=1)
+    capsys.readouterr()
+    assert main([str(config), "--retry-errors"]) == 0
+    assert "1 of 2 failed samples; 1 have no record now" in capsys.readouterr().out
+    assert counts(tmp_path / "cache") == (2, 1)
+    assert sorted(Cache.open(tmp_path / "cache").sample_ids) == ["x#chosen", "x#whole"]
+
+
 def test_images_that_are_bytes_in_rows_are_fixed(tmp_path: Path, write_config: WriteConfig) -> None:
     """Such an image is a file named by its hash, so a mended one has another name in the plan."""
     draw(tmp_path / "good.png")

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from storage.errors import ConfigError, StillhouseError
+from storage.records.sample_key import SampleKey
 from teacher_dump.config import TeacherSection
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.preprocessor import PromptBuilder
@@ -38,7 +39,7 @@ def build(template: str, *texts: str, eos: tuple[str, ...] = (END_OF_TURN,), **a
         template_arguments=arguments,
     )
     turns = tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
-    prompt = builder.build(Sample("x", "train", "", (), turns))
+    prompt = builder.build(Sample(SampleKey("x"), "train", "", (), turns))
     return tokenizer.decode(prompt.token_ids), tokenizer.decode(prompt.token_ids[prompt.response_mask])
 
 

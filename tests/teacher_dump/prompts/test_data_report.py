@@ -11,6 +11,7 @@ from storage.images.pixels import make_pixels
 from storage.images.settings import PixelSettings
 from storage.images.traits import ImageTraits, read_traits
 from storage.records.records import SampleError, TokensRecord
+from storage.records.sample_key import SampleKey
 from teacher_dump.data.conversation import NO_LABEL
 from teacher_dump.data.image_loading import LoadedImage, load_image
 from teacher_dump.prompts.data_report import DataReporter
@@ -59,7 +60,7 @@ def test_traits_of_a_file(content: bytes, traits: ImageTraits) -> None:
 
 def prepared(name: str, images: list[LoadedImage], *, is_cut: bool = False) -> PreparedSample:
     ids, mask = np.arange(3, dtype=np.int32), np.array([False, True, True])
-    record = TokensRecord(name, "train", "", ids, mask, ())
+    record = TokensRecord(SampleKey(name), "train", "", ids, mask, ())
     return PreparedSample(record, tuple(images), expand_image_tokens(ids, [], -1), is_cut)
 
 

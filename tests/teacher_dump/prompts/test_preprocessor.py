@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from storage.errors import StillhouseError
+from storage.records.sample_key import SampleKey
 from teacher_dump import torchvision_shim
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.chat_template import (
@@ -57,7 +58,9 @@ def builder(template: str | None = CHAT_TEMPLATE, **changes: Any) -> tuple[Promp
 
 
 def sample(*texts: str, num_images: int = 0) -> Sample:
-    return Sample("x", "train", "", tuple(f"{number}.png" for number in range(num_images)), tuple(conversation(*texts)))
+    return Sample(
+        SampleKey("x"), "train", "", tuple(f"{number}.png" for number in range(num_images)), tuple(conversation(*texts))
+    )
 
 
 def test_answers_are_located_by_hand_in_two_turns() -> None:
@@ -142,12 +145,12 @@ def test_an_answer_that_is_no_label_is_masked_and_its_ids_stay() -> None:
 def test_of_half_of_a_pair_only_the_last_answer_counts() -> None:
     built, tokenizer = builder(VICUNA)
     whole = sample("<image>\nwhat?", "red", "and?", "blue", num_images=1)
-    plain, half = built.build(whole), built.build(replace(whole, id="x#rejected"))
+    plain, half = built.build(whole), built.build(replace(whole, key=SampleKey("x", "rejected")))
     assert half.token_ids.tolist() == plain.token_ids.tolist()
     assert tokenizer.decode(half.token_ids[half.response_mask]) == f" blue{END_OF_TURN}"
     assert half.response_mask[-1]
     single = sample("what?", "red")
-    one, other = built.build(single), built.build(replace(single, id="x#chosen"))
+    one, other = built.build(single), built.build(replace(single, key=SampleKey("x", "chosen")))
     assert one.response_mask.tolist() == other.response_mask.tolist()
 
 

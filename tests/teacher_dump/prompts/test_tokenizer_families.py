@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.records.sample_key import SampleKey
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.preprocessor import PromptBuilder
 from teacher_dump.prompts.truncation import compute_kept_length
@@ -44,7 +45,7 @@ def build(tokenizer: Any, *texts: str, num_images: int = 0, **arguments: Any) ->
     )
     turns = tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
     images = tuple(f"{number}.png" for number in range(num_images))
-    return builder.build(Sample("x", "train", "", images, turns))
+    return builder.build(Sample(SampleKey("x"), "train", "", images, turns))
 
 
 def draw_tokens(tokenizer: Any, prompt: Any) -> list[str]:

@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
-from storage.records.preference_pairs import check_pairs, find_pair_positions
+from storage.records.preference_pairs import check_pairs
 from storage.records.records import PartRecords, SampleError
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.signals.spec import SignalRequest
@@ -19,14 +18,15 @@ from tests.teacher_dump.scorers import EVERYTHING, make_scorer, part_of, referen
 SEQUENCE = SignalRequest(sequence=True)
 
 
-def write_pairs(folder: Path, answers: dict[str, str], images: dict[str, str] | None = None) -> Path:
-    """Writes one question about one red image with several answers; the keys are sample ids."""
+def write_pairs(folder: Path, answers: dict[str, tuple[str, ...]], images: dict[str, str] | None = None) -> Path:
+    """Writes rows of one question about one image, with an answer or with a chosen and a rejected one, by id."""
     Image.new("RGB", (32, 32), "red").save(folder / "red.png")
     Image.new("RGB", (32, 32), "blue").save(folder / "blue.png")
     rows = []
-    for name, answer in answers.items():
-        turns = [{"from": "human", "value": "<image>\nwhat colour?"}, {"from": "gpt", "value": answer}]
-        rows.append({"id": name, "image": (images or {}).get(name, "red.png"), "conversations": turns})
+    for name, texts in answers.items():
+        fields = zip(("answer",) if len(texts) == 1 else ("chosen", "rejected"), texts, strict=True)
+        image = (images or {}).get(name, "red.png")
+        rows.append({"id": name, "image": image, "question": "<image>\nwhat colour?", **dict(fields)})
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -37,7 +37,7 @@ def test_sequence_logprobs_are_the_sums_of_the_models_own(tmp_path: Path, tiny_t
 
     model = LlavaForConditionalGeneration.from_pretrained(tiny_teacher).eval()
     processor = load_processor(tiny_teacher)
-    file = write_pairs(tmp_path, {"a#chosen": "red", "a#rejected": "the left half is blue", "b": "red red"})
+    file = write_pairs(tmp_path, {"a": ("red", "the left half is blue"), "b": ("red red",)})
     scored = make_scorer(tiny_teacher, tmp_path, SEQUENCE, reference_teacher(tiny_teacher)).score(part_of(file))
     records = scored.records
     assert records.response is None
@@ -57,7 +57,7 @@ def test_sequence_logprobs_are_the_sums_of_the_models_own(tmp_path: Path, tiny_t
 
 
 def test_sequence_logprobs_beside_response_rows_are_the_same(tmp_path: Path, tiny_teacher: Path) -> None:
-    file = write_pairs(tmp_path, {"a#chosen": "red", "a#rejected": "blue and white"})
+    file = write_pairs(tmp_path, {"a": ("red", "blue and white")})
     teacher = reference_teacher(tiny_teacher)
     alone = make_scorer(tiny_teacher, tmp_path, SEQUENCE, teacher).score(part_of(file)).records
     both = dataclasses.replace(EVERYTHING, sequence=True)
@@ -98,20 +98,13 @@ def test_a_pair_after_earlier_answers_is_scored_by_its_last_ones(tmp_path: Path,
 
 
 def test_an_error_on_one_half_reports_both_and_leaves_nothing_behind(tmp_path: Path, tiny_teacher: Path) -> None:
-    answers = {
-        "a#chosen": "red",
-        "a#rejected": "",
-        "b#chosen": "red",
-        "b#rejected": "blue",
-        "c": "red",
-        "d#chosen": "x",
-    }
-    file = write_pairs(tmp_path, answers, {"a#chosen": "blue.png", "a#rejected": "blue.png"})
+    answers = {"a": ("red", " "), "b": ("red", "blue"), "c": ("red",), "d": ("x", "y")}
+    part = part_of(write_pairs(tmp_path, answers, {"a": "blue.png"}))
+    part = dataclasses.replace(part, samples=[sample for sample in part.samples if sample.id != "d#rejected"])
     everything = dataclasses.replace(EVERYTHING, sequence=True, images=True)
     scorer = make_scorer(tiny_teacher, tmp_path, everything, reference_teacher(tiny_teacher))
-    records = scorer.score(part_of(file)).records
+    records = scorer.score(part).records
     assert [record.sample_id for record in records.tokens] == ["b#chosen", "b#rejected", "c"]
-    assert find_pair_positions(pa.array([record.sample_id for record in records.tokens])).tolist() == [[0, 1]]
     check_pairs(records.tokens)
     reasons = {error.sample_id: error.reason for error in records.errors}
     assert set(reasons) == {"a#chosen", "a#rejected", "d#chosen"}
@@ -129,9 +122,30 @@ def test_an_error_on_one_half_reports_both_and_leaves_nothing_behind(tmp_path: P
 
 
 def test_halves_with_different_prompts_are_both_errors(tmp_path: Path, tiny_teacher: Path) -> None:
-    file = write_pairs(tmp_path, {"a#chosen": "red", "a#rejected": "blue"}, {"a#rejected": "blue.png"})
+    part = part_of(write_pairs(tmp_path, {"a": ("red", "blue")}))
+    chosen, rejected = part.samples
+    part = dataclasses.replace(part, samples=[chosen, dataclasses.replace(rejected, images=("blue.png",))])
     scorer = make_scorer(tiny_teacher, tmp_path, SignalRequest(), None)
-    records: PartRecords = scorer.score(part_of(file)).records
+    records: PartRecords = scorer.score(part).records
     assert records.tokens == []
     assert [type(error) for error in records.errors] == [SampleError, SampleError]
     assert all("prompt or images differ" in error.reason for error in records.errors)
+
+
+def test_own_ids_that_look_like_halves_or_copies_are_ordinary_samples(tmp_path: Path, tiny_teacher: Path) -> None:
+    """Both answers of each conversation count, and no sample looks for another."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    turns = [
+        {"from": "human", "value": "<image>\nwhat colour?"},
+        {"from": "gpt", "value": "red"},
+        {"from": "human", "value": "and on the right?"},
+        {"from": "gpt", "value": "blue"},
+    ]
+    ids = ["plain", "a#chosen", "a#rejected", "x#chosen", "b~2"]
+    rows = [{"id": name, "image": "red.png", "conversations": turns} for name in ids]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    scorer = make_scorer(tiny_teacher, tmp_path, SEQUENCE, reference_teacher(tiny_teacher))
+    records = scorer.score(part_of(tmp_path / "rows.jsonl")).records
+    assert not records.errors
+    assert [record.sample_id for record in records.tokens] == ids
+    assert len({record.num_response_tokens for record in records.tokens}) == 1

@@ -11,6 +11,7 @@ from PIL import Image
 from storage.errors import StillhouseError
 from storage.images.pictures import rotate_picture
 from storage.images.settings import OLD_PIXELS
+from storage.records.sample_key import SampleKey
 from teacher_dump.data.sample import Sample
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.signals.lm_head import OutputHead, read_head
@@ -138,11 +139,11 @@ def test_samples_without_usable_images_are_not_checked(
 ) -> None:
     scorer = make_scorer(tiny_teacher, tmp_path, EVERYTHING, reference)
     assert check_vision(scorer, head, []) is None
-    assert check_vision(scorer, head, [Sample("x", "train", "", ("gone.png",), ())]) is None
+    assert check_vision(scorer, head, [Sample(SampleKey("x"), "train", "", ("gone.png",), ())]) is None
 
 
 def test_chosen_samples_show_different_images(tiny_data: Path) -> None:
-    text_only = Sample("text", "train", "", (), ())
+    text_only = Sample(SampleKey("text"), "train", "", (), ())
     chosen = choose_check_samples([text_only, *part_of(tiny_data).samples], 100)
     assert len(chosen) == 8
     assert len({image for sample in chosen for image in sample.images}) == 8
