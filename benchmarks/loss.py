@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results import Results, table, wants_json
-from student_train.losses.fused_linear import HeadLossTask, SparseTarget, fused_head_loss
+from student_train.losses.fused_linear import HeadLossTask, fused_head_loss
 from student_train.losses.sparse_divergence import LossSpec, TeacherRows
 
 VOCABULARY, WIDTH = 151_936, 896
@@ -94,15 +94,12 @@ def fused_cross_entropy(inputs: Inputs) -> Tensor:
 
 def fused_kd(inputs: Inputs) -> Tensor:
     """The same forward KL as the first two."""
-    return fused_head_loss(inputs.weight, [HeadLossTask(inputs.hidden, None, SparseTarget(inputs.teacher, UNBIASED))])[
-        0
-    ]
+    return fused_head_loss(inputs.weight, [HeadLossTask(inputs.hidden, None, inputs.teacher, UNBIASED)])[0]
 
 
 def fused_both(inputs: Inputs) -> Tensor:
     """Cross-entropy and KL of the same rows, as training has them."""
-    target = SparseTarget(inputs.teacher, UNBIASED)
-    return fused_head_loss(inputs.weight, [HeadLossTask(inputs.hidden, inputs.labels, target)])[0]
+    return fused_head_loss(inputs.weight, [HeadLossTask(inputs.hidden, inputs.labels, inputs.teacher, UNBIASED)])[0]
 
 
 WAYS: dict[str, Callable[[Inputs], Tensor]] = {

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from student_train.data.collate import Batch, ImageRun
 from student_train.losses.config import LossesSection, Treatment
-from student_train.losses.fused_linear import HiddenTarget, SparseTarget, TeacherHead
+from student_train.losses.head_products import TeacherHead
 from student_train.losses.row_counts import RowCounts
-from student_train.losses.sparse_divergence import TeacherRows
 from student_train.models.student import Student
 from student_train.training.objective import CachedTeacher, Objective
 
@@ -48,13 +47,8 @@ class OnlineObjective(Objective):
         self._said = self._states(batch)
         return super().forward(batch, totals, largest)
 
-    def _make_target(
-        self, name: str, rows: TeacherRows | None, hidden: Tensor | None = None
-    ) -> SparseTarget | HiddenTarget | None:
-        if getattr(self._losses, name) is None:
-            return None
-        assert self._teacher.head is not None
-        return HiddenTarget(self._said[name], self._teacher.head, self._specs[name])
+    def _get_teacher(self, batch: Batch, name: str) -> Tensor | None:
+        return None if getattr(self._losses, name) is None else self._said[name]
 
     def _split_visual_rows(self, hidden: Tensor, batch: Batch) -> list[tuple[ImageRun, Tensor]]:
         """All of them as one image's, which needs no resampling."""

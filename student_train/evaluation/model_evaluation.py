@@ -25,7 +25,6 @@ from student_train.data.mixture import CacheSource, Mixture
 from student_train.data.sample_images import TensorStore, VisionGatherer
 from student_train.evaluation.generation import generate_greedily
 from student_train.evaluation.hallucination import compute_unsupported_rate, score_yes_no
-from student_train.losses.fused_linear import SparseTarget
 from student_train.losses.load_balancing import RouterLosses, router_losses, summarize_routers
 from student_train.losses.sparse_divergence import differentiate_rows_
 from student_train.models.loading import Checkpoint, check_fit, load_for_inference, read_checkpoint
@@ -259,13 +258,12 @@ def _compute_fidelity(student: Student, batch: Batch) -> Fidelity:
         cross_entropy_sum += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
         if batch.response is None:
             continue
-        teacher = batch.response.slice(start, stop)
+        teacher = batch.response[start:stop]
         topped = teacher.num_exact > 0  # entries descend, so the first is the most probable
         tops = teacher.ids[teacher.offsets[:-1][topped]]
         num_agreeing += int((logits.argmax(1)[topped] == tops).sum())
         num_topped += int(topped.sum())
-        target = SparseTarget(teacher).select_chunk(0, teacher.num_rows, logits)
-        kl_sum += float(differentiate_rows_(logits, None, target, gradient=False).divergence)
+        kl_sum += float(differentiate_rows_(logits, None, teacher, gradient=False).divergence)
     num_rows = 0 if batch.response is None else len(rows)
     return Fidelity(cross_entropy_sum, len(rows), kl_sum, num_agreeing, num_rows, num_topped, routers)
 

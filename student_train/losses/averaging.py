@@ -8,15 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-from torch import Tensor
 
 from student_train.losses.config import Mean
 from student_train.losses.row_counts import RowCounts
-from student_train.losses.sparse_divergence import TeacherRows
-
-Rows = TypeVar("Rows", Tensor, TeacherRows)
 
 
 @dataclass(frozen=True)
@@ -27,9 +21,10 @@ class WeightedRows:
     stop: int
     weight: float
 
-    def select(self, rows: Rows) -> Rows:
-        """Return these rows of a tensor or of teacher rows."""
-        return rows[self.start : self.stop] if isinstance(rows, Tensor) else rows.slice(self.start, self.stop)
+    @property
+    def rows(self) -> slice:
+        """These rows, as an index of tensors and of teacher rows."""
+        return slice(self.start, self.stop)
 
 
 def weigh_rows(mean: Mean, counts: Sequence[int], *, total_rows: int, totals: RowCounts) -> list[WeightedRows]:

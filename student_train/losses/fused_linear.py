@@ -19,72 +19,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from student_train.losses.head_products import HeadProducts, select_products
-from student_train.losses.sparse_divergence import (
-    BUCKET_SPEC,
-    ChunkTarget,
-    LossSpec,
-    RowSums,
-    TailProfile,
-    TeacherRows,
-    differentiate_rows_,
-    make_events,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class SparseTarget:
-    """Stored teacher rows and the loss spec that reads them."""
-
-    rows: TeacherRows
-    spec: LossSpec = BUCKET_SPEC
-    profile: TailProfile | None = None  # for treatment `profile`, at the spec's temperature
-
-    def select_chunk(self, start: int, stop: int, like: Float[Tensor, "r v"]) -> ChunkTarget:
-        """Return the target of rows start : stop, for logits with the dtype and vocabulary of `like`."""
-        rows = self.rows.slice(start, stop)
-        events = make_events(rows, self.spec, vocab_size=like.shape[1], dtype=like.dtype)
-        return ChunkTarget(self.spec, events=events, profile=self.profile)
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherHead:
-    """The teacher's head on torch; computes the same logits as storage.encoding.output_head.StoredHead."""
-
-    weight: Float[Tensor, "v d"]
-    bias: Float[Tensor, " v"] | None = None
-    scale: float = 1.0
-    soft_cap: float | None = None
-
-    def compute_logits(self, hidden: Float[Tensor, "r d"], *, dtype: torch.dtype) -> Float[Tensor, "r v"]:
-        """Return raw logits in `dtype`."""
-        logits = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
-        select_products(self.weight, result=dtype).compute_logits(hidden, self.weight, out=logits)
-        if self.bias is not None:
-            logits += self.bias
-        logits *= self.scale
-        return logits if self.soft_cap is None else logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
-
-
-@dataclass(frozen=True, eq=False)
-class HiddenTarget:
-    """The teacher's final-norm hidden states and its head, which give whole teacher rows."""
-
-    hidden: Float[Tensor, "r d"]
-    head: TeacherHead
-    spec: LossSpec
-
-    def select_chunk(self, start: int, stop: int, like: Float[Tensor, "r v"]) -> ChunkTarget:
-        """Return the target of rows start : stop, for logits with the dtype of `like`."""
-        return ChunkTarget(self.spec, logits=self.head.compute_logits(self.hidden[start:stop], dtype=like.dtype))
+from student_train.losses.sparse_divergence import BUCKET_SPEC, LossSpec, RowSums, TeacherRows, differentiate_rows_
 
 
 @dataclass(frozen=True, eq=False)
 class HeadLossTask:
-    """Student rows with their labels and teacher target, and the weights of both losses."""
+    """Rows of the student and what they are compared with; one task for all rows that share spec and weights."""
 
     hidden: Float[Tensor, "r d"]
     labels: Int[Tensor, " r"] | None = None
-    target: SparseTarget | HiddenTarget | None = None
+    teacher: TeacherRows | Float[Tensor, "r c"] | None = None  # stored rows; or states that `spec.head` turns into rows
+    spec: LossSpec = BUCKET_SPEC
     label_weight: float = 1.0
     weight: float = 1.0  # of the divergence
 
@@ -199,11 +144,10 @@ def _split_rows(num_rows: int, most: int) -> list[slice]:
 
 
 def _differentiate_chunk_(logits: Tensor, task: HeadLossTask, rows: slice, *, gradient: bool) -> RowSums:
-    return differentiate_rows_(
-        logits,
-        None if task.labels is None else task.labels[rows],
-        None if task.target is None else task.target.select_chunk(rows.start, rows.stop, logits),
-        label_weight=task.label_weight,
-        weight=task.weight,
-        gradient=gradient,
-    )
+    teacher = None if task.teacher is None else task.teacher[rows]
+    if isinstance(teacher, Tensor):
+        assert task.spec.head is not None
+        teacher = task.spec.head.compute_logits(teacher, dtype=logits.dtype)
+    labels = None if task.labels is None else task.labels[rows]
+    weights = {"label_weight": task.label_weight, "weight": task.weight}
+    return differentiate_rows_(logits, labels, teacher, task.spec, **weights, gradient=gradient)

@@ -104,6 +104,25 @@ def select_products(head: Tensor, *, result: torch.dtype) -> HeadProducts:
     return WideProducts()
 
 
+@dataclass(frozen=True, eq=False)
+class TeacherHead:
+    """The teacher's head on torch; computes the same logits as storage.encoding.output_head.StoredHead."""
+
+    weight: Float[Tensor, "v d"]
+    bias: Float[Tensor, " v"] | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def compute_logits(self, hidden: Float[Tensor, "r d"], *, dtype: torch.dtype) -> Float[Tensor, "r v"]:
+        """Return raw logits in `dtype`."""
+        logits = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
+        select_products(self.weight, result=dtype).compute_logits(hidden, self.weight, out=logits)
+        if self.bias is not None:
+            logits += self.bias
+        logits *= self.scale
+        return logits if self.soft_cap is None else logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+
+
 def _cast_slopes(slopes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
     """Return scaled slopes in `dtype`, and the factor that undoes the scale in products with them."""
     if dtype != torch.float16:

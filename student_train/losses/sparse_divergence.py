@@ -10,7 +10,7 @@ to their own maximum. So precision holds even if the teacher or the student leav
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from student_train.losses.config import Divergence, Treatment
 from student_train.losses.divergences import LINEAR, EventLoss, select_event_loss
+from student_train.losses.head_products import TeacherHead
 
 MIN_TAIL_MASS = 2.0**-24  # float32 resolution next to 1: a tail mass of 0 is treated as this
 PROFILE_FLOOR = 1e-3  # share of a tail profile that is spread evenly, so that no token has probability 0
@@ -27,7 +28,10 @@ _BLOCK_ELSEWHERE = 1 << 26
 
 @dataclass(frozen=True, eq=False)
 class TeacherRows:
-    """Cached teacher distributions in CSR form, with the fields of storage.records.sparse_rows.SparseRows."""
+    """Rows of the teacher on a device, in CSR form, with the fields of storage.records.sparse_rows.SparseRows.
+
+    A batch holds them as a cache stores them; `handle_tails` returns them as a loss reads them.
+    """
 
     offsets: Int[Tensor, " o"]
     ids: Int[Tensor, " e"]
@@ -42,26 +46,26 @@ class TeacherRows:
         """Number of rows."""
         return self.num_exact.shape[0]
 
-    def slice(self, start: int, stop: int) -> TeacherRows:
-        """Return rows start : stop."""
-        first, last = self.offsets[[start, stop]].tolist()
-        of_rows = {name: getattr(self, name)[start:stop] for name in ("num_exact", "tail_mass", "entropy")}
+    def __getitem__(self, rows: slice | Int[Tensor, " s"]) -> TeacherRows:
+        """Return a range of rows, or the rows of some indices, in that order."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.num_rows)
+            first, last = self.offsets[[start, stop]].tolist()
+            entries, offsets = slice(first, last), self.offsets[start : stop + 1] - first
+        else:
+            counts = self.offsets.diff()[rows]
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            starts = (self.offsets[:-1][rows] - offsets[:-1]).repeat_interleave(counts)
+            entries = starts + torch.arange(len(starts), device=starts.device)
         return TeacherRows(
-            offsets=self.offsets[start : stop + 1] - first,
-            ids=self.ids[first:last],
-            logprobs=self.logprobs[first:last],
-            log_sum_exp=self.log_sum_exp[start:stop],
-            **of_rows,
+            offsets=offsets,
+            ids=self.ids[entries],
+            logprobs=self.logprobs[entries],
+            num_exact=self.num_exact[rows],
+            tail_mass=self.tail_mass[rows],
+            entropy=self.entropy[rows],
+            log_sum_exp=self.log_sum_exp[rows],
         )
-
-    def select_rows(self, rows: Int[Tensor, " s"]) -> TeacherRows:
-        """Return the given rows, in the given order."""
-        counts = self.offsets.diff()[rows]
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        starts = (self.offsets[:-1][rows] - offsets[:-1]).repeat_interleave(counts)
-        entries = starts + torch.arange(len(starts), device=starts.device)
-        of_rows = {name: getattr(self, name)[rows] for name in ("num_exact", "tail_mass", "entropy", "log_sum_exp")}
-        return TeacherRows(offsets=offsets, ids=self.ids[entries], logprobs=self.logprobs[entries], **of_rows)
 
     def row_of_entry(self) -> Int[Tensor, " e"]:
         """Return the index of the row that each entry belongs to."""
@@ -77,92 +81,6 @@ class TeacherRows:
         """Return the same rows on another device."""
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
         return TeacherRows(**moved)
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """Divergence, tail handling and temperature; the fields are those of DistributionLossSection.
-
-    Temperature T applies to teacher and student, and the loss is multiplied by T^2 so that gradients keep their size.
-    """
-
-    divergence: Divergence = "forward_kl"
-    treatment: Treatment = "bucket"
-    temperature: float = 1.0
-    beta: float | None = None
-    column: int | None = None  # column of log_sum_exp that belongs to this temperature
-
-    @property
-    def event_loss(self) -> EventLoss:
-        """The divergence's function of one event."""
-        return select_event_loss(self.divergence, self.beta)
-
-
-BUCKET_SPEC = LossSpec()
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherEvents:
-    """Teacher rows after tail handling: events of single tokens, and one event for all other tokens."""
-
-    edges: list[int]  # (o,) first entry of each row, and the end
-    ids: Int[Tensor, " e"]
-    log_p: Float[Tensor, " e"]
-    log_rest: Float[Tensor, " r"]  # of the other tokens together; minus infinity: no such event
-    spread: Float[Tensor, " r"] | None  # mass that the tail profile spreads over the other tokens; replaces `log_rest`
-    constant: Float[Tensor, " r"]  # added to the loss
-
-    def slice(self, start: int, stop: int) -> TeacherEvents:
-        """Return rows start : stop."""
-        first, last = self.edges[start], self.edges[stop]
-        return TeacherEvents(
-            edges=[edge - first for edge in self.edges[start : stop + 1]],
-            ids=self.ids[first:last],
-            log_p=self.log_p[first:last],
-            log_rest=self.log_rest[start:stop],
-            spread=None if self.spread is None else self.spread[start:stop],
-            constant=self.constant[start:stop],
-        )
-
-    def count_entries(self) -> Int[Tensor, " r"]:
-        """Return the number of entries of each row."""
-        return torch.tensor(self.edges, device=self.ids.device).diff()
-
-
-def make_events(teacher: TeacherRows, spec: LossSpec, *, vocab_size: int, dtype: torch.dtype) -> TeacherEvents:
-    """Convert stored rows to events as the spec's treatment requires; `exact` has no stored rows."""
-    row = teacher.row_of_entry()
-    nothing = torch.full_like(teacher.tail_mass, -torch.inf, dtype=dtype)
-    constant = torch.zeros_like(nothing)
-    if spec.treatment == "unbiased":
-        if spec.divergence == "forward_kl":
-            constant = -teacher.entropy.to(dtype)
-        return TeacherEvents(teacher.offsets.tolist(), teacher.ids, teacher.logprobs.to(dtype), nothing, None, constant)
-    exact = teacher.is_exact()
-    row, ids = row[exact], teacher.ids[exact]
-    log_p = teacher.logprobs[exact].to(dtype)
-    if spec.temperature != 1:
-        log_p = log_p / spec.temperature
-        if spec.treatment != "renormalise":
-            assert spec.column is not None
-            log_p = log_p - teacher.log_sum_exp[:, spec.column].to(dtype)[row]
-    head = torch.zeros_like(constant).index_add_(0, row, log_p.exp())
-    if spec.treatment == "renormalise":
-        log_p = log_p - head.log()[row]
-    edges = [0, *teacher.num_exact.cumsum(0).tolist()]
-    if spec.treatment in ("truncate", "renormalise"):
-        return TeacherEvents(edges, ids, log_p, nothing, None, constant)
-    if spec.temperature == 1:
-        rest = teacher.tail_mass.to(dtype)
-    else:  # rounding may have raised the sum of the entries above 1
-        log_p = log_p - head.clamp_min(1).log()[row]
-        rest = 1 - head.clamp_max(1)
-    if spec.divergence == "reverse_kl":
-        rest = rest.clamp_min(MIN_TAIL_MASS)
-    rest = rest * (teacher.num_exact < vocab_size)
-    if spec.treatment == "profile":
-        return TeacherEvents(edges, ids, log_p, nothing, rest, constant)
-    return TeacherEvents(edges, ids, log_p, rest.log(), None, constant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,23 +100,63 @@ class TailProfile:
         return TailProfile(exact.exp().to(dtype), exact.to(dtype), exact)
 
 
-@dataclass(frozen=True, eq=False)
-class ChunkTarget:
-    """The target of a chunk of rows: teacher rows as events, or logits of the teacher."""
+@dataclass(frozen=True)
+class LossSpec:
+    """How a loss reads the teacher's rows: divergence, tail handling, temperature, and what these need of a cache.
 
-    spec: LossSpec
-    events: TeacherEvents | None = None
-    logits: Float[Tensor, "r v"] | None = None
-    profile: TailProfile | None = None
+    The first four fields are those of DistributionLossSection. Temperature T applies to teacher and student, and the
+    loss is multiplied by T^2 so that gradients keep their size.
+    """
 
-    def slice(self, start: int, stop: int) -> ChunkTarget:
-        """Return rows start : stop."""
-        return ChunkTarget(
-            self.spec,
-            None if self.events is None else self.events.slice(start, stop),
-            None if self.logits is None else self.logits[start:stop],
-            self.profile,
-        )
+    divergence: Divergence = "forward_kl"
+    treatment: Treatment = "bucket"
+    temperature: float = 1.0
+    beta: float | None = None
+    column: int | None = None  # column of log_sum_exp that belongs to this temperature
+    profile: TailProfile | None = None  # for treatment `profile`, at this temperature
+    head: TeacherHead | None = None  # for treatment `exact`
+
+    @property
+    def event_loss(self) -> EventLoss:
+        """The divergence's function of one event."""
+        return select_event_loss(self.divergence, self.beta)
+
+
+BUCKET_SPEC = LossSpec()
+
+
+def handle_tails(teacher: TeacherRows, spec: LossSpec, *, vocab_size: int, dtype: torch.dtype) -> TeacherRows:
+    """Return rows whose entries are the events of single tokens, as the spec's treatment requires, in `dtype`.
+
+    `tail_mass` becomes the teacher's mass of all other tokens together; 0: they are no event. `exact` has no stored
+    rows.
+    """
+    nothing = torch.zeros_like(teacher.tail_mass, dtype=dtype)
+    if spec.treatment == "unbiased":
+        return replace(teacher, logprobs=teacher.logprobs.to(dtype), tail_mass=nothing)
+    exact = teacher.is_exact()
+    row, log_p = teacher.row_of_entry()[exact], teacher.logprobs[exact].to(dtype)
+    if spec.temperature != 1:
+        log_p = log_p / spec.temperature
+        if spec.treatment != "renormalise":
+            assert spec.column is not None
+            log_p = log_p - teacher.log_sum_exp[:, spec.column].to(dtype)[row]
+    head = torch.zeros_like(nothing).index_add_(0, row, log_p.exp())
+    if spec.treatment == "renormalise":
+        log_p = log_p - head.log()[row]
+    if spec.treatment in ("truncate", "renormalise"):
+        rest = nothing
+    else:
+        if spec.temperature == 1:
+            rest = teacher.tail_mass.to(dtype)
+        else:  # rounding may have raised the sum of the entries above 1
+            log_p = log_p - head.clamp_min(1).log()[row]
+            rest = 1 - head.clamp_max(1)
+        if spec.divergence == "reverse_kl":
+            rest = rest.clamp_min(MIN_TAIL_MASS)
+        rest = rest * (teacher.num_exact < vocab_size)
+    offsets = torch.cat([teacher.offsets[:1], teacher.num_exact.cumsum(0)])
+    return replace(teacher, offsets=offsets, ids=teacher.ids[exact], logprobs=log_p, tail_mass=rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +173,8 @@ class RowSums:
 def differentiate_rows_(
     logits: Float[Tensor, "r v"],
     labels: Int[Tensor, " r"] | None = None,
-    target: ChunkTarget | None = None,
+    teacher: TeacherRows | Float[Tensor, "r v"] | None = None,
+    spec: LossSpec = BUCKET_SPEC,
     *,
     label_weight: float = 1.0,
     weight: float = 1.0,
@@ -223,67 +182,75 @@ def differentiate_rows_(
 ) -> RowSums:
     """Return the sums of -log q(label) and of the divergence; overwrite logits with the gradient of both, weighted.
 
-    Without `gradient` the content of the logits is undefined afterwards. Computes one block of rows at a time.
+    `teacher`: stored rows, or the teacher's logits. Without `gradient` the content of the logits is undefined
+    afterwards. Computes one block of rows at a time.
     """
     num_rows, vocab_size = logits.shape
+    if teacher is None:
+        teacher, spec = _make_empty_rows(logits), BUCKET_SPEC
+    elif isinstance(teacher, TeacherRows):
+        teacher = handle_tails(teacher, spec, vocab_size=vocab_size, dtype=logits.dtype)
     sums = RowSums(*logits.new_zeros(2).unbind())
     step = max(1, _BLOCK.get(logits.device.type, _BLOCK_ELSEWHERE) // vocab_size)
+    weights = (label_weight, weight)
     for start in range(0, num_rows, step):
-        stop = min(start + step, num_rows)
-        block, part = logits[start:stop], None if target is None else target.slice(start, stop)
-        of_block = None if labels is None else labels[start:stop]
-        if part is None:
-            part = _make_empty_target(block)
-        if of_block is not None and part.spec.temperature != 1:  # two softmaxes
+        rows = slice(start, min(start + step, num_rows))
+        block, part, of_block = logits[rows], teacher[rows], None if labels is None else labels[rows]
+        if of_block is not None and spec.temperature != 1:  # two softmaxes
             other = block.clone()
-            sums += _differentiate_block_(other, None, part, label_weight, weight, gradient)
-            sums += _differentiate_block_(block, of_block, _make_empty_target(block), label_weight, weight, gradient)
+            sums += _differentiate_block_(other, None, part, spec, weights, gradient)
+            sums += _differentiate_block_(block, of_block, _make_empty_rows(block), BUCKET_SPEC, weights, gradient)
             block += other
         else:
-            sums += _differentiate_block_(block, of_block, part, label_weight, weight, gradient)
+            sums += _differentiate_block_(block, of_block, part, spec, weights, gradient)
     return sums
 
 
-def _make_empty_target(block: Tensor) -> ChunkTarget:
-    """Return a target without teacher: rows without events."""
-    zeros = block.new_zeros(len(block))
-    none = TeacherEvents([0] * (len(block) + 1), zeros[:0].long(), zeros[:0], zeros - torch.inf, None, zeros)
-    return ChunkTarget(BUCKET_SPEC, none)
+def _make_empty_rows(logits: Tensor) -> TeacherRows:
+    """Return a row without events for each row of logits."""
+    zeros = logits.new_zeros(len(logits))
+    offsets = torch.zeros(len(logits) + 1, dtype=torch.int64, device=logits.device)
+    return TeacherRows(offsets, offsets[:0], zeros[:0], offsets[1:], zeros, zeros, zeros[:, None])
 
 
 def _differentiate_block_(
-    z: Tensor, labels: Tensor | None, target: ChunkTarget, label_weight: float, weight: float, gradient: bool
+    z: Tensor,
+    labels: Tensor | None,
+    teacher: TeacherRows | Tensor,
+    spec: LossSpec,
+    weights: tuple[float, float],
+    gradient: bool,
 ) -> RowSums:
-    spec, events = target.spec, target.events
     if spec.temperature != 1:
         z /= spec.temperature
+    label_weight, weight = weights
     weights = (0.0 if labels is None else label_weight, weight * spec.temperature)
     # Below temperature 1 a profile's floor is raised to a power above 1; the other tokens' mass may underflow.
-    if events is not None and (events.spread is None or (spec.divergence in LINEAR and spec.temperature >= 1)):
-        sums = _differentiate_events_(z, labels, events, target, weights, gradient)
+    is_linear = spec.divergence in LINEAR and spec.temperature >= 1
+    if isinstance(teacher, TeacherRows) and (spec.treatment != "profile" or is_linear):
+        sums = _differentiate_events_(z, labels, teacher, spec, weights, gradient)
     else:
-        sums = _differentiate_dense_(z, labels, _make_dense_log_p(target), spec.event_loss, weights, gradient)
+        sums = _differentiate_dense_(z, labels, _make_dense_log_p(teacher, spec), spec.event_loss, weights, gradient)
     return RowSums(sums.cross_entropy, sums.divergence * spec.temperature**2)
 
 
 def _differentiate_events_(
     z: Tensor,
     labels: Tensor | None,
-    events: TeacherEvents,
-    target: ChunkTarget,
+    teacher: TeacherRows,
+    spec: LossSpec,
     weights: tuple[float, float],
     gradient: bool,
 ) -> RowSums:
     """Differentiate rows whose other tokens share one event, or a profile that the loss is linear in."""
-    spec, profile = target.spec, target.profile
-    counts, ids = events.count_entries(), events.ids
-    row = torch.arange(len(z), device=z.device).repeat_interleave(counts, output_size=ids.shape[0])
+    profile = spec.profile if spec.treatment == "profile" else None
+    counts, ids, row = teacher.offsets.diff(), teacher.ids, teacher.row_of_entry()
+    spread = teacher.tail_mass  # over the profile, if there is one
     stored = z[row, ids]  # (e,)
     at_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
     scale = dot = None
-    if events.spread is not None:
-        assert profile is not None
-        scale = _scale_profile(events.spread, profile, ids, counts)
+    if profile is not None:
+        scale = _scale_profile(spread, profile, ids, counts)
         z[row, ids] = 0
         dot = z @ profile.mass
     z[row, ids] = -torch.inf
@@ -295,24 +262,27 @@ def _differentiate_events_(
     log_q, log_q_rest = stored - log_z[row], log_rest - log_z
 
     function = select_event_loss("cross_entropy") if spec.treatment == "unbiased" else spec.event_loss
-    value, slope = function(events.log_p, log_q)
-    rest_value, rest_slope = function(events.log_rest, log_q_rest)
-    total = value.sum() + rest_value.sum() + events.constant.sum()
+    value, slope = function(teacher.logprobs, log_q)
+    log_p_rest = torch.zeros_like(spread).log() if profile is not None else teacher.tail_mass.log()
+    rest_value, rest_slope = function(log_p_rest, log_q_rest)
+    total = value.sum() + rest_value.sum()
+    if spec.treatment == "unbiased" and spec.divergence == "forward_kl":
+        total = total - teacher.entropy.to(z.dtype).sum()
     slopes = _sum_entries(slope, counts) + rest_slope  # (r,)
-    if scale is not None:
-        assert profile is not None and events.spread is not None and dot is not None  # noqa: PT018
-        total = total + (events.spread * log_z - scale * dot).sum()
-        slopes -= events.spread
+    if profile is not None:
+        assert scale is not None and dot is not None  # noqa: PT018
+        total = total + (spread * log_z - scale * dot).sum()
+        slopes -= spread
         if spec.divergence == "forward_kl":
-            total = total + _sum_spread_p_log_p(events, profile, scale, counts)
+            total = total + _sum_spread_p_log_p(teacher, profile, scale, counts)
     surprise = total.new_zeros(()) if at_label is None else (log_z - at_label).sum()
     if gradient:
         label_weight, weight = weights
         common = label_weight - weight * slopes  # of q
         factor = (weight * rest_slope + log_q_rest.exp() * common) / rest
         z *= torch.where(rest > 0, factor, 0)[:, None]
-        if scale is not None:
-            assert profile is not None
+        if profile is not None:
+            assert scale is not None
             z.addr_(scale, profile.mass, alpha=-weight)
         z[row, ids] = weight * slope + log_q.exp() * common[row]
         if labels is not None:
@@ -343,20 +313,16 @@ def _differentiate_dense_(
     return RowSums(surprise, value.sum())
 
 
-def _make_dense_log_p(target: ChunkTarget) -> Float[Tensor, "r v"]:
+def _make_dense_log_p(teacher: TeacherRows | Tensor, spec: LossSpec) -> Float[Tensor, "r v"]:
     """Return the teacher's log-probabilities of all tokens, at the spec's temperature."""
-    if target.logits is not None:
-        return (target.logits / target.spec.temperature).log_softmax(1)
-    events, profile = target.events, target.profile
-    assert events is not None
-    assert events.spread is not None
-    assert profile is not None
-    counts = events.count_entries()
-    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(events.ids))
-    rows = profile.log_mass.repeat(len(counts), 1)
-    rows[row, events.ids] = -torch.inf
-    rows = rows.log_softmax(1).add_(events.spread.log()[:, None])
-    rows[row, events.ids] = events.log_p
+    if isinstance(teacher, Tensor):
+        return (teacher / spec.temperature).log_softmax(1)
+    assert spec.profile is not None
+    row = teacher.row_of_entry()
+    rows = spec.profile.log_mass.repeat(teacher.num_rows, 1)
+    rows[row, teacher.ids] = -torch.inf
+    rows = rows.log_softmax(1).add_(teacher.tail_mass.log()[:, None])
+    rows[row, teacher.ids] = teacher.logprobs
     return rows
 
 
@@ -366,12 +332,11 @@ def _scale_profile(spread: Tensor, profile: TailProfile, ids: Tensor, counts: Te
     return torch.where(spread > 0, spread / outside, 0).to(spread.dtype)
 
 
-def _sum_spread_p_log_p(events: TeacherEvents, profile: TailProfile, scale: Tensor, counts: Tensor) -> Tensor:
+def _sum_spread_p_log_p(teacher: TeacherRows, profile: TailProfile, scale: Tensor, counts: Tensor) -> Tensor:
     """Sum t log t over rows and tokens that are not stored, with t = scale * profile."""
     mass_log = profile.exact_log_mass.exp() * profile.exact_log_mass
-    outside = (mass_log.sum() - _sum_entries(mass_log[events.ids], counts)).to(scale.dtype)
-    assert events.spread is not None
-    return (torch.special.xlogy(events.spread, scale) + scale * outside).sum()
+    outside = (mass_log.sum() - _sum_entries(mass_log[teacher.ids], counts)).to(scale.dtype)
+    return (torch.special.xlogy(teacher.tail_mass, scale) + scale * outside).sum()
 
 
 def _sum_entries(values: Float[Tensor, " e"], counts: Int[Tensor, " r"]) -> Float[Tensor, " r"]:

@@ -24,7 +24,8 @@ from student_train.losses.config import (
     LossesSection,
     Treatment,
 )
-from student_train.losses.fused_linear import HeadLossTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
+from student_train.losses.fused_linear import HeadLossTask, fused_head_loss
+from student_train.losses.head_products import TeacherHead
 from student_train.losses.load_balancing import router_losses
 from student_train.losses.preference import Rewards, preference_loss
 from student_train.losses.relation import compute_head_gram, make_resampling_matrix, relation_loss
@@ -68,10 +69,6 @@ class Objective(nn.Module):
             1, chunk_logits // student.vocab_size
         )  # where the head is called as a module, not fused
         self._specs = {name: _make_spec(losses, teacher, name) for name in ("response", "visual")}
-        self._profiles = {
-            name: TailProfile.from_mass(profile, temperature=self._specs[name].temperature, dtype=torch.float32)
-            for name, profile in teacher.profiles.items()
-        }
         self._frozen_gram: Tensor | None = None
 
     def forward(self, batch: Batch, totals: RowCounts, largest: RowCounts) -> dict[str, Tensor]:
@@ -179,9 +176,10 @@ class Objective(nn.Module):
             rows = torch.cat(runs) if runs else hidden[:0]
             counts = batch.teacher_visual_counts if runs and losses.averaging == "samples" else [len(rows)]
             weight = _get_weight(losses, "visual")
+            teacher, spec = self._get_teacher(batch, "visual"), self._specs["visual"]
             for share in weigh_rows(losses.averaging, counts, total_rows=totals.visual, totals=totals):
-                target = self._make_target("visual", None if batch.visual is None else share.select(batch.visual))
-                tasks.append(HeadLossTask(share.select(rows), None, target, weight=weight * share.weight))
+                of_share = None if teacher is None else teacher[share.rows]
+                tasks.append(HeadLossTask(rows[share.rows], None, of_share, spec, weight=weight * share.weight))
                 shares.append(share)
         if not tasks:
             return hidden.new_zeros((), dtype=torch.float32), {}
@@ -206,30 +204,25 @@ class Objective(nn.Module):
 
         With `unshifted_mask` labels and teacher need separate tasks, since their rows differ.
         """
-        rows = hidden.index_select(0, batch.response_positions)
+        rows, teacher = hidden.index_select(0, batch.response_positions), self._get_teacher(batch, "response")
         label_weight, weight = self._losses.cross_entropy, _get_weight(self._losses, "response")
+        spec = self._specs["response"]
         after_another = self._find_rows_after_first(batch) if self._losses.unshifted_mask else None
         tasks, of_tasks = [], []
         for share in shares:
-            labels = share.select(batch.labels) if self._losses.cross_entropy > 0 else None
-            teacher = None if batch.response is None else share.select(batch.response)
-            states = None if batch.hidden is None else share.select(batch.hidden)
+            ours, theirs = rows[share.rows], None if teacher is None else teacher[share.rows]
+            labels = batch.labels[share.rows] if label_weight > 0 else None
+            scaled = {"label_weight": label_weight * share.weight, "weight": weight * share.weight}
             if after_another is None:
-                target = self._make_target("response", teacher, states)
-                factors = {"label_weight": label_weight * share.weight, "weight": weight * share.weight}
-                tasks.append(HeadLossTask(share.select(rows), labels, target, **factors))
+                tasks.append(HeadLossTask(ours, labels, theirs, spec, **scaled))
                 of_tasks.append(share)
                 continue
             if labels is not None:
-                tasks.append(HeadLossTask(share.select(rows), labels, label_weight=label_weight * share.weight))
+                tasks.append(HeadLossTask(ours, labels, None, spec, **scaled))
                 of_tasks.append(share)
-            kept = share.select(after_another).nonzero()[:, 0]
-            target = self._make_target(
-                "response",
-                None if teacher is None else teacher.select_rows(kept),
-                None if states is None else states[kept],
-            )
-            tasks.append(HeadLossTask(share.select(rows)[kept], None, target, weight=weight * share.weight))
+            kept = after_another[share.rows].nonzero()[:, 0]
+            theirs = None if theirs is None else theirs[kept]
+            tasks.append(HeadLossTask(ours[kept], None, theirs, spec, **scaled))
             of_tasks.append(share)
         return tasks, of_tasks
 
@@ -279,14 +272,9 @@ class Objective(nn.Module):
             self._frozen_gram = compute_head_gram(weight, vocab_size=self.student.vocab_size)
         return self._frozen_gram
 
-    def _make_target(
-        self, name: str, rows: TeacherRows | None, hidden: Tensor | None = None
-    ) -> SparseTarget | HiddenTarget | None:
-        spec = self._specs[name]
-        if spec.treatment == "exact" and hidden is not None:
-            assert self._teacher.head is not None
-            return HiddenTarget(hidden, self._teacher.head, spec)
-        return None if rows is None else SparseTarget(rows, spec, self._profiles.get(name))
+    def _get_teacher(self, batch: Batch, name: str) -> TeacherRows | Tensor | None:
+        """Return the teacher's rows of a family, or the states that its head turns into rows."""
+        return batch.hidden if self._specs[name].treatment == "exact" else getattr(batch, name)
 
     def _split_visual_rows(self, hidden: Tensor, batch: Batch) -> list[tuple[ImageRun, Float[Tensor, "i n d"]]]:
         """Split the student's visual rows by image run; empty for a batch that is not counted."""
@@ -324,7 +312,10 @@ def _make_spec(losses: LossesSection, teacher: CachedTeacher, name: str) -> Loss
     treatment = teacher.treatments.get(name) or section.treatment
     if treatment == "auto":
         raise ValueError(f"{name}: treatment 'auto' depends on the cache; give CachedTeacher.treatments")
-    return LossSpec(section.divergence, treatment, section.temperature, section.beta, column)
+    profile = teacher.profiles.get(name)
+    if profile is not None:
+        profile = TailProfile.from_mass(profile, temperature=section.temperature, dtype=torch.float32)
+    return LossSpec(section.divergence, treatment, section.temperature, section.beta, column, profile, teacher.head)
 
 
 def _get_weight(losses: LossesSection, name: str) -> float:

@@ -23,7 +23,7 @@ from student_train.data.mixture import CacheSource, Mixture
 from student_train.data.sample_filter import filter_samples
 from student_train.data.sample_images import ImageFolder
 from student_train.losses.config import DistributionLossSection, LossesSection
-from student_train.losses.fused_linear import TeacherHead
+from student_train.losses.head_products import TeacherHead
 from student_train.models.expert_parallel import check_experts
 from student_train.models.loading import Checkpoint, check_fit, check_trained_parts, read_checkpoint
 from student_train.models.sparse_upcycling import is_sparse

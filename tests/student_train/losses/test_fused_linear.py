@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from storage.encoding.output_head import make_head
 from student_train.data.collate import make_teacher_rows
 from student_train.losses.config import TREATMENTS, Divergence, Treatment
-from student_train.losses.fused_linear import HeadLossTask, HiddenTarget, SparseTarget, TeacherHead, fused_head_loss
-from student_train.losses.sparse_divergence import LossSpec, TailProfile
+from student_train.losses.fused_linear import HeadLossTask, fused_head_loss
+from student_train.losses.head_products import TeacherHead
+from student_train.losses.sparse_divergence import LossSpec, TailProfile, TeacherRows
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import sparse_rows
 from tests.student_train.references import dense_loss, sparse_loss
@@ -42,21 +43,23 @@ class Case:
         self.stored = sparse_rows(self.teacher, tau=0.05) if unbiased else sparse_rows(self.teacher, k=5)
         self.stored = replace(self.stored, log_sum_exp=tempered.logsumexp(1).float().numpy()[:, None])
 
-    def target(self) -> SparseTarget | HiddenTarget:
-        if self.spec.treatment == "exact":
-            head = TeacherHead(torch.from_numpy(self.teacher_head.weight), scale=0.7, soft_cap=8.0)
-            return HiddenTarget(torch.from_numpy(self.teacher_hidden), head, self.spec)
-        profile = TailProfile.from_mass(
-            torch.from_numpy(self.profile), temperature=self.spec.temperature, dtype=self.compute_dtype
+    def teacher_rows(self) -> TeacherRows | Tensor:
+        return (
+            torch.from_numpy(self.teacher_hidden)
+            if self.spec.treatment == "exact"
+            else make_teacher_rows([self.stored])
         )
-        return SparseTarget(make_teacher_rows([self.stored]), self.spec, profile)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+    def loss_spec(self) -> LossSpec:
+        dtype = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        profile = TailProfile.from_mass(torch.from_numpy(self.profile), temperature=self.spec.temperature, dtype=dtype)
+        head = TeacherHead(torch.from_numpy(self.teacher_head.weight), scale=0.7, soft_cap=8.0)
+        return replace(self.spec, profile=profile, head=head)
 
     def task(self) -> HeadLossTask:
-        return HeadLossTask(self.hidden, self.labels, self.target(), label_weight=0.7, weight=0.3)
+        return HeadLossTask(
+            self.hidden, self.labels, self.teacher_rows(), self.loss_spec(), label_weight=0.7, weight=0.3
+        )
 
     def fused(self, *, chunk_logits: int = 1 << 20) -> Tensor:
         return fused_head_loss(self.weight, [self.task()], bias=self.bias, vocab_size=V, chunk_logits=chunk_logits)[0]
@@ -192,7 +195,8 @@ def test_a_tied_head_gets_the_gradient_of_both_its_uses() -> None:
 
 def test_tasks_share_a_head_and_keep_their_sums() -> None:
     one, two = Case(5, LossSpec(), seed=1), Case(3, LossSpec("jsd", "exact"), seed=2)
-    tasks = [one.task(), HeadLossTask(two.hidden, None, two.target(), weight=2.0), HeadLossTask(one.hidden, one.labels)]
+    exact = HeadLossTask(two.hidden, None, two.teacher_rows(), two.loss_spec(), weight=2.0)
+    tasks = [one.task(), exact, HeadLossTask(one.hidden, one.labels)]
     loss, sums = fused_head_loss(one.weight, tasks, vocab_size=V, chunk_logits=2 * V)
     alone = [fused_head_loss(one.weight, [task], vocab_size=V) for task in tasks]
     torch.testing.assert_close(loss, alone[0][0] + alone[1][0] + alone[2][0])

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from student_train.data.collate import make_teacher_rows
-from student_train.losses.fused_linear import HeadLossTask, SparseTarget, fused_head_loss
+from student_train.losses.fused_linear import HeadLossTask, fused_head_loss
 from student_train.losses.head_products import TensorCoreProducts
-from student_train.losses.sparse_divergence import LossSpec
 from tests.student_train.caches import sparse_rows
 
 V, D, ROWS = 4096, 32, 24
@@ -30,7 +29,7 @@ def relative_errors(dtype: torch.dtype, *, total_rows: int, sharpness: float, lo
     share = 1 / total_rows
 
     def task(hidden: Tensor) -> HeadLossTask:
-        return HeadLossTask(hidden, None, SparseTarget(rows, LossSpec()), weight=share)
+        return HeadLossTask(hidden, None, rows, weight=share)
 
     loss, _ = fused_head_loss(weight, [task(hidden)], products=TensorCoreProducts(imitate_tensor_cores))
     ours = torch.autograd.grad(loss_scale * loss, [hidden, weight])

@@ -13,8 +13,7 @@ from torch import Tensor
 from storage.records.sparse_rows import SparseRows
 from student_train.data.collate import make_teacher_rows
 from student_train.losses.config import TREATMENTS, Divergence, Treatment
-from student_train.losses.fused_linear import SparseTarget
-from student_train.losses.sparse_divergence import ChunkTarget, LossSpec, TailProfile, TeacherRows, differentiate_rows_
+from student_train.losses.sparse_divergence import LossSpec, TailProfile, TeacherRows, differentiate_rows_
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import log_softmax, sparse_rows
 from tests.student_train.references import dense_loss, sparse_loss
@@ -49,15 +48,12 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums of cross-entropy and divergence, and the gradient of their weighted sum, in float64."""
     spec = replace(spec, column=0)
+    if spec.treatment == "profile":
+        assert profile is not None
+        shape = TailProfile.from_mass(torch.from_numpy(profile), temperature=spec.temperature, dtype=dtype)
+        spec = replace(spec, profile=shape)
     z = torch.as_tensor(values).to(dtype).clone()
-    target = None
-    if rows is not None:
-        shape = None
-        if spec.treatment == "profile":
-            assert profile is not None
-            shape = TailProfile.from_mass(torch.from_numpy(profile), temperature=spec.temperature, dtype=dtype)
-        target = SparseTarget(rows, spec, shape).select_chunk(0, rows.num_rows, z)
-    sums = differentiate_rows_(z, labels, target)
+    sums = differentiate_rows_(z, labels, rows, spec)
     return sums.cross_entropy.double(), sums.divergence.double(), z.double()
 
 
@@ -128,7 +124,7 @@ def test_whole_rows_of_the_teacher_give_the_dense_divergence(divergence: Diverge
     teacher, values = logits(7, 33, 0), logits(7, 33, 1)
     spec = LossSpec(divergence, "exact", temperature)
     z = torch.tensor(values)
-    sums = differentiate_rows_(z, None, ChunkTarget(spec, logits=torch.tensor(teacher)))
+    sums = differentiate_rows_(z, None, torch.tensor(teacher), spec)
     reference = student(values)
     assert_same((sums.cross_entropy, sums.divergence, z), dense_loss(teacher, reference, spec), reference, 1e-9)
 
@@ -155,7 +151,7 @@ def test_divergence_of_a_distribution_from_itself_is_zero(divergence: Divergence
     assert abs(loss.item()) < 2e-5  # the tail mass is a float32 and weighs up to 5 nats, in 6 rows
     assert gradient.abs().max().item() < 1e-5 if divergence != "total_variation" else 1
     z = torch.tensor(teacher, dtype=torch.float32)
-    exact = differentiate_rows_(z, None, ChunkTarget(LossSpec(divergence, "exact", temperature), logits=z.clone()))
+    exact = differentiate_rows_(z, None, z.clone(), LossSpec(divergence, "exact", temperature))
     assert abs(exact.divergence.item()) < 2e-6
 
 
@@ -274,15 +270,13 @@ def test_labels_add_their_cross_entropy(divergence: Divergence, treatment: Treat
     labels = torch.tensor([int(teacher[0].argmax()), 3, 29, 3, int(teacher[4].argmin())])
     profile = tail_profile(30, 1)
     for temperature in (1.0,) if treatment == "unbiased" else (1.0, 2.0):
-        spec = LossSpec(divergence, treatment, temperature, column=0)
         stored = at_temperature(sparse_rows(teacher, k=6), teacher, temperature)
         z, alone = torch.tensor(values), torch.tensor(values)
-        target = ChunkTarget(spec, logits=torch.tensor(teacher))
-        if treatment != "exact":
-            shape = TailProfile.from_mass(torch.from_numpy(profile), temperature=temperature, dtype=torch.float64)
-            target = SparseTarget(stored, spec, shape).select_chunk(0, 5, z)
-        both = differentiate_rows_(z, labels, target, label_weight=0.7, weight=0.3)
-        one = differentiate_rows_(alone, None, target, weight=0.3)
+        shape = TailProfile.from_mass(torch.from_numpy(profile), temperature=temperature, dtype=torch.float64)
+        spec = LossSpec(divergence, treatment, temperature, column=0, profile=shape)
+        target = torch.tensor(teacher) if treatment == "exact" else stored
+        both = differentiate_rows_(z, labels, target, spec, label_weight=0.7, weight=0.3)
+        one = differentiate_rows_(alone, None, target, spec, weight=0.3)
         reference = student(values)
         expected = torch.nn.functional.cross_entropy(reference, labels, reduction="sum")
         (slope,) = torch.autograd.grad(expected, reference)
@@ -300,7 +294,7 @@ def test_blocks_of_rows_change_nothing() -> None:
         spec = LossSpec(treatment=treatment)
         together = compute(rows, values, spec, labels=labels, profile=profile, dtype=torch.float64)
         single = [
-            compute(rows.slice(n, n + 1), values[n : n + 1], spec, labels=labels[n : n + 1], profile=profile,
+            compute(rows[n : n + 1], values[n : n + 1], spec, labels=labels[n : n + 1], profile=profile,
                     dtype=torch.float64)
             for n in range(7)
         ]  # fmt: skip
@@ -332,7 +326,7 @@ def test_no_rows_give_zero() -> None:
 def test_teacher_rows_slice_like_sparse_rows() -> None:
     stored = sparse_rows(logits(6, 30, 11), tau=0.06)
     rows = make_teacher_rows([stored])
-    part, expected = rows.slice(2, 5), make_teacher_rows([stored.slice(2, 5)])
+    part, expected = rows[2:5], make_teacher_rows([stored.slice(2, 5)])
     for name, value in vars(expected).items():
         torch.testing.assert_close(getattr(part, name), value, rtol=0, atol=0)
     assert rows.row_of_entry().tolist() == stored.row_of_entry().tolist()
@@ -344,9 +338,9 @@ def test_selected_teacher_rows_equal_slices() -> None:
         [sparse_rows(np.random.default_rng(3).normal(size=(6, 30)), tau=0.05, temperatures=(2.0,))]
     )
     for chosen in ([4, 0, 0, 5], [2], []):
-        taken = rows.select_rows(torch.tensor(chosen, dtype=torch.int64))
+        taken = rows[torch.tensor(chosen, dtype=torch.int64)]
         assert taken.num_rows == len(chosen)
         for place, row in enumerate(chosen):
-            found, expected = taken.slice(place, place + 1), rows.slice(row, row + 1)
+            found, expected = taken[place : place + 1], rows[row : row + 1]
             for name, value in vars(expected).items():
                 assert torch.equal(getattr(found, name), value), name

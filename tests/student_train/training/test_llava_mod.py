@@ -190,7 +190,7 @@ def test_the_published_mask_misses_the_first_token_of_every_answer(dense: Path, 
         batch,
         response_positions=batch.response_positions[first],
         labels=batch.labels[first],
-        response=batch.response.select_rows(first),
+        response=batch.response[first],
         response_counts=torch.ones_like(counts),
     )
     totals = RowCounts(response=int(counts.sum()), visual=0, relation=0, samples=5)
