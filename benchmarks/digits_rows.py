@@ -53,8 +53,8 @@ def read(demo: Path, report: Callable[[str], None]) -> TeacherRows:
 def _batches(cache: Cache, sequence_format: Any, gather: Any) -> list[Any]:
     batches, num_rows = [], 0
     for start in range(0, cache.num_samples, _BATCH):
-        records = [cache.read(index) for index in range(start, min(start + _BATCH, cache.num_samples))]
-        batches.append(collate(records, sequence_format, gather))
+        samples = cache.read_many(range(start, min(start + _BATCH, cache.num_samples)))
+        batches.append(collate(samples, sequence_format, gather))
         num_rows += len(batches[-1].labels)
         if num_rows >= NUM_ROWS:
             return batches

@@ -96,9 +96,9 @@ class Ways:
     def _keep_features(self, student: Student, asked: Asked) -> None:
         """Run the frozen tower over all images, as a trainer's first epoch does."""
         for start in range(0, len(self._table), 64):
-            records = asked.tokens.read_many(self._table.indices[start : start + 64]).records()
+            samples = asked.tokens.read_many(self._table.indices[start : start + 64])
             with torch.no_grad():
-                student.compute_tower_features(collate(records, self._grid, self._gather).vision)
+                student.compute_tower_features(collate(samples, self._grid, self._gather).vision)
 
     def step(self, way: str, number: int) -> float:
         """One optimizer step on a batch of that number; returns its seconds."""
@@ -107,8 +107,8 @@ class Ways:
             plan_micro_batches(self._table, size, size, steps=range(number, number + 1), seed=0, rank=0, num_ranks=1)
         )
         started = time.perf_counter()
-        records = self._data[way].read_many(self._table.indices[plan.rows])
-        batch = collate(records, self._grid, self._gather, families=self._families[way])
+        samples = self._data[way].read_many(self._table.indices[plan.rows])
+        batch = collate(samples, self._grid, self._gather, families=self._families[way])
         loss = self._objectives[way](batch, plan.totals, plan.largest)["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)

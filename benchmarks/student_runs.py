@@ -135,8 +135,8 @@ def fit(
     steps = range(schedule.steps)
     for plan in plan_micro_batches(table, schedule.batch, schedule.batch, steps=steps, seed=seed, rank=0, num_ranks=1):
         epoch = plan.step * schedule.batch // len(table)
-        records = stage_data.mixture.read_many(table.indices[plan.rows], draw_set=epoch)
-        batch = collate(records, stage_data.checkpoint.sequence_format, gather, families=families)
+        samples = stage_data.mixture.read_many(table.indices[plan.rows], draw_set=epoch)
+        batch = collate(samples, stage_data.checkpoint.sequence_format, gather, families=families)
         objective(batch, plan.totals, plan.largest)["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, schedule.clip_norm)
         for group in optimizer.param_groups:

@@ -63,8 +63,8 @@ class Asked:
         """Samples in order, some at a time, without any of the teacher's rows."""
         groups = []
         for start in range(0, len(indices), _BATCH):
-            records = self.tokens.read_many(indices[start : start + _BATCH]).records()
-            groups.append((records, collate(records, self.checkpoint.sequence_format, self.vision.gather)))
+            samples = self.tokens.read_many(indices[start : start + _BATCH])
+            groups.append((samples.records(), collate(samples, self.checkpoint.sequence_format, self.vision.gather)))
         return groups
 
 

@@ -1,9 +1,9 @@
-"""Assembles batches of samples from row groups: tokens and the requested families."""
+"""Finds samples in decoded row groups, and joins what was found into one flat batch: each array is copied once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +16,54 @@ from storage.errors import CorruptPartError
 from storage.identity import Identity, stored_hidden, stored_relation
 from storage.layout.documents import FileEntry
 from storage.layout.part_index import Part
-from storage.reader.row_group_cache import DistributionRows, RowGroupCache
+from storage.reader.row_group_cache import RowGroupCache
 from storage.records.preference_pairs import check_sequence
-from storage.records.records import ImageRef, Relation, SequenceLogprob
-from storage.records.sample_batch import SampleBatch
-from storage.records.sparse_rows import SparseRows
+from storage.records.records import ImageRef, Relation
+from storage.records.sample_batch import SampleBatch, make_offsets
+from storage.records.sparse_rows import RowSpan, SparseRows
 
-_RowSpan = tuple[SparseRows, int, int]  # rows start : stop of a row group
+
+class FoundSample(NamedTuple):
+    """Where a sample lies in decoded row groups, until `join_samples` copies it; None: a family not requested."""
+
+    tokens: TokenRows
+    at: int  # in `tokens`
+    response: RowSpan | None
+    visual: list[RowSpan] | None  # of each image
+    relation: list[Relation] | None  # of each image
+    hidden: NDArray[np.float32] | None
+    sequence: float | None
+
+
+def join_samples(found: Sequence[FoundSample], indices: NDArray[np.int64]) -> SampleBatch:
+    """Copies samples, of one cache or of several, into the arrays of one batch; one or more.
+
+    A family that was not requested of every cache is left out.
+    """
+    spans = [(each.tokens, each.tokens.starts[each.at], each.tokens.starts[each.at + 1]) for each in found]
+    response, visual, relation, hidden, sequence = (
+        _get_if_all(found, name) for name in ("response", "visual", "relation", "hidden", "sequence")
+    )
+    return SampleBatch(
+        indices=indices,
+        keys=[each.tokens.keys[each.at] for each in found],
+        splits=[each.tokens.splits[each.at] for each in found],
+        categories=[each.tokens.categories[each.at] for each in found],
+        token_offsets=make_offsets([stop - start for _, start, stop in spans]),
+        token_ids=np.concatenate([rows.token_ids[start:stop] for rows, start, stop in spans]),
+        response_mask=np.concatenate([rows.response_mask[start:stop] for rows, start, stop in spans]),
+        row_offsets=make_offsets([each.tokens.num_response_tokens[each.at] for each in found]),
+        images=[each.tokens.images[each.at] for each in found],
+        response=None if response is None else SparseRows.gather(response),
+        visual=None if visual is None else SparseRows.gather([span for of_images in visual for span in of_images]),
+        relation=None if relation is None else [each for of_images in relation for each in of_images],
+        hidden=None if hidden is None else np.concatenate(hidden),
+        sequence=None if sequence is None else np.array(sequence, np.float32),
+    )
 
 
 class BatchReader:
-    """Reads batches with a fixed set of families. Several threads may share one reader."""
+    """Finds samples with a fixed set of families. Several threads may share one reader."""
 
     def __init__(self, files: RowGroupCache, identity: Identity, families: Sequence[str]) -> None:
         self._row_groups = files
@@ -36,64 +73,60 @@ class BatchReader:
         self._hidden_section = stored_hidden(identity)
         self._row_formats = {family: RowFormat.of(identity, family) for family in ("response", "visual")}
 
-    def read(
-        self,
-        indices: NDArray[np.int64],
-        sample_ids: Sequence[str],
-        parts: Sequence[Part],
-        rows: Sequence[int],
-        *,
-        draw_set: int = 0,
-    ) -> SampleBatch:
-        """Reads samples, given the positions and ids in the cache and the parts and rows where they lie.
+    def find(
+        self, sample_ids: Sequence[str], parts: Sequence[Part], rows: Sequence[int], *, draw_set: int
+    ) -> list[FoundSample]:
+        """Finds samples, given their ids and the parts and rows where they lie.
 
         All sequences have one item per sample. `draw_set` as in Cache.read_many. Errors: CorruptPartError
         naming part and sample.
         """
-        batch = _BatchParts(draw_set)
+        relations: dict[str, Relation] = {}  # by image key: each is decoded once
+        found = []
         for sample_id, part, row in zip(sample_ids, parts, rows, strict=True):
             try:
-                self._add_sample(batch, sample_id, part, row)
+                found.append(self._find_sample(sample_id, part, row, draw_set, relations))
             except (CorruptPartError, ValueError) as error:
                 raise CorruptPartError(f"part {part.number}, sample {sample_id!r}: {error}") from error
-        return batch.to_batch(indices, self._families)
+        return found
 
-    def _add_sample(self, batch: _BatchParts, sample_id: str, part: Part, row: int) -> None:
-        tokens, index = self._row_groups.read_token_rows(part.families["tokens"], row, self._identity)
-        if tokens.keys[index].sample_id != sample_id:
-            raise CorruptPartError(f"its tokens row is of sample {tokens.keys[index].sample_id!r}")
-        batch.tokens.append((tokens, index))
-        num_rows = tokens.num_response_tokens[index]
-        if "response" in self._families:
-            batch.response.append(self._read_response(part, row, sample_id, num_rows, batch.draw_set))
-        if "hidden" in self._families:
-            batch.hidden.append(self._read_hidden(part, row, sample_id, num_rows))
-        if "sequence" in self._families:
-            sequence = decode_sequence_row(*self._read_sample_row("sequence", part, row, sample_id))
-            check_sequence(sequence, tokens.record(index))
-            batch.sequence.append(sequence)
-        for image in tokens.images[index]:
-            if "visual" in self._families and image.key not in batch.visual:
-                batch.visual[image.key] = self._read_visual(part, image, batch.draw_set)
-            if "relation" in self._families and image.key not in batch.relation:
-                batch.relation[image.key] = self._read_relation(part, image)
+    def _find_sample(
+        self, sample_id: str, part: Part, row: int, draw_set: int, relations: dict[str, Relation]
+    ) -> FoundSample:
+        tokens, at = self._row_groups.read_token_rows(part.families["tokens"], row, self._identity)
+        if tokens.keys[at].sample_id != sample_id:
+            raise CorruptPartError(f"its tokens row is of sample {tokens.keys[at].sample_id!r}")
+        num_rows, images, families = tokens.num_response_tokens[at], tokens.images[at], self._families
+        response = visual = relation = hidden = sequence = None
+        if "response" in families:
+            response = self._find_rows("response", part.families["response"], row, sample_id, draw_set)
+            _check_count(response, num_rows, "response tokens")
+        if "hidden" in families:
+            hidden = self._read_hidden(part, row, sample_id, num_rows)
+        if "sequence" in families:
+            read = decode_sequence_row(*self._read_sample_row("sequence", part, row, sample_id))
+            check_sequence(read, tokens.record(at))
+            sequence = read.logprob
+        if "visual" in families:
+            visual = [self._find_visual(part, image, draw_set) for image in images]
+        if "relation" in families:
+            for image in images:
+                if image.key not in relations:
+                    relations[image.key] = self._read_relation(part, image)
+            relation = [relations[image.key] for image in images]
+        return FoundSample(tokens, at, response, visual, relation, hidden, sequence)
 
-    def _read_response(self, part: Part, row: int, sample_id: str, num_rows: int, draw_set: int) -> _RowSpan:
-        row_format = self._row_formats["response"]
-        group, index = self._row_groups.read_distribution_rows(
-            "response", part.families["response"], row, row_format, draw_set
-        )
-        if group.keys[index] != sample_id:
-            raise CorruptPartError(f"its response row is of sample {group.keys[index]!r}")
-        return _select_span(group, index, num_rows, "response tokens")
+    def _find_rows(self, family: str, entry: FileEntry, row: int, key: str, draw_set: int) -> RowSpan:
+        """Finds the distributions of a sample or image, whose id or key the row must have."""
+        stored, span = self._row_groups.read_distribution_rows(family, entry, row, self._row_formats[family], draw_set)
+        if stored != key:
+            raise CorruptPartError(f"its {family} row is of {stored!r}")
+        return span
 
-    def _read_visual(self, part: Part, image: ImageRef, draw_set: int) -> SparseRows:
-        entry, row = self._find_image_row(part, "visual", image.key)
-        group, index = self._row_groups.read_distribution_rows(
-            "visual", entry, row, self._row_formats["visual"], draw_set
-        )
-        rows, start, stop = _select_span(group, index, image.num_visual_tokens, f"visual tokens of image {image.path}")
-        return rows.slice(start, stop).copy()
+    def _find_visual(self, part: Part, image: ImageRef, draw_set: int) -> RowSpan:
+        span = self._find_rows("visual", *self._find_image_row(part, "visual", image.key), image.key, draw_set)
+        _check_count(span, image.num_visual_tokens, f"visual tokens of image {image.path}")
+        return span
 
     def _read_relation(self, part: Part, image: ImageRef) -> Relation:
         table, index = self._row_groups.read_row("relation", *self._find_image_row(part, "relation", image.key))
@@ -121,45 +154,12 @@ class BatchReader:
         return entry, row
 
 
-class _BatchParts:
-    """The parts of a batch read so far: per sample, references into shared row groups."""
-
-    def __init__(self, draw_set: int) -> None:
-        self.draw_set = draw_set
-        self.tokens: list[tuple[TokenRows, int]] = []
-        self.response: list[_RowSpan] = []
-        self.hidden: list[NDArray[np.float32]] = []
-        self.sequence: list[SequenceLogprob] = []
-        self.visual: dict[str, SparseRows] = {}
-        self.relation: dict[str, Relation] = {}
-
-    def to_batch(self, indices: NDArray[np.int64], families: frozenset[str]) -> SampleBatch:
-        """Copies the parts into the arrays of one batch."""
-        spans = [(rows, rows.starts[index], rows.starts[index + 1]) for rows, index in self.tokens]
-        return SampleBatch(
-            indices=indices,
-            keys=[rows.keys[index] for rows, index in self.tokens],
-            splits=[rows.splits[index] for rows, index in self.tokens],
-            categories=[rows.categories[index] for rows, index in self.tokens],
-            token_offsets=_make_offsets([stop - start for _, start, stop in spans]),
-            token_ids=np.concatenate([rows.token_ids[start:stop] for rows, start, stop in spans]),
-            response_mask=np.concatenate([rows.response_mask[start:stop] for rows, start, stop in spans]),
-            row_offsets=_make_offsets([rows.num_response_tokens[index] for rows, index in self.tokens]),
-            images=[rows.images[index] for rows, index in self.tokens],
-            response=SparseRows.gather(self.response) if "response" in families else None,
-            visual=self.visual,
-            relation=self.relation,
-            hidden=self.hidden if "hidden" in families else None,
-            sequence=self.sequence if "sequence" in families else None,
-        )
+def _get_if_all(found: Sequence[FoundSample], name: str) -> list[Any] | None:
+    values = [getattr(each, name) for each in found]
+    return None if any(value is None for value in values) else values
 
 
-def _select_span(group: DistributionRows, index: int, num_rows: int, what: str) -> _RowSpan:
-    start, stop = group.starts[index], group.starts[index + 1]
+def _check_count(span: RowSpan, num_rows: int, what: str) -> None:
+    _, start, stop = span
     if stop - start != num_rows:
         raise CorruptPartError(f"{stop - start} rows for {num_rows} {what}")
-    return group.rows, start, stop
-
-
-def _make_offsets(counts: Sequence[int]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

@@ -33,7 +33,7 @@ from storage.layout.part_index import (
     select_common_families,
 )
 from storage.layout.segments import Segment, merge_identities, read_segments, select_tokens_segments
-from storage.reader.batch_reader import BatchReader
+from storage.reader.batch_reader import BatchReader, FoundSample, join_samples
 from storage.reader.narrowing import Narrowing
 from storage.reader.row_group_cache import RowGroupCache
 from storage.reader.sample_index import INDEX_COLUMNS, SampleIndex, TextColumn
@@ -203,6 +203,13 @@ class Cache:
         selects one of a family's independent draw sets, modulo their number: pass the epoch to get other
         draws in each epoch. Errors: IndexError for no or an unknown position, CorruptPartError.
         """
+        return join_samples(self.find_many(indices, draw_set=draw_set), np.array(indices, np.int64))
+
+    def find_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> list[FoundSample]:
+        """Decodes the row groups that hold some samples, without copying them; for `join_samples`.
+
+        Arguments and errors as `read_many`.
+        """
         chosen = np.asarray(indices, np.int64)
         if not len(chosen) or chosen.min() < 0 or chosen.max() >= self.num_samples:
             raise IndexError(
@@ -212,7 +219,7 @@ class Cache:
         ids = [self.sample_ids[index] for index in chosen]
         parts = [self._parts[position] for position in positions.tolist()]
         try:
-            return self._batches.read(chosen, ids, parts, rows.tolist(), draw_set=draw_set)
+            return self._batches.find(ids, parts, rows.tolist(), draw_set=draw_set)
         except CorruptPartError as error:
             raise CorruptPartError(f"{self.folder}: {error}") from error
 

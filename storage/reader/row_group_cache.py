@@ -32,13 +32,15 @@ from storage.layout.commits import check_file
 from storage.layout.documents import FileEntry
 from storage.reader.narrowing import Narrowing, narrow_rows
 from storage.records.records import TailTotal
-from storage.records.sparse_rows import SparseRows
+from storage.records.sparse_rows import RowSpan, SparseRows
 
 # Limit of a row group's uncompressed size, besides four times the file's size. A writer's has 1 MiB or one row.
 MAX_GROUP_BYTES = 256 << 20
 MAX_OPEN_FOOTERS = 1024  # parsed Parquet footers kept in memory, some tens of KB each
 
 _Key = tuple[str, str | int]  # a file, and one of its row groups or the name of other data kept of it
+# A decoded row group: Parquet row i has the key keys[i] and the distributions starts[i] : starts[i + 1].
+_Distributions = tuple[list[str], SparseRows, list[int]]
 
 
 class _Footer:
@@ -48,23 +50,6 @@ class _Footer:
         self.metadata = metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self.starts = list(accumulate(sizes, initial=0))
-
-
-class DistributionRows:
-    """A decoded row group of distributions.
-
-    Parquet row i has the key `keys[i]` and the distribution rows starts[i] : starts[i + 1] of `rows`.
-    """
-
-    def __init__(self, keys: list[str], rows: SparseRows, starts: list[int]) -> None:
-        self.keys = keys
-        self.rows = rows
-        self.starts = starts
-
-    @property
-    def num_bytes(self) -> int:
-        """Returns the approximate size in memory."""
-        return self.rows.num_bytes + 250 * len(self.keys)
 
 
 class RowGroupCache:
@@ -93,7 +78,9 @@ class RowGroupCache:
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_reading", "_process")}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_lock", "_pending_reads", "_process")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -141,17 +128,18 @@ class RowGroupCache:
 
     def read_distribution_rows(
         self, family: str, entry: FileEntry, row: int, row_format: RowFormat, draw_set: int = 0
-    ) -> tuple[DistributionRows, int]:
-        """Reads the row group of distributions that holds a Parquet row; returns it and the row's index in it.
+    ) -> tuple[str, RowSpan]:
+        """Reads the distributions of a Parquet row; returns its key and where they lie in the decoded row group.
 
         `draw_set`, modulo the number of draw sets, selects the draws of the tails. Errors: CorruptPartError.
         """
         group, index = self._locate_row(family, entry, row)
         draw_set %= row_format.num_sets
         held_as = f"{group} of draw set {draw_set}" if draw_set else group
-        return self._get_or_read(
+        keys, rows, starts = self._get_or_read(
             (entry.file, held_as), lambda: self._read_distribution_group(family, entry, group, row_format, draw_set)
-        ), index
+        )
+        return keys[index], (rows, starts[index], starts[index + 1])
 
     def read_tail_total(self, family: str, entry: FileEntry, vocab_size: int) -> TailTotal | None:
         """Returns the sum of tails that a file stores, or None. Errors: CorruptPartError."""
@@ -207,7 +195,7 @@ class RowGroupCache:
 
     def _read_distribution_group(
         self, family: str, entry: FileEntry, group: int, row_format: RowFormat, draw_set: int
-    ) -> tuple[DistributionRows, int]:
+    ) -> tuple[_Distributions, int]:
         table = self._read_row_group(family, entry, group)
         with self._name_file_in_errors(entry):
             metadata = self._get_footer(family, entry).metadata.metadata
@@ -221,8 +209,8 @@ class RowGroupCache:
             seed = [int(entry.sha256[:16], 16), group, draw_set]
             uniforms = np.random.default_rng(seed).random(rows.num_rows)
             rows = narrow_rows(rows, self._narrowing[family], uniforms)
-        decoded = DistributionRows(table[0].to_pylist(), rows, starts.tolist())
-        return decoded, decoded.num_bytes
+        keys = table[0].to_pylist()
+        return (keys, rows, starts.tolist()), rows.num_bytes + 250 * len(keys)
 
     def _get_footer(self, family: str, entry: FileEntry) -> _Footer:
         known = self._footers.get(entry.file)

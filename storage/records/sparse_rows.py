@@ -108,12 +108,14 @@ class SparseRows:
         return replace(self, **copies, other_sets=tuple(each.copy() for each in self.other_sets))
 
     @staticmethod
-    def gather(pieces: Sequence[tuple[SparseRows, int, int]]) -> SparseRows:
-        """Joins rows start : stop of each (rows, start, stop) into new arrays; at least one piece.
+    def gather(pieces: Sequence[RowSpan]) -> SparseRows:
+        """Joins rows start : stop of each (rows, start, stop) into new arrays; empty rows if there are no pieces.
 
         Equal to concatenating slices, in half the time. Errors: ValueError if only some pieces have label
         logprobs.
         """
+        if not pieces:
+            return SparseRows.empty()
         sizes = [stop - start for _, start, stop in pieces]
         firsts = [int(rows.offsets[start]) for rows, start, _ in pieces]
         lasts = [int(rows.offsets[stop]) for rows, _, stop in pieces]
@@ -244,6 +246,9 @@ class SparseRows:
             log_sum_exp=self.log_sum_exp,
             label_logprob=self.label_logprob,
         )
+
+
+RowSpan = tuple[SparseRows, int, int]  # the rows start : stop of some rows
 
 
 def check_scalars(

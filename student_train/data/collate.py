@@ -1,4 +1,4 @@
-"""Collates sample records into batches: padded token ids, positions of rows, and teacher rows.
+"""Collates flat batches of samples into batches of tensors: padded token ids, positions of rows, and teacher rows.
 
 This is the only place that aligns positions.
 Legend: b sequences, t tokens, r response rows, n visual tokens of an image, s of all images. Positions are flat,
@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import IdentityError, StillhouseError
-from storage.records.records import ImageRef, PooledRelation, SampleRecord, TokensRecord
+from storage.records.records import ImageRef, PooledRelation, Relation, TokensRecord
+from storage.records.sample_batch import SampleBatch
 from storage.records.sparse_rows import SparseRows
 from student_train.data.sample_images import VisionInput
 from student_train.losses.relation import TeacherRelations, make_resampling_matrix, stack_relations
 from student_train.losses.sparse_divergence import TeacherRows
 
-GatherImages = Callable[[Sequence[tuple[str, ImageRef]]], VisionInput]
+GatherImages = Callable[[SampleBatch], VisionInput]
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,22 @@ class SequenceFormat:
 
 
 @dataclass(frozen=True, eq=False)
-class ExpandedSample:
-    """One sample with its image placeholders expanded for the student. Positions are within the sequence."""
+class ExpandedTokens:
+    """The tokens of b samples, one sample after another, with image placeholders expanded for the student."""
 
     input_ids: NDArray[np.int64]  # (t,)
-    response_positions: NDArray[np.int64]  # (r,) where each response token is predicted
-    labels: NDArray[np.int64]  # (r,) the response tokens
-    visual_positions: NDArray[np.int64]  # (s,) of all images
-    visual_counts: tuple[int, ...]  # n of each image
+    is_response: NDArray[np.bool_]  # (t,)
+    lengths: NDArray[np.int64]  # (b,) tokens of each sample
+    visual_counts: Sequence[int]  # n of each image
+
+    @property
+    def sample(self) -> NDArray[np.int64]:
+        """The number (t,) of the sample that each token belongs to."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    def place(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the position (t,) of each token if sample s starts at position starts[s]."""
+        return np.arange(len(self.input_ids)) + (starts - self.lengths.cumsum() + self.lengths)[self.sample]
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class ImageRun:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch. Images are in the order of their placeholders, sequence by sequence."""
+    """One micro-batch on a device. Images are in the order of their placeholders, sequence by sequence."""
 
     sample_ids: tuple[str, ...]
     input_ids: Int[Tensor, "b t"]
@@ -120,113 +130,106 @@ class PromptBatch:
         return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def expand_sample(
-    tokens: TokensRecord, sequence_format: SequenceFormat, image_ids: Sequence[NDArray[np.int64]] | None = None
-) -> ExpandedSample:
-    """Expand each image placeholder of a sample to the student's tokens of that image.
+def expand_tokens(
+    samples: SampleBatch, sequence_format: SequenceFormat, image_ids: Sequence[NDArray[np.int64]] | None = None
+) -> ExpandedTokens:
+    """Expand each image placeholder to the student's tokens of that image.
 
     `image_ids`: the token ids of each image, with separators; None: the fixed number of visual tokens for each.
     Errors: StillhouseError for a sample that is longer than the decoder, or that starts with a response token.
     """
-    is_image = tokens.token_ids == sequence_format.image_token_id
+    is_image = samples.token_ids == sequence_format.image_token_id
     if image_ids is None:
         assert sequence_format.tokens_per_image is not None
-        num_images = int(np.count_nonzero(is_image))
         visual_tokens = np.full(sequence_format.tokens_per_image, sequence_format.image_token_id)
-        image_ids = [visual_tokens] * num_images
-    repeats = np.ones(len(tokens.token_ids), np.int64)
+        image_ids = [visual_tokens] * int(np.count_nonzero(is_image))
+    repeats = np.ones(len(is_image), np.int64)
     repeats[is_image] = [len(ids) for ids in image_ids]
-    input_ids = np.repeat(tokens.token_ids, repeats).astype(np.int64)
+    input_ids = np.repeat(samples.token_ids, repeats).astype(np.int64)
     input_ids[np.repeat(is_image, repeats)] = np.concatenate([np.zeros(0, np.int64), *image_ids])
-    if len(input_ids) > sequence_format.max_length:
+    counts = [int(np.count_nonzero(ids == sequence_format.image_token_id)) for ids in image_ids]
+    offsets = np.concatenate([np.zeros(1, np.int64), repeats.cumsum()])[samples.token_offsets]
+    expanded = ExpandedTokens(input_ids, np.repeat(samples.response_mask, repeats), np.diff(offsets), counts)
+    _check_lengths(samples.sample_ids, expanded, sequence_format.max_length)
+    return expanded
+
+
+def _check_lengths(sample_ids: Sequence[str], tokens: ExpandedTokens, max_length: int) -> None:
+    too_long = np.flatnonzero(tokens.lengths > max_length)
+    if len(too_long):
         raise StillhouseError(
-            f"sample {tokens.sample_id!r} has {len(input_ids)} tokens, but this student has "
-            f"{sequence_format.max_length} positions; dump with a smaller teacher.max_length, or take a student "
-            "with more positions"
+            f"sample {sample_ids[too_long[0]]!r} has {tokens.lengths[too_long[0]]} tokens, but this student has "
+            f"{max_length} positions; dump with a smaller teacher.max_length, or take a student with more positions"
         )
-    responses = np.flatnonzero(np.repeat(tokens.response_mask, repeats))
-    if responses.size and responses[0] == 0:
+    is_first = tokens.place(np.zeros_like(tokens.lengths)) == 0
+    unpredicted = tokens.sample[is_first & tokens.is_response]
+    if len(unpredicted):
         raise StillhouseError(
-            f"sample {tokens.sample_id!r}: its first token is a response token, which no position predicts; "
+            f"sample {sample_ids[unpredicted[0]]!r}: its first token is a response token, which no position predicts; "
             "dump it again with a prompt before the answer"
         )
-    return ExpandedSample(
-        input_ids=input_ids,
-        response_positions=responses - 1,
-        labels=input_ids[responses],
-        visual_positions=np.flatnonzero(input_ids == sequence_format.image_token_id),
-        visual_counts=tuple(int(np.count_nonzero(ids == sequence_format.image_token_id)) for ids in image_ids),
-    )
-
-
-def _expand_samples(
-    samples: Sequence[TokensRecord], sequence_format: SequenceFormat, vision: VisionInput
-) -> list[ExpandedSample]:
-    if vision.inputs is None:
-        return [expand_sample(tokens, sequence_format) for tokens in samples]
-    ids = iter(vision.inputs.ids)
-    return [
-        expand_sample(tokens, sequence_format, list(itertools.islice(ids, len(tokens.images)))) for tokens in samples
-    ]
 
 
 def collate(
-    records: Sequence[SampleRecord],
+    samples: SampleBatch,
     sequence_format: SequenceFormat,
     gather: GatherImages,
     *,
     families: Sequence[str] = (),
     counted: bool = True,
 ) -> Batch:
-    """Collate one or more records into a batch with the teacher's rows of `families`.
+    """Collate one or more samples into a batch with the teacher's rows of `families`.
 
-    A batch that is not counted has no response rows and no teacher rows. Errors: StillhouseError as `expand_sample`
+    A batch that is not counted has no response rows and no teacher rows. Errors: StillhouseError as `expand_tokens`
     and `gather`; IdentityError if a family needs visual grids that match and teacher and student differ.
     """
-    if not counted:
-        families = ()
-    images = [(record.tokens.sample_id, image) for record in records for image in record.tokens.images]
-    vision = gather(images)
-    layouts = _expand_samples([record.tokens for record in records], sequence_format, vision)
-    length = max(len(item.input_ids) for item in layouts)
-    input_ids = np.full((len(records), length), sequence_format.pad_token_id, np.int64)
-    for row, item in enumerate(layouts):
-        input_ids[row, : len(item.input_ids)] = item.input_ids
-    starts = np.arange(len(records)) * length
-    visual = [item.visual_positions + start for item, start in zip(layouts, starts, strict=True)]
-    response = [item.response_positions + start for item, start in zip(layouts, starts, strict=True)]
-    labels = [item.labels for item in layouts]
-    if not counted:
-        response, labels = ([np.zeros(0, np.int64)] * len(records) for _ in range(2))
+    signals = {name: _get_signal(samples, name) for name in families} if counted else {}
+    vision = gather(samples)
+    tokens = expand_tokens(samples, sequence_format, vision.inputs and vision.inputs.ids)
+    length = int(tokens.lengths.max())
+    positions = tokens.place(np.arange(len(samples)) * length)
+    rows = positions[tokens.is_response & counted]
     image_runs: tuple[ImageRun, ...] = ()
-    if "visual" in families or "relation" in families:
-        for record, item in zip(records, layouts, strict=True):
-            check_visual_grid(record.tokens, sequence_format, item.visual_counts)
-        image_runs = _group_images(
-            [count for item in layouts for count in item.visual_counts], [image for _, image in images]
-        )
+    if "visual" in signals or "relation" in signals:
+        shown = [
+            (image, name) for name, images in zip(samples.sample_ids, samples.images, strict=True) for image in images
+        ]
+        for (image, name), count in zip(shown, tokens.visual_counts, strict=True):
+            check_visual_grid(image, name, sequence_format, count)
+        image_runs = _group_images(tokens.visual_counts, [image for image, _ in shown])
     return Batch(
-        sample_ids=tuple(record.tokens.sample_id for record in records),
-        input_ids=torch.from_numpy(input_ids),
-        lengths=torch.tensor([len(item.input_ids) for item in layouts]),
-        response_positions=torch.from_numpy(np.concatenate(response)),
-        response_counts=torch.tensor([len(each) for each in response]),
-        labels=torch.from_numpy(np.concatenate(labels)),
-        visual_positions=torch.from_numpy(np.concatenate(visual)),
+        sample_ids=tuple(samples.sample_ids),
+        input_ids=_pad(tokens, positions, length, sequence_format.pad_token_id),
+        lengths=torch.from_numpy(tokens.lengths),
+        response_positions=torch.from_numpy(rows - 1),
+        response_counts=torch.from_numpy(np.bincount(rows // length, minlength=len(samples))),
+        labels=torch.from_numpy(tokens.input_ids[tokens.is_response & counted]),
+        visual_positions=torch.from_numpy(positions[tokens.input_ids == sequence_format.image_token_id]),
         vision=vision,
-        image_counts=tuple(len(record.tokens.images) for record in records),
+        image_counts=tuple(map(len, samples.images)),
         image_runs=image_runs,
-        response=make_teacher_rows([_get_response(record) for record in records]) if "response" in families else None,
-        visual=make_teacher_rows(_collect_image_signals(records, "visual")) if "visual" in families else None,
-        relation=_stack_relations(records, image_runs) if "relation" in families else None,
-        hidden=torch.from_numpy(np.concatenate([_get_hidden(each) for each in records]))
-        if "hidden" in families
-        else None,
-        sequence=torch.tensor([_get_sequence_logprob(record) for record in records])
-        if "sequence" in families
-        else None,
+        response=make_teacher_rows(signals["response"]) if "response" in signals else None,
+        visual=make_teacher_rows(signals["visual"]) if "visual" in signals else None,
+        relation=_stack_relations(signals["relation"], image_runs) if "relation" in signals else None,
+        hidden=torch.from_numpy(signals["hidden"]) if "hidden" in signals else None,
+        sequence=torch.from_numpy(signals["sequence"]) if "sequence" in signals else None,
         counted=counted,
     )
+
+
+def _get_signal(samples: SampleBatch, family: str) -> Any:
+    signal = getattr(samples, family)
+    if signal is None:
+        raise StillhouseError(
+            f"sample {samples.sample_ids[0]!r} was read without the family {family}; open its cache with it"
+        )
+    return signal
+
+
+def _pad(tokens: ExpandedTokens, positions: NDArray[np.int64], length: int, pad_token_id: int) -> Int[Tensor, "b t"]:
+    input_ids = np.full(len(tokens.lengths) * length, pad_token_id, np.int64)
+    input_ids[positions] = tokens.input_ids
+    return torch.from_numpy(input_ids.reshape(-1, length))
 
 
 def cut_prompt(tokens: TokensRecord, *, image_token_id: int, answer: int = 0) -> TokensRecord:
@@ -257,62 +260,55 @@ def find_answer_spans(tokens: TokensRecord) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def collate_prompts(
-    prompts: Sequence[TokensRecord], sequence_format: SequenceFormat, gather: GatherImages
-) -> PromptBatch:
-    """Collate one or more prompts. Errors: StillhouseError as `expand_sample` and `gather`."""
-    vision = gather([(tokens.sample_id, image) for tokens in prompts for image in tokens.images])
-    layouts = _expand_samples(prompts, sequence_format, vision)
-    length = max(len(item.input_ids) for item in layouts)
-    input_ids = np.full((len(prompts), length), sequence_format.pad_token_id, np.int64)
-    mask = np.zeros((len(prompts), length), np.int64)
-    visual = []
-    for row, item in enumerate(layouts):
-        start = length - len(item.input_ids)
-        input_ids[row, start:] = item.input_ids
-        mask[row, start:] = 1
-        visual.append(item.visual_positions + row * length + start)
+def collate_prompts(prompts: SampleBatch, sequence_format: SequenceFormat, gather: GatherImages) -> PromptBatch:
+    """Collate one or more prompts. Errors: StillhouseError as `expand_tokens` and `gather`."""
+    vision = gather(prompts)
+    tokens = expand_tokens(prompts, sequence_format, vision.inputs and vision.inputs.ids)
+    length = int(tokens.lengths.max())
+    ends = np.arange(1, len(prompts) + 1) * length
+    positions = tokens.place(ends - tokens.lengths)
+    mask = np.arange(length) >= length - tokens.lengths[:, None]
     return PromptBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
-        visual_positions=torch.from_numpy(np.concatenate(visual)),
+        input_ids=_pad(tokens, positions, length, sequence_format.pad_token_id),
+        attention_mask=torch.from_numpy(mask.astype(np.int64)),
+        visual_positions=torch.from_numpy(positions[tokens.input_ids == sequence_format.image_token_id]),
         vision=vision,
     )
 
 
 def check_visual_grid(
-    tokens: TokensRecord, sequence_format: SequenceFormat, counts: Sequence[int] | None = None
+    image: ImageRef, sample_id: str, sequence_format: SequenceFormat, count: int | None = None
 ) -> None:
-    """Check that the student's visual tokens of each image match the teacher's or can be resampled to them.
+    """Check that the student's visual tokens of an image match the teacher's or can be resampled to them.
 
-    `counts`: the student's number of visual tokens of each image; None: the fixed number. Errors: IdentityError.
+    `count`: the student's number of visual tokens of this image; None: not known. Errors: IdentityError.
     """
-    for number, image in enumerate(tokens.images):
-        ours = sequence_format.tokens_per_image if counts is None else counts[number]
-        theirs, expected = image.num_visual_tokens, sequence_format.teacher_tokens_per_image
-        found = (
-            f"visual grid: the cache has {theirs} visual tokens for image {image.path} of sample {tokens.sample_id!r}"
-        )
-        if sequence_format.tokens_per_image is None:
-            if ours not in (None, theirs):
-                raise IdentityError(
-                    f"{found}, this student makes {ours}; if the number depends on an image's size, student and "
-                    "teacher must tile images alike: give the student the teacher's image processor, or remove the "
-                    "visual and relation losses"
-                )
-            continue
-        if theirs != (sequence_format.tokens_per_image if expected is None else expected):
+    ours, theirs, expected = (
+        sequence_format.tokens_per_image,
+        image.num_visual_tokens,
+        sequence_format.teacher_tokens_per_image,
+    )
+    found = f"visual grid: the cache has {theirs} visual tokens for image {image.path} of sample {sample_id!r}"
+    if ours is None:
+        if count not in (None, theirs):
             raise IdentityError(
-                f"{found}, but {expected or sequence_format.tokens_per_image} for other images; a student with a "
-                "fixed grid needs the same number for all: remove the visual and relation losses"
+                f"{found}, this student makes {count}; if the number depends on an image's size, student and "
+                "teacher must tile images alike: give the student the teacher's image processor, or remove the "
+                "visual and relation losses"
             )
-        try:
-            make_resampling_matrix(sequence_format.tokens_per_image, theirs)
-        except ValueError as error:
-            raise IdentityError(
-                f"{found}, this student has {sequence_format.tokens_per_image}, and {error} that could be resampled; "
-                "take a student with the teacher's grid, or remove the visual and relation losses"
-            ) from error
+        return
+    if theirs != (ours if expected is None else expected):
+        raise IdentityError(
+            f"{found}, but {expected or ours} for other images; a student with a "
+            "fixed grid needs the same number for all: remove the visual and relation losses"
+        )
+    try:
+        make_resampling_matrix(ours, theirs)
+    except ValueError as error:
+        raise IdentityError(
+            f"{found}, this student has {ours}, and {error} that could be resampled; "
+            "take a student with the teacher's grid, or remove the visual and relation losses"
+        ) from error
 
 
 def _group_images(counts: Sequence[int], images: Sequence[ImageRef]) -> tuple[ImageRun, ...]:
@@ -321,9 +317,8 @@ def _group_images(counts: Sequence[int], images: Sequence[ImageRef]) -> tuple[Im
     return tuple(ImageRun(len(list(run)), *pair) for pair, run in itertools.groupby(pairs))
 
 
-def make_teacher_rows(parts: Sequence[SparseRows]) -> TeacherRows:
-    """Concatenate rows of the cache and convert them to tensors."""
-    rows = SparseRows.concatenate(parts)
+def make_teacher_rows(rows: SparseRows) -> TeacherRows:
+    """Convert rows of the cache to tensors, which share their memory."""
     return TeacherRows(
         offsets=torch.from_numpy(rows.offsets),
         ids=torch.from_numpy(rows.ids.astype(np.int64)),
@@ -335,52 +330,11 @@ def make_teacher_rows(parts: Sequence[SparseRows]) -> TeacherRows:
     )
 
 
-def _get_response(record: SampleRecord) -> SparseRows:
-    rows = record.response
-    expected = record.tokens.num_response_tokens
-    if rows is None or rows.num_rows != expected:
-        got = "no rows" if rows is None else f"{rows.num_rows} rows"
-        raise StillhouseError(
-            f"sample {record.tokens.sample_id!r}: {got} for {expected} response tokens; run stillhouse verify"
-        )
-    return rows
-
-
-def _get_sequence_logprob(record: SampleRecord) -> float:
-    if record.sequence is None:
-        raise StillhouseError(f"sample {record.tokens.sample_id!r}: no sequence logprob; run stillhouse verify")
-    return record.sequence.logprob
-
-
-def _collect_image_signals(records: Sequence[SampleRecord], family: str) -> list:
-    signals = []
-    for record in records:
-        for image in record.tokens.images:
-            signal = getattr(record, family).get(image.key)
-            if signal is None:
-                raise StillhouseError(
-                    f"sample {record.tokens.sample_id!r}: image {image.path} has no {family} rows; "
-                    "run stillhouse verify"
-                )
-            signals.append(signal)
-    return signals
-
-
-def _stack_relations(records: Sequence[SampleRecord], image_runs: Sequence[ImageRun]) -> tuple[TeacherRelations, ...]:
-    relations = iter(_collect_image_signals(records, "relation"))
-    runs = []
+def _stack_relations(relations: Sequence[Relation], image_runs: Sequence[ImageRun]) -> tuple[TeacherRelations, ...]:
+    runs, start = [], 0
     for run in image_runs:
-        of_run = list(itertools.islice(relations, run.num_images))
+        of_run = relations[start : start + run.num_images]
         pooled = [len(each.values) for each in of_run[:1] if isinstance(each, PooledRelation)]
         runs.append(stack_relations(of_run, size=pooled[0] if pooled else run.teacher))
+        start += run.num_images
     return tuple(runs)
-
-
-def _get_hidden(record: SampleRecord) -> NDArray[np.float32]:
-    expected = record.tokens.num_response_tokens
-    if record.hidden is None or len(record.hidden) != expected:
-        got = "no hidden states" if record.hidden is None else f"{len(record.hidden)} hidden states"
-        raise StillhouseError(
-            f"sample {record.tokens.sample_id!r}: {got} for {expected} response tokens; run stillhouse verify"
-        )
-    return record.hidden

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from storage.identity import Identity
 from storage.images.pixels import Picture
+from storage.reader.batch_reader import FoundSample, join_samples
 from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle, slice_epochs
-from storage.records.records import ImageRef, SampleRecord
+from storage.records.records import ImageRef
+from storage.records.sample_batch import SampleBatch
 from storage.records.sample_key import SampleKey
 from student_train.data.sample_images import ImageSource, open_images
 
@@ -43,7 +45,7 @@ class CacheSource:
 class Mixture:
     """Several caches read as one; a sample's index is its index in its cache plus the sizes of the caches before.
 
-    With several caches, sample ids become NUMBER:ID with the cache's number, since two may hold the same id.
+    With several caches, sample ids are shown as NUMBER:ID with the cache's number, since two may hold the same id.
     """
 
     def __init__(self, sources: Sequence[CacheSource]) -> None:
@@ -56,25 +58,30 @@ class Mixture:
         return self.sources[0].cache.identity
 
     @property
+    def indices_of_sources(self) -> list[NDArray[np.int64]]:
+        """The samples (n,), or pairs (n, 2), of each source."""
+        starts = self._starts[:-1].tolist()
+        return [source.indices + start for source, start in zip(self.sources, starts, strict=True)]
+
+    @property
     def indices(self) -> NDArray[np.int64]:
         """The samples (s,), or pairs (s, 2), that are trained on."""
-        starts = self._starts[:-1].tolist()
-        return np.concatenate([source.indices + start for source, start in zip(self.sources, starts, strict=True)])
+        return np.concatenate(self.indices_of_sources)
 
-    def find_owners(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the number of the cache (len(indices),) that holds each sample."""
-        return np.searchsorted(self._starts, np.asarray(indices, np.int64), side="right") - 1
-
-    def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> list[SampleRecord]:
+    def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> SampleBatch:
         """Read one or more samples, in this order. Errors as Cache.read_many."""
-        chosen, owners = np.asarray(indices, np.int64), self.find_owners(indices)
-        records: list[SampleRecord | None] = [None] * len(chosen)
+        chosen = np.array(indices, np.int64)
+        owners = _find_owners(self._starts, chosen)
+        found: dict[int, FoundSample] = {}  # by place in the batch
         for owner in np.unique(owners).tolist():
             places = np.flatnonzero(owners == owner)
-            batch = self.sources[owner].cache.read_many(chosen[places] - self._starts[owner], draw_set=draw_set)
-            for place, record in zip(places.tolist(), batch.records(), strict=True):
-                records[place] = record if len(self.sources) == 1 else _prefix_sample_id(record, owner)
-        return [record for record in records if record is not None]
+            own = chosen[places] - self._starts[owner]
+            found.update(zip(places.tolist(), self.sources[owner].cache.find_many(own, draw_set=draw_set), strict=True))
+        samples = join_samples([found[place] for place in range(len(chosen))], chosen)
+        if len(self.sources) == 1:
+            return samples
+        shown = zip(owners.tolist(), samples.sample_ids, strict=True)
+        return replace(samples, keys=[SampleKey(f"{owner}:{sample_id}") for owner, sample_id in shown])
 
     def order(self, *, window_rows: int) -> InterleavedOrder:
         """Return the shuffled order of `indices`; each cache gets an equal share of the window."""
@@ -92,7 +99,7 @@ class Mixture:
     def images(self, processor: Any) -> ImageSource:
         """Open the samples' images."""
         folders = [open_images(source.cache, source.images, processor) for source in self.sources]
-        return folders[0] if len(folders) == 1 else _MixtureImages(folders)
+        return folders[0] if len(folders) == 1 else _MixtureImages(folders, self._starts)
 
 
 class InterleavedOrder:
@@ -137,26 +144,33 @@ class InterleavedOrder:
 
 
 class _MixtureImages:
-    """The images of several caches; the number before a sample's id selects the cache."""
+    """The images of several caches; a sample's index selects the cache."""
 
-    def __init__(self, folders: Sequence[ImageSource]) -> None:
+    def __init__(self, folders: Sequence[ImageSource], starts: NDArray[np.int64]) -> None:
         self._folders = folders
+        self._starts = starts
 
     @property
     def processor(self) -> Any:
         return self._folders[0].processor
 
-    def load_picture(self, image: ImageRef, *, sample_id: str) -> Picture:
-        number, _, own_id = sample_id.partition(":")
-        return self._folders[int(number)].load_picture(image, sample_id=own_id)
+    def load_picture(self, image: ImageRef, *, sample_id: str, index: int | None = None) -> Picture:
+        folder, own = self._find_folder(index)
+        return folder.load_picture(image, sample_id=sample_id, index=own)
 
-    def load_pixels(self, image: ImageRef, *, sample_id: str) -> Tensor:
-        number, _, own_id = sample_id.partition(":")
-        return self._folders[int(number)].load_pixels(image, sample_id=own_id)
+    def load_pixels(self, image: ImageRef, *, sample_id: str, index: int | None = None) -> Tensor:
+        folder, own = self._find_folder(index)
+        return folder.load_pixels(image, sample_id=sample_id, index=own)
 
     def make_blank(self) -> Tensor:
         return self._folders[0].make_blank()
 
+    def _find_folder(self, index: int | None) -> tuple[ImageSource, int]:
+        assert index is not None
+        owner = int(_find_owners(self._starts, np.array([index]))[0])
+        return self._folders[owner], index - int(self._starts[owner])
 
-def _prefix_sample_id(record: SampleRecord, number: int) -> SampleRecord:
-    return replace(record, tokens=replace(record.tokens, key=SampleKey(f"{number}:{record.tokens.sample_id}")))
+
+def _find_owners(starts: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number of the cache (len(indices),) that holds each sample. `starts`: the first index of each."""
+    return np.searchsorted(starts, indices, side="right") - 1

@@ -23,6 +23,7 @@ from storage.images.pixels import ImageDecodeError, Picture, make_pixels
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
 from storage.records.records import ImageRef
+from storage.records.sample_batch import SampleBatch
 from student_train.data.image_inputs import ImageProcessorAdapter, ModelInputs
 
 
@@ -67,19 +68,21 @@ class ImageFolder:
         self._resolved_root = self.root.resolve()
         self.processor = processor
 
-    def load_pixels(self, image: ImageRef, *, sample_id: str) -> Float[Tensor, "c h w"]:
-        """Load one image, preprocessed for the tower. Errors as `load_picture`."""
-        return self._process(self.load_picture(image, sample_id=sample_id))
+    def load_pixels(self, image: ImageRef, *, sample_id: str, index: int | None = None) -> Float[Tensor, "c h w"]:
+        """Load one image, preprocessed for the tower. Arguments and errors as `load_picture`."""
+        return self._process(self.load_picture(image, sample_id=sample_id, index=index))
 
-    def load_picture(self, image: ImageRef, *, sample_id: str) -> Picture:
+    def load_picture(self, image: ImageRef, *, sample_id: str, index: int | None = None) -> Picture:
         """Load one image in RGB.
 
+        `sample_id`: for messages. `index`: the sample's position in the cache, for images that are read from it.
         Errors: StillhouseError with sample and file, for a file that is missing, outside the root, not the one that
         the teacher saw, or not an image. CorruptPartError of the cache.
         """
         place = f"sample {sample_id!r}: image {self.root / image.path}"
         if self._cache is not None:
-            content = self._cache.image_bytes(self._cache.index_of(sample_id), image.sha256)
+            assert index is not None
+            content = self._cache.image_bytes(index, image.sha256)
         else:
             content = self._read_content(image, place)
         got = hashlib.sha256(content).hexdigest()
@@ -113,14 +116,14 @@ class ImageFolder:
 
 
 class ImageSource(Protocol):
-    """Loads images by sample and reference: one ImageFolder, or those of several caches."""
+    """Loads images by sample and reference: one ImageFolder, or those of several caches, which need the index."""
 
     @property
     def processor(self) -> Any: ...
 
-    def load_picture(self, image: ImageRef, *, sample_id: str) -> Picture: ...
+    def load_picture(self, image: ImageRef, *, sample_id: str, index: int | None = None) -> Picture: ...
 
-    def load_pixels(self, image: ImageRef, *, sample_id: str) -> Tensor: ...
+    def load_pixels(self, image: ImageRef, *, sample_id: str, index: int | None = None) -> Tensor: ...
 
     def make_blank(self) -> Tensor: ...
 
@@ -177,18 +180,21 @@ class VisionGatherer:
         self._features = features
         self._pixels = pixels
 
-    def gather(self, images: Sequence[tuple[str, ImageRef]]) -> VisionInput:
-        """Return the vision input of (sample id, image) pairs. Errors as ImageFolder.load_picture."""
-        processor = self._folder.processor
+    def gather(self, samples: SampleBatch) -> VisionInput:
+        """Return the vision input of all images of some samples, in order. Errors as ImageFolder.load_picture."""
+        shown = zip(samples.images, samples.sample_ids, samples.indices.tolist(), strict=True)
+        images = [(image, sample_id, index) for refs, sample_id, index in shown for image in refs]
+        names, processor = tuple(image.sha256 for image, _, _ in images), self._folder.processor
         if isinstance(processor, ImageProcessorAdapter):
-            pictures = [self._folder.load_picture(image, sample_id=sample_id) for sample_id, image in images]
+            pictures = [
+                self._folder.load_picture(image, sample_id=sample_id, index=index) for image, sample_id, index in images
+            ]
             nothing = torch.zeros(0, dtype=torch.int64)
-            names = tuple(image.sha256 for _, image in images)
             return VisionInput(names, None, nothing, None, nothing, processor.make_inputs(pictures))
         known: list[Tensor] = []
         known_slots, pixel_slots = [], []
-        for slot, (_, image) in enumerate(images):
-            features = self._features.get(image.sha256) if self._features is not None else None
+        for slot, name in enumerate(names):
+            features = self._features.get(name) if self._features is not None else None
             if features is None:
                 pixel_slots.append(slot)
             else:
@@ -197,16 +203,16 @@ class VisionGatherer:
         wanted = [self._read(*images[slot]) for slot in pixel_slots]
         pixel_values = torch.stack(wanted) if wanted else None
         return VisionInput(
-            names=tuple(image.sha256 for _, image in images),
+            names=names,
             known=torch.stack(known) if known else None,
             known_slots=torch.tensor(known_slots, dtype=torch.int64),
             pixel_values=pixel_values if images else self._folder.make_blank(),
             pixel_slots=torch.tensor(pixel_slots, dtype=torch.int64),
         )
 
-    def _read(self, sample_id: str, image: ImageRef) -> Tensor:
+    def _read(self, image: ImageRef, sample_id: str, index: int) -> Tensor:
         pixels = self._pixels.get(image.sha256)
         if pixels is None:
-            pixels = self._folder.load_pixels(image, sample_id=sample_id)
+            pixels = self._folder.load_pixels(image, sample_id=sample_id, index=index)
             self._pixels.put([image.sha256], [pixels])
         return pixels

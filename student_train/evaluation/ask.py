@@ -14,6 +14,7 @@ from storage.identity import compute_vocab_size
 from storage.images.settings import PixelSettings
 from storage.records.prompt_ids import find_leading_special_ids, prepend_leading_ids
 from storage.records.records import ImageRef, TokensRecord
+from storage.records.sample_batch import SampleBatch
 from storage.records.sample_key import SampleKey
 from student_train.data.collate import collate_prompts
 from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
@@ -38,7 +39,7 @@ def answer_question(model_dir: str | Path, image_path: str | Path, question: str
     pixels = checkpoint.pixels or PixelSettings()  # those it was trained with, if it names them
     folder = ImageFolder(Path(image_path).parent, checkpoint.image_processor, pixels=pixels)
     vision = VisionGatherer(folder, features=None, pixels=TensorStore(0))
-    prompts = collate_prompts([tokens], checkpoint.sequence_format, vision.gather)
+    prompts = collate_prompts(SampleBatch.of_tokens([tokens]), checkpoint.sequence_format, vision.gather)
     (ids,) = generate_greedily(
         student,
         prompts.to(next(student.parameters()).device),

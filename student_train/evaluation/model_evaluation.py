@@ -19,6 +19,7 @@ from tqdm import tqdm
 from storage.backends.folder import write_json
 from storage.reader.cache import Cache, read_identity
 from storage.records.records import TokensRecord
+from storage.records.sample_batch import SampleBatch
 from student_train.config import EvaluationSection, SourceSection
 from student_train.data.collate import Batch, collate, collate_prompts, cut_prompt, find_answer_spans
 from student_train.data.mixture import CacheSource, Mixture
@@ -102,14 +103,14 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
         section=section,
     )
     samples = evaluator.generate_answers()
-    scored = [
-        index
-        for index, owner in zip(tokens, data.find_owners(list(tokens)).tolist(), strict=True)
-        if "response" in data.sources[owner].cache.families
-    ]
-    others = sorted(set(tokens) - set(scored))
     fidelity = Fidelity.combine(
-        [*evaluator.compute_fidelity(scored, ("response",)), *evaluator.compute_fidelity(others, ())]
+        [
+            part
+            for source, indices in zip(data.sources, data.indices_of_sources, strict=True)
+            for part in evaluator.compute_fidelity(
+                indices.tolist(), ("response",) if "response" in source.cache.families else ()
+            )
+        ]
     )
     by_category: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
@@ -156,8 +157,9 @@ def _read_tokens(data: Mixture, batch_size: int) -> dict[int, TokensRecord]:
     """Read the tokens of each evaluated sample, by its index."""
     return {
         index: record.tokens
-        for piece in _split_batches(data.indices.tolist(), batch_size)
-        for index, record in zip(piece, data.read_many(piece), strict=True)
+        for indices in data.indices_of_sources
+        for piece in _split_batches(indices.tolist(), batch_size)
+        for index, record in zip(piece, data.read_many(piece).records(), strict=True)
     }
 
 
@@ -185,7 +187,8 @@ class _Evaluator:
         answers: dict[tuple[int, int], list[int]] = {}
         with tqdm(total=len(order), desc="answering", unit="answer", mininterval=1.0, leave=False) as bar:
             for batch in _split_batches(order, self.section.batch):
-                prompt_batch = collate_prompts([prompts[place] for place in batch], sequence_format, self.vision.gather)
+                cut = SampleBatch.of_tokens([prompts[place] for place in batch], [index for index, _ in batch])
+                prompt_batch = collate_prompts(cut, sequence_format, self.vision.gather)
                 continued = generate_greedily(
                     self.student,
                     prompt_batch.to(device),
@@ -224,8 +227,8 @@ class _Evaluator:
         for indices_of_batch in tqdm(
             _split_batches(order, self.section.batch), desc="comparing", unit="batch", mininterval=1.0, leave=False
         ):
-            records = self.data.read_many(indices_of_batch)
-            batch = collate(records, self.checkpoint.sequence_format, self.vision.gather, families=families).to(device)
+            samples = self.data.read_many(indices_of_batch)
+            batch = collate(samples, self.checkpoint.sequence_format, self.vision.gather, families=families).to(device)
             parts.append(_compute_fidelity(self.student, batch))
         return parts
 

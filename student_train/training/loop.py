@@ -51,8 +51,8 @@ class BatchFeed:
             draw_sets=(plan.step * size // len(table) for plan in plans_for_epochs),
         )
         return Prefetcher(
-            (plan, collate(records, sequence_format, self.vision.gather, families=families, counted=plan.counted))
-            for plan, records in zip(micro_plans, samples, strict=True)
+            (plan, collate(batch, sequence_format, self.vision.gather, families=families, counted=plan.counted))
+            for plan, batch in zip(micro_plans, samples, strict=True)
         )
 
 

@@ -138,7 +138,8 @@ def read_fitting_checkpoint(stage: StageSection, cache_path: str) -> Checkpoint:
                         sequence_format=replace(checkpoint.sequence_format, teacher_tokens_per_image=teacher_tokens),
                     )
                 counts = _count_visual_tokens(checkpoint, section, identities[section.path], example)
-                check_visual_grid(example, checkpoint.sequence_format, counts)
+                for image, count in zip(example.images, counts, strict=True):
+                    check_visual_grid(image, example.sample_id, checkpoint.sequence_format, count)
     return checkpoint
 
 
@@ -168,12 +169,12 @@ def _count_experts(checkpoint: Checkpoint, stage: StageSection) -> int | None:
 
 def _count_visual_tokens(
     checkpoint: Checkpoint, section: SourceSection, identity: Identity, example: TokensRecord
-) -> list[int] | None:
+) -> Sequence[int | None]:
     """Count the student's visual tokens of a sample's images; None if the number is fixed or a file is missing."""
     inputs, path = checkpoint.image_processor, example.images[0].path
     root = section.images or find_image_root([identity.image_root], section.path, example=path)
     if not isinstance(inputs, ImageProcessorAdapter) or not all(image.file(root).is_file() for image in example.images):
-        return None
+        return [None] * len(example.images)
     folder = ImageFolder(root, inputs, pixels=stored_pixels(identity))
     pictures = [folder.load_picture(image, sample_id=example.sample_id) for image in example.images]
     return [

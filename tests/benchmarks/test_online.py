@@ -64,7 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def write(world: World, name: str, *, k: int | None = None, hidden: bool = False) -> Cache:
     """A cache of what the teacher says of every sample: its k first tokens of each row, in float32, or its states."""
     records = [world.tokens.read(index) for index in range(world.tokens.num_samples)]
-    said = [teacher_states(world.teacher, _batch(world, [record])) for record in records]
+    said = [teacher_states(world.teacher, _batch(world, index)) for index in range(len(records))]
     rows = {"method": "topk", "k": k, "rounding_kl": 0.0}
     chosen: dict[str, Any] = {"hidden": {"encoding": "float16"}} if hidden else {"response": rows, "visual": rows}
     update = {"selection": chosen, "num_parts": 1, "teacher_fingerprint": "t" * 64}
@@ -90,8 +90,8 @@ def _rows(world: World, hidden: Tensor, k: int | None, record: SampleRecord | No
     return sparse_rows(logits, k=k, labels=labels)
 
 
-def _batch(world: World, records: list[SampleRecord]) -> Any:
-    return collate(records, world.student.sequence_format, world.vision.gather)
+def _batch(world: World, index: int) -> Any:
+    return collate(world.tokens.read_many([index]), world.student.sequence_format, world.vision.gather)
 
 
 def trained(world: World, losses: dict[str, Any], cache: Cache | None) -> dict[str, Tensor]:

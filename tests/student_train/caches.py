@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,36 @@ from storage.records.records import (
     ImageRef,
     PartRecords,
     RelationMatrix,
+    SampleRecord,
     SequenceLogprob,
     TokensRecord,
     compute_image_key,
 )
+from storage.records.sample_batch import SampleBatch
 from storage.records.sample_key import HALVES, SampleKey
 from storage.records.sparse_rows import SparseRows
 from storage.writer.cache_writer import CacheWriter
 
 QUESTIONS = ("what colour is the left half?", "what colour is the right half?", "describe the image.")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
+
+
+def join_records(records: Sequence[SampleRecord]) -> SampleBatch:
+    """Join records, which a test may have changed, to a batch; a family that one of them lacks is None."""
+    images = [(record, image.key) for record in records for image in record.tokens.images]
+    visual = [record.visual.get(key) for record, key in images]
+    relation = [record.relation.get(key) for record, key in images]
+    response = [record.response for record in records if record.response is not None]
+    hidden = [record.hidden for record in records if record.hidden is not None]
+    sequence = [record.sequence.logprob for record in records if record.sequence is not None]
+    return replace(
+        SampleBatch.of_tokens([record.tokens for record in records]),
+        response=SparseRows.concatenate(response) if len(response) == len(records) else None,
+        visual=None if None in visual else SparseRows.concatenate([rows for rows in visual if rows is not None]),
+        relation=None if None in relation else relation,
+        hidden=np.concatenate(hidden) if len(hidden) == len(records) else None,
+        sequence=np.array(sequence, np.float32) if len(sequence) == len(records) else None,
+    )
 
 
 def log_softmax(logits: NDArray) -> NDArray[np.float64]:

@@ -20,8 +20,10 @@ from storage.errors import CacheError, ConfigError, IdentityError
 from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle
 from student_train.config import EvaluationSection, SourceSection, StageSection
-from student_train.data.mixture import InterleavedOrder
+from student_train.data.mixture import CacheSource, InterleavedOrder, Mixture
+from student_train.data.sample_images import TensorStore, VisionGatherer
 from student_train.evaluation.model_evaluation import evaluate_model
+from student_train.models.huggingface import load_image_processor
 from student_train.training.stage_data import StageData, prepare_stage_data
 from student_train.training.stage_inputs import collect_stage_inputs, compare_state_inputs
 from tests.hypothesis_profiles import examples
@@ -108,8 +110,9 @@ def test_records_are_read_from_the_cache_that_holds_them(checkpoint: Path, cache
     found = stage_data(checkpoint, [{"path": str(cache)}, {"path": str(other), "splits": ["train", "more"]}])
     caches = [Cache.open(cache), Cache.open(other)]
     chosen = found.table.indices[[30, 0, 43, 5]]
-    records = found.mixture.read_many(chosen)
-    for record, index in zip(records, chosen.tolist(), strict=True):
+    samples = found.mixture.read_many(chosen)
+    images = found.mixture.images(found.checkpoint.image_processor)
+    for record, index in zip(samples.records(), chosen.tolist(), strict=True):
         number, own = (0, index) if index < 48 else (1, index - 48)
         expected = caches[number].read(own)
         assert record.tokens.sample_id == f"{number}:{expected.tokens.sample_id}"
@@ -117,15 +120,61 @@ def test_records_are_read_from_the_cache_that_holds_them(checkpoint: Path, cache
         assert record.response is not None
         assert expected.response is not None
         assert record.response.equals(expected.response)
-        pixels = found.mixture.images(found.checkpoint.image_processor).load_pixels(
-            record.tokens.images[0], sample_id=record.tokens.sample_id
-        )  # of the same path in both: its sha256 is checked
+        image = record.tokens.images[0]  # of the same path and, in its prompt, the same key in both
+        pixels = images.load_pixels(image, sample_id="", index=index)  # its sha256 is checked
+        assert record.visual[image.key].equals(expected.visual[image.key])
+        np.testing.assert_array_equal(record.relation[image.key].values, expected.relation[image.key].values)
         assert pixels.shape == (3, 32, 32)
     rows = [cached.num_response_rows for cached in caches]
     counted = found.table.count_rows(np.array([30, 0]))
     expected_rows = rows[1][found.table.indices[30] - 48] + rows[0][found.table.indices[0]]
     assert counted.response == expected_rows
     assert (counted.visual, counted.relation, counted.samples) == (32, 2, 2)
+
+
+def test_an_image_that_two_caches_show_has_the_rows_and_the_file_of_the_sample_s_own(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Ids, image keys and paths are equal in both; the caches hold the images, whose folders are gone."""
+    families = ("response", "visual", "relation", "images")
+    paths = [
+        make_cache(tmp_path / str(k), checkpoint, k=k, families=families, num_samples=4, num_images=2) for k in (8, 3)
+    ]
+    caches = [Cache.open(path) for path in paths]
+    mixture = Mixture([CacheSource(each, np.arange(each.num_samples)) for each in caches])
+    processor = load_image_processor(checkpoint)
+    chosen = [8, 0, 10, 2, 9]  # samples 0, 0, 2, 2 and 1 of caches 1, 0, 1, 0 and 1
+
+    def pixels() -> torch.Tensor | None:
+        source = VisionGatherer(mixture.images(processor), features=None, pixels=TensorStore(0))
+        return source.gather(mixture.read_many(chosen)).pixel_values
+
+    before = pixels()
+    for path in paths:
+        (path.parent / "images").rename(path.parent / "moved")
+    batch = mixture.read_many(chosen)
+    assert batch.visual is not None
+    assert batch.visual.num_exact.reshape(5, 16)[:, 0].tolist() == [3, 8, 3, 8, 3]
+    (image,), (same,) = batch.images[:2]
+    assert image == same
+    for record, index in zip(batch.records(), chosen, strict=True):
+        expected = caches[index // 8].read(index % 8)
+        (shown,) = record.tokens.images
+        assert record.visual[shown.key].equals(expected.visual[shown.key])
+    torch.testing.assert_close(pixels(), before, rtol=0, atol=0)
+
+
+def test_caches_with_other_temperatures_are_evaluated_together(checkpoint: Path, tmp_path: Path) -> None:
+    judged = copytree(checkpoint, tmp_path / "judged")
+    paths = [
+        make_cache(tmp_path / str(len(temperatures)), checkpoint, num_samples=2, families=("response",),
+                   temperatures=temperatures)
+        for temperatures in ((), (2.0,))
+    ]  # fmt: skip
+    section = EvaluationSection(splits=("test",), max_new_tokens=1, batch=8)
+    document = evaluate_model(judged, [SourceSection(path=str(path)) for path in paths], section)
+    assert document["num_samples"] == 4
+    assert document["kl_to_teacher"] > 0
 
 
 @pytest.mark.parametrize(

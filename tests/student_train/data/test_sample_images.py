@@ -11,7 +11,9 @@ from PIL import Image
 from storage.errors import StillhouseError
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
-from storage.records.records import ImageRef
+from storage.records.records import ImageRef, TokensRecord
+from storage.records.sample_batch import SampleBatch
+from storage.records.sample_key import SampleKey
 from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer, open_images
 from student_train.models.huggingface import load_image_processor
 from tests.student_train.caches import make_cache
@@ -27,6 +29,12 @@ def picture(path: Path, shade: int) -> ImageRef:
 
 def reference(path: Path) -> ImageRef:
     return ImageRef(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), 16, key="0" * 64)
+
+
+def samples(*images: tuple[ImageRef, ...]) -> SampleBatch:
+    return SampleBatch.of_tokens(
+        [TokensRecord(SampleKey("s"), "", "", np.zeros(1, np.int32), np.zeros(1, bool), each) for each in images]
+    )
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def test_kept_features_replace_pixels(folder: ImageFolder) -> None:
     features = TensorStore(1 << 20)
     features.put([second.sha256], [torch.ones(16, 5)])
     source = VisionGatherer(folder, features=features, pixels=TensorStore(0))
-    vision = source.gather([("s", first), ("s", second), ("t", first)])
+    vision = source.gather(samples((first, second), (first,)))
     assert vision.names == (first.sha256, second.sha256, first.sha256)
     assert vision.known is not None
     assert vision.known.shape == (1, 16, 5)
@@ -117,7 +125,7 @@ def test_kept_features_replace_pixels(folder: ImageFolder) -> None:
 
 def test_a_batch_without_images_gets_a_blank_one(folder: ImageFolder) -> None:
     folder.root.mkdir()
-    vision = VisionGatherer(folder, features=None, pixels=TensorStore(0)).gather([])
+    vision = VisionGatherer(folder, features=None, pixels=TensorStore(0)).gather(samples(()))
     assert vision.names == ()
     assert vision.pixel_values is not None
     assert vision.pixel_values.shape == (1, 3, 32, 32)
@@ -127,7 +135,7 @@ def test_a_batch_without_images_gets_a_blank_one(folder: ImageFolder) -> None:
 def test_images_are_read_from_the_cache_if_their_folder_is_gone(tmp_path: Path, checkpoint: Path) -> None:
     path = make_cache(tmp_path, checkpoint, num_samples=4, num_images=3, families=("images",), images_per_sample=2)
     cache, processor = Cache.open(path, families=()), load_image_processor(checkpoint)
-    shown = [(cache.sample_ids[at], image) for at in range(8) for image in cache.read(at).tokens.images]
+    shown = cache.read_many(range(8))
 
     def pixels(configured: str | None = None) -> torch.Tensor | None:
         source = VisionGatherer(open_images(cache, configured, processor), features=None, pixels=TensorStore(0))

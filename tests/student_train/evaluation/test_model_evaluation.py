@@ -68,7 +68,7 @@ def test_held_out_cross_entropy_covers_every_reference_token(two_turns, checkpoi
     student = load_for_inference(opened, vocab_size=cache.identity.vocab_size)
     surprises = []
     for index in range(3):  # one by one: no padding
-        batch = collate([cache.read(index)], opened.sequence_format, vision.gather)
+        batch = collate(cache.read_many([index]), opened.sequence_format, vision.gather)
         with torch.inference_mode():
             hidden = student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
             logprobs = student.compute_logits(hidden[batch.response_positions]).double().log_softmax(1)

@@ -45,9 +45,7 @@ class Case:
 
     def teacher_rows(self) -> TeacherRows | Tensor:
         return (
-            torch.from_numpy(self.teacher_hidden)
-            if self.spec.treatment == "exact"
-            else make_teacher_rows([self.stored])
+            torch.from_numpy(self.teacher_hidden) if self.spec.treatment == "exact" else make_teacher_rows(self.stored)
         )
 
     def loss_spec(self) -> LossSpec:

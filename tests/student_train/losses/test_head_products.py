@@ -25,7 +25,7 @@ def relative_errors(dtype: torch.dtype, *, total_rows: int, sharpness: float, lo
     hidden = torch.randn(ROWS, D, generator=draw).to(dtype).requires_grad_()
     weight = (sharpness * torch.randn(V, D, generator=draw)).to(dtype).requires_grad_()
     teacher = sharpness * torch.randn(ROWS, V, generator=draw, dtype=torch.float64)
-    rows = make_teacher_rows([sparse_rows(teacher.numpy(), k=16)])
+    rows = make_teacher_rows(sparse_rows(teacher.numpy(), k=16))
     share = 1 / total_rows
 
     def task(hidden: Tensor) -> HeadLossTask:

@@ -34,7 +34,7 @@ def log_sum_exps(teacher: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def at_temperature(stored: SparseRows, teacher: np.ndarray, temperature: float) -> TeacherRows:
-    return make_teacher_rows([replace(stored, log_sum_exp=log_sum_exps(teacher, temperature)[:, None])])
+    return make_teacher_rows(replace(stored, log_sum_exp=log_sum_exps(teacher, temperature)[:, None]))
 
 
 def compute(
@@ -137,7 +137,7 @@ def test_the_bucket_is_a_lower_bound_of_the_dense_divergence(
 ) -> None:
     teacher, values = logits(3, vocab, seed), logits(3, vocab, seed + 1)
     spec = LossSpec(divergence)
-    _, bucketed, _ = compute(make_teacher_rows([sparse_rows(teacher, k=min(k, vocab))]), values, spec)
+    _, bucketed, _ = compute(make_teacher_rows(sparse_rows(teacher, k=min(k, vocab))), values, spec)
     assert -1e-5 <= bucketed.item() <= dense_loss(teacher, torch.tensor(values), spec).item() + 1e-5
 
 
@@ -161,7 +161,7 @@ def test_the_bucket_by_hand() -> None:
     one = 0.5 * np.log(0.5 / (1 / 3)) + 0.5 * np.log(0.5 / (2 / 3))
     two = 0.5 * np.log(1.5) + 0.3 * np.log(0.9) + 0.2 * np.log(0.6)
     for k, expected in ((1, one), (2, two)):
-        loss = compute(make_teacher_rows([sparse_rows(teacher, k=k)]), uniform, LossSpec())[1]
+        loss = compute(make_teacher_rows(sparse_rows(teacher, k=k)), uniform, LossSpec())[1]
         assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_the_profile_by_hand() -> None:
     profile = np.array([0.6, 0.1, 0.3]) - 1e-3 / 3
     profile /= profile.sum()
     expected = 0.5 * np.log(0.5 * 3) + 0.125 * np.log(0.125 * 3) + 0.375 * np.log(0.375 * 3)
-    rows = make_teacher_rows([sparse_rows(teacher, k=1)])
+    rows = make_teacher_rows(sparse_rows(teacher, k=1))
     _, loss, gradient = compute(rows, np.zeros((1, 3)), LossSpec(treatment="profile"), profile=profile)
     assert loss.item() == pytest.approx(expected, abs=1e-3)
     np.testing.assert_allclose(gradient[0], np.array([1 / 3 - 0.5, 1 / 3 - 0.125, 1 / 3 - 0.375]), atol=1e-3)
@@ -204,14 +204,14 @@ def test_the_bucket_ignores_sampled_entries() -> None:
     assert sampled.num_entries > sum(counts)
     reference = student(values)
     expected = sparse_loss(sampled, np.zeros(4), reference, LossSpec())
-    assert_same(compute(make_teacher_rows([sampled]), values, LossSpec()), expected, reference, 1e-5)
+    assert_same(compute(make_teacher_rows(sampled), values, LossSpec()), expected, reference, 1e-5)
 
 
 def test_unbiased_kl_averages_to_the_dense_kl_and_its_gradient() -> None:
     teacher, values = logits(2, 60, 3, scale=1.5), logits(2, 60, 4)
     losses, gradients = [], []
     for seed in range(600):
-        rows = make_teacher_rows([sparse_rows(teacher, tau=0.08, seed=seed)])
+        rows = make_teacher_rows(sparse_rows(teacher, tau=0.08, seed=seed))
         _, loss, gradient = compute(rows, values, LossSpec(treatment="unbiased"))
         losses.append(loss.item())
         gradients.append(gradient)
@@ -228,7 +228,7 @@ def test_unbiased_kl_averages_to_the_dense_kl_and_its_gradient() -> None:
 @pytest.mark.parametrize("divergence", TREATMENTS)
 @pytest.mark.parametrize("gap", [30.0, 90.0, 1000.0])
 def test_a_student_without_mass_outside_the_stored_set_gives_finite_values(divergence: Divergence, gap: float) -> None:
-    rows = make_teacher_rows([sparse_rows(logits(1, 20, 5), k=2)])
+    rows = make_teacher_rows(sparse_rows(logits(1, 20, 5), k=2))
     values = torch.zeros(1, 20)
     values[0, rows.ids[:1]] = gap
     _, loss, gradient = compute(rows, values, LossSpec(divergence))
@@ -260,7 +260,7 @@ def test_rows_whose_mass_rounds_to_1(divergence: Divergence, treatment: Treatmen
     reference = student(values)
     expected = sparse_loss(whole, np.zeros(3), reference, spec, profile)
     assert torch.isfinite(expected)
-    assert_same(compute(make_teacher_rows([whole]), values, spec, profile=profile), expected, reference, 2e-5)
+    assert_same(compute(make_teacher_rows(whole), values, spec, profile=profile), expected, reference, 2e-5)
 
 
 @pytest.mark.parametrize(("divergence", "treatment"), [*SPARSE, ("jsd", "exact")])
@@ -288,7 +288,7 @@ def test_labels_add_their_cross_entropy(divergence: Divergence, treatment: Treat
 def test_blocks_of_rows_change_nothing() -> None:
     """A vocabulary so large that rows are computed in several blocks."""
     teacher, values = logits(7, 300_000, 1), logits(7, 300_000, 2)
-    rows, labels = make_teacher_rows([sparse_rows(teacher, k=5)]), torch.arange(7)
+    rows, labels = make_teacher_rows(sparse_rows(teacher, k=5)), torch.arange(7)
     for treatment in ("bucket", "profile"):
         profile = tail_profile(300_000, 0)
         spec = LossSpec(treatment=treatment)
@@ -304,7 +304,7 @@ def test_blocks_of_rows_change_nothing() -> None:
 
 
 def test_a_nan_logit_gives_a_nan_loss() -> None:
-    rows = make_teacher_rows([sparse_rows(logits(2, 20, 5), k=2)])
+    rows = make_teacher_rows(sparse_rows(logits(2, 20, 5), k=2))
     for divergence, treatment in SPARSE:
         for place, value in product((int(rows.ids[0]), (int(rows.ids[0]) + 1) % 20), (torch.nan, torch.inf)):
             values = torch.zeros(2, 20)
@@ -314,7 +314,7 @@ def test_a_nan_logit_gives_a_nan_loss() -> None:
 
 
 def test_no_rows_give_zero() -> None:
-    empty = make_teacher_rows([SparseRows.empty()])
+    empty = make_teacher_rows(SparseRows.empty())
     for divergence, treatment in SPARSE:
         for labels in (None, torch.zeros(0, dtype=torch.int64)):
             found = compute(
@@ -325,8 +325,8 @@ def test_no_rows_give_zero() -> None:
 
 def test_teacher_rows_slice_like_sparse_rows() -> None:
     stored = sparse_rows(logits(6, 30, 11), tau=0.06)
-    rows = make_teacher_rows([stored])
-    part, expected = rows[2:5], make_teacher_rows([stored.slice(2, 5)])
+    rows = make_teacher_rows(stored)
+    part, expected = rows[2:5], make_teacher_rows(stored.slice(2, 5))
     for name, value in vars(expected).items():
         torch.testing.assert_close(getattr(part, name), value, rtol=0, atol=0)
     assert rows.row_of_entry().tolist() == stored.row_of_entry().tolist()
@@ -334,9 +334,7 @@ def test_teacher_rows_slice_like_sparse_rows() -> None:
 
 
 def test_selected_teacher_rows_equal_slices() -> None:
-    rows = make_teacher_rows(
-        [sparse_rows(np.random.default_rng(3).normal(size=(6, 30)), tau=0.05, temperatures=(2.0,))]
-    )
+    rows = make_teacher_rows(sparse_rows(np.random.default_rng(3).normal(size=(6, 30)), tau=0.05, temperatures=(2.0,)))
     for chosen in ([4, 0, 0, 5], [2], []):
         taken = rows[torch.tensor(chosen, dtype=torch.int64)]
         assert taken.num_rows == len(chosen)

@@ -18,6 +18,7 @@ from storage.errors import ConfigError, IdentityError
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
 from storage.records.records import SampleRecord
+from storage.records.sample_batch import SampleBatch
 from storage.selection import Threshold, TopK
 from storage.writer.cache_writer import CacheWriter
 from student_train.config import EvaluationSection, SourceSection, StageSection
@@ -48,6 +49,7 @@ from teacher_dump.prompts.image_tokens import VisualGrid, expand_image_tokens
 from teacher_dump.signals.scoring import RowRequest, SignalRequest
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
+from tests.student_train.caches import join_records
 from tests.student_train.conftest import Runner
 from tests.teacher_dump.architectures import ASKED, samples_of, write_samples
 from tests.teacher_dump.scorers import NOTHING, make_scorer
@@ -128,7 +130,7 @@ def test_logits_of_padded_batches_are_those_of_the_whole_model(case: Case) -> No
     ids = list(case.samples)
     for chosen in (ids, ids[:2]):  # the second without any image
         records = [case.samples[sample_id] for sample_id in chosen]
-        batch = collate(records, case.checkpoint.sequence_format, case.vision.gather)
+        batch = collate(join_records(records), case.checkpoint.sequence_format, case.vision.gather)
         hidden = student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
         logits = student.compute_logits(hidden).view(*batch.input_ids.shape, -1)
         for row, record in enumerate(records):
@@ -149,7 +151,7 @@ def test_a_batch_without_images_reaches_the_tower_with_no_effect(case: Case) -> 
         model, vocab_size=VOCAB_SIZE, image_token_id=case.checkpoint.sequence_format.image_token_id, features=None
     )
     records = [case.samples["text"], case.samples["text-again"]]
-    batch = collate(records, case.checkpoint.sequence_format, case.vision.gather)
+    batch = collate(join_records(records), case.checkpoint.sequence_format, case.vision.gather)
     hidden = student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
     with torch.no_grad():
         expected = case.whole_logits(model, "text")
@@ -222,11 +224,17 @@ def test_answers_of_a_batch_are_those_of_each_prompt_alone(case: Case) -> None:
     eos = (case.checkpoint.tokenizer.eos_token_id,)
     gather = case.vision.gather
     together = generate_greedily(
-        student, collate_prompts(prompts, sequence_format, gather), max_new_tokens=4, eos_token_ids=eos
+        student,
+        collate_prompts(SampleBatch.of_tokens(prompts), sequence_format, gather),
+        max_new_tokens=4,
+        eos_token_ids=eos,
     )
     for prompt, got in zip(prompts, together, strict=True):
         alone = generate_greedily(
-            student, collate_prompts([prompt], sequence_format, gather), max_new_tokens=4, eos_token_ids=eos
+            student,
+            collate_prompts(SampleBatch.of_tokens([prompt]), sequence_format, gather),
+            max_new_tokens=4,
+            eos_token_ids=eos,
         )
         assert [got] == alone
         assert all(token < VOCAB_SIZE for token in got)
@@ -286,17 +294,20 @@ def test_losses_over_images_of_several_sizes_are_means_over_images(
     )
     rows = np.arange(len(stage_data.table))
     totals = stage_data.table.count_rows(rows)
-    records = stage_data.mixture.read_many(stage_data.table.indices)
-    batch = collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=list_loss_families(losses))
+    samples = stage_data.mixture.read_many(stage_data.table.indices)
+    batch = collate(samples, stage_data.checkpoint.sequence_format, vision.gather, families=list_loss_families(losses))
     assert len(batch.image_runs) > 3
     assert totals.visual == sum(run.num_images * run.teacher for run in batch.image_runs)
     with torch.no_grad():
         parts = objective(batch, totals, totals)
         metric = compute_head_gram(model.lm_head.weight, vocab_size=VOCAB_SIZE)
         sums = {"visual": 0.0, "relation": 0.0, "rows": 0, "images": 0}
-        for record in records:
+        for record in samples.records():
             one = collate(
-                [record], stage_data.checkpoint.sequence_format, vision.gather, families=list_loss_families(losses)
+                join_records([record]),
+                stage_data.checkpoint.sequence_format,
+                vision.gather,
+                families=list_loss_families(losses),
             )
             states = student.compute_hidden(one.input_ids, one.visual_positions, one.vision)
             start = 0
@@ -329,8 +340,8 @@ def test_the_teacher_has_loss_0_on_its_own_cache(case_of: Callable[[str], Case],
     vision = VisionGatherer(
         stage_data.mixture.images(stage_data.checkpoint.image_processor), features=None, pixels=TensorStore(0)
     )
-    records = stage_data.mixture.read_many(stage_data.table.indices)
-    batch = collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=list_loss_families(losses))
+    samples = stage_data.mixture.read_many(stage_data.table.indices)
+    batch = collate(samples, stage_data.checkpoint.sequence_format, vision.gather, families=list_loss_families(losses))
     totals = stage_data.table.count_rows(np.arange(len(stage_data.table)))
     with torch.no_grad():
         parts = objective(batch, totals, totals)
@@ -374,10 +385,10 @@ def test_a_student_that_tiles_images_differently_is_refused_for_visual_losses(
     vision = VisionGatherer(
         stage_data.mixture.images(stage_data.checkpoint.image_processor), features=None, pixels=TensorStore(0)
     )
-    records = stage_data.mixture.read_many(stage_data.table.indices)
-    collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=("response",))
+    samples = stage_data.mixture.read_many(stage_data.table.indices)
+    collate(samples, stage_data.checkpoint.sequence_format, vision.gather, families=("response",))
     with pytest.raises(IdentityError, match=r"visual grid: the cache has \d+ visual tokens .* this student makes \d+"):
-        collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=("response", "visual"))
+        collate(samples, stage_data.checkpoint.sequence_format, vision.gather, families=("response", "visual"))
 
 
 def test_a_model_whose_logits_are_not_its_head_s_is_refused(case_of: Callable[[str], Case], tmp_path: Path) -> None:

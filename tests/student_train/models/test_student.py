@@ -7,6 +7,7 @@ import torch
 
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
+from storage.records.sample_batch import SampleBatch
 from student_train.data.collate import Batch, collate, collate_prompts, cut_prompt
 from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
 from student_train.evaluation.generation import generate_greedily
@@ -34,7 +35,7 @@ def load(description: Checkpoint, features: TensorStore | None = None) -> Studen
 
 
 def batch_of(description: Checkpoint, samples: Cache, indices: list[int], vision: VisionGatherer) -> Batch:
-    return collate([samples.read(index) for index in indices], description.sequence_format, vision.gather)
+    return collate(samples.read_many(indices), description.sequence_format, vision.gather)
 
 
 @torch.no_grad()
@@ -100,12 +101,12 @@ def test_greedy_batches_agree_with_one_prompt_at_a_time(description: Checkpoint,
     vision = source(description, samples)
     together = generate_greedily(
         student,
-        collate_prompts(prompts, description.sequence_format, vision.gather),
+        collate_prompts(SampleBatch.of_tokens(prompts), description.sequence_format, vision.gather),
         max_new_tokens=8,
         eos_token_ids=eos,
     )
     for prompt, got in zip(prompts, together, strict=True):
-        alone = collate_prompts([prompt], description.sequence_format, vision.gather)
+        alone = collate_prompts(SampleBatch.of_tokens([prompt]), description.sequence_format, vision.gather)
         output = student.model.generate(
             input_ids=alone.input_ids, attention_mask=alone.attention_mask,
             pixel_values=alone.vision.pixel_values, max_new_tokens=8, do_sample=False,

@@ -28,7 +28,7 @@ from student_train.models.sparse_upcycling import ExpertSettings, upcycle
 from student_train.models.student import Student
 from student_train.training.objective import Objective, list_part_names
 from student_train.training.stage_data import StageData, load_cached_teacher, prepare_stage_data
-from tests.student_train.caches import make_cache
+from tests.student_train.caches import join_records, make_cache
 from tests.student_train.conftest import Runner
 from tests.tiny import make_tiny_llava
 
@@ -69,9 +69,9 @@ def summed(stage_data: StageData, losses: dict, *, ranks: int, micro: int, spars
     totals: dict[str, float] = {}
     for rank in range(ranks):
         for plan in plan_micro_batches(stage_data.table, 6, micro, steps=range(1), seed=1, rank=rank, num_ranks=ranks):
-            records = [stage_data.cache.read(int(index)) for index in stage_data.table.indices[plan.rows].flat]
+            samples = stage_data.cache.read_many(stage_data.table.indices[plan.rows].ravel())
             batch = collate(
-                records, stage_data.checkpoint.sequence_format, vision.gather, families=families, counted=plan.counted
+                samples, stage_data.checkpoint.sequence_format, vision.gather, families=families, counted=plan.counted
             )
             parts = objective(batch, plan.totals, plan.largest)
             parts["loss"].backward()
@@ -101,7 +101,7 @@ def test_preference_agrees_with_a_slow_reference_however_a_batch_is_split(dense:
     (plan,) = plan_micro_batches(stage_data.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
     for index in stage_data.table.indices[plan.rows].flat:
         record = stage_data.cache.read(int(index))
-        batch = collate([record], stage_data.checkpoint.sequence_format, vision.gather)
+        batch = collate(join_records([record]), stage_data.checkpoint.sequence_format, vision.gather)
         with torch.no_grad():
             hidden = objective.student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
             logits = objective.student.compute_logits(hidden)[:, :300].double()
@@ -144,7 +144,7 @@ def test_literal_balance_of_pairs_is_added_side_by_side_and_averaged_over_micro_
     (plan,) = plan_micro_batches(stage_data.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
     expected = 0.0
     for index in stage_data.table.indices[plan.rows].flat:
-        batch = collate([stage_data.cache.read(int(index))], stage_data.checkpoint.sequence_format, vision.gather)
+        batch = collate(stage_data.cache.read_many([int(index)]), stage_data.checkpoint.sequence_format, vision.gather)
         with torch.no_grad():
             _, routers = objective.student.compute_hidden_and_routers(
                 batch.input_ids, batch.visual_positions, batch.vision
@@ -165,7 +165,7 @@ def test_balance_leaves_padding_out_and_is_the_mean_over_samples(dense: Path, pa
     (plan,) = plan_micro_batches(stage_data.table, 6, 6, steps=range(1), seed=1, rank=0, num_ranks=1)
     values = []
     for index in stage_data.table.indices[plan.rows]:
-        batch = collate([stage_data.cache.read(int(index))], stage_data.checkpoint.sequence_format, vision.gather)
+        batch = collate(stage_data.cache.read_many([int(index)]), stage_data.checkpoint.sequence_format, vision.gather)
         with torch.no_grad():
             _, routers = objective.student.compute_hidden_and_routers(
                 batch.input_ids, batch.visual_positions, batch.vision
@@ -181,8 +181,8 @@ def test_the_published_mask_misses_the_first_token_of_every_answer(dense: Path, 
     stage_data = prepare_stage_data(stage, str(pairs))
     objective, vision = objective_of(stage_data, losses)
     unshifted, _ = objective_of(stage_data, literal)
-    records = [stage_data.cache.read(int(index)) for index in stage_data.table.indices[:5]]
-    batch = collate(records, stage_data.checkpoint.sequence_format, vision.gather, families=("response",))
+    samples = stage_data.cache.read_many(stage_data.table.indices[:5])
+    batch = collate(samples, stage_data.checkpoint.sequence_format, vision.gather, families=("response",))
     counts = batch.response_counts
     first = counts.cumsum(0) - counts  # rows, one an answer
     assert batch.response is not None

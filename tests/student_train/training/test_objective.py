@@ -22,7 +22,7 @@ from student_train.models.loading import freeze, load_student
 from student_train.models.student import Student
 from student_train.training.objective import Objective, list_part_names
 from student_train.training.stage_data import StageData, list_loss_families, load_cached_teacher, prepare_stage_data
-from tests.student_train.caches import make_cache
+from tests.student_train.caches import join_records, make_cache
 from tests.student_train.references import dense_loss, sparse_loss
 
 ALL = {"cross_entropy": 0.7, "response": {"weight": 0.5}, "visual": {"weight": 0.3}, "relation": {"weight": 2.0}}
@@ -56,17 +56,17 @@ class Run:
 
     def batch(self, index: int) -> Batch:
         """Collate a batch of one sample of the cache."""
-        records = [self.stage_data.cache.read(index)]
-        return collate(records, self.stage_data.checkpoint.sequence_format, self.vision.gather, families=self.families)
+        samples = self.stage_data.cache.read_many([index])
+        return collate(samples, self.stage_data.checkpoint.sequence_format, self.vision.gather, families=self.families)
 
     def __call__(self, *, ranks: int, micro: int, size: int = 10) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Return the loss parts and the gradients, both summed over ranks and micro-batches."""
         self.student.zero_grad()
         totals: dict[str, float] = {}
         for plan in self._plans(ranks, micro, size):
-            records = [self.stage_data.cache.read(int(self.stage_data.table.indices[row])) for row in plan.rows]
+            samples = self.stage_data.cache.read_many(self.stage_data.table.indices[plan.rows])
             batch = collate(
-                records, self.stage_data.checkpoint.sequence_format, self.vision.gather,
+                samples, self.stage_data.checkpoint.sequence_format, self.vision.gather,
                 families=self.families, counted=plan.counted,
             )  # fmt: skip
             parts = self.objective(batch, plan.totals, plan.largest)
@@ -116,7 +116,7 @@ def test_parts_are_means_over_the_rows_of_the_global_batch(stage_data: StageData
     with torch.no_grad():
         for index in table.indices[used]:
             record = stage_data.cache.read(int(index))
-            batch = collate([record], sequence_format, run.vision.gather, families=FAMILIES)
+            batch = collate(join_records([record]), sequence_format, run.vision.gather, families=FAMILIES)
             pixels = open_images(stage_data.cache, None, stage_data.checkpoint.image_processor).load_pixels(
                 record.tokens.images[0], sample_id=""
             )[None]
@@ -167,7 +167,10 @@ def test_a_batch_without_images_reaches_every_trained_parameter(stage_data: Stag
         response_mask=record.tokens.response_mask[keep], images=(),
     )  # fmt: skip
     batch = collate(
-        [replace(record, tokens=text)], stage_data.checkpoint.sequence_format, run.vision.gather, families=FAMILIES
+        join_records([replace(record, tokens=text)]),
+        stage_data.checkpoint.sequence_format,
+        run.vision.gather,
+        families=FAMILIES,
     )
     plan = next(iter(run._plans(1, 10, 10)))
     parts = run.objective(batch, plan.totals, plan.largest)
@@ -199,7 +202,7 @@ def test_every_encoding_of_relation_matrices_trains(checkpoint: Path, tmp_path: 
         expected = 0.0
         for index in plain.table.indices:
             batch = collate(
-                [plain.cache.read(int(index))],
+                plain.cache.read_many([index]),
                 plain.checkpoint.sequence_format,
                 run.vision.gather,
                 families=run.families,

@@ -11,7 +11,7 @@ from storage.errors import CacheError, ConfigError, IdentityError
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
 from student_train.config import StageSection
-from student_train.data.collate import expand_sample
+from student_train.data.collate import expand_tokens
 from student_train.data.sample_images import open_images
 from student_train.losses.config import DistributionLossSection, LossesSection
 from student_train.training.stage_data import load_cached_teacher, prepare_stage_data
@@ -30,12 +30,9 @@ def test_the_samples_of_the_splits_are_counted(checkpoint: Path, cache: Path) ->
     assert [opened.splits[index] for index in stage_data.table.indices] == ["test"] * 24
     counts = [opened.read(int(index)).tokens.num_response_tokens for index in stage_data.table.indices]
     assert stage_data.table.num_response_rows.tolist() == counts
-    layouts = [
-        expand_sample(opened.read(int(index)).tokens, stage_data.checkpoint.sequence_format)
-        for index in stage_data.table.indices
-    ]
+    tokens = expand_tokens(opened.read_many(stage_data.table.indices), stage_data.checkpoint.sequence_format)
     assert stage_data.table.lengths is not None
-    assert stage_data.table.lengths.tolist() == [len(each.input_ids) for each in layouts]
+    assert stage_data.table.lengths.tolist() == tokens.lengths.tolist()
     assert stage_data.mixture.sources[0].images is None
     teacher = load_cached_teacher(stage_data, LossesSection())
     assert (teacher.centered, teacher.pool, teacher.head) == (False, None, None)
