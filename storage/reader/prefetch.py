@@ -6,11 +6,10 @@ loop whose order of samples is known in advance.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,36 +18,25 @@ from storage.reader.cache import Cache
 from storage.reader.shuffle import WINDOW_ROWS
 from storage.records.sample_batch import SampleBatch
 
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
+Item = TypeVar("Item")
+Read = TypeVar("Read")
 NUM_THREADS = 2
 DEPTH = 4  # batches that are read in advance
 
 
-class BatchSource(Protocol[T_co]):
-    """Anything with Cache.read_many: one cache, or several that are read as one."""
+def prefetch(
+    read: Callable[[Item], Read], items: Iterable[Item], *, num_threads: int = NUM_THREADS, depth: int = DEPTH
+) -> Generator[Read, None, None]:
+    """Yields `read(item)` for each item, in order, such as `cache.read_many` of lists of positions.
 
-    def read_many(self, indices: Sequence[int] | NDArray[np.int64], *, draw_set: int = 0) -> T_co: ...
-
-
-def prefetch_batches(
-    cache: BatchSource[T],
-    batches: Iterable[Sequence[int] | NDArray[np.int64]],
-    *,
-    draw_sets: Iterable[int] | None = None,
-    num_threads: int = NUM_THREADS,
-    depth: int = DEPTH,
-) -> Generator[T, None, None]:
-    """Yields `cache.read_many(indices)` for each item of `batches`, in order, reading `depth` in advance.
-
-    `draw_sets`: one `draw_set` per batch, such as the epoch; None: 0 for all. An error is raised when the
-    batch that it occurred in is requested. The threads end with the iterator.
+    Threads read `depth` items in advance; they end with the iterator. An error is raised when the item that it
+    occurred in is requested.
     """
-    waiting: deque[Future[T]] = deque()
+    waiting: deque[Future[Read]] = deque()
     pool = ThreadPoolExecutor(num_threads, "prefetch")
     try:
-        for indices, draw_set in zip(batches, itertools.repeat(0) if draw_sets is None else draw_sets, strict=False):
-            waiting.append(pool.submit(cache.read_many, indices, draw_set=draw_set))
+        for item in items:
+            waiting.append(pool.submit(read, item))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -83,6 +71,10 @@ def shuffled_batches(
         )
     chosen = np.arange(cache.num_samples) if indices is None else np.asarray(indices, np.int64)
     order = cache.shuffle(chosen, window_rows=window_rows)
-    mine = (chosen[order.batch(step, batch_size, seed=seed)][rank::num_ranks] for step in steps)
-    epochs = (step * batch_size // len(order) for step in steps)
-    return prefetch_batches(cache, mine, draw_sets=epochs, num_threads=num_threads, depth=depth)
+    mine = ((step, chosen[order.batch(step, batch_size, seed=seed)][rank::num_ranks]) for step in steps)
+
+    def read(batch: tuple[int, NDArray[np.int64]]) -> SampleBatch:
+        step, positions = batch
+        return cache.read_many(positions, draw_set=step * batch_size // len(order))
+
+    return prefetch(read, mine, num_threads=num_threads, depth=depth)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 
 from storage.processes.stop_signals import HeldSignals
-from storage.reader.prefetch import prefetch_batches
+from storage.reader.prefetch import prefetch
+from storage.records.sample_batch import SampleBatch
 from student_train.config import StageSection
 from student_train.data.batch_schedule import MicroBatchPlan, Prefetcher, plan_micro_batches
 from student_train.data.collate import Batch, collate
@@ -44,15 +44,14 @@ class BatchFeed:
             table, size, stage.micro_batch, steps=steps, seed=seed, rank=process.rank, num_ranks=process.num_ranks
         )
         families, sequence_format = list_loss_families(stage.losses), self.stage_data.checkpoint.sequence_format
-        micro_plans, plans_to_read, plans_for_epochs = itertools.tee(micro_plans, 3)
-        samples = prefetch_batches(
-            self.stage_data.mixture,
-            (table.indices[plan.rows].ravel() for plan in plans_to_read),
-            draw_sets=(plan.step * size // len(table) for plan in plans_for_epochs),
-        )
+
+        def read(plan: MicroBatchPlan) -> tuple[MicroBatchPlan, SampleBatch]:
+            epoch = plan.step * size // len(table)
+            return plan, self.stage_data.mixture.read_many(table.indices[plan.rows].ravel(), draw_set=epoch)
+
         return Prefetcher(
-            (plan, collate(batch, sequence_format, self.vision.gather, families=families, counted=plan.counted))
-            for plan, batch in zip(micro_plans, samples, strict=True)
+            (plan, collate(samples, sequence_format, self.vision.gather, families=families, counted=plan.counted))
+            for plan, samples in prefetch(read, micro_plans)
         )
 
 

@@ -59,12 +59,12 @@ def test_a_trainer_reads_images_that_were_stored_as_bytes(families: list[str], t
             if "images" not in families:
                 gone, image = open_images(cache, None, processor), cache.read(0).tokens.images[0]
                 with pytest.raises(StillhouseError, match="cannot be read"):
-                    gone.load_pixels(image, sample_id=cache.sample_ids[0])
+                    gone.load_pixels(image, sample_id=cache.sample_ids[0], index=0)
                 return
         images = open_images(cache, None, processor)
         for number, sample_id in enumerate(cache.sample_ids):
             (image,) = cache.read(number).tokens.images
-            pixels = images.load_pixels(image, sample_id=sample_id).numpy()
+            pixels = images.load_pixels(image, sample_id=sample_id, index=number).numpy()
             assert np.ptp(pixels[0]) < 1e-6
             shades.setdefault(sample_id, []).append(float(pixels[0, 0, 0]))
     assert len({one for one, _ in shades.values()}) == 3

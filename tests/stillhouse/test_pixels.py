@@ -48,7 +48,7 @@ def student_values(cache: Path, teacher: Path) -> dict[str, np.ndarray]:
     opened = Cache.open(cache, families=())
     images = open_images(opened, None, load_image_processor(teacher))
     return {
-        sample_id: images.load_pixels(opened.read(index).tokens.images[0], sample_id=sample_id).numpy()
+        sample_id: images.load_pixels(opened.read(index).tokens.images[0], sample_id=sample_id, index=index).numpy()
         for index, sample_id in enumerate(opened.sample_ids)
     }
 

@@ -17,7 +17,7 @@ from storage.encoding.arrow_rows import decode_tokens_row
 from storage.encoding.token_rows import decode_tokens
 from storage.errors import CorruptPartError
 from storage.reader.cache import Cache
-from storage.reader.prefetch import prefetch_batches, shuffled_batches
+from storage.reader.prefetch import prefetch, shuffled_batches
 from storage.records.records import SampleRecord
 from storage.records.sample_batch import SampleBatch
 from storage.records.sparse_rows import SparseRows
@@ -183,7 +183,7 @@ def test_threads_that_want_the_same_row_group_read_it_once(folder: Path) -> None
     cache = Cache.open(folder)
     alone = Cache.open(folder)
     alone.read_many(range(64))
-    for _ in prefetch_batches(cache, [range(64)] * 12, num_threads=6, depth=12):
+    for _ in prefetch(cache.read_many, [range(64)] * 12, num_threads=6, depth=12):
         pass
     assert cache.num_groups_read == alone.num_groups_read
 
@@ -193,11 +193,11 @@ def test_an_error_comes_with_its_batch_and_threads_end(tmp_path: Path) -> None:
     victim = next((tmp_path / "response").glob("part-00001*"))
     cache = Cache.open(tmp_path)
     victim.write_bytes(victim.read_bytes()[:-9])
-    batches = prefetch_batches(cache, [[0], [1], [SAMPLES_PER_PART], [2]])
+    batches = prefetch(cache.read_many, [[0], [1], [SAMPLES_PER_PART], [2]])
     assert [next(batches).indices.tolist() for _ in range(2)] == [[0], [1]]
     with pytest.raises(CorruptPartError, match=victim.name):
         next(batches)
-    batches = prefetch_batches(cache, [[0]] * 100)
+    batches = prefetch(cache.read_many, [[0]] * 100)
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
