@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from storage.encoding.arrow_rows import decode_tokens_row
 from storage.encoding.token_rows import decode_tokens
 from storage.errors import CorruptPartError
+from storage.reader.batch_reader import join_samples
 from storage.reader.cache import Cache
 from storage.reader.prefetch import prefetch, shuffled_batches
 from storage.records.records import SampleRecord
@@ -59,19 +61,54 @@ def test_many_are_as_each_alone(folder: Path, indices: list[int]) -> None:
     assert batch.indices.tolist() == indices
     for at, index in enumerate(indices):
         assert_same(batch.record(at), cache.read(index))
-    assert batch.row_offsets[-1] == (0 if batch.response is None else batch.response.num_rows)
+    assert batch.response is not None
+    assert batch.visual is not None
+    assert batch.relation is not None
+    images = [image for shown in batch.images for image in shown]
+    assert batch.response.num_rows == batch.row_offsets[-1]
+    assert batch.visual.num_rows == sum(image.num_visual_tokens for image in images)
+    assert len(batch.relation) == len(images)
 
 
 def test_other_families_come_in_batches_too(tmp_path: Path) -> None:
     write_family_cache(tmp_path)
     cache = Cache.open(tmp_path)
-    for ours, index in zip(cache.read_many([3, 2, 7]).records(), (3, 2, 7), strict=True):
+    batch = cache.read_many([3, 2, 7])
+    assert batch.hidden is not None
+    assert len(batch.hidden) == batch.row_offsets[-1]  # flat, as everything else
+    for ours, index in zip(batch.records(), (3, 2, 7), strict=True):
         theirs = cache.read(index)
         assert ours.sequence == theirs.sequence
         assert theirs.hidden is not None
         np.testing.assert_array_equal(ours.hidden, theirs.hidden)
         for key, matrix in theirs.relation.items():
             np.testing.assert_array_equal(ours.relation[key].values, matrix.values)
+
+
+def test_samples_of_two_caches_are_joined_in_any_order(folder: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path, noise=5)  # the same ids, other rows
+    caches = [Cache.open(folder), Cache.open(tmp_path, ("response", "visual"))]
+    found = [cache.find_many([2, 1]) for cache in caches]
+    batch = join_samples([found[1][0], found[0][0], found[1][1], found[0][1]], np.arange(4))
+    for ours, (cache, index) in zip(batch.records(), [(1, 2), (0, 2), (1, 1), (0, 1)], strict=True):
+        theirs = caches[cache].read(index)
+        assert ours.tokens.sample_id == theirs.tokens.sample_id
+        assert ours.response is not None
+        assert theirs.response is not None
+        assert ours.response.equals(theirs.response)
+        assert [ours.visual[key].equals(rows) for key, rows in theirs.visual.items()] == [True] * len(ours.visual)
+    assert batch.relation is None  # which one of them was not asked for
+
+
+def test_conversations_without_signals_become_a_batch(folder: Path) -> None:
+    records = [Cache.open(folder, ()).read(index) for index in (5, 0, 3)]
+    batch = SampleBatch.of_tokens([record.tokens for record in records])
+    assert batch.response is batch.visual is batch.relation is batch.hidden is batch.sequence is None
+    for ours, theirs in zip(batch.records(), records, strict=True):
+        assert ours.tokens.sample_id == theirs.tokens.sample_id
+        assert ours.tokens.images == theirs.tokens.images
+        np.testing.assert_array_equal(ours.tokens.token_ids, theirs.tokens.token_ids)
+        np.testing.assert_array_equal(ours.tokens.response_mask, theirs.tokens.response_mask)
 
 
 @pytest.mark.parametrize("indices", [[], [-1], [0, NUM_PARTS * SAMPLES]])
@@ -201,6 +238,25 @@ def test_an_error_comes_with_its_batch_and_threads_end(tmp_path: Path) -> None:
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_a_cache_is_pickled_while_a_thread_reads(folder: Path) -> None:
+    cache, started, go = Cache.open(folder), threading.Event(), threading.Event()
+
+    def wait() -> tuple[None, int]:
+        started.set()
+        go.wait(60)
+        return None, 0
+
+    thread = threading.Thread(target=cache._row_groups._get_or_read, args=(("a file", 0), wait))
+    thread.start()
+    started.wait(60)
+    try:
+        copy = pickle.loads(pickle.dumps(cache))
+    finally:
+        go.set()
+        thread.join()
+    assert_same(copy.read(3), cache.read(3))
 
 
 def test_ranks_that_would_get_nothing_are_refused(folder: Path) -> None:
