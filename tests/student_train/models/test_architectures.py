@@ -17,6 +17,7 @@ from torch import Tensor
 from storage.errors import ConfigError, IdentityError
 from storage.identity import Identity
 from storage.images.settings import PixelSettings
+from storage.reader.cache import Cache
 from storage.records.records import SampleRecord
 from storage.records.sample_batch import SampleBatch
 from storage.selection import Threshold, TopK
@@ -385,7 +386,7 @@ def test_a_student_that_tiles_images_differently_is_refused_for_visual_losses(
     vision = VisionGatherer(
         stage_data.mixture.images(stage_data.checkpoint.image_processor), features=None, pixels=TensorStore(0)
     )
-    samples = stage_data.mixture.read_many(stage_data.table.indices)
+    samples = Cache.open(onevision_cache).read_many(stage_data.table.indices)
     collate(samples, stage_data.checkpoint.sequence_format, vision.gather, families=("response",))
     with pytest.raises(IdentityError, match=r"visual grid: the cache has \d+ visual tokens .* this student makes \d+"):
         collate(samples, stage_data.checkpoint.sequence_format, vision.gather, families=("response", "visual"))
