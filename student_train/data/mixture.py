@@ -26,7 +26,6 @@ from storage.reader.cache import Cache
 from storage.reader.shuffle import Shuffle, slice_epochs
 from storage.records.records import ImageRef
 from storage.records.sample_batch import SampleBatch
-from storage.records.sample_key import SampleKey
 from student_train.data.sample_images import ImageSource, open_images
 
 _KEPT_EPOCHS = 2  # a batch may run over the end of one
@@ -80,8 +79,8 @@ class Mixture:
         samples = join_samples([found[place] for place in range(len(chosen))], chosen)
         if len(self.sources) == 1:
             return samples
-        shown = zip(owners.tolist(), samples.sample_ids, strict=True)
-        return replace(samples, keys=[SampleKey(f"{owner}:{sample_id}") for owner, sample_id in shown])
+        shown = zip(owners.tolist(), samples.keys, strict=True)
+        return replace(samples, keys=[replace(key, row_id=f"{owner}:{key.row_id}") for owner, key in shown])
 
     def order(self, *, window_rows: int) -> InterleavedOrder:
         """Return the shuffled order of `indices`; each cache gets an equal share of the window."""
