@@ -86,7 +86,8 @@ def _answers(tokenizer: Any, length: int, count: int) -> list[tuple[str, str]]:
     for heading, text in topics():
         ids = tokenizer(text)["input_ids"]
         starts = range(0, len(ids) - length + 1, length)
-        pieces += [(heading, tokenizer.decode(ids[start : start + length])) for start in starts]
+        texts = (tokenizer.decode(ids[start : start + length]) for start in starts)
+        pieces += [(heading, text) for text in texts if not text[0].isspace()]  # which the template's would join
     order = np.random.default_rng(0).permutation(len(pieces))
     return [pieces[order[number % len(pieces)]] for number in range(count)]
 
