@@ -56,38 +56,33 @@ class Answerer:
     def answer_samples(self, samples: Sequence[Sample]) -> Iterator[Sample | SampleError]:
         """Yields each sample with the teacher's answers, or its error, in order."""
         for start in range(0, len(samples), _SAMPLES_PER_CALL):
-            asked = samples[start : start + _SAMPLES_PER_CALL]
-            errors: list[SampleError] = []
-            answered = {sample.id: sample for sample in self.replace_answers(asked, errors)}
-            failed = {error.sample_id: error for error in errors}
-            for sample in asked:
-                yield answered[sample.id] if sample.id in answered else failed[sample.id]
+            yield from self.replace_answers(samples[start : start + _SAMPLES_PER_CALL])
 
-    def replace_answers(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[Sample]:
-        """Returns the samples with every answer replaced by the teacher's; adds the others to `errors`."""
-        active = list(samples)
+    def replace_answers(self, samples: Sequence[Sample]) -> list[Sample | SampleError]:
+        """Returns each sample with every answer replaced by the teacher's, or its error, in order."""
+        outcomes: list[Sample | SampleError] = list(samples)
         for number in range(max((len(sample.turns) for sample in samples), default=0)):
-            asked: list[tuple[int, TeacherPrompt]] = []
-            for place, sample in enumerate(active):
-                if number < len(sample.turns) and sample.turns[number].role == "assistant":
+            asked: list[tuple[int, Sample, TeacherPrompt]] = []
+            for place, sample in enumerate(outcomes):
+                if isinstance(sample, SampleError) or number >= len(sample.turns):
+                    continue
+                if sample.turns[number].role == "assistant":
                     try:
-                        asked.append((place, self._make_prompt(sample, number)))
+                        asked.append((place, sample, self._make_prompt(sample, number)))
                     except SampleRefusedError as refusal:
-                        errors.append(SampleError(sample.id, str(refusal)))
-            seeds = [_derive_seed(self.sampling.seed, active[place].id, number) for place, _ in asked]
-            answers = self._generate([prompt for _, prompt in asked], seeds)
-            for (place, _), answer in zip(asked, answers, strict=True):
+                        outcomes[place] = SampleError(sample.id, str(refusal))
+            seeds = [_derive_seed(self.sampling.seed, sample.id, number) for _, sample, _ in asked]
+            answers = self._generate([prompt for _, _, prompt in asked], seeds)
+            for (place, sample, _), answer in zip(asked, answers, strict=True):
                 try:
                     if isinstance(answer, SampleRefusedError):
                         raise answer
-                    turns = active[place].turns
-                    turn = replace(turns[number], text=self._decode_answer(answer, number), token_ids=tuple(answer))
-                    active[place] = replace(active[place], turns=(*turns[:number], turn, *turns[number + 1 :]))
+                    turns, text = sample.turns, self._decode_answer(answer, number)
+                    turn = replace(turns[number], text=text, token_ids=tuple(answer))
+                    outcomes[place] = replace(sample, turns=(*turns[:number], turn, *turns[number + 1 :]))
                 except SampleRefusedError as refusal:
-                    errors.append(SampleError(active[place].id, str(refusal)))
-            failed = {error.sample_id for error in errors}
-            active = [sample for sample in active if sample.id not in failed]
-        return active
+                    outcomes[place] = SampleError(sample.id, str(refusal))
+        return outcomes
 
     def _generate(self, prompts: Sequence[TeacherPrompt], seeds: Sequence[int]) -> list[list[int] | SampleRefusedError]:
         """Returns the tokens of each answer, or its error. If a call fails, tries its prompts one by one."""

@@ -93,6 +93,12 @@ def read_questions(file: Path, **fields: Any) -> Sequence[Sample]:
     return read_samples([source], extracted=file.parent / "extracted", only_questions=True).samples
 
 
+def split_outcomes(outcomes: Sequence[Sample | SampleError]) -> tuple[list[Sample], list[SampleError]]:
+    """Returns the answered samples, and the errors of the others."""
+    errors = [outcome for outcome in outcomes if isinstance(outcome, SampleError)]
+    return [outcome for outcome in outcomes if isinstance(outcome, Sample)], errors
+
+
 def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_teacher: Path, tiny_data: Path) -> None:
     tokenizer = load_processor(tiny_teacher).tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -100,8 +106,7 @@ def test_each_answer_follows_the_questions_and_the_teachers_own_answers(tiny_tea
     samples = read_questions(tiny_data, limit=4)
     script = [spoken["red"], spoken["blue"], [end], spoken["red"][:-1], spoken["white"], spoken["blue"]]
     teacher = ScriptedTeacher(script)
-    errors: list[SampleError] = []
-    got = make_answerer(tiny_teacher, tiny_data.parent, teacher).replace_answers(samples, errors)
+    got, errors = split_outcomes(make_answerer(tiny_teacher, tiny_data.parent, teacher).replace_answers(samples))
     assert [[turn.text for turn in sample.turns if turn.role == "assistant"] for sample in got] == [
         ["red", "white"],
         ["blue", "blue"],
@@ -140,9 +145,9 @@ def test_a_prompt_that_the_engine_refuses_costs_its_own_answer_only(tiny_teacher
         (PromptRefusedError("At most 1 image(s)"), "the teacher refuses this sample: At most 1 image(s)"),
         (RuntimeError("no"), "the teacher failed: no"),
     ):
-        errors: list[SampleError] = []
         picky = PickyTeacher([refused], [spoken] * 8, error)
-        answered = make_answerer(tiny_teacher, tiny_data.parent, picky).replace_answers(samples, errors)
+        answerer = make_answerer(tiny_teacher, tiny_data.parent, picky)
+        answered, errors = split_outcomes(answerer.replace_answers(samples))
         assert [sample.id for sample in answered] == [samples[at].id for at in (0, 2, 3)]
         assert errors == [SampleError(samples[1].id, reason)]
 
@@ -158,7 +163,7 @@ def test_an_engine_that_answers_nothing_ends_the_answers(tiny_teacher: Path, tin
         picky = PickyTeacher([get_pixels(tiny_data, sample) for sample in samples], [], error)
         answerer = make_answerer(tiny_teacher, tiny_data.parent, picky)
         with pytest.raises((StillhouseError, torch.AcceleratorError), match="the weights are gone"):
-            answerer.replace_answers(samples, [])
+            answerer.replace_answers(samples)
 
 
 def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
@@ -172,7 +177,7 @@ def test_generated_ids_win_over_their_text_in_every_later_prompt_and_on_disk(
     samples = read_questions(tiny_data, limit=1)
     teacher = ScriptedTeacher([first, second])
     answerer = make_answerer(tiny_teacher, tiny_data.parent, teacher)
-    (answered,) = answerer.replace_answers(samples, [])
+    ((answered,), _) = split_outcomes(answerer.replace_answers(samples))
     assert [turn.text for turn in answered.turns[1::2]] == ["red<|im_start|>", "<|endoftext|>red"]
     at = len(teacher.asked[0])
     assert teacher.asked[1][: at + len(first)] == [*teacher.asked[0], *first]
@@ -230,8 +235,7 @@ def test_every_label_of_a_greedy_answer_is_the_teachers_first_choice(talker: Pat
     teacher = TransformersTeacher(talker, dtype="float32", image_token_id=299, settings={})
     sampling = SamplingSection(temperature=0.0, max_new_tokens=48)
     answerer = make_answerer(talker, tiny_data.parent, teacher, sampling)
-    errors: list[SampleError] = []
-    answered = answerer.replace_answers(samples, errors)
+    answered, errors = split_outcomes(answerer.replace_answers(samples))
     assert answered
     assert all("the teacher's answer at turn" in error.reason for error in errors)
     prepared = [answerer.preparer.prepare(sample) for sample in answered]
@@ -318,7 +322,8 @@ def test_an_answer_depends_only_on_its_prompt_and_seed(talker: Path, tiny_data: 
     def said(samples: Sequence[Sample], seed: int) -> dict[str, list[str]]:
         sampling = SamplingSection(temperature=1.0, max_new_tokens=24, seed=seed)
         answerer = make_answerer(talker, tiny_data.parent, teacher, sampling)
-        return {one.id: [turn.text for turn in one.turns] for one in answerer.replace_answers(samples, [])}
+        answered, _ = split_outcomes(answerer.replace_answers(samples))
+        return {one.id: [turn.text for turn in one.turns] for one in answered}
 
     together = said(samples, 0)
     assert len(together) > 0
