@@ -57,23 +57,26 @@ def encode_block(rows: SparseRows, groups: IdGroups, *, tau: float, rounding_kl:
     if rows.num_rows > MAX_ROWS or len(sets) > MAX_SETS:
         raise ValueError(f"a block of {rows.num_rows} rows and {len(sets)} sets; {MAX_ROWS} and {MAX_SETS} fit")
     sampled = [_draws_of(each, tau) for each in sets]
-    exact, logprobs = rows.is_exact(), np.minimum(rows.logprobs, 0)
-    entries = _in_order(rows, exact, groups)
+    keys = [_make_keys(each, groups) for each in sets]
+    is_exact = [each.is_exact() for each in sets]
+    entries = _in_order(keys[0][is_exact[0]], groups)
     step = choose_step(rows, rounding_kl)
+    exact = np.flatnonzero(is_exact[0]).take(entries.order)
     is_first = np.zeros(rows.num_entries, np.bool_)
     is_first[rows.offsets[:-1][rows.num_exact > 0]] = True
-    head = Head(logprobs[exact][entries.order], entries.row, is_first[exact][entries.order], rows.num_rows)
+    logprobs = np.minimum(rows.logprobs.take(exact), 0)
+    head = Head(logprobs, entries.row, is_first.take(exact), rows.num_rows)
     lowest, values, errors = round_head(head, step, seed)
-    first_choices = places_of_first(head, values, rows.ids[exact][entries.order], step)
+    first_choices = places_of_first(head, values, groups.ids.take(entries.ranks), step)
     num_sampled = [np.diff(each.offsets) - each.num_exact for each in sets]
     length_bytes = _width(max(rows.num_exact.max(initial=0), *(counts.max(initial=0) for counts in num_sampled)))
     draw_bytes = _width(max(int(draws.max(initial=1)) - 1 for draws in sampled))
     lengths = rows.num_exact.astype(f"<u{length_bytes}")
     first_choices = first_choices.astype(f"<u{length_bytes}")
     planes = [_packed((lengths, *entries.planes(rows.num_exact), values, first_choices))]
-    for each, counts, draws in zip(sets, num_sampled, sampled, strict=True):
-        drawn = _in_order(each, ~each.is_exact(), groups)
-        shown = (draws[drawn.order] - 1).astype(f"<u{draw_bytes}")
+    for of_set, are_exact, counts, draws in zip(keys, is_exact, num_sampled, sampled, strict=True):
+        drawn = _in_order(of_set[~are_exact], groups)
+        shown = (draws.take(drawn.order) - 1).astype(f"<u{draw_bytes}")
         planes.append(_packed((counts.astype(f"<u{length_bytes}"), *drawn.planes(counts), shown)))
     header = pack_header(
         length_bytes, draw_bytes, num_rows=rows.num_rows, num_exact=len(values),
@@ -89,6 +92,7 @@ class _Ordered:
 
     order: NDArray[np.int64]  # of the entries as they were
     row: NDArray[np.int64]
+    ranks: NDArray[np.int64]
     group: NDArray[np.uint8]
     places: NDArray[np.int32]
     widths: NDArray[np.int32]  # bits of each place
@@ -98,15 +102,20 @@ class _Ordered:
         return _differences(self.group, counts), pack_bits(self.places, self.widths)
 
 
-def _in_order(rows: SparseRows, chosen: NDArray[np.bool_], groups: IdGroups) -> _Ordered:
-    row, ids = rows.row_of_entry()[chosen], rows.ids[chosen]
-    ranks = groups.ranks.take(ids)
+def _make_keys(rows: SparseRows, groups: IdGroups) -> NDArray[np.int64]:
+    """(k,) the row and the rank of each entry as one number."""
+    ranks = groups.ranks.take(rows.ids)
     if (ranks < 0).any():
-        raise ValueError(f"id {ids[np.argmin(ranks)]} is in no group")
-    order = np.argsort((row << 31) | ranks)
-    group = groups.table.take(ids.take(order)) - np.uint8(1)
-    places = ranks.take(order) - groups.starts.take(group)
-    return _Ordered(order, row.take(order), group, places, groups.widths.take(group))
+        raise ValueError(f"id {rows.ids[np.argmin(ranks)]} is in no group")
+    return (rows.row_of_entry() << 31) | ranks
+
+
+def _in_order(keys: NDArray[np.int64], groups: IdGroups) -> _Ordered:
+    order = np.argsort(keys)
+    ranks = keys.take(order) & _ID_MASK
+    group = groups.table.take(groups.ids.take(ranks)) - np.uint8(1)
+    places = ranks.astype(np.int32) - groups.starts.take(group)
+    return _Ordered(order, keys.take(order) >> 31, ranks, group, places, groups.widths.take(group))
 
 
 def _packed(planes: Sequence[NDArray | bytes]) -> list[bytes]:
