@@ -29,7 +29,7 @@ from storage.encoding.tail_profile import encode_tail_total
 from storage.records.records import TailTotal
 from storage.records.sparse_rows import SparseRows
 from storage.selection import Mass, Sampled, Selection, Threshold, TopK
-from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
+from teacher_dump.signals.sparsify import make_row_uniforms, select_blocks, select_rows
 
 ROWS_PER_SAMPLE = {"digits": 8}  # of the others, a sequence: 512
 ZSTD_LEVEL = 9
@@ -116,7 +116,10 @@ def tail_total_bytes(teacher: TeacherRows) -> int:
     total = torch.zeros(teacher.vocab_size, dtype=torch.float64)
     uniforms = np.zeros(len(teacher.hidden))
     for rows, logits in teacher.logits():
-        select_rows(logits, labels=None, selection=USUAL.selection, uniforms=uniforms[rows], tail_total=total)
+        draws = uniforms[rows]
+        selected = select_blocks(logits, labels=None, selection=USUAL.selection, uniforms=draws, sums_tails=True)
+        assert selected.tail_sum is not None
+        total += selected.tail_sum
     return len(encode_tail_total(TailTotal(total.numpy(), len(teacher.hidden))))
 
 

@@ -29,7 +29,7 @@ from student_train.data.collate import Batch, collate
 from student_train.data.sample_images import ImageFolder, TensorStore, VisionGatherer
 from student_train.models.loading import Checkpoint, load_for_inference, read_checkpoint
 from student_train.models.student import Student
-from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
+from teacher_dump.signals.sparsify import join_blocks, make_row_uniforms, select_blocks
 
 _BATCH = 64
 
@@ -153,16 +153,17 @@ def _select(
     rows = []
     for number, (key, states) in enumerate(zip(keys, hidden, strict=True)):
         uniforms = make_row_uniforms(len(states), seed=section.seed, family=family, key=key, num_sets=section.draw_sets)
-        rows.append(
-            select_rows(
-                head.compute_logits(states, dtype=torch.float32),
-                labels=None if labels is None else labels[number],
-                selection=section.selection,
-                uniforms=uniforms,
-                temperatures=section.temperatures,
-                tail_total=total,
-            )
+        selected = select_blocks(
+            head.compute_logits(states, dtype=torch.float32),
+            labels=None if labels is None else labels[number],
+            selection=section.selection,
+            uniforms=uniforms,
+            temperatures=section.temperatures,
+            sums_tails=True,
         )
+        rows.append(join_blocks(selected.blocks))
+        assert selected.tail_sum is not None
+        total += selected.tail_sum
     return rows, TailTotal(total.numpy(), sum(each.num_rows for each in rows))
 
 

@@ -120,8 +120,7 @@ class Comparison:
         tokens = self.record.tokens
         labels = torch.from_numpy(tokens.token_ids[tokens.response_mask].astype(np.int64))
         once, again = (
-            float(self.head.compute_label_logprobs(states, labels, rows_per_chunk=ROWS_AT_ONCE).double().sum())
-            for states in (first, second)
+            float(self.head.compute_label_logprobs(states, labels).double().sum()) for states in (first, second)
         )
         allowed = LOGPROB_TOLERANCE * max(1, tokens.num_response_tokens)
         return self._make_measurement(

@@ -8,21 +8,18 @@ It finds rows of another sample, shifted rows, rows of another teacher, and rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from storage.errors import CacheError, IdentityError, StillhouseError
 from storage.identity import Identity, describe_differences
 from storage.reader.cache import Cache
-from storage.records.records import SampleError, SampleRecord
+from storage.records.records import SampleError
 from teacher_dump.audit.comparison import Comparison, Measurement
-from teacher_dump.data.sample import SampleRefusedError
 from teacher_dump.execution.worker_setup import call_with_teacher, make_worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
-from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.settings import DumpSettings
 from teacher_dump.signals.scoring import PartScorer
 
@@ -100,8 +97,8 @@ class ReplayTask:
 class ReplayMeasurements:
     """The measurements of all replayed samples, and samples that could not be scored."""
 
-    measured: list[Measurement] = field(default_factory=list)
-    refused: list[SampleError] = field(default_factory=list)
+    measured: tuple[Measurement, ...]
+    refused: tuple[SampleError, ...]
 
 
 def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) -> Replay:
@@ -130,7 +127,7 @@ def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) ->
         num_samples=len(task.indices),
         engine=(cache.identity.engine, planned.identity.engine),
         drifts=tuple(summarize_drifts(found.measured)),
-        refused=tuple(found.refused),
+        refused=found.refused,
     )
 
 
@@ -155,47 +152,28 @@ def _measure_with_teacher(planned: DumpPlan, settings: DumpSettings, task: Repla
 
 def measure(scorer: PartScorer, task: ReplayTask) -> ReplayMeasurements:
     """Measures each replayed sample with a loaded teacher."""
-    cache, found = Cache.open(task.cache), ReplayMeasurements()
+    cache = Cache.open(task.cache)
     bounds = {family: errors["max"] for family, errors in cache.statistics()["errors_by_family"].items()}
     assert scorer.teacher is not None
     head = scorer.teacher.head
+    measured: list[Measurement] = []
+    refused: list[SampleError] = []
     for start in range(0, len(task.indices), _SAMPLES_AT_ONCE):
-        records, ready = _restore_samples(scorer, cache, task.indices[start : start + _SAMPLES_AT_ONCE], found)
-        first = _compute_states(scorer, [ready], found.refused)
-        others = ready[::-1]
+        chunk = [cache.read(index) for index in task.indices[start : start + _SAMPLES_AT_ONCE]]
+        restored = scorer.restore([record.tokens for record in chunk])
+        scored = scorer.hidden_states(restored.ready)
+        refused += (*restored.errors, *scored.errors)
+        others = restored.ready[::-1]
         batches = [others[at : at + _SECOND_BATCH] for at in range(0, len(others), _SECOND_BATCH)]
-        second = _compute_states(scorer, batches, [])
-        for sample in ready:
+        again = [pair for batch in batches for pair in scorer.hidden_states(batch).accepted]
+        second = {sample.record.sample_id: states.float() for sample, states in again}
+        records = {record.tokens.sample_id: record for record in chunk}
+        for sample, first in scored.accepted:
             name = sample.record.sample_id
-            if name in first and name in second:
+            if name in second:
                 comparison = Comparison(cache.identity, head, sample, records[name], bounds)
-                found.measured.extend(comparison.measure(first[name], second[name]))
-    return found
-
-
-def _restore_samples(
-    scorer: PartScorer, cache: Cache, indices: Sequence[int], found: ReplayMeasurements
-) -> tuple[dict[str, SampleRecord], list[PreparedSample]]:
-    records, ready = {}, []
-    for index in indices:
-        record = cache.read(index)
-        try:
-            ready.append(scorer.restore(record.tokens))
-            records[record.tokens.sample_id] = record
-        except SampleRefusedError as refusal:
-            found.refused.append(SampleError(record.tokens.sample_id, str(refusal)))
-    return records, ready
-
-
-def _compute_states(
-    scorer: PartScorer, batches: Sequence[Sequence[PreparedSample]], errors: list[SampleError]
-) -> dict[str, Tensor]:
-    """Computes hidden states by sample id, (T, d), of samples that the teacher accepts."""
-    states: dict[str, Tensor] = {}
-    for batch in batches:
-        taken, hidden = scorer.hidden_states(batch, errors)
-        states |= {sample.record.sample_id: each.float() for sample, each in zip(taken, hidden, strict=True)}
-    return states
+                measured += comparison.measure(first.float(), second[name])
+    return ReplayMeasurements(tuple(measured), tuple(refused))
 
 
 def summarize_drifts(measured: Sequence[Measurement]) -> Iterator[Drift]:

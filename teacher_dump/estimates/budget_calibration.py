@@ -49,14 +49,17 @@ def choose_settings(scorer: PartScorer, task: BudgetTask) -> dict[str, BudgetCho
     known: set[str] = set()
     num_scored = 0
     for start in range(0, len(task.samples), _SAMPLES_PER_CALL):
-        ready = scorer.prepare(task.samples[start : start + _SAMPLES_PER_CALL], errors)
-        taken, hidden = scorer.hidden_states(ready, errors) if ready else ([], [])
-        scored = [(one, own) for one, own in zip(taken, hidden, strict=True) if bool(torch.isfinite(own).all())]
+        chunk = scorer.prepare(task.samples[start : start + _SAMPLES_PER_CALL])
+        answers = scorer.hidden_states(chunk.ready)
+        errors += (*chunk.errors, *answers.errors)
+        scored = [(one, own) for one, own in answers.accepted if bool(torch.isfinite(own).all())]
         num_scored += len(scored)
         if "response" in states:
             states["response"] += [select_response_states(one, own) for one, own in scored]
         if "visual" in states:
-            states["visual"] += [own.float() for own in select_new_images(scored, known).values()]
+            new = select_new_images(scored, known)
+            known |= new.keys()
+            states["visual"] += [own.float() for own in new.values()]
     found = {}
     for family, section in task.sections.items():
         whole = sum(map(len, states[family]))

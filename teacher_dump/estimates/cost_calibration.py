@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.prompts.data_report import DataReport, DataReporter
 from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.settings import DumpSettings
+from teacher_dump.signals.merged_records import merge_records
 from teacher_dump.signals.scoring import PartScorer, ScoredPart
 from teacher_dump.workers.worker import open_preparer, open_scorer, prefetch
 
@@ -125,14 +125,14 @@ def score_slice(scorer: PartScorer, task: SliceTask) -> SliceResult:
     if scorer.teacher is not None:
         scorer.score(Part(0, tuple(samples[:_WARM_UP])))
     before = time.perf_counter()
-    scorer.prepare(samples, [])
+    scorer.prepare(samples)
     prompts_s = time.perf_counter() - before
     before = time.perf_counter()
     scored, halves = _score_concurrently(scorer, task)
     scoring_s = time.perf_counter() - before
     records = [each.records for each in scored]
     before = time.perf_counter()
-    whole = _measure_slice(_merge_records(records), sum(each.num_tokens for each in scored), task)
+    whole = _measure_slice(merge_records(records), sum(each.num_tokens for each in scored), task)
     encoding_s = time.perf_counter() - before
     seconds = {"prompts": prompts_s, "encoding": encoding_s, "scoring": scoring_s}
     errors = tuple(error for each in records for error in each.errors)
@@ -171,16 +171,3 @@ def _measure_slice(records: PartRecords, num_tokens: int, task: SliceTask) -> Sl
         images=len(images),
     )
     return SliceCost(work, family_bytes)
-
-
-def _merge_records(parts: Iterable[PartRecords]) -> PartRecords:
-    """Merges the records of several parts into those of one."""
-    joined: dict[str, Any] = {}
-    for part in parts:
-        for field in fields(part):
-            value = getattr(part, field.name)
-            if isinstance(value, Mapping):
-                joined[field.name] = {**joined.get(field.name, {}), **value}
-            elif value is not None:
-                joined[field.name] = [*joined.get(field.name, []), *value]
-    return PartRecords(**joined)

@@ -54,6 +54,7 @@ def make_worker_settings(planned: DumpPlan, settings: DumpSettings) -> WorkerSet
         families=cache.families,
         append=cache.append,
         zstd_level=cache.zstd_level,
+        rows_per_chunk=settings.dump.rows_per_chunk,
         check_samples=choose_check_samples(samples, settings.dump.blind_check_samples),
         too_long=settings.data.too_long,
         template_arguments=dict(teacher.chat_template_arguments),
@@ -133,7 +134,6 @@ def _make_signal_request(settings: DumpSettings, identity: Identity) -> SignalRe
         hidden_limit=_get_hidden_limit(cache) if "hidden" in cache.families else None,
         sequence="sequence" in cache.families,
         images="images" in cache.families,
-        rows_per_chunk=settings.dump.rows_per_chunk,
         measured_parts=frozenset(select_tail_parts(identity.num_parts)),
     )
 

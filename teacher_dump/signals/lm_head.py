@@ -1,4 +1,4 @@
-"""The teacher's output head: computes logits, sparse rows and relation matrices from final-norm hidden states.
+"""The teacher's output head: computes logits and relation matrices from final-norm hidden states.
 
 The engine returns hidden states only; the head is read from the checkpoint and applied here, only to the requested
 rows, in float32 and in chunks.
@@ -9,7 +9,7 @@ Legend: r rows, n visual rows of one image, v real vocabulary, d hidden.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +18,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
 from storage.encoding.output_head import StoredHead, make_head
 from storage.errors import StillhouseError
 from storage.records.records import RelationMatrix
-from storage.records.sparse_rows import SparseRows
-from storage.selection import Selection
-from teacher_dump.signals.sparsify import select_rows
 from teacher_dump.teachers import hf_checkpoint as checkpoint
 from teacher_dump.teachers.device_failure import free_memory, is_out_of_memory
 
@@ -53,14 +49,18 @@ T = TypeVar("T")
 
 
 @dataclass
-class ChunkLimit:
-    """Limits the rows per chunk to what a device has memory for; halved once, permanently."""
+class ChunkSize:
+    """The number of rows whose logits are in memory at once; halved once, permanently, where memory is short."""
 
+    num_rows: int = 1024
     is_halved: bool = False
 
-    def reduce(self, rows_per_chunk: int) -> int:
-        """Returns the rows per chunk, halved if memory was short before."""
-        return max(1, rows_per_chunk // 2) if self.is_halved else rows_per_chunk
+    def halve(self, tried: int) -> bool:
+        """Halves the number of rows that were tried; returns False if that was done before, or if it is 1."""
+        if self.is_halved or tried == 1:
+            return False
+        self.num_rows, self.is_halved = tried // 2, True
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class OutputHead:
     bias: Float[Tensor, " v"] | None = None
     scale: float = 1.0
     soft_cap: float | None = None
-    chunk_limit: ChunkLimit = field(default_factory=ChunkLimit)
+    chunk_size: ChunkSize = field(default_factory=ChunkSize)
 
     @property
     def vocab_size(self) -> int:
@@ -98,73 +98,35 @@ class OutputHead:
             logits = logits * self.scale
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
-    def select_sparse_rows(
-        self,
-        hidden: Float[Tensor, "r d"],
-        *,
-        labels: Int[Tensor, " r"] | None,
-        selection: Selection,
-        uniforms: NDArray[np.float64],
-        rows_per_chunk: int,
-        temperatures: Sequence[float] = (),
-        tail_total: Float[Tensor, " v"] | None = None,
-    ) -> SparseRows:
-        """Returns the rows' distributions as a cache stores them, with at most [rows_per_chunk, v] in memory.
-
-        `uniforms` (r, sets) and `tail_total`: see sparsify.select_rows. If memory is short, rows_per_chunk is
-        halved once. Raises ValueError for logits that are not finite; torch.OutOfMemoryError if half was too much.
-        """
-
-        def select(chunk: slice) -> SparseRows:
-            tail_before = None if tail_total is None else tail_total.clone()
-            try:
-                return select_rows(
-                    self.logits(hidden[chunk]),
-                    labels=None if labels is None else labels[chunk].to(self.weight.device),
-                    selection=selection,
-                    uniforms=uniforms[chunk],
-                    temperatures=temperatures,
-                    tail_total=tail_total,
-                )
-            except BaseException:  # a second attempt must not add these rows again
-                if tail_total is not None and tail_before is not None:
-                    tail_total.copy_(tail_before)
-                raise
-
-        rows_per_chunk = min(rows_per_chunk, _CPU_ROWS) if self._packed_weight is not None else rows_per_chunk
-        return SparseRows.concatenate(self._compute_chunks(max(hidden.shape[0], 1), rows_per_chunk, select))
-
-    def compute_label_logprobs(
-        self, hidden: Float[Tensor, "r d"], labels: Int[Tensor, " r"], *, rows_per_chunk: int
-    ) -> Float[Tensor, " r"]:
-        """Returns each row's label logprob at temperature 1, float32, with [rows_per_chunk, v] in memory."""
+    def compute_label_logprobs(self, hidden: Float[Tensor, "r d"], labels: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+        """Returns each row's label logprob at temperature 1, float32."""
         labels = labels.to(self.weight.device)
 
-        def take_labels(chunk: slice) -> Tensor:
-            logits = self.logits(hidden[chunk])
-            return logits.gather(1, labels[chunk, None])[:, 0] - logits.logsumexp(dim=1)
+        def take_labels(logits: Tensor, rows: slice) -> Tensor:
+            return logits.gather(1, labels[rows, None])[:, 0] - logits.logsumexp(dim=1)
 
-        none = hidden.new_zeros(0, dtype=torch.float32, device=self.weight.device)
-        return torch.cat([none, *self._compute_chunks(hidden.shape[0], rows_per_chunk, take_labels)])
+        return torch.cat(list(self.map_logits(hidden, take_labels)))
 
-    def _compute_chunks(self, num_rows: int, rows_per_chunk: int, compute: Callable[[slice], T]) -> list[T]:
-        """Returns `compute` of consecutive slices of rows; halves the slices once if memory is short."""
-        results: list[T] = []
+    def map_logits(self, hidden: Float[Tensor, "r d"], compute: Callable[[Tensor, slice], T]) -> Iterator[T]:
+        """Yields `compute(logits, rows)` of consecutive rows, at most `chunk_size` at a time; once if there are none.
+
+        If memory is short, the chunk size is halved once. Raises torch.OutOfMemoryError if half was too much.
+        """
         start = 0
-        while start < num_rows:
-            num = self.chunk_limit.reduce(rows_per_chunk)
+        while start < max(hidden.shape[0], 1):
+            num = self.chunk_size.num_rows if self._packed_weight is None else min(self.chunk_size.num_rows, _CPU_ROWS)
+            rows = slice(start, start + num)
             try:
-                results.append(compute(slice(start, start + num)))
+                result = compute(self.logits(hidden[rows]), rows)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.chunk_limit.is_halved or rows_per_chunk == 1:
+                if not is_out_of_memory(error) or not self.chunk_size.halve(num):
                     raise
                 _log.warning("no memory for %d rows of logits; from now on half as many at once: %s", num, error)
             else:
                 start += num
+                yield result
                 continue
-            self.chunk_limit.is_halved = True
             free_memory()  # here, where no traceback keeps the tensors of the failed attempt
-        return results
 
     def relation(self, hidden: Float[Tensor, "n d"], *, centered: bool) -> RelationMatrix:
         """Computes G / ||G|| with G = Z Z^T, Z the raw logits of an image's visual rows; float32.
@@ -255,10 +217,10 @@ def find_head(folder: Path, *, vocab_size: int) -> HeadLocation:
     return HeadLocation(name, bias if bias in files else None, *_read_scale_and_cap(folder, settings))
 
 
-def read_head(folder: Path, *, vocab_size: int, device: str = "cpu") -> OutputHead:
+def read_head(folder: Path, *, vocab_size: int, device: str = "cpu", rows_per_chunk: int = 1024) -> OutputHead:
     """Reads the output head of a checkpoint, without rows beyond `vocab_size` (the tokenizer's real one).
 
-    Raises StillhouseError: see find_head.
+    `rows_per_chunk`: rows of logits in memory at once. Raises StillhouseError: see find_head.
     """
     location = find_head(folder, vocab_size=vocab_size)
     files = checkpoint.map_tensor_files(folder)
@@ -267,6 +229,7 @@ def read_head(folder: Path, *, vocab_size: int, device: str = "cpu") -> OutputHe
         bias=None if location.bias is None else _read_rows(files, location.bias, vocab_size).to(device),
         scale=location.scale,
         soft_cap=location.soft_cap,
+        chunk_size=ChunkSize(rows_per_chunk),
     )
 
 

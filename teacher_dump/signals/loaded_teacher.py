@@ -6,12 +6,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from storage.errors import StillhouseError
 from storage.records.records import SampleError
 from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.signals.lm_head import OutputHead
+from teacher_dump.signals.states import SampleStates
 from teacher_dump.teachers.device_failure import (
     DeviceLostError,
     PromptRefusedError,
@@ -25,36 +24,44 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
+class ScoredSamples:
+    """The samples that a teacher accepted, with their hidden states, and errors of the others."""
+
+    accepted: tuple[SampleStates, ...]
+    errors: tuple[SampleError, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class LoadedTeacher:
     """A loaded teacher and its output head."""
 
     engine: Teacher
     head: OutputHead
 
-    def hidden_states(
-        self, samples: Sequence[PreparedSample], errors: list[SampleError]
-    ) -> tuple[list[PreparedSample], list[Tensor]]:
-        """Returns the accepted samples and their hidden states, (T, d) each; adds the others to `errors`.
+    def hidden_states(self, samples: Sequence[PreparedSample]) -> ScoredSamples:
+        """Computes the hidden states of samples; none are asked of the engine if there are no samples.
 
         A sample is an error if the engine fails on it alone, or expands its images differently than the processor.
         Raises StillhouseError if the engine fails on each of several samples for a reason other than their content;
         DeviceLostError if this process can no longer use its device.
         """
-        taken: list[PreparedSample] = []
-        hidden: list[Tensor] = []
-        for sample, states in self._call_engine(samples, errors):
-            difference = sample.expansion.describe_difference(states.token_ids)
-            if difference:
+        accepted: list[SampleStates] = []
+        errors: list[SampleError] = []
+        for sample, answer in self._call_engine(samples):
+            if isinstance(answer, SampleError):
+                errors.append(answer)
+            elif difference := sample.expansion.describe_difference(answer.token_ids):
                 errors.append(SampleError(sample.record.sample_id, difference))
             else:
-                taken.append(sample)
-                hidden.append(states.hidden)
-        return taken, hidden
+                accepted.append((sample, answer.hidden))
+        return ScoredSamples(tuple(accepted), tuple(errors))
 
     def _call_engine(
-        self, samples: Sequence[PreparedSample], errors: list[SampleError]
-    ) -> list[tuple[PreparedSample, TeacherStates]]:
+        self, samples: Sequence[PreparedSample]
+    ) -> list[tuple[PreparedSample, TeacherStates | SampleError]]:
         """Returns the engine's states. If a call fails, tries its samples one by one."""
+        if not samples:
+            return []
         try:
             return list(zip(samples, self.engine.hidden_states([sample.prompt for sample in samples]), strict=True))
         except Exception as error:  # an engine raises its own kinds, and one sample must not cost the others
@@ -63,26 +70,23 @@ class LoadedTeacher:
             is_memory = is_out_of_memory(error)
         if is_memory:
             free_memory()
-        answered: list[tuple[PreparedSample, TeacherStates]] = []
-        failures: list[Exception] = []
-        reasons: list[SampleError] = []
+        answers: list[tuple[PreparedSample, TeacherStates | SampleError]] = []
+        failures: list[tuple[Exception, TeacherStates | SampleError]] = []
         for sample in samples:
             try:
-                answered.append((sample, self.engine.hidden_states([sample.prompt])[0]))
+                answers.append((sample, self.engine.hidden_states([sample.prompt])[0]))
             except Exception as error:
                 _raise_if_fatal(error)
                 refuses = "refuses this sample" if isinstance(error, PromptRefusedError) else "failed"
-                failures.append(error)
-                reasons.append(SampleError(sample.record.sample_id, f"the teacher {refuses}: {error}"))
-        others = [at for at, failure in enumerate(failures) if not isinstance(failure, PromptRefusedError)]
-        if not answered and len(failures) > 1 and others:
-            if is_out_of_memory(failures[others[0]]):
-                raise DeviceLostError(
-                    f"the teacher fails on every sample for want of memory; {reasons[others[0]]}"
-                ) from failures[others[0]]
-            raise StillhouseError(f"the teacher fails on every sample; {reasons[others[0]]}")
-        errors += reasons
-        return answered
+                answers.append((sample, SampleError(sample.record.sample_id, f"the teacher {refuses}: {error}")))
+                failures.append((error, answers[-1][1]))
+        others = [failure for failure in failures if not isinstance(failure[0], PromptRefusedError)]
+        if len(failures) == len(samples) > 1 and others:
+            error, reason = others[0]
+            if is_out_of_memory(error):
+                raise DeviceLostError(f"the teacher fails on every sample for want of memory; {reason}") from error
+            raise StillhouseError(f"the teacher fails on every sample; {reason}")
+        return answers
 
 
 def _raise_if_fatal(error: Exception) -> None:

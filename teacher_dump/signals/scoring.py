@@ -6,29 +6,32 @@ Legend: r response rows, n visual rows of one image, t unexpanded tokens, d hidd
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from storage.encoding.relation_matrix import count_grid_blocks
-from storage.records.records import PartRecords, SampleError, SequenceLogprob, TokensRecord
+from storage.records.records import PartRecords, RelationMatrix, SampleError, SequenceLogprob, TokensRecord
 from storage.records.sparse_rows import SparseRows
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import Sample, SampleRefusedError
 from teacher_dump.prompts.preparation import PreparedSample, Preparer
 from teacher_dump.signals.lm_head import OutputHead
-from teacher_dump.signals.loaded_teacher import LoadedTeacher
+from teacher_dump.signals.loaded_teacher import LoadedTeacher, ScoredSamples
+from teacher_dump.signals.merged_records import merge_records
 from teacher_dump.signals.pair_logprobs import drop_lone_halves
-from teacher_dump.signals.part_accumulator import PartAccumulator, TailSum
-from teacher_dump.signals.sparsify import make_row_uniforms
-from teacher_dump.signals.spec import RowRequest, SignalRequest
-from teacher_dump.signals.states import get_labels, select_new_images, select_response_states
+from teacher_dump.signals.row_selector import RowSelector, SelectedRows
+from teacher_dump.signals.spec import SignalRequest
+from teacher_dump.signals.states import SampleStates, get_labels, select_new_images, select_response_states
 from teacher_dump.signals.teacher_noise import measure_teacher_noise
 
 _SAMPLES_PER_CALL = 32  # of the engine: their hidden states and pixels are in memory together
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,14 @@ class ScoredPart:
 
 
 @dataclass(frozen=True, eq=False)
+class _ScoredChunk:
+    records: PartRecords
+    num_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
 class Chunk:
-    """Samples of a part that are ready for the teacher, and errors of those that are not usable."""
+    """Samples that are ready for the teacher, and errors of those that are not usable."""
 
     ready: tuple[PreparedSample, ...]
     errors: tuple[SampleError, ...]
@@ -57,6 +66,12 @@ class PartScorer:
         self._preparer = preparer
         self._request = request
         self._teacher = teacher if request.needs_teacher else None
+        requests = {"response": request.response, "visual": request.visual}
+        self._selectors = {
+            family: RowSelector(teacher.head, family, rows)
+            for family, rows in requests.items()
+            if teacher is not None and rows is not None
+        }
 
     @property
     def teacher(self) -> LoadedTeacher | None:
@@ -65,55 +80,44 @@ class PartScorer:
     def prepare_chunks(self, part: Part) -> Iterator[Chunk]:
         """Yields the part's samples in chunks of one engine call, prepared on demand."""
         for start in range(0, len(part.samples), _SAMPLES_PER_CALL):
-            errors: list[SampleError] = []
-            ready = self.prepare(part.samples[start : start + _SAMPLES_PER_CALL], errors)
-            yield Chunk(tuple(ready), tuple(errors))
+            yield self.prepare(part.samples[start : start + _SAMPLES_PER_CALL])
+
+    def prepare(self, samples: Sequence[Sample]) -> Chunk:
+        """Prepares samples for the teacher."""
+        return _prepare_each(((sample.id, sample) for sample in samples), self._prepare)
+
+    def restore(self, records: Sequence[TokensRecord]) -> Chunk:
+        """Prepares cached samples for the teacher again. See Preparer.restore."""
+        return _prepare_each(((record.sample_id, record) for record in records), self._preparer.restore)
+
+    def hidden_states(self, samples: Sequence[PreparedSample]) -> ScoredSamples:
+        """See LoadedTeacher.hidden_states."""
+        assert self._teacher is not None
+        return self._teacher.hidden_states(samples)
 
     def score(self, part: Part, chunks: Iterable[Chunk] | None = None) -> ScoredPart:
         """Returns the part's records in the order of its samples. Rows are a function of the part and the seeds.
 
         `chunks`: those of `prepare_chunks(part)`, if another thread prepares them.
         """
-        accumulator = PartAccumulator(errors=list(part.errors))
-        is_measured = self._teacher is not None and part.number in self._request.measured_parts
-        if self._teacher is not None and is_measured:
-            accumulator.tails = {family: TailSum.zeros(self._teacher.head) for family in self._list_row_families()}
-        for chunk in self.prepare_chunks(part) if chunks is None else chunks:
-            accumulator.errors += chunk.errors
-            accumulator.cut |= {prepared.record.sample_id for prepared in chunk.ready if prepared.is_cut}
-            if self._teacher is None:
-                accumulator.tokens += [prepared.record for prepared in chunk.ready]
-                self._add_images(chunk.ready, accumulator)
-            elif chunk.ready:
-                scored, hidden = self._teacher.hidden_states(chunk.ready, accumulator.errors)
-                if is_measured and scored and not accumulator.noise:
-                    accumulator.noise = measure_teacher_noise(
-                        self._teacher, scored, hidden, families=self._list_row_families()
-                    )
-                self._add_signals(self._teacher.head, scored, hidden, accumulator)
-        records = drop_lone_halves(accumulator.records(self._request))
-        num_cut = sum(record.sample_id in accumulator.cut for record in records.tokens)
-        return ScoredPart(records, accumulator.num_tokens, num_cut)
+        is_measured = part.number in self._request.measured_parts
+        scored: list[_ScoredChunk] = []
+        known_images: set[str] = set()  # by key
+        cut: set[str] = set()  # ids of samples that are not whole
+        for chunk in chain([Chunk((), part.errors)], self.prepare_chunks(part) if chunks is None else chunks):
+            measures_noise = is_measured and not any(one.records.teacher_noise for one in scored)
+            one = self._score_chunk(chunk, known_images, sums_tails=is_measured, measures_noise=measures_noise)
+            scored.append(one)
+            known_images |= {image.key for record in one.records.tokens for image in record.images}
+            cut |= {prepared.record.sample_id for prepared in chunk.ready if prepared.is_cut}
+        records = drop_lone_halves(merge_records([one.records for one in scored]))
+        num_cut = sum(record.sample_id in cut for record in records.tokens)
+        return ScoredPart(records, sum(one.num_tokens for one in scored), num_cut)
 
-    def _list_row_families(self) -> list[str]:
-        requests = {"response": self._request.response, "visual": self._request.visual}
-        return [family for family, request in requests.items() if request is not None]
-
-    def prepare(self, samples: Sequence[Sample], errors: list[SampleError]) -> list[PreparedSample]:
-        """Returns the samples that can be scored; adds the others to `errors`."""
-        ready = []
-        for sample in samples:
-            try:
-                prepared = self._preparer.prepare(sample)
-                self._check_grids(prepared)
-                ready.append(prepared)
-            except SampleRefusedError as refusal:
-                errors.append(SampleError(sample.id, str(refusal)))
-        return ready
-
-    def restore(self, record: TokensRecord) -> PreparedSample:
-        """See Preparer.restore."""
-        return self._preparer.restore(record)
+    def _prepare(self, sample: Sample) -> PreparedSample:
+        prepared = self._preparer.prepare(sample)
+        self._check_grids(prepared)
+        return prepared
 
     def _check_grids(self, prepared: PreparedSample) -> None:
         if self._request.relation_pool is None:
@@ -124,52 +128,40 @@ class PartScorer:
             except ValueError as error:
                 raise SampleRefusedError(f"image {image.path!r}: {error}") from error
 
-    def hidden_states(
-        self, samples: Sequence[PreparedSample], errors: list[SampleError]
-    ) -> tuple[list[PreparedSample], list[Tensor]]:
-        """See LoadedTeacher.hidden_states."""
-        assert self._teacher is not None
-        return self._teacher.hidden_states(samples, errors)
-
-    def _add_signals(
-        self,
-        head: OutputHead,
-        samples: Sequence[PreparedSample],
-        hidden: Sequence[Tensor],
-        accumulator: PartAccumulator,
-    ) -> None:
-        kept: list[tuple[PreparedSample, Tensor]] = []
-        for sample, states in zip(samples, hidden, strict=True):
-            reason = self._explain_refusal(sample, states)
-            if reason is None:
-                kept.append((sample, states))
-            else:
-                accumulator.errors.append(SampleError(sample.record.sample_id, reason))
-        if self._request.response is not None:
-            rows = self._select_response_rows(head, self._request.response, kept, accumulator.tails.get("response"))
-            possible = _find_possible(kept, [_get_label_logprobs(one) for one in rows], accumulator.errors)
-            accumulator.response += [rows[at] for at in possible]
-            accumulator.sequence += [_sum_logprobs(_get_label_logprobs(rows[at])) for at in possible]
-            kept = [kept[at] for at in possible]
-        elif self._request.sequence:
-            logprobs = [self._compute_logprobs(head, *one) for one in kept]
-            possible = _find_possible(kept, logprobs, accumulator.errors)
-            accumulator.sequence += [_sum_logprobs(logprobs[at]) for at in possible]
-            kept = [kept[at] for at in possible]
-        accumulator.tokens += [sample.record for sample, _ in kept]
-        self._add_images([sample for sample, _ in kept], accumulator)
-        if self._request.hidden_limit is not None:
-            accumulator.hidden += [select_response_states(sample, states).cpu().numpy() for sample, states in kept]
-        accumulator.num_tokens += sum(len(states) for _, states in kept)
-        new = select_new_images(kept, accumulator.image_keys)
-        if self._request.visual is not None:
-            visual = self._select_sparse_rows(
-                head, "visual", self._request.visual, new, accumulator.tails.get("visual")
-            )
-            accumulator.visual |= dict(zip(new, visual, strict=True))
-        if self._request.relation_centered is not None:
-            for key, states in new.items():
-                accumulator.relation[key] = head.relation(states, centered=self._request.relation_centered)
+    def _score_chunk(
+        self, chunk: Chunk, known_images: Container[str], *, sums_tails: bool, measures_noise: bool
+    ) -> _ScoredChunk:
+        """Returns the records of a chunk; without signals of images whose key is in `known_images`."""
+        request, teacher = self._request, self._teacher
+        if teacher is None:
+            tokens = [sample.record for sample in chunk.ready]
+            return _ScoredChunk(PartRecords(tokens, errors=chunk.errors, images=self._collect_images(chunk.ready)), 0)
+        answers = teacher.hidden_states(chunk.ready)
+        noise: dict[str, list[float]] = {}
+        if measures_noise:
+            noise = measure_teacher_noise(teacher, answers.accepted, families=self._selectors)
+        usable, unusable = _separate(answers.accepted, [self._explain_refusal(*pair) for pair in answers.accepted])
+        response = self._select_response_rows(usable, sums_tails=sums_tails)
+        logprobs = self._list_label_logprobs(teacher.head, usable, response)
+        reasons = [_explain_impossible_token(of_labels) for of_labels in logprobs]
+        kept, impossible = _separate(usable, reasons)
+        is_kept = [reason is None for reason in reasons]
+        new = select_new_images(kept, known_images)
+        visual = self._selectors["visual"].select(new, sums_tails=sums_tails) if request.visual else SelectedRows([])
+        tails = {"response": response.tail, "visual": visual.tail}
+        records = PartRecords(
+            tokens=[sample.record for sample, _ in kept],
+            response=list(compress(response.rows, is_kept)) if request.response else None,
+            visual=dict(zip(new, visual.rows, strict=True)) if request.visual else None,
+            relation=self._compute_relations(teacher.head, new),
+            errors=(*chunk.errors, *answers.errors, *unusable, *impossible),
+            hidden=self._take_hidden_states(kept),
+            sequence=[_sum_logprobs(one) for one in compress(logprobs, is_kept)] if request.sequence else None,
+            images=self._collect_images([sample for sample, _ in kept]),
+            tail_totals={family: tail for family, tail in tails.items() if tail is not None},
+            teacher_noise=noise,
+        )
+        return _ScoredChunk(records, sum(len(states) for _, states in kept))
 
     def _explain_refusal(self, sample: PreparedSample, states: Tensor) -> str | None:
         """Returns why a sample's hidden states cannot be used; None if they can."""
@@ -180,63 +172,75 @@ class PartScorer:
             return f"a hidden state is beyond {limit:.6g}; cache.hidden.encoding int8 has no such limit"
         return None
 
-    def _add_images(self, samples: Sequence[PreparedSample], accumulator: PartAccumulator) -> None:
-        if self._request.images:
-            accumulator.images |= {image.sha256: image.content for sample in samples for image in sample.images}
+    def _select_response_rows(self, samples: Sequence[SampleStates], *, sums_tails: bool) -> SelectedRows:
+        if "response" not in self._selectors:
+            return SelectedRows([])
+        states = {sample.record.sample_id: select_response_states(sample, own) for sample, own in samples}
+        labels = torch.cat([get_labels(sample) for sample, _ in samples]) if samples else None
+        return self._selectors["response"].select(states, labels=labels, sums_tails=sums_tails)
 
-    def _select_sparse_rows(
-        self,
-        head: OutputHead,
-        family: str,
-        request: RowRequest,
-        states: Mapping[str, Tensor],  # (r, d) by sample id, or image key
-        tail: TailSum | None,
-        *,
-        labels: Tensor | None = None,
-    ) -> list[SparseRows]:
-        if not states:
-            return []
-        draws = {"seed": request.seed, "family": family, "num_sets": request.draw_sets}
-        rows = head.select_sparse_rows(
-            torch.cat(list(states.values())),
-            labels=labels,
-            selection=request.selection,
-            uniforms=np.concatenate([make_row_uniforms(len(own), key=key, **draws) for key, own in states.items()]),
-            rows_per_chunk=self._request.rows_per_chunk,
-            temperatures=request.temperatures,
-            tail_total=None if tail is None else tail.total,
-        )
-        if tail is not None:
-            tail.num_rows += rows.num_rows
-        return _split_rows(rows, [len(own) for own in states.values()])
+    def _list_label_logprobs(
+        self, head: OutputHead, samples: Sequence[SampleStates], response: SelectedRows
+    ) -> list[np.ndarray]:
+        """Returns the logprobs of each sample's response tokens, (r,); empty arrays where no signal needs them."""
+        if self._request.response is not None:
+            return [_get_label_logprobs(rows) for rows in response.rows]
+        if not self._request.sequence:
+            return [np.zeros(0, np.float32) for _ in samples]
+        return [
+            head.compute_label_logprobs(select_response_states(sample, states), get_labels(sample)).cpu().numpy()
+            for sample, states in samples
+        ]
 
-    def _select_response_rows(
-        self, head: OutputHead, request: RowRequest, kept: Sequence[tuple[PreparedSample, Tensor]], tail: TailSum | None
-    ) -> list[SparseRows]:
-        states = {sample.record.sample_id: select_response_states(sample, own) for sample, own in kept}
-        labels = torch.cat([get_labels(sample) for sample, _ in kept]) if kept else None
-        return self._select_sparse_rows(head, "response", request, states, tail, labels=labels)
+    def _compute_relations(self, head: OutputHead, images: Mapping[str, Tensor]) -> dict[str, RelationMatrix] | None:
+        centered = self._request.relation_centered
+        if centered is None:
+            return None
+        return {key: head.relation(states, centered=centered) for key, states in images.items()}
 
-    def _compute_logprobs(self, head: OutputHead, sample: PreparedSample, states: Tensor) -> np.ndarray:
-        """Returns each response token's logprob, (r,)."""
-        labels = get_labels(sample)
-        rows = select_response_states(sample, states)
-        return head.compute_label_logprobs(rows, labels, rows_per_chunk=self._request.rows_per_chunk).cpu().numpy()
+    def _take_hidden_states(self, samples: Sequence[SampleStates]) -> list[np.ndarray] | None:
+        if self._request.hidden_limit is None:
+            return None
+        return [select_response_states(sample, states).cpu().numpy() for sample, states in samples]
+
+    def _collect_images(self, samples: Sequence[PreparedSample]) -> dict[str, bytes] | None:
+        if not self._request.images:
+            return None
+        return {image.sha256: image.content for sample in samples for image in sample.images}
 
 
-def _find_possible(
-    kept: Sequence[tuple[PreparedSample, Tensor]], logprobs: Sequence[np.ndarray], errors: list[SampleError]
-) -> list[int]:
-    """Returns positions of samples whose answer tokens all have p > 0; adds the others to `errors`."""
-    possible = []
-    for at, ((sample, _), of_labels) in enumerate(zip(kept, logprobs, strict=True)):
-        is_possible = np.isfinite(of_labels)
-        if is_possible.all():
-            possible.append(at)
+def _prepare_each(samples: Iterable[tuple[str, T]], prepare: Callable[[T], PreparedSample]) -> Chunk:
+    """Prepares samples, given with their ids; one that is refused becomes an error."""
+    ready: list[PreparedSample] = []
+    errors: list[SampleError] = []
+    for sample_id, sample in samples:
+        try:
+            ready.append(prepare(sample))
+        except SampleRefusedError as refusal:
+            errors.append(SampleError(sample_id, str(refusal)))
+    return Chunk(tuple(ready), tuple(errors))
+
+
+def _separate(
+    samples: Sequence[SampleStates], reasons: Sequence[str | None]
+) -> tuple[list[SampleStates], list[SampleError]]:
+    """Returns the samples that there is no reason against, and errors of the others."""
+    kept: list[SampleStates] = []
+    errors: list[SampleError] = []
+    for sample, reason in zip(samples, reasons, strict=True):
+        if reason is None:
+            kept.append(sample)
         else:
-            reason = f"the teacher gives token {int(np.argmin(is_possible))} of its answer the probability 0"
-            errors.append(SampleError(sample.record.sample_id, reason))
-    return possible
+            errors.append(SampleError(sample[0].record.sample_id, reason))
+    return kept, errors
+
+
+def _explain_impossible_token(logprobs: np.ndarray) -> str | None:
+    """Returns why a sample with these response logprobs cannot be stored; None if all tokens have p > 0."""
+    is_possible = np.isfinite(logprobs)
+    if is_possible.all():
+        return None
+    return f"the teacher gives token {int(np.argmin(is_possible))} of its answer the probability 0"
 
 
 def _get_label_logprobs(rows: SparseRows) -> np.ndarray:
@@ -247,8 +251,3 @@ def _get_label_logprobs(rows: SparseRows) -> np.ndarray:
 def _sum_logprobs(logprobs: np.ndarray) -> SequenceLogprob:
     """Sums an answer's token logprobs in float64; only the result is float32."""
     return SequenceLogprob(float(np.float32(logprobs.sum(dtype=np.float64))), len(logprobs))
-
-
-def _split_rows(rows: SparseRows, counts: Sequence[int]) -> list[SparseRows]:
-    stops = np.cumsum(counts)
-    return [rows.slice(int(stop) - count, int(stop)) for stop, count in zip(stops, counts, strict=True)]

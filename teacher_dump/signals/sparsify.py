@@ -50,25 +50,90 @@ def select_rows(
     selection: Selection,
     uniforms: NDArray[np.float64],
     temperatures: Sequence[float] = (),
-    tail_total: Float[Tensor, " v"] | None = None,
 ) -> SparseRows:
-    """Selects each row's stored entries, and computes its scalars over the full vocabulary, from float32 logits.
+    """Selects each row's stored entries, and computes its scalars over the full vocabulary: see `select_blocks`."""
+    settings = {"selection": selection, "uniforms": uniforms, "temperatures": temperatures}
+    return join_blocks(select_blocks(logits, labels=labels, **settings).blocks)
+
+
+def select_blocks(
+    logits: Float[Tensor, "r v"],
+    *,
+    labels: Int[Tensor, " r"] | None,
+    selection: Selection,
+    uniforms: NDArray[np.float64],
+    temperatures: Sequence[float] = (),
+    sums_tails: bool = False,
+) -> SelectedBlocks:
+    """Selects from float32 logits, a block of rows at a time.
 
     Each of `temperatures` gets a log-sum-exp. `uniforms` (r, sets), or (r,) for one set, in [0, 1) decide the draws
-    of `Threshold` and `Sampled`, one set of draws for each column. Adds the probabilities outside the exact entries
-    of all rows to `tail_total` (float64). Raises ValueError for logits that are not finite.
+    of `Threshold` and `Sampled`, one set of draws for each column. Raises ValueError for logits that are not finite.
     """
     num_rows, vocab_size = logits.shape
     uniforms = uniforms if uniforms.ndim == 2 else uniforms[:, None]
     most = max(1, _BLOCK_ENTRIES["cpu" if logits.device.type == "cpu" else "gpu"] // vocab_size)
     per_block = -(-num_rows // max(1, -(-num_rows // most))) or 1  # blocks of nearly equal size
-    blocks = []
+    blocks: list[_SelectedBlock] = []
+    tail_sum = logits.new_zeros(vocab_size, dtype=torch.float64) if sums_tails else None
     for start in range(0, max(num_rows, 1), per_block):
         block = slice(start, start + per_block)
         dense = _DenseRows.from_logits(logits[block])
         own = None if labels is None else labels[block]
-        blocks.append(_select(dense, own, selection, uniforms[block], temperatures, tail_total))
-    return SparseRows.concatenate(blocks)
+        blocks.append(_select(dense, own, selection, uniforms[block], temperatures))
+        if tail_sum is not None:
+            tail_sum += dense.weights.T @ dense.total.reciprocal()  # without the exact entries
+    return SelectedBlocks(blocks, tail_sum)
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedBlocks:
+    """What was selected from some rows: at least one block, and the sum of the rows' tails if it was asked for."""
+
+    blocks: list[_SelectedBlock]
+    tail_sum: Float[Tensor, " v"] | None  # float64, the probabilities outside the exact entries
+
+
+@dataclass(frozen=True, eq=False)
+class _SelectedBlock:
+    """The selected entries of some rows, wherever the selection left them, and the rows' scalars (see SparseRows)."""
+
+    exact: _Entries
+    sampled: tuple[_Entries, ...]  # by set of draws
+    tail_mass: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    log_sum_exp: NDArray[np.float32]
+    label_logprob: NDArray[np.float32] | None
+    selection_errors: tuple[NDArray[np.float32], ...]  # by set of draws
+
+
+def join_blocks(blocks: Sequence[_SelectedBlock]) -> SparseRows:
+    """Joins the rows of one or more blocks; each entry is copied once, to its place in its row."""
+    num_exact = np.concatenate([block.exact.count(len(block.tail_mass)) for block in blocks])
+    labels = [block.label_logprob for block in blocks if block.label_logprob is not None]
+    scalars = {
+        "num_exact": num_exact.astype(np.int32),
+        "tail_mass": np.concatenate([block.tail_mass for block in blocks]),
+        "entropy": np.concatenate([block.entropy for block in blocks]),
+        "log_sum_exp": np.concatenate([block.log_sum_exp for block in blocks]),
+        "label_logprob": np.concatenate(labels) if labels else None,
+    }
+    sets = []
+    for number in range(len(blocks[0].sampled)):
+        num_sampled = np.concatenate([block.sampled[number].count(len(block.tail_mass)) for block in blocks])
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_exact + num_sampled)])
+        ids, logprobs = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+        first = 0
+        for block in blocks:
+            own = slice(first, first + len(block.tail_mass))
+            starts = offsets[:-1][own]  # of each row: first its exact entries, then its sampled ones
+            for entries, begins in ((block.exact, starts), (block.sampled[number], starts + num_exact[own])):
+                at = begins.take(entries.rows) + entries.places
+                ids[at], logprobs[at] = entries.ids, entries.logprobs
+            first = own.stop
+        errors = np.concatenate([block.selection_errors[number] for block in blocks])
+        sets.append(SparseRows(offsets, ids, logprobs, **scalars, selection_error=errors))
+    return replace(sets[0], other_sets=tuple(sets[1:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,38 +178,29 @@ def _select(
     selection: Selection,
     uniforms: NDArray[np.float64],
     temperatures: Sequence[float],
-    tail_total: Tensor | None,
-) -> SparseRows:
-    num_rows, vocab_size = dense.weights.shape
+) -> _SelectedBlock:
+    """Selects the entries of a block, and removes the exact ones from `dense`."""
+    vocab_size = dense.weights.shape[1]
     label_logprob = None if labels is None else dense.shifted.gather(1, labels[:, None])[:, 0] - dense.log_total
     log_sum_exp = _compute_log_sum_exps(dense, temperatures)
     places = _find_exact_places(dense, selection)  # (k,) in the flat rows
     logprobs = dense.shifted.view(-1)[places] - dense.log_total[places // vocab_size]
-    head = _Entries(_to_numpy(places // vocab_size), _to_numpy(places % vocab_size), _to_numpy(logprobs)).sort()
+    exact = _Entries.from_exact(*map(_to_numpy, (places // vocab_size, places % vocab_size, logprobs)))
     entropy = dense.entropy()
     dense.remove_entries(places)
     tail = dense.weights
     tail_mass = dense.sums.sum(dim=1) / dense.total  # summed itself: 1 - head would lose small tails
-    if tail_total is not None:
-        tail_total += tail.T @ dense.total.reciprocal()
     tail_norm = _to_numpy(torch.linalg.vector_norm(tail, dim=1) / dense.total).astype(np.float64)
-    sets = []
-    for column in uniforms.T:
-        sampled = _draw_entries(dense, selection, column)
-        offsets, entries, num_exact = _interleave(head, sampled, num_rows)
-        rows = SparseRows(
-            offsets=offsets,
-            ids=entries.ids.astype(np.int32),
-            logprobs=entries.logprobs.astype(np.float32),
-            num_exact=num_exact,
-            tail_mass=np.minimum(_to_numpy(tail_mass).astype(np.float32), np.float32(1)),
-            entropy=_to_numpy(entropy).astype(np.float32),
-            log_sum_exp=log_sum_exp,
-            label_logprob=None if label_logprob is None else _to_numpy(label_logprob).astype(np.float32),
-            selection_error=_compute_distance(tail, dense.total, tail_norm, sampled),
-        )
-        sets.append(rows)
-    return replace(sets[0], other_sets=tuple(sets[1:]))
+    sampled = tuple(_draw_entries(dense, selection, column) for column in uniforms.T)
+    return _SelectedBlock(
+        exact=exact,
+        sampled=sampled,
+        tail_mass=np.minimum(_to_numpy(tail_mass), np.float32(1)),
+        entropy=_to_numpy(entropy),
+        log_sum_exp=log_sum_exp,
+        label_logprob=None if label_logprob is None else _to_numpy(label_logprob),
+        selection_errors=tuple(_compute_distance(tail, dense.total, tail_norm, drawn) for drawn in sampled),
+    )
 
 
 def _draw_entries(dense: _DenseRows, selection: Selection, uniforms: NDArray[np.float64]) -> _Entries:
@@ -204,48 +260,48 @@ def _compute_log_sum_exps(dense: _DenseRows, temperatures: Sequence[float]) -> N
     return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(dense.total), 0), np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entries:
-    """Stored entries of all rows, by row."""
+    """Exact or sampled entries of a block's rows, in any order within a row."""
 
     rows: NDArray[np.int64]  # (k,)
+    places: NDArray[np.int32]  # (k,) among the entries of its row
     ids: NDArray[np.int64]  # (k,)
     logprobs: NDArray[np.float32]  # (k,)
 
     @staticmethod
     def empty() -> _Entries:
-        return _Entries(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+        none = np.zeros(0, np.int64)
+        return _Entries(none, none.astype(np.int32), none, np.zeros(0, np.float32))
 
     @staticmethod
     def from_draws(draws: Draws, *, weight: float) -> _Entries:
-        """Makes entries whose weight is the number of draws times the weight of one."""
-        return _Entries(draws.rows, draws.ids, np.log(draws.counts * weight).astype(np.float32))
+        """Makes entries whose weight is the number of draws times the weight of one, by ascending id."""
+        logprobs = np.log(draws.counts * weight).astype(np.float32)
+        return _Entries(draws.rows, _number_in_rows(draws.rows), draws.ids, logprobs)
 
-    def sort(self) -> _Entries:
-        """Sorts each row by descending logprob, equal logprobs by ascending id."""
+    @staticmethod
+    def from_exact(rows: NDArray[np.int64], ids: NDArray[np.int64], logprobs: NDArray[np.float32]) -> _Entries:
+        """Makes entries whose places are by descending logprob, of equal logprobs by ascending id."""
         # Floats of one sign sort as their bits.
-        keys = (self.rows << 32) | np.abs(np.minimum(self.logprobs, 0)).view(np.uint32).astype(np.int64)
+        keys = (rows << 32) | np.abs(np.minimum(logprobs, 0)).view(np.uint32).astype(np.int64)
         order = np.argsort(keys)
         sorted_keys = keys.take(order)
         if (sorted_keys[1:] == sorted_keys[:-1]).any():
-            order = np.lexsort((self.ids, keys))
-        return _Entries(self.rows.take(order), self.ids.take(order), self.logprobs.take(order))
+            order = np.lexsort((ids, keys))
+        places = np.empty(len(order), np.int32)
+        places[order] = _number_in_rows(rows.take(order))
+        return _Entries(rows, places, ids, logprobs)
+
+    def count(self, num_rows: int) -> NDArray[np.int64]:
+        """Returns (r,) the number of entries of each row."""
+        return np.bincount(self.rows, minlength=num_rows)
 
 
-def _interleave(
-    head: _Entries, sampled: _Entries, num_rows: int
-) -> tuple[NDArray[np.int64], _Entries, NDArray[np.int32]]:
-    """Returns CSR offsets, the entries with each row's exact ones first, and the number of exact ones."""
-    num_exact = np.bincount(head.rows, minlength=num_rows)
-    num_sampled = np.bincount(sampled.rows, minlength=num_rows)
-    exact_before, sampled_before = np.cumsum(num_exact), np.cumsum(num_sampled)
-    offsets = np.concatenate([np.zeros(1, np.int64), exact_before + sampled_before])
-    size = len(head.rows) + len(sampled.rows)
-    rows, ids, logprobs = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.float32)
-    for entries, others_before in ((head, sampled_before - num_sampled), (sampled, exact_before)):
-        at = np.arange(len(entries.rows)) + others_before.take(entries.rows)
-        rows[at], ids[at], logprobs[at] = entries.rows, entries.ids, entries.logprobs
-    return offsets.astype(np.int64), _Entries(rows, ids, logprobs), num_exact.astype(np.int32)
+def _number_in_rows(rows: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Returns (k,) the number of each entry within its row, of entries that are sorted by row."""
+    counts = np.bincount(rows)
+    return np.arange(len(rows), dtype=np.int32) - (np.cumsum(counts) - counts).astype(np.int32).take(rows)
 
 
 def _to_numpy(tensor: Tensor) -> NDArray:

@@ -28,7 +28,6 @@ class SignalRequest:
     hidden_limit: float | None = None  # the largest hidden state that the cache's encoding holds
     sequence: bool = False  # logprobs of whole answers
     images: bool = False  # store the images' files
-    rows_per_chunk: int = 1024
     measured_parts: frozenset[int] = frozenset()  # parts that measure the tail sum and the teacher's noise
 
     @property

@@ -5,13 +5,15 @@ Legend: r response rows, n visual tokens of one image, d hidden, T positions of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from teacher_dump.prompts.preparation import PreparedSample
+
+SampleStates = tuple[PreparedSample, Tensor]  # a sample and its hidden states, (T, d)
 
 
 def get_labels(sample: PreparedSample) -> Tensor:
@@ -29,12 +31,11 @@ def select_visual_states(sample: PreparedSample, states: Tensor) -> list[Tensor]
     return [states[torch.from_numpy(positions)] for positions in sample.expansion.visual]
 
 
-def select_new_images(kept: Sequence[tuple[PreparedSample, Tensor]], known: set[str]) -> dict[str, Tensor]:
-    """Returns hidden states, (n, d) each, of images whose key is not in `known`; adds their keys to it."""
+def select_new_images(samples: Sequence[SampleStates], known: Container[str]) -> dict[str, Tensor]:
+    """Returns hidden states, (n, d) each, of images whose key is not in `known`, by key."""
     new: dict[str, Tensor] = {}
-    for sample, states in kept:
+    for sample, states in samples:
         for ref, own in zip(sample.record.images, select_visual_states(sample, states), strict=True):
             if ref.key not in known:
-                known.add(ref.key)
-                new[ref.key] = own
+                new.setdefault(ref.key, own)
     return new

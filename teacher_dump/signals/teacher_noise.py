@@ -14,10 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from storage.layout.documents import LARGEST_ERROR
-from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.signals.lm_head import OutputHead
 from teacher_dump.signals.loaded_teacher import LoadedTeacher
-from teacher_dump.signals.states import select_response_states, select_visual_states
+from teacher_dump.signals.states import SampleStates, select_response_states, select_visual_states
 
 NUM_SAMPLES = 2  # of a part that measures, scored a second time
 MAX_ROWS = 32  # of a family and part
@@ -25,15 +24,16 @@ _DIGITS = 8  # of nats: below float32's own resolution of a logprob, so that an 
 
 
 def measure_teacher_noise(
-    teacher: LoadedTeacher, samples: Sequence[PreparedSample], hidden: Sequence[Tensor], *, families: Collection[str]
+    teacher: LoadedTeacher, scored: Sequence[SampleStates], *, families: Collection[str]
 ) -> dict[str, list[float]]:
     """Scores samples again, in a batch of their own and in reverse order; returns row KLs by family.
 
-    `hidden`: (T, d) each, from the first scoring. Families without a row of these samples are left out.
+    `scored`: with their states, (T, d) each, from the first scoring. Families without a row of these samples are left
+    out.
     """
-    first = list(zip(samples, hidden, strict=True))[:NUM_SAMPLES]
-    taken, states = teacher.hidden_states([sample for sample, _ in reversed(first)], [])
-    again = {sample.record.sample_id: own for sample, own in zip(taken, states, strict=True)}
+    first = scored[:NUM_SAMPLES]
+    rescored = teacher.hidden_states([sample for sample, _ in reversed(first)]).accepted
+    again = {sample.record.sample_id: own for sample, own in rescored}
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {family: [] for family in families}
     for sample, own in first:
         other = again.get(sample.record.sample_id)

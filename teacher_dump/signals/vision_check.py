@@ -19,7 +19,6 @@ from storage.errors import StillhouseError
 from storage.images.pictures import encode_picture, invert_picture, resize_picture, rotate_picture
 from storage.images.pixels import make_pixels
 from storage.images.settings import PixelSettings
-from storage.records.records import SampleError
 from teacher_dump.data.image_loading import LoadedImage
 from teacher_dump.data.sample import Sample
 from teacher_dump.prompts.preparation import PreparedSample
@@ -80,8 +79,7 @@ def check_vision(
     `pixels`: how a file's bytes become pixels. Returns None if no sample can be scored. Raises StillhouseError if the
     teacher is blind, or sees other pixels than those prepared for it.
     """
-    errors: list[SampleError] = []
-    ready = scorer.prepare(samples, errors)
+    ready = scorer.prepare(samples).ready
     if not ready:
         return None
     plain = _compute_answers(scorer, head, ready)
@@ -173,12 +171,9 @@ def _replace_image(image: LoadedImage, other: LoadedImage) -> LoadedImage:
 
 def _compute_answers(scorer: PartScorer, head: OutputHead, samples: Sequence[PreparedSample]) -> dict[str, Tensor]:
     """Computes probabilities of the response rows by sample id, (r, v); drops samples with infinite states."""
-    if not samples:
-        return {}
-    taken, hidden = scorer.hidden_states(samples, [])
     return {
         sample.record.sample_id: head.logits(states[torch.from_numpy(sample.response_positions)]).softmax(dim=-1)
-        for sample, states in zip(taken, hidden, strict=True)
+        for sample, states in scorer.hidden_states(samples).accepted
         if bool(torch.isfinite(states).all())
     }
 

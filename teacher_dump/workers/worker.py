@@ -61,6 +61,7 @@ class WorkerSettings:
     families: tuple[str, ...]
     append: bool
     zstd_level: int
+    rows_per_chunk: int  # of logits in memory at once
     check_samples: tuple[Sample, ...]  # for the vision check; none: no check
     too_long: TooLong = "refuse"
     template_arguments: dict[str, Any] = field(default_factory=dict)  # of the chat template
@@ -243,7 +244,7 @@ def _check_pixel_values(settings: WorkerSettings, scorer: PartScorer, teacher: L
     check_pixel_values(
         teacher.engine,
         load_processor(settings.checkpoint, trust_remote_code=trust),
-        scorer.prepare(settings.check_samples, []),
+        scorer.prepare(settings.check_samples).ready,
         image_token_id=settings.facts.image_token_id,
     )
 
@@ -255,7 +256,12 @@ def open_teacher(settings: WorkerSettings, open_engine: OpenEngine | None = None
     from teacher_dump.signals.lm_head import read_head
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    head = read_head(settings.checkpoint, vocab_size=settings.facts.vocab_size, device=device)
+    head = read_head(
+        settings.checkpoint,
+        vocab_size=settings.facts.vocab_size,
+        device=device,
+        rows_per_chunk=settings.rows_per_chunk,
+    )
     return LoadedTeacher((open_engine or _open_engine)(settings), head)
 
 

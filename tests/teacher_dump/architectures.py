@@ -145,7 +145,7 @@ def _run_engine(folder: Path) -> None:
     )  # fmt: skip
     scorer = make_architecture_scorer(folder, engine)
     part = samples_of(folder)
-    ready = scorer.prepare(part.samples, [])
+    ready = scorer.prepare(part.samples).ready
     for way in WAYS:
         before = engine.num_shared
         np.savez(folder / f"{way}.npz", allow_pickle=False, **_ask(engine, ready, way))

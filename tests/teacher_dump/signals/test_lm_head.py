@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from storage.errors import StillhouseError
-from storage.records.sparse_rows import SparseRows
 from storage.selection import Threshold, TopK
 from teacher_dump import torchvision_shim
-from teacher_dump.signals.lm_head import OutputHead, find_head, read_head
-from teacher_dump.signals.sparsify import make_row_uniforms
+from teacher_dump.signals.lm_head import ChunkSize, OutputHead, find_head, read_head
+from teacher_dump.signals.row_selector import RowSelector, SelectedRows
+from teacher_dump.signals.spec import RowRequest
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,22 +33,26 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], **config: A
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, 1000])
 @pytest.mark.parametrize("selection", [TopK(4), Threshold(0.05)])
 def test_chunks_change_nothing(rows_per_chunk: int, selection: TopK | Threshold) -> None:
-    head, hidden, labels = OutputHead(random(50, 8)), random(20, 8, seed=1), torch.arange(20)
-    uniforms = make_row_uniforms(20, seed=0, family="response", key="x")
+    weight, hidden, labels = random(50, 8), random(20, 8, seed=1), torch.arange(20)
 
-    def rows_of(num_rows: int, rows_per_chunk: int) -> SparseRows:
-        return head.select_sparse_rows(
-            hidden[:num_rows],
-            labels=labels[:num_rows],
-            selection=selection,
-            uniforms=uniforms[:num_rows],
-            rows_per_chunk=rows_per_chunk,
-        )
+    def select(size: int, **states: torch.Tensor) -> SelectedRows:
+        head = OutputHead(weight, chunk_size=ChunkSize(size))
+        selector = RowSelector(head, "response", RowRequest(selection, seed=0))
+        return selector.select(states, labels=labels[: sum(map(len, states.values()))], sums_tails=True)
 
-    whole, cut = rows_of(20, 20), rows_of(20, rows_per_chunk)
-    assert cut.ids.tolist() == whole.ids.tolist()
-    np.testing.assert_allclose(cut.logprobs, whole.logprobs, atol=1e-5)
-    assert rows_of(0, rows_per_chunk).num_rows == 0
+    whole, cut = select(20, x=hidden), select(rows_per_chunk, x=hidden)
+    assert cut.rows[0].ids.tolist() == whole.rows[0].ids.tolist()
+    np.testing.assert_allclose(cut.rows[0].logprobs, whole.rows[0].logprobs, atol=1e-5)
+    assert cut.tail is not None
+    assert whole.tail is not None
+    np.testing.assert_allclose(cut.tail.total, whole.tail.total, rtol=1e-5)
+    assert (cut.tail.num_rows, whole.tail.num_rows) == (20, 20)
+    assert [rows.num_rows for rows in select(rows_per_chunk, x=hidden[:0]).rows] == [0]
+    assert select(rows_per_chunk).rows == []
+    one, other = select(rows_per_chunk, x=hidden[:6], y=hidden[6:]).rows  # of several chunks, but one array
+    assert (one.num_rows, other.num_rows) == (6, 14)
+    assert one.ids.base is other.ids.base
+    assert one.logprobs.base is other.logprobs.base
 
 
 def logits_in_float64(head: OutputHead, hidden: torch.Tensor) -> np.ndarray:
@@ -99,8 +103,7 @@ def test_rows_beyond_the_real_vocabulary_are_cut_before_normalising(tmp_path: Pa
     weight[300:] *= 100  # would take all the mass
     head = read_head(write_checkpoint(tmp_path, {"lm_head.weight": weight}, model_type="x"), vocab_size=300)
     assert head.vocab_size == 300
-    uniforms = make_row_uniforms(5, seed=0, family="response", key="x")
-    rows = head.select_sparse_rows(hidden, labels=None, selection=TopK(300), uniforms=uniforms, rows_per_chunk=8)
+    (rows,) = RowSelector(head, "response", RowRequest(TopK(300), seed=0)).select({"x": hidden}).rows
     rows.validate(300)
     expected = torch.log_softmax(hidden @ weight[:300].T, dim=-1)
     np.testing.assert_allclose(rows.logprobs[:300], expected[0].sort(descending=True).values, atol=1e-5)
@@ -184,25 +187,23 @@ def test_unsupported_logits_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_no_more_than_a_chunk_of_logits_is_in_memory() -> None:
-    """Every tensor that scoring makes is counted while it lives: a handful of [rows_per_chunk, v], whatever r is."""
+    """Every live tensor of scoring counts: a handful of [rows_per_chunk, v], and little more for more rows."""
     vocab_size, rows_per_chunk = 4000, 32
-    head = OutputHead(random(vocab_size, 8), soft_cap=30.0)
+    head = OutputHead(random(vocab_size, 8), soft_cap=30.0, chunk_size=ChunkSize(rows_per_chunk))
+    selector = RowSelector(head, "response", RowRequest(Threshold(0.05), seed=0, temperatures=(0.5, 2.0)))
     head.logits(random(1, 8))  # which packs the head for good
 
     def peak(num_rows: int) -> int:
         hidden, labels = random(num_rows, 8, seed=1), torch.arange(num_rows)
-        uniforms = make_row_uniforms(num_rows, seed=0, family="response", key="x")
         with LiveBytes() as live:
-            head.select_sparse_rows(
-                hidden, labels=labels, selection=Threshold(0.05), uniforms=uniforms, rows_per_chunk=rows_per_chunk,
-                temperatures=(0.5, 2.0),
-            )  # fmt: skip
+            selector.select({"x": hidden}, labels=labels)
         return live.peak
 
     chunk = rows_per_chunk * vocab_size * 4
     few, many = peak(2 * rows_per_chunk), peak(20 * rows_per_chunk)
     assert chunk < few < 8 * chunk
-    assert many - few < chunk / 4
+    # The selected entries of all rows wait for the last chunk, to be joined once: some hundred bytes a row.
+    assert many - few < 0.05 * 18 * chunk
 
 
 def test_the_count_of_live_tensors_counts() -> None:

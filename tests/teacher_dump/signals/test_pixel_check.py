@@ -38,24 +38,24 @@ class PixelEngine:
 
 
 @pytest.fixture
-def ready(tiny_teacher: Path, tmp_path: Path) -> list[PreparedSample]:
+def ready(tiny_teacher: Path, tmp_path: Path) -> tuple[PreparedSample, ...]:
     """Returns two samples with images larger than the tower's input, and one without images."""
     data = make_tiny_dataset(tmp_path, num_samples=2, num_images=2, image_size=80)["train"]
     scorer = make_scorer(tiny_teacher, tmp_path, NOTHING, None)
     samples: tuple[Sample, ...] = tuple(part_of(data).samples)
-    found = scorer.prepare(samples, [])
+    found = scorer.prepare(samples).ready
     assert len(found) == 2
     return found
 
 
-def test_equal_values_are_counted_in_any_dtype_and_shape(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
+def test_equal_values_are_counted_in_any_dtype_and_shape(tiny_teacher: Path, ready: tuple[PreparedSample, ...]) -> None:
     processor = load_processor(tiny_teacher)
     for change in (lambda values: values, lambda values: values[None].to(torch.bfloat16)):
         engine = PixelEngine(processor, change)
         assert check_pixel_values(engine, processor, ready, image_token_id=IMAGE_TOKEN_ID) == 2
 
 
-def test_values_of_another_resizing_library_are_refused(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
+def test_values_of_another_resizing_library_are_refused(tiny_teacher: Path, ready: tuple[PreparedSample, ...]) -> None:
     from transformers import AutoProcessor
 
     processor, other = load_processor(tiny_teacher), AutoProcessor.from_pretrained(tiny_teacher, backend="torchvision")
@@ -65,7 +65,7 @@ def test_values_of_another_resizing_library_are_refused(tiny_teacher: Path, read
         check_pixel_values(engine, processor, ready, image_token_id=IMAGE_TOKEN_ID)
 
 
-def test_a_picture_that_the_engine_turned_is_refused(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
+def test_a_picture_that_the_engine_turned_is_refused(tiny_teacher: Path, ready: tuple[PreparedSample, ...]) -> None:
     processor = load_processor(tiny_teacher)
     engine = PixelEngine(processor, lambda values: values.flip(1))
     with pytest.raises(StillhouseError, match="differ from those of the teacher's processor by up to"):
@@ -73,7 +73,7 @@ def test_a_picture_that_the_engine_turned_is_refused(tiny_teacher: Path, ready: 
 
 
 def test_values_in_another_form_are_logged(
-    tiny_teacher: Path, ready: list[PreparedSample], caplog: pytest.LogCaptureFixture
+    tiny_teacher: Path, ready: tuple[PreparedSample, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     processor = load_processor(tiny_teacher)
     for change in (lambda _: None, lambda values: values[:, :8]):
@@ -83,7 +83,7 @@ def test_values_in_another_form_are_logged(
         caplog.clear()
 
 
-def test_an_engine_without_pixel_values_is_skipped(tiny_teacher: Path, ready: list[PreparedSample]) -> None:
+def test_an_engine_without_pixel_values_is_skipped(tiny_teacher: Path, ready: tuple[PreparedSample, ...]) -> None:
     class SilentEngine:
         def hidden_states(self, prompts: Sequence[TeacherPrompt]) -> list[TeacherStates]:
             raise AssertionError("only pixel values are asked for")

@@ -276,7 +276,7 @@ def test_a_grid_that_cannot_be_pooled_is_a_sample_error(
     tiny_teacher: Path, tiny_data: Path, reference: TransformersTeacher
 ) -> None:
     scorer = make_scorer(tiny_teacher, tiny_data.parent, dataclasses.replace(EVERYTHING, relation_pool=2), reference)
-    prepared = scorer.prepare(part_of(tiny_data, limit=1).samples, [])[0]
+    prepared = scorer.prepare(part_of(tiny_data, limit=1).samples).ready[0]
     images = tuple(dataclasses.replace(image, num_visual_tokens=15) for image in prepared.record.images)
     oblong = dataclasses.replace(prepared, record=dataclasses.replace(prepared.record, images=images))
     with pytest.raises(SampleRefusedError, match="15 visual tokens are no square grid"):

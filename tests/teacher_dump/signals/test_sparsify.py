@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from storage.records.sparse_rows import SparseRows
 from storage.selection import Mass, Sampled, Selection, Threshold, TopK
-from teacher_dump.signals.sparsify import make_row_uniforms, select_rows
+from teacher_dump.signals.sparsify import join_blocks, make_row_uniforms, select_blocks, select_rows
 from tests.hypothesis_profiles import examples
 
 
@@ -233,15 +235,46 @@ def test_the_selection_error_is_the_distance_from_the_dense_row(selection: Selec
 def test_tails_are_summed_over_rows(selection: Selection) -> None:
     logits = random_logits(40, 100)
     probs = np.exp(log_softmax(logits))
-    total = torch.zeros(100, dtype=torch.float64)
-    rows = select_rows(logits, labels=None, selection=selection, uniforms=np.full(40, 0.5), tail_total=total)
+    selected = select_blocks(logits, labels=None, selection=selection, uniforms=np.full(40, 0.5), sums_tails=True)
+    rows = join_blocks(selected.blocks)
     exact = rows.is_exact()
     probs[rows.row_of_entry()[exact], rows.ids[exact]] = 0
-    np.testing.assert_allclose(total.numpy(), probs.sum(axis=0), rtol=1e-5, atol=1e-9)
-    again = total.clone()
-    for part in (slice(0, 13), slice(13, 40)):
-        select_rows(logits[part], labels=None, selection=selection, uniforms=np.full(40, 0.5)[part], tail_total=again)
-    np.testing.assert_allclose(again, 2 * total, rtol=1e-6)
+    assert selected.tail_sum is not None
+    np.testing.assert_allclose(selected.tail_sum.numpy(), probs.sum(axis=0), rtol=1e-5, atol=1e-9)
+
+
+def test_joining_blocks_copies_every_entry_once() -> None:
+    """A second copy would need memory for it beside the joined rows."""
+    uniforms = np.full(256, 0.5)
+    blocks = [
+        block
+        for start in range(0, 256, 32)
+        for block in select_blocks(
+            random_logits(32, 1000, seed=start), labels=None, selection=TopK(900), uniforms=uniforms[start : start + 32]
+        ).blocks
+    ]
+    assert len(blocks) == 8
+    tracemalloc.start()
+    try:
+        rows = join_blocks(blocks)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert rows.num_entries == 256 * 900
+    assert rows.num_bytes < peak < 1.6 * rows.num_bytes  # the rest is where a block's entries go
+
+
+def test_joined_blocks_are_the_rows_of_each_block_in_order() -> None:
+    logits = random_logits(60, 100)
+    uniforms = make_row_uniforms(60, seed=0, family="response", key="x", num_sets=2)
+    for selection in (TopK(5), Threshold(0.05), Mass(0.8), Sampled(10)):
+        cuts = [slice(0, 7), slice(7, 8), slice(8, 60)]
+        settings = [{"labels": None, "selection": selection, "uniforms": uniforms[cut]} for cut in cuts]
+        blocks = [select_blocks(logits[cut], **own).blocks for cut, own in zip(cuts, settings, strict=True)]
+        alone = [select_rows(logits[cut], **own) for cut, own in zip(cuts, settings, strict=True)]
+        joined = join_blocks([block for of_cut in blocks for block in of_cut])
+        joined.validate(100)
+        assert joined.equals(SparseRows.concatenate(alone))
 
 
 def test_no_rows_have_as_many_sets_as_others() -> None:

@@ -81,7 +81,7 @@ def reference(folder: Path) -> TransformersTeacher:
 
 
 def prepared(folder: Path) -> dict[str, PreparedSample]:
-    ready = make_architecture_scorer(folder, BlindTeacher(reference(folder))).prepare(samples_of(folder).samples, [])
+    ready = make_architecture_scorer(folder, BlindTeacher(reference(folder))).prepare(samples_of(folder).samples).ready
     return {sample.record.sample_id: sample for sample in ready}
 
 
@@ -167,7 +167,7 @@ def test_expansion_and_signals_are_those_of_the_whole_model(architecture: str, r
     processor = load_processor(folder / "teacher")
     part = samples_of(folder)
     records = scorer.score(part).records
-    ready = {one.record.sample_id: one for one in scorer.prepare(part.samples, [])}
+    ready = {one.record.sample_id: one for one in scorer.prepare(part.samples).ready}
     for sample, tokens, rows in zip(part.samples, records.tokens, records.response or [], strict=True):
         if not sample.images:
             continue

@@ -20,7 +20,9 @@ from storage.errors import StillhouseError
 from storage.selection import TopK
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
 from teacher_dump.ray_jobs.device_record import LOSSES_IN_A_ROW, DeviceRecord
-from teacher_dump.signals.lm_head import OutputHead
+from teacher_dump.signals.lm_head import ChunkSize, OutputHead
+from teacher_dump.signals.row_selector import RowSelector
+from teacher_dump.signals.spec import RowRequest
 from teacher_dump.teachers.device_failure import (
     DeviceLostError,
     PromptRefusedError,
@@ -218,38 +220,34 @@ class ShortOfMemory(OutputHead):
 
 def short_of_memory(most: int) -> Any:
     kind: Any = type("Short", (ShortOfMemory,), {"most": most, "asked": []})
-    return kind(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))
+    weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    return kind(weight, chunk_size=ChunkSize(16))
 
 
 def test_a_lack_of_memory_halves_the_rows_at_once_for_good() -> None:
     head, hidden = short_of_memory(8), torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
-    plain = OutputHead(head.weight)
-    totals = [torch.zeros(50, dtype=torch.float64) for _ in range(2)]
-    rows, expected = (
-        one.select_sparse_rows(
-            hidden,
-            labels=torch.arange(20),
-            selection=TopK(5),
-            uniforms=np.zeros(20),
-            rows_per_chunk=16,
-            tail_total=total,
-        )
-        for one, total in zip((head, plain), totals, strict=True)
+    plain = OutputHead(head.weight, chunk_size=ChunkSize(16))
+    request = RowRequest(TopK(5), seed=0)
+    found, expected = (
+        RowSelector(one, "response", request).select({"a": hidden}, labels=torch.arange(20), sums_tails=True)
+        for one in (head, plain)
     )
     assert head.asked == [16, 8, 8, 4]
-    np.testing.assert_array_equal(rows.ids, expected.ids)
-    np.testing.assert_allclose(rows.logprobs, expected.logprobs, atol=1e-6)
-    torch.testing.assert_close(*totals)  # the failed attempt has added nothing
+    np.testing.assert_array_equal(found.rows[0].ids, expected.rows[0].ids)
+    np.testing.assert_allclose(found.rows[0].logprobs, expected.rows[0].logprobs, atol=1e-6)
+    assert found.tail is not None
+    assert expected.tail is not None
+    np.testing.assert_allclose(found.tail.total, expected.tail.total, rtol=1e-5)  # the failed attempt adds nothing
     head.asked.clear()
-    logprobs = head.compute_label_logprobs(hidden, torch.arange(20), rows_per_chunk=16)
+    logprobs = head.compute_label_logprobs(hidden, torch.arange(20))
     assert head.asked == [8, 8, 4]
-    torch.testing.assert_close(logprobs, plain.compute_label_logprobs(hidden, torch.arange(20), rows_per_chunk=16))
+    torch.testing.assert_close(logprobs, plain.compute_label_logprobs(hidden, torch.arange(20)))
 
 
 def test_a_second_lack_of_memory_is_raised() -> None:
     head = short_of_memory(3)
     with pytest.raises(torch.OutOfMemoryError):
-        head.compute_label_logprobs(torch.zeros(20, 8), torch.arange(20), rows_per_chunk=16)
+        head.compute_label_logprobs(torch.zeros(20, 8), torch.arange(20))
     assert head.asked == [16, 8]
 
 
