@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from storage.config import CacheSection
-from storage.encoding.parquet_schema import encode_parquet
-from storage.encoding.part_encoder import encode_part
+from storage.encoding.part_encoder import PartEncoder
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump import torchvision_shim
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
@@ -92,6 +91,7 @@ def steps(state: Floor) -> Road:
     """A dump in one process, step by step. Encoding and Parquet are measured before the writer does them again."""
     shutil.rmtree(state.settings.cache.path, ignore_errors=True)
     writer = CacheWriter.open(state.settings.cache.path, state.planned.identity, state.settings.cache.families)
+    encoder = PartEncoder(state.planned.identity, writer.segment.stored_families, state.worker.zstd_level)
     clocked = _Clocked(state.engine)
     preparer = open_preparer(state.worker)
     scorer = PartScorer(preparer, state.worker.request, LoadedTeacher(clocked, state.head))
@@ -103,10 +103,10 @@ def steps(state: Floor) -> Road:
         clock.lap("prompts and images")
         scored = scorer.score(part)
         clock.lap("score")
-        families = encode_part(scored.records, state.planned.identity, writer.segment.stored_families)
+        families = encoder.encode(scored.records)
         clock.lap("encoding")
         for family, rows in families.items():
-            encode_parquet(family, rows.groups, zstd_level=state.worker.zstd_level, metadata=rows.metadata)
+            encoder.to_parquet(family, rows)
         clock.lap("Parquet and compression")
         num_rows += sum(writer.write_part(part.number, scored.records).num_rows.values())
         clock.lap("write")

@@ -140,9 +140,7 @@ def _retry_failed(
         reask_failed_questions(asked, plan_questions(asked), names, progress=progress)
     failed_ids = begun.failed_ids if begun is not None else select_retryable(planned, settings, failed)
     if failed_ids:
-        writer = CacheWriter.begin_retry(
-            cache.path, planned.identity, base.number, failed_ids, zstd_level=cache.zstd_level
-        )
+        writer = CacheWriter.begin_retry(cache.path, planned.identity, base.number, failed_ids)
         again = make_retry_plan(writer.segment, planned, settings)
         summary = _write_missing_parts(writer, again, settings, progress=progress) or summary
     _, left = read_contents(folder, read_segments(folder), base)
@@ -164,7 +162,6 @@ def _open_writer(planned: DumpPlan, settings: DumpSettings) -> CacheWriter:
         cache.families,
         append=cache.append,
         sample_ids=[sample.id for part in planned.plan.parts for sample in part.samples] if cache.append else (),
-        zstd_level=cache.zstd_level,
         processor_files=read_processor_files(planned.checkpoint),
     )
 

@@ -18,7 +18,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from storage.encoding.id_groups import IdGroups
-from storage.encoding.parquet_schema import whole_column
+from storage.encoding.parquet_schema import RowGroups, whole_column
 from storage.encoding.row_block import decode_block, encode_block
 from storage.encoding.row_block_check import check_block
 from storage.encoding.row_block_header import read_header
@@ -64,15 +64,6 @@ class RowFormat:
             seed=stored_seed(identity, family),
             family=family,
         )
-
-
-@dataclass(frozen=True)
-class RowGroups:
-    """A part's rows of one family, ready for Parquet."""
-
-    groups: list[list[Columns]]  # row groups of samples, or of images
-    metadata: dict[str, str]
-    errors: list[float]  # nats that rounding the exact entries costs, row by row
 
 
 def encode_groups(keys: Sequence[Columns], rows: Sequence[SparseRows], kept: RowFormat) -> RowGroups:

@@ -7,6 +7,7 @@ Lists of scalars have one value per distribution row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -94,6 +95,20 @@ SCHEMAS: Mapping[str, pa.Schema] = {
 }
 FAMILIES = tuple(SCHEMAS)
 KEY_COLUMNS = ("row_id", "half", "copy", "source")  # of tokens: the fields of a SampleKey, in order
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """The rows of one family's file of a part, in row groups."""
+
+    groups: Sequence[Sequence[Mapping[str, Any]]]  # the columns of each row
+    metadata: Mapping[str, str]  # of the file
+    errors: Sequence[float]  # of encoding, in the family's measure (error_summaries.MEASURES)
+
+    @property
+    def num_rows(self) -> int:
+        """The number of Parquet rows in all groups."""
+        return sum(map(len, self.groups))
 
 
 def encode_parquet(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from storage.encoding.arrow_rows import (
     Columns,
@@ -15,7 +15,7 @@ from storage.encoding.arrow_rows import (
     encode_tokens_row,
 )
 from storage.encoding.distributions import RowFormat, encode_groups
-from storage.encoding.parquet_schema import split_row_groups
+from storage.encoding.parquet_schema import RowGroups, encode_parquet, split_row_groups
 from storage.encoding.tail_profile import TAIL_TOTAL_KEY, encode_tail_total
 from storage.identity import Identity, stored_hidden, stored_relation
 from storage.records.records import PartRecords, TailTotal
@@ -23,38 +23,36 @@ from storage.records.sparse_rows import SparseRows
 
 
 @dataclass(frozen=True)
-class FamilyRows:
-    """The Parquet rows of one family, in row groups."""
+class PartEncoder:
+    """Encodes parts of a segment: the given families of its identity."""
 
-    groups: Sequence[Sequence[Columns]]
-    metadata: Mapping[str, str]  # of the file
-    errors: Sequence[float]  # of encoding, in the family's measure (error_summaries.MEASURES)
+    identity: Identity
+    families: tuple[str, ...]
+    zstd_level: int = 9
 
-    @property
-    def num_rows(self) -> int:
-        """The number of Parquet rows in all groups."""
-        return sum(map(len, self.groups))
+    def encode(self, records: PartRecords) -> Mapping[str, RowGroups]:
+        """Encodes each family of a part; images are in the order of the samples.
 
+        Errors: ValueError for rows, matrices or states that a cache may not store.
+        """
+        return {family: make(records, self.identity) for family, make in _ENCODERS.items() if family in self.families}
 
-def encode_part(records: PartRecords, identity: Identity, families: Collection[str]) -> Mapping[str, FamilyRows]:
-    """Encodes the given families of a part; images are in the order of the samples.
-
-    Errors: ValueError for rows, matrices or states that a cache may not store.
-    """
-    return {family: make(records, identity) for family, make in _ENCODERS.items() if family in families}
+    def to_parquet(self, family: str, rows: RowGroups) -> bytes:
+        """Returns the bytes of a family's file."""
+        return encode_parquet(family, rows.groups, zstd_level=self.zstd_level, metadata=rows.metadata)
 
 
-def _encode_tokens(records: PartRecords, _: Identity) -> FamilyRows:
+def _encode_tokens(records: PartRecords, _: Identity) -> RowGroups:
     return _group_rows("tokens", [encode_tokens_row(record) for record in records.tokens])
 
 
-def _encode_response(records: PartRecords, identity: Identity) -> FamilyRows:
+def _encode_response(records: PartRecords, identity: Identity) -> RowGroups:
     assert records.response is not None
     row_format, tail = RowFormat.of(identity, "response"), records.tail_totals.get("response")
     return _encode_distributions(_make_sample_keys(records), records.response, row_format, tail)
 
 
-def _encode_visual(records: PartRecords, identity: Identity) -> FamilyRows:
+def _encode_visual(records: PartRecords, identity: Identity) -> RowGroups:
     assert records.visual is not None
     keys = _list_image_keys(records)
     rows = [records.visual[key] for key in keys]
@@ -62,7 +60,7 @@ def _encode_visual(records: PartRecords, identity: Identity) -> FamilyRows:
     return _encode_distributions([{"image_key": key} for key in keys], rows, row_format, tail)
 
 
-def _encode_relation(records: PartRecords, identity: Identity) -> FamilyRows:
+def _encode_relation(records: PartRecords, identity: Identity) -> RowGroups:
     assert records.relation is not None
     section = stored_relation(identity)
     rows = [
@@ -71,27 +69,27 @@ def _encode_relation(records: PartRecords, identity: Identity) -> FamilyRows:
     return _group_rows("relation", rows)
 
 
-def _encode_sequence(records: PartRecords, _: Identity) -> FamilyRows:
+def _encode_sequence(records: PartRecords, _: Identity) -> RowGroups:
     assert records.sequence is not None
     pairs = zip(_make_sample_keys(records), records.sequence, strict=True)
     return _group_rows("sequence", [{**sample, **encode_sequence_row(sequence)} for sample, sequence in pairs])
 
 
-def _encode_hidden(records: PartRecords, identity: Identity) -> FamilyRows:
+def _encode_hidden(records: PartRecords, identity: Identity) -> RowGroups:
     assert records.hidden is not None
     section = stored_hidden(identity)
     pairs = zip(_make_sample_keys(records), records.hidden, strict=True)
     return _group_rows("hidden", [{**sample, **encode_hidden_row(states, section)} for sample, states in pairs])
 
 
-def _encode_images(records: PartRecords, _: Identity) -> FamilyRows:
+def _encode_images(records: PartRecords, _: Identity) -> RowGroups:
     assert records.images is not None
     contents = records.images
     shas = dict.fromkeys(image.sha256 for record in records.tokens for image in record.images)
     return _group_rows("images", [encode_image_row(sha256, contents[sha256]) for sha256 in shas])
 
 
-_ENCODERS: Mapping[str, Callable[[PartRecords, Identity], FamilyRows]] = {
+_ENCODERS: Mapping[str, Callable[[PartRecords, Identity], RowGroups]] = {
     "tokens": _encode_tokens,
     "response": _encode_response,
     "visual": _encode_visual,
@@ -110,13 +108,14 @@ def _list_image_keys(records: PartRecords) -> list[str]:
     return list(dict.fromkeys(image.key for record in records.tokens for image in record.images))
 
 
-def _group_rows(family: str, rows: Sequence[Columns]) -> FamilyRows:
-    return FamilyRows(split_row_groups(rows), {}, collect_encoding_errors(family, rows))
+def _group_rows(family: str, rows: Sequence[Columns]) -> RowGroups:
+    return RowGroups(split_row_groups(rows), {}, collect_encoding_errors(family, rows))
 
 
 def _encode_distributions(
     keys: Sequence[Columns], rows: Sequence[SparseRows], row_format: RowFormat, tail: TailTotal | None
-) -> FamilyRows:
+) -> RowGroups:
     encoded = encode_groups(keys, rows, row_format)
-    metadata = encoded.metadata if tail is None else {**encoded.metadata, TAIL_TOTAL_KEY: encode_tail_total(tail)}
-    return FamilyRows(encoded.groups, metadata, encoded.errors)
+    if tail is None:
+        return encoded
+    return replace(encoded, metadata={**encoded.metadata, TAIL_TOTAL_KEY: encode_tail_total(tail)})

@@ -12,8 +12,8 @@ import numpy as np
 from storage.backends.folder import Folder, open_folder
 from storage.encoding.arrow_rows import Columns, encode_tokens_row
 from storage.encoding.output_head import StoredHead, encode_head
-from storage.encoding.parquet_schema import KEY_COLUMNS, encode_parquet
-from storage.encoding.part_encoder import FamilyRows, encode_part
+from storage.encoding.parquet_schema import KEY_COLUMNS, RowGroups
+from storage.encoding.part_encoder import PartEncoder
 from storage.errors import CacheError, CorruptPartError
 from storage.identity import Identity
 from storage.layout import commits as layout
@@ -39,11 +39,11 @@ class CacheWriter:
     Invariant: the segment's document exists in the cache and describes `segment`.
     """
 
-    def __init__(self, folder: Folder, segments: Sequence[Segment], number: int, zstd_level: int) -> None:
+    def __init__(self, folder: Folder, segments: Sequence[Segment], number: int, *, zstd_level: int = 9) -> None:
         self.folder = folder
         self.segment = segments[number]
         self._segments = segments
-        self._zstd_level = zstd_level
+        self._encoder = PartEncoder(self.segment.identity, self.segment.stored_families, zstd_level)
         self._row_groups = RowGroupCache(folder, max_bytes=0, checksums=False)
         self._unique_ids = UniqueIds(folder, self.segment, self._row_groups)
         self._head: HeadEntry | None = None
@@ -87,12 +87,10 @@ class CacheWriter:
             folder.create(found.file, document.to_bytes())  # False if another writer created it first: join that
             found, segments = find_segment(folder, identity, families, append=append)
         folder.make_folders([*found.stored_families, found.commits_folder])
-        return cls(folder, segments, found.number, zstd_level)
+        return cls(folder, segments, found.number, zstd_level=zstd_level)
 
     @classmethod
-    def begin_retry(
-        cls, path: str | Path, identity: Identity, base: int, failed_ids: FailedIds, *, zstd_level: int = 9
-    ) -> CacheWriter:
+    def begin_retry(cls, path: str | Path, identity: Identity, base: int, failed_ids: FailedIds) -> CacheWriter:
         """Opens a segment that retries failed samples of segment `base`; joins an unfinished retry.
 
         `identity` is that of a dump over the plan of `base`, whose parts must all be committed.
@@ -102,7 +100,7 @@ class CacheWriter:
         folder = open_folder(path)
         retry, segments = find_or_begin_retry(folder, identity, base, failed_ids)
         folder.make_folders([*retry.stored_families, retry.commits_folder])
-        return cls(folder, segments, retry.number, zstd_level)
+        return cls(folder, segments, retry.number)
 
     @property
     def identity(self) -> Identity:
@@ -144,7 +142,7 @@ class CacheWriter:
             records = self._unique_ids.check_part(part, records)
         else:
             records = self._align_records(number, records)
-        families = encode_part(records, self.segment.identity, self.segment.stored_families)
+        families = self._encoder.encode(records)
         entries = {family: self._write_family(family, number, rows) for family, rows in families.items()}
         commit = self._make_commit(number, records, entries, families)
         if self.folder.create(layout.commit_file(self.segment, number), commit.to_bytes()):
@@ -235,8 +233,8 @@ class CacheWriter:
             layout.check_file(self.folder, head, content=False)
         return commits
 
-    def _write_family(self, family: str, number: int, rows: FamilyRows) -> FileEntry:
-        content = encode_parquet(family, rows.groups, zstd_level=self._zstd_level, metadata=rows.metadata)
+    def _write_family(self, family: str, number: int, rows: RowGroups) -> FileEntry:
+        content = self._encoder.to_parquet(family, rows)
         sha256 = hashlib.sha256(content).hexdigest()
         name = layout.part_file(family, number, sha256)
         self.folder.write(name, content)
@@ -276,7 +274,7 @@ class CacheWriter:
         number: int,
         records: PartRecords,
         entries: Mapping[str, FileEntry],
-        families: Mapping[str, FamilyRows],
+        families: Mapping[str, RowGroups],
     ) -> Commit:
         num_rows = {}
         if records.response is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from storage.config import BudgetSection, SelectionSection
+from storage.config import BudgetSection
+from storage.encoding.part_encoder import PartEncoder
 from storage.errors import StillhouseError
 from storage.records.records import SampleError
 from teacher_dump.data.sample import Sample
@@ -24,13 +25,12 @@ _SAMPLES_PER_CALL = 32
 
 @dataclass(frozen=True)
 class BudgetTask:
-    """A budget, the families that need settings, and the samples to measure them on."""
+    """A budget, the samples to measure it on, and the dump's encoder of the families that need settings."""
 
     samples: tuple[Sample, ...]
     budget: BudgetSection
-    sections: Mapping[str, SelectionSection]  # by family
+    encoder: PartEncoder
     samples_per_part: int
-    zstd_level: int
 
 
 def pick_evenly(samples: Sequence[T], count: int) -> tuple[T, ...]:
@@ -44,7 +44,7 @@ def choose_settings(scorer: PartScorer, task: BudgetTask) -> dict[str, BudgetCho
 
     Raises ConfigError as `choose_setting`, and StillhouseError if no sample can be scored.
     """
-    states: dict[str, list[Tensor]] = {family: [] for family in task.sections}
+    states: dict[str, list[Tensor]] = {family: [] for family in task.encoder.families}
     errors: list[SampleError] = []
     known: set[str] = set()
     num_scored = 0
@@ -61,7 +61,7 @@ def choose_settings(scorer: PartScorer, task: BudgetTask) -> dict[str, BudgetCho
             known |= new.keys()
             states["visual"] += [own.float() for own in new.values()]
     found = {}
-    for family, section in task.sections.items():
+    for family in task.encoder.families:
         whole = sum(map(len, states[family]))
         rows_of_samples = _limit_rows(states[family])
         if scorer.teacher is None or not rows_of_samples:
@@ -72,10 +72,8 @@ def choose_settings(scorer: PartScorer, task: BudgetTask) -> dict[str, BudgetCho
             hidden=torch.cat(rows_of_samples).to(scorer.teacher.head.weight.device),
             sizes=tuple(map(len, rows_of_samples)),
             family=family,
-            seed=section.seed,
-            draw_sets=section.draw_sets,
+            encoder=task.encoder,
             rows_per_part=max(1, round(whole / num_scored * task.samples_per_part)),
-            zstd_level=task.zstd_level,
         )
         found[family] = choose_setting(rows, task.budget)
     return found

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from storage.backends.folder import open_folder
+from storage.encoding.part_encoder import PartEncoder
 from storage.layout.segments import find_segment
 from teacher_dump.planning.recorded_budget import describe_budget_request, make_comparable_identity
 
@@ -32,8 +33,8 @@ def apply_budget(planned: DumpPlan, settings: DumpSettings) -> DumpPlan:
     every = (sample for part in planned.plan.parts for sample in part.samples)
     places = set(pick_evenly(range(planned.plan.num_samples), budget.samples))
     samples = tuple(sample for place, sample in enumerate(every) if place in places)
-    sections = {family: getattr(settings.cache, family) for family in missing}
-    task = BudgetTask(samples, budget, sections, settings.dump.samples_per_part, settings.cache.zstd_level)
+    encoder = PartEncoder(planned.identity, tuple(missing), cache.zstd_level)
+    task = BudgetTask(samples, budget, encoder, settings.dump.samples_per_part)
     chosen = call_with_teacher(planned, settings, choose_settings, task)
     selection = dict(planned.identity.selection)
     for family, choice in chosen.items():

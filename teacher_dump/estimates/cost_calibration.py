@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from storage.encoding.output_head import encode_head
-from storage.encoding.parquet_schema import encode_parquet
-from storage.encoding.part_encoder import encode_part
+from storage.encoding.part_encoder import PartEncoder
 from storage.errors import ConfigError, StillhouseError
-from storage.identity import Identity
 from storage.records.records import PartRecords, SampleError
 from teacher_dump.data.partition import Part, group_by_images
 from teacher_dump.data.sample import Sample, SampleRefusedError
@@ -34,12 +32,10 @@ _WARM_UP = 32  # samples, one call of the engine: its first calls are slow
 
 @dataclass(frozen=True)
 class SliceTask:
-    """The samples that a worker scores for the calibration, and how it encodes them."""
+    """The samples that a worker scores for the calibration, and the encoder of the dump."""
 
     halves: tuple[Part, ...]  # no image in two of them
-    identity: Identity
-    families: tuple[str, ...]
-    zstd_level: int
+    encoder: PartEncoder
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
     halves = choose_halves(planned.plan.parts, num_samples)
     worker = make_worker_settings(planned, settings)
     families = ("tokens", *settings.cache.families)
-    task = SliceTask(halves, planned.identity, families, settings.cache.zstd_level)
+    task = SliceTask(halves, PartEncoder(planned.identity, families, settings.cache.zstd_level))
     started = time.perf_counter()
     if worker.request.needs_teacher:
         result = call_with_teacher(planned, settings, score_slice, task)
@@ -132,12 +128,12 @@ def score_slice(scorer: PartScorer, task: SliceTask) -> SliceResult:
     scoring_s = time.perf_counter() - before
     records = [each.records for each in scored]
     before = time.perf_counter()
-    whole = _measure_slice(merge_records(records), sum(each.num_tokens for each in scored), task)
+    whole = _measure_slice(merge_records(records), sum(each.num_tokens for each in scored), task.encoder)
     encoding_s = time.perf_counter() - before
     seconds = {"prompts": prompts_s, "encoding": encoding_s, "scoring": scoring_s}
     errors = tuple(error for each in records for error in each.errors)
     head_bytes = 0
-    if scorer.teacher is not None and "hidden" in task.families:
+    if scorer.teacher is not None and "hidden" in task.encoder.families:
         head_bytes = len(encode_head(scorer.teacher.head.stored()))
     return SliceResult(whole, halves, seconds, time.perf_counter() - started, errors, head_bytes)
 
@@ -150,16 +146,12 @@ def _score_concurrently(scorer: PartScorer, task: SliceTask) -> tuple[list[Score
         slices: list[Future[SliceCost]] = []
         for half, chunks in zip(task.halves, prepared, strict=True):
             scored.append(scorer.score(half, chunks))
-            slices.append(encoding.submit(_measure_slice, scored[-1].records, scored[-1].num_tokens, task))
+            slices.append(encoding.submit(_measure_slice, scored[-1].records, scored[-1].num_tokens, task.encoder))
         return scored, tuple(each.result() for each in slices)
 
 
-def _measure_slice(records: PartRecords, num_tokens: int, task: SliceTask) -> SliceCost:
-    families = encode_part(records, task.identity, task.families)
-    family_bytes = {
-        family: len(encode_parquet(family, rows.groups, zstd_level=task.zstd_level, metadata=rows.metadata))
-        for family, rows in families.items()
-    }
+def _measure_slice(records: PartRecords, num_tokens: int, encoder: PartEncoder) -> SliceCost:
+    family_bytes = {family: len(encoder.to_parquet(family, rows)) for family, rows in encoder.encode(records).items()}
     images = {image.key: image.num_visual_tokens for record in records.tokens for image in record.images}
     text_tokens = sum(len(record.token_ids) for record in records.tokens)
     work = Work(

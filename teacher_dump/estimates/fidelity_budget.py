@@ -21,7 +21,7 @@ from torch import Tensor
 from storage.config import BudgetSection
 from storage.encoding.distributions import RowFormat, encode_groups
 from storage.encoding.id_groups import IdGroups
-from storage.encoding.parquet_schema import encode_parquet
+from storage.encoding.part_encoder import PartEncoder
 from storage.encoding.row_block import decode_block, encode_block
 from storage.errors import ConfigError
 from storage.records.sparse_rows import SparseRows
@@ -58,10 +58,13 @@ class TeacherRows:
     hidden: Tensor  # (r, d) float32
     sizes: tuple[int, ...]  # rows of each sample
     family: str
-    seed: int
-    draw_sets: int
+    encoder: PartEncoder  # of the dump, but for tau and rounding_kl
     rows_per_part: int  # expected in a part of the dump
-    zstd_level: int
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How the dump's encoder keeps such rows, but without further temperatures."""
+        return replace(RowFormat.of(self.encoder.identity, self.family), num_temperatures=0)
 
 
 def choose_setting(rows: TeacherRows, budget: BudgetSection) -> BudgetChoice:
@@ -175,9 +178,9 @@ class _BudgetTrial:
 
     def _select(self, tau: float) -> tuple[SparseRows, NDArray[np.float64]]:
         """Returns the rows as stored, and each row's expected squared distance: sum of p (tau - p) for p < tau."""
-        rows = self._rows
+        rows, kept = self._rows, self._rows.row_format
         uniforms = make_row_uniforms(
-            len(rows.hidden), seed=rows.seed, family=rows.family, key="calibration", num_sets=rows.draw_sets
+            len(rows.hidden), seed=kept.seed, family=rows.family, key="calibration", num_sets=kept.num_sets
         )
         parts, variance = [], []
         for start in range(0, len(rows.hidden), _ROWS):
@@ -215,7 +218,7 @@ class _BudgetTrial:
     def _bytes_per_row(self, selected: SparseRows, tau: float, rounding_kl: float) -> float:
         """Predicts bytes a row in a part's file: encodes two sizes to separate the fixed cost of a file."""
         rows = self._rows
-        kept = RowFormat(rows.head.vocab_size, tau, rounding_kl, 0, rows.draw_sets)
+        kept = replace(rows.row_format, tau=tau, rounding_kl=rounding_kl)
         stops = np.cumsum(rows.sizes).tolist()
         samples = [selected.slice(stop - size, stop) for stop, size in zip(stops, rows.sizes, strict=True)]
         whole, half = (_measure_file_bytes(some, kept, rows) for some in (samples, samples[::2]))
@@ -229,8 +232,7 @@ class _BudgetTrial:
 def _measure_file_bytes(samples: Sequence[SparseRows], kept: RowFormat, rows: TeacherRows) -> int:
     name, digits = ("sample_id", 12) if rows.family == "response" else ("image_key", 64)
     keys = [{name: f"{number:0{digits}x}"} for number in range(len(samples))]
-    encoded = encode_groups(keys, samples, kept)
-    return len(encode_parquet(rows.family, encoded.groups, zstd_level=rows.zstd_level, metadata=encoded.metadata))
+    return len(rows.encoder.to_parquet(rows.family, encode_groups(keys, samples, kept)))
 
 
 def _make_student_states(head: OutputHead, hidden: Tensor) -> Tensor:

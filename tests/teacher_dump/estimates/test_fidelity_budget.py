@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from storage.config import BudgetSection
+from storage.encoding.part_encoder import PartEncoder
 from storage.errors import ConfigError, IdentityError
 from storage.selection import Threshold
 from storage.writer.cache_writer import CacheWriter
@@ -21,6 +22,7 @@ from teacher_dump.settings import read_settings
 from teacher_dump.signals.lm_head import OutputHead
 from teacher_dump.signals.sparsify import select_rows
 from teacher_dump.workers.worker import open_scorer
+from tests.storage.synthetic_cache import make_identity
 from tests.teacher_dump.conftest import WriteConfig
 
 
@@ -31,9 +33,13 @@ def make_rows(
     head = OutputHead(torch.randn(vocab, width, generator=generator) * 0.7)
     hidden = torch.randn(num_samples * size, width, generator=generator)
     return TeacherRows(
-        head=head, hidden=hidden, sizes=(size,) * num_samples, family="response", seed=0, draw_sets=1,
-        rows_per_part=num_samples * size, zstd_level=9,
-    )  # fmt: skip
+        head=head,
+        hidden=hidden,
+        sizes=(size,) * num_samples,
+        family="response",
+        encoder=PartEncoder(make_identity(vocab_size=vocab), ("response",)),
+        rows_per_part=num_samples * size,
+    )
 
 
 def test_the_prediction_is_the_error_of_real_draws() -> None:
@@ -116,8 +122,7 @@ def test_the_choice_on_a_scored_slice_meets_the_budget(write_config: WriteConfig
     assert budget is not None
     samples = pick_evenly([sample for part in planned.plan.parts for sample in part.samples], 6)
     assert len(samples) == 6
-    sections = {"response": settings.cache.response, "visual": settings.cache.visual}
-    task = BudgetTask(samples, budget, sections, samples_per_part=4, zstd_level=9)
+    task = BudgetTask(samples, budget, PartEncoder(planned.identity, ("response", "visual")), samples_per_part=4)
     chosen = choose_settings(open_scorer(make_worker_settings(planned, settings)), task)
     assert set(chosen) == {"response", "visual"}
     assert all(choice.gradient_error <= 0.3 for choice in chosen.values())
