@@ -18,7 +18,7 @@ from storage.encoding.distributions import RowFormat, encode_groups
 from storage.encoding.parquet_schema import RowGroups, encode_parquet, split_row_groups
 from storage.encoding.tail_profile import TAIL_TOTAL_KEY, encode_tail_total
 from storage.identity import Identity, stored_hidden, stored_relation
-from storage.records.records import PartRecords, TailTotal
+from storage.records.records import PartRecords
 from storage.records.sparse_rows import SparseRows
 
 
@@ -48,16 +48,14 @@ def _encode_tokens(records: PartRecords, _: Identity) -> RowGroups:
 
 def _encode_response(records: PartRecords, identity: Identity) -> RowGroups:
     assert records.response is not None
-    row_format, tail = RowFormat.of(identity, "response"), records.tail_totals.get("response")
-    return _encode_distributions(_make_sample_keys(records), records.response, row_format, tail)
+    return _encode_distributions("response", records, identity, _make_sample_keys(records), records.response)
 
 
 def _encode_visual(records: PartRecords, identity: Identity) -> RowGroups:
     assert records.visual is not None
     keys = _list_image_keys(records)
     rows = [records.visual[key] for key in keys]
-    row_format, tail = RowFormat.of(identity, "visual"), records.tail_totals.get("visual")
-    return _encode_distributions([{"image_key": key} for key in keys], rows, row_format, tail)
+    return _encode_distributions("visual", records, identity, [{"image_key": key} for key in keys], rows)
 
 
 def _encode_relation(records: PartRecords, identity: Identity) -> RowGroups:
@@ -113,9 +111,9 @@ def _group_rows(family: str, rows: Sequence[Columns]) -> RowGroups:
 
 
 def _encode_distributions(
-    keys: Sequence[Columns], rows: Sequence[SparseRows], row_format: RowFormat, tail: TailTotal | None
+    family: str, records: PartRecords, identity: Identity, keys: Sequence[Columns], rows: Sequence[SparseRows]
 ) -> RowGroups:
-    encoded = encode_groups(keys, rows, row_format)
+    encoded, tail = encode_groups(keys, rows, RowFormat.of(identity, family)), records.tail_totals.get(family)
     if tail is None:
         return encoded
     return replace(encoded, metadata={**encoded.metadata, TAIL_TOTAL_KEY: encode_tail_total(tail)})

@@ -6,7 +6,7 @@ Legend: r response rows, n visual rows of one image, t unexpanded tokens, d hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
 from typing import TypeVar
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from storage.encoding.relation_matrix import count_grid_blocks
-from storage.records.records import PartRecords, RelationMatrix, SampleError, SequenceLogprob, TokensRecord
+from storage.records.records import PartRecords, SampleError, SequenceLogprob, TokensRecord
 from storage.records.sparse_rows import SparseRows
 from teacher_dump.data.partition import Part
 from teacher_dump.data.sample import Sample, SampleRefusedError
@@ -153,9 +153,13 @@ class PartScorer:
             tokens=[sample.record for sample, _ in kept],
             response=list(compress(response.rows, is_kept)) if request.response else None,
             visual=dict(zip(new, visual.rows, strict=True)) if request.visual else None,
-            relation=self._compute_relations(teacher.head, new),
+            relation={key: teacher.head.relation(own, centered=centered) for key, own in new.items()}
+            if (centered := request.relation_centered) is not None
+            else None,
             errors=(*chunk.errors, *answers.errors, *unusable, *impossible),
-            hidden=self._take_hidden_states(kept),
+            hidden=[select_response_states(*pair).cpu().numpy() for pair in kept]
+            if request.hidden_limit is not None
+            else None,
             sequence=[_sum_logprobs(one) for one in compress(logprobs, is_kept)] if request.sequence else None,
             images=self._collect_images([sample for sample, _ in kept]),
             tail_totals={family: tail for family, tail in tails.items() if tail is not None},
@@ -191,17 +195,6 @@ class PartScorer:
             head.compute_label_logprobs(select_response_states(sample, states), get_labels(sample)).cpu().numpy()
             for sample, states in samples
         ]
-
-    def _compute_relations(self, head: OutputHead, images: Mapping[str, Tensor]) -> dict[str, RelationMatrix] | None:
-        centered = self._request.relation_centered
-        if centered is None:
-            return None
-        return {key: head.relation(states, centered=centered) for key, states in images.items()}
-
-    def _take_hidden_states(self, samples: Sequence[SampleStates]) -> list[np.ndarray] | None:
-        if self._request.hidden_limit is None:
-            return None
-        return [select_response_states(sample, states).cpu().numpy() for sample, states in samples]
 
     def _collect_images(self, samples: Sequence[PreparedSample]) -> dict[str, bytes] | None:
         if not self._request.images:
