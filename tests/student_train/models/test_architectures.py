@@ -47,7 +47,7 @@ from student_train.training.objective import Objective
 from student_train.training.stage_data import list_loss_families, load_cached_teacher, prepare_stage_data
 from teacher_dump.prompts import processor
 from teacher_dump.prompts.image_tokens import VisualGrid, expand_image_tokens
-from teacher_dump.signals.scoring import RowRequest, SignalRequest
+from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from tests.student_train.caches import join_records
