@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,16 @@ from stillhouse.reporting.comparisons import Comparison
 def describe_verdict(runs: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -> str:
     """The best distilled run against its best control, in exact match and in KL to the teacher.
 
-    `runs` as in report.json, `comparisons` those of runs with their controls.
+    Best is the most accurate one of those that are compared with the most controls. `runs` as in report.json,
+    `comparisons` those of runs with their controls.
     """
     accuracy = {run["name"]: run["exact_match"]["mean"] for run in runs}
     distilled = {run["name"] for run in runs if run["distilled"]}
     of_accuracy = [each for each in comparisons if each.metric == "exact_match" and each.run in distilled]
     if not of_accuracy:
         return "There is nothing to compare: no distilled run has a control."
-    best = max({each.run for each in of_accuracy}, key=accuracy.__getitem__)
+    num_controls = Counter(each.run for each in of_accuracy)
+    best = max(num_controls, key=lambda name: (num_controls[name], accuracy[name]))
     sentences = [
         _describe_gain([each for each in of_accuracy if each.run == best]),
         _describe_closeness([each for each in comparisons if each.run == best and each.metric == "kl_to_teacher"]),

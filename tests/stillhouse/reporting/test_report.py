@@ -74,7 +74,10 @@ def test_the_verdict_is_one_honest_sentence_either_way() -> None:
 
 def test_the_verdict_is_about_the_most_accurate_distilled_run() -> None:
     runs = [run("kd", distilled=True), {**run("kd_full", distilled=True), "exact_match": {"mean": 0.7, "sd": 0.1}}]
-    assert describe_verdict(runs, [compare("kd", 0.1, 0.05), compare("kd_full", 0.3, 0.05)]).startswith("kd_full beats")
+    found = [compare("kd", 0.1, 0.05), compare("kd_full", 0.3, 0.05)]
+    assert describe_verdict(runs, found).startswith("kd_full beats")
+    aside = [*found, compare("kd", 0.1, 0.05, control="sft_double")]
+    assert describe_verdict(runs, aside).startswith("kd beats")  # the other one has a control of its own
 
 
 def test_the_verdict_says_which_answers_were_judged_and_who_is_closer_to_the_teacher() -> None:
