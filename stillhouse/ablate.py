@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -169,24 +169,19 @@ def _read_accuracy(run: GridRun) -> float:
 
 
 def _make_command(experiment: Experiment, run: GridRun, flags: tuple[str, ...]) -> Command:
-    """The training of a run. Those of one process share their start: each is a fork of a server."""
+    """The training of a run. Runs of one process on CPUs share their start: each is a fork of a server."""
     num_processes = run.section.num_processes
-    if num_processes == 1 and hasattr(os, "fork"):
-        server = make_module_command(TRAINING_SERVER)
-        argv = make_training_arguments(experiment.path, run.stage, run.overrides, evaluate=True, flags=flags)
-    else:
-        server = ()
-        argv = make_training_command(
-            experiment.path, run.stage, run.overrides, num_processes=num_processes, evaluate=True, flags=flags
-        )
+    arguments = make_training_arguments(experiment.path, run.stage, run.overrides, evaluate=True, flags=flags)
+    is_shared = num_processes == 1 and sys.platform == "linux"
     return Command(
         name=run.label,
-        argv=argv,
+        argv=make_training_command(arguments, num_processes=num_processes),
         env=make_training_environment(round(experiment.ablations.cpus_per_run / num_processes)),
         log_path=experiment.run / "logs" / f"{run.label}.log",
         grace_s=math.inf,  # after a signal, saving its state may take long
         num_devices=num_processes,
-        server=server,
+        server=make_module_command(TRAINING_SERVER) if is_shared else (),
+        arguments=arguments,
     )
 
 

@@ -51,7 +51,7 @@ class AblationsSection(Section):
 
     runs: dict[str, AblationRunSection] = {}
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)  # each run is trained once for each seed
-    controls: tuple[str, ...] = ()  # runs to compare the others with, paired by seed
+    controls: tuple[str, ...] = ()  # runs to compare the others with, paired by seed and question
     cpus_per_run: Annotated[float, Field(gt=0)] = 1  # Ray starts as many runs at once as the CPUs allow
     gpus_per_run: Annotated[float, Field(ge=0)] | None = None  # None: one for each process where Ray has GPUs, else 0
 

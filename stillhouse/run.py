@@ -20,6 +20,7 @@ from stillhouse.reporting.report import write_report
 from stillhouse.torchrun import (
     check_training_start,
     count_ranks,
+    make_training_arguments,
     make_training_command,
     make_training_environment,
     make_training_flags,
@@ -132,14 +133,8 @@ def train_stage(
     stage = read_experiment(experiment.path, overrides).get_stage(stage_name, named_by="--stage")
     splits = experiment.evaluation.splits if evaluate else None
     check_training_start(stage, stage_name, experiment.cache.path, splits=splits)
-    command = make_training_command(
-        experiment.path,
-        stage_name,
-        overrides,
-        num_processes=count_ranks(stage.num_processes),
-        evaluate=evaluate,
-        flags=flags,
-    )
+    arguments = make_training_arguments(experiment.path, stage_name, overrides, evaluate=evaluate, flags=flags)
+    command = make_training_command(arguments, num_processes=count_ranks(stage.num_processes))
     _run_command(command, num_threads=1, grace_s=math.inf)  # after a signal, saving its state may take long
 
 

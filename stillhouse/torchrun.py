@@ -21,29 +21,20 @@ TRAINING_SERVER = "student_train.training_server"
 _SHUTDOWN_S = 300  # that ranks have to save their state after SIGTERM; torchrun's default is 30
 
 
-def make_training_command(
-    config: Path,
-    stage: str,
-    overrides: Sequence[str],
-    *,
-    num_processes: int,
-    evaluate: bool,
-    flags: Sequence[str] = (),
-) -> tuple[str, ...]:
-    """The argv of `torchrun --nproc_per_node N student_train/main.py FILE --stage NAME …`.
-
-    `flags` come from make_training_flags. One process starts without torchrun, which saves seconds.
-    """
-    launcher = (*make_module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
-    script = (str(MAIN), *make_training_arguments(config, stage, overrides, evaluate=evaluate, flags=flags))
-    return (*(launcher if num_processes > 1 else (sys.executable,)), *script)
-
-
 def make_training_arguments(
     config: Path, stage: str, overrides: Sequence[str], *, evaluate: bool, flags: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """The arguments of student_train/main.py, and of a call of the training server."""
+    """The arguments of student_train/main.py. `flags` come from make_training_flags."""
     return (str(config), "--stage", stage, *flags, *(("--evaluate",) if evaluate else ()), *overrides)
+
+
+def make_training_command(arguments: Sequence[str], *, num_processes: int) -> tuple[str, ...]:
+    """The argv of `torchrun --nproc_per_node N student_train/main.py ARGUMENTS`; see make_training_arguments.
+
+    One process starts without torchrun, which saves seconds.
+    """
+    launcher = (*make_module_command("student_train.launcher"), "--standalone", f"--nproc_per_node={num_processes}")
+    return (*(launcher if num_processes > 1 else (sys.executable,)), str(MAIN), *arguments)
 
 
 def check_training_start(stage: StageSection, name: str, cache_path: str, *, splits: tuple[str, ...] | None) -> None:

@@ -1,13 +1,13 @@
 """Trains stages in turn, each in a fork of this process, which imports what training needs only once.
 
-`python -m student_train.training_server` is started by teacher_dump.ray_jobs for the short runs of an ablation grid;
-the requests come through stdin (storage/processes/forking_server.py). Each is a call of student_train/main.py.
+`python -m student_train.training_server` is started for the runs of an ablation grid that use no GPU (before a fork,
+CUDA must not be asked for anything). The requests come through stdin, see storage/processes/forking_server.py; each is
+a call of student_train/main.py.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -32,8 +32,7 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def import_all() -> None:
-    """Import the modules that every stage needs; they start no thread and use no GPU."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else asking for a GPU would spoil the forks' use of it
+    """Import the modules that every stage needs."""
     for name in _IMPORTED:
         importlib.import_module(name)
     from student_train.training.deepspeed_engine import detect_process, import_deepspeed

@@ -57,10 +57,10 @@ def test_the_entry_of_a_rank_finds_them_on_a_safe_path_too(folder: Path) -> None
 
 def test_children_are_started_without_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    command = make_training_command(Path("x.yaml"), "s", (), num_processes=2, evaluate=False)
+    command = make_training_command(("x.yaml", "--stage", "s"), num_processes=2)
     assert command[1:4] == ("-P", "-m", "student_train.launcher")
     monkeypatch.chdir(ROOT)  # where they may lie without being installed
-    command = make_training_command(Path("x.yaml"), "s", (), num_processes=2, evaluate=False)
+    command = make_training_command(("x.yaml", "--stage", "s"), num_processes=2)
     assert command[1:3] == ("-m", "student_train.launcher")
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -42,7 +42,8 @@ class Command:
     env: Mapping[str, str] = field(default_factory=dict)  # added to the worker's
     grace_s: float = GRACE_S  # between SIGTERM and SIGKILL; math.inf: it saves its state and ends by itself
     num_devices: int = 1  # how many GPUs it uses, if Ray has any
-    server: tuple[str, ...] = ()  # argv of a forking server that runs `argv` as a call; (): `argv` is a program
+    server: tuple[str, ...] = ()  # argv of a forking server that runs `argv` as a call without GPUs; (): none
+    arguments: tuple[str, ...] = ()  # of that call
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def run_commands(
             check_room(most, what="a process", field=_GPUS_OF_COMMANDS)
         room = WaitingCommands(commands, most)
         waiting = [
-            task.options(num_gpus=own).remote(command, str(Path.cwd()))
+            task.options(num_gpus=own).remote(replace(command, server=()) if own else command, str(Path.cwd()))
             for command, own in zip(commands, gpus, strict=True)
         ]
         try:
@@ -156,7 +157,7 @@ def _call_server(command: Command, env: Mapping[str, str], cwd: Path | None, log
     if place not in _servers:
         _servers[place] = ForkingServer(command.server, env=env, grace_s=command.grace_s, errors=log)
     try:
-        code = _servers[place].run(command.argv, env=env, cwd=cwd, output=command.log_path)
+        code = _servers[place].run(command.arguments, env=env, cwd=cwd, output=command.log_path)
     except BaseException:
         del _servers[place]
         raise

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stillhouse.ablate import ablate, describe_finished_seeds, group_by_parent, list_grid
 from stillhouse.config import Experiment, read_experiment
 from stillhouse.run import run_experiment
-from stillhouse.torchrun import make_training_command, make_training_environment
+from stillhouse.torchrun import make_training_arguments, make_training_command, make_training_environment
 from storage.backends.lock import HeldError, hold_lock
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.ray_jobs.cluster import connect_to_ray
@@ -121,8 +121,8 @@ def _train_in_new_process(experiment: Experiment, name: str) -> bytes:
     run = next(run for run in list_grid(experiment) if run.name == name)
     output = run.folder.with_name("alone")
     overrides = (*run.overrides, f"stages.{run.stage}.output={output}")
-    argv = make_training_command(experiment.path, run.stage, overrides, num_processes=1, evaluate=False)
-    subprocess.run(argv, check=True, env=make_training_environment(1))
+    arguments = make_training_arguments(experiment.path, run.stage, overrides, evaluate=False)
+    subprocess.run(make_training_command(arguments, num_processes=1), check=True, env=make_training_environment(1))
     return (output / WEIGHTS).read_bytes()
 
 
