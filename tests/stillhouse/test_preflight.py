@@ -59,11 +59,11 @@ def test_checkpoint_sizes_are_estimated_from_their_inits(file: Path, student: Pa
     weights = (student / "model.safetensors").stat().st_size
     found = estimate_disk_needs(read_experiment(file, ["stages.kd.save_every=1"]))
     sizes = {need.description: need.num_bytes for need in found if need.kind == "least"}
-    assert list(sizes) == [f"the checkpoint of {name}-seed{seed}" for name in ("kd", "half") for seed in (0, 1)]
+    assert list(sizes) == [f"the checkpoint of {name}-seed{seed}" for seed in (0, 1) for name in ("kd", "half")]
     assert all(0.9 * weights < sizes[f"the checkpoint of kd-seed{seed}"] < weights for seed in (0, 1))
     assert sizes["the checkpoint of half-seed0"] * 2 == sizes["the checkpoint of kd-seed0"]
     states = [need.description for need in found if need.kind == "temporary"]
-    assert states == [f"states of {name}-seed{seed}" for name in ("kd", "half") for seed in (0, 1)]
+    assert states == [f"states of {name}-seed{seed}" for seed in (0, 1) for name in ("kd", "half")]
     run = read_experiment(file).run / "models" / "kd" / "seed0"
     run.mkdir(parents=True)
     (run / "model.safetensors").write_bytes(b"")  # one that is there is replaced, not added
