@@ -220,9 +220,11 @@ def _collect_inputs(experiment: Experiment, run: GridRun) -> dict[str, Any]:
         start: Any = {path.name: fingerprint_path(path) for path in sorted(run.parent.glob("*.safetensors"))}
     else:
         start = collect_init_inputs(run.section, run.section.init.replace("{seed}", str(run.seed)))
+    judged = run.section.evaluation_cache
     return {
         "stage": run.section.model_dump(mode="json"),
         "evaluation": experiment.evaluation.model_dump(mode="json"),
         "init": start,
         "cache": [fingerprint_cache(source.path) for source in run.section.list_sources(experiment.cache.path)],
+        **({} if judged is None else {"evaluation_cache": fingerprint_cache(judged)}),
     }

@@ -73,6 +73,7 @@ def _list_unchecked(experiment: Experiment) -> str:
     if experiment.teacher.backend == "vllm":
         lines.append("whether vLLM starts and gives the model's outputs (`dump`)")
     lines.append("whether the teacher sees its images (`dump`)")
+    lines += [f"the samples of {path} (`run` dumps it)" for path in experiment.more_caches]
     if has_cache(open_folder(experiment.cache.path)):
         lines.append("the bytes of the cache (`verify`) and whether its rows still fit the teacher (`verify --replay`)")
     for name, section in experiment.stages.items():

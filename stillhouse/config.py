@@ -33,6 +33,27 @@ class TrainTeacherSection(Section):
     min_exact_match: Annotated[float, Field(ge=0, le=1)] = 0.0  # on the evaluation splits; the run fails below it
 
 
+class MoreCacheSection(Section):
+    """A further cache of the same teacher, dumped after the first, with some fields of this file replaced.
+
+    It lies in <run>/caches/NAME. A run of the grid trains on it by `set: {cache: "{run}/caches/NAME"}`.
+    """
+
+    set: dict[str, Any]  # by dotted name, such as data.responses or cache.families
+
+    @field_validator("set")
+    @classmethod
+    def _check_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        for field in fields:
+            if field.partition(".")[0] not in ("data", "dump", "cache") or field == "cache.path":
+                raise ValueError(f"set has {field!r}, expected fields of data, dump or cache, but not cache.path")
+        return fields
+
+    def make_overrides(self, path: str) -> list[str]:
+        """The replaced fields as `section.field=value`, for a cache at `path`."""
+        return [f"{field}={json.dumps(value)}" for field, value in {**self.set, "cache.path": path}.items()]
+
+
 class AblationRunSection(Section):
     """One run of the ablation: a stage with some of its fields replaced."""
 
@@ -94,12 +115,13 @@ SCHEMAS = {
     "teacher": TeacherSection,
     "dump": DumpSection,
     "cache": CacheSection,
+    "more_caches": NamedSections(MoreCacheSection),
     "train_teacher": TrainTeacherSection,
     "stages": NamedSections(StageSection),
     "evaluation": EvaluationSection,
     "ablations": AblationsSection,
 }
-OPTIONAL_SECTIONS = ("prepare", "train_teacher")
+OPTIONAL_SECTIONS = ("prepare", "train_teacher", "more_caches")
 
 
 @dataclass(frozen=True)
@@ -119,6 +141,7 @@ class Experiment:
     ablations: AblationsSection
     prepare: PrepareSection | None
     train_teacher: TrainTeacherSection | None
+    more_caches: dict[str, tuple[str, ...]]  # overrides of each, by its path
 
     def get_stage(self, name: str, *, named_by: str) -> StageSection:
         """The stage `name`. ConfigError if there is none, with the field or option `named_by` that names it."""
@@ -147,7 +170,14 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         ablations=sections["ablations"],
         prepare=sections.get("prepare"),
         train_teacher=sections.get("train_teacher"),
+        more_caches={
+            path: tuple(section.make_overrides(path))
+            for name, section in (sections.get("more_caches") or {}).items()
+            for path in [str(sections.run / "caches" / name)]
+        },
     )
+    for extra in experiment.more_caches.values():
+        read_sections(path, {key: SCHEMAS[key] for key in ("data", "dump", "cache")}, (*overrides, *extra))
     for name, run in experiment.ablations.runs.items():
         experiment.get_stage(run.stage, named_by=f"ablations.runs.{name}.stage")
         stages = read_sections(path, {"stages": NamedSections(StageSection)}, (*overrides, *run.make_overrides()))[

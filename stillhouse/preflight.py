@@ -255,7 +255,7 @@ def _read_splits(paths: Sequence[str], own_cache: str) -> set[str]:
 def check_inits(experiment: Experiment) -> None:
     """ConfigError if a checkpoint, cache or image folder is missing and nothing in the experiment makes it."""
     stages = {name: resolve_stage(section, name) for name, section in experiment.stages.items()}
-    made_caches = {experiment.cache.path}
+    made_caches = {experiment.cache.path, *experiment.more_caches}
     if experiment.train_teacher is not None:
         made_caches.add(str(experiment.stages[experiment.train_teacher.stage].cache))
     for name, stage in stages.items():

@@ -54,6 +54,9 @@ def _run_steps(experiment: Experiment, *, restart: bool) -> Path:
         train_teacher(experiment, experiment.train_teacher, ledger, restart=restart)
     dump_cache(experiment)
     verify_cache(experiment.cache.path, ledger)
+    for path, overrides in experiment.more_caches.items():
+        dump_cache(experiment, overrides)
+        verify_cache(path, ledger, step=f"verify-{Path(path).name}")
     if experiment.train_teacher is not None:
         evaluate_model(experiment, Path(experiment.teacher.model), ledger, step="evaluate-teacher-on-cache")
     train_grid(experiment, restart=restart)
@@ -158,15 +161,15 @@ def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = 
     return target
 
 
-def verify_cache(path: str, ledger: Ledger) -> None:
+def verify_cache(path: str, ledger: Ledger, *, step: str = "verify") -> None:
     """Scans the sealed cache unless it was scanned before. StillhouseError lists the problems."""
     inputs = {"manifest": fingerprint_cache(path)}
-    if ledger.is_done("verify", inputs, []):
+    if ledger.is_done(step, inputs, []):
         return _print_now(f"cache: verified already, {path}")
     report = scan_with_progress(path)
     if not report.ok:
         raise StillhouseError(f"{path} does not verify:\n  " + "\n  ".join(report.problems))
-    ledger.record("verify", inputs)
+    ledger.record(step, inputs)
     return _print_now(f"cache: verified, {path}")
 
 

@@ -11,6 +11,7 @@ import torch
 
 import student_train
 from storage.processes.search_path import make_module_command
+from storage.reader.cache import Cache
 from student_train.config import StageSection
 from student_train.models.compose import check_composition
 from student_train.training.stage_data import open_mixture, prepare_stage_data, select_samples_of_caches
@@ -45,13 +46,14 @@ def check_training_start(stage: StageSection, name: str, cache_path: str, *, spl
     """
     stage = resolve_stage(stage, name)
     if stage.compose is None:
-        data = prepare_stage_data(stage, cache_path).mixture
+        prepare_stage_data(stage, cache_path)
     else:
         if not Path(stage.init).is_dir():
             check_composition(stage.compose, f"stages.{name}")
-        data = open_mixture(stage, cache_path)
+        open_mixture(stage, cache_path)
     if splits is not None:
-        select_samples_of_caches([source.cache for source in data.sources], splits)
+        judged = [Cache.open(source.path, ()) for source in stage.list_evaluation_sources(cache_path)]
+        select_samples_of_caches(judged, splits)
 
 
 def make_training_flags(*, again: bool = False, restart: bool = False, if_changed: bool = True) -> tuple[str, ...]:

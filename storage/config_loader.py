@@ -23,7 +23,7 @@ from storage.errors import ConfigError
 from storage.home_paths import expand_path
 
 TOP_LEVEL_KEYS = (
-    "name", "runs_dir", "prepare", "data", "teacher", "dump", "cache", "train_teacher", "stages",
+    "name", "runs_dir", "prepare", "data", "teacher", "dump", "cache", "more_caches", "train_teacher", "stages",
     "evaluation", "ablations",
 )  # fmt: skip
 _LISTS = {"data": "sources"}  # a section that may be a list: of that field of its own

@@ -70,6 +70,7 @@ def train(sections: Sections, name: str, request: StageRequest, *, evaluate: boo
         known = ", ".join(stages) or "no stages"
         raise ConfigError(f"{sections.path}: there is no stage {name!r}; the file has {known}")
     # These import torch and transformers, which takes seconds that a misspelt stage name should not cost.
+    from storage.reader.cache import Cache
     from student_train.models.compose import ensure_composed
     from student_train.training import trainer
     from student_train.training.deepspeed_engine import detect_process, run_on_first_rank
@@ -95,7 +96,8 @@ def train(sections: Sections, name: str, request: StageRequest, *, evaluate: boo
         run_on_first_rank(process, lock_and_compose)
         stage_data = prepare_stage_data(stage, cache_path)
         if evaluate:  # fails now, not after hours of training, if a split is misspelt
-            select_samples_of_caches([source.cache for source in stage_data.mixture.sources], evaluation.splits)
+            judged = [Cache.open(source.path, ()) for source in stage.list_evaluation_sources(cache_path)]
+            select_samples_of_caches(judged, evaluation.splits)
         held_out_stage = trainer.make_held_out_stage(stage, stage_data.mixture)
         held_out = None if held_out_stage is None else prepare_stage_data(held_out_stage, cache_path)
 
@@ -113,7 +115,7 @@ def train(sections: Sections, name: str, request: StageRequest, *, evaluate: boo
             if evaluate and (decision.trains or not _is_evaluated(decision.folder, evaluation, request)):
                 from student_train.evaluation.model_evaluation import evaluate_model
 
-                evaluate_model(decision.folder, stage.list_sources(cache_path), evaluation)
+                evaluate_model(decision.folder, stage.list_evaluation_sources(cache_path), evaluation)
             for lock in locks:
                 lock.check()
             install_result(decision, stage)

@@ -106,6 +106,7 @@ class StageSection(Section):
     splits: tuple[str, ...] = ("train",)
     filter: Filter = ()  # conditions that trained samples meet
     images: LocalPath | None = None  # folder of images; default: the one that the cache names
+    evaluation_cache: LocalPath | None = None  # cache of the held-out samples; default: those that the stage trains on
     train: Annotated[tuple[Module, ...], Field(min_length=1)] = ("projector", "llm")  # all other modules are frozen
     moe: MoeSection | None = None  # makes the dense student of `init` sparse
     lora: LoraSection | None = None  # trains adapters instead of the weights of `llm`
@@ -160,6 +161,12 @@ class StageSection(Section):
             each.model_copy(update={name: value for name, value in own.items() if getattr(each, name) is None})
             for each in given
         )
+
+    def list_evaluation_sources(self, cache_path: str) -> tuple[SourceSection, ...]:
+        """Return the caches that the stage's result is evaluated on."""
+        if self.evaluation_cache is None:
+            return self.list_sources(cache_path)
+        return (SourceSection(path=self.evaluation_cache, images=self.images),)
 
     @model_validator(mode="after")
     def _check_module_lr(self) -> StageSection:

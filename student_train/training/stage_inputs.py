@@ -32,7 +32,7 @@ _PLACES = {
     "splits",
     "filter",
 }  # hashed as `init` and `caches`
-_IRRELEVANT = {"save_every", "keep_states", "memory_mb", "num_processes", "explosion_factor"}
+_IRRELEVANT = {"evaluation_cache", "save_every", "keep_states", "memory_mb", "num_processes", "explosion_factor"}
 _PRODUCTS = {"log_every", "track", "checkpoints"}  # change files beside the weights, but not the weights
 _IDENTITY_PLACES = {"teacher", "image_root", "num_parts", "selection"}
 

@@ -39,6 +39,13 @@ def test_overrides_reach_into_sections():
         ("cache.response.temperatures=[.inf]", ["cache.response.temperatures"]),
         ("teacher.model=elsewhere", ["stages.teacher.output", "teacher.model"]),
         ("tecaher.model=x", ["tecaher"]),
+        (
+            "more_caches={own: {set: {teacher.model: x}}}",
+            ["more_caches.own.set", "'teacher.model'", "data, dump or cache"],
+        ),
+        ("more_caches={own: {set: {cache.path: x}}}", ["more_caches.own.set", "not cache.path"]),
+        ("more_caches={own: {set: {cache.familes: []}}}", ["cache.familes", "unknown field"]),
+        ("more_caches={../own: {set: {cache.families: []}}}", ["more_caches", "expected a name"]),
     ],
 )
 def test_a_mistake_is_refused_by_name(override, words):
@@ -53,3 +60,12 @@ def test_an_experiment_without_its_own_data_or_teacher_needs_neither_section(tmp
     experiment = read_experiment(path)
     assert experiment.prepare is None
     assert experiment.train_teacher is None
+
+
+def test_more_caches_are_the_first_one_with_fields_replaced() -> None:
+    experiment = read_experiment(DEFAULT, ["more_caches={own: {set: {data.responses: teacher, cache.families: []}}}"])
+    (path,) = experiment.more_caches
+    assert path == "runs/digits/caches/own"
+    other = read_experiment(DEFAULT, experiment.more_caches[path])
+    assert (other.data.responses, other.cache.families, other.cache.path) == ("teacher", (), path)
+    assert other.data.sources == experiment.data.sources

@@ -59,8 +59,12 @@ def write_experiment(folder: Path, *, is_long: bool) -> Path:
     }
     if not is_long:
         document["teacher"]["backend"] = "transformers"
+        train = [source for source in document["data"]["sources"] if source["split"] == "train"]
+        answers = {"data.responses": "teacher", "data.sources": train, "cache.families": []}
+        document["more_caches"] = {"answers": {"set": answers}}
+        caches = {"cache": "{run}/caches/answers", "evaluation_cache": "{run}/cache"}
         document["ablations"] |= {"seeds": [0], "controls": []}
-        del document["ablations"]["runs"]["sft"]
+        document["ablations"]["runs"]["sft"]["set"] = caches
     path = folder / "pipeline.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
@@ -87,7 +91,10 @@ def wait_for_a_commit(run: subprocess.Popen[str], cache: Path, *, patience_s: fl
 
 
 def test_an_experiment_of_one_run_ends_in_its_report(ray_head: RayHead, tmp_path: Path) -> None:
-    """The short form of the next test: the reference teacher, one run of one seed, nothing killed."""
+    """The short form of the next test: the reference teacher, one seed, nothing killed.
+
+    One run trains on the teacher's own answers, from a second cache, and is evaluated on the first one's samples.
+    """
     run = stillhouse(
         "run", str(write_experiment(tmp_path, is_long=False)), environment={**ENVIRONMENT, **ray_head.environment}
     )
@@ -100,8 +107,13 @@ def test_an_experiment_of_one_run_ends_in_its_report(ray_head: RayHead, tmp_path
     folder = tmp_path / "runs" / "tiny"
     assert Cache.open(folder / "cache").num_samples == sum(NUM_SAMPLES.values())
     assert verify(folder / "cache").ok
+    answers = Cache.open(folder / "caches" / "answers")
+    assert 0 < answers.num_samples <= NUM_SAMPLES["train"]
+    assert (answers.families, answers.splits.unique()) == (("tokens",), ["train"])
+    evaluated = json.loads((folder / "models" / "sft" / "seed0" / "evaluation.json").read_bytes())
+    assert evaluated["num_samples"] == NUM_SAMPLES["test"]
     report = json.loads((folder / "report.json").read_bytes())
-    assert [(run["name"], run["num_seeds"]) for run in report["runs"]] == [("kd_full", 1)]
+    assert [(run["name"], run["num_seeds"]) for run in report["runs"]] == [("sft", 1), ("kd_full", 1)]
     assert report["cache"]["num_rows"] > 0
     assert report["dump"]["tokens_per_s"] > 0
     assert "<svg" in (folder / "report.html").read_text()
