@@ -60,9 +60,8 @@ def write_experiment(folder: Path, *, is_long: bool) -> Path:
     if not is_long:
         document["teacher"]["backend"] = "transformers"
         train = [source for source in document["data"]["sources"] if source["split"] == "train"]
-        answers = {"data.responses": "teacher", "data.sources": train, "cache.families": []}
-        document["more_caches"] = {"answers": {"set": answers}}
-        caches = {"cache": "{run}/caches/answers", "evaluation_cache": "{run}/cache"}
+        document["more_caches"] = {"labels": {"set": {"data.sources": train, "cache.families": []}}}
+        caches = {"cache": "{run}/caches/labels", "evaluation_cache": "{run}/cache"}
         document["ablations"] |= {"seeds": [0], "controls": []}
         document["ablations"]["runs"]["sft"]["set"] = caches
     path = folder / "pipeline.yaml"
@@ -93,7 +92,7 @@ def wait_for_a_commit(run: subprocess.Popen[str], cache: Path, *, patience_s: fl
 def test_an_experiment_of_one_run_ends_in_its_report(ray_head: RayHead, tmp_path: Path) -> None:
     """The short form of the next test: the reference teacher, one seed, nothing killed.
 
-    One run trains on the teacher's own answers, from a second cache, and is evaluated on the first one's samples.
+    One run trains on a second cache, and is evaluated on the samples of the first.
     """
     run = stillhouse(
         "run", str(write_experiment(tmp_path, is_long=False)), environment={**ENVIRONMENT, **ray_head.environment}
@@ -107,9 +106,9 @@ def test_an_experiment_of_one_run_ends_in_its_report(ray_head: RayHead, tmp_path
     folder = tmp_path / "runs" / "tiny"
     assert Cache.open(folder / "cache").num_samples == sum(NUM_SAMPLES.values())
     assert verify(folder / "cache").ok
-    answers = Cache.open(folder / "caches" / "answers")
-    assert 0 < answers.num_samples <= NUM_SAMPLES["train"]
-    assert (answers.families, answers.splits.unique()) == (("tokens",), ["train"])
+    labels = Cache.open(folder / "caches" / "labels")
+    assert labels.num_samples == NUM_SAMPLES["train"]
+    assert (labels.families, labels.splits.unique()) == (("tokens",), ["train"])
     evaluated = json.loads((folder / "models" / "sft" / "seed0" / "evaluation.json").read_bytes())
     assert evaluated["num_samples"] == NUM_SAMPLES["test"]
     report = json.loads((folder / "report.json").read_bytes())
