@@ -232,11 +232,12 @@ def check_splits(experiment: Experiment) -> None:
         if source.path == own_cache
     }
     others = {name: _read_splits([source.path for _, source in each], own_cache) for name, each in sources.items()}
+    judged = [stage.evaluation_cache for stage in experiment.stages.values() if stage.evaluation_cache is not None]
     for name, stage in experiment.stages.items():
         if stage.checkpoints is not None and any(source.path == own_cache for _, source in sources[name]):
             named[f"stages.{name}.checkpoints"] = stage.checkpoints.splits, others[name]
     if experiment.ablations.runs:  # they are evaluated
-        named["evaluation"] = experiment.evaluation.splits, set().union(*others.values())
+        named["evaluation"] = experiment.evaluation.splits, _read_splits(judged, own_cache).union(*others.values())
     for field, (splits, other_splits) in named.items():
         unknown = [split for split in splits if split not in data_splits | other_splits]
         if unknown:
@@ -259,12 +260,15 @@ def check_inits(experiment: Experiment) -> None:
     if experiment.train_teacher is not None:
         made_caches.add(str(experiment.stages[experiment.train_teacher.stage].cache))
     for name, stage in stages.items():
-        for field, source in _list_sources(name, stage, experiment.cache.path):
-            if source.path not in made_caches and not has_cache(open_folder(source.path)):
-                field += ".cache" if stage.caches is None else ".path"
-                raise ConfigError(
-                    f"{experiment.path}: {field} is {source.path}: no cache is there, and this file makes none"
-                )
+        sources = list(_list_sources(name, stage, experiment.cache.path))
+        suffix = ".cache" if stage.caches is None else ".path"
+        named = {f"{field}{suffix}": source.path for field, source in sources}
+        if stage.evaluation_cache is not None:
+            named[f"stages.{name}.evaluation_cache"] = stage.evaluation_cache
+        for field, path in named.items():
+            if path not in made_caches and not has_cache(open_folder(path)):
+                raise ConfigError(f"{experiment.path}: {field} is {path}: no cache is there, and this file makes none")
+        for field, source in sources:
             images = source.images
             if images is not None and not Path(images).is_dir() and not may_be_made_by_prepare(experiment, images):
                 raise ConfigError(f"{experiment.path}: {field}.images is {images}: there is no such folder")

@@ -11,10 +11,9 @@ import torch
 
 import student_train
 from storage.processes.search_path import make_module_command
-from storage.reader.cache import Cache
 from student_train.config import StageSection
 from student_train.models.compose import check_composition
-from student_train.training.stage_data import open_mixture, prepare_stage_data, select_samples_of_caches
+from student_train.training.stage_data import check_evaluation_splits, open_mixture, prepare_stage_data
 from student_train.training.trainer import resolve_stage
 
 MAIN = Path(student_train.__file__).with_name("main.py")
@@ -46,14 +45,13 @@ def check_training_start(stage: StageSection, name: str, cache_path: str, *, spl
     """
     stage = resolve_stage(stage, name)
     if stage.compose is None:
-        prepare_stage_data(stage, cache_path)
+        data = prepare_stage_data(stage, cache_path).mixture
     else:
         if not Path(stage.init).is_dir():
             check_composition(stage.compose, f"stages.{name}")
-        open_mixture(stage, cache_path)
+        data = open_mixture(stage, cache_path)
     if splits is not None:
-        judged = [Cache.open(source.path, ()) for source in stage.list_evaluation_sources(cache_path)]
-        select_samples_of_caches(judged, splits)
+        check_evaluation_splits(stage, data, splits)
 
 
 def make_training_flags(*, again: bool = False, restart: bool = False, if_changed: bool = True) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ class Sampled(Selection):
         return 1 / self.draws
 
 
-METHODS: dict[MethodName, type[Selection]] = {each.name: each for each in (Threshold, TopK, Mass, Sampled)}
+METHODS: Mapping[str, type[Selection]] = {each.name: each for each in (Threshold, TopK, Mass, Sampled)}
 
 
 def find_parameters(method: type[Selection]) -> set[str]:
@@ -86,10 +86,12 @@ def find_parameters(method: type[Selection]) -> set[str]:
 def make_selection(settings: Mapping[str, Any]) -> Selection:
     """Makes the method that a section's fields, or a family's entry of `Identity.selection`, describe.
 
-    ValueError for a method that does not exist, or that lacks a parameter.
+    ValueError for a method that does not exist, or that lacks a parameter: a number above 0.
     """
-    method = METHODS.get(settings["method"])
-    if method is None or not find_parameters(method) <= settings.keys():
+    name = settings["method"]
+    method = METHODS.get(name) if isinstance(name, str) else None
+    values = {} if method is None else {each: settings.get(each) for each in find_parameters(method)}
+    if method is None or not all(isinstance(value, int | float) and value > 0 for value in values.values()):
         expected = "; ".join(f"{name}: {', '.join(find_parameters(each))}" for name, each in METHODS.items())
         raise ValueError(f"selection {dict(settings)} is none of the methods with their parameters ({expected})")
-    return method(**{name: settings[name] for name in find_parameters(method)})
+    return method(**values)

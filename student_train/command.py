@@ -70,11 +70,10 @@ def train(sections: Sections, name: str, request: StageRequest, *, evaluate: boo
         known = ", ".join(stages) or "no stages"
         raise ConfigError(f"{sections.path}: there is no stage {name!r}; the file has {known}")
     # These import torch and transformers, which takes seconds that a misspelt stage name should not cost.
-    from storage.reader.cache import Cache
     from student_train.models.compose import ensure_composed
     from student_train.training import trainer
     from student_train.training.deepspeed_engine import detect_process, run_on_first_rank
-    from student_train.training.stage_data import prepare_stage_data, read_fitting_checkpoint, select_samples_of_caches
+    from student_train.training.stage_data import check_evaluation_splits, prepare_stage_data, read_fitting_checkpoint
     from student_train.training.stage_inputs import collect_stage_inputs
     from student_train.training.stage_result import decide_stage, install_result, lock_stage
 
@@ -96,8 +95,7 @@ def train(sections: Sections, name: str, request: StageRequest, *, evaluate: boo
         run_on_first_rank(process, lock_and_compose)
         stage_data = prepare_stage_data(stage, cache_path)
         if evaluate:  # fails now, not after hours of training, if a split is misspelt
-            judged = [Cache.open(source.path, ()) for source in stage.list_evaluation_sources(cache_path)]
-            select_samples_of_caches(judged, evaluation.splits)
+            check_evaluation_splits(stage, stage_data.mixture, evaluation.splits)
         held_out_stage = trainer.make_held_out_stage(stage, stage_data.mixture)
         held_out = None if held_out_stage is None else prepare_stage_data(held_out_stage, cache_path)
 

@@ -269,7 +269,7 @@ class StageSection(Section):
 class EvaluationSection(Section):
     """Held-out evaluation: generated answers compared with references, and fidelity to the cached teacher."""
 
-    splits: tuple[str, ...] = ("test",)  # of cache.path; after a stage, of any of its caches
+    splits: tuple[str, ...] = ("test",)  # of cache.path; after a stage, of its caches or its evaluation_cache
     images: LocalPath | None = None  # folder of images; default: the one that the cache names
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     batch: Annotated[int, Field(ge=1)] = 64  # samples

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MARK = "STILLHOUSE_TEST_MARK"
+MARK = "STILLHOUSE_TESTMARK"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def start_marked(
     mark = secrets.token_hex(12)
     with output.open("ab") as file:
         process: subprocess.Popen[str] = subprocess.Popen(
-            argv, cwd=cwd, env={**os.environ, **(environment or {}), _MARK: mark}, stdin=subprocess.DEVNULL,
+            argv, cwd=cwd, env={**os.environ, **(environment or {}), MARK: mark}, stdin=subprocess.DEVNULL,
             stdout=file, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options,
         )  # fmt: skip
     return MarkedCommand(process, mark, output)
@@ -72,7 +72,7 @@ def start_marked(
 
 def marked_processes(mark: str) -> dict[int, str]:
     """Command lines of living processes with this mark, by process id."""
-    found, wanted = {}, f"{_MARK}={mark}".encode()
+    found, wanted = {}, f"{MARK}={mark}".encode()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue

@@ -2,8 +2,8 @@
 
 With the teacher in every step a distilled run takes its own measured seconds and, for each sample that it trains on,
 the dump's measured seconds a sample. With the cache it takes its own seconds alone, and the dump is paid once. Not
-counted: the start of Ray and of the engine (once for a dump, once for each run with its teacher), and the memory that
-a teacher beside the student would need.
+counted: the start of Ray and of the engine (once for a dump, once for each run with its teacher), further caches
+(`more_caches`), and the memory that a teacher beside the student would need.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 def compute_cost(
     entries: Sequence[dict[str, Any]], distilled: set[str], dump: dict[str, Any], num_samples: int
 ) -> dict[str, float]:
-    """The cost of a grid in seconds; empty where the dump or a run was not measured.
+    """The cost of a grid in seconds; empty where the dump or a run was not measured as a whole.
 
+    A run that was stopped and resumed knows only the seconds since then.
     `entries`: the results of each run and seed. `distilled`: names of the runs that learn from the teacher.
     `dump`: of dump.json. `num_samples`: of the cache.
     """
     of_teacher = [entry for entry in entries if entry["name"] in distilled]
     if not of_teacher or not dump.get("seconds") or not dump.get("num_samples"):
         return {}
-    if any("num_samples_trained" not in entry for entry in of_teacher):
+    if any("num_samples_trained" not in entry or entry.get("resumed_at") for entry in entries):
         return {}
     per_sample = dump["seconds"] / dump["num_samples"]
     own, dumped = sum(entry["seconds"] for entry in entries), per_sample * num_samples

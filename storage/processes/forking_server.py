@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import os
 import select
 import signal
@@ -22,8 +21,6 @@ from typing import IO, Any, NoReturn
 
 from storage.processes.child_process import POLL_S, end_descendants, make_supervised_command, stop_child
 from storage.processes.supervisor import die_with_parent
-
-_log = logging.getLogger(__name__)
 
 
 class ForkingServer:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,22 @@ from numpy.typing import NDArray
 from storage.backends.folder import Folder, open_folder
 from storage.encoding.arrow_rows import decode_image_row, decode_keys, decode_tokens_row
 from storage.encoding.output_head import StoredHead
-from storage.encoding.parquet_schema import FAMILIES, KEY_COLUMNS, SCHEMAS
+from storage.encoding.parquet_schema import KEY_COLUMNS, SCHEMAS
 from storage.encoding.tail_profile import compute_mean_profile, select_tail_parts
 from storage.errors import CacheError, CorruptPartError, MissingFamilyError
 from storage.identity import Identity, stored_selection
 from storage.images.image_root import find_image_root, may_follow_links
 from storage.layout import commits as layout
 from storage.layout.documents import Commit
-from storage.layout.error_summaries import KINDS
 from storage.layout.part_index import (
     Part,
     explain_missing_family,
-    merge_stated_summaries,
     read_parts,
     select_common_families,
 )
 from storage.layout.segments import Segment, merge_identities, read_segments, select_tokens_segments
 from storage.reader.batch_reader import BatchReader, FoundSample, join_samples
+from storage.reader.cache_statistics import compute_statistics
 from storage.reader.narrowing import Narrowing
 from storage.reader.row_group_cache import RowGroupCache
 from storage.reader.sample_index import INDEX_COLUMNS, SampleIndex, TextColumn
@@ -43,7 +41,6 @@ from storage.records.records import SampleError, SampleRecord, TokensRecord
 from storage.records.sample_batch import SampleBatch
 
 DEFAULT_MAX_BYTES = 256 << 20
-NUM_THREADS = 4  # that read the index of a local cache
 ITERATION_BATCH = 64  # samples that iteration reads at once
 
 
@@ -332,36 +329,8 @@ class Cache:
 
         `bytes_per_row` is the size of the response and visual files divided by their rows (0.0 if none).
         """
-        commits = self._commits()
-        num_rows = {"response": 0, "visual": 0, **layout.count_rows(commits)}
-        stored = {"tokens", *(family for segment in self.segments for family in segment.families)}
-        by_family = {
-            family: sum(part.families[family].file_bytes for part in self._parts if family in part.families)
-            for family in FAMILIES
-            if family in stored
-        }
-        head = layout.check_one_head(commits)
-        if head is not None:
-            by_family[layout.HEAD_FOLDER] = head.file_bytes
-        row_bytes = {family: by_family.get(family, 0) for family in num_rows}
-        return {
-            "num_samples": self.num_samples,
-            "num_images": sum(part.commits[0].num_images for part in self._parts),
-            "num_rows": num_rows,
-            "bytes": sum(by_family.values()),
-            "bytes_by_family": by_family,
-            "bytes_per_row": sum(row_bytes.values()) / max(1, sum(num_rows.values())),
-            "bytes_per_row_by_family": {
-                family: row_bytes[family] / count for family, count in num_rows.items() if count
-            },
-            **{
-                kind: {family: each.model_dump() for family, each in merge_stated_summaries(commits, kind).items()}
-                for kind in KINDS
-            },
-            "num_errors": len(self.errors),
-            "num_parts": self.num_parts,
-            "sealed": self.sealed,
-        }
+        found = compute_statistics(self._parts, self.segments)
+        return {"num_samples": self.num_samples, **found, "num_errors": len(self.errors), "sealed": self.sealed}
 
     def _commits(self) -> list[Commit]:
         return [commit for part in self._parts for commit in part.commits]
@@ -372,13 +341,8 @@ class Cache:
         return pa.concat_tables([none, *self._read_tokens_columns(columns)])
 
     def _read_tokens_columns(self, columns: Sequence[str]) -> list[pa.Table]:
-        """Returns plain columns of the tokens of each part."""
-
-        def read(part: Part) -> pa.Table:
-            return self._row_groups.read_columns("tokens", part.families["tokens"], columns)
-
-        with ThreadPoolExecutor(layout.NUM_CONNECTIONS if self.folder.is_remote else NUM_THREADS) as pool:
-            return list(pool.map(read, self._parts))
+        entries = [part.families["tokens"] for part in self._parts]
+        return self._row_groups.read_columns_of_files("tokens", entries, columns)
 
     def _read_index(self) -> SampleIndex:
         index = SampleIndex(self._read_tokens_columns(INDEX_COLUMNS))

@@ -11,7 +11,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -28,7 +28,7 @@ from storage.encoding.tail_profile import read_tail_total
 from storage.encoding.token_rows import TokenRows, decode_tokens
 from storage.errors import CorruptPartError
 from storage.identity import Identity
-from storage.layout.commits import check_file
+from storage.layout.commits import NUM_CONNECTIONS, check_file
 from storage.layout.documents import FileEntry
 from storage.reader.narrowing import Narrowing, narrow_rows
 from storage.records.records import TailTotal
@@ -36,6 +36,7 @@ from storage.records.sparse_rows import RowSpan, SparseRows
 
 # Limit of a row group's uncompressed size, besides four times the file's size. A writer's has 1 MiB or one row.
 MAX_GROUP_BYTES = 256 << 20
+_NUM_THREADS = 4  # that read columns of local files at the same time
 MAX_OPEN_FOOTERS = 1024  # parsed Parquet footers kept in memory, some tens of KB each
 
 _Key = tuple[str, str | int]  # a file, and one of its row groups or the name of other data kept of it
@@ -85,6 +86,13 @@ class RowGroupCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._reset_locks()
+
+    def read_columns_of_files(
+        self, family: str, entries: Sequence[FileEntry], columns: Sequence[str]
+    ) -> list[pa.Table]:
+        """Returns plain columns of several files, which are read at the same time. See `read_columns`."""
+        with ThreadPoolExecutor(NUM_CONNECTIONS if self._folder.is_remote else _NUM_THREADS) as pool:
+            return list(pool.map(lambda entry: self.read_columns(family, entry, columns), entries))
 
     def read_columns(self, family: str, entry: FileEntry, names: Sequence[str]) -> pa.Table:
         """Reads some columns of a whole file, without keeping them. Errors: CorruptPartError."""

@@ -292,6 +292,14 @@ def select_samples_of_caches(caches: Sequence[Cache], splits: tuple[str, ...]) -
     return chosen
 
 
+def check_evaluation_splits(stage: StageSection, mixture: Mixture, splits: tuple[str, ...]) -> None:
+    """ConfigError if the caches that the stage's result is evaluated on have no sample in these splits."""
+    caches = [source.cache for source in mixture.sources]
+    if stage.evaluation_cache is not None:
+        caches = [Cache.open(stage.evaluation_cache, ())]
+    select_samples_of_caches(caches, splits)
+
+
 def select_pairs(cache: Cache, indices: np.ndarray) -> np.ndarray:
     """Return the (chosen, rejected) indices (p, 2) of all preference pairs among some samples. ConfigError: none."""
     pairs = cache.find_pair_positions()

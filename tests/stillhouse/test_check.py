@@ -133,6 +133,7 @@ def test_a_setting_that_vllm_does_not_have_is_found(file: Path) -> None:
         ),
         ("ablations.runs={kd: {stage: kd}}", r"evaluation\.splits names test; data\.sources has train"),
         ("stages.kd.init=/nowhere", r"stages\.kd\.init is /nowhere, which is neither a directory"),
+        ("stages.kd.evaluation_cache=/nowhere", r"stages\.kd\.evaluation_cache is /nowhere: no cache is there"),
         ("stages.kd.cache=/nowhere", r"stages\.kd\.cache is /nowhere: no cache is there, and this file makes none"),
         ("stages.kd.images=/nowhere", r"stages\.kd\.images is /nowhere: there is no such folder"),
         ("teacher.model=/nowhere", r"teacher\.model: /nowhere is neither a folder"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
+from tests.processes import MARK, marked_processes
 from tests.teacher_dump.ray_head import RayHead
 from tests.tiny import make_tiny_dataset, make_tiny_llava
 
@@ -94,11 +96,15 @@ def test_an_experiment_of_one_run_ends_in_its_report(ray_head: RayHead, tmp_path
 
     One run trains on a second cache, and is evaluated on the samples of the first.
     """
-    run = stillhouse(
-        "run", str(write_experiment(tmp_path, is_long=False)), environment={**ENVIRONMENT, **ray_head.environment}
-    )
+    mark = secrets.token_hex(8)
+    environment = {**ENVIRONMENT, **ray_head.environment, MARK: mark}
+    run = stillhouse("run", str(write_experiment(tmp_path, is_long=False)), environment=environment)
     said, _ = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 0, said
+    deadline = time.monotonic() + 60
+    while left := marked_processes(mark):  # in the cluster, which goes on
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
     *_, page, _, gain, cost = said.splitlines()
     assert page.endswith("report.html")
     assert gain == "There is nothing to compare: no distilled run has a control."

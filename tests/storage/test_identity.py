@@ -45,7 +45,16 @@ def test_tau_counts_only_where_something_is_sampled():
     assert stored_tau(identity, "relation") == 0.0
 
 
-@pytest.mark.parametrize("selection", [{"method": "nucleus", "p": 0.9}, {"method": "topk", "tau": 0.1}])
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"method": "nucleus", "p": 0.9},
+        {"method": ["topk"], "k": 5},
+        {"method": "topk", "tau": 0.1},
+        {"method": "threshold", "tau": "0.1"},
+        {"method": "sampled", "draws": 0},
+    ],
+)
 def test_an_unknown_or_incomplete_selection_is_refused(selection: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=r"selection \{.* is none of the methods .*threshold: tau"):
         make_identity(selection={"response": selection})

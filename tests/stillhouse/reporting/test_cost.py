@@ -37,5 +37,11 @@ def test_no_cost_without_distilled_runs_or_their_samples() -> None:
     assert compute_cost(earlier, {"kd"}, DUMP, num_samples=4) == {}
 
 
+def test_no_cost_of_a_run_that_was_resumed_and_measured_its_end_alone() -> None:
+    entries = [{**entry, "resumed_at": 0} for entry in ENTRIES]
+    assert compute_cost(entries, {"kd"}, DUMP, num_samples=4)
+    assert compute_cost([*entries[:2], {**entries[2], "resumed_at": 7}], {"kd"}, DUMP, num_samples=4) == {}
+
+
 def test_durations_have_the_unit_that_fits() -> None:
     assert [format_seconds(each) for each in (3.14, 41, 99, 745, 12240)] == ["3.1 s", "41 s", "99 s", "12 min", "3.4 h"]
