@@ -6,10 +6,13 @@ answer and holds the sample's own earlier answers.
 
 from __future__ import annotations
 
+import itertools
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,66 +20,26 @@ import torch
 from tqdm import tqdm
 
 from storage.backends.folder import write_json
+from storage.identity import stored_relation
 from storage.reader.cache import Cache, read_identity
 from storage.records.records import TokensRecord
 from storage.records.sample_batch import SampleBatch
 from student_train.config import EvaluationSection, SourceSection
-from student_train.data.collate import Batch, collate, collate_prompts, cut_prompt, find_answer_spans
+from student_train.data.collate import collate, collate_prompts, cut_prompt, find_answer_spans
 from student_train.data.mixture import CacheSource, Mixture
 from student_train.data.sample_images import TensorStore, VisionGatherer
+from student_train.evaluation.fidelity import Fidelity, compute_means, measure_fidelity
 from student_train.evaluation.generation import generate_greedily
 from student_train.evaluation.hallucination import compute_unsupported_rate, score_yes_no
-from student_train.losses.load_balancing import RouterLosses, router_losses, summarize_routers
-from student_train.losses.sparse_divergence import differentiate_rows_
+from student_train.evaluation.relation_matrices import choose_samples, compare_relations
+from student_train.losses.load_balancing import summarize_routers
 from student_train.models.loading import Checkpoint, check_fit, load_for_inference, read_checkpoint
-from student_train.models.sparse_upcycling import is_sparse
 from student_train.models.student import Student
 from student_train.training.stage_data import open_sealed_cache, select_samples_of_caches
 
 MEMORY_BYTES = 512 << 20  # of image features, which the second pass reads again
+PACKAGES = ("stillhouse", "torch", "transformers", "numpy", "pyarrow")  # whose versions an evaluation records
 Item = TypeVar("Item")
-CHUNK_LOGITS = 1 << 25  # logits in memory at once
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Sums of distances from the references and from the cached teacher, over held-out response rows."""
-
-    cross_entropy_sum: float  # nats, of the references' tokens
-    num_labels: int
-    kl_sum: float  # nats, exact entries and one bucket
-    num_agreeing: int  # rows whose most probable token is the teacher's
-    num_rows: int  # with a distribution of the teacher
-    num_topped: int  # rows whose most probable token of the teacher is stored
-    routers: tuple[tuple[int, RouterLosses], ...] = ()  # of a sparse model: (number of tokens, losses) of each batch
-
-    @staticmethod
-    def combine(parts: Sequence[Fidelity]) -> Fidelity:
-        """Add up the sums of several batches."""
-        return Fidelity(
-            cross_entropy_sum=sum(part.cross_entropy_sum for part in parts),
-            num_labels=sum(part.num_labels for part in parts),
-            kl_sum=sum(part.kl_sum for part in parts),
-            num_agreeing=sum(part.num_agreeing for part in parts),
-            num_rows=sum(part.num_rows for part in parts),
-            num_topped=sum(part.num_topped for part in parts),
-            routers=tuple(router for part in parts for router in part.routers),
-        )
-
-    @property
-    def cross_entropy(self) -> float | None:
-        """Mean over the references' tokens; None without any."""
-        return self.cross_entropy_sum / self.num_labels if self.num_labels else None
-
-    @property
-    def kl(self) -> float | None:
-        """Mean over rows; None without any."""
-        return self.kl_sum / self.num_rows if self.num_rows else None
-
-    @property
-    def agreement(self) -> float | None:
-        """Fraction of rows whose most probable token is the teacher's; None without any."""
-        return self.num_agreeing / self.num_topped if self.num_topped else None
 
 
 def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section: EvaluationSection) -> dict[str, Any]:
@@ -112,17 +75,13 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
             )
         ]
     )
-    by_category: dict[str, list[bool]] = defaultdict(list)
-    for sample in samples:
-        by_category[sample["category"]].append(sample["correct"])
+    relations = evaluator.compare_relations()
     document = {
         "num_samples": len(tokens),
         "turns": section.turns,
         "num_answers": len(samples),
         "exact_match": _average([sample["correct"] for sample in samples]),
-        "by_category": {
-            name: {"num": len(hits), "exact_match": _average(hits)} for name, hits in sorted(by_category.items())
-        },
+        "by_category": _score_categories(samples, fidelity, tokens),
         "unsupported_rate": compute_unsupported_rate((sample["answer"], sample["reference"]) for sample in samples),
         "yes_no": score_yes_no((sample["answer"], sample["reference"]) for sample in samples),
         "routers": summarize_routers(fidelity.routers) if fidelity.routers else None,
@@ -131,7 +90,11 @@ def evaluate_model(model: str | Path, sources: Sequence[SourceSection], section:
         "top1_agreement": fidelity.agreement,
         "seconds": round(time.monotonic() - started, 3),
         "settings": section.model_dump(mode="json"),
+        "caches": [str(source.cache.folder) for source in data.sources],
+        "versions": {name: _find_version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "relations": relations,
         "samples": samples,
+        "fidelity_by_sample": [sample.convert() for sample in fidelity.samples],
     }
     write_json(Path(model) / "evaluation.json", document)
     return document
@@ -229,8 +192,29 @@ class _Evaluator:
         ):
             samples = self.data.read_many(indices_of_batch)
             batch = collate(samples, self.checkpoint.sequence_format, self.vision.gather, families=families).to(device)
-            parts.append(_compute_fidelity(self.student, batch))
+            parts.append(measure_fidelity(self.student, batch))
         return parts
+
+    def compare_relations(self) -> list[dict[str, Any]]:
+        """Compute the student's relation matrix on a few images of the first cache that holds the teacher's."""
+        starts = [0, *itertools.accumulate(source.cache.num_samples for source in self.data.sources)]
+        for source, start in zip(self.data.sources, starts, strict=False):
+            if "relation" not in Cache.open(str(source.cache.folder), ()).families:
+                continue
+            cache = Cache.open(str(source.cache.folder), ("relation",))
+            chosen = choose_samples(cache, source.indices)
+            if chosen:
+                samples = self.data.read_many([start + index for index in chosen])
+                records = cache.read_many(chosen).records()
+                return compare_relations(
+                    self.student,
+                    self.checkpoint.sequence_format,
+                    self.vision.gather,
+                    samples,
+                    [relation for record in records for relation in record.relation.values()],
+                    centered=stored_relation(cache.identity).centered,
+                )
+        return []
 
 
 def normalise_spaces(text: str) -> str:
@@ -238,37 +222,34 @@ def normalise_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
+def _score_categories(
+    samples: Sequence[dict[str, Any]], fidelity: Fidelity, tokens: dict[int, TokensRecord]
+) -> dict[str, dict[str, Any]]:
+    """Score each category of samples by itself: exact match of answers, cross-entropy and KL of rows."""
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        hits[sample["category"]].append(sample["correct"])
+    categories = {sample["sample_id"]: sample["category"] for sample in samples}
+    return {
+        name: {
+            "num": len(of_name),
+            "exact_match": _average(of_name),
+            **compute_means(each for each in fidelity.samples if categories.get(each.sample_id) == name),
+        }
+        for name, of_name in sorted(hits.items())
+    }
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _select_turns(tokens: TokensRecord, turns: str) -> Sequence[int]:
     count = max(1, len(find_answer_spans(tokens)))  # `cut_prompt` refuses a sample without answers
     return {"all": range(count), "first": [0], "last": [count - 1]}[turns]
-
-
-def _compute_fidelity(student: Student, batch: Batch) -> Fidelity:
-    inputs = batch.input_ids, batch.visual_positions, batch.vision
-    routers = ()
-    if is_sparse(student.model.config):
-        hidden, logits = student.compute_hidden_and_routers(*inputs)
-        is_token = batch.is_token.flatten()
-        routers = ((int(is_token.sum()), router_losses(logits, is_token, top_k=student.top_k)),)
-    else:
-        hidden = student.compute_hidden(*inputs)
-    rows = hidden.index_select(0, batch.response_positions)
-    per_chunk = max(1, CHUNK_LOGITS // student.vocab_size)
-    cross_entropy_sum, kl_sum, num_agreeing, num_topped = 0.0, 0.0, 0, 0
-    for start in range(0, len(rows), per_chunk):
-        stop = min(start + per_chunk, len(rows))
-        logits, labels = student.compute_logits(rows[start:stop]).float(), batch.labels[start:stop]
-        cross_entropy_sum += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        if batch.response is None:
-            continue
-        teacher = batch.response[start:stop]
-        topped = teacher.num_exact > 0  # entries descend, so the first is the most probable
-        tops = teacher.ids[teacher.offsets[:-1][topped]]
-        num_agreeing += int((logits.argmax(1)[topped] == tops).sum())
-        num_topped += int(topped.sum())
-        kl_sum += float(differentiate_rows_(logits, None, teacher, gradient=False).divergence)
-    num_rows = 0 if batch.response is None else len(rows)
-    return Fidelity(cross_entropy_sum, len(rows), kl_sum, num_agreeing, num_rows, num_topped, routers)
 
 
 def _split_batches(items: list[Item], size: int) -> list[list[Item]]:

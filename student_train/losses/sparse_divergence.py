@@ -206,6 +206,31 @@ def differentiate_rows_(
     return sums
 
 
+def measure_rows_(
+    logits: Float[Tensor, "r v"], labels: Int[Tensor, " r"], teacher: TeacherRows
+) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
+    """Return each row's -log q(label) and its forward KL, where all tokens that are not stored exactly are one event.
+
+    The values whose sums `differentiate_rows_` returns by default. The content of the logits is undefined afterwards.
+    """
+    num_rows, vocab_size = logits.shape
+    teacher = handle_tails(teacher, BUCKET_SPEC, vocab_size=vocab_size, dtype=logits.dtype)
+    step = max(1, _BLOCK.get(logits.device.type, _BLOCK_ELSEWHERE) // vocab_size)
+    surprises, divergences = [logits.new_zeros(0)], [logits.new_zeros(0)]
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        z, part = logits[rows], teacher[rows]
+        counts, ids, row = part.offsets.diff(), part.ids, part.row_of_entry()
+        stored, at_label = z[row, ids], z.gather(1, labels[rows, None])[:, 0]
+        _, log_rest = _sum_others_(z, row, ids)
+        log_z = torch.logaddexp(log_rest, _log_sum_exp_entries(stored, counts))
+        value, _ = BUCKET_SPEC.event_loss(part.logprobs, stored - log_z[row])
+        rest_value, _ = BUCKET_SPEC.event_loss(part.tail_mass.log(), log_rest - log_z)
+        surprises.append(log_z - at_label)
+        divergences.append(_sum_entries(value, counts) + rest_value)
+    return torch.cat(surprises), torch.cat(divergences)
+
+
 def _make_empty_rows(logits: Tensor) -> TeacherRows:
     """Return a row without events for each row of logits."""
     zeros = logits.new_zeros(len(logits))
@@ -253,11 +278,7 @@ def _differentiate_events_(
         scale = _scale_profile(spread, profile, ids, counts)
         z[row, ids] = 0
         dot = z @ profile.mass
-    z[row, ids] = -torch.inf
-    top = z.amax(1)
-    top.masked_fill_(top == -torch.inf, 0)
-    rest = z.sub_(top[:, None]).exp_().sum(1)
-    log_rest = top + rest.log()
+    rest, log_rest = _sum_others_(z, row, ids)
     log_z = torch.logaddexp(log_rest, _log_sum_exp_entries(stored, counts))
     log_q, log_q_rest = stored - log_z[row], log_rest - log_z
 
@@ -288,6 +309,18 @@ def _differentiate_events_(
         if labels is not None:
             z.scatter_add_(1, labels[:, None], z.new_full((len(z), 1), -label_weight))
     return RowSums(surprise, total)
+
+
+def _sum_others_(z: Tensor, row: Tensor, ids: Tensor) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
+    """Return the sum of exp(z) over tokens that are not stored: relative to their maximum, and as a logarithm.
+
+    Overwrites z with those exponentials, which are 0 for stored tokens.
+    """
+    z[row, ids] = -torch.inf
+    top = z.amax(1)
+    top.masked_fill_(top == -torch.inf, 0)
+    rest = z.sub_(top[:, None]).exp_().sum(1)
+    return rest, top + rest.log()
 
 
 def _differentiate_dense_(

@@ -13,7 +13,13 @@ from torch import Tensor
 from storage.records.sparse_rows import SparseRows
 from student_train.data.collate import make_teacher_rows
 from student_train.losses.config import TREATMENTS, Divergence, Treatment
-from student_train.losses.sparse_divergence import LossSpec, TailProfile, TeacherRows, differentiate_rows_
+from student_train.losses.sparse_divergence import (
+    LossSpec,
+    TailProfile,
+    TeacherRows,
+    differentiate_rows_,
+    measure_rows_,
+)
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import log_softmax, sparse_rows
 from tests.student_train.references import dense_loss, sparse_loss
@@ -342,3 +348,18 @@ def test_selected_teacher_rows_equal_slices() -> None:
             found, expected = taken[place : place + 1], rows[row : row + 1]
             for name, value in vars(expected).items():
                 assert torch.equal(getattr(found, name), value), name
+
+
+@pytest.mark.parametrize("k", [5, 40])
+def test_each_row_is_measured_as_the_sums_are(k: int) -> None:
+    values, teacher, labels = logits(7, 40, 1), logits(7, 40, 2), torch.arange(7)
+    rows = make_teacher_rows(sparse_rows(teacher, k=k))
+    surprises, divergences = measure_rows_(torch.from_numpy(values).float(), labels, rows)
+    assert surprises.shape == divergences.shape == (7,)
+    for row in range(7):
+        sums = differentiate_rows_(
+            torch.from_numpy(values[row : row + 1]).float(), labels[row : row + 1], rows[row : row + 1]
+        )
+        torch.testing.assert_close((surprises[row], divergences[row]), (sums.cross_entropy, sums.divergence))
+    nothing = measure_rows_(torch.zeros(0, 40), labels[:0], rows[:0])
+    assert [each.shape for each in nothing] == [(0,), (0,)]
