@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from stillhouse.config import Experiment
 from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
+from stillhouse.reporting.reproduction import record_command
 from stillhouse.reporting.text_formats import compute_mean_and_sd, format_columns, format_percent
 from stillhouse.torchrun import (
     TRAINING_SERVER,
@@ -107,12 +108,22 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
             failed = list(_train_group(experiment, group, ledger, bar, restart=restart))
             if failed:
                 raise StillhouseError("training failed:\n  " + "\n  ".join(failed))
-    listing = [{"name": run.name, "stage": run.stage, "seed": run.seed, "folder": str(run.folder)} for run in runs]
+    listing = [
+        {
+            "name": run.name,
+            "stage": run.stage,
+            "seed": run.seed,
+            "folder": str(run.folder),
+            "caches": [source.path for source in run.section.list_sources(experiment.cache.path)],
+        }
+        for run in runs
+    ]
     document = {
         "runs": listing,
         "controls": {name: experiment.ablations.get_controls(name) for name in experiment.ablations.runs},
         "cache": experiment.cache.path,
         "teacher": experiment.teacher.model,
+        "command": record_command(experiment.path, experiment.overrides),
     }
     write_json(experiment.run / "ablations.json", document)
     return runs

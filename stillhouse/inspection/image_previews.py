@@ -57,6 +57,8 @@ def embed_image(
     pixels: PixelSettings,
     max_file_bytes: int = MAX_FILE_BYTES,
     max_pixels: int = MAX_PIXELS,
+    max_side: int = MAX_SIDE,
+    max_lossless_side: int = MAX_LOSSLESS_SIDE,
     follows_links: bool = False,
 ) -> ImagePreview:
     """The image below `root`, with pixels made as the teacher's were. Gives a reason in place of an error.
@@ -80,17 +82,21 @@ def embed_image(
     except image_pixels.ImageDecodeError as error:
         return ImagePreview("", reason=f"cannot be decoded: {error}")
     width, height = picture.size
-    small = shrink_picture(picture, MAX_SIDE)
-    kind = "png" if max(small.size) <= MAX_LOSSLESS_SIDE else "jpeg"
+    small = shrink_picture(picture, max_side)
+    kind = "png" if max(small.size) <= max_lossless_side else "jpeg"
     return ImagePreview(_encode_uri(small, kind), width, height)
 
 
-def draw_heat_map(values: NDArray[np.float32]) -> HeatMap:
-    """Colours of a matrix (n, m): from low to high values, or symmetric around 0 if it has both signs."""
+def draw_heat_map(values: NDArray[np.floating], *, like: NDArray[np.floating] | None = None) -> HeatMap:
+    """Colours of a matrix (n, m): from low to high values, or symmetric around 0 if it has both signs.
+
+    With `like`, in the colours of that matrix, so that both can be compared.
+    """
+    scale = values if like is None else like
     step = -(-max(values.shape) // MAX_HEAT_SIDE)
     shown = values[::step, ::step].astype(np.float64)
-    low = float(np.quantile(values, CLIPPED_FRACTION, method="lower"))
-    high = float(np.quantile(values, 1 - CLIPPED_FRACTION, method="higher"))
+    low = float(np.quantile(scale, CLIPPED_FRACTION, method="lower"))
+    high = float(np.quantile(scale, 1 - CLIPPED_FRACTION, method="higher"))
     palette = "magma_r"
     if low < 0 < high:
         high = max(-low, high)

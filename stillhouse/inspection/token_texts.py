@@ -20,9 +20,10 @@ _PRINTED_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 
 @dataclass(frozen=True)
 class Decoder:
-    """The two functions of a tokenizer that this file needs."""
+    """The functions of a tokenizer that this file needs."""
 
     decode: Callable[[list[int]], str]  # special tokens included
+    decode_plain: Callable[[list[int]], str]  # without them
     get_spelling: Callable[[int], str]  # one token as it is in the vocabulary
 
 
@@ -82,6 +83,12 @@ class TokenTexts:
             return " ".join(f"#{token_id}" for token_id in token_ids)
         return self._decoder.decode([int(token_id) for token_id in token_ids])
 
+    def decode_plain(self, token_ids: Sequence[int]) -> str:
+        """Running text without special tokens; ids where there is no tokenizer."""
+        if self._decoder is None:
+            return self.decode(token_ids)
+        return self._decoder.decode_plain([int(token_id) for token_id in token_ids])
+
 
 def load_token_texts(identity: Identity, folder: Path | None) -> TokenTexts:
     """Texts by the tokenizer in `folder`, or else by that in the teacher's own folder if it still exists.
@@ -119,6 +126,7 @@ def _load_by_tokenizers(folder: Path, identity: Identity) -> Decoder | None:
         return None
     return Decoder(
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        decode_plain=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         get_spelling=lambda token_id: str(tokenizer.id_to_token(token_id)),
     )
 
@@ -138,6 +146,7 @@ def _load_by_transformers(folder: Path, identity: Identity) -> Decoder:
         )
     return Decoder(
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        decode_plain=lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         get_spelling=lambda token_id: str(tokenizer.convert_ids_to_tokens(token_id)),
     )
 

@@ -41,7 +41,7 @@ def compute_cost(
 
 
 def describe_cost(cost: dict[str, float]) -> str:
-    """The cost in one sentence; empty where it was not measured."""
+    """The cost in one sentence; empty where it was not measured, see `explain_missing_cost`."""
     if not cost:
         return ""
     cached, other = (format_seconds(cost[name]) for name in ("cached_s", "with_teacher_in_every_step_s"))
@@ -49,9 +49,24 @@ def describe_cost(cost: dict[str, float]) -> str:
     paid = cost["runs_to_break_even"] <= cost["num_distilled"]
     dump = format_seconds(cost["dump_s"])
     return (
-        f"All runs took {cached} with the cache, its dump ({dump}) included; with the teacher in every step they would "
-        f"have taken {other}. The cache {'paid' if paid else 'pays'} for itself after {runs}."
+        f"All runs took {cached} with the cache, its dump ({dump}) included, and would have taken {other} with the "
+        f"teacher in every step; the cache {'paid' if paid else 'pays'} for itself after {runs}."
     )
+
+
+def explain_missing_cost(entries: Sequence[dict[str, Any]], distilled: set[str], dump: dict[str, Any]) -> str:
+    """Why `compute_cost` gave nothing, in one sentence."""
+    if not any(entry["name"] in distilled for entry in entries):
+        return "What the cache saved is not known, since no run is distilled."
+    if not dump.get("seconds") or not dump.get("num_samples"):
+        return "What the cache saved is not known, since its dump left no measured seconds."
+    label = next(
+        (f"{entry['name']}-seed{entry['seed']}" for entry in entries if entry.get("resumed_at")),
+        None,
+    )
+    if label is not None:
+        return f"What the cache saved is not known, since {label} was resumed and measured its end alone."
+    return "What the cache saved is not known, since runs of an earlier version did not count their samples."
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""States in one sentence whether distillation beat its controls, and in another whether it is closer to the teacher."""
+"""States in one sentence whether distillation beat its controls and whether it is closer to the teacher."""
 
 from __future__ import annotations
 
@@ -9,26 +9,37 @@ from typing import Any
 from stillhouse.reporting.comparisons import Comparison
 
 
-def describe_verdict(runs: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -> str:
-    """The best distilled run against its best control, in exact match and in KL to the teacher.
+def find_best_run(runs: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -> str | None:
+    """The distilled run that the verdict is about: the most accurate of those compared with the most controls.
 
-    Best is the most accurate one of those that are compared with the most controls. `runs` as in report.json,
-    `comparisons` those of runs with their controls.
+    None without a distilled run that has a control. `runs` as in report.json.
     """
     accuracy = {run["name"]: run["exact_match"]["mean"] for run in runs}
     distilled = {run["name"] for run in runs if run["distilled"]}
-    of_accuracy = [each for each in comparisons if each.metric == "exact_match" and each.run in distilled]
-    if not of_accuracy:
+    num_controls = Counter(each.run for each in comparisons if each.metric == "exact_match" and each.run in distilled)
+    return max(num_controls, key=lambda name: (num_controls[name], accuracy[name]), default=None)
+
+
+def describe_verdict(runs: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -> str:
+    """The best distilled run against its best control, in exact match and in KL to the teacher, in one sentence.
+
+    `runs` as in report.json, `comparisons` those of runs with their controls.
+    """
+    best = find_best_run(runs, comparisons)
+    if best is None:
         return "There is nothing to compare: no distilled run has a control."
-    num_controls = Counter(each.run for each in of_accuracy)
-    best = max(num_controls, key=lambda name: (num_controls[name], accuracy[name]))
-    sentences = [
-        _describe_gain([each for each in of_accuracy if each.run == best]),
+    parts = [
+        _describe_gain([each for each in comparisons if each.run == best and each.metric == "exact_match"]),
         _describe_closeness([each for each in comparisons if each.run == best and each.metric == "kl_to_teacher"]),
-        f"Exact match of {describe_judged_turns(runs)}.",
-        _warn_of_other_samples(runs),
     ]
-    return " ".join(filter(None, sentences))
+    return "; ".join(filter(None, parts)) + "."
+
+
+def describe_scope(runs: Sequence[dict[str, Any]]) -> str:
+    """What the verdict is about, in full sentences: which answers were judged, and whether samples differ."""
+    if not runs:
+        return ""
+    return " ".join(filter(None, (f"Exact match of {describe_judged_turns(runs)}.", _warn_of_other_samples(runs))))
 
 
 def describe_judged_turns(runs: Sequence[dict[str, Any]]) -> str:
@@ -43,10 +54,10 @@ def _describe_gain(comparisons: Sequence[Comparison]) -> str:
     points, interval = f"{100 * abs(least.difference):.1f} points", describe_interval(least, scale=100, digits=1)
     if least.shown:
         verb = "beats" if least.difference > 0 else "falls behind"
-        return f"{least.run} {verb} {least.control}{others} by {points} ({interval})."
+        return f"{least.run} {verb} {least.control}{others} by {points} ({interval})"
     return (
         f"That {least.run} beats {least.control}{others} is not shown: "
-        f"{100 * least.difference:+.1f} points ({interval}){describe_need(least)}."
+        f"{100 * least.difference:+.1f} points ({interval}; {describe_need(least)})"
     )
 
 
@@ -58,10 +69,10 @@ def _describe_closeness(comparisons: Sequence[Comparison]) -> str:
     nats, interval = f"{abs(least.difference):.3f} nats", describe_interval(least, scale=1, digits=3)
     if least.shown:
         side = "lower" if least.difference < 0 else "higher"
-        return f"Its KL to the teacher is {nats} {side} than that of {least.control} ({interval})."
+        return f"its KL to the teacher is {nats} {side} than that of {least.control} ({interval})"
     return (
-        f"Its KL to the teacher is not shown to differ from that of {least.control}: {least.difference:+.3f} nats "
-        f"({interval}){describe_need(least)}."
+        f"its KL to the teacher is not shown to differ from that of {least.control}: {least.difference:+.3f} nats "
+        f"({interval}; {describe_need(least)})"
     )
 
 
@@ -76,12 +87,12 @@ def describe_interval(comparison: Comparison, *, scale: float, digits: int) -> s
 
 
 def describe_need(comparison: Comparison) -> str:
-    """How many seeds would show a difference of this size, as the end of a sentence."""
+    """How many seeds would show a difference of this size."""
     if comparison.num_seeds < 2:
-        return "; take several seeds"
+        return "take several seeds"
     if comparison.seeds_needed is None:
-        return "; more questions, not seeds, would show a difference of this size"
-    return f"; would need about {comparison.seeds_needed} seeds"
+        return "more questions, not seeds, would show a difference of this size"
+    return f"would need about {comparison.seeds_needed} seeds"
 
 
 def _warn_of_other_samples(runs: Sequence[dict[str, Any]]) -> str:

@@ -154,7 +154,7 @@ def test_large_matrices_are_averaged_and_grids_that_do_not_fit_are_said_to_be() 
     assert average_blocks(large, 3).tolist() == large.reshape(3, 2, 3, 2).mean((1, 3)).tolist()
     assert average_blocks(large, 4).shape == (4, 4)  # blocks of one and two
     assert average_blocks(large, 6).tolist() == large.tolist()
-    teacher = RelationMatrix(np.eye(4, dtype=np.float32) / 2, 1.0)
+    teacher = RelationMatrix(np.eye(4, dtype=np.float32) * np.float32(0.5), 1.0)
     with pytest.raises(ValueError, match="not a square grid"):
         compute_relation_matrix(torch.ones(5, 2), torch.ones(3, 2), teacher, centered=False)
     same = compute_relation_matrix(torch.ones(4, 2), torch.ones(3, 2), teacher, centered=False)
