@@ -136,8 +136,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("question")
     sub = add_verb("ablate", _ablate, "the ablation grid over one cache")
     sub.add_argument("--restart", action="store_true", help=restart)
-    sub = add_verb("report", _report, "report.json and report.html of a run", file=False)
-    sub.add_argument("folder", type=Path, metavar="DIR")
+    sub = add_verb("report", _report, "report.json and report.html of a run; several runs are compared", file=False)
+    sub.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="a run's folder, such as runs/digits")
+    sub.add_argument(
+        "--output",
+        dest="page",
+        type=Path,
+        metavar="FILE",
+        help="of a comparison (comparison.html beside the first DIR)",
+    )
     return parser
 
 
@@ -325,11 +332,21 @@ def _ablate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    if len(arguments.folders) > 1:
+        from stillhouse.reporting.experiment_comparison import compare_experiments, default_output  # matplotlib
+
+        print(compare_experiments(arguments.folders, arguments.page or default_output(arguments.folders)))
+        return
     from stillhouse.reporting.report import write_report  # matplotlib, scipy
     from stillhouse.reporting.summary import print_summary
 
-    write_report(arguments.folder)
-    print_summary(arguments.folder)
+    if arguments.page is not None:
+        raise ConfigError(
+            f"--output {arguments.page} is for a comparison of several folders; the page of one lies in it"
+        )
+    (folder,) = arguments.folders
+    write_report(folder)
+    print_summary(folder)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def choose_samples(results: Results, run: str, caches: OpenCaches) -> Choice:
     The latter is for evaluations of an earlier version, which kept no KL of single samples.
     """
     entries = results.runs[run]
-    once = "At most one question of a picture."
+    once = "At most one sample of a picture."
     sums: dict[Place, list[float]] = defaultdict(list)
     for entry in entries:
         for each in entry.get("fidelity_by_sample", []):
@@ -145,7 +145,10 @@ def choose_samples(results: Results, run: str, caches: OpenCaches) -> Choice:
                 sums[locate_sample(each["sample_id"], entry, results.cache_path)].append(each["kl_sum"])
     if sums:
         means = {place: fmean(values) for place, values in sums.items() if len(values) == len(entries)}
-        rule = f"The held-out samples with the largest KL of {run} to the teacher, summed over a sample's rows and averaged over {len(entries)} seeds. {once}"
+        rule = (
+            f"The held-out samples with the largest KL of {run} to the teacher, summed over a sample's rows, mean of "
+            f"{len(entries)} seeds. {once}"
+        )
         return Choice(sorted(means.items(), key=lambda pair: -pair[1]), rule, "nats from the teacher")
     wrong: Counter[Place] = Counter()
     for entry in entries:
@@ -159,7 +162,10 @@ def choose_samples(results: Results, run: str, caches: OpenCaches) -> Choice:
     surprises = _measure_surprise(always, caches)
     if not surprises:
         return Choice([], f"The evaluations of {run} name no sample that could be shown.", "")
-    rule = f"The evaluations of {run} are of an earlier version and keep no KL of single samples. Shown are questions that all its seeds answered wrongly, by the teacher's surprise at the reference, the smallest first. {once}"
+    rule = (
+        f"The evaluations of {run} are of an earlier version and keep no KL of single samples. Shown are questions "
+        f"that all its seeds answered wrongly, by the teacher's surprise at the reference, the smallest first. {once}"
+    )
     return Choice(sorted(surprises.items(), key=lambda pair: pair[1]), rule, "nats of the teacher's surprise a token")
 
 

@@ -28,7 +28,7 @@ COLOURS = (
     "#5b84b1", "#9aa7b8", "#d2694c", "#d99a3d", "#6f9f74", "#a878b8", "#3f9c9c", "#b5895f", "#c66a92", "#8f8f4f",
     "#7d7d7d", "#6a6fc4",
 )  # fmt: skip
-WIDTH = 6.2  # inches; a page shows them at 360 to 640 pixels
+WIDTH = 5.4  # inches; a page shows them at 360 to 580 pixels
 MAX_CATEGORIES = 8  # that are drawn
 MAX_POINTS = 150  # of a line
 LOSS_UNITS = {
@@ -172,7 +172,7 @@ def _write_svg(figure: Figure, axes: Axes, name: str, *, legend: bool = False) -
         axes.spines[side].set_visible(False)
     axes.set_facecolor("none")
     if legend:
-        figure.legend(frameon=False, ncols=4, loc="outside upper left", fontsize=9, handlelength=1.2, columnspacing=1.2)
+        figure.legend(frameon=False, ncols=3, loc="outside upper left", fontsize=9, handlelength=1.2, columnspacing=1.2)
     figure.set_layout_engine("constrained")
     stream = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "stillhouse"}):

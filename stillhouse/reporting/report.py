@@ -104,25 +104,25 @@ def _measure_reading(
 
     Reads the facts of caches that `caches` lacks and puts them there.
     """
-    paths = entry["train_caches"]
-    if paths is None:  # an earlier version listed none: all runs shared one cache, or said so in their settings
+    paths: list[str] | None = entry["train_caches"]
+    if paths is None and shared is not None:  # an earlier version listed none: most runs read the shared cache
         asked = entry["inputs"].get("caches", [])
-        is_shared = len(asked) == 1 and shared is not None and _is_cache_of(asked[0], caches[shared])
-        paths = [shared] if is_shared else None
+        paths = [shared] if len(asked) == 1 and _is_cache_of(asked[0], caches[shared]) else None
     if not paths:
         return None
     try:
-        facts = [caches.setdefault(path, caches.get(path) or read_cache(path)) for path in paths]
+        facts = [caches.get(path) or caches.setdefault(path, read_cache(path)) for path in paths]
     except StillhouseError:  # a further cache was removed since
         return None
     return compute_bytes_a_row(families, facts)
 
 
 def _is_cache_of(recorded: dict[str, Any], cache: dict[str, Any]) -> bool:
-    """Whether a run's recorded cache is this one: the same plan, teacher and selections."""
+    """Whether a run's recorded cache is this one: the same plan, teacher and, of what the run reads, selections."""
     fingerprints = cache["fingerprints"]
     same = (recorded.get(name) == fingerprints[name] for name in ("plan_fingerprint", "teacher_fingerprint"))
-    return all(same) and recorded.get("selection") == cache["selection"]
+    selection = recorded.get("selection", {}).items()
+    return all(same) and all(cache["selection"].get(family) == settings for family, settings in selection)
 
 
 def _summarise_run(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _summarise_run(name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _average_categories(entries: list[dict[str, Any]], measure: str) -> dict[str, dict[str, float | None]]:
     """Mean and spread of a measure by category, of categories where all seeds have it."""
-    scores = {
+    scores: dict[str, list[Any]] = {
         category: [(entry["by_category"].get(category) or {}).get(measure) for entry in entries]
         for category in entries[0]["by_category"]
     }

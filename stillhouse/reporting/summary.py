@@ -10,7 +10,7 @@ from storage.backends.disk import format_bytes
 
 
 def print_summary(folder: Path) -> None:
-    """Prints the table of <folder>/report.json, the path of the page, and at the end its verdict and the cost."""
+    """Prints the table of <folder>/report.json and the page's path; the last two lines are the gain and the cost."""
     report = json.loads((folder / "report.json").read_bytes())
     rows = [("run", "exact match", "cross-entropy", "KL to teacher", "seconds", "peak memory")]
     for run in report["runs"]:
@@ -21,7 +21,7 @@ def print_summary(folder: Path) -> None:
     if report["teacher"]:
         rows.append(("teacher", format_percent(report["teacher"]["exact_match"]), "", "", "", ""))
     print(f"\n{format_columns(rows)}\n{folder / 'report.html'}\n")
-    print("\n".join(filter(None, (report["verdict"], report["cost_sentence"]))))
+    print("\n".join(filter(None, (report["verdict_scope"], report["verdict"], report["cost_sentence"]))))
 
 
 def describe_evaluation(path: Path) -> str:
