@@ -25,6 +25,7 @@ from storage.reader.cache import Cache
 from storage.records.records import TokensRecord
 
 NUM_SHOWN = 8
+MAX_OF_CATEGORY = 3
 MAX_IMAGES = 4  # of a sample
 MAX_SIDE = 224  # pixels of a picture
 MAX_LOSSLESS_SIDE = 96
@@ -109,14 +110,18 @@ def build_gallery(results: Results, run: str | None) -> Gallery:
         return Gallery(note=choice.rule)
     answers = {name: _collect_answers(entries, results.cache_path) for name, entries in results.runs.items()}
     of_teacher = _collect_answers([results.teacher] if results.teacher else [], results.cache_path)
+    categories = {place: {turn["category"] for turn in turns.values()} for place, turns in answers[run].items()}
     items: list[Disagreement] = []
     shown_images: set[str] = set()
+    num_shown: Counter[str] = Counter()
     for place, value in choice.places:
-        item, image_keys = _build_item(place, value, run, answers, of_teacher, caches)
-        if not shown_images.isdisjoint(image_keys):
+        if any(num_shown[category] == MAX_OF_CATEGORY for category in categories.get(place, ())):
             continue
-        shown_images |= image_keys
-        items.append(item)
+        item, image_keys = _build_item(place, value, run, answers, of_teacher, caches)
+        if shown_images.isdisjoint(image_keys):
+            shown_images |= image_keys
+            num_shown.update(categories.get(place, ()))
+            items.append(item)
         if len(items) == NUM_SHOWN:
             break
     return Gallery(items, choice.rule, choice.unit)
@@ -137,7 +142,7 @@ def choose_samples(results: Results, run: str, caches: OpenCaches) -> Choice:
     The latter is for evaluations of an earlier version, which kept no KL of single samples.
     """
     entries = results.runs[run]
-    once = "At most one sample of a picture."
+    once = f"At most one sample of a picture and {MAX_OF_CATEGORY} of a question type."
     sums: dict[Place, list[float]] = defaultdict(list)
     for entry in entries:
         for each in entry.get("fidelity_by_sample", []):

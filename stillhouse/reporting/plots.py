@@ -107,11 +107,7 @@ def draw_trade(
         axes.axhline(100 * teacher, color=_INK, linestyle="--", linewidth=1)
         axes.annotate("teacher", (0, 100 * teacher), xycoords=("axes fraction", "data"), xytext=(4, -10),
                       textcoords="offset points", fontsize=9)  # fmt: skip
-    axes.set_xlim(left=0)
-    axes.margins(x=0.08)
-    axes.set_ylim(0, 100)
-    axes.set_xlabel(label)
-    axes.set_ylabel("exact match, %")
+    _finish_trade(axes, [cost for _, cost in known], label)
     return _write_svg(figure, axes, name, legend=True)
 
 
@@ -155,12 +151,16 @@ def draw_experiments(points: Sequence[tuple[str, float, float, float | None]], l
         axes.errorbar(
             [cost], [100 * mean], yerr=100 * (spread or 0), fmt="o", markersize=7, color=colour, label=experiment
         )
-    axes.set_xlim(left=0)
+    _finish_trade(axes, [cost for _, cost, _, _ in points], label)
+    return _write_svg(figure, axes, name, legend=True)
+
+
+def _finish_trade(axes: Axes, costs: Sequence[float], label: str) -> None:
+    """Axes from 0, with room for whole points at both ends."""
+    axes.set_xlim(-0.03 * max(costs), 1.08 * max(costs))
     axes.set_ylim(0, 100)
-    axes.margins(x=0.08)
     axes.set_xlabel(label)
     axes.set_ylabel("exact match, %")
-    return _write_svg(figure, axes, name, legend=True)
 
 
 def _write_svg(figure: Figure, axes: Axes, name: str, *, legend: bool = False) -> Markup:
