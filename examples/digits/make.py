@@ -2,7 +2,7 @@
 
     python examples/digits/make.py --out runs/digits
 
-writes <out>/data/{teacher_train,train,train_clean,test}.jsonl with their images, and
+writes <out>/data/{teacher_train,train,train_clean,validation,test}.jsonl with their images, and
 <out>/models/{teacher_init,student_init_0,…}. `train` and `train_clean` are the same questions about the
 same mosaics; in `train` a stated share of the answers has one wrong number word, as answers of a crowd do.
 `--yes-no` adds questions whether a digit is there to every mosaic, and a checklist of the digits to those that are
@@ -29,7 +29,7 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from examples.digits.claims import CHECKLIST, KINDS, ask_whether, checklist, lookalikes, misread
-from examples.digits.mosaics import CATEGORIES, WORDS, Originals, ask, draw_mosaics, load_originals, miswrite
+from examples.digits.mosaics import CATEGORIES, WORDS, Originals, Split, ask, draw_mosaics, load_originals, miswrite
 from storage.backends.disk import report_full_disk
 
 
@@ -111,8 +111,8 @@ def write_data(
     yes_no: int = 0,
     preferences: int = 0,
 ) -> None:
-    """The JSONL files and their images; test mosaics use only originals that no other file used."""
-    train, test = load_originals(held_out=False), load_originals(held_out=True)
+    """The JSONL files and their images; `test_mosaics` each for validation and test, of originals of their own."""
+    train = load_originals("train")
     folder.mkdir(parents=True, exist_ok=True)
     asked_too = {"yes_no": yes_no, "checked": yes_no > 0}
     teacher = make_pairs(
@@ -125,8 +125,12 @@ def write_data(
     pairs = list(asked)
     _write(folder / "train.jsonl", (pair.line(noisy=True) for pair in pairs))
     _write(folder / "train_clean.jsonl", (pair.line(noisy=False, suffix="-clean") for pair in pairs))
-    held_out = make_pairs(folder, "test", test, num_mosaics=test_mosaics, per_mosaic=2, seed=seed + 3, yes_no=yes_no)
-    _write(folder / "test.jsonl", (pair.line(noisy=False) for pair in held_out))
+    held_out_seeds: dict[Split, int] = {"test": seed + 3, "validation": seed + 5}
+    for name, own_seed in held_out_seeds.items():
+        held_out = make_pairs(
+            folder, name, load_originals(name), num_mosaics=test_mosaics, per_mosaic=2, seed=own_seed, yes_no=yes_no
+        )
+        _write(folder / f"{name}.jsonl", (pair.line(noisy=False) for pair in held_out))
     if preferences:
         _write(folder / "pairs.jsonl", preference_lines(folder, train, num=preferences, seed=seed + 4, yes_no=yes_no))
 
@@ -173,8 +177,8 @@ def write_models(
     from examples.digits.tower import pretrain_tower
     from student_train.models.checkpoint import save_checkpoint
 
-    train, test = load_originals(held_out=False), load_originals(held_out=True)
-    tower, accuracy = pretrain_tower(train, test, steps=tower_steps, seed=seed)
+    train = load_originals("train")
+    tower, accuracy = pretrain_tower(train, load_originals("validation"), steps=tower_steps, seed=seed)
     print(f"vision tower: {accuracy:.1%} of held-out digits read by its probe")
     if accuracy < min_tower_accuracy:
         raise SystemExit(f"the tower reads {accuracy:.1%}, expected {min_tower_accuracy:.1%}; raise --tower-steps")
@@ -211,7 +215,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that gets data/ and models/")
     parser.add_argument("--teacher-mosaics", type=int, default=4000, help="four questions each, clean answers")
     parser.add_argument("--mosaics", type=int, default=1000, help="of the students, two questions each")
-    parser.add_argument("--test-mosaics", type=int, default=250, help="two questions each, clean answers")
+    parser.add_argument("--test-mosaics", type=int, default=250, help="for validation and test each, clean")
     parser.add_argument("--noise", type=float, default=0.5, help="share of students' answers with a wrong word")
     parser.add_argument("--tower-steps", type=int, default=700)
     parser.add_argument("--min-tower-accuracy", type=float, default=0.95, help="below it making the models fails")

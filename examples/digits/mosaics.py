@@ -1,7 +1,8 @@
 """Two-by-two mosaics of handwritten digits, and questions about them whose answers need seeing.
 
 The digits are the 1,797 8×8 scans that scikit-learn ships (UCI Optical Recognition of Handwritten
-Digits). A fixed 15 % of every class is held out: test mosaics use only those originals.
+Digits). A fixed 15 % of every class is held out: validation mosaics use only one half of those originals, test mosaics
+only the other.
 Legend: m mosaics, o originals; a mosaic is 32×32 grey pixels, four cells of 16×16.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,7 @@ WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
     "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
 )  # fmt: skip
+Split = Literal["train", "validation", "test"]
 CATEGORIES = ("place", "read", "caption", "sum")
 
 
@@ -33,16 +35,17 @@ class Originals:
     labels: np.ndarray
 
 
-def load_originals(*, held_out: bool, test_fraction: float = 0.15) -> Originals:
-    """The training or the held-out scans: a fixed random `test_fraction` of every class is held out."""
+def load_originals(split: Split) -> Originals:
+    """The scans of one split: a fixed random 15 % of every class is held out, half of it for validation."""
     shuffle = np.random.default_rng(1797)
     digits: Any = load_digits()
     images, labels = np.asarray(digits.images, np.float32) / 16, np.asarray(digits.target)
     chosen = []
     for label in range(10):
         indices = shuffle.permutation(np.flatnonzero(labels == label))
-        cut = len(indices) - round(len(indices) * test_fraction)
-        chosen.append(indices[cut:] if held_out else indices[:cut])
+        cut = len(indices) - round(len(indices) * 0.15)
+        middle = (cut + len(indices)) // 2
+        chosen.append({"train": indices[:cut], "validation": indices[cut:middle], "test": indices[middle:]}[split])
     order = np.concatenate(chosen)
     return Originals(images=images[order], labels=labels[order])
 

@@ -9,7 +9,7 @@ from examples.digits.claims import CHECKLIST, KINDS, Claim, ask_whether, checkli
 from examples.digits.make import make_pairs, write_data
 from examples.digits.mosaics import WORDS, load_originals
 
-ALIKE = lookalikes(load_originals(held_out=False))
+ALIKE = lookalikes(load_originals("train"))
 
 
 def is_there(question: str, digits: np.ndarray) -> bool:
@@ -112,7 +112,7 @@ def test_pairs_differ_in_their_answers_and_the_chosen_one_is_right(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len({row["image"] for row in rows}) == len(rows) == 60
     assert 10 < sum(row["category"] in KINDS for row in rows) < 45
-    originals = load_originals(held_out=False)
+    originals = load_originals("train")
     asked = make_pairs(tmp_path / "again", "pairs", originals, num_mosaics=60, per_mosaic=4, seed=4, noise=1, yes_no=1)
     read = {
         pair.image: [WORDS.index(word) for word in pair.answer.split()] for pair in asked if pair.category == "read"

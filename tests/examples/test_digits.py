@@ -11,13 +11,12 @@ from examples.digits.make import make_pairs, write_data
 from examples.digits.mosaics import CATEGORIES, WORDS, ask, draw_mosaics, load_originals, miswrite
 
 
-def test_held_out_scans_are_no_training_scans():
-    train, test = load_originals(held_out=False), load_originals(held_out=True)
-    assert len(train.labels) + len(test.labels) == 1797
-    assert set(train.labels) == set(test.labels) == set(range(10))
+def test_no_scan_is_in_two_splits():
+    splits = [load_originals(name) for name in ("train", "validation", "test")]
+    assert sum(len(split.labels) for split in splits) == 1797
+    assert all(set(split.labels) == set(range(10)) for split in splits)
     # The data set itself holds no two equal scans, so equal pixels would be the same original.
-    known = {scan.tobytes() for scan in train.images}
-    assert not any(scan.tobytes() in known for scan in test.images)
+    assert len({scan.tobytes() for split in splits for scan in split.images}) == 1797
 
 
 def test_answers_by_hand():
@@ -40,7 +39,7 @@ def test_answers_by_hand():
 
 
 def test_mosaic_cells_lie_in_reading_order():
-    originals = load_originals(held_out=False)
+    originals = load_originals("train")
     mosaics = list(islice(draw_mosaics(originals, np.random.default_rng(0)), 400))
     cells = np.stack([pixels.reshape(2, 16, 2, 16).transpose(0, 2, 1, 3).reshape(4, -1) for pixels, _ in mosaics])
     digits = np.stack([labels for _, labels in mosaics])
@@ -65,7 +64,7 @@ def test_a_miswritten_answer_differs_in_exactly_one_number(answer, num_choices):
 
 def test_noise_hits_the_stated_share(tmp_path):
     pairs = list(
-        make_pairs(tmp_path, "train", load_originals(held_out=False), num_mosaics=500, per_mosaic=2, seed=0, noise=0.5)
+        make_pairs(tmp_path, "train", load_originals("train"), num_mosaics=500, per_mosaic=2, seed=0, noise=0.5)
     )
     share = np.mean([pair.noisy != pair.answer for pair in pairs])
     assert abs(share - 0.5) < 4 * (0.25 / len(pairs)) ** 0.5
@@ -75,14 +74,14 @@ def test_written_data_is_llava_format_with_its_images(tmp_path):
     write_data(tmp_path, teacher_mosaics=3, mosaics=3, test_mosaics=2, noise=1.0, seed=0)
     rows = {
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("train", "train_clean", "test")
+        for name in ("train", "train_clean", "validation", "test")
     }
     assert [row["id"] + "-clean" for row in rows["train"]] == [row["id"] for row in rows["train_clean"]]
     for noisy, clean in zip(rows["train"], rows["train_clean"], strict=True):
         assert noisy["image"] == clean["image"]
         assert noisy["conversations"][0] == clean["conversations"][0]
         assert noisy["conversations"][1] != clean["conversations"][1]
-    for row in rows["test"]:
+    for row in rows["validation"] + rows["test"]:
         assert row["conversations"][0]["value"].startswith("<image>\n")
         with Image.open(tmp_path / row["image"]) as image:
             assert image.size == (32, 32)

@@ -10,10 +10,12 @@ from storage.errors import ConfigError
 DEFAULT = Path(__file__).parents[2] / "pipeline.yaml"
 
 
-def test_default_experiment_is_valid_and_names_the_four_runs():
+def test_default_experiment_is_valid_and_names_its_runs_and_controls():
     experiment = read_experiment(DEFAULT)
-    assert list(experiment.ablations.runs)[:4] == ["sft", "sft_double", "kd_response", "kd_full"]
-    assert len(experiment.ablations.seeds) >= 3
+    controls = ["sft", "sft_double", "sft_best", "sft_teacher"]
+    assert list(experiment.ablations.runs) == [*controls, "kd_response", "kd_full"]
+    assert set(experiment.ablations.get_controls("kd_full")) == {*controls, "kd_response"}
+    assert len(experiment.ablations.seeds) >= 5
     assert experiment.run == Path("runs/digits")
     assert experiment.cache.path == "runs/digits/cache"
 
