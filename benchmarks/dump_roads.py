@@ -19,8 +19,8 @@ import torch
 
 from storage.config import CacheSection
 from storage.encoding.part_encoder import PartEncoder
+from storage.processes import torchvision_shim
 from storage.writer.cache_writer import CacheWriter
-from teacher_dump import torchvision_shim
 from teacher_dump.config import DataSection, DumpSection, SourceSection, TeacherSection
 from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump

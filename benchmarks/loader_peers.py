@@ -126,7 +126,7 @@ def _collate(samples: Sequence[Sample]) -> dict[str, Any]:
 def _streaming(peer: Peer, cache_path: Path, place: Path, batch_size: int) -> Iterable:
     from torch.utils.data import DataLoader
 
-    from teacher_dump import torchvision_shim
+    from storage.processes import torchvision_shim
 
     torchvision_shim.import_torch_companions()  # streaming imports torchvision for data sets that are not used here
     streaming = importlib.import_module("streaming")

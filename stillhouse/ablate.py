@@ -36,6 +36,7 @@ from storage.errors import ConfigError, StillhouseError
 from storage.field_changes import describe_changes
 from storage.processes.search_path import make_module_command
 from student_train.config import StageSection
+from student_train.training.init_making import list_init_parts
 from student_train.training.stage_inputs import collect_init_inputs
 from teacher_dump.ray_jobs import Command, run_commands
 
@@ -102,7 +103,7 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
     with explain_write_errors(experiment.run / "logs"):
         (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
     runs = list(list_grid(experiment))
-    _check_compositions(experiment, runs)
+    _check_made_inits(experiment, runs)
     with tqdm(total=len(runs), desc="students", unit="run") as bar:
         for group in group_by_parent(experiment):
             failed = list(_train_group(experiment, group, ledger, bar, restart=restart))
@@ -196,26 +197,34 @@ def _make_command(experiment: Experiment, run: GridRun, flags: tuple[str, ...]) 
     )
 
 
-def _check_compositions(experiment: Experiment, runs: list[GridRun]) -> None:
-    """ConfigError for two runs that compose different students in one folder, where each would replace the other's."""
-    composed: dict[str, GridRun] = {}
+def _check_made_inits(experiment: Experiment, runs: list[GridRun]) -> None:
+    """ConfigError for two runs that make different students in one folder, where each would replace the other's."""
+    made: dict[str, GridRun] = {}
     for run in runs:
-        if run.section.compose is None:
+        if run.parent is not None or not list_init_parts(run.section):
             continue
         place = run.section.init.replace("{seed}", str(run.seed))
-        first = composed.setdefault(place, run)
-        changes = describe_changes(_dump_composition(first), _dump_composition(run), "compose")
+        first = made.setdefault(place, run)
+        (field, before), (other, after) = _describe_making(experiment, first), _describe_making(experiment, run)
+        changes = describe_changes(before, after, other) if field == other else [f"one has {field}, one {other}"]
         if changes:
             raise ConfigError(
-                f"{experiment.path}: {first.label} and {run.label} compose different students in one folder, {place}; "
+                f"{experiment.path}: {first.label} and {run.label} {other} different students in one folder, {place}; "
                 "give each an init of its own, with {seed} in it where seeds differ:"
                 + "".join(f"\n  {change}" for change in changes)
             )
 
 
-def _dump_composition(run: GridRun) -> dict[str, Any]:
-    assert run.section.compose is not None
-    return {**run.section.compose.model_dump(mode="json"), "seed": run.seed}
+def _describe_making(experiment: Experiment, run: GridRun) -> tuple[str, dict[str, Any]]:
+    """How a run's init is made: the field that says so, and what decides the result."""
+    section = run.section
+    if section.compose is not None:
+        return "compose", {**section.compose.model_dump(mode="json"), "seed": run.seed}
+    assert section.prune is not None
+    described = section.prune.model_dump(mode="json")
+    if section.prune.measures_change:
+        described["caches"] = [source.model_dump(mode="json") for source in section.list_sources(experiment.cache.path)]
+    return "prune", described
 
 
 def _list_outputs(run: GridRun) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stillhouse.ablate import list_grid
 from stillhouse.config import Experiment
-from stillhouse.preflight import check_preconditions, may_be_made_by_prepare
+from stillhouse.preflight import check_preconditions, list_made_checkpoints, may_be_made_by_prepare
 from storage.backends.folder import open_folder
 from storage.config import CacheSection
 from storage.config_loader import NamedSections, read_sections
@@ -18,9 +18,9 @@ from storage.identity import Identity
 from storage.layout.segments import NewSegment, find_segment, has_cache
 from storage.reader.cache import Cache
 from student_train.config import StageSection
-from student_train.models.compose import check_composition, list_parts
 from student_train.models.expert_parallel import check_ranks
 from student_train.models.loading import check_fit, read_checkpoint
+from student_train.training.init_making import check_init_making, list_init_parts
 from student_train.training.stage_data import check_architecture, check_losses, read_fitting_checkpoint
 from student_train.training.trainer import resolve_stage
 from teacher_dump.audit.preflight import check_teacher
@@ -131,8 +131,9 @@ def _check_experts(experiment: Experiment) -> None:
 
 def _is_made_later(experiment: Experiment, path: str) -> bool:
     """Whether a checkpoint does not exist yet, but `prepare` or a stage may make it."""
-    outputs = {Path(resolve_stage(section, name).output) for name, section in experiment.stages.items()}
-    return not Path(path).is_dir() and (may_be_made_by_prepare(experiment, path) or Path(path) in outputs)
+    return not Path(path).is_dir() and (
+        may_be_made_by_prepare(experiment, path) or Path(path) in list_made_checkpoints(experiment)
+    )
 
 
 def _check_cache(section: CacheSection, identity: Identity) -> str:
@@ -171,11 +172,9 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
                 check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {field}")
     for name, section in experiment.stages.items():
         stage = resolve_stage(section, name)
-        if stage.compose is not None and not any(
-            _is_made_later(experiment, part) for part in list_parts(stage.compose)
-        ):
-            check_composition(stage.compose, f"{experiment.path}: stages.{name}")
-            yield f"stages.{name}: the parts of compose fit together"
+        parts = list_init_parts(stage)
+        if parts and not any(_is_made_later(experiment, part) for part in parts):
+            yield f"stages.{name}: {check_init_making(stage, f'{experiment.path}: stages.{name}')}"
         if not Path(stage.init).is_dir():
             continue
         paths = [source.path for source in stage.list_sources(own_cache)]

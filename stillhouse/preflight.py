@@ -26,6 +26,7 @@ from storage.layout.segments import has_cache
 from storage.reader.cache import Cache
 from student_train.config import SourceSection, StageSection
 from student_train.models.loading import is_hub_id
+from student_train.training.init_making import list_init_parts
 from student_train.training.trainer import resolve_stage
 from teacher_dump.execution.machine import check_dump_machine, check_gpu_count, check_machine, count_gpus, is_local_ray
 from teacher_dump.settings import read_settings
@@ -33,6 +34,7 @@ from teacher_dump.teachers.hf_checkpoint import list_weight_files, read_header
 
 _FORECAST = "forecast.json"
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight in a checkpoint
+_PARTS = ("vision", "llm", "processor")  # checkpoints that a composition names
 _STATE_BYTES = 12  # of a weight that trains: float32 copy and two moments
 
 
@@ -107,7 +109,7 @@ def _check_nccl(experiment: Experiment) -> None:
 def check_stage_inputs(experiment: Experiment, name: str) -> None:
     """Checks a stage before `train` starts it. ConfigError if its init is missing or its output cannot be written."""
     stage = resolve_stage(experiment.get_stage(name, named_by="--stage"), name)
-    if stage.compose is None and not Path(stage.init).is_dir() and not is_hub_id(stage.init):
+    if not list_init_parts(stage) and not Path(stage.init).is_dir() and not is_hub_id(stage.init):
         raise ConfigError(
             f"{experiment.path}: stages.{name}.init is {stage.init}, which is neither a directory nor a Hub id "
             "(owner/name)"
@@ -272,15 +274,27 @@ def check_inits(experiment: Experiment) -> None:
             images = source.images
             if images is not None and not Path(images).is_dir() and not may_be_made_by_prepare(experiment, images):
                 raise ConfigError(f"{experiment.path}: {field}.images is {images}: there is no such folder")
-    outputs = {Path(stage.output) for stage in stages.values()}
+    made = list_made_checkpoints(experiment)
     for name, stage in stages.items():
-        init = Path(stage.init)
-        is_made = may_be_made_by_prepare(experiment, init) or init in outputs or stage.compose is not None
-        if not (init.is_dir() or is_made or is_hub_id(stage.init)):
-            raise ConfigError(
-                f"{experiment.path}: stages.{name}.init is {stage.init}, which is neither a directory, nor the output "
-                "of a stage, nor a Hub id (owner/name)"
-            )
+        named = {f"stages.{name}.init": stage.init}
+        if stage.prune is not None:
+            named[f"stages.{name}.prune.model"] = stage.prune.model
+        if stage.compose is not None:
+            named |= {f"stages.{name}.compose.{part}": getattr(stage.compose, part) for part in _PARTS}
+        for field, path in named.items():
+            is_made = may_be_made_by_prepare(experiment, path) or Path(path) in made
+            if not (Path(path).is_dir() or is_made or is_hub_id(path)):
+                raise ConfigError(
+                    f"{experiment.path}: {field} is {path}, which is neither a directory, nor the output of a stage, "
+                    "nor made for one by compose or prune, nor a Hub id (owner/name)"
+                )
+
+
+def list_made_checkpoints(experiment: Experiment) -> set[Path]:
+    """The checkpoints that stages make: their outputs, and inits that they compose or prune."""
+    stages = [resolve_stage(section, name) for name, section in experiment.stages.items()]
+    inits = {Path(stage.init) for stage in stages if list_init_parts(stage)}
+    return {Path(stage.output) for stage in stages} | inits
 
 
 def _list_sources(name: str, stage: StageSection, cache_path: str) -> Iterator[tuple[str, SourceSection]]:

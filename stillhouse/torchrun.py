@@ -12,7 +12,7 @@ import torch
 import student_train
 from storage.processes.search_path import make_module_command
 from student_train.config import StageSection
-from student_train.models.compose import check_composition
+from student_train.training.init_making import check_init_making
 from student_train.training.stage_data import check_evaluation_splits, open_mixture, prepare_stage_data
 from student_train.training.trainer import resolve_stage
 
@@ -40,15 +40,15 @@ def make_training_command(arguments: Sequence[str], *, num_processes: int) -> tu
 def check_training_start(stage: StageSection, name: str, cache_path: str, *, splits: tuple[str, ...] | None) -> None:
     """Refuses what a rank would refuse before its first step: seconds earlier, and without torchrun's traceback.
 
-    `splits` are those of the evaluation after the training, None without one. A composed student that does not exist
-    yet has only its parts checked; the ranks check whether the whole fits the caches.
+    `splits` are those of the evaluation after the training, None without one. Of a composed or pruned student that
+    does not exist yet, what it is made from is checked; the ranks check whether the whole fits the caches.
     """
     stage = resolve_stage(stage, name)
-    if stage.compose is None:
+    if stage.compose is None and stage.prune is None:
         data = prepare_stage_data(stage, cache_path).mixture
     else:
         if not Path(stage.init).is_dir():
-            check_composition(stage.compose, f"stages.{name}")
+            check_init_making(stage, f"stages.{name}")
         data = open_mixture(stage, cache_path)
     if splits is not None:
         check_evaluation_splits(stage, data, splits)

@@ -71,8 +71,10 @@ def train(sections: Sections, name: str, request: StageRequest, *, evaluate: boo
         raise ConfigError(f"{sections.path}: there is no stage {name!r}; the file has {known}")
     # These import torch and transformers, which takes seconds that a misspelt stage name should not cost.
     from student_train.models.compose import ensure_composed
+    from student_train.models.prune import ensure_pruned
     from student_train.training import trainer
     from student_train.training.deepspeed_engine import detect_process, run_on_first_rank
+    from student_train.training.layer_change import LayerChange
     from student_train.training.stage_data import check_evaluation_splits, prepare_stage_data, read_fitting_checkpoint
     from student_train.training.stage_inputs import collect_stage_inputs
     from student_train.training.stage_result import decide_stage, install_result, lock_stage
@@ -86,13 +88,16 @@ def train(sections: Sections, name: str, request: StageRequest, *, evaluate: boo
         def check_fits(folder: Path) -> None:
             read_fitting_checkpoint(stage.model_copy(update={"init": str(folder)}), cache_path)
 
-        def lock_and_compose() -> None:
+        def lock_and_make_init() -> None:
             locks.append(stack.enter_context(lock_stage(stage, name)))
+            replaces = request.again != "never" or request.restart
             if stage.compose is not None:
-                replaces = request.again != "never" or request.restart
                 ensure_composed(stage.compose, stage.init, seed=stage.seed, replaces=replaces, check=check_fits)
+            if stage.prune is not None:
+                measure = LayerChange(stage, stage.prune, cache_path)
+                ensure_pruned(stage.prune, stage.init, measure=measure, replaces=replaces, check=check_fits)
 
-        run_on_first_rank(process, lock_and_compose)
+        run_on_first_rank(process, lock_and_make_init)
         stage_data = prepare_stage_data(stage, cache_path)
         if evaluate:  # fails now, not after hours of training, if a split is misspelt
             check_evaluation_splits(stage, stage_data.mixture, evaluation.splits)

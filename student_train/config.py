@@ -33,14 +33,73 @@ class MoeSection(Section):
 
 
 class CompositionSection(Section):
-    """Components that make up a student: directories or Hub ids. The two-layer GELU projector between them is new."""
+    """Components that make up a student: directories or Hub ids. The two-layer GELU projector between them is new.
 
-    vision: LocalPath  # SigLIP or CLIP; a whole model or its tower
+    The student is a LLaVA if the tower's hidden states are sequences (vision transformers), a FastVLM if its features
+    are a map of channels, height and width (convolutional towers, such as those that timm_wrapper wraps).
+    """
+
+    vision: LocalPath  # a tower that transformers' AutoModel loads, or a whole SigLIP or CLIP; timm's need timm
     llm: LocalPath  # a causal decoder
     processor: LocalPath  # tokenizer, chat template and image preprocessing: usually the teacher's
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
-    feature_layer: int = -2  # layer of the tower whose output the projector reads
+    feature_layer: int | None = (
+        None  # layer of the tower whose output the projector reads: by default -2, of a map the only one, -1
+    )
     select: Literal["full", "default"] = "full"  # default drops the first position: CLIP's class token
+
+
+class PrunedWidthSection(Section):
+    """Widths that a pruned decoder keeps. Heads are not pruned. Neurons and channels of small weights go.
+
+    A neuron of an MLP counts by the product of the L2 norms of its gate's row, its up projection's row and its down
+    projection's column. A channel of the hidden states counts by what is written into it, summed over embedding (mean
+    square), the layers' output and down projections (sum of squares of their rows) and the projector of images.
+    Normalisation gains are multiplied by sqrt(old / new hidden_size), since removed channels no longer count as zeros.
+    Source of the idea: Minitron, Muralidharan et al. 2024, who measure activations instead.
+    """
+
+    intermediate_size: Annotated[int, Field(ge=1)] | None = None  # neurons of each MLP
+    hidden_size: Annotated[int, Field(ge=1)] | None = None  # channels of the hidden states
+
+    @model_validator(mode="after")
+    def _check_any_width(self) -> PrunedWidthSection:
+        if self.intermediate_size is None and self.hidden_size is None:
+            raise ValueError("width changes nothing; give intermediate_size, hidden_size or both")
+        return self
+
+
+class PruneSection(Section):
+    """A smaller copy of a model's decoder: fewer layers, narrower ones, or both. Tower and projector of images stay.
+
+    `choose` says which layers stay if `layers` is a number. `spaced`: evenly spaced ones, with the first and the last.
+    `least_change`: those that change the hidden state most. A layer's change is 1 - cos(input, output), the mean over
+    all tokens of some samples (block influence; ShortGPT, Men et al. 2024).
+    """
+
+    model: LocalPath  # a decoder, or a vision-language model; directory or Hub id
+    layers: Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], Field(min_length=1)] | None = (
+        None  # how many stay, or the numbers, from 0, of those that stay; null keeps all
+    )
+    choose: Literal["spaced", "least_change"] = "spaced"
+    slice: Annotated[int, Field(ge=1)] = 64  # samples that the stage trains on, for least_change
+    width: PrunedWidthSection | None = None
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> PruneSection:
+        if self.layers is None and self.width is None:
+            raise ValueError("prune changes nothing; give layers, width or both")
+        if isinstance(self.layers, tuple):
+            if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+                raise ValueError(f"layers is {list(self.layers)}, expected rising numbers from 0 on, each once")
+            if "choose" in self.model_fields_set:
+                raise ValueError("choose is given, but layers already lists those that stay; remove one of them")
+        return self
+
+    @property
+    def measures_change(self) -> bool:
+        """Whether samples decide which layers stay."""
+        return self.choose == "least_change" and isinstance(self.layers, int)
 
 
 def _check_conditions(conditions: tuple[Condition, ...] | None) -> tuple[Condition, ...] | None:
@@ -100,6 +159,7 @@ class StageSection(Section):
 
     init: LocalPath  # checkpoint directory or Hub id; `{seed}` becomes the stage's seed
     compose: CompositionSection | None = None  # composes the checkpoint at `init` if it does not exist yet
+    prune: PruneSection | None = None  # prunes another checkpoint into the one at `init` if it does not exist yet
     output: LocalPath = "{run}/models/{stage}"  # checkpoint, metrics.jsonl, summary.json
     cache: LocalPath | None = None  # default: cache.path
     caches: Annotated[tuple[SourceSection, ...], Field(min_length=1)] | None = None  # instead of `cache`
@@ -145,6 +205,15 @@ class StageSection(Section):
     def _check_one_length(self) -> StageSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _check_one_maker(self) -> StageSection:
+        if self.compose is not None and self.prune is not None:
+            raise ValueError(
+                "compose and prune would both make the checkpoint at init; compose in one stage, and prune its init "
+                "or its output in another"
+            )
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,8 @@ _IMPORTED = (
     "transformers.processing_utils",
     "transformers.models.llava.modeling_llava",  # what every architecture imports, too
     "student_train.models.compose",
+    "student_train.models.prune",
+    "student_train.training.layer_change",
     "student_train.training.trainer",
     "student_train.training.stage_result",
     "student_train.evaluation.model_evaluation",

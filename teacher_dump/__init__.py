@@ -3,6 +3,6 @@
 The entry point is `python -m teacher_dump`.
 """
 
-from teacher_dump.torchvision_shim import install as _install_torchvision_hook
+from storage.processes import torchvision_shim
 
-_install_torchvision_hook()
+torchvision_shim.install()

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from teacher_dump import torchvision_shim
+from storage.processes import torchvision_shim
 
 _PACKAGES = ("torchvision", *torchvision_shim.AUDIO_PACKAGES)
 _COPY = "stillhouse_torch_companions"  # the shim's name in site-packages, where it outlives a removed Stillhouse

@@ -1,7 +1,7 @@
 """Tiny models and data sets for tests: a random LLaVA (SigLIP tower, Qwen2 decoder) and LLaVA-format JSONL.
 
 Where torch is a `+cpu` build and torchvision comes from PyPI, transformers cannot import a model class
-before `teacher_dump.torchvision_shim.import_torch_companions()` ran; the builders here call it themselves.
+before `storage.processes.torchvision_shim.import_torch_companions()` ran; the builders here call it themselves.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def make_tiny_llava(
     scale: float = 0.3,  # standard deviation of the head and the projector, half of it in the decoder's layers
 ) -> Path:
     """Save a random LLaVA with its processor as a Hugging Face checkpoint; returns `folder`."""
-    from teacher_dump import torchvision_shim
+    from storage.processes import torchvision_shim
 
     torchvision_shim.import_torch_companions()
     import torch

@@ -180,7 +180,7 @@ ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
 
 def make_teacher(folder: Path, architecture: str) -> Path:
     """A checkpoint of one of ARCHITECTURES, in `folder`."""
-    from teacher_dump import torchvision_shim
+    from storage.processes import torchvision_shim
 
     torchvision_shim.import_torch_companions()
     return ARCHITECTURES[architecture](folder)

@@ -1,1 +1,1 @@
-"""Starts and ends processes; handles signals, standard streams and long waits. Uses the errors only."""
+"""Starts and ends processes; handles signals, standard streams, long waits, imports that fail. Uses the errors only."""

@@ -1,4 +1,4 @@
-"""Describes checkpoints and compositions as plain JSON, by content hashes of their files."""
+"""Describes checkpoints and what they are made from as plain JSON, by content hashes of their files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from student_train.config import CompositionSection
+from student_train.config import CompositionSection, PruneSection
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 _PROCESSOR = (
@@ -36,12 +36,22 @@ def describe_checkpoint(place: str | Path) -> dict[str, Any]:
 def describe_composition(section: CompositionSection, *, seed: int) -> dict[str, Any]:
     """Describe what a composed checkpoint is made from: settings, projector seed, content of the parts."""
     parts = {"vision": section.vision, "llm": section.llm}
+    layer = -2 if section.feature_layer is None else section.feature_layer
     return {
         **section.model_dump(mode="json", exclude={"vision", "llm", "processor"}),
+        "feature_layer": layer,
         "seed": seed,
         **{name: _drop_fields(describe_checkpoint(place), {"processor"}) for name, place in parts.items()},
         "processor": _drop_fields(describe_checkpoint(section.processor), {"weights", "config"}),
     }
+
+
+def describe_pruning(section: PruneSection) -> dict[str, Any]:
+    """Describe what a pruned checkpoint is made from: settings that matter and the content of the whole model."""
+    unused = {"model"} if section.measures_change else {"model", "slice"}
+    if not isinstance(section.layers, int):
+        unused.add("choose")
+    return {**section.model_dump(mode="json", exclude=unused), "model": describe_checkpoint(section.model)}
 
 
 def _drop_fields(document: Mapping[str, Any], names: Any) -> dict[str, Any]:

@@ -1,36 +1,54 @@
-"""Composes a student: a vision tower, a decoder and a new projector become a standard LLaVA checkpoint.
+"""Composes a student: a vision tower, a decoder and a new projector become a checkpoint of a class of transformers.
 
-LLaVA-KD and LLaVA-MoD build theirs in this way: SigLIP or CLIP, Qwen, and a two-layer GELU projector. Tokenizer,
-chat template and image preprocessing come from another checkpoint, usually the teacher's, since a student needs the
-teacher's tokens.
+LLaVA-KD and LLaVA-MoD build theirs in this way: SigLIP or CLIP, Qwen, and a two-layer GELU projector. A tower with
+hidden states that are sequences makes a LLaVA; one with a map of features, such as a convolutional network of timm,
+makes a FastVLM. Tokenizer, chat template and image preprocessing come from another checkpoint, usually the teacher's,
+since a student needs the teacher's tokens.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from storage.backends.folder import write_json
-from storage.backends.lock import hold_lock
 from storage.errors import ConfigError, StillhouseError
-from storage.field_changes import describe_changes
 from student_train.config import CompositionSection
-from student_train.models.checkpoint import recover_checkpoint, save_checkpoint
+from student_train.data.image_inputs import ImageProcessorAdapter
 from student_train.models.checkpoint_contents import describe_composition
-from student_train.models.huggingface import import_transformers, load_config, load_part, load_processor
+from student_train.models.huggingface import (
+    check_timm,
+    import_transformers,
+    load_config,
+    load_part,
+    load_processor,
+)
+from student_train.models.made_checkpoints import Making, ensure_made
+from student_train.models.tower_features import (
+    CLASS_TOKENS,
+    TowerFeatures,
+    measure_tower,
+    read_image_size,
+)
 
-RECORD = "composition.json"  # inputs of a composed checkpoint, inside it
-_TOWERS = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
-_TOWERS |= {f"{name}_vision_model": kind for name, kind in _TOWERS.items()}
-_log = logging.getLogger(__name__)
+_WHOLE = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}  # towers of whole models
+_TOWERS = {**_WHOLE, **{f"{name}_vision_model": kind for name, kind in _WHOLE.items()}}
+_PROBED_PICTURE = (224, 224)  # of any size: a processor that fits resizes to one
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision part's configuration, the class of its tower, and what that gives the projector."""
+
+    config: Any  # of the tower
+    kind: str  # a class of transformers
+    features: TowerFeatures
+    layer: int  # whose output the projector reads
 
 
 def ensure_composed(
@@ -43,25 +61,16 @@ def ensure_composed(
 ) -> None:
     """Compose the checkpoint at `folder`, unless it exists and was made from the same parts. Call it on one rank.
 
-    `replaces`: whether to replace a checkpoint that was composed from other parts. `check` is called with the new
-    checkpoint before it is moved to `folder`; if it raises, nothing is left. Errors: ConfigError for parts that do not
-    fit, and for a checkpoint that was composed from other parts; StillhouseError for parts that cannot be read.
+    `replaces` and `check` as for `ensure_made`. Errors: ConfigError for parts that do not fit, and for a checkpoint
+    that was composed from other parts; StillhouseError for parts that cannot be read.
     """
-    folder = Path(folder)
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        with hold_lock(
-            folder.with_name(f"{folder.name}~lock"), f"the composed checkpoint {folder}", patience_s=math.inf
-        ):
-            recover_checkpoint(folder)
-            inputs = describe_composition(section, seed=seed)
-            if not _is_composed(folder, inputs, replaces=replaces):
-                _compose_into(folder, section, inputs, seed=seed, check=check)
-    except BaseException:
-        for parent in missing:
-            with suppress(OSError):  # not empty: another process writes there
-                parent.rmdir()
-        raise
+    making = Making(
+        "compose",
+        describe=lambda: describe_composition(section, seed=seed),
+        build=lambda: compose(section, seed=seed),
+        processor=section.processor,
+    )
+    ensure_made(making, folder, replaces=replaces, check=check)
 
 
 def list_parts(section: CompositionSection) -> tuple[str, ...]:
@@ -75,54 +84,13 @@ def check_composition(section: CompositionSection, place: str) -> None:
     Errors: ConfigError for parts that do not fit or cannot be read.
     """
     try:
-        _find_tower_class(section.vision)
         config = load_config(section.llm)
         if type(config) not in import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ConfigError(f"compose.llm: {section.llm} is a {config.model_type!r}, expected a causal decoder")
-        _find_image_token_id(load_processor(section.processor), section.processor)
+        processor = load_processor(section.processor)
+        _check_tower(section, processor, _find_image_token_id(processor, section.processor))
     except StillhouseError as error:
         raise ConfigError(f"{place}: {error}") from error
-
-
-def _is_composed(folder: Path, inputs: dict[str, Any], *, replaces: bool) -> bool:
-    """Return whether the checkpoint exists and can be kept. ConfigError if it was composed from other inputs."""
-    if not folder.is_dir():
-        return False
-    try:
-        composed = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        _log.warning("%s has no %s, so its inputs are unknown; it is used unchanged", folder, RECORD)
-        return True
-    changes = describe_changes(composed, inputs, "compose")
-    if changes and not replaces:
-        raise ConfigError(
-            f"{folder} was composed from other inputs; give init another folder, or undo the change, or compose it "
-            "again and train with --again (a finished stage) or --restart (an unfinished one):"
-            + "".join(f"\n  {change}" for change in changes)
-        )
-    if changes:
-        _log.warning("%s is composed again:%s", folder, "".join(f"\n  {change}" for change in changes))
-    return not changes
-
-
-def _compose_into(
-    folder: Path,
-    section: CompositionSection,
-    inputs: dict[str, Any],
-    *,
-    seed: int,
-    check: Callable[[Path], object] | None,
-) -> None:
-    def finish(new: Path) -> None:
-        write_json(new / RECORD, inputs)
-        if check is None:
-            return
-        try:
-            check(new)
-        except StillhouseError as error:  # its message names the temporary folder
-            raise type(error)(str(error).replace(str(new), str(folder))) from error
-
-    save_checkpoint(compose(section, seed=seed), folder, section.processor, beside=finish)
 
 
 def compose(section: CompositionSection, *, seed: int) -> Any:
@@ -130,19 +98,25 @@ def compose(section: CompositionSection, *, seed: int) -> Any:
     transformers = import_transformers()
     processor = load_processor(section.processor)
     image_token_id = _find_image_token_id(processor, section.processor)
-    tower = _load_tower(section.vision)
+    found = _check_tower(section, processor, image_token_id)
+    tower: Any = load_part(getattr(transformers, found.kind), section.vision, config=found.config)
     decoder: Any = load_part(transformers.AutoModelForCausalLM, section.llm)
     real_size = max(processor.tokenizer.get_vocab().values()) + 1
     if decoder.config.vocab_size < real_size:  # new rows, drawn close to the mean of the others
         torch.manual_seed(0)
         decoder.resize_token_embeddings(real_size)
     torch.manual_seed(seed)
-    config = transformers.LlavaConfig(
+    is_map = found.features.kind == "map"
+    if is_map:  # what FastVLM reads of a tower's config, and the pooled features that it does not read
+        tower.config.hidden_size = found.features.width
+        tower.config.do_pooling = False
+    config = (transformers.FastVlmConfig if is_map else transformers.LlavaConfig)(
         vision_config=tower.config,
         text_config=decoder.config,
         image_token_index=image_token_id,
+        image_seq_length=found.features.num_positions,
         projector_hidden_act="gelu",
-        vision_feature_layer=section.feature_layer,
+        vision_feature_layer=found.layer,
         vision_feature_select_strategy=section.select,
         tie_word_embeddings=decoder.config.tie_word_embeddings,
     )
@@ -155,19 +129,81 @@ def compose(section: CompositionSection, *, seed: int) -> Any:
     return model.eval()
 
 
-def _load_tower(name: str) -> Any:
-    config, kind = _find_tower_class(name)
-    config = getattr(config, "vision_config", config)
-    return load_part(getattr(import_transformers(), kind), name, config=config)
+def _check_tower(section: CompositionSection, processor: Any, image_token_id: int) -> Tower:
+    """Find the vision part's tower and check that it fits the section's fields and the processor, without weights."""
+    config, kind = _find_tower_class(section.vision)
+    place = f"compose.vision: {section.vision}"
+    height, width = read_image_size(processor.image_processor)
+    if height is None or width is None:
+        raise ConfigError(
+            f"compose.processor: the image processor of {section.processor} names no size of its pixels, so the "
+            "number of visual tokens is not known; give one that resizes every image to one size"
+        )
+    expected = getattr(config, "image_size", None)
+    if config.model_type in CLASS_TOKENS and (height, width) != (expected, expected):
+        raise ConfigError(
+            f"{place} expects {expected} x {expected} pixels, but the image processor of {section.processor} makes "
+            f"{height} x {width}; give a processor of the tower's size"
+        )
+    layer = -2 if section.feature_layer is None else section.feature_layer
+    features = measure_tower(config, (height, width), layer=layer, place=place)
+    if features.kind == "map":
+        layer = -1
+        _check_map_fields(section, place)
+    elif section.select == "default" and features.num_prefix == 0:
+        raise ConfigError(
+            f"compose.select is default, which drops the first position, but {section.vision} has no class token "
+            "there; set select: full"
+        )
+    dropped = 1 if section.select == "default" else 0
+    _check_token_count(section, processor, image_token_id, features.num_positions - dropped)
+    return Tower(config, kind, features, layer)
+
+
+def _check_map_fields(section: CompositionSection, place: str) -> None:
+    """ConfigError for what a FastVLM cannot do."""
+    if section.feature_layer not in (None, -1):
+        raise ConfigError(
+            f"compose.feature_layer is {section.feature_layer}, but the features of {section.vision} are a map, of "
+            "which a FastVLM reads the last one: remove feature_layer, or set it to -1"
+        )
+    if section.select != "full":
+        raise ConfigError(
+            f"compose.select is {section.select}, but the features of {section.vision} are a map without a class "
+            "token; set select: full"
+        )
+
+
+def _check_token_count(section: CompositionSection, processor: Any, image_token_id: int, num_features: int) -> None:
+    """ConfigError if the processor writes another number of image tokens than the tower makes."""
+    if getattr(processor, "patch_size", 0) is None:
+        return  # an older LLaVA's, which leaves that to the model
+    inputs = ImageProcessorAdapter(processor, image_token_id=image_token_id)
+    num_tokens = int(np.count_nonzero(inputs.expand_image(_PROBED_PICTURE) == image_token_id))
+    if num_tokens != num_features:
+        raise ConfigError(
+            f"compose.processor: {section.processor} makes {num_tokens} tokens of an image, but {section.vision} with "
+            f"select: {section.select} has {num_features} features of one; make patch_size, "
+            "num_additional_image_tokens and vision_feature_select_strategy in its processor_config.json fit the tower"
+        )
 
 
 def _find_tower_class(name: str) -> tuple[Any, str]:
-    """Return a vision part's configuration and the name of its tower's class."""
+    """Return the configuration of a vision part's tower, and the name of the tower's class."""
+    transformers = import_transformers()
     config = load_config(name)
     kind = _TOWERS.get(config.model_type)
-    if kind is None:
-        raise ConfigError(f"compose.vision: {name} is a {config.model_type!r}, expected one of {', '.join(_TOWERS)}")
-    return config, kind
+    if kind is not None:
+        return getattr(config, "vision_config", config), kind
+    check_timm(config, f"compose.vision: {name}")
+    models = transformers.MODEL_MAPPING
+    model = models[type(config)] if type(config) in models and not hasattr(config, "vision_config") else None
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        raise ConfigError(
+            f"compose.vision: {name} is a {config.model_type!r}, expected a vision tower that transformers' AutoModel "
+            "loads, or a whole SigLIP or CLIP"
+        )
+    return config, "AutoModel"
 
 
 def _find_image_token_id(processor: Any, name: str) -> int:

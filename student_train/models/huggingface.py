@@ -3,7 +3,8 @@
 All imports of transformers go through this file. transformers imports torchvision, torchaudio, scikit-learn and
 others if they are installed. The student needs none of them: a torchvision built for another torch cannot be
 imported at all, torchvision and Pillow resize images differently, and scikit-learn alone takes 1.5 s of every start.
-So they are hidden while transformers is imported; transformers caches that they are absent.
+So they are hidden while transformers is imported; transformers caches that they are absent. timm alone needs
+torchvision; a torchvision that cannot be imported is repaired when timm imports it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.errors import StillhouseError
+from storage.errors import ConfigError, StillhouseError
 from storage.images.settings import BACKEND, PIXELS_FILE, PixelSettings, read_pixel_settings
+from storage.processes import torchvision_shim
 from student_train.template_arguments import ARGUMENTS_FILE, read_template_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HIDDEN_PACKAGES = ("torchvision", "torchaudio", "torchcodec", "sklearn", "scipy", "pandas", "librosa", "soundfile")
+TIMM = "timm_wrapper"  # the model type of transformers' wrapper of timm's models
+_NEEDS_TIMM = "{place}: the tower is one of timm, which is not installed; install it: pip install 'stillhouse[timm]'"
 _PROBES = (  # transformers.utils functions that look for a hidden package, and cache the result
     "is_torchvision_available",
     "is_torchvision_v2_available",
@@ -56,6 +61,7 @@ def import_transformers() -> Any:
     """Import and return transformers, with quiet logs and without its optional packages."""
     loaded = sys.modules.get("transformers.generation.candidate_generator") is not None
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    torchvision_shim.install()
     with hide_packages():
         module = importlib.import_module("transformers")
         if not loaded:
@@ -76,7 +82,18 @@ def is_empty_expert(name: str, config: Any) -> bool:
 
 def load_config(folder: str | Path) -> Any:
     """Load a checkpoint's configuration. StillhouseError if there is no readable one."""
-    return _load("configuration", import_transformers().AutoConfig.from_pretrained, folder)
+    try:
+        return _load("configuration", import_transformers().AutoConfig.from_pretrained, folder)
+    except StillhouseError as error:
+        if "timm" in str(error.__cause__) and find_spec("timm") is None:
+            raise ConfigError(_NEEDS_TIMM.format(place=folder)) from error
+        raise
+
+
+def check_timm(config: Any, place: str) -> None:
+    """ConfigError for a tower of timm where timm is not installed. `config`: the tower's."""
+    if config.model_type == TIMM and find_spec("timm") is None:
+        raise ConfigError(_NEEDS_TIMM.format(place=place))
 
 
 def load_tokenizer(folder: str | Path) -> Any:

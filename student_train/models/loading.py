@@ -30,6 +30,7 @@ from student_train.data.collate import SequenceFormat
 from student_train.data.image_inputs import ImageProcessorAdapter
 from student_train.data.sample_images import TensorStore
 from student_train.models.huggingface import (
+    check_timm,
     find_auto_class,
     is_llava,
     load_config,
@@ -41,8 +42,8 @@ from student_train.models.huggingface import (
     load_weights,
 )
 from student_train.models.student import Student
+from student_train.models.tower_features import CLASS_TOKENS, measure_tower, read_image_size
 
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # positions before the patches
 FLASH_PACKAGES = ("flash_attn", "flash_attn_interface")  # versions 2 and 3
 # Module names of the parts of transformers' vision-language models. A parameter belongs to the first part that matches.
 PARTS: dict[Literal["projector", "vision", "llm"], tuple[str, ...]] = {
@@ -135,6 +136,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 def _load_processor_adapter(config: Any, folder: str | Path) -> tuple[ImageProcessorAdapter, int | None]:
     """Load a student's own processor, and the number of visual tokens of each image if it is fixed."""
     is_decoder = not hasattr(config, "vision_config")
+    if not is_decoder:
+        check_timm(config.vision_config, f"{folder}")
     if not is_decoder and getattr(config, "image_token_id", None) is None:
         raise ConfigError(
             f"{folder}: config.json of a {config.model_type!r} has no image_token_id, which locates images; add it"
@@ -147,20 +150,24 @@ def _load_processor_adapter(config: Any, folder: str | Path) -> tuple[ImageProce
 def count_visual_tokens(config: Any, image_processor: Any, folder: str | Path) -> int:
     """Return the number of an image's positions in the decoder: patches and class token, as the config selects."""
     vision = config.vision_config
+    pixels = read_image_size(image_processor)
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
     if vision.model_type not in CLASS_TOKENS:
-        raise ConfigError(
-            f"{folder}: the vision tower is a {vision.model_type!r}, expected one of {sorted(CLASS_TOKENS)}"
-        )
-    size = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", 0) else None
-    size = size or image_processor.size
-    pixels = [size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))]
-    if pixels != [vision.image_size, vision.image_size]:
+        if not all(isinstance(side, int) for side in pixels):
+            raise ConfigError(
+                f"{folder}: the image processor does not say what size its pixels have, which the number of visual "
+                f"tokens of a {vision.model_type!r} depends on; give preprocessor_config.json a size"
+            )
+        features = measure_tower(vision, pixels, layer=config.vision_feature_layer, place=f"{folder}: vision tower")
+        if features.kind == "map":
+            raise ConfigError(f"{folder}: the vision tower is a {vision.model_type!r}, whose features are no sequence")
+        return features.num_positions - dropped
+    if pixels != (vision.image_size, vision.image_size):
         raise StillhouseError(
             f"{folder}: the image processor makes {pixels[0]} x {pixels[1]} pixels, but the vision tower expects "
             f"{vision.image_size} x {vision.image_size}; make preprocessor_config.json and config.json agree"
         )
     num_patches = (vision.image_size // vision.patch_size) ** 2
-    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
     return num_patches + CLASS_TOKENS[vision.model_type] - dropped
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from storage.backends.folder import write_json
 from storage.field_changes import describe_changes
-from student_train.config import StageSection
-from student_train.models.checkpoint_contents import describe_checkpoint, describe_composition
+from student_train.config import SourceSection, StageSection
+from student_train.data.mixture import CacheSource
+from student_train.models.checkpoint_contents import describe_checkpoint, describe_composition, describe_pruning
 
 if TYPE_CHECKING:  # which imports torch
     from student_train.training.stage_data import StageData
@@ -25,6 +26,7 @@ RECORD = "inputs.json"
 _PLACES = {
     "init",
     "compose",
+    "prune",
     "output",
     "cache",
     "caches",
@@ -47,25 +49,38 @@ def collect_stage_inputs(stage: StageSection, stage_data: StageData) -> dict[str
         "init": describe_checkpoint(stage_data.checkpoint.folder),
         "caches": [
             {
-                **_drop_fields(source.cache.identity.model_dump(mode="json"), _IDENTITY_PLACES),
+                **describe_samples(source, section),
                 "selection": _drop_fields(
                     source.cache.identity.selection, source.cache.identity.selection.keys() - _list_families(stage)
                 ),
                 "weight": source.weight,
-                "splits": list(section.splits or ()),
-                "filter": [list(condition) for condition in section.filter or ()],
-                "num_samples": len(source.indices),
-                "samples": hashlib.sha256(np.ascontiguousarray(source.indices).tobytes()).hexdigest(),
             }
             for source, section in zip(stage_data.mixture.sources, sources, strict=True)
         ],
     }
 
 
+def describe_samples(source: CacheSource, section: SourceSection) -> dict[str, Any]:
+    """Describe the samples that a stage takes from one cache, and that cache's identity without its selection."""
+    return {
+        **_drop_fields(source.cache.identity.model_dump(mode="json"), _IDENTITY_PLACES),
+        "splits": list(section.splits or ()),
+        "filter": [list(condition) for condition in section.filter or ()],
+        "num_samples": len(source.indices),
+        "samples": hashlib.sha256(np.ascontiguousarray(source.indices).tobytes()).hexdigest(),
+    }
+
+
 def collect_init_inputs(stage: StageSection, place: str) -> dict[str, Any]:
-    """Describe a stage's initial checkpoint; the same before and after it is composed. `place`: init, resolved."""
+    """Describe a stage's initial checkpoint; the same before and after it is composed or pruned.
+
+    `place`: init, resolved. The samples that `least_change` measures on are those of the stage's caches, which are
+    inputs of the stage anyway.
+    """
     if stage.compose is not None:
         return describe_composition(stage.compose, seed=stage.seed)
+    if stage.prune is not None:
+        return describe_pruning(stage.prune)
     return describe_checkpoint(place)
 
 

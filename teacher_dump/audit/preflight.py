@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from storage.identity import NO_TEACHER
-from teacher_dump import torchvision_shim
+from storage.processes import torchvision_shim
 from teacher_dump.config import TeacherSection
 from teacher_dump.planning.dump_plan import DumpPlan
 

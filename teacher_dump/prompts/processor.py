@@ -8,7 +8,7 @@ from typing import Any
 
 from storage.errors import StillhouseError
 from storage.images.settings import BACKEND
-from teacher_dump import torchvision_shim
+from storage.processes import torchvision_shim
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:

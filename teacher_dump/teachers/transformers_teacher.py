@@ -11,7 +11,7 @@ from torch import Tensor
 
 from storage.errors import ConfigError, StillhouseError
 from storage.images.pixels import Picture
-from teacher_dump import torchvision_shim
+from storage.processes import torchvision_shim
 from teacher_dump.config import SamplingSection
 from teacher_dump.prompts.image_tokens import VisualGrid, expand_image_tokens
 from teacher_dump.prompts.processor import load_processor

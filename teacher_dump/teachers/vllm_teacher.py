@@ -22,7 +22,7 @@ from torch import Tensor
 
 from storage.errors import ConfigError, StillhouseError
 from storage.images.settings import BACKEND
-from teacher_dump import torchvision_shim
+from storage.processes import torchvision_shim
 from teacher_dump.config import SamplingSection
 from teacher_dump.prompts.processor import keep_videos_loadable
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt

@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from storage.identity import compute_tokenizer_fingerprint, compute_vocab_size
+from storage.processes import torchvision_shim
 from storage.records.records import ImageRef, PartRecords, SampleError, TokensRecord, compute_image_key
 from storage.records.sample_key import SampleKey
 from storage.writer.cache_writer import CacheWriter
 from student_train.models.huggingface import import_transformers
-from teacher_dump import torchvision_shim
 from tests.storage.synthetic_cache import TAU, make_identity, make_logits, make_relation, select
 from tests.tiny import IMAGE_TOKEN, make_tiny_tokenizer
 

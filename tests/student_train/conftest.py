@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from teacher_dump import torchvision_shim
+from storage.processes import torchvision_shim
 from tests.free_port import free_port
 from tests.student_train.caches import make_cache
 from tests.tiny import make_tiny_llava

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from storage.errors import StillhouseError
+from storage.processes import torchvision_shim
 from storage.records.sample_key import SampleKey
-from teacher_dump import torchvision_shim
 from teacher_dump.data.sample import Sample, SampleRefusedError, Turn
 from teacher_dump.prompts.chat_template import (
     AnswerSpan,

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from storage.errors import StillhouseError
+from storage.processes import torchvision_shim
 from storage.selection import Threshold, TopK
-from teacher_dump import torchvision_shim
 from teacher_dump.signals.lm_head import ChunkSize, OutputHead, find_head, read_head
 from teacher_dump.signals.row_selector import RowSelector, SelectedRows
 from teacher_dump.signals.spec import RowRequest

@@ -159,7 +159,7 @@ def test_a_call_that_fails_costs_the_engine_nothing(tiny_teacher: Path, tmp_path
 def test_settings_that_vllm_does_not_have_are_refused_by_name() -> None:
     code = (
         "from storage.errors import ConfigError\n"
-        "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()\n"
+        "from storage.processes import torchvision_shim; torchvision_shim.import_torch_companions()\n"
         "from teacher_dump.teachers.vllm_teacher import check_settings\n"
         "check_settings({'tensor_parallel_size': 2, 'max_num_seqs': 8})\n"
         "for name in ('tensor_paralel_size', 'max_model_len', 'runner', 'hf_overrides'):\n"

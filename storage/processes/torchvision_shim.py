@@ -5,7 +5,8 @@ then fails on two operators that nobody has defined, torchaudio fails outright, 
 ffmpeg. transformers and vLLM import all three wherever they are installed. With wheels that load, nothing here acts.
 
 `install` adds an import hook to this process, which repairs torchvision if its import fails. Importing `teacher_dump`
-does that; `python -m teacher_dump.environment` does it for every Python of an environment, by a copy of this file in
+does that, and so does a student's import of transformers, since timm needs torchvision;
+`python -m teacher_dump.environment` does it for every Python of an environment, by a copy of this file in
 site-packages. So it must import nothing but what every start of Python imports.
 """
 

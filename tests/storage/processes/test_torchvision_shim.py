@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from teacher_dump import torchvision_shim
+from storage.processes import torchvision_shim
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 WORKING = "import torch\ndef nms(*_):\n    return 'the real one'\n"
 
 
@@ -56,7 +56,7 @@ def test_matching_wheels_are_left_alone(tmp_path: Path) -> None:
     fake(tmp_path, "torchvision", WORKING)
     fake(tmp_path, "torchaudio", "loaded = True\n")
     code = (
-        "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()\n"
+        "from storage.processes import torchvision_shim; torchvision_shim.import_torch_companions()\n"
         "import torch, torchvision, torchaudio\n"
         "print(torchvision.nms(), torchaudio.loaded, torch._C._dispatch_has_kernel('torchvision::nms'))"
     )
@@ -71,7 +71,7 @@ def test_missing_operators_are_defined_and_a_dead_torchaudio_hidden(tmp_path: Pa
     )
     fake(tmp_path, "torchaudio", "raise OSError('Could not load this library: torchaudio/lib/x.so')\n")
     code = (
-        "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()\n"
+        "from storage.processes import torchvision_shim; torchvision_shim.import_torch_companions()\n"
         "import importlib.util, torch, torchvision\n"
         "print(torch.ops.torchvision.nms.default._schema, importlib.util.find_spec('torchaudio'))"
     )
@@ -81,7 +81,7 @@ def test_missing_operators_are_defined_and_a_dead_torchaudio_hidden(tmp_path: Pa
 
 def test_other_failures_are_not_hidden(tmp_path: Path) -> None:
     fake(tmp_path, "torchvision", "raise RuntimeError('something else')\n")
-    code = "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()"
+    code = "from storage.processes import torchvision_shim; torchvision_shim.import_torch_companions()"
     assert run(code, tmp_path) == "RuntimeError: something else"
 
 
@@ -93,7 +93,7 @@ def test_a_torchcodec_that_cannot_load_is_hidden_whatever_it_raises(tmp_path: Pa
         fake(tmp_path, package, "")
     fake(tmp_path, "torchcodec", f"raise {error}\n")
     code = (
-        "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions()\n"
+        "from storage.processes import torchvision_shim; torchvision_shim.import_torch_companions()\n"
         "import importlib.util; print(importlib.util.find_spec('torchcodec'), 'torchaudio' in sys.modules)"
     )
     assert run(code, tmp_path) == "None True"
@@ -109,5 +109,5 @@ def test_importing_our_package_is_enough(tmp_path: Path) -> None:
 def test_missing_packages_are_ignored(tmp_path: Path) -> None:
     for package in ("torchvision", "torchaudio"):
         fake(tmp_path, package, f"raise ModuleNotFoundError('no', name={package!r})\n")
-    code = "from teacher_dump import torchvision_shim; torchvision_shim.import_torch_companions(); print('well')"
+    code = "from storage.processes import torchvision_shim; torchvision_shim.import_torch_companions(); print('well')"
     assert run(code, tmp_path) == "well"
