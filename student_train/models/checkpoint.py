@@ -3,8 +3,8 @@
 Tensor names: transformers 5 saves a LLaVA's tower as `vision_tower.encoder…`, vLLM reads
 `vision_tower.vision_model.encoder…`. Both read the names from before transformers 4.52:
 `language_model.model.*`, `language_model.lm_head.*`, `multi_modal_projector.*` and
-`vision_tower.vision_model.*`; towers other than CLIP's and SigLIP's keep their own names below `vision_tower.`.
-Experts are saved one by one, as in public mixtures of experts. Other architectures keep the names of transformers'
+`vision_tower.vision_model.*`. Experts are saved one by one, as in public mixtures of experts. Towers other than CLIP's
+and SigLIP's, which vLLM's LLaVA does not know, and other architectures keep the names of transformers'
 save_pretrained, which are those of the Hub.
 """
 
@@ -38,7 +38,7 @@ _LEGACY = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
-    (r"^model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),  # of CLIP and SigLIP alone
+    (r"^model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
     (r"^model\.image_newline$", "image_newline"),
 )
 _OLD = "-old"  # suffix of a folder that is being replaced
@@ -92,7 +92,7 @@ def _fill_and_swap(
 ) -> None:
     """Write a checkpoint into the empty folder `new` and replace `folder` by it; delete `new` on failure."""
     try:
-        if model.config.model_type not in _LEGACY_TYPES:
+        if not _has_legacy_names(model.config):
             model.save_pretrained(new, state_dict=dict(weights), max_shard_size=max_shard_bytes)
             _write_config(model, new)
         else:
@@ -152,15 +152,17 @@ def copy_processor(source: str | Path, folder: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def to_legacy_name(name: str, *, tower: str = "clip_vision_model") -> str:
-    """Return a parameter's name in the file; see this module's header. `tower`: the vision tower's model type."""
-    if tower not in CLASS_TOKENS and name.startswith("model.vision_tower."):
-        return name.removeprefix("model.")
+def to_legacy_name(name: str) -> str:
+    """Return a parameter's name in the file; see this module's header."""
     for pattern, replacement in _LEGACY:
         renamed = re.sub(pattern, replacement, name)
         if renamed != name:
             return renamed
     return name
+
+
+def _has_legacy_names(config: Any) -> bool:
+    return config.model_type in _LEGACY_TYPES and config.vision_config.model_type in CLASS_TOKENS
 
 
 def _write_config(model: nn.Module, folder: Path) -> None:
@@ -180,9 +182,8 @@ def _write_weights(model: Any, state_dict: Mapping[str, Tensor], folder: Path, m
     from safetensors.torch import save_file
 
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    tower = model.config.vision_config.model_type
     tensors = {
-        to_legacy_name(name, tower=tower): tensor.detach().to("cpu").contiguous()
+        to_legacy_name(name): tensor.detach().to("cpu").contiguous()
         for name, tensor in split_experts(state_dict).items()
         if name not in tied and not is_empty_expert(name, model.config)
     }

@@ -69,11 +69,11 @@ def narrow_decoder(model: Any, width: PrunedWidthSection) -> Any:
     text, old = new_config.get_text_config(), model.config.get_text_config()
     weights = dict(model.state_dict())
     decoder = find_name(model, model.get_decoder())
-    if width.intermediate_size is not None and width.intermediate_size < old.intermediate_size:
+    if width.intermediate_size is not None:
         text.intermediate_size = width.intermediate_size
         for number in range(old.num_hidden_layers):
             _narrow_mlp(weights, f"{decoder}.layers.{number}.mlp.", _MLP, width.intermediate_size)
-    if width.hidden_size is not None and width.hidden_size < old.hidden_size:
+    if width.hidden_size is not None:
         text.head_dim = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads  # as it was
         text.hidden_size = width.hidden_size
         _narrow_hidden(weights, model, decoder, width.hidden_size)

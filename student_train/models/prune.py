@@ -98,7 +98,7 @@ def prune(section: PruneSection, *, measure: LayerMeasure) -> Any:
     changes = measure.measure(model, layers) if section.measures_change else None
     chosen = _choose_layers(section, len(layers), changes)
     assert chosen is not None
-    if len(chosen) < len(layers):
+    if section.layers is not None:
         model = _keep_layers(model, chosen, section)
     return model if section.width is None else narrow_decoder(model, section.width)
 
