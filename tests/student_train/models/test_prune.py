@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_spaced_layers_hold_both_ends_and_rise_evenly(num_layers: int, data: st.
     num_kept = data.draw(st.integers(min(2, num_layers), num_layers))
     chosen = space_layers(num_layers, num_kept)
     assert (chosen[0], chosen[-1], len(chosen)) == (0, num_layers - 1, num_kept)
-    steps = {after - before for before, after in zip(chosen, chosen[1:], strict=False)}
+    steps = {after - before for before, after in pairwise(chosen)}
     assert not steps or (min(steps) >= 1 and max(steps) - min(steps) <= 1)
 
 
