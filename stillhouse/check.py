@@ -170,11 +170,9 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
             elif has_cache(open_folder(source.path)):
                 other = Cache.open(source.path, families=())
                 check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {field}")
+    yield from _check_made_inits(experiment)
     for name, section in experiment.stages.items():
         stage = resolve_stage(section, name)
-        parts = list_init_parts(stage)
-        if parts and not any(_is_made_later(experiment, part) for part in parts):
-            yield f"stages.{name}: {check_init_making(stage, f'{experiment.path}: stages.{name}')}"
         if not Path(stage.init).is_dir():
             continue
         paths = [source.path for source in stage.list_sources(own_cache)]
@@ -186,6 +184,20 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
             check_architecture(checkpoint, stage)
             notes = check_fit(checkpoint, identity)
             yield f"stages.{name}: {stage.init} fits the teacher{_indent_lines(notes)}"
+
+
+def _check_made_inits(experiment: Experiment) -> Iterator[str]:
+    """Yields a line for each checkpoint that a stage or a run of the grid composes or prunes of existing ones."""
+    named = [(f"stages.{name}", section) for name, section in experiment.stages.items()]
+    named += [(f"ablations.runs.{run.name}", run.section) for run in list_grid(experiment) if run.parent is None]
+    seen = []
+    for name, stage in named:
+        making = stage.compose or stage.prune
+        if making is None or making in seen:
+            continue
+        seen.append(making)
+        if not any(_is_made_later(experiment, part) for part in list_init_parts(stage)):
+            yield f"{name}: {check_init_making(stage, f'{experiment.path}: {name}')}"
 
 
 def _list_losses(experiment: Experiment) -> Iterator[tuple[str, StageSection]]:

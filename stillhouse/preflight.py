@@ -7,7 +7,6 @@ may run short, such as disk space.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,11 @@ from typing import Literal
 import torch
 
 from stillhouse.ablate import list_grid
+from stillhouse.checkpoint_sizes import count_pruned_weights, count_weights
 from stillhouse.config import Experiment
 from storage.backends.disk import check_writable, find_existing_parent, format_bytes, measure_free_bytes
 from storage.backends.folder import is_url, open_folder, write_atomically
-from storage.errors import ConfigError, StillhouseError
+from storage.errors import ConfigError
 from storage.layout.segments import has_cache
 from storage.reader.cache import Cache
 from student_train.config import SourceSection, StageSection
@@ -30,7 +30,6 @@ from student_train.training.init_making import list_init_parts
 from student_train.training.trainer import resolve_stage
 from teacher_dump.execution.machine import check_dump_machine, check_gpu_count, check_machine, count_gpus, is_local_ray
 from teacher_dump.settings import read_settings
-from teacher_dump.teachers.hf_checkpoint import list_weight_files, read_header
 
 _FORECAST = "forecast.json"
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight in a checkpoint
@@ -120,9 +119,11 @@ def check_stage_inputs(experiment: Experiment, name: str) -> None:
 def estimate_disk_needs(experiment: Experiment) -> list[DiskNeed]:
     """The bytes still to be written, as far as they are known: checkpoints by the sizes of their inits, and the cache.
 
-    Outputs that exist already need no more space. A checkpoint whose init does not exist yet is left out.
+    Outputs that exist already need no more space. A checkpoint whose init does not exist yet is left out, but for one
+    that is pruned from a checkpoint that exists.
     """
-    needs, sizes = [], {}
+    needs: list[DiskNeed] = []
+    sizes: dict[Path, int] = {}
     stages = [(run.label, run.section, run.folder, run.parent) for run in list_grid(experiment)]
     if experiment.train_teacher is not None:
         name = experiment.train_teacher.stage
@@ -130,6 +131,10 @@ def estimate_disk_needs(experiment: Experiment) -> list[DiskNeed]:
         stages.insert(0, (name, stage, Path(stage.output), None))
     for label, stage, folder, parent in stages:
         init = parent or Path(stage.init.replace("{seed}", str(stage.seed)))
+        if parent is None and stage.prune is not None and init not in sizes and not init.is_dir():
+            sizes[init] = count_pruned_weights(stage.prune)
+            size = sizes[init] * min(_ITEM_BYTES.values())
+            needs += [DiskNeed(init, size, f"the pruned checkpoint {init.name}", "least")] if size else []
         num_weights = sizes[folder] = sizes.get(init) or count_weights(init)
         if not num_weights or any(folder.glob("*.safetensors")):
             continue
@@ -139,15 +144,6 @@ def estimate_disk_needs(experiment: Experiment) -> list[DiskNeed]:
             size = num_weights * _STATE_BYTES * (stage.keep_states + 1)
             needs.append(DiskNeed(folder, size, f"states of {label}", "temporary"))
     return [*needs, *_estimate_cache(experiment)]
-
-
-def count_weights(folder: Path) -> int:
-    """The number of weights of a checkpoint; 0 where there is none yet or none that can be read."""
-    try:
-        headers = [read_header(path) for path in list_weight_files(folder)]
-    except (StillhouseError, OSError):
-        return 0
-    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
 def check_disk_space(needs: Sequence[DiskNeed], run: Path) -> Iterator[str]:

@@ -23,6 +23,7 @@ from student_train.data.image_inputs import ImageProcessorAdapter
 from student_train.models.checkpoint_contents import describe_composition
 from student_train.models.huggingface import (
     check_timm,
+    find_tower_class,
     import_transformers,
     load_config,
     load_part,
@@ -84,6 +85,7 @@ def check_composition(section: CompositionSection, place: str) -> None:
     Errors: ConfigError for parts that do not fit or cannot be read.
     """
     try:
+        _find_tower_class(section.vision)
         config = load_config(section.llm)
         if type(config) not in import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ConfigError(f"compose.llm: {section.llm} is a {config.model_type!r}, expected a causal decoder")
@@ -190,14 +192,12 @@ def _check_token_count(section: CompositionSection, processor: Any, image_token_
 
 def _find_tower_class(name: str) -> tuple[Any, str]:
     """Return the configuration of a vision part's tower, and the name of the tower's class."""
-    transformers = import_transformers()
     config = load_config(name)
     kind = _TOWERS.get(config.model_type)
     if kind is not None:
         return getattr(config, "vision_config", config), kind
     check_timm(config, f"compose.vision: {name}")
-    models = transformers.MODEL_MAPPING
-    model = models[type(config)] if type(config) in models and not hasattr(config, "vision_config") else None
+    model = None if hasattr(config, "vision_config") else find_tower_class(config)
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise ConfigError(
             f"compose.vision: {name} is a {config.model_type!r}, expected a vision tower that transformers' AutoModel "

@@ -191,6 +191,11 @@ def find_auto_class(config: Any) -> Any:
     return modeling.AutoModelForCausalLM if type(config) in modeling.MODEL_FOR_CAUSAL_LM_MAPPING else None
 
 
+def find_tower_class(config: Any) -> Any:
+    """Return the class that transformers' AutoModel makes of a tower's configuration; None if there is none."""
+    return import_transformers().MODEL_MAPPING.get(type(config), None)
+
+
 def load_weights(folder: str | Path, **options: Any) -> PreTrainedModel:
     """Load a model with its weights. StillhouseError if they are missing or incomplete."""
     auto = find_auto_class(load_config(folder))

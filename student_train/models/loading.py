@@ -32,6 +32,7 @@ from student_train.data.sample_images import TensorStore
 from student_train.models.huggingface import (
     check_timm,
     find_auto_class,
+    find_tower_class,
     is_llava,
     load_config,
     load_image_processor,
@@ -153,12 +154,14 @@ def count_visual_tokens(config: Any, image_processor: Any, folder: str | Path) -
     pixels = read_image_size(image_processor)
     dropped = 1 if config.vision_feature_select_strategy == "default" else 0
     if vision.model_type not in CLASS_TOKENS:
-        if not all(isinstance(side, int) for side in pixels):
+        height, width = pixels
+        if height is None or width is None:
             raise ConfigError(
                 f"{folder}: the image processor does not say what size its pixels have, which the number of visual "
                 f"tokens of a {vision.model_type!r} depends on; give preprocessor_config.json a size"
             )
-        features = measure_tower(vision, pixels, layer=config.vision_feature_layer, place=f"{folder}: vision tower")
+        layer, place = config.vision_feature_layer, f"{folder}: vision tower"
+        features = measure_tower(vision, (height, width), layer=layer, place=place)
         if features.kind == "map":
             raise ConfigError(f"{folder}: the vision tower is a {vision.model_type!r}, whose features are no sequence")
         return features.num_positions - dropped
@@ -268,7 +271,8 @@ def load_student(checkpoint: Checkpoint, *, precision: Precision, device: torch.
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     installed = {package for package in FLASH_PACKAGES if find_spec(package) is not None}
     attention = choose_attention(precision, capability, installed)
-    model: Any = load_weights(checkpoint.folder, dtype=dtype, attn_implementation=attention)
+    by_part = choose_attention_of_parts(checkpoint.config, attention)
+    model: Any = load_weights(checkpoint.folder, dtype=dtype, attn_implementation=by_part)
     model = model.to(device).eval()
     if not checkpoint.is_llava:
         _check_head(model, checkpoint)
@@ -301,6 +305,15 @@ def choose_attention(
     if capability[0] == 9 and "flash_attn_interface" in installed:
         return "flash_attention_3"
     return "flash_attention_2" if capability >= (8, 0) and "flash_attn" in installed else "sdpa"
+
+
+def choose_attention_of_parts(config: Any, attention: str) -> str | dict[str, str]:
+    """Return an attention for transformers: another one for a tower that lacks it, such as one without attention."""
+    tower = find_tower_class(getattr(config, "vision_config", None))
+    flag = "_supports_sdpa" if attention == "sdpa" else "_supports_flash_attn"
+    if tower is None or getattr(tower, flag, False):
+        return attention
+    return {"": attention, "text_config": attention, "vision_config": "sdpa" if tower._supports_sdpa else "eager"}
 
 
 def load_for_inference(checkpoint: Checkpoint, *, vocab_size: int, features: TensorStore | None = None) -> Student:

@@ -95,7 +95,7 @@ def prune(section: PruneSection, *, measure: LayerMeasure) -> Any:
     model: Any = load_weights(section.model, dtype="auto").eval()
     layers = _list_layers(model, section)
     check_widths(model, section)
-    changes = measure.measure(model, layers) if section.measures_change else None
+    changes = measure.measure(model, list(layers)) if section.measures_change else None
     chosen = _choose_layers(section, len(layers), changes)
     assert chosen is not None
     if section.layers is not None:

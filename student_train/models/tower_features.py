@@ -64,7 +64,7 @@ def measure_tower(config: Any, pixels: Sequence[int], *, layer: int | Sequence[i
                 f"{-len(states)} to {len(states) - 1}"
             )
     shapes = {tuple(states[chosen].shape) for chosen in layers}
-    if len(shapes) != 1 or (shape := shapes.pop())[2:] != (width,):
+    if width is None or len(shapes) != 1 or (shape := shapes.pop())[2:] != (width,):
         raise ConfigError(
             f"{place}: layer {layer} of {kind} has features of the shape {tuple(states[layers[0]].shape)}, but its "
             f"hidden_size is {width}; a LLaVA needs layers of (1, positions, hidden_size)"

@@ -184,3 +184,37 @@ def test_two_runs_do_not_compose_different_students_in_one_folder(tmp_path: Path
     same = write(tmp_path, {"first": {**composed, "set": {**composed["set"], "init": "x"}}}, seeds=[0, 1])
     with pytest.raises(ConfigError, match=r"compose\.seed: was 0, is 1"):
         ablate(read_experiment(same))
+
+
+def test_runs_may_share_a_pruned_student_but_not_prune_two_into_one_folder(tmp_path: Path):
+    pruned = {"stage": "all", "set": {"init": "{run}/pruned", "prune": {"model": "m", "layers": 8}}}
+    fewer = {"stage": "all", "set": {**pruned["set"], "prune": {"model": "m", "layers": 4}}}
+    path = write(tmp_path, {"first": pruned, "second": fewer}, seeds=[0])
+    with pytest.raises(ConfigError, match=r"(?s)first-seed0 and second-seed0 prune .*prune\.layers: was 8, is 4"):
+        ablate(read_experiment(path))
+    composed = {"init": "{run}/pruned", "compose": {"vision": "v", "llm": "l", "processor": "p"}}
+    path = write(tmp_path, {"first": pruned, "second": {"stage": "all", "set": composed}}, seeds=[0])
+    with pytest.raises(ConfigError, match="one has prune, one compose"):
+        ablate(read_experiment(path))
+    measured = {"model": "m", "layers": 8, "choose": "least_change"}
+    runs = {name: {"stage": "all", "set": {"init": "x", "prune": measured, "splits": [name]}} for name in ("a", "b")}
+    with pytest.raises(ConfigError, match=r"a-seed0 and b-seed0 prune different"):
+        ablate(read_experiment(write(tmp_path, runs, seeds=[0])))
+
+
+@pytest.mark.slow
+def test_pruned_students_are_trained_once_from_one_init(tmp_path: Path):
+    teacher = make_tiny_llava(tmp_path / "teacher", num_layers=3)
+    cache = make_cache(tmp_path / "cache", teacher)
+    prune = {"model": str(teacher), "layers": 2, "choose": "least_change", "slice": 4}
+    student = {"init": "{run}/pruned", "prune": prune}
+    runs = {"first": {"stage": "all", "set": student}, "second": {"stage": "projector", "after": "first"}}
+    path = write(tmp_path, runs, seeds=[0, 1], cache=str(cache), init=str(teacher))
+    with connect_to_ray(None, local_cpus=2):
+        trained = ablate(read_experiment(path))
+        before = [(run.folder / "summary.json").stat().st_mtime_ns for run in trained]
+        ablate(read_experiment(path))
+    assert [(run.folder / "summary.json").stat().st_mtime_ns for run in trained] == before
+    configs = [json.loads((run.folder / "config.json").read_bytes())["text_config"] for run in trained]
+    assert [config["num_hidden_layers"] for config in configs] == [2, 2, 2, 2]
+    assert (tmp_path / "runs" / "chain" / "pruned" / "composition.json").is_file()

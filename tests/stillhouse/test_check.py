@@ -302,3 +302,21 @@ def test_a_module_that_a_student_lacks_is_found(file: Path) -> None:
     file.write_text(yaml.safe_dump(document))
     with pytest.raises(ConfigError, match="a 'llama' has no projector; it has llm, mlp"):
         list(check_experiment(read_experiment(file)))
+
+
+def test_students_that_a_stage_or_a_run_prunes_are_checked(file: Path) -> None:
+    teacher = read_experiment(file).teacher.model
+    document = yaml.safe_load(file.read_text())
+    prune = {"model": teacher, "layers": 1}
+    document["stages"]["small"] = {"init": "{run}/small", "prune": prune, "steps": 1}
+    document["stages"]["healed"] = {"init": "{run}/healed", "prune": {**prune, "model": "{run}/small"}, "steps": 1}
+    document["evaluation"] = {"splits": ["train"]}
+    document["ablations"] = {"runs": {"narrow": {"stage": "small", "set": {"init": "n", "prune.layers": 2}}}}
+    file.write_text(yaml.safe_dump(document))
+    lines = list(check_experiment(read_experiment(file)))
+    assert f"stages.small: {teacher} can be pruned so" in lines
+    assert f"ablations.runs.narrow: {teacher} can be pruned so" in lines
+    assert not any("healed: " in line and "pruned" in line for line in lines)  # its model is yet to be made
+    words = r"ablations\.runs\.narrow: prune\.layers is 3, but .* has only 2"
+    with pytest.raises(ConfigError, match=words):
+        list(check_experiment(read_experiment(file, ['ablations.runs.narrow.set={"prune.layers": 3}'])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +21,8 @@ from stillhouse.preflight import (
     write_forecast,
 )
 from storage.errors import ConfigError
+from student_train.models.prune import prune
+from student_train.training.layer_change import LayerChange
 from tests.small_disk import SmallDisk, small_disk
 from tests.tiny import make_tiny_llava
 
@@ -68,6 +71,49 @@ def test_checkpoint_sizes_are_estimated_from_their_inits(file: Path, student: Pa
     run.mkdir(parents=True)
     (run / "model.safetensors").write_bytes(b"")  # one that is there is replaced, not added
     assert "the checkpoint of kd-seed0" not in {need.description for need in estimate_disk_needs(read_experiment(file))}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": [0, 2]},
+        {"layers": 2, "width": {"intermediate_size": 40}},
+        {"layers": 1, "width": {"hidden_size": 32, "intermediate_size": 100}},
+    ],
+)
+def test_the_size_of_a_pruned_checkpoint_is_estimated_from_its_model(
+    tmp_path: Path, file: Path, fields: dict[str, Any]
+) -> None:
+    model = make_tiny_llava(tmp_path / "model", num_layers=3)
+    document = yaml.safe_load(file.read_text())
+    document["stages"]["kd"] |= {"init": "{run}/pruned", "prune": {"model": str(model), **fields}}
+    file.write_text(yaml.safe_dump(document, sort_keys=False))
+    needs = {need.path.name: need for need in estimate_disk_needs(read_experiment(file))}
+    section = read_experiment(file).stages["kd"].prune
+    assert section is not None
+    pruned = prune(section, measure=LayerChange(read_experiment(file).stages["kd"], section, ""))
+    real = sum(parameter.numel() for parameter in pruned.parameters())
+    assert 0.7 * real < needs["pruned"].num_bytes / 2 <= real
+    assert needs["seed0"].description == "the checkpoint of half-seed0"
+    assert sum("the pruned" in need.description for need in estimate_disk_needs(read_experiment(file))) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prune": {"model": "/nowhere/model", "layers": 1}}, "stages.kd.prune.model is /nowhere/model, which"),
+        (
+            {"compose": {"vision": "/nowhere/tower", "llm": "a/b", "processor": "a/b"}},
+            "stages.kd.compose.vision is /nowhere/tower, which",
+        ),
+    ],
+)
+def test_parts_that_nothing_makes_are_refused(file: Path, fields: dict[str, Any], message: str) -> None:
+    document = yaml.safe_load(file.read_text())
+    document["stages"]["kd"] |= {"init": "{run}/made", **fields}
+    file.write_text(yaml.safe_dump(document, sort_keys=False))
+    with pytest.raises(ConfigError, match=message):
+        list(check_preconditions(read_experiment(file)))
 
 
 @pytest.mark.parametrize("verb", ["check", "run", "ablate"])

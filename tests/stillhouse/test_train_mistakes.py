@@ -36,6 +36,8 @@ def write_experiment(folder: Path, **fields: Any) -> Path:
         ({"steps": 0}, True, "stages.kd.steps"),
         ({"compose": COMPOSE}, False, "no cache is here"),
         ({"compose": COMPOSE}, True, "stages.kd: /nowhere/vision"),
+        ({"prune": {"model": "/nowhere/model", "layers": 1}}, True, "stages.kd: /nowhere/model"),
+        ({"prune": {"model": "m", "layers": 1}, "compose": COMPOSE}, True, "compose and prune would both make"),
     ],
 )
 def test_what_a_rank_would_refuse_at_its_start_is_refused_before_torchrun(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from storage.errors import ConfigError
 from student_train.config import CompositionSection, StageSection
 from student_train.models.checkpoint_contents import describe_checkpoint
 from student_train.models.compose import check_composition, compose, ensure_composed
-from student_train.models.huggingface import import_transformers, load_weights
+from student_train.models.huggingface import import_transformers, load_processor, load_weights
 from student_train.models.loading import read_checkpoint
 from student_train.training.stage_inputs import collect_init_inputs
 from tests.student_train.conftest import Runner
@@ -104,6 +108,95 @@ def test_a_failed_composition_leaves_nothing_behind(parts: dict[str, str], tmp_p
     assert not list(tmp_path.iterdir())
 
 
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+MAPS = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+TOWERS: dict[str, tuple[dict[str, Any], int, int, str]] = {  # config, patch, tokens beside the patches, student
+    "Dinov2": ({**SMALL, "image_size": 32, "patch_size": 8}, 8, 1, "llava"),
+    "Dinov2WithRegisters": ({**SMALL, "image_size": 32, "patch_size": 8}, 8, 5, "llava"),
+    "DINOv3ViT": ({**SMALL, "intermediate_size": 96, "image_size": 32, "patch_size": 8}, 8, 1, "llava"),
+    "CLIPVision": ({**SMALL, "intermediate_size": 96, "image_size": 32, "patch_size": 8}, 8, 1, "llava"),
+    "ResNet": ({**MAPS, "embedding_size": 8, "downsample_in_first_stage": False}, 32, 0, "fast_vlm"),
+    "ConvNext": (MAPS, 32, 0, "fast_vlm"),
+}
+
+
+def write_tower(kind: str, folder: Path, **options: Any) -> str:
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**options)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    return str(folder)
+
+
+def write_processor(checkpoint: Path | str, folder: Path, *, patch: int, extra: int, size: int = 32) -> str:
+    processor = load_processor(checkpoint)
+    processor.patch_size, processor.num_additional_image_tokens = patch, extra
+    processor.image_processor.size = {"height": size, "width": size}
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_any_tower_with_sequences_or_a_map_makes_a_student(
+    parts: dict[str, str], checkpoint: Path, tmp_path: Path, kind: str
+) -> None:
+    options, patch, extra, student = TOWERS[kind]
+    size = 64 if student == "fast_vlm" else 32
+    given = {
+        **parts,
+        "vision": write_tower(kind, tmp_path / "tower", **options),
+        "processor": write_processor(checkpoint, tmp_path / "processor", patch=patch, extra=extra, size=size),
+    }
+    section = CompositionSection.model_validate(given)
+    check_composition(section, "stages.a")
+    ensure_composed(section, tmp_path / "made", seed=0)
+    made, fresh = load_weights(tmp_path / "made"), compose(section, seed=0)
+    assert made.config.model_type == student
+    assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in made.state_dict().items())
+    num_tokens = read_checkpoint(tmp_path / "made").sequence_format.tokens_per_image
+    assert num_tokens == (size // patch) ** 2 + extra
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[made.config.image_token_id] * num_tokens + [5, 6]])
+    with torch.no_grad():
+        assert made(input_ids=ids, pixel_values=pixels).logits.shape == (1, num_tokens + 2, 300)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "fields", "words"),
+    [
+        ("Dinov2", {"patch_size": 16}, {}, r"makes 17 tokens of an image, but .*tower with select: full has 5"),
+        ("Dinov2", {"patch_size": 8}, {"feature_layer": 3}, r"feature_layer is 3, but a 'dinov2' has 2 layers"),
+        ("ViT", {"patch_size": 8, "image_size": 64}, {}, r"a 'vit' cannot make features of 32 x 32 pixels alone: "),
+        ("Siglip2Vision", {"patch_size": 8}, {}, r"a 'siglip2_vision_model' cannot make features .*spatial_shapes"),
+        ("SiglipVision", {"patch_size": 8, "image_size": 64}, {}, r"expects 64 x 64 pixels, but .* 32 x 32"),
+        (
+            "SiglipVision",
+            {"patch_size": 8, "image_size": 32},
+            {"select": "default"},
+            r"compose\.select is default, which drops the first position, but .* has no class token",
+        ),
+        ("ResNet", MAPS, {"feature_layer": -2}, r"compose\.feature_layer is -2, but the features of .* are a map"),
+        ("ResNet", MAPS, {"select": "default"}, r"compose\.select is default, but the features of .* are a map"),
+        ("Bert", {"vocab_size": 30}, {}, r"is a 'bert', expected a vision tower"),
+    ],
+)
+def test_a_tower_that_does_not_fit_is_refused_before_its_weights_are_read(
+    parts: dict[str, str],
+    checkpoint: Path,
+    tmp_path: Path,
+    kind: str,
+    options: dict[str, Any],
+    fields: dict[str, Any],
+    words: str,
+) -> None:
+    tower = write_tower(kind, tmp_path / "tower", **(options if options is MAPS else {**SMALL, **options}))
+    (tmp_path / "tower" / "model.safetensors").write_bytes(b"")
+    processor = write_processor(checkpoint, tmp_path / "processor", patch=8, extra=1)
+    given = {**parts, "vision": tower, "processor": processor, **fields}
+    with pytest.raises(ConfigError, match=rf"^stages\.a: {words}|^stages\.a: compose\..*{words}"):
+        check_composition(CompositionSection.model_validate(given), "stages.a")
+
+
 @pytest.mark.parametrize("part", ["vision", "llm", "processor"])
 def test_check_opens_what_compose_names(parts: dict[str, str], tmp_path: Path, part: str) -> None:
     check_composition(CompositionSection.model_validate(parts), "stages.a")
@@ -129,6 +222,68 @@ def test_three_stages_from_parts(parts: dict[str, str], make_runner: Callable[..
     assert changed
     assert all(name.startswith("multi_modal_projector.") for name in changed)
     assert all(torch.equal(dft[name], dpt[name]) for name in dft if name.startswith("vision_tower."))
+
+
+UNREPAIRED = (  # as on a machine whose Python does not repair torchvision by itself
+    "sys.meta_path[:] = [each for each in sys.meta_path if not hasattr(each, 'repairs_torchvision')]; "
+    "sys.modules.pop('stillhouse_torch_companions', None)"
+)
+
+
+@pytest.mark.parametrize("kind", ["timm", "ResNet"])
+def test_a_student_with_a_map_of_features_trains_with_every_loss(
+    parts: dict[str, str], checkpoint: Path, tmp_path: Path, make_runner: Callable[..., Runner], kind: str
+) -> None:
+    prologue = UNREPAIRED
+    if kind == "timm":
+        timm = pytest.importorskip("timm", reason="the extra `timm`")
+        prologue += f"; sys.path.append({str(Path(timm.__file__).parents[1])!r})"
+        tower = write_tower("TimmWrapper", tmp_path / "tower", architecture="test_efficientnet")
+    else:
+        tower = write_tower(kind, tmp_path / "tower", **TOWERS[kind][0])
+    processor = write_processor(checkpoint, tmp_path / "processor", patch=32, extra=0, size=128)
+    kd = {"response": {}, "visual": {}, "relation": {"weight": 0.5}}
+    composed = {"vision": tower, "llm": parts["llm"], "processor": processor}
+    prune = {"model": "{run}/composed", "layers": 1, "choose": "least_change", "slice": 4}
+    runner = make_runner(
+        whole={"init": "{run}/composed", "compose": composed, "losses": kd, "steps": 2},
+        pruned={"init": "{run}/pruned", "prune": prune, "losses": kd, "steps": 2},
+    )
+    for outcome in runner.run_in_turn(("whole", "--evaluate"), ("pruned",), prologue=prologue):
+        assert outcome.code == 0, outcome.stderr
+    made, whole, pruned = (
+        load_weights(runner.folder / "runs" / "t" / name) for name in ("composed", "whole-0", "pruned-0")
+    )
+    assert made.config.model_type == "fast_vlm"
+    frozen = {name for name, tensor in made.model.vision_tower.named_parameters()}
+    assert all(
+        torch.equal(tensor, whole.model.vision_tower.get_parameter(name))
+        for name, tensor in made.model.vision_tower.named_parameters()
+    )
+    assert frozen == {name for name, _ in pruned.model.vision_tower.named_parameters()}
+    assert pruned.config.text_config.num_hidden_layers == 1
+
+
+def test_a_tower_of_timm_without_timm_says_what_to_install(parts: dict[str, str], tmp_path: Path) -> None:
+    """Whether transformers needs timm for the config already, which names no labels, or for the model alone."""
+    code = f"""if True:
+        import sys; sys.modules["timm"] = None
+        from student_train.config import CompositionSection
+        from student_train.models.compose import check_composition
+        for name in ("bare", "labelled"):
+            section = CompositionSection.model_validate({parts!r} | {{"vision": {str(tmp_path)!r} + "/" + name}})
+            try: check_composition(section, name)
+            except Exception as error: print(type(error).__name__, error)
+    """
+    config = {"model_type": "timm_wrapper", "architecture": "resnet18", "num_classes": 2}
+    for name, labels in (("bare", {}), ("labelled", {"label_names": ["a", "b"]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **labels}))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    bare, labelled = done.stdout.splitlines() or [done.stderr, ""]
+    for line, name in ((bare, "bare"), (labelled, "labelled")):
+        assert line.startswith(f"ConfigError {name}: "), done
+        assert line.endswith("is one of timm, which is not installed; install it: pip install 'stillhouse[timm]'")
 
 
 def test_parts_that_do_not_fit_are_refused(parts: dict[str, str], tmp_path: Path) -> None:

@@ -84,8 +84,9 @@ def test_a_model_that_does_not_fit_the_cache_is_refused(deep: Path, cache: Path,
         change.measure(model, model.model.language_model.layers)
 
 
-def test_a_pruned_student_trains_and_is_pruned_once(deep: Path, make_runner: Callable[..., Runner]) -> None:
-    """On two ranks, and a second stage that prunes the first one's result."""
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_pruned_student_trains_and_is_pruned_once(deep: Path, make_runner: Callable[..., Runner], ranks: int) -> None:
+    """Its result is pruned once more by the next stage."""
     kd = {"response": {}, "visual": {}, "relation": {"weight": 0.5}}
     first = {"model": str(deep), "layers": 2, "choose": "least_change", "slice": 8}
     second = {"model": "{run}/heal-0", "layers": [1], "width": {"intermediate_size": 64, "hidden_size": 32}}
@@ -93,7 +94,7 @@ def test_a_pruned_student_trains_and_is_pruned_once(deep: Path, make_runner: Cal
         heal={"init": "{run}/pruned", "prune": first, "losses": kd},
         narrow={"init": "{run}/narrow", "prune": second, "losses": kd},
     )
-    outcomes = runner.run_in_turn(("heal",), ("heal",), ("narrow",), ranks=2)
+    outcomes = runner.run_in_turn(("heal",), ("heal",), ("narrow",), ranks=ranks)
     assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
     run = runner.folder / "runs" / "t"
     whole, pruned = (load_file(folder / "model.safetensors") for folder in (deep, run / "pruned"))
