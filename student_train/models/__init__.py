@@ -1,1 +1,1 @@
-"""The student model: loading, composing, sparse upcycling, LoRA, experts, checkpoints. Uses data."""
+"""The student model: loading, composing, pruning, sparse upcycling, LoRA, experts, checkpoints. Uses data."""

@@ -153,8 +153,8 @@ def test_any_tower_with_sequences_or_a_map_makes_a_student(
     made, fresh = load_weights(tmp_path / "made"), compose(section, seed=0)
     assert made.config.model_type == student
     assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in made.state_dict().items())
-    num_tokens = read_checkpoint(tmp_path / "made").sequence_format.tokens_per_image
-    assert num_tokens == (size // patch) ** 2 + extra
+    num_tokens = (size // patch) ** 2 + extra
+    assert read_checkpoint(tmp_path / "made").sequence_format.tokens_per_image == num_tokens
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[made.config.image_token_id] * num_tokens + [5, 6]])
     with torch.no_grad():
