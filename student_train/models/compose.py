@@ -50,6 +50,7 @@ class Tower:
     kind: str  # a class of transformers
     features: TowerFeatures
     layer: int  # whose output the projector reads
+    num_tokens: int  # visual tokens of an image
 
 
 def ensure_composed(
@@ -116,7 +117,7 @@ def compose(section: CompositionSection, *, seed: int) -> Any:
         vision_config=tower.config,
         text_config=decoder.config,
         image_token_index=image_token_id,
-        image_seq_length=found.features.num_positions,
+        image_seq_length=found.num_tokens,
         projector_hidden_act="gelu",
         vision_feature_layer=found.layer,
         vision_feature_select_strategy=section.select,
@@ -157,9 +158,9 @@ def _check_tower(section: CompositionSection, processor: Any, image_token_id: in
             f"compose.select is default, which drops the first position, but {section.vision} has no class token "
             "there; set select: full"
         )
-    dropped = 1 if section.select == "default" else 0
-    _check_token_count(section, processor, image_token_id, features.num_positions - dropped)
-    return Tower(config, kind, features, layer)
+    num_tokens = features.num_positions - (1 if section.select == "default" else 0)
+    _check_token_count(section, processor, image_token_id, num_tokens)
+    return Tower(config, kind, features, layer, num_tokens)
 
 
 def _check_map_fields(section: CompositionSection, place: str) -> None:
