@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from stillhouse.ablate import ablate, describe_finished_seeds, group_by_parent, list_grid
 from stillhouse.config import Experiment, read_experiment
+from stillhouse.reporting.reproduction import record_command
 from stillhouse.run import run_experiment
 from stillhouse.torchrun import make_training_arguments, make_training_command, make_training_environment
 from storage.backends.lock import HeldError, hold_lock
@@ -141,6 +142,9 @@ def test_a_chain_is_trained_in_order_and_again_when_its_init_changes(tmp_path: P
 
     with connect_to_ray(None, local_cpus=1):
         ablate(read_experiment(path))
+        listing = json.loads((tmp_path / "runs" / "chain" / "ablations.json").read_bytes())
+        assert listing["command"] == record_command(path, [])  # what the report says of repeating it
+        assert [run["caches"] for run in listing["runs"]] == [[str(cache)]] * 2
         assert _train_in_new_process(read_experiment(path), "first") == folders["first"].joinpath(WEIGHTS).read_bytes()
         first, second = (load_file(folder / "model.safetensors") for folder in folders.values())
         start = load_file(init / "model.safetensors")

@@ -40,7 +40,7 @@ def test_experiments_lie_side_by_side(folders: list[Path], tmp_path: Path) -> No
     assert first["best_control"]["exact_match"]["mean"] == 0.5
     assert second["best_run"] is None
     text = page.read_text()
-    assert text.index("<strong>one</strong>: kd beats") < text.index("<h2>Results")
+    assert text.index("<strong>one</strong>: That kd beats") < text.index("<h2>Results")
     assert "The caches do not differ in bytes a row" in text
 
 
@@ -72,7 +72,7 @@ def test_the_command_compares_several_folders_and_reports_on_one(
     assert default_output(folders).is_file()
     assert main(["report", one]) == 0
     *_, gain, cost = capsys.readouterr().out.splitlines()
-    assert gain.startswith("kd beats sft by 50.0 points")
+    assert gain.startswith("That kd beats sft is not shown: +50.0 points")  # of two questions
     assert cost.startswith("What the cache saved is not known, since")
     assert main(["report", one, "--output", str(tmp_path / "x.html")]) == 2
     assert main(["report", one, str(tmp_path / "none")]) == 2

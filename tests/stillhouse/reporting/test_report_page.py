@@ -114,7 +114,7 @@ def test_the_page_needs_nothing_from_elsewhere(page: Page) -> None:
 def test_texts_of_the_data_add_no_element_and_no_attribute(page: Page) -> None:
     assert not {name for _, attributes in page.found for name in attributes if name.startswith("on")}
     assert {tag for tag, _ in page.found}.isdisjoint({"script", "b", "object", "iframe", "form", "input"})
-    for text in (QUESTION.strip(), f"kd{SCRIPT}", f"{SAMPLE_ID}0", "no <b>", SCRIPT):
+    for text in (QUESTION.strip(), f"kd{SCRIPT}", f"{SAMPLE_ID}1", "no <b>", SCRIPT):
         assert text in page.text
 
 
@@ -216,7 +216,7 @@ def test_samples_of_several_caches_are_found_by_their_number() -> None:
         ("USER: \nWhat is it? ASSISTANT:", "What is it?"),
         ("system\nuser\nA model of what?", "A model of what?"),
         ("Is it a user", "Is it a"),
-        ("user\nassistant", "user\nassistant"),
+        ("assistant\n", "assistant"),
     ],
 )
 def test_marks_of_roles_are_no_part_of_a_question(text: str, bare: str) -> None:
@@ -242,8 +242,8 @@ def test_only_settings_that_differ_are_named() -> None:
         "lost": [{"inputs": {}}],
     }
     assert find_differences(runs) == {
-        "sft": {"data.splits": "train", "losses.response": "–", "losses.response.weight": "–", "steps": "3"},
-        "kd": {"data.splits": "train, more", "losses.response": "–", "losses.response.weight": "2.0", "steps": "6"},
+        "sft": {"data.splits": "train", "losses.response.weight": "–", "steps": "3"},
+        "kd": {"data.splits": "train, more", "losses.response.weight": "2.0", "steps": "6"},
     }
 
 
@@ -253,9 +253,8 @@ def test_nothing_is_wider_than_a_phone(folder: Path, tmp_path: Path, width: int)
     """In a frame of the page's own width, since a window may not be narrow. The frame's script is the test's."""
     text = (folder / "report.html").read_text()
     probe = "<script>document.title = [document.documentElement.scrollWidth, innerWidth].join(' of ')</script>"
-    (tmp_path / "page.html").write_text(
-        re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", f"{probe}</body>")
-    )
+    bare = re.sub(r"<meta http-equiv[^>]*>", "", text)
+    (tmp_path / "page.html").write_text(bare.replace("</body>", f"{probe}</body>"))
     (tmp_path / "frame.html").write_text(
         f'<iframe id="f" src="page.html" width="{width}" height="900" style="border:0"></iframe>'
         "<script>f.onload = () => document.title = f.contentDocument.title</script>"
