@@ -321,7 +321,7 @@ def _ablate(arguments: argparse.Namespace) -> None:
     from stillhouse.ablate import ablate  # torch, Ray, matplotlib
     from stillhouse.config import read_experiment
     from stillhouse.preflight import print_warnings
-    from stillhouse.reporting.report import write_report
+    from stillhouse.report_page.write_report import write_report
     from stillhouse.reporting.summary import print_summary
 
     experiment = read_experiment(arguments.file, arguments.overrides)
@@ -337,7 +337,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
         print(compare_experiments(arguments.folders, arguments.page or default_output(arguments.folders)))
         return
-    from stillhouse.reporting.report import write_report  # matplotlib, scipy
+    from stillhouse.report_page.write_report import write_report  # matplotlib, scipy
     from stillhouse.reporting.summary import print_summary
 
     if arguments.page is not None:

@@ -16,7 +16,7 @@ from stillhouse.cache_scan import scan_with_progress
 from stillhouse.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
 from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
 from stillhouse.preflight import print_warnings
-from stillhouse.reporting.report import write_report
+from stillhouse.report_page.write_report import write_report
 from stillhouse.torchrun import (
     check_training_start,
     count_ranks,

@@ -1,4 +1,4 @@
-"""Builds report.json from the results of an experiment's runs, and writes it and its page.
+"""Builds report.json from the results of an experiment's runs.
 
 Spreads are standard deviations over seeds. `verdicts` compare runs with their controls, paired by seed and question
 (pairing.py), with simultaneous intervals (comparisons.py). What a page shows of single samples is not in report.json.
@@ -17,13 +17,11 @@ from typing import Any
 from stillhouse.reporting.comparisons import compare_runs
 from stillhouse.reporting.cost import compute_cost, describe_cost, explain_missing_cost
 from stillhouse.reporting.pairing import pair_runs
-from stillhouse.reporting.report_page import build_page_details, render_report
 from stillhouse.reporting.reproduction import describe_reproduction
-from stillhouse.reporting.results import Results, read_cache, read_dump, read_metrics, read_results
+from stillhouse.reporting.results import Results, read_cache, read_dump, read_results
 from stillhouse.reporting.run_settings import compute_bytes_a_row, find_differences, list_families
 from stillhouse.reporting.text_formats import compute_mean_and_sd
 from stillhouse.reporting.verdict import describe_scope, describe_verdict, find_best_run
-from storage.backends.folder import write_atomically, write_json
 from storage.errors import StillhouseError
 
 TEACHER_LOSSES = ("response", "visual", "relation", "preference")  # parts of a loss that come from the teacher
@@ -32,23 +30,6 @@ COMPARED_METRICS = (  # a family of comparisons each
     "exact_match", "kl_to_teacher", "cross_entropy", "unsupported_rate", "hallucination_rate",
 )  # fmt: skip
 CATEGORY_MEASURES = ("cross_entropy", "kl_to_teacher")  # that evaluations have by question type, besides exact match
-
-
-def write_report(folder: Path) -> Path:
-    """Writes <folder>/report.json and report.html and returns the latter's path."""
-    results = read_results(folder)
-    report = summarise(results)
-    write_json(folder / "report.json", report)
-    metrics = {
-        f"{name}/seed{seed['seed']}": read_metrics(Path(entry["folder"]))
-        for name, seeds in results.runs.items()
-        for seed in seeds
-        for entry in results.listing["runs"]
-        if (entry["name"], entry["seed"]) == (name, seed["seed"])
-    }
-    page = folder / "report.html"
-    write_atomically(page, render_report(report, metrics, build_page_details(results, report)).encode())
-    return page
 
 
 def build_report(folder: Path) -> dict[str, Any]:

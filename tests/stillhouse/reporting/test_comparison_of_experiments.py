@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stillhouse.__main__ import main
+from stillhouse.report_page.write_report import write_report
 from stillhouse.reporting.experiment_comparison import compare_experiments, default_output, render_comparison
-from stillhouse.reporting.report import write_report
 from storage.errors import ConfigError
 from tests.stillhouse.reporting.reports import write_experiment
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from stillhouse.report_page.page import render_report
 from stillhouse.reporting.comparisons import Comparison
 from stillhouse.reporting.plots import draw_categories
 from stillhouse.reporting.report import build_report
-from stillhouse.reporting.report_page import render_report
 from stillhouse.reporting.results import read_metrics
 from stillhouse.reporting.summary import describe_evaluation
 from stillhouse.reporting.text_formats import compute_mean_and_sd, format_number, format_percent

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from stillhouse.inspection.token_texts import load_token_texts
-from stillhouse.reporting.gallery import build_gallery, list_questions, locate_sample, strip_roles
-from stillhouse.reporting.report import write_report
-from stillhouse.reporting.report_page import SECTIONS
+from stillhouse.report_page.gallery import build_gallery, list_questions, locate_sample, strip_roles
+from stillhouse.report_page.page import SECTIONS
+from stillhouse.report_page.write_report import write_report
 from stillhouse.reporting.reproduction import record_command
 from stillhouse.reporting.results import read_results
 from stillhouse.reporting.run_settings import find_differences

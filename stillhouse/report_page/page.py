@@ -9,10 +9,10 @@ from typing import Any
 from stillhouse.inspection.cache_page import choose_cards, format_share
 from stillhouse.inspection.sample_view import chart_bars
 from stillhouse.inspection.token_texts import escape_unprintable
+from stillhouse.report_page.gallery import Gallery, build_gallery
+from stillhouse.report_page.relation_panels import RelationPanels, build_relation_panels
 from stillhouse.reporting.cost import format_seconds
-from stillhouse.reporting.gallery import Gallery, build_gallery
 from stillhouse.reporting.plots import MAX_POINTS, draw_accuracy, draw_categories, draw_losses, draw_trade, run_colours
-from stillhouse.reporting.relation_panels import RelationPanels, build_relation_panels
 from stillhouse.reporting.reproduction import read_experiment_file
 from stillhouse.reporting.results import Results
 from stillhouse.reporting.templates import render_template

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stillhouse.inspection.image_previews import HeatMap, ImagePreview, draw_heat_map, embed_image
-from stillhouse.reporting.gallery import MAX_LOSSLESS_SIDE, MAX_SIDE, OpenCaches, locate_sample
+from stillhouse.report_page.gallery import MAX_LOSSLESS_SIDE, MAX_SIDE, OpenCaches, locate_sample
 from stillhouse.reporting.results import Results
 from storage.errors import StillhouseError
 from storage.identity import stored_pixels
