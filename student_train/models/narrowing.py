@@ -61,27 +61,44 @@ def check_widths(model: Any, section: PruneSection) -> None:
                 f"prune.width.hidden_size: {kind} with the decoder {text.model_type!r}, expected one of "
                 f"{', '.join(_DECODERS)}, alone or in a LLaVA or FastVLM; remove it"
             )
+        try:
+            _change_widths(model.config, width)
+        except Exception as error:  # whatever a config of transformers raises for widths that it does not take
+            raise ConfigError(
+                f"prune.width.hidden_size is {width.hidden_size}, which {section.model} cannot have: "
+                f"{str(error).strip().splitlines()[-1].strip()}; give another one"
+            ) from error
 
 
 def narrow_decoder(model: Any, width: PrunedWidthSection) -> Any:
     """Return a model with narrower MLPs, hidden states or both; what stays is copied."""
-    new_config = copy.deepcopy(model.config)
-    text, old = new_config.get_text_config(), model.config.get_text_config()
+    new_config = _change_widths(model.config, width)
     weights = dict(model.state_dict())
     decoder = find_name(model, model.get_decoder())
     if width.intermediate_size is not None:
-        text.intermediate_size = width.intermediate_size
-        for number in range(old.num_hidden_layers):
+        for number in range(model.config.get_text_config().num_hidden_layers):
             _narrow_mlp(weights, f"{decoder}.layers.{number}.mlp.", _MLP, width.intermediate_size)
     if width.hidden_size is not None:
-        text.head_dim = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads  # as it was
-        text.hidden_size = width.hidden_size
         _narrow_hidden(weights, model, decoder, width.hidden_size)
     smaller = find_auto_class(new_config).from_config(new_config, dtype=model.dtype).eval()
     smaller.load_state_dict(weights, strict=True)
     smaller.tie_weights()
     smaller.generation_config = model.generation_config
     return smaller
+
+
+def _change_widths(config: Any, width: PrunedWidthSection) -> Any:
+    """Return a copy of a model's config with other widths. Errors: those of the config's own checks."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if width.intermediate_size is not None:
+        text.intermediate_size = width.intermediate_size
+    if width.hidden_size is not None:
+        text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads  # as it was
+        text.hidden_size = width.hidden_size
+    if validate := getattr(text, "validate", None):
+        validate()
+    return config
 
 
 def _narrow_mlp(weights: dict[str, Tensor], prefix: str, names: Sequence[str], num_kept: int) -> None:

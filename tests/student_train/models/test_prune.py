@@ -201,6 +201,7 @@ def test_what_cannot_be_pruned_is_refused_by_name(tmp_path: Path) -> None:
         ({"layers": [0, 4]}, r"prune\.layers names layer 4, but .* has 4"),
         ({"width": {"intermediate_size": 97}}, r"prune\.width\.intermediate_size is 97, but that of .* is 96"),
         ({"width": {"hidden_size": 65}}, r"prune\.width\.hidden_size is 65, but that of .* is 64"),
+        ({"width": {"hidden_size": 41}}, r"prune\.width\.hidden_size is 41, which .* cannot have: .*attention heads"),
     ],
 )
 def test_more_than_there_is_is_refused_without_reading_weights(
