@@ -205,7 +205,8 @@ def main(arguments: list[str]) -> int:
         case []:
             pass
         case ["--add", path]:
-            report = json.loads(Path(path).read_text(encoding="utf-8"))
+            root = Path(path).resolve().parents[2]  # of <root>/runs/<name>/report.json
+            report = json.loads(Path(path).read_text(encoding="utf-8").replace(f'"{root}/', '"'))
             (REPORTS / f"{report['name']}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         case ["--check"]:
             old = [path for path, text in list_outputs().items() if path.read_text(encoding="utf-8") != text]

@@ -12,6 +12,7 @@ from stillhouse.reporting.plots import draw_experiments
 from stillhouse.reporting.results import read_json
 from stillhouse.reporting.templates import render_template
 from stillhouse.reporting.text_formats import format_columns, format_number, format_percent
+from stillhouse.reporting.verdict import select_controls
 from storage.backends.folder import write_atomically, write_json
 from storage.errors import ConfigError, StillhouseError
 
@@ -69,7 +70,9 @@ def _summarise(report: Mapping[str, Any], folder: Path, *, label: str) -> dict[s
     best = runs.get(report.get("best_run") or "") or max(
         (run for run in runs.values() if run["distilled"]), key=lambda run: run["exact_match"]["mean"], default=None
     )
-    controls = {each["control"] for each in report.get("verdicts", []) if best and each["run"] == best["name"]}
+    controls = select_controls(
+        report["runs"], {each["control"] for each in report.get("verdicts", []) if best and each["run"] == best["name"]}
+    )
     control = max(
         (run for name, run in runs.items() if name in controls),
         key=lambda run: run["exact_match"]["mean"],

@@ -15,7 +15,11 @@ def find_differences(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
 
     A run whose folder does not say how it was trained has none.
     """
-    settings = {name: _flatten(seeds[0]["inputs"]) for name, seeds in runs.items() if seeds[0].get("inputs")}
+    settings = {
+        name: _flatten(seeds[0]["inputs"]) | {"caches": seeds[0].get("train_caches")}
+        for name, seeds in runs.items()
+        if seeds[0].get("inputs")
+    }
     fields = sorted({field for of_run in settings.values() for field in of_run if field not in _OWN})
     differing = [field for field in fields if len({_show(of_run.get(field)) for of_run in settings.values()}) > 1]
     kept = [field for field in differing if not _is_part_of_unset(field, differing, settings)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from stillhouse.reporting.comparisons import Comparison
@@ -20,17 +20,25 @@ def find_best_run(runs: Sequence[dict[str, Any]], comparisons: Sequence[Comparis
     return max(num_controls, key=lambda name: (num_controls[name], accuracy[name]), default=None)
 
 
+def select_controls(runs: Sequence[dict[str, Any]], controls: Set[str]) -> set[str]:
+    """Those controls that the verdict speaks of: the ones without the teacher's rows; all if each has them."""
+    return set(controls - {run["name"] for run in runs if run["distilled"]}) or set(controls)
+
+
 def describe_verdict(runs: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -> str:
     """The best distilled run against its best control, in exact match and in KL to the teacher, in one sentence.
 
-    `runs` as in report.json, `comparisons` those of runs with their controls.
+    `runs` as in report.json, `comparisons` those of runs with their controls. A control that is distilled itself, such
+    as a run with fewer losses, stands in the tables alone.
     """
     best = find_best_run(runs, comparisons)
     if best is None:
         return "There is nothing to compare: no distilled run has a control."
+    controls = select_controls(runs, {each.control for each in comparisons if each.run == best})
+    of_best = [each for each in comparisons if each.run == best and each.control in controls]
     parts = [
-        _describe_gain([each for each in comparisons if each.run == best and each.metric == "exact_match"]),
-        _describe_closeness([each for each in comparisons if each.run == best and each.metric == "kl_to_teacher"]),
+        _describe_gain([each for each in of_best if each.metric == "exact_match"]),
+        _describe_closeness([each for each in of_best if each.metric == "kl_to_teacher"]),
     ]
     return "; ".join(filter(None, parts)) + "."
 

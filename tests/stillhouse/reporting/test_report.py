@@ -85,6 +85,13 @@ def test_the_verdict_is_about_the_most_accurate_distilled_run() -> None:
     assert describe_verdict(runs, aside).startswith("kd beats")  # the other one has a control of its own
 
 
+def test_the_verdict_speaks_of_controls_that_are_not_distilled() -> None:
+    runs = [run("sft", distilled=False), run("kd_response", distilled=True), run("kd", distilled=True)]
+    found = [compare("kd", 0.3, 0.05), compare("kd", 0.1, 0.05, control="kd_response")]
+    assert describe_verdict(runs, found) == "kd beats sft by 30.0 points (95 % interval 25.0 to 35.0)."
+    assert describe_verdict(runs, found[1:]).startswith("kd beats kd_response by 10.0 points")  # no other one
+
+
 def test_the_verdict_says_which_answers_were_judged_and_who_is_closer_to_the_teacher() -> None:
     runs = [{**run("kd", distilled=True), "turns": "all"}]
     for difference, said in (

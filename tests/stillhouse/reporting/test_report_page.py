@@ -231,19 +231,20 @@ def test_questions_of_a_conversation_are_told_apart(folder: Path) -> None:
 
 
 def test_only_settings_that_differ_are_named() -> None:
-    def trained(steps: int, losses: dict, splits: list[str]) -> list[dict]:
+    def trained(steps: int, losses: dict, splits: list[str], cache: str) -> list[dict]:
         stage = {"steps": steps, "lr": 0.1, "losses": losses, "seed": steps}
-        return [{"inputs": {"stage": stage, "caches": [{"splits": splits, "num_samples": 4}]}}]
+        inputs = {"stage": stage, "caches": [{"splits": splits, "num_samples": 4}]}
+        return [{"inputs": inputs, "train_caches": [cache]}]
 
     response = {"weight": 2.0, "divergence": "forward_kl"}
     runs = {
-        "sft": trained(3, {"response": None}, ["train"]),
-        "kd": trained(6, {"response": response}, ["train", "more"]),
+        "sft": trained(3, {"response": None}, ["train"], "own_answers"),
+        "kd": trained(6, {"response": response}, ["train", "more"], "cache"),
         "lost": [{"inputs": {}}],
     }
     assert find_differences(runs) == {
-        "sft": {"data.splits": "train", "losses.response.weight": "–", "steps": "3"},
-        "kd": {"data.splits": "train, more", "losses.response.weight": "2.0", "steps": "6"},
+        "sft": {"caches": "own_answers", "data.splits": "train", "losses.response.weight": "–", "steps": "3"},
+        "kd": {"caches": "cache", "data.splits": "train, more", "losses.response.weight": "2.0", "steps": "6"},
     }
 
 
