@@ -34,6 +34,8 @@ Report = dict[str, Any]
 def make_table(reports: Sequence[Report], kind: str) -> str:
     """One table in Markdown, with the rows of each report. KeyError for a kind that does not exist."""
     tables = [_KINDS[kind](report) for report in reports]
+    if any(table[0] != tables[0][0] for table in tables):
+        raise ValueError(f"the reports {[each['name'] for each in reports]} have other columns of the kind {kind!r}")
     of_runs = [row for table in tables for row in table[2:] if row[0] != TEACHER]
     rows = [*tables[0][:2], *of_runs, *(row for row in tables[0] if row[0] == TEACHER)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
@@ -81,14 +83,20 @@ def _list_categories(report: Report) -> list[list[str]]:
 
 
 def _list_differences(report: Report) -> list[list[str]]:
-    header = ["run", "over", "points of exact match, 95 % interval", "KL to the teacher, 95 % interval", "adjusted p"]
+    header = [
+        "run",
+        "over",
+        "points of exact match, 95 % interval",
+        "adjusted p of it",
+        "KL to the teacher, 95 % interval",
+    ]
     by_pair = {(each["run"], each["control"], each["metric"]): each for each in report["verdicts"]}
     rows, last = [], None
     for (run, control, metric), each in by_pair.items():
         if metric != "exact_match":
             continue
         points, nats = _interval(each, 100, 1), _interval(by_pair.get((run, control, "kl_to_teacher")), 1, 3)
-        rows.append(["" if run == last else f"`{run}`", f"`{control}`", points, nats, _format_p(each["adjusted_p"])])
+        rows.append(["" if run == last else f"`{run}`", f"`{control}`", points, _format_p(each["adjusted_p"]), nats])
         last = run
     return [header, ["---"] * len(header), *rows]
 
@@ -123,11 +131,10 @@ def make_figure(report: Report) -> str:
     """Exact match by run as SVG: a bar up to the mean with its standard deviation, the teacher as a line."""
     runs, teacher = report["runs"], 100 * report["teacher"]["exact_match"]
     means = {run["name"]: (100 * run["exact_match"]["mean"], 100 * (run["exact_match"]["sd"] or 0)) for run in runs}
-    low = 10 * min(int((mean - sd) // 10) for mean, sd in means.values())
     seeds = max(run["num_seeds"] for run in runs)
 
     def place(value: float) -> str:
-        return f"{170 + (value - low) / (100 - low) * 560:g}"
+        return f"{170 + value / 100 * 560:g}"
 
     bottom = 60 + 44 * len(runs)
     listed = "; ".join(f"{name}: {mean:.1f} % ± {sd:.1f}" for name, (mean, sd) in means.items())
@@ -148,17 +155,17 @@ def make_figure(report: Report) -> str:
         "    .axis { font-size: 16px; text-anchor: middle; }",
         "  </style>",
         f'  <rect class="card" x="1" y="1" width="758" height="{bottom + 44}" rx="14"/>',
-        f'  <text class="name" x="22" y="32">Exact match, %, mean ± standard deviation over {seeds} seeds</text>',
+        f'  <text class="name" x="22" y="32">Exact match, %, mean ± sd over {seeds} seeds; red: distilled</text>',
     ]
-    for value in range(low, 101, 10):
+    for value in range(0, 101, 20):
         lines.append(f'  <path class="grid" d="M{place(value)},48 V{bottom}"/>')
         lines.append(f'  <text class="axis" x="{place(value)}" y="{bottom + 24}">{value}</text>')
     for number, run in enumerate(runs):
         (mean, sd), y = means[run["name"]], 66 + 44 * number
         kind = "bar taught" if run["distilled"] else "bar"
-        width = float(place(mean)) - float(place(low))
+        width = float(place(mean)) - float(place(0))
         lines.append(f'  <text class="line" x="160" y="{y + 19}">{run["name"]}</text>')
-        lines.append(f'  <rect class="{kind}" x="{place(low)}" y="{y}" width="{width:g}" height="28" rx="3"/>')
+        lines.append(f'  <rect class="{kind}" x="{place(0)}" y="{y}" width="{width:g}" height="28" rx="3"/>')
         lines.append(f'  <path class="error" d="M{place(mean - sd)},{y + 14} H{place(min(100, mean + sd))}"/>')
     lines.append(f'  <path class="teacher" d="M{place(teacher)},48 V{bottom}"/>')
     lines.append(f'  <text class="axis" x="{place(teacher)}" y="{bottom + 42}">teacher {teacher:.1f}</text>')

@@ -38,6 +38,7 @@ from storage.processes.search_path import make_module_command
 from student_train.config import StageSection
 from student_train.training.init_making import list_init_parts
 from student_train.training.stage_inputs import collect_init_inputs
+from student_train.training.trainer import resolve_stage
 from teacher_dump.ray_jobs import Command, run_commands
 
 
@@ -102,6 +103,7 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
     ledger = Ledger(experiment.run / "steps")
     with explain_write_errors(experiment.run / "logs"):
         (experiment.run / "logs").mkdir(parents=True, exist_ok=True)
+    command = record_command(experiment.path, experiment.overrides)  # before the file may change
     runs = list(list_grid(experiment))
     _check_made_inits(experiment, runs)
     with tqdm(total=len(runs), desc="students", unit="run") as bar:
@@ -124,7 +126,7 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
         "controls": {name: experiment.ablations.get_controls(name) for name in experiment.ablations.runs},
         "cache": experiment.cache.path,
         "teacher": experiment.teacher.model,
-        "command": record_command(experiment.path, experiment.overrides),
+        "command": command,
     }
     write_json(experiment.run / "ablations.json", document)
     return runs
@@ -203,7 +205,7 @@ def _check_made_inits(experiment: Experiment, runs: list[GridRun]) -> None:
     for run in runs:
         if run.parent is not None or not list_init_parts(run.section):
             continue
-        place = run.section.init.replace("{seed}", str(run.seed))
+        place = resolve_stage(run.section, run.stage).init
         first = made.setdefault(place, run)
         (field, before), (other, after) = _describe_making(experiment, first), _describe_making(experiment, run)
         changes = describe_changes(before, after, other) if field == other else [f"one has {field}, one {other}"]
@@ -223,7 +225,10 @@ def _describe_making(experiment: Experiment, run: GridRun) -> tuple[str, dict[st
     assert section.prune is not None
     described = section.prune.model_dump(mode="json")
     if section.prune.measures_change:
-        described["caches"] = [source.model_dump(mode="json") for source in section.list_sources(experiment.cache.path)]
+        described["caches"] = [
+            source.model_dump(mode="json", include={"path", "splits", "filter"})
+            for source in section.list_sources(experiment.cache.path)
+        ]
     return "prune", described
 
 

@@ -62,6 +62,6 @@ def _map_widths(section: PruneSection, folder: Path) -> dict[int, int] | None:
         config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
         text = config.get("text_config", config)
         wanted = {text[name]: size for name, size in section.width.model_dump(exclude_none=True).items()}
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return {old: min(old, new) for old, new in wanted.items()}

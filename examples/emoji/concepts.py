@@ -1,8 +1,9 @@
 """Concepts of the emoji experiment: what an emoji shows, its kind and group, and the split by first code point.
 
 Read from npm's emojibase-data (names, kinds, groups, in many languages) and from the two packages of pictures.
-An emoji and its variants (gender, hair, role) share their first code point, so they form a family, and a family is on
-one side of the split. A variant of another kind than its family's first emoji is left out, so a family has one kind.
+An emoji and its variants (gender, hair, role) form a family, and a family is on one side of the split. They share
+their first code point, or one of those in `_PERSONS`. A variant of another kind than its family's first emoji is left
+out, so a family has one kind.
 Flags and components are left out, as are kinds of fewer than MIN_FAMILIES families, which could not be asked about on
 all sides.
 """
@@ -26,6 +27,9 @@ LEFT_OUT_GROUPS = ("component", "flags")
 MAX_VARIANTS = 3  # of a family, the first ones in Unicode's order: a person has forty roles
 MIN_FAMILIES = 8  # of a kind
 
+# man, woman; old man, old woman; man dancing: the same drawings as person, old person, woman dancing with other hair
+_PERSONS = {"1F468": "1F9D1", "1F469": "1F9D1", "1F474": "1F9D3", "1F475": "1F9D3", "1F57A": "1F483"}
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -39,8 +43,9 @@ class Concept:
 
     @property
     def family(self) -> str:
-        """The first code point, which variants of an emoji share."""
-        return self.hexcode.partition("-")[0]
+        """The first code point, which variants of an emoji share; of people that of any age's and gender's person."""
+        first = self.hexcode.partition("-")[0]
+        return _PERSONS.get(first, first)
 
 
 def read_concepts(names: Tarball, drawn: Collection[str]) -> list[Concept]:

@@ -84,6 +84,7 @@ class Gallery:
     rule: str = ""
     unit: str = ""
     note: str = ""
+    no_answer: str = "gave no answer of its own"  # said of the teacher where it has none
 
 
 @dataclass
@@ -124,7 +125,10 @@ def build_gallery(results: Results, run: str | None) -> Gallery:
             items.append(item)
         if len(items) == NUM_SHOWN:
             break
-    return Gallery(items, choice.rule, choice.unit)
+    judged = results.teacher.get("caches") or []
+    elsewhere = judged and not {path for (path, _), _ in choice.places} & set(judged)
+    no_answer = f"was judged on {', '.join(judged)}, not on this cache" if elsewhere else Gallery.no_answer
+    return Gallery(items, choice.rule, choice.unit, no_answer=no_answer)
 
 
 def locate_sample(sample_id: str, entry: Mapping[str, Any], shared: str | None) -> Place:

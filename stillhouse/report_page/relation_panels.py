@@ -61,7 +61,7 @@ def build_relation_panels(results: Results, run: str | None) -> RelationPanels:
     try:
         for each in entries[0]["relations"]:
             panels.append(_build_panel(each["sample_id"], entries[0], results, caches))
-    except (StillhouseError, OSError, KeyError) as error:
+    except (StillhouseError, OSError, KeyError, ValueError) as error:
         return RelationPanels(note=f"The teacher's relation matrices cannot be read here: {error}")
     if not panels:
         return RelationPanels(note="The cache holds no relation matrices of held-out images.")

@@ -44,13 +44,13 @@ def describe_cost(cost: dict[str, float]) -> str:
     """The cost in one sentence; empty where it was not measured, see `explain_missing_cost`."""
     if not cost:
         return ""
-    cached, other = (format_seconds(cost[name]) for name in ("cached_s", "with_teacher_in_every_step_s"))
+    own, other = cost["cached_s"] - cost["dump_s"], cost["with_teacher_in_every_step_s"]
     runs = f"{cost['runs_to_break_even']:.0f} distilled run{'s' if cost['runs_to_break_even'] > 1 else ''}"
     paid = cost["runs_to_break_even"] <= cost["num_distilled"]
-    dump = format_seconds(cost["dump_s"])
     return (
-        f"All runs took {cached} with the cache, its dump ({dump}) included, and would have taken {other} with the "
-        f"teacher in every step; the cache {'paid' if paid else 'pays'} for itself after {runs}."
+        f"Summed over runs, training took {format_seconds(own)} and the dump {format_seconds(cost['dump_s'])}; with "
+        f"the teacher in every step, at the dump's rate, it would have been {format_seconds(other)}; the cache "
+        f"{'paid' if paid else 'pays'} for itself after {runs}."
     )
 
 

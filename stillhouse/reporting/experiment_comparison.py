@@ -67,17 +67,13 @@ def read_experiments(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _summarise(report: Mapping[str, Any], folder: Path, *, label: str) -> dict[str, Any]:
     runs = {run["name"]: run for run in report["runs"]}
-    best = runs.get(report.get("best_run") or "") or max(
-        (run for run in runs.values() if run["distilled"]), key=lambda run: run["exact_match"]["mean"], default=None
+    best = runs.get(report.get("best_run") or "") or _find_most_accurate(
+        [run for run in runs.values() if run["distilled"]]
     )
     controls = select_controls(
         report["runs"], {each["control"] for each in report.get("verdicts", []) if best and each["run"] == best["name"]}
     )
-    control = max(
-        (run for name, run in runs.items() if name in controls),
-        key=lambda run: run["exact_match"]["mean"],
-        default=None,
-    )
+    control = _find_most_accurate([run for name, run in runs.items() if name in controls])
     cache = report.get("cache") or {}
     return {
         "label": label,

@@ -47,13 +47,14 @@ def summarise(results: Results) -> dict[str, Any]:
         for each in compare_runs(metric, pair_runs(by_name, listing["controls"], metric))
     ]
     path = results.cache_path
-    cache, dump = ({}, {}) if path is None else (read_cache(path), read_dump(path))
-    caches = {} if path is None else {path: cache}
+    cache, dump, missing = _read_shared_cache(path)
+    caches = {str(path): cache} if cache else {}
     differences = find_differences(by_name)
     for run in runs:
         entries = by_name[run["name"]]
         run["families"] = list_families(entries[0])
         run["settings"] = differences.get(run["name"], {})
+        run["judged_on"] = entries[0].get("caches")
         run["bytes_a_row_read"] = _measure_reading(entries[0], run["families"], caches, path)
     distilled = {run["name"] for run in runs if run["distilled"]}
     entries = [entry for of_run in by_name.values() for entry in of_run]
@@ -70,9 +71,19 @@ def summarise(results: Results) -> dict[str, Any]:
         "verdict_scope": describe_scope(runs),
         "best_run": find_best_run(runs, comparisons),
         "cost": cost,
-        "cost_sentence": describe_cost(cost) or explain_missing_cost(entries, distilled, dump),
+        "cost_sentence": describe_cost(cost) or missing or explain_missing_cost(entries, distilled, dump),
         "reproduction": describe_reproduction(results),
     }
+
+
+def _read_shared_cache(path: str | None) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The facts of a cache and of its dump, both empty without it, and why they cannot be read here."""
+    if path is None:
+        return {}, {}, ""
+    try:
+        return read_cache(path), read_dump(path), ""
+    except (StillhouseError, OSError) as error:
+        return {}, {}, f"What the cache saved is not known, since the cache cannot be read here: {error}"
 
 
 _BULK = ("samples", "fidelity_by_sample", "relations")  # of single samples: they stay in evaluation.json
@@ -85,15 +96,17 @@ def _measure_reading(
 
     Reads the facts of caches that `caches` lacks and puts them there.
     """
+    if not families:
+        return 0.0
     paths: list[str] | None = entry["train_caches"]
-    if paths is None and shared is not None:  # an earlier version listed none: most runs read the shared cache
+    if paths is None and shared in caches:  # an earlier version listed none: most runs read the shared cache
         asked = entry["inputs"].get("caches", [])
         paths = [shared] if len(asked) == 1 and _is_cache_of(asked[0], caches[shared]) else None
     if not paths:
         return None
     try:
         facts = [caches.get(path) or caches.setdefault(path, read_cache(path)) for path in paths]
-    except StillhouseError:  # a further cache was removed since
+    except (StillhouseError, OSError):  # a cache was removed since, or is on another machine
         return None
     return compute_bytes_a_row(families, facts)
 

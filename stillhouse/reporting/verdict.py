@@ -10,14 +10,16 @@ from stillhouse.reporting.comparisons import Comparison
 
 
 def find_best_run(runs: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -> str | None:
-    """The distilled run that the verdict is about: the most accurate of those compared with the most controls.
+    """The distilled run that the verdict is about: the most accurate of those with the most undistilled controls.
 
     None without a distilled run that has a control. `runs` as in report.json.
     """
     accuracy = {run["name"]: run["exact_match"]["mean"] for run in runs}
     distilled = {run["name"] for run in runs if run["distilled"]}
-    num_controls = Counter(each.run for each in comparisons if each.metric == "exact_match" and each.run in distilled)
-    return max(num_controls, key=lambda name: (num_controls[name], accuracy[name]), default=None)
+    compared = [each for each in comparisons if each.metric == "exact_match" and each.run in distilled]
+    num_controls = Counter(each.run for each in compared if each.control not in distilled)
+    names = dict.fromkeys(each.run for each in compared)
+    return max(names, key=lambda name: (num_controls[name], accuracy[name]), default=None)
 
 
 def select_controls(runs: Sequence[dict[str, Any]], controls: Set[str]) -> set[str]:
@@ -56,9 +58,10 @@ def describe_judged_turns(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _describe_gain(comparisons: Sequence[Comparison]) -> str:
-    """One run against the control that it leads by the least."""
-    least = min(comparisons, key=lambda each: each.difference)
-    others = f", the best of {len(comparisons)} controls," if len(comparisons) > 1 else ""
+    """One run against a control over which no lead is shown, else against the one that it leads by the least."""
+    least = min(comparisons, key=lambda each: (each.shown and each.difference > 0, each.difference))
+    is_best = least.difference == min(each.difference for each in comparisons)
+    others = f", the best of {len(comparisons)} controls," if len(comparisons) > 1 and is_best else ""
     points, interval = f"{100 * abs(least.difference):.1f} points", describe_interval(least, scale=100, digits=1)
     if least.shown:
         verb = "beats" if least.difference > 0 else "falls behind"
@@ -70,10 +73,10 @@ def _describe_gain(comparisons: Sequence[Comparison]) -> str:
 
 
 def _describe_closeness(comparisons: Sequence[Comparison]) -> str:
-    """One run against the control that is closest to the teacher; empty where no KL was compared."""
+    """As `_describe_gain`, in KL to the teacher; empty where no KL was compared."""
     if not comparisons:
         return ""
-    least = max(comparisons, key=lambda each: each.difference)
+    least = max(comparisons, key=lambda each: (not (each.shown and each.difference < 0), each.difference))
     nats, interval = f"{abs(least.difference):.3f} nats", describe_interval(least, scale=1, digits=3)
     if least.shown:
         side = "lower" if least.difference < 0 else "higher"

@@ -4,8 +4,8 @@ PyPI's torchvision and torchaudio carry CUDA extensions, which do not load besid
 then fails on two operators that nobody has defined, torchaudio fails outright, and so does a torchcodec that finds no
 ffmpeg. transformers and vLLM import all three wherever they are installed. With wheels that load, nothing here acts.
 
-`install` adds an import hook to this process, which repairs torchvision if its import fails. Importing `teacher_dump`
-does that, and so does a student's import of transformers, since timm needs torchvision;
+`install` adds an import hook to this process, which repairs torchvision if its import fails. A teacher does that before
+it imports transformers or vLLM, and so does a student, since timm needs torchvision;
 `python -m teacher_dump.environment` does it for every Python of an environment, by a copy of this file in
 site-packages. So it must import nothing but what every start of Python imports.
 """

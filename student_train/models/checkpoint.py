@@ -4,8 +4,7 @@ Tensor names: transformers 5 saves a LLaVA's tower as `vision_tower.encoder…`,
 `vision_tower.vision_model.encoder…`. Both read the names from before transformers 4.52:
 `language_model.model.*`, `language_model.lm_head.*`, `multi_modal_projector.*` and
 `vision_tower.vision_model.*`. Experts are saved one by one, as in public mixtures of experts. Towers other than CLIP's
-and SigLIP's, which vLLM's LLaVA does not know, and other architectures keep the names of transformers'
-save_pretrained, which are those of the Hub.
+and SigLIP's and other architectures keep the names of transformers' save_pretrained, which are those of the Hub.
 """
 
 from __future__ import annotations

@@ -148,18 +148,23 @@ def _check_tower(section: CompositionSection, processor: Any, image_token_id: in
             f"{place} expects {expected} x {expected} pixels, but the image processor of {section.processor} makes "
             f"{height} x {width}; give a processor of the tower's size"
         )
+    if height != width:
+        raise ConfigError(
+            f"compose.processor: the image processor of {section.processor} makes {height} x {width} pixels, expected "
+            "a square, since the visual losses compare square grids; give one that does"
+        )
     layer = -2 if section.feature_layer is None else section.feature_layer
     features = measure_tower(config, (height, width), layer=layer, place=place)
     if features.kind == "map":
         layer = -1
         _check_map_fields(section, place)
-    elif section.select == "default" and features.num_prefix == 0:
+    elif section.select == "default" and not features.num_prefix:
         raise ConfigError(
-            f"compose.select is default, which drops the first position, but {section.vision} has no class token "
-            "there; set select: full"
+            f"compose.select is default, which drops the first position, but {section.vision} has no known "
+            "class token there; set select: full"
         )
     num_tokens = features.num_positions - (1 if section.select == "default" else 0)
-    _check_token_count(section, processor, image_token_id, num_tokens)
+    _check_token_count(section, processor, image_token_id, num_tokens, is_map=features.kind == "map")
     return Tower(config, kind, features, layer, num_tokens)
 
 
@@ -177,10 +182,17 @@ def _check_map_fields(section: CompositionSection, place: str) -> None:
         )
 
 
-def _check_token_count(section: CompositionSection, processor: Any, image_token_id: int, num_features: int) -> None:
+def _check_token_count(
+    section: CompositionSection, processor: Any, image_token_id: int, num_features: int, *, is_map: bool
+) -> None:
     """ConfigError if the processor writes another number of image tokens than the tower makes."""
     if getattr(processor, "patch_size", 0) is None:
-        return  # an older LLaVA's, which leaves that to the model
+        if not is_map:
+            return  # an older LLaVA's, which leaves that to the model
+        raise ConfigError(
+            f"compose.processor: {section.processor} has patch_size null, so it cannot write the {num_features} image "
+            f"tokens of {section.vision}; set patch_size in its processor_config.json"
+        )
     inputs = ImageProcessorAdapter(processor, image_token_id=image_token_id)
     num_tokens = int(np.count_nonzero(inputs.expand_image(_PROBED_PICTURE) == image_token_id))
     if num_tokens != num_features:

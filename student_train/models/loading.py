@@ -336,7 +336,7 @@ def find_modules(name: str) -> tuple[Module, ...]:
 
 
 def freeze(model: nn.Module, trained: Sequence[Module]) -> None:
-    """Enable gradients and train mode for the trained parts only."""
+    """Enable gradients and train mode for the trained parts only. Batch norms keep their statistics."""
     model.requires_grad_(False).eval()
     mlps = tuple(_find_mlps(model)) if "mlp" in trained else ()
     for part in ("vision", "llm", "projector"):  # a projector may be a submodule of its tower, so it comes last
@@ -346,6 +346,9 @@ def freeze(model: nn.Module, trained: Sequence[Module]) -> None:
                 module.train(part in trained)
     for name in mlps:
         model.get_submodule(name).train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()  # statistics of a batch would depend on ranks, micro-batches and blank images
     for name, parameter in model.named_parameters():
         is_mlp = any(name.startswith(mlp + ".") for mlp in mlps)
         parameter.requires_grad_(is_mlp or find_part(name) in trained)

@@ -77,7 +77,13 @@ def _is_made(folder: Path, field: Literal["compose", "prune"], inputs: Mapping[s
     except (OSError, ValueError):
         _log.warning("%s has no %s, so its inputs are unknown; it is used unchanged", folder, RECORD)
         return True
-    other = _VERBS[recorded.get("made_by", "compose")]
+    maker = recorded.get("made_by", "compose") if isinstance(recorded, dict) else None
+    if maker not in ("compose", "prune"):
+        raise ConfigError(
+            f"{folder / RECORD}: got {str(recorded)[:80]}, expected a record of compose or prune; remove the folder to "
+            "make it anew, or give init another folder"
+        )
+    other = _VERBS[maker]
     verb = _VERBS[field]
     if other == verb:
         changes = describe_changes(recorded, inputs, field)

@@ -71,7 +71,7 @@ def check_widths(model: Any, section: PruneSection) -> None:
 
 
 def narrow_decoder(model: Any, width: PrunedWidthSection) -> Any:
-    """Return a model with narrower MLPs, hidden states or both; what stays is copied."""
+    """Return a model with narrower MLPs, hidden states or both; what stays is copied, but for the gains of norms."""
     new_config = _change_widths(model.config, width)
     weights = dict(model.state_dict())
     decoder = find_name(model, model.get_decoder())

@@ -1,4 +1,6 @@
-"""Prunes a decoder: layers are removed, MLPs and hidden states narrowed; what stays is copied unchanged.
+"""Prunes a decoder: removes layers, narrows MLPs and hidden states, copies what stays.
+
+The gains of norms alone change (narrowing.py).
 
 Works on plain decoders and on the decoder of a vision-language model. Sources: ShortGPT (Men et al. 2024) for the
 measure by which layers go, Minitron (Muralidharan et al. 2024) for pruning depth and width before distillation.
@@ -26,7 +28,7 @@ from student_train.models.narrowing import check_widths, find_name, narrow_decod
 from student_train.models.tower_features import check_timm
 
 _PER_LAYER = ("layer_types", "no_rope_layers")  # lists of a decoder's config with an item for each layer
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _PLAIN = (bool, int, float, str, type(None))
 _PLACES = {"layer_idx", "training"}  # attributes that may differ between a layer and its copy
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from storage.errors import StillhouseError
 from storage.reader.cache import read_identity
 from student_train.config import PruneSection, StageSection
 from student_train.data.collate import collate
@@ -82,6 +84,11 @@ class LayerChange:
                 student.compute_hidden(batch.input_ids, batch.visual_positions, batch.vision)
         model.to(home)
         changes = [total / meter.num_tokens for total in meter.totals]
+        if not all(map(math.isfinite, changes)):
+            raise StillhouseError(
+                f"{self.section.model}: the changes of its layers are {changes}, expected finite numbers; prune with "
+                "choose: spaced, or give a bfloat16 or float32 model"
+            )
         listed = ", ".join(f"{number}: {change:.3g}" for number, change in enumerate(changes))
         _log.warning("change of the hidden state by layer, on %d samples: %s", len(chosen), listed)
         return changes

@@ -33,6 +33,7 @@ from student_train.models.student import Student
 from student_train.training.checkpoint_rotation import CheckpointRotation
 from student_train.training.deepspeed_engine import Engine, Process, measure_peak_memory
 from student_train.training.ema import WeightAverage
+from student_train.training.init_making import list_init_parts
 from student_train.training.loop import BatchFeed, StageSetup, run_steps
 from student_train.training.loss_spikes import DivergedError
 from student_train.training.objective import Objective
@@ -55,7 +56,7 @@ class RankError(StillhouseError):
 def resolve_stage(stage: StageSection, name: str) -> StageSection:
     """Replace `{stage}` and `{seed}` in a stage's `output`, and `{seed}` in its `init`.
 
-    ConfigError if `init` lies inside `output`, which the stage replaces.
+    ConfigError if `init` lies inside `output`, which the stage replaces, or if either replaces what `init` is made of.
     """
     seed = str(stage.seed)
     init = stage.init.replace("{seed}", seed)
@@ -65,6 +66,12 @@ def resolve_stage(stage: StageSection, name: str) -> StageSection:
             f"stages.{name}: init is {init}, inside the stage's own output {output}, which the stage replaces; "
             "give another output, or copy the checkpoint elsewhere"
         )
+    for part in list_init_parts(stage):
+        if Path(part).resolve() in (Path(init).resolve(), Path(output).resolve()):
+            raise ConfigError(
+                f"stages.{name}: {part} is both what init is made from and the stage's init or output, which would "
+                "replace it; give init and output folders of their own"
+            )
     return stage.model_copy(update={"init": init, "output": output})
 
 

@@ -74,7 +74,7 @@ def test_tables_by_hand() -> None:
     assert "| 1,200 |" in make_table([REPORT], "runs")
     assert make_table([REPORT], "categories").splitlines()[2:] == ["| `sft` | 12.5 ± 1.0 |", "| *teacher* | 50.0 |"]
     assert make_table([REPORT], "differences").splitlines()[2:] == [
-        "| `kd` | `sft` | +10.0 (−5.0 to +25.0) | −0.100 | .031 |",
+        "| `kd` | `sft` | +10.0 (−5.0 to +25.0) | .031 | −0.100 |",
     ]
 
 

@@ -48,6 +48,11 @@ def test_a_concept_needs_a_picture_in_each_style(tmp_path):
     assert "1F002" in {concept.hexcode for concept in concepts}
 
 
+def test_people_of_any_gender_are_one_family():
+    man, woman, person = make_concepts(*(("person", f"{code}-1F9B0") for code in ("1F468", "1F469", "1F9D1")))
+    assert man.family == woman.family == person.family == "1F9D1"
+
+
 def test_a_family_has_one_kind_and_few_variants():
     family = [("tool", "A"), ("toy", "A-1"), ("tool", "A-2"), ("tool", "A-3"), ("tool", "A-4")]
     others = [(kind, f"{kind}{index}") for kind in ("tool", "toy") for index in range(8)]

@@ -105,10 +105,10 @@ def test_an_experiment_of_one_run_ends_in_its_report(ray_head: RayHead, tmp_path
     while left := marked_processes(mark):  # in the cluster, which goes on
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
-    *_, page, _, gain, cost = said.splitlines()
+    *_, page, _, _, gain, cost = said.splitlines()
     assert page.endswith("report.html")
     assert gain == "There is nothing to compare: no distilled run has a control."
-    assert cost.startswith("All runs took ")
+    assert cost.startswith("Summed over runs, training took ")
     folder = tmp_path / "runs" / "tiny"
     assert Cache.open(folder / "cache").num_samples == sum(NUM_SAMPLES.values())
     assert verify(folder / "cache").ok
@@ -138,10 +138,10 @@ def test_an_experiment_runs_end_to_end_through_kills(tmp_path: Path) -> None:
     second = stillhouse("run", str(config))
     said, _ = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 0, said
-    *_, page, _, gain, cost = said.splitlines()
+    *_, page, _, _, gain, cost = said.splitlines()
     assert page.endswith("report.html")
     assert "Exact match of all answers." in gain
-    assert cost.startswith("All runs took ")
+    assert cost.startswith("Summed over runs, training took ")
 
     cache = Cache.open(folder / "cache")
     expected = {f"{split}-{index:04d}" for split, num in NUM_SAMPLES.items() for index in range(num)}

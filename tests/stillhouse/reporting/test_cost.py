@@ -19,8 +19,8 @@ def test_cost_by_hand() -> None:
     assert cost["with_teacher_in_every_step_s"] == pytest.approx(120 + 0.2 * 1500)
     assert cost["runs_to_break_even"] == 3  # 400 s over 150 s a run
     assert describe_cost(cost) == (
-        "All runs took 9 min with the cache, its dump (7 min) included, and would have taken 7 min with the teacher in "
-        "every step; the cache pays for itself after 3 distilled runs."
+        "Summed over runs, training took 2 min and the dump 7 min; with the teacher in every step, at the dump's rate, "
+        "it would have been 7 min; the cache pays for itself after 3 distilled runs."
     )
     assert describe_cost({**cost, "runs_to_break_even": 1}).endswith("the cache paid for itself after 1 distilled run.")
 

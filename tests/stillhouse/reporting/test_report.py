@@ -92,6 +92,23 @@ def test_the_verdict_speaks_of_controls_that_are_not_distilled() -> None:
     assert describe_verdict(runs, found[1:]).startswith("kd beats kd_response by 10.0 points")  # no other one
 
 
+def test_a_control_that_is_distilled_does_not_choose_the_verdict_s_run() -> None:
+    """kd_and_labels has fewer controls than kd, but as many that are not distilled, and is more accurate."""
+    runs = [run(name, distilled=name != "sft") for name in ("sft", "kd_response", "kd", "kd_and_labels")]
+    runs[3] = {**runs[3], "exact_match": {"mean": 0.9, "sd": 0.1}}
+    found = [compare(name, 0.3, 0.05) for name in ("kd", "kd_and_labels")]
+    found.append(compare("kd", 0.1, 0.05, control="kd_response"))
+    assert describe_verdict(runs, found).startswith("kd_and_labels beats sft")
+
+
+def test_the_verdict_names_a_control_over_which_nothing_is_shown() -> None:
+    runs = [run("kd", distilled=True)]
+    found = [compare("kd", 0.1, 0.02), compare("kd", 0.11, 0.2, control="sft_double")]
+    assert describe_verdict(runs, found).startswith("That kd beats sft_double is not shown: +11.0 points")
+    found = [compare("kd", -0.3, 0.02, metric="kl_to_teacher"), compare("kd", -0.4, 0.5, metric="kl_to_teacher")]
+    assert "not shown to differ" in describe_verdict(runs, [compare("kd", 0.1, 0.02), *found])
+
+
 def test_the_verdict_says_which_answers_were_judged_and_who_is_closer_to_the_teacher() -> None:
     runs = [{**run("kd", distilled=True), "turns": "all"}]
     for difference, said in (

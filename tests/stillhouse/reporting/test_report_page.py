@@ -176,12 +176,11 @@ def test_what_is_not_on_this_machine_is_said_instead(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path).read_text()).text
     assert "picture not shown: " in text
     assert "Questions and tokens are shown as token ids, since the teacher's folder" in text
-    listing = json.loads((tmp_path / "ablations.json").read_text())
     shutil.rmtree(cache)
-    (tmp_path / "ablations.json").write_text(json.dumps({**listing, "cache": None}))
     text = Page(write_report(tmp_path).read_text()).text
     assert "The cache cannot be read here: " in text
     assert "The teacher's relation matrices cannot be read here: " in text
+    assert "What the cache saved is not known, since the cache cannot be read here: " in text
 
 
 def test_an_experiment_without_anything_to_compare_has_a_page(tmp_path: Path) -> None:

@@ -99,10 +99,11 @@ def test_a_torchcodec_that_cannot_load_is_hidden_whatever_it_raises(tmp_path: Pa
     assert run(code, tmp_path) == "None True"
 
 
-def test_importing_our_package_is_enough(tmp_path: Path) -> None:
+def test_the_hook_alone_is_enough(tmp_path: Path) -> None:
     fake(tmp_path, "torchvision", NEEDS_OPERATORS)
     fake(tmp_path, "torch", FAKE_TORCH)
-    assert run("import teacher_dump, torchvision; print(torchvision.ready)", tmp_path) == "True"
+    code = "from storage.processes import torchvision_shim; torchvision_shim.install()\nimport torchvision\n"
+    assert run(code + "print(torchvision.ready)", tmp_path) == "True"
     assert run("import torchvision", tmp_path) == "RuntimeError: operator torchvision::nms does not exist"
 
 

@@ -19,7 +19,7 @@ from student_train.config import CompositionSection, StageSection
 from student_train.models.checkpoint_contents import describe_checkpoint
 from student_train.models.compose import check_composition, compose, ensure_composed
 from student_train.models.huggingface import import_transformers, load_processor, load_weights
-from student_train.models.loading import read_checkpoint
+from student_train.models.loading import freeze, read_checkpoint
 from student_train.training.stage_inputs import collect_init_inputs
 from tests.student_train.conftest import Runner
 from tests.tiny import make_tiny_llava, make_tiny_tokenizer
@@ -73,6 +73,59 @@ def test_a_checkpoint_of_unknown_inputs_is_kept_with_a_warning(
     ensure_composed(CompositionSection.model_validate(parts), tmp_path / "made", seed=0, replaces=True)
     assert not list((tmp_path / "made").iterdir())
     assert "so its inputs are unknown" in caplog.text
+
+
+@pytest.mark.parametrize("record", ["[]", "null", '{"made_by": "merge"}', '{"made_by": []}'])
+def test_a_record_that_is_none_of_ours_is_refused(parts: dict[str, str], tmp_path: Path, record: str) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "composition.json").write_text(record)
+    with pytest.raises(ConfigError, match=r"composition\.json: got .*, expected a record of compose or prune; remove"):
+        ensure_composed(CompositionSection.model_validate(parts), tmp_path / "made", seed=0, replaces=True)
+
+
+def test_a_tower_without_its_pooler_is_composed(parts: dict[str, str], checkpoint: Path, tmp_path: Path) -> None:
+    """As classification checkpoints of ViT are: no projector reads the pooler."""
+    transformers = import_transformers()
+    config = transformers.ViTConfig(**SMALL, intermediate_size=96, image_size=32, patch_size=8)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "tower")
+    processor = write_processor(checkpoint, tmp_path / "processor", patch=8, extra=1)
+    section = CompositionSection.model_validate({**parts, "vision": str(tmp_path / "tower"), "processor": processor})
+    first, second = (compose(section, seed=0).state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_batch_norms_keep_their_statistics_where_the_tower_trains(
+    parts: dict[str, str], checkpoint: Path, tmp_path: Path
+) -> None:
+    tower = write_tower("ResNet", tmp_path / "tower", **TOWERS["ResNet"][0])
+    processor = write_processor(checkpoint, tmp_path / "processor", patch=32, extra=0, size=64)
+    model = compose(CompositionSection.model_validate({**parts, "vision": tower, "processor": processor}), seed=0)
+    freeze(model, ("projector", "llm", "vision"))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    assert all(parameter.requires_grad for norm in norms for parameter in norm.parameters())
+    before = [norm.state_dict()["running_mean"].clone() for norm in norms]
+    model.model.vision_tower(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(norm.state_dict()["running_mean"], old) for norm, old in zip(norms, before, strict=True))
+
+
+def test_a_map_needs_a_processor_that_counts_its_tokens_on_a_square(
+    parts: dict[str, str], checkpoint: Path, tmp_path: Path
+) -> None:
+    tower = write_tower("ResNet", tmp_path / "tower", **TOWERS["ResNet"][0])
+    write_processor(checkpoint, tmp_path / "processor", patch=32, extra=0, size=64)
+    given = {**parts, "vision": tower, "processor": str(tmp_path / "processor")}
+    for patch, width, words in (
+        (None, 64, r"has patch_size null, so it cannot write the 4 image tokens"),
+        (32, 96, r"makes 64 x 96 pixels, expected a square"),
+    ):
+        processor = load_processor(tmp_path / "processor")
+        processor.patch_size, processor.image_processor.size = patch, {"height": 64, "width": width}
+        processor.save_pretrained(tmp_path / f"{width}")
+        section = CompositionSection.model_validate({**given, "processor": str(tmp_path / f"{width}")})
+        with pytest.raises(ConfigError, match=r"stages\.a: compose\.processor: .*" + words):
+            check_composition(section, "stages.a")
 
 
 def test_a_changed_composition_is_refused_with_its_fields_or_replaced(parts: dict[str, str], tmp_path: Path) -> None:
@@ -173,7 +226,7 @@ def test_any_tower_with_sequences_or_a_map_makes_a_student(
             "SiglipVision",
             {"patch_size": 8, "image_size": 32},
             {"select": "default"},
-            r"compose\.select is default, which drops the first position, but .* has no class token",
+            r"compose\.select is default, which drops the first position, but .* has no known class token",
         ),
         ("ResNet", MAPS, {"feature_layer": -2}, r"compose\.feature_layer is -2, but the features of .* are a map"),
         ("ResNet", MAPS, {"select": "default"}, r"compose\.select is default, but the features of .* are a map"),

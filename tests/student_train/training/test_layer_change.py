@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from storage.errors import IdentityError
+from storage.errors import IdentityError, StillhouseError
 from student_train.config import StageSection
 from student_train.data.collate import collate
 from student_train.data.sample_images import TensorStore, VisionGatherer
@@ -73,6 +74,14 @@ def test_the_samples_are_described_by_content(deep: Path, cache: Path) -> None:
     other = make_change(deep, cache)
     moved = LayerChange(other.stage.model_copy(update={"splits": ("test",)}), other.section, str(cache))
     assert moved.describe() != described
+
+
+def test_a_change_that_is_no_number_is_refused(deep: Path, cache: Path, tmp_path: Path) -> None:
+    model: Any = load_weights(deep)
+    with torch.no_grad():
+        model.get_decoder().layers[1].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(StillhouseError, match=r"changes of its layers are .*nan.*, expected finite numbers"):
+        make_change(deep, cache).measure(model, list(model.get_decoder().layers))
 
 
 def test_a_model_that_does_not_fit_the_cache_is_refused(deep: Path, cache: Path, tmp_path: Path) -> None:

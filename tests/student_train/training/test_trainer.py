@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +45,20 @@ def test_stage_and_seed_are_replaced_in_paths() -> None:
 def test_a_stage_does_not_start_from_what_it_replaces(init: str) -> None:
     with pytest.raises(ConfigError, match=r"stages\.kd: init is .*inside the stage's own output runs/kd,"):
         resolve_stage(stage(init=init, output="runs/{stage}"), "kd")
+
+
+@pytest.mark.parametrize("replaced", ["init", "output"])
+@pytest.mark.parametrize(
+    "making",
+    [
+        {"prune": {"model": "runs/teacher", "layers": 2}},
+        {"compose": {"vision": "tower", "llm": "runs/other/../teacher", "processor": "models/x"}},
+    ],
+)
+def test_a_stage_does_not_replace_what_its_init_is_made_from(replaced: str, making: dict[str, Any]) -> None:
+    places = {"init": "runs/init", "output": "runs/out"} | {replaced: "runs/teacher"}
+    with pytest.raises(ConfigError, match=r"stages\.kd: .*teacher is both what init is made from and the stage's init"):
+        resolve_stage(stage(**places, **making), "kd")
 
 
 def test_exactly_one_length_is_asked_for() -> None:
