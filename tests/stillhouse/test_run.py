@@ -138,9 +138,10 @@ def test_an_experiment_runs_end_to_end_through_kills(tmp_path: Path) -> None:
     second = stillhouse("run", str(config))
     said, _ = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 0, said
-    *_, page, _, _, gain, cost = said.splitlines()
+    *_, page, _, scope, gain, cost = said.splitlines()
     assert page.endswith("report.html")
-    assert "Exact match of all answers." in gain
+    assert scope == "Exact match of all answers."
+    assert "kd_full" in gain
     assert cost.startswith("Summed over runs, training took ")
 
     cache = Cache.open(folder / "cache")
