@@ -34,7 +34,7 @@ def test_the_long_form_takes_teacher_and_cache_from_the_short_one():
 
 
 def test_the_narrow_students_width_is_a_multiple_of_smollm2s_nine_heads():
-    """transformers refuses another one when the student is made, hours after the start."""
+    """transformers refuses another one, which `check` can only say once the teacher has been trained."""
     prune = LONG.stages["sft_narrow"].prune
     assert prune is not None
     assert prune.width is not None
