@@ -2,8 +2,8 @@
 
 Legend: r rows, d hidden, w rows of the head (w >= v), v vocabulary.
 Gradients are computed in the forward pass, while a chunk's logits are in memory, and multiplied by the incoming
-gradient in the backward pass. So the head is multiplied three times, as in plain cross-entropy. Computed in
-float32 whatever the input's dtype, including products of bfloat16 and float16.
+gradient in the backward pass. So the head is multiplied three times, as in plain cross-entropy. Losses are computed in
+float32 whatever the input's dtype; gradients of bfloat16 and float16 inputs may come from slopes of their dtype.
 """
 
 from __future__ import annotations

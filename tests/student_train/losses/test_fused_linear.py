@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from storage.encoding.output_head import make_head
 from student_train.data.collate import make_teacher_rows
 from student_train.losses.config import TREATMENTS, Divergence, Treatment
 from student_train.losses.fused_linear import HeadLossTask, fused_head_loss
-from student_train.losses.head_products import TeacherHead
+from student_train.losses.head_products import BFloat16CPUProducts, HeadProducts, TeacherHead, WideProducts
 from student_train.losses.sparse_divergence import LossSpec, TailProfile, TeacherRows
 from tests.hypothesis_profiles import examples
 from tests.student_train.caches import sparse_rows
@@ -59,8 +60,9 @@ class Case:
             self.hidden, self.labels, self.teacher_rows(), self.loss_spec(), label_weight=0.7, weight=0.3
         )
 
-    def fused(self, *, chunk_logits: int = 1 << 20) -> Tensor:
-        return fused_head_loss(self.weight, [self.task()], bias=self.bias, vocab_size=V, chunk_logits=chunk_logits)[0]
+    def fused(self, *, chunk_logits: int = 1 << 20, products: HeadProducts | None = None) -> Tensor:
+        settings: Any = {"vocab_size": V, "chunk_logits": chunk_logits, "products": products}
+        return fused_head_loss(self.weight, [self.task()], bias=self.bias, **settings)[0]
 
     def reference(self) -> Tensor:
         logits = (self.hidden.double() @ self.weight.double().T + self.bias.double())[:, :V]
@@ -114,7 +116,7 @@ def test_gradients_are_differences_of_the_value(divergence: Divergence, treatmen
 def test_low_precision_is_accumulated_in_float32(divergence: Divergence, treatment: Treatment) -> None:
     """bfloat16 costs only the rounding of the results: the reference computes on the same inputs."""
     case = Case(8, LossSpec(divergence, treatment), dtype=torch.bfloat16)
-    loss, reference = case.fused(chunk_logits=3 * V), case.reference()
+    loss, reference = case.fused(chunk_logits=3 * V, products=WideProducts()), case.reference()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
     gradients = torch.autograd.grad(loss, [case.hidden, case.weight, case.bias])
@@ -122,6 +124,16 @@ def test_low_precision_is_accumulated_in_float32(divergence: Divergence, treatme
     expected = torch.autograd.grad(reference, [case.hidden, case.weight, case.bias])
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize(("divergence", "treatment"), ALL)
+def test_products_of_a_cpu_with_bfloat16_round_slopes(divergence: Divergence, treatment: Treatment) -> None:
+    case = Case(8, LossSpec(divergence, treatment), dtype=torch.bfloat16)
+    loss, reference = case.fused(chunk_logits=3 * V, products=BFloat16CPUProducts()), case.reference()
+    torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
+    inputs = [case.hidden, case.weight, case.bias]
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(reference, inputs), strict=True):
+        assert (ours.double() - theirs.double()).norm() < 2**-7 * theirs.double().norm()
 
 
 def test_a_large_low_precision_head_is_converted_in_parts() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from student_train.data.collate import make_teacher_rows
 from student_train.losses.fused_linear import HeadLossTask, fused_head_loss
-from student_train.losses.head_products import TensorCoreProducts
+from student_train.losses.head_products import BFloat16CPUProducts, HeadProducts, TensorCoreProducts, WideProducts
 from tests.student_train.caches import sparse_rows
 
 V, D, ROWS = 4096, 32, 24
@@ -19,7 +19,12 @@ def imitate_tensor_cores(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def relative_errors(dtype: torch.dtype, *, total_rows: int, sharpness: float, loss_scale: float) -> list[float]:
+TENSOR_CORES = TensorCoreProducts(imitate_tensor_cores)
+
+
+def relative_errors(
+    dtype: torch.dtype, *, total_rows: int, sharpness: float, loss_scale: float, products: HeadProducts = TENSOR_CORES
+) -> list[float]:
     """Return the relative errors of the gradients of hidden states and head, against float64 on the same inputs."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, D, generator=draw).to(dtype).requires_grad_()
@@ -31,7 +36,7 @@ def relative_errors(dtype: torch.dtype, *, total_rows: int, sharpness: float, lo
     def task(hidden: Tensor) -> HeadLossTask:
         return HeadLossTask(hidden, None, rows, weight=share)
 
-    loss, _ = fused_head_loss(weight, [task(hidden)], products=TensorCoreProducts(imitate_tensor_cores))
+    loss, _ = fused_head_loss(weight, [task(hidden)], products=products)
     ours = torch.autograd.grad(loss_scale * loss, [hidden, weight])
     wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
     reference, _ = fused_head_loss(wide[1], [task(wide[0])])
@@ -54,12 +59,23 @@ def test_bfloat16_slopes_need_no_scale() -> None:
     assert max(relative_errors(torch.bfloat16, total_rows=100_000, sharpness=0.003, loss_scale=1.0)) < 1e-2
 
 
+def test_a_cpu_of_bfloat16_rounds_gradients_and_not_the_loss() -> None:
+    products = BFloat16CPUProducts()
+    errors = relative_errors(torch.bfloat16, total_rows=100_000, sharpness=0.003, loss_scale=1.0, products=products)
+    assert max(errors) < 1e-2
+    draw = torch.Generator().manual_seed(1)
+    hidden, head = (torch.randn(rows, D, generator=draw).bfloat16() for rows in (ROWS, V))
+    logits, wide = torch.empty(ROWS, V), torch.empty(ROWS, V)
+    products.compute_logits(hidden, head, out=logits)
+    WideProducts().compute_logits(hidden, head, out=wide)
+    assert torch.equal(logits, wide)
+
+
 def test_slopes_that_are_all_zero_or_huge_stay_finite() -> None:
-    products = TensorCoreProducts(imitate_tensor_cores)
     hidden, head = torch.ones(2, 4, dtype=torch.float16), torch.ones(3, 4, dtype=torch.float16)
     for value in (0.0, 1e-30, 1e30):
         slopes = torch.full((2, 3), value)
         of_hidden, of_head = torch.full((2, 4), torch.nan), torch.zeros(3, 4)
-        products.add_gradients_(slopes, hidden, head, of_hidden=of_hidden, of_head=of_head)
+        TENSOR_CORES.add_gradients_(slopes, hidden, head, of_hidden=of_hidden, of_head=of_head)
         torch.testing.assert_close(of_hidden, torch.full((2, 4), 3 * value), rtol=1e-3, atol=0.0)
         torch.testing.assert_close(of_head, torch.full((3, 4), 2 * value), rtol=1e-3, atol=0.0)
