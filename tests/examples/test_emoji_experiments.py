@@ -1,9 +1,10 @@
-"""The emoji experiment's YAML files: valid, with fair controls, and the long one on the cache of the short one."""
+"""The emoji experiment's YAML files: valid, with fair controls, and the long one goes on where the short one ended."""
 
 from pathlib import Path
 
 import pytest
 
+from stillhouse.ablate import list_grid
 from stillhouse.config import read_experiment
 
 FOLDER = Path(__file__).parents[2] / "examples" / "emoji"
@@ -22,15 +23,16 @@ def test_labels_and_teacher_differ_in_nothing_but_the_losses(experiment):
     assert set(experiment.ablations.controls) <= set(experiment.ablations.runs)
 
 
-def test_the_long_form_takes_teacher_and_cache_from_the_short_one():
+def test_the_long_form_trains_the_short_ones_students_no_second_time():
+    """A run is trained again where its stage, its evaluation, its data or its place differ."""
+    assert LONG.run == SHORT.run
     assert LONG.cache == SHORT.cache
     assert LONG.teacher == SHORT.teacher
     assert LONG.data == SHORT.data
-    assert LONG.run != SHORT.run
-    for name in ("sft", "dft"):
-        short, long = (experiment.stages[name].model_dump(exclude={"init", "output"}) for experiment in (SHORT, LONG))
-        assert short == long
     assert LONG.evaluation == SHORT.evaluation
+    long = {(run.name, run.seed): run for run in list_grid(LONG)}
+    for run in list_grid(SHORT):
+        assert long[run.name, run.seed] == run
 
 
 def test_the_narrow_students_width_is_a_multiple_of_smollm2s_nine_heads():
