@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def _list_categories(report: Report) -> list[list[str]]:
     return [header, ["---"] * len(header), *rows, last]
 
 
+def _list_measure(report: Report, *, measure: str, title: str) -> list[list[str]]:
+    """One measure in nats a token by category, as `by_category` names it in a report."""
+    names = sorted({name for run in report["runs"] for name in run["measures_by_category"][measure]})
+    rows = [
+        [f"`{run['name']}`", *(_format_nats(run["measures_by_category"][measure].get(name)) for name in names)]
+        for run in report["runs"]
+    ]
+    of_teacher = report["teacher"]["by_category"]
+    last = [TEACHER, *(_format_nats((of_teacher.get(name) or {}).get(measure)) for name in names)]
+    return [[title, *names], ["---"] * (1 + len(names)), *rows, last]
+
+
 def _list_differences(report: Report) -> list[list[str]]:
     header = [
         "run",
@@ -101,11 +114,24 @@ def _list_differences(report: Report) -> list[list[str]]:
     return [header, ["---"] * len(header), *rows]
 
 
+def _list_likelihood_differences(report: Report) -> list[list[str]]:
+    header = ["run", "over", "held-out negative log-likelihood, nats a token, 95 % interval", "adjusted p"]
+    rows = [
+        [f"`{each['run']}`", f"`{each['control']}`", _interval(each, 1, 3), _format_p(each["adjusted_p"])]
+        for each in report["verdicts"]
+        if each["metric"] == "cross_entropy"
+    ]
+    return [header, ["---"] * len(header), *rows]
+
+
 _KINDS: dict[str, Callable[[Report], list[list[str]]]] = {
     "runs": _list_runs,
     "short": _list_short,
     "categories": _list_categories,
+    "likelihood": partial(_list_measure, measure="cross_entropy", title="held-out negative log-likelihood, nats"),
+    "kl": partial(_list_measure, measure="kl_to_teacher", title="held-out KL to the teacher, nats"),
     "differences": _list_differences,
+    "likelihood_differences": _list_likelihood_differences,
 }
 
 
@@ -188,6 +214,10 @@ def _percent(value: Any) -> str:
     if isinstance(value, dict):
         return format_number({name: None if part is None else 100 * part for name, part in value.items()}, ".1f")
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _format_nats(value: Any) -> str:
+    return "–" if value is None else format_number(value, ".3f")
 
 
 def _interval(each: Report | None, scale: float, digits: int) -> str:
