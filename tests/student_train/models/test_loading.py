@@ -174,7 +174,8 @@ def test_only_trained_parts_get_gradients_and_train_mode(checkpoint: Path) -> No
         ("bf16", (7, 5), {"flash_attn"}, "sdpa"),
         ("bf16", (9, 0), set(), "sdpa"),
         ("fp32", (9, 0), {"flash_attn", "flash_attn_interface"}, "sdpa"),
-        ("bf16", None, {"flash_attn", "flash_attn_interface"}, "sdpa"),
+        ("fp32", None, set(), "sdpa"),
+        ("bf16", None, {"flash_attn", "flash_attn_interface"}, "eager"),
     ],
 )
 def test_attention_is_chosen_by_gpu_precision_and_packages(
