@@ -276,7 +276,8 @@ def check_inits(experiment: Experiment) -> None:
         if stage.prune is not None:
             named[f"stages.{name}.prune.model"] = stage.prune.model
         if stage.compose is not None:
-            named |= {f"stages.{name}.compose.{part}": getattr(stage.compose, part) for part in _PARTS}
+            parts = {part: getattr(stage.compose, part) for part in _PARTS}
+            named |= {f"stages.{name}.compose.{part}": path for part, path in parts.items() if path is not None}
         for field, path in named.items():
             is_made = may_be_made_by_prepare(experiment, path) or Path(path) in made
             if not (Path(path).is_dir() or is_made or is_hub_id(path)):

@@ -14,6 +14,7 @@ from student_train.losses.config import LOSS_OPTIONS, LossesSection
 Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too
 Precision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
+TEMPLATES = ("llava_kd", "llava_mod")  # chat templates of the two papers, in student_train/models/templates
 
 
 class MoeSection(Section):
@@ -41,12 +42,30 @@ class CompositionSection(Section):
 
     vision: LocalPath  # a tower that transformers' AutoModel loads, or a whole SigLIP or CLIP; timm's need timm
     llm: LocalPath  # a causal decoder
-    processor: LocalPath  # tokenizer, chat template and image preprocessing: usually the teacher's
+    # tokenizer, chat template and image preprocessing: usually the teacher's; or give template instead
+    processor: LocalPath | None = None
+    # llava_kd, llava_mod or a .jinja file: makes a processor of it, of llm's tokenizer with `<image>` as one
+    # token, and of vision's image preprocessing
+    template: LocalPath | None = None
+    pad_to_square: bool = False  # of a made processor: images are padded to a square with the mean colour, not cropped
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     feature_layer: int | None = (
         None  # layer of the tower whose output the projector reads: by default -2, of a map the only one, -1
     )
     select: Literal["full", "default"] = "full"  # default drops the first position: CLIP's class token
+
+    @model_validator(mode="after")
+    def _check_processor(self) -> CompositionSection:
+        if (self.processor is None) == (self.template is None):
+            raise ValueError(
+                "give either processor, a folder with tokenizer, chat template and image preprocessing, or template, "
+                "of which a processor is made"
+            )
+        if self.template is not None and self.template not in TEMPLATES and not self.template.endswith(".jinja"):
+            raise ValueError(f"template is {self.template!r}, expected {', '.join(TEMPLATES)} or a .jinja file")
+        if self.pad_to_square and self.processor is not None:
+            raise ValueError("pad_to_square is for a processor that template makes; the one given has its own settings")
+        return self
 
 
 class PrunedWidthSection(Section):

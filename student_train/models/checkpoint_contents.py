@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from student_train.config import CompositionSection, PruneSection
+from storage.errors import ConfigError
+from student_train.config import TEMPLATES, CompositionSection, PruneSection
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 _PROCESSOR = (
@@ -35,15 +36,34 @@ def describe_checkpoint(place: str | Path) -> dict[str, Any]:
 
 def describe_composition(section: CompositionSection, *, seed: int) -> dict[str, Any]:
     """Describe what a composed checkpoint is made from: settings, projector seed, content of the parts."""
-    parts = {"vision": section.vision, "llm": section.llm}
+    parts = {"vision": describe_checkpoint(section.vision), "llm": describe_checkpoint(section.llm)}
     layer = -2 if section.feature_layer is None else section.feature_layer
+    if section.processor is not None:
+        processor = _drop_fields(describe_checkpoint(section.processor), {"weights", "config"})
+    else:
+        template = hashlib.sha256(read_template(section).encode()).hexdigest()
+        of_parts = {name: contents.get("processor", contents.get("name")) for name, contents in parts.items()}
+        processor = {**of_parts, "template": template, "pad_to_square": section.pad_to_square}
     return {
-        **section.model_dump(mode="json", exclude={"vision", "llm", "processor"}),
+        **section.model_dump(mode="json", exclude={"vision", "llm", "processor", "template", "pad_to_square"}),
         "feature_layer": layer,
         "seed": seed,
-        **{name: _drop_fields(describe_checkpoint(place), {"processor"}) for name, place in parts.items()},
-        "processor": _drop_fields(describe_checkpoint(section.processor), {"weights", "config"}),
+        **{name: _drop_fields(contents, {"processor"}) for name, contents in parts.items()},
+        "processor": processor,
     }
+
+
+def read_template(section: CompositionSection) -> str:
+    """Return the text of a composition's chat template: a shipped one or a file. Errors: ConfigError."""
+    assert section.template is not None
+    shipped = section.template in TEMPLATES
+    path = Path(__file__).with_name("templates") / f"{section.template}.jinja" if shipped else Path(section.template)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"compose.template: {path} cannot be read: {error}; give {', '.join(TEMPLATES)} or a .jinja file"
+        ) from error
 
 
 def describe_pruning(section: PruneSection) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 LLaVA-KD and LLaVA-MoD build theirs in this way: SigLIP or CLIP, Qwen, and a two-layer GELU projector. A tower with
 hidden states that are sequences makes a LLaVA; one with a map of features, such as a convolutional network of timm,
 makes a FastVLM. Tokenizer, chat template and image preprocessing come from another checkpoint, usually the teacher's,
-since a student needs the teacher's tokens.
+since a student needs the teacher's tokens; or a processor is made of the parts and a template.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from torch import nn
 from storage.errors import ConfigError, StillhouseError
 from student_train.config import CompositionSection
 from student_train.data.image_inputs import ImageProcessorAdapter
-from student_train.models.checkpoint_contents import describe_composition
+from student_train.models.checkpoint_contents import describe_composition, read_template
 from student_train.models.huggingface import (
     check_timm,
     find_tower_class,
     import_transformers,
     load_config,
+    load_image_processor,
     load_part,
     load_processor,
+    load_tokenizer,
 )
 from student_train.models.made_checkpoints import Making, ensure_made
+from student_train.models.made_processors import IMAGE_TOKEN, make_processor
 from student_train.models.tower_features import (
     CLASS_TOKENS,
     TowerFeatures,
@@ -70,14 +73,14 @@ def ensure_composed(
         "compose",
         describe=lambda: describe_composition(section, seed=seed),
         build=lambda: compose(section, seed=seed),
-        processor=section.processor,
+        processor=section.processor or (lambda made: _open_processor(section).save_pretrained(made)),
     )
     ensure_made(making, folder, replaces=replaces, check=check)
 
 
 def list_parts(section: CompositionSection) -> tuple[str, ...]:
     """Return the checkpoints that a composition takes its parts from."""
-    return section.vision, section.llm, section.processor
+    return tuple(part for part in (section.vision, section.llm, section.processor) if part is not None)
 
 
 def check_composition(section: CompositionSection, place: str) -> None:
@@ -90,8 +93,8 @@ def check_composition(section: CompositionSection, place: str) -> None:
         config = load_config(section.llm)
         if type(config) not in import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ConfigError(f"compose.llm: {section.llm} is a {config.model_type!r}, expected a causal decoder")
-        processor = load_processor(section.processor)
-        _check_tower(section, processor, _find_image_token_id(processor, section.processor))
+        processor = _open_processor(section)
+        _check_tower(section, processor, _find_image_token_id(processor, section))
     except StillhouseError as error:
         raise ConfigError(f"{place}: {error}") from error
 
@@ -99,8 +102,8 @@ def check_composition(section: CompositionSection, place: str) -> None:
 def compose(section: CompositionSection, *, seed: int) -> Any:
     """Compose the model: tower and decoder unchanged, the projector drawn by `seed`. Errors as `ensure_composed`."""
     transformers = import_transformers()
-    processor = load_processor(section.processor)
-    image_token_id = _find_image_token_id(processor, section.processor)
+    processor = _open_processor(section)
+    image_token_id = _find_image_token_id(processor, section)
     found = _check_tower(section, processor, image_token_id)
     tower: Any = load_part(getattr(transformers, found.kind), section.vision, config=found.config)
     decoder: Any = load_part(transformers.AutoModelForCausalLM, section.llm)
@@ -129,29 +132,66 @@ def compose(section: CompositionSection, *, seed: int) -> Any:
     _copy_weights(decoder.get_output_embeddings(), model.lm_head)
     model.tie_weights()
     model.generation_config = decoder.generation_config
+    if section.template is not None:
+        _add_stop_token(model.generation_config, processor.tokenizer.eos_token_id)
     return model.eval()
+
+
+def _open_processor(section: CompositionSection) -> Any:
+    """Load the composition's processor, or make it of the parts and a template. Errors: ConfigError."""
+    if section.processor is not None:
+        return load_processor(section.processor)
+    image_processor = load_image_processor(section.vision)
+    height, width = read_image_size(image_processor)
+    if height is None or width is None:
+        raise ConfigError(
+            f"compose.vision: the image processor of {section.vision} names no size of its pixels, so no processor can "
+            "be made; give compose.processor"
+        )
+    config, _ = _find_tower_class(section.vision)
+    layer = -2 if section.feature_layer is None else section.feature_layer
+    features = measure_tower(config, (height, width), layer=layer, place=f"compose.vision: {section.vision}")
+    return make_processor(
+        image_processor,
+        load_tokenizer(section.llm),
+        features,
+        template=read_template(section),
+        select=section.select,
+        pad_to_square=section.pad_to_square,
+        place=f"compose.vision: {section.vision}",
+    )
+
+
+def _add_stop_token(generation: Any, stop: int) -> None:
+    """Let generation stop at the token that the template writes after an answer."""
+    known = generation.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if stop not in known:
+        generation.eos_token_id = [stop, *known]
 
 
 def _check_tower(section: CompositionSection, processor: Any, image_token_id: int) -> Tower:
     """Find the vision part's tower and check that it fits the section's fields and the processor, without weights."""
     config, kind = _find_tower_class(section.vision)
     place = f"compose.vision: {section.vision}"
+    of_images = f"the image processor of {section.processor or section.vision}"
+    field = "compose.vision" if section.processor is None else "compose.processor"
     height, width = read_image_size(processor.image_processor)
     if height is None or width is None:
         raise ConfigError(
-            f"compose.processor: the image processor of {section.processor} names no size of its pixels, so the "
+            f"{field}: {of_images} names no size of its pixels, so the "
             "number of visual tokens is not known; give one that resizes every image to one size"
         )
     expected = getattr(config, "image_size", None)
     if config.model_type in CLASS_TOKENS and (height, width) != (expected, expected):
         raise ConfigError(
-            f"{place} expects {expected} x {expected} pixels, but the image processor of {section.processor} makes "
-            f"{height} x {width}; give a processor of the tower's size"
+            f"{place} expects {expected} x {expected} pixels, but {of_images} makes {height} x {width}; give a "
+            "processor of the tower's size"
         )
     if height != width:
         raise ConfigError(
-            f"compose.processor: the image processor of {section.processor} makes {height} x {width} pixels, expected "
-            "a square, since the visual losses compare square grids; give one that does"
+            f"{field}: {of_images} makes {height} x {width} pixels, expected a square, since the visual losses compare "
+            "square grids; give one that does"
         )
     layer = -2 if section.feature_layer is None else section.feature_layer
     features = measure_tower(config, (height, width), layer=layer, place=place)
@@ -197,8 +237,8 @@ def _check_token_count(
     num_tokens = int(np.count_nonzero(inputs.expand_image(_PROBED_PICTURE) == image_token_id))
     if num_tokens != num_features:
         raise ConfigError(
-            f"compose.processor: {section.processor} makes {num_tokens} tokens of an image, but {section.vision} with "
-            f"select: {section.select} has {num_features} features of one; make patch_size, "
+            f"compose.processor: {section.processor or 'the made one'} makes {num_tokens} tokens of an image, but "
+            f"{section.vision} with select: {section.select} has {num_features} features of one; make patch_size, "
             "num_additional_image_tokens and vision_feature_select_strategy in its processor_config.json fit the tower"
         )
 
@@ -219,13 +259,15 @@ def _find_tower_class(name: str) -> tuple[Any, str]:
     return config, "AutoModel"
 
 
-def _find_image_token_id(processor: Any, name: str) -> int:
+def _find_image_token_id(processor: Any, section: CompositionSection) -> int:
+    if section.processor is None:
+        return processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     token = getattr(processor, "image_token", None)
     known = processor.tokenizer.get_vocab() if hasattr(processor, "tokenizer") else {}
     if token not in known:
         raise ConfigError(
-            f"compose.processor: {name} has no image token in its vocabulary; give the teacher's folder, or that "
-            "of another LLaVA with the tokenizer that teacher and student share"
+            f"compose.processor: {section.processor} has no image token in its vocabulary; give the teacher's folder, "
+            "or that of another LLaVA with the tokenizer that teacher and student share, or a template"
         )
     return known[token]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from storage.backends.folder import write_json
@@ -33,7 +34,7 @@ class Making:
     field: Literal["compose", "prune"]  # of the stage
     describe: Callable[[], Mapping[str, Any]]  # the inputs, as JSON
     build: Callable[[], Any]  # the model
-    processor: str  # checkpoint whose tokenizer and processor are copied
+    processor: str | Callable[[Path], object]  # checkpoint whose processor is copied, or what writes one to a folder
 
 
 def ensure_made(
@@ -110,4 +111,9 @@ def _make_into(folder: Path, making: Making, inputs: Mapping[str, Any], check: C
         except StillhouseError as error:  # its message names the temporary folder
             raise type(error)(str(error).replace(str(new), str(folder))) from error
 
-    save_checkpoint(making.build(), folder, making.processor, beside=finish)
+    with TemporaryDirectory() as made:
+        source = making.processor
+        if not isinstance(source, str):
+            source(Path(made))
+            source = made
+        save_checkpoint(making.build(), folder, source, beside=finish)
