@@ -34,11 +34,15 @@ class SourceSection(Section):
     format: SourceFormat | None = None  # None: by suffix; json: lines too
     images: LocalPath | None = None  # folder, zip or tar that image names are relative to; None: the file's own folder
     split: str = "train"  # a name that stages and evaluation select by
+    dataset: str | None = None  # the published data set's name, by which `check` lists it where the file is missing
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0  # 0.25: a random quarter of the rows; 2: every row twice
     seed: Annotated[int, Field(ge=0)] = 0  # chooses the rows that `weight` leaves out
     limit: Annotated[int, Field(ge=1)] | None = None  # the first rows only, counted after `weight`
     ids: Literal["given", "position"] = "given"  # position: file name and row number, where ids repeat or are missing;
     # of several sources of one file name the second is name@2, and so on
+    # caption: one image and its text, a line break as stop, no question, as LLaVA and both papers show captions to a
+    # new projector; chat: the teacher's template
+    template: Literal["chat", "caption"] = "chat"
     columns: dict[str, str] = {}  # our field: the source's own name for it, such as {id: idx}
     ignore: tuple[Ignorable, ...] = ()  # unsupported content to leave out: teacher_dump/data/unread_fields.py
     subset: str | None = None  # of a hub data set that has several; datasets only
@@ -75,7 +79,8 @@ class DataSection(Section):
     # how a sample longer than max_length is handled: cut_turns leaves out whole questions with their
     # answers from the end; cut_answer ends the answer at max_length
     too_long: TooLong = "refuse"
-
+    # rows of each split as published, for a forecast before the data is here (`plan --hardware`)
+    published_rows: dict[str, Annotated[int, Field(ge=1)]] = {}
     responses: Literal["dataset", "teacher"] = "dataset"  # teacher: the teacher generates every answer first
     sampling: SamplingSection = SamplingSection()  # for answers that the teacher generates
 
@@ -84,11 +89,21 @@ class DataSection(Section):
     def _accept_list(cls, given: Any) -> Any:
         return {"sources": given} if isinstance(given, list) else given
 
+    @model_validator(mode="after")
+    def _check_captions(self) -> DataSection:
+        if self.responses == "teacher" and any(source.template == "caption" for source in self.sources):
+            raise ValueError(
+                "responses is teacher, but a source has template: caption, which asks nothing; use template: chat"
+            )
+        return self
+
 
 class TeacherSection(Section):
     """The teacher's checkpoint and how it is served."""
 
     model: LocalPath  # local folder or hub id
+    # YAML file, beside this one, whose stages make `model`: for people, `check` and `plan --hardware`
+    recipe: str | None = None
     revision: str | None = None
     backend: Literal["vllm", "transformers"] = "vllm"  # transformers is the slow reference
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"

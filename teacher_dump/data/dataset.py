@@ -16,9 +16,15 @@ from storage.records.records import SampleError, check_image_path
 from storage.records.sample_key import HALVES, SampleKey
 from teacher_dump.config import SourceSection
 from teacher_dump.data.archives import Archive, open_archive
-from teacher_dump.data.conversation import QUESTION_KEY, check_encodable, is_pair, parse_conversation
+from teacher_dump.data.conversation import (
+    QUESTION_KEY,
+    Conversation,
+    check_encodable,
+    is_pair,
+    parse_conversation,
+)
 from teacher_dump.data.image_store import ImageFiles
-from teacher_dump.data.sample import Sample, SampleRefusedError, shorten
+from teacher_dump.data.sample import Sample, SampleRefusedError, Turn, shorten
 from teacher_dump.data.sample_spool import SampleFile
 from teacher_dump.data.sources.formats import read_rows
 from teacher_dump.data.sources.row import BrokenRow
@@ -186,7 +192,7 @@ class _SampleReader:
         conversation = parse_conversation(fields, only_questions=self._only_questions, ignored=ignored)
         category = _read_category(fields)
         paths = tuple(self.files.resolve(value, images) for value in conversation.images)
-        turns = conversation.turns
+        turns = conversation.turns if source.template == "chat" else _take_caption(conversation)
         samples = [Sample(keys[0], source.split, category, paths, turns)]
         if conversation.rejected is not None:
             samples.append(Sample(keys[1], source.split, category, paths, (*turns[:-1], conversation.rejected)))
@@ -198,6 +204,17 @@ class _SampleReader:
                 f"duplicate id {shorten(name)}, first seen at {self.first_place[name]}; that one is kept "
                 "(`ids: position` numbers the rows of a source instead)"
             )
+
+
+def _take_caption(conversation: Conversation) -> tuple[Turn, ...]:
+    """Returns a caption's only turn. Raises SampleRefusedError for a row that is not a question and its answer."""
+    roles = [turn.role for turn in conversation.turns]
+    if roles != ["user", "assistant"] or conversation.rejected is not None or len(conversation.images) != 1:
+        raise SampleRefusedError(
+            f"has {len(conversation.images)} images and the turns {', '.join(roles)}, but its source has template: "
+            "caption, expected one image, one question, which is left out, and its answer"
+        )
+    return conversation.turns[1:]
 
 
 def _make_names_unique(errors: Sequence[SampleError], taken: Container[str]) -> tuple[SampleError, ...]:

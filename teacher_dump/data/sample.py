@@ -61,7 +61,12 @@ class Sample:
     split: str
     category: str  # "" where the data names none
     images: tuple[str, ...]  # paths relative to the image root, forward slashes
-    turns: tuple[Turn, ...]
+    turns: tuple[Turn, ...]  # of a caption the answer alone
+
+    @property
+    def is_caption(self) -> bool:
+        """Whether the sample is images and their text, without a question."""
+        return len(self.turns) == 1 and self.turns[0].role == "assistant"
 
     @property
     def id(self) -> str:

@@ -82,6 +82,8 @@ class PromptBuilder:
         """
         if sample.images and not self._takes_images:
             raise StillhouseError(self._explain_no_image_place())
+        if sample.is_caption:
+            return self._add_first_ids(self._build_caption(sample))
         turns = [self._replace_generated(number, turn) for number, turn in enumerate(sample.turns)]
         messages = make_messages(turns, len(sample.images), special_texts=self._special, as_items=self._takes_items)
         rendered = locate_answers(messages, self._template.render, stops=self._stops)
@@ -91,6 +93,34 @@ class PromptBuilder:
         if found != len(sample.images):
             raise SampleRefusedError(f"the template gave {found} image tokens for {len(sample.images)} images")
         return self._add_first_ids(prompt)
+
+    def _build_caption(self, sample: Sample) -> Prompt:
+        """Builds image tokens, the caption and a line break, all of it but the images a label; no stop token.
+
+        Raises SampleRefusedError as `build`; StillhouseError for a teacher that frames its image tokens.
+        """
+        (answer,) = sample.turns
+        frame = self._find_image_frame()
+        if frame:
+            raise StillhouseError(
+                f"data.sources: template: caption writes image tokens alone, but the teacher's chat template frames "
+                f"them by {frame}; use template: chat"
+            )
+        make_messages([answer], 0, special_texts=self._special)  # refuses empty captions, markers, special tokens
+        (ids,) = self._encode([self._image_token * len(sample.images) + answer.text + "\n"])
+        num_images = ids.count(self._image_token_id)
+        if num_images != len(sample.images) or ids[:num_images] != [self._image_token_id] * num_images:
+            raise SampleRefusedError(f"the tokenizer joins the caption with the image token: {ids[: num_images + 1]}")
+        return Prompt(np.array(ids, np.int32), np.arange(len(ids)) >= num_images)
+
+    def _find_image_frame(self) -> str:
+        """Returns the special token that the template writes directly before or after an image; "" for none."""
+        items = [{"type": "image"}, {"type": "text", "text": "probe"}]
+        before, _, after = self._template.render([{"role": "user", "content": items}], True).partition(
+            self._image_token
+        )
+        framing = (token for token in self._special if before.endswith(token) or after.startswith(token))
+        return next(framing, "")
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
