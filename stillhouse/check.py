@@ -8,8 +8,10 @@ from glob import glob
 from pathlib import Path
 
 from stillhouse.ablate import list_grid
+from stillhouse.composed_teacher import find_composed_teacher
 from stillhouse.config import Experiment
 from stillhouse.preflight import check_preconditions, list_made_checkpoints, may_be_made_by_prepare
+from stillhouse.published.missing_inputs import format_missing_inputs, list_missing_inputs
 from storage.backends.folder import open_folder
 from storage.config import CacheSection
 from storage.config_loader import NamedSections, read_sections
@@ -37,6 +39,7 @@ def check_experiment(experiment: Experiment) -> Iterator[str]:
     are left out and named.
     """
     yield f"{experiment.path}: valid"
+    yield from _check_inputs_are_here(experiment)
     yield from check_preconditions(experiment)
     _check_experts(experiment)
     settings = read_settings(experiment.path, experiment.overrides)
@@ -46,6 +49,14 @@ def check_experiment(experiment: Experiment) -> Iterator[str]:
         yield (
             f"not checked yet: samples, prompts, teacher, cache and losses; {experiment.prepare.script}, which `run` "
             f"starts first, has yet to make {_join_first(unprepared)}"
+        )
+        return
+    stage = find_composed_teacher(experiment)
+    if stage is not None:
+        yield from _check_made_inits(experiment)
+        yield (
+            f"not checked yet: samples, prompts and cache; `dump` first composes {experiment.teacher.model}, by stage "
+            f"{stage}, whose tokenizer and template they need"
         )
         return
     untrained = experiment.train_teacher if not Path(settings.teacher.model).is_dir() else None
@@ -65,6 +76,14 @@ def check_experiment(experiment: Experiment) -> Iterator[str]:
         )
     yield from _check_stages(experiment, plan.identity)
     yield _list_unchecked(experiment)
+
+
+def _check_inputs_are_here(experiment: Experiment) -> Iterator[str]:
+    """Yields a line for each model to download. ConfigError that lists everything if anything else is missing."""
+    missing = list_missing_inputs(experiment, is_made=lambda path: _is_made_later(experiment, path))
+    if any(each.kind != "hub" for each in missing):
+        raise ConfigError(format_missing_inputs(experiment.path, missing))
+    yield from (f"not here yet: {each.path}, {each.text}; commands download it" for each in missing)
 
 
 def _list_unchecked(experiment: Experiment) -> str:

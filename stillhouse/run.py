@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stillhouse.ablate import train_grid
 from stillhouse.cache_scan import scan_with_progress
+from stillhouse.composed_teacher import compose_teacher
 from stillhouse.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
 from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
 from stillhouse.preflight import print_warnings
@@ -52,6 +53,7 @@ def _run_steps(experiment: Experiment, *, restart: bool) -> Path:
         prepare_data(experiment, experiment.prepare, ledger)
     if experiment.train_teacher is not None:
         train_teacher(experiment, experiment.train_teacher, ledger, restart=restart)
+    compose_teacher(experiment)
     dump_cache(experiment)
     verify_cache(experiment.cache.path, ledger)
     for path, overrides in experiment.more_caches.items():

@@ -136,7 +136,7 @@ def test_a_setting_that_vllm_does_not_have_is_found(file: Path) -> None:
         ("stages.kd.evaluation_cache=/nowhere", r"stages\.kd\.evaluation_cache is /nowhere: no cache is there"),
         ("stages.kd.cache=/nowhere", r"stages\.kd\.cache is /nowhere: no cache is there, and this file makes none"),
         ("stages.kd.images=/nowhere", r"stages\.kd\.images is /nowhere: there is no such folder"),
-        ("teacher.model=/nowhere", r"teacher\.model: /nowhere is neither a folder"),
+        ("teacher.model=/nowhere", r"teacher\.model is /nowhere, which is neither a folder"),
         ("data.sources=[{path: /nowhere.json}]", r"/nowhere\.json"),
         ("stages.later.init=nowhere", r"stages\.later\.init is nowhere, which is neither a directory"),
     ],
