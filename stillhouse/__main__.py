@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # torch
     from teacher_dump.settings import DumpSettings
 
 DEFAULT_FILE = "pipeline.yaml"
+_LENGTHS = ("question_tokens", "response_tokens", "caption_tokens")  # options of `plan --hardware`
 Verb = Callable[[argparse.Namespace], None]
 
 
@@ -105,8 +106,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add_verb("plan", _plan, "parts, bytes and hours of the dump, estimated from a few hundred samples")
     sub.add_argument("--samples", type=int, default=256, metavar="N", help="samples to estimate from (256)")
     sub.add_argument("--json", action="store_true", help="print the forecast as one JSON object")
+    sub.add_argument(
+        "--hardware", metavar="NAMExN", help="estimate all stages from published sizes instead, such as h100x8"
+    )
+    sub.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="with --hardware: money, too")
+    for kind in ("question", "response", "caption"):
+        sub.add_argument(f"--{kind}-tokens", type=int, metavar="N", help="with --hardware: mean tokens of a sample's")
     sub = add_verb("dump", _dump, "run the teacher once and write the cache")
     sub.add_argument("--retry-errors", action="store_true", help="try samples again that failed before")
+    sub.add_argument("--cache", metavar="NAME", help="write this one of more_caches instead of the main cache")
     sub = add_verb("verify", _verify, "full scan of a cache: checksums, bounds, counts", file=False)
     sub.add_argument("cache", help="a folder, or s3://bucket/prefix")
     sub.add_argument(
@@ -202,9 +210,31 @@ def _dump(arguments: argparse.Namespace) -> None:
     from teacher_dump.dump import run_dump
     from teacher_dump.settings import read_settings
 
-    settings = read_settings(arguments.file, arguments.overrides)
+    overrides = [*arguments.overrides, *_make_cache_overrides(arguments)]
+    settings = read_settings(arguments.file, overrides)
+    if not Path(settings.teacher.model).is_dir():
+        from stillhouse.composed_teacher import compose_teacher  # torch, transformers
+        from stillhouse.config import read_experiment
+
+        compose_teacher(read_experiment(arguments.file, arguments.overrides))
     warn_of_machine(settings)
     print(format_result(run_dump(settings, retry_errors=arguments.retry_errors)))
+
+
+def _make_cache_overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The replaced fields of the cache that --cache names. ConfigError if more_caches has none of that name."""
+    if arguments.cache is None:
+        return ()
+    from stillhouse.config import read_experiment  # torch, Ray
+
+    caches = {
+        Path(path).name: fields
+        for path, fields in read_experiment(arguments.file, arguments.overrides).more_caches.items()
+    }
+    if arguments.cache not in caches:
+        known = ", ".join(caches) or "none"
+        raise ConfigError(f"--cache is {arguments.cache!r}; more_caches of {arguments.file} has {known}")
+    return caches[arguments.cache]
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -213,6 +243,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     from teacher_dump.estimates.cost_calibration import forecast_dump
     from teacher_dump.settings import read_settings
 
+    if arguments.hardware is not None:
+        return _plan_from_published_sizes(arguments)
+    for option in ("price_per_gpu_hour", *_LENGTHS):
+        if getattr(arguments, option) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')} is for a forecast of published sizes; give --hardware too")
     if arguments.samples < 2:
         raise ConfigError(f"--samples is {arguments.samples}, expected at least 2")
     settings = read_settings(arguments.file, arguments.overrides)
@@ -222,6 +257,31 @@ def _plan(arguments: argparse.Namespace) -> None:
         _print_json(arguments, {**asdict(forecast), "total_bytes": forecast.total_bytes})
     else:
         print(format_forecast(forecast))
+    return None
+
+
+def _plan_from_published_sizes(arguments: argparse.Namespace) -> None:
+    from stillhouse.config import read_experiment  # torch, Ray
+    from stillhouse.published.assumptions import SampleLengths
+    from stillhouse.published.forecast_text import format_recipe_forecast, list_assumptions
+    from stillhouse.published.hardware import parse_hardware
+    from stillhouse.published.recipe_forecast import forecast_recipe
+
+    hardware, price = parse_hardware(arguments.hardware), arguments.price_per_gpu_hour
+    given = {option: getattr(arguments, option) for option in _LENGTHS if getattr(arguments, option) is not None}
+    for option, value in {**given, "price_per_gpu_hour": 0.0 if price is None else price}.items():
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"--{option.replace('_', '-')} is {value}, expected a number of at least 0")
+    forecast = forecast_recipe(
+        read_experiment(arguments.file, arguments.overrides),
+        hardware,
+        lengths=SampleLengths(**{option.removesuffix("_tokens"): value for option, value in given.items()}),
+        price_per_gpu_hour=price,
+    )
+    if arguments.json:
+        _print_json(arguments, {**forecast.to_json(), "assumptions": list_assumptions(forecast)})
+    else:
+        print(format_recipe_forecast(forecast))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
