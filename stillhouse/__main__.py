@@ -206,13 +206,17 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _dump(arguments: argparse.Namespace) -> None:
+    from storage.config_loader import read_sections
     from teacher_dump.__main__ import format_result, warn_of_machine  # pyarrow, and Ray when it runs
     from teacher_dump.dump import run_dump
     from teacher_dump.settings import read_settings
 
     overrides = [*arguments.overrides, *_make_cache_overrides(arguments)]
     settings = read_settings(arguments.file, overrides)
-    if not Path(settings.teacher.model).is_dir():
+    stages = read_sections(arguments.file, {}, overrides).document.get("stages")
+    sections = stages.values() if isinstance(stages, dict) else ()
+    inits = [fields.get("init") for fields in sections if isinstance(fields, dict) and fields.get("compose")]
+    if settings.teacher.model in inits and not Path(settings.teacher.model).is_dir():
         from stillhouse.composed_teacher import compose_teacher  # torch, transformers
         from stillhouse.config import read_experiment
 

@@ -38,11 +38,11 @@ class SourceSection(Section):
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0  # 0.25: a random quarter of the rows; 2: every row twice
     seed: Annotated[int, Field(ge=0)] = 0  # chooses the rows that `weight` leaves out
     limit: Annotated[int, Field(ge=1)] | None = None  # the first rows only, counted after `weight`
+    # chat: the teacher's template; caption: an image, its text and a line break, without the question, as LLaVA
+    # shows captions to a new projector
+    template: Literal["chat", "caption"] = "chat"
     ids: Literal["given", "position"] = "given"  # position: file name and row number, where ids repeat or are missing;
     # of several sources of one file name the second is name@2, and so on
-    # caption: one image and its text, a line break as stop, no question, as LLaVA and both papers show captions to a
-    # new projector; chat: the teacher's template
-    template: Literal["chat", "caption"] = "chat"
     columns: dict[str, str] = {}  # our field: the source's own name for it, such as {id: idx}
     ignore: tuple[Ignorable, ...] = ()  # unsupported content to leave out: teacher_dump/data/unread_fields.py
     subset: str | None = None  # of a hub data set that has several; datasets only

@@ -247,23 +247,26 @@ def _compute_hours(flops: float, hardware: Hardware, utilisation: float) -> floa
     return flops / (hardware.count * hardware.tflops * 1e12 * utilisation) / 3600
 
 
-def _size_of(experiment: Experiment, path: str, field: str, seen: tuple[str, ...] = ()) -> ModelSize:
-    """The published size of a checkpoint: of a Hub id, of what a stage makes, of what the teacher's recipe makes."""
+def _size_of(experiment: Experiment, path: str, field: str, seen: tuple[tuple[Path, str], ...] = ()) -> ModelSize:
+    """The published size of a checkpoint: of a Hub id, of what a stage makes, of what the teacher's recipe makes.
+
+    `seen`: checkpoints that lead to this one, with the file that names them; a circle has no size.
+    """
     models = load_published_models()
     if path in models:
         model = models[path]
         return ModelSize(model.billions * 1e9, 0.0, model.hidden, model.visual_tokens)
-    if path not in seen:
-        for name, section in experiment.stages.items():
-            stage = resolve_stage(section, name)
-            if stage.init == path and stage.compose is not None:
-                return _size_of_parts(experiment, stage.compose.vision, stage.compose.llm)
-            if stage.output == path:
-                return _size_of(experiment, stage.init, field, (*seen, path))
-    if path == experiment.teacher.model and experiment.teacher.recipe is not None:
+    here = (experiment.path.resolve(), path)
+    seen, is_circle = (*seen, here), here in seen
+    for name, section in experiment.stages.items() if not is_circle else ():
+        stage = resolve_stage(section, name)
+        if stage.init == path and stage.compose is not None:
+            return _size_of_parts(experiment, stage.compose.vision, stage.compose.llm)
+        if stage.output == path:
+            return _size_of(experiment, stage.init, field, seen)
+    if path == experiment.teacher.model and experiment.teacher.recipe is not None and not is_circle:
         recipe = read_experiment(experiment.path.parent / experiment.teacher.recipe)
-        if recipe.path != experiment.path:
-            return _size_of(recipe, path, f"{recipe.path}: {field}")
+        return _size_of(recipe, path, f"{recipe.path}: {field}", seen)
     raise ConfigError(
         f"{experiment.path}: {field} is {path}, whose published size is not known here; known are "
         f"{', '.join(models)}, what stages compose of these, and what teacher.recipe makes of these"

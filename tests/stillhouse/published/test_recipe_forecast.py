@@ -145,7 +145,10 @@ def test_mistakes(file: Path, arguments: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
-def test_a_loop_of_stages_ends(file: Path) -> None:
-    overrides = ["stages.kd.init={run}/models/sparse", "teacher.recipe=recipe.yaml"]
-    with pytest.raises(ConfigError, match="whose published size is not known here"):
-        forecast_recipe(read_experiment(file, overrides), parse_hardware("h100"))
+def test_circles_of_stages_and_recipes_end(file: Path) -> None:
+    document = yaml.safe_load(file.read_text())
+    document["teacher"] = {"model": "/nowhere", "recipe": "recipe.yaml"}
+    (file.parent / "other.yaml").write_text(yaml.safe_dump(document))
+    for overrides in (["stages.kd.init={run}/models/sparse"], ["teacher.model=/nowhere", "teacher.recipe=other.yaml"]):
+        with pytest.raises(ConfigError, match="whose published size is not known here"):
+            forecast_recipe(read_experiment(file, overrides), parse_hardware("h100"))
