@@ -56,7 +56,7 @@ def estimate_relation_bytes(section: RelationSection, num_visual_tokens: int) ->
     if section.encoding == "low_rank":
         return min(_LOW_RANK_BYTES * num_visual_tokens, 2 * triangle)
     if section.encoding == "pooled":
-        return 2 * triangle / section.pool**4
+        return 2 * triangle / (section.pool or 2) ** 4
     return triangle * (1 if section.encoding == "triangle_int8" else 2)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -100,11 +101,10 @@ class PromptBuilder:
         Raises SampleRefusedError as `build`; StillhouseError for a teacher that frames its image tokens.
         """
         (answer,) = sample.turns
-        frame = self._find_image_frame()
-        if frame:
+        if self._image_frame:
             raise StillhouseError(
                 f"data.sources: template: caption writes image tokens alone, but the teacher's chat template frames "
-                f"them by {frame}; use template: chat"
+                f"them by {self._image_frame}; use template: chat"
             )
         make_messages([answer], 0, special_texts=self._special)  # refuses empty captions, markers, special tokens
         (ids,) = self._encode([self._image_token * len(sample.images) + answer.text + "\n"])
@@ -113,8 +113,9 @@ class PromptBuilder:
             raise SampleRefusedError(f"the tokenizer joins the caption with the image token: {ids[: num_images + 1]}")
         return Prompt(np.array(ids, np.int32), np.arange(len(ids)) >= num_images)
 
-    def _find_image_frame(self) -> str:
-        """Returns the special token that the template writes directly before or after an image; "" for none."""
+    @cached_property
+    def _image_frame(self) -> str:
+        """The special token that the template writes directly before or after an image; "" for none."""
         items = [{"type": "image"}, {"type": "text", "text": "probe"}]
         before, _, after = self._template.render([{"role": "user", "content": items}], True).partition(
             self._image_token
