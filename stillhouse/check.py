@@ -25,7 +25,7 @@ from student_train.models.loading import check_fit, read_checkpoint
 from student_train.training.init_making import check_init_making, list_init_parts
 from student_train.training.stage_data import check_architecture, check_losses, read_fitting_checkpoint
 from student_train.training.trainer import resolve_stage
-from teacher_dump.audit.preflight import check_teacher
+from teacher_dump.audit.preflight import check_teacher, list_teacher_warnings
 from teacher_dump.execution.worker_setup import inspect_data
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.planning.recorded_budget import make_comparable_identity
@@ -67,6 +67,7 @@ def check_experiment(experiment: Experiment) -> Iterator[str]:
     yield f"samples: {plan.plan.num_samples:,} in {len(plan.plan.parts):,} parts"
     yield from _check_prompts(experiment, settings, plan)
     yield check_teacher(plan, settings.teacher)
+    yield from (f"warning: {line}" for line in list_teacher_warnings(plan, settings.teacher))
     if untrained is None:
         yield _check_cache(experiment.cache, plan.identity)
     else:

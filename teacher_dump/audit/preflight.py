@@ -6,6 +6,8 @@ from storage.identity import NO_TEACHER
 from storage.processes import torchvision_shim
 from teacher_dump.config import TeacherSection
 from teacher_dump.planning.dump_plan import DumpPlan
+from teacher_dump.teachers.architectures import check_backend
+from teacher_dump.teachers.hf_checkpoint import read_json
 
 
 def check_teacher(planned: DumpPlan, section: TeacherSection) -> str:
@@ -27,3 +29,11 @@ def check_teacher(planned: DumpPlan, section: TeacherSection) -> str:
         check_settings(section.settings)
     head = find_head(planned.checkpoint, vocab_size=facts.vocab_size)
     return f"teacher: {facts.vocab_size:,} tokens, head {head.weight}, {sees}"
+
+
+def list_teacher_warnings(planned: DumpPlan, section: TeacherSection) -> list[str]:
+    """Returns a line for an architecture that is untested in the section's backend. ConfigError: a refused one."""
+    if planned.identity.teacher_fingerprint == NO_TEACHER:
+        return []
+    warning = check_backend(read_json(planned.checkpoint / "config.json"), section.backend)
+    return [] if warning is None else [warning]

@@ -30,15 +30,9 @@ from teacher_dump.teachers.device_failure import free_memory, is_out_of_memory
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # of safetensors; any other needs a scale from another tensor
-# Settings that change logits in ways that `_read_scale_and_cap` does not cover, and models whose code does so.
-# Source: `lm_head(` in transformers and `compute_logits` in vLLM, of these models.
+# Settings that change logits in ways that `_read_scale_and_cap` does not cover; models whose code does so are in
+# teacher_dump/teachers/architectures.py. Source: `lm_head(` in transformers and `compute_logits` in vLLM.
 _UNSUPPORTED_SETTINGS = ("dim_model_base", "output_multiplier", "logits_mup_width_multiplier", "norm_head")
-_UNSUPPORTED_MODELS = {
-    "chameleon": "it forbids image tokens",
-    "paligemma": "its images see the question that follows them",
-    "mimo": "vLLM gives its hidden states before the last norm",
-    "step3p5": "vLLM gives its hidden states before the last norm",
-}
 # Rows of logits at once on a CPU: enough to keep it busy with a packed head, and small enough to stay in its caches
 # for the selection.
 _CPU_ROWS = 128
@@ -237,9 +231,11 @@ def _read_scale_and_cap(folder: Path, settings: Mapping[str, Any]) -> tuple[floa
     """Reads scale and soft-cap of the logits. Raises StillhouseError if a model changes them in another way."""
     kind = settings.get("model_type")
     strange = [name for name in _UNSUPPORTED_SETTINGS if settings.get(name)]
-    reason = _UNSUPPORTED_MODELS.get(str(kind)) or (f"its config.json has {', '.join(strange)}" if strange else None)
-    if reason is not None:
-        raise StillhouseError(f"{folder}: {kind} computes its logits in a way that is not supported: {reason}")
+    if strange:
+        raise StillhouseError(
+            f"{folder}: {kind} computes its logits in a way that is not supported: its config.json has "
+            f"{', '.join(strange)}"
+        )
     scale = settings.get("logit_scale")  # Cohere; a string for some MPT
     if scale is None:
         scale = settings.get("lm_head_multiplier")  # Falcon-H1

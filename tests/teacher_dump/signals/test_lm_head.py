@@ -175,8 +175,6 @@ def test_our_head_is_the_models_own(
 
 def test_unsupported_logits_are_refused_by_name(tmp_path: Path) -> None:
     for config, message in (
-        ({"model_type": "chameleon"}, "chameleon computes its logits.*forbids image tokens"),
-        ({"text_config": {"model_type": "step3p5"}}, "before the last norm"),
         ({"model_type": "minicpm", "dim_model_base": 256}, "minicpm computes its logits.*dim_model_base"),
         ({"logit_scale": "inv_sqrt_d_model"}, "inv_sqrt_d_model.*expected a number"),
         ({"final_logit_softcapping": 0}, "is 0, expected a number"),
