@@ -22,12 +22,13 @@ from torch import Tensor
 from storage.errors import StillhouseError
 from storage.images.pictures import make_blank_picture
 from storage.images.pixels import Picture
+from storage.images.placeholders import get_placeholder, keep_image_ids
 
 _OF_TEXT = ("input_ids", "attention_mask")
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is
 _REMEMBERED_SIZES = 4096
 _BLANK = (32, 32)  # pixels
-_PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # numbers of tokens that depend on the size differ among these
+_PROBED_SIZES = ((32, 32), (224, 224), (1344, 224), (640, 480))  # numbers that depend on the size differ among these
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +81,11 @@ class ImageProcessorAdapter:
             if size not in self._by_size:
                 if len(self._by_size) == _REMEMBERED_SIZES:
                     del self._by_size[next(iter(self._by_size))]
-                self._by_size[size] = (
-                    self._run_processor([make_blank_picture(size)])["input_ids"][0].numpy().astype(np.int64)
-                )
+                ids = self._run_processor([make_blank_picture(size)])["input_ids"][0].numpy().astype(np.int64)
+                token_id = self._image_token_id
+                token = self._processor.tokenizer.convert_ids_to_tokens(token_id)
+                ids = keep_image_ids(ids, self._processor, image_token=token, image_token_id=token_id)
+                self._by_size[size] = ids
             return self._by_size[size]
 
     def count_fixed_tokens(self) -> int | None:
@@ -92,7 +95,7 @@ class ImageProcessorAdapter:
 
     def _run_processor(self, pictures: Sequence[Picture]) -> dict[str, Any]:
         token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
-        text = [token * len(pictures)]
+        text = [get_placeholder(self._processor, token) * len(pictures)]
         try:
             return dict(
                 self._processor(images=list(pictures), text=text, add_special_tokens=False, return_tensors="pt")

@@ -11,6 +11,7 @@ import numpy as np
 
 from storage.errors import ConfigError, StillhouseError
 from storage.identity import compute_vocab_size
+from storage.images.placeholders import write_visual_tokens
 from storage.images.settings import PixelSettings
 from storage.records.prompt_ids import find_leading_special_ids, prepend_leading_ids
 from storage.records.records import ImageRef, TokensRecord
@@ -72,6 +73,7 @@ def _build_prompt(processor: Any, checkpoint: Checkpoint, image: Path, question:
         raise StillhouseError(
             f"{checkpoint.folder}: the chat template cannot render the question: {error}; give it a multimodal template"
         ) from error
+    text = write_visual_tokens(text, processor)
     ids = checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
     token_ids = np.array(prepend_leading_ids(ids, find_leading_special_ids(checkpoint.tokenizer)), np.int32)
     num_image_tokens = int(np.count_nonzero(token_ids == checkpoint.sequence_format.image_token_id))

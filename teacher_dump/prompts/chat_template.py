@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage.errors import ConfigError, StillhouseError
+from storage.images.placeholders import write_visual_tokens
 from teacher_dump.data.sample import SampleRefusedError
 
 Message = dict[str, Any]
@@ -143,11 +144,12 @@ class ChatTemplate:
 
     def _render(self, messages: list[Message], open_turn: bool, **more: Any) -> str:
         try:
-            return self._processor.apply_chat_template(
+            text = self._processor.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=open_turn, **self._settings, **self._arguments, **more
             )
         except Exception as error:  # templates raise whatever they like through Jinja
             raise TemplateRefusedError(f"the chat template refuses the conversation: {error}") from error
+        return write_visual_tokens(text, self._processor)
 
     def _mentions(self, name: str) -> bool:
         return re.search(rf"\b{re.escape(name)}\b", self._source) is not None

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from storage.errors import StillhouseError
 from storage.images.pictures import make_blank_picture
 from storage.images.pixels import Picture
+from storage.images.placeholders import get_placeholder, keep_image_ids
 from teacher_dump.data.sample import SampleRefusedError
 
-_PROBED_SIZES = ((224, 224), (1344, 224), (640, 480))  # a grid that depends on size differs between them
+_PROBED_SIZES = ((32, 32), (224, 224), (1344, 224), (640, 480))  # a grid that depends on size differs between them
 _REMEMBERED_SIZES = 4096  # of images; a size costs one call of the image processor and a few kB
 
 
@@ -96,7 +97,8 @@ class VisualGrid:
         return all(other == first for other in others)
 
     def _probe(self, size: tuple[int, int]) -> NDArray[np.int64]:
-        text = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
+        token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
+        text = get_placeholder(self._processor, token)
         try:
             asked = self._processor(
                 images=[make_blank_picture(size)], text=[text], add_special_tokens=False, return_tensors="np"
@@ -104,6 +106,7 @@ class VisualGrid:
         except ValueError as error:
             raise SampleRefusedError(f"the processor refuses an image of {size[0]} x {size[1]}: {error}") from error
         ids = np.asarray(asked["input_ids"][0], np.int64)
+        ids = keep_image_ids(ids, self._processor, image_token=token, image_token_id=self._image_token_id)
         if not np.any(ids == self._image_token_id):
             raise StillhouseError(f"the processor gives an image of {size[0]} x {size[1]} no visual tokens")
         return ids

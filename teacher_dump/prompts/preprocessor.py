@@ -170,8 +170,7 @@ class PromptBuilder:
         if self._image_token and placeholder != self._image_token:
             return (
                 f"{type(self._processor).__name__} marks an image's place by {placeholder} and the model its visual "
-                f"tokens by {self._image_token}; of such a teacher (Gemma 3 is one) only samples without images can "
-                "be dumped"
+                f"tokens by {self._image_token}; of such a teacher only samples without images can be dumped"
             )
         return (
             f"the teacher's chat template has no place for an image: rendering an image item gives no "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from storage.errors import StillhouseError
 from storage.images.pixels import Picture
+from storage.images.placeholders import get_placeholder
 from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.teachers.teacher import ShowsPixels, Teacher
 
@@ -54,5 +55,5 @@ def check_pixel_values(
 
 
 def _compute_pixel_values(processor: Any, picture: Picture, image_token_id: int) -> Tensor | None:
-    token = processor.tokenizer.convert_ids_to_tokens(image_token_id)
+    token = get_placeholder(processor, processor.tokenizer.convert_ids_to_tokens(image_token_id))
     return processor(images=[picture], text=[token], return_tensors="pt").get("pixel_values")
