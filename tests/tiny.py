@@ -7,7 +7,7 @@ before `storage.processes.torchvision_shim.import_torch_companions()` ran; the b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +38,12 @@ def make_tiny_tokenizer(
     *,
     image_token: str | None = IMAGE_TOKEN,
     template: str = CHAT_TEMPLATE,
+    named_tokens: Mapping[str, str] | None = None,
 ) -> Any:
-    """A byte-level BPE of 300 tokens, special tokens last and their image token the very last."""
+    """A byte-level BPE of 300 tokens, special tokens last and their image token the very last.
+
+    `named_tokens`: further attributes of the tokenizer, such as `boi_token`, and the special token of each.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +62,10 @@ def make_tiny_tokenizer(
         tokenizer_object=bpe,
         eos_token=END_OF_TURN,
         pad_token="<|endoftext|>",
-        extra_special_tokens={} if image_token is None else {"image_token": image_token},
+        extra_special_tokens={
+            **({} if image_token is None else {"image_token": image_token}),
+            **(named_tokens or {}),
+        },
     )
     tokenizer.chat_template = template
     return tokenizer

@@ -191,6 +191,12 @@ def find_auto_class(config: Any) -> Any:
     return modeling.AutoModelForCausalLM if type(config) in modeling.MODEL_FOR_CAUSAL_LM_MAPPING else None
 
 
+def get_trunk(model: Any) -> Any:
+    """Return the part of a model up to its last norm, whose output the head reads."""
+    trunk = model.base_model
+    return model.model if trunk is model else trunk  # Llama 4's decoder names its trunk by another prefix
+
+
 def find_tower_class(config: Any) -> Any:
     """Return the class that transformers' AutoModel makes of a tower's configuration; None if there is none."""
     return import_transformers().MODEL_MAPPING.get(type(config), None)

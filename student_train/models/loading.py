@@ -33,6 +33,7 @@ from student_train.models.huggingface import (
     check_timm,
     find_auto_class,
     find_tower_class,
+    get_trunk,
     is_llava,
     load_config,
     load_image_processor,
@@ -50,7 +51,7 @@ FLASH_PACKAGES = ("flash_attn", "flash_attn_interface")  # versions 2 and 3
 PARTS: dict[Literal["projector", "vision", "llm"], tuple[str, ...]] = {
     "projector": (
         "model.multi_modal_projector", "model.connector", "model.visual.merger", "model.visual.deepstack_merger_list",
-        "model.image_newline",
+        "model.image_newline", "model.embed_vision",
     ),
     "vision": ("model.vision_tower", "model.vision_model", "model.visual"),
     "llm": (
@@ -59,6 +60,10 @@ PARTS: dict[Literal["projector", "vision", "llm"], tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _LAYERS = ("model.language_model.layers", "model.text_model.layers", "model.layers")
+_MLP = "(?:mlp|feed_forward)"  # of a decoder's layer; the latter is Llama 4's
+_REFUSED = {
+    "paligemma": "tokens before the answer see each other, but a student's batches are causal; take another student",
+}
 _CHANGED_LOGITS = {
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
@@ -102,6 +107,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             f"{folder}: model_type is {config.model_type!r}, expected a vision-language model or causal decoder of "
             "transformers; give a checkpoint of one"
         )
+    if config.model_type in _REFUSED:
+        raise ConfigError(f"{folder}: a {config.model_type!r} cannot be a student: {_REFUSED[config.model_type]}")
     text = config.get_text_config()
     for name, harmless in _CHANGED_LOGITS.items():
         if getattr(text, name, harmless) not in (None, harmless):
@@ -228,9 +235,7 @@ def _check_pixels(checkpoint: Checkpoint, identity: Identity) -> tuple[str, ...]
 
 def check_trained_parts(checkpoint: Checkpoint, trained: Sequence[Module], *, place: str = "train") -> None:
     """Check that this architecture has each trained part, without reading weights. Errors: ConfigError."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        model = find_auto_class(checkpoint.config).from_config(checkpoint.config)
+    model = build_without_weights(checkpoint)
     names = [name for name, _ in model.named_parameters()]
     kind = f"{checkpoint.folder}: a {checkpoint.config.model_type!r}"
     unknown = [name for name in names if find_part(name) is None]
@@ -247,6 +252,13 @@ def check_trained_parts(checkpoint: Checkpoint, trained: Sequence[Module], *, pl
             )
 
 
+def build_without_weights(checkpoint: Checkpoint) -> Any:
+    """Build the model on torch's meta device: its modules and shapes, and no memory."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        return find_auto_class(checkpoint.config).from_config(checkpoint.config)
+
+
 def find_part(name: str) -> Literal["projector", "vision", "llm"] | None:
     """Return the part that a parameter belongs to; None if it is unknown."""
     for part, prefixes in PARTS.items():
@@ -258,7 +270,7 @@ def find_part(name: str) -> Literal["projector", "vision", "llm"] | None:
 def _find_mlps(model: nn.Module) -> list[str]:
     """Return the names of the MLPs of the decoder's layers."""
     names = [name for name, _ in model.named_modules()]
-    return [name for name in names for layers in _LAYERS if re.fullmatch(re.escape(layers) + r"\.\d+\.mlp", name)]
+    return [name for name in names for layers in _LAYERS if re.fullmatch(rf"{re.escape(layers)}\.\d+\.{_MLP}", name)]
 
 
 def load_student(checkpoint: Checkpoint, *, precision: Precision, device: torch.device) -> Any:
@@ -284,7 +296,7 @@ def _check_head(model: Any, checkpoint: Checkpoint) -> None:
     ids = torch.full((1, 2), checkpoint.sequence_format.pad_token_id, device=model.device)
     head = model.get_output_embeddings()
     logits = model(input_ids=ids, use_cache=False).logits
-    ours = None if head is None else head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    ours = None if head is None else head(get_trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
     if ours is None or ours.shape != logits.shape or not torch.allclose(ours.float(), logits.float(), rtol=1e-2):
         raise ConfigError(
             f"{checkpoint.folder}: the logits of a {checkpoint.config.model_type!r} are not its head times its last "
@@ -311,12 +323,23 @@ def choose_attention(
 
 
 def choose_attention_of_parts(config: Any, attention: str) -> str | dict[str, str]:
-    """Return an attention for transformers: another one for a tower that lacks it, or whose many tokens suit SDPA."""
+    """Return an attention for transformers: another one for a model or a tower that lacks it.
+
+    A convolutional tower has no attention at all; gpt-oss, with its attention sinks, has no SDPA. Beside plain products
+    a tower takes SDPA, which suits its many tokens.
+    """
+    attention = _fall_back(find_auto_class(config)._model_mapping[type(config)], attention)
     tower = find_tower_class(getattr(config, "vision_config", None))
-    flag = "_supports_flash_attn" if attention.startswith("flash") else "_supports_sdpa"
-    if tower is None or (attention != "eager" and getattr(tower, flag, False)):
+    of_tower = attention if tower is None else _fall_back(tower, "sdpa" if attention == "eager" else attention)
+    return attention if of_tower == attention else {"": attention, "text_config": attention, "vision_config": of_tower}
+
+
+def _fall_back(kind: Any, attention: str) -> str:
+    """Return the attention if the class of a model supports it, else SDPA or the plain one."""
+    flag = {"eager": "", "sdpa": "_supports_sdpa"}.get(attention, "_supports_flash_attn")
+    if not flag or getattr(kind, flag, False):
         return attention
-    return {"": attention, "text_config": attention, "vision_config": "sdpa" if tower._supports_sdpa else "eager"}
+    return "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
 
 
 def load_for_inference(checkpoint: Checkpoint, *, vocab_size: int, features: TensorStore | None = None) -> Student:
@@ -334,7 +357,7 @@ def find_modules(name: str) -> tuple[Module, ...]:
     """Return the modules that contain a parameter, the narrowest first."""
     part = find_part(name)
     assert part is not None, name
-    is_mlp = any(re.match(rf"{re.escape(layers)}\.\d+\.mlp\.", name) for layers in _LAYERS)
+    is_mlp = any(re.match(rf"{re.escape(layers)}\.\d+\.{_MLP}\.", name) for layers in _LAYERS)
     return ("mlp", part) if is_mlp else (part,)
 
 

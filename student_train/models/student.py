@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from student_train.data.image_inputs import ModelInputs
 from student_train.data.sample_images import TensorStore, VisionInput
-from student_train.models.huggingface import is_llava
+from student_train.models.huggingface import get_trunk, is_llava
 
 
 class Student(nn.Module):
@@ -74,7 +74,7 @@ class Student(nn.Module):
         if with_blank:  # in a sequence of its own: tower and projector run on every rank, without effect
             ids = _append_row(ids, torch.as_tensor(inputs.blank_ids, device=ids.device))
         shown = inputs.tensors if inputs.blank_ids is None or with_blank else {}
-        output = self.model.base_model(input_ids=ids, use_cache=False, **self.make_arguments(ids, inputs, shown))
+        output = get_trunk(self.model)(input_ids=ids, use_cache=False, **self.make_arguments(ids, inputs, shown))
         states = output.last_hidden_state
         hidden = states[: shape[0], : shape[1]].flatten(0, 1)
         return hidden + 0 * states[shape[0] :].sum() if with_blank else hidden

@@ -27,7 +27,7 @@ from teacher_dump.prompts.processor import load_processor
 from teacher_dump.settings import DumpSettings
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers import hf_checkpoint as checkpoint
-from teacher_dump.teachers.architectures import check_backend
+from teacher_dump.teachers.architectures import check_backend, check_families
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def _make_dump_plan(settings: DumpSettings) -> DumpPlan:
         raise ConfigError(f"data.sources: there is no sample in {files}; give files of conversations")
     folder = checkpoint.resolve_checkpoint(teacher.model, teacher.revision, with_weights=needs_teacher)
     if needs_teacher:
-        check_backend(checkpoint.read_json(folder / "config.json"), teacher.backend)
+        config = checkpoint.read_json(folder / "config.json")
+        check_backend(config, teacher.backend)
+        check_families(config, settings.cache.families)
     memory = fingerprint.FingerprintMemory(settings.run / "fingerprints.json")
     trust = bool(teacher.settings.get("trust_remote_code", False))
     arguments = teacher.chat_template_arguments

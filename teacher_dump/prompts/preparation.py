@@ -33,7 +33,7 @@ class PreparedSample:
     @property
     def prompt(self) -> TeacherPrompt:
         pixels, keys = (tuple(getattr(image, name) for image in self.images) for name in ("pixels", "sha256"))
-        return TeacherPrompt(self.record.token_ids, pixels, keys)
+        return TeacherPrompt(self.record.token_ids, pixels, keys, self.record.response_mask)
 
     @property
     def response_positions(self) -> np.ndarray:

@@ -17,3 +17,5 @@ class TeacherPrompt:
     token_ids: NDArray[np.int32]
     images: tuple[Picture, ...]
     image_keys: tuple[str, ...] = ()  # each image's content hash; without them it shares nothing with other prompts
+    # (t,) True for answers, of a prompt with answers: some models let tokens before the answer see each other
+    response_mask: NDArray[np.bool_] | None = None

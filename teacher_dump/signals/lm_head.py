@@ -33,6 +33,8 @@ _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # of safetensors; any other needs
 # Settings that change logits in ways that `_read_scale_and_cap` does not cover; models whose code does so are in
 # teacher_dump/teachers/architectures.py. Source: `lm_head(` in transformers and `compute_logits` in vLLM.
 _UNSUPPORTED_SETTINGS = ("dim_model_base", "output_multiplier", "logits_mup_width_multiplier", "norm_head")
+# Their text_config may have a soft-cap, which the class with vision does not apply. Source: transformers' `lm_head(`.
+_IGNORE_SOFT_CAP = ("paligemma", "gemma3")
 # Rows of logits at once on a CPU: enough to keep it busy with a packed head, and small enough to stay in its caches
 # for the selection.
 _CPU_ROWS = 128
@@ -208,7 +210,7 @@ def find_head(folder: Path, *, vocab_size: int) -> HeadLocation:
             "engines disagree about such a checkpoint: correct tie_word_embeddings or the weights"
         )
     bias = f"{name.removesuffix('weight')}bias" if heads else ""
-    return HeadLocation(name, bias if bias in files else None, *_read_scale_and_cap(folder, settings))
+    return HeadLocation(name, bias if bias in files else None, *_read_scale_and_cap(folder, config))
 
 
 def read_head(folder: Path, *, vocab_size: int, device: str = "cpu", rows_per_chunk: int = 1024) -> OutputHead:
@@ -227,8 +229,9 @@ def read_head(folder: Path, *, vocab_size: int, device: str = "cpu", rows_per_ch
     )
 
 
-def _read_scale_and_cap(folder: Path, settings: Mapping[str, Any]) -> tuple[float, float | None]:
+def _read_scale_and_cap(folder: Path, config: Mapping[str, Any]) -> tuple[float, float | None]:
     """Reads scale and soft-cap of the logits. Raises StillhouseError if a model changes them in another way."""
+    settings = checkpoint.get_text_settings(config)
     kind = settings.get("model_type")
     strange = [name for name in _UNSUPPORTED_SETTINGS if settings.get(name)]
     if strange:
@@ -243,6 +246,8 @@ def _read_scale_and_cap(folder: Path, settings: Mapping[str, Any]) -> tuple[floa
         divisor = settings.get("logits_scaling") or 1.0  # Granite
         scale = divisor if kind == "hyperclovax" else 1.0 / divisor  # HyperCLOVA X multiplies by logits_scaling
     soft_cap = settings.get("final_logit_softcapping", settings.get("logits_soft_cap"))  # Gemma; RecurrentGemma
+    if config.get("model_type") in _IGNORE_SOFT_CAP:
+        soft_cap = None
     for value in (scale, 1.0 if soft_cap is None else soft_cap):
         if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
             raise StillhouseError(f"{folder}: config.json: a logit scale or soft-cap is {value!r}, expected a number")

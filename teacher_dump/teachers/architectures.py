@@ -5,7 +5,7 @@ One table, by `model_type` of config.json. `docs/architectures.md` is made from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,18 +27,35 @@ class EngineSupport:
 
 _TESTED = ("llama", "qwen2", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
 _UNKNOWN = "no test here compares vLLM with transformers for it"
-_UNTESTED: dict[str, str] = {}
+_NOT_RUN = "vLLM was not compared with transformers for it here yet"
+_UNTESTED = {
+    "qwen3": _NOT_RUN,
+    "qwen3_vl": _NOT_RUN,
+    "qwen3_vl_moe": _NOT_RUN,
+    "internvl": _NOT_RUN,
+    "qwen3_5": _NOT_RUN,
+    "gpt_oss": _NOT_RUN,
+    "llama4_text": _NOT_RUN,
+    "gemma4": "vLLM's engine on a CPU, where these tests run, does not let tokens of an image see each other",
+}
 # Source: `lm_head(` and the attention masks in transformers, `compute_logits` and the prompt updates in vLLM.
 _REFUSED = {
     "chameleon": ("it forbids image tokens in its logits, which the output head alone does not show", ""),
     "mimo": ("vLLM gives its hidden states before the last norm", USE_TRANSFORMERS),
     "step3p5": ("vLLM gives its hidden states before the last norm", USE_TRANSFORMERS),
+    "gemma3": (
+        "vLLM writes line breaks and separators around an image itself and joins them with the text's, and its CPU "
+        "engine does not let tokens of an image see each other",
+        USE_TRANSFORMERS,
+    ),
     "paligemma": (
         "its question's tokens see each other and its images see the question; vLLM computes them causally, and ends "
         "every prompt with a line break of its own",
         USE_TRANSFORMERS,
     ),
 }
+_PREFIX_ATTENTION = ("paligemma",)  # tokens of a prompt see later ones, up to the answer
+_ROWS_OF_IMAGES = ("visual", "relation")
 
 
 def engine_support(model_type: str) -> EngineSupport:
@@ -83,3 +100,20 @@ def check_backend(config: Mapping[str, Any], backend: Literal["vllm", "transform
             f"compare its outputs with those of {USE_TRANSFORMERS} before a long dump"
         )
     return None
+
+
+def has_prefix_attention(model_type: str) -> bool:
+    """Returns whether an image's hidden states depend on the question after it."""
+    return model_type in _PREFIX_ATTENTION
+
+
+def check_families(config: Mapping[str, Any], families: Sequence[str]) -> None:
+    """Raises ConfigError for rows that are kept once for an image, of a model whose images see the question."""
+    model_type = str(config.get("model_type", ""))
+    refused = [family for family in families if family in _ROWS_OF_IMAGES]
+    if refused and has_prefix_attention(model_type):
+        raise ConfigError(
+            f"cache.families names {' and '.join(refused)}, but images of a {model_type} see the question after them, "
+            "so their rows differ from question to question and cannot be kept once for an image; "
+            "set cache.families: [response]"
+        )

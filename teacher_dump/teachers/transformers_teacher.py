@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from storage.errors import ConfigError, StillhouseError
 from storage.images.pixels import Picture
+from storage.images.placeholders import get_placeholder
 from storage.processes import torchvision_shim
 from teacher_dump.config import SamplingSection
-from teacher_dump.prompts.image_tokens import VisualGrid, expand_image_tokens
+from teacher_dump.prompts.image_tokens import Expansion, VisualGrid, expand_image_tokens
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.prompts.teacher_prompt import TeacherPrompt
+from teacher_dump.teachers.architectures import has_prefix_attention
+from teacher_dump.teachers.device_failure import PromptRefusedError
 from teacher_dump.teachers.teacher import TeacherStates
 
-_TEXT_INPUTS = ("input_ids", "attention_mask")
+_NO_INPUTS = ("input_ids", "attention_mask", "labels")  # of the processor's text
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is
 
 
@@ -45,7 +49,8 @@ class TransformersTeacher:
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise StillhouseError(f"transformers cannot load {folder}: {error}") from error
         self._model = model.to(self._device).eval()
-        self._trunk = model.base_model
+        trunk = model.base_model
+        self._trunk = model.model if trunk is model else trunk  # Llama 4's decoder names it by another prefix
         self._processor = load_processor(folder, trust_remote_code=trust)
         self._grid = VisualGrid(self._processor, image_token_id)
         self._image_token_id = image_token_id
@@ -97,10 +102,13 @@ class TransformersTeacher:
     def _make_inputs(self, prompt: TeacherPrompt) -> dict[str, Tensor]:
         """Makes the model's inputs: a batch of one, images expanded, on its device."""
         images = [self._grid.ids(image) for image in prompt.images]
-        ids = torch.from_numpy(expand_image_tokens(prompt.token_ids, images, self._image_token_id).token_ids)[None]
+        expansion = expand_image_tokens(prompt.token_ids, images, self._image_token_id)
+        ids = torch.from_numpy(expansion.token_ids)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if prompt.images:
             inputs |= self._make_image_inputs(prompt.images, ids == self._image_token_id)
+        if has_prefix_attention(self._model.config.model_type):
+            inputs["token_type_ids"] = (torch.arange(ids.shape[1]) >= _count_prefix(prompt, expansion)).long()[None]
         return {
             name: value.to(self._device, self._dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
@@ -109,7 +117,20 @@ class TransformersTeacher:
     def _make_image_inputs(self, images: Sequence[Picture], is_visual: Tensor) -> dict[str, Tensor]:
         """Returns the processor's outputs for images, with token types if the model needs them."""
         token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
+        token = get_placeholder(self._processor, token)
         inputs = dict(self._processor(images=list(images), text=[token * len(images)], return_tensors="pt"))
-        for name in _TEXT_INPUTS:
+        for name in _NO_INPUTS:
             inputs.pop(name, None)
         return {name: is_visual.long() if name in _TOKEN_TYPES else value for name, value in inputs.items()}
+
+
+def _count_prefix(prompt: TeacherPrompt, expansion: Expansion) -> int:
+    """Returns the number of positions before the answer, which see each other; without an answer all of them.
+
+    Raises PromptRefusedError for several answers: later questions would be seen causally, unlike in generation.
+    """
+    mask = prompt.response_mask
+    starts = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0) == 1) if mask is not None else []
+    if len(starts) > 1:
+        raise PromptRefusedError(f"it has {len(starts)} answers, and this model answers one question of a prompt")
+    return int(expansion.positions[starts[0]]) if len(starts) else len(expansion.token_ids)

@@ -31,7 +31,8 @@ from teacher_dump.signals.spec import RowRequest, SignalRequest
 from teacher_dump.signals.vision_check import VisionCheck, check_vision, choose_check_samples
 from teacher_dump.teachers.teacher import Teacher, TeacherStates
 from tests.teacher_dump.scorers import make_scorer, part_of
-from tests.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_teacher
+from tests.tiny_architectures import ARCHITECTURES, TEXT_ONLY, make_teacher
+from tests.tiny_parts import VOCAB_SIZE
 
 IMAGES = {"square": (32, 32), "other": (32, 32), "wide": (64, 32), "tall": (20, 90), "photo": (50, 40)}
 WAYS = ("together", "reversed", "alone")
@@ -80,7 +81,7 @@ def make_all(root: Path) -> None:
     """Makes teachers and samples of all architectures."""
     for name in ARCHITECTURES:
         make_teacher(root / name / "teacher", name)
-        write_samples(root / name, with_images=name not in ("llama", "qwen2"))
+        write_samples(root / name, with_images=name not in TEXT_ONLY)
 
 
 def make_architecture_scorer(folder: Path, engine: Teacher | None) -> PartScorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from storage.errors import ConfigError, IdentityError
 from storage.identity import Identity
+from storage.images.placeholders import get_placeholder
 from storage.images.settings import PixelSettings
 from storage.reader.cache import Cache
 from storage.records.records import SampleRecord
@@ -43,6 +45,7 @@ from student_train.models.loading import (
 )
 from student_train.models.loading import read_checkpoint as read
 from student_train.models.student import Student
+from student_train.models.trained_parameters import count_model_parameters
 from student_train.training.objective import Objective
 from student_train.training.stage_data import list_loss_families, load_cached_teacher, prepare_stage_data
 from teacher_dump.prompts import processor
@@ -54,10 +57,11 @@ from tests.student_train.caches import join_records
 from tests.student_train.conftest import Runner
 from tests.teacher_dump.architectures import ASKED, samples_of, write_samples
 from tests.teacher_dump.scorers import NOTHING, make_scorer
-from tests.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_teacher
+from tests.tiny_architectures import ARCHITECTURES, REFUSED_STUDENTS, TEXT_ONLY, make_teacher
+from tests.tiny_parts import VOCAB_SIZE
 
-BLIND = ("llama", "qwen2")
-GENERAL = [name for name in ARCHITECTURES if name != "llava"]
+BLIND = TEXT_ONLY
+GENERAL = [name for name in ARCHITECTURES if name != "llava" and name not in REFUSED_STUDENTS]
 TOLERANCE = 2e-5  # of the largest logit, in float32
 LOSSES = {"response": {}, "visual": {}, "relation": {"weight": 0.5}}
 
@@ -92,11 +96,12 @@ class Case:
             ids = expand_image_tokens(
                 tokens.token_ids, [sequence_format.ids(picture) for picture in pictures], image_token_id
             ).token_ids
-            marks = own.tokenizer.convert_ids_to_tokens(image_token_id) * len(pictures)
+            image_token = own.tokenizer.convert_ids_to_tokens(image_token_id)
+            marks = get_placeholder(own, image_token) * len(pictures)
             inputs = dict(own(images=pictures, text=[marks], return_tensors="pt"))
             del inputs["input_ids"], inputs["attention_mask"]
-            if "mm_token_type_ids" in inputs:
-                inputs["mm_token_type_ids"] = torch.from_numpy(ids == image_token_id).long()[None]
+            for name in {"mm_token_type_ids", "token_type_ids"} & set(inputs):
+                inputs[name] = torch.from_numpy(ids == image_token_id).long()[None]
         return model(input_ids=torch.from_numpy(ids)[None], **inputs).logits[0, :, :VOCAB_SIZE]
 
 
@@ -176,6 +181,8 @@ def test_a_batch_without_images_reaches_the_tower_with_no_effect(case: Case) -> 
         ("llava_onevision", ("model.multi_modal_projector", "model.image_newline")),
         ("qwen2_vl", ("model.visual.merger",)),
         ("idefics3", ("model.connector",)),
+        ("qwen3_vl", ("model.visual.merger", "model.visual.deepstack_merger_list")),
+        ("internvl", ("model.multi_modal_projector",)),
     ],
 )
 def test_the_projector_alone_trains(part: str, expected: tuple[str, ...], case_of: Callable[[str], Case]) -> None:
@@ -186,11 +193,22 @@ def test_the_projector_alone_trains(part: str, expected: tuple[str, ...], case_o
     assert trained
     assert all(name.startswith(expected) for name in trained)
     assert model.get_submodule(expected[0]).training
-    assert not model.get_submodule("model.visual.blocks" if part == "qwen2_vl" else "lm_head").training
+    assert {prefix for name in trained for prefix in expected if name.startswith(prefix)} == set(expected)
+    assert not model.get_submodule("model.visual.blocks" if "qwen" in part else "lm_head").training
+    counts = count_model_parameters(model, ("projector",))
+    assert set(counts["projector"].names) == set(expected)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts["projector"].num_trained
+    assert sum(count.num_all for count in counts.values()) == sum(p.numel() for p in model.parameters())
     freeze(model, ("vision", "llm"))
     assert not [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(expected)]
     freeze(model, ("mlp",))
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"mlp"}
+
+
+@pytest.mark.parametrize("architecture", REFUSED_STUDENTS)
+def test_a_student_that_the_losses_do_not_fit_is_refused(architecture: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(REFUSED_STUDENTS[architecture])):
+        read(make_teacher(tmp_path, architecture))
 
 
 def test_parts_that_an_architecture_lacks_are_refused_before_loading(case_of: Callable[[str], Case]) -> None:

@@ -19,6 +19,7 @@ from teacher_dump.teachers.architectures import (
     read_engine_support,
 )
 from tests.teacher_dump.conftest import WriteConfig
+from tests.tiny_architectures import ARCHITECTURES, PUBLISHED
 
 
 def test_an_unknown_architecture_is_untested() -> None:
@@ -38,6 +39,14 @@ def test_every_state_says_why() -> None:
     for support in table:
         assert bool(support.reason) == (support.state != "tested"), support
         assert not support.way_round or support.state == "refused", support
+
+
+def test_what_the_table_calls_tested_is_tested() -> None:
+    """The matrix runs every architecture that is tested, and knows what the table says of each of its own."""
+    tested = {support.model_type for support in list_known_support() if support.state == "tested"}
+    assert tested <= set(ARCHITECTURES)
+    assert set(ARCHITECTURES) <= {support.model_type for support in list_known_support()}
+    assert set(PUBLISHED) == set(ARCHITECTURES)
 
 
 def test_a_refused_decoder_refuses_the_whole_model() -> None:
