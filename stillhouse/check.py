@@ -21,7 +21,8 @@ from storage.layout.segments import NewSegment, find_segment, has_cache
 from storage.reader.cache import Cache
 from student_train.config import StageSection
 from student_train.models.expert_parallel import check_ranks
-from student_train.models.loading import check_fit, read_checkpoint
+from student_train.models.loading import Checkpoint, check_fit, read_checkpoint
+from student_train.models.trained_parameters import count_parameters, describe_trained
 from student_train.training.init_making import check_init_making, list_init_parts
 from student_train.training.stage_data import check_architecture, check_losses, read_fitting_checkpoint
 from student_train.training.trainer import resolve_stage
@@ -197,13 +198,22 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
             continue
         paths = [source.path for source in stage.list_sources(own_cache)]
         if all(has_cache(open_folder(path)) for path in paths):
-            notes, noun = read_fitting_checkpoint(stage, own_cache).notes, "cache" if len(paths) == 1 else "caches"
-            yield f"stages.{name}: {stage.init} fits the {noun}{_indent_lines(notes)}"
+            checkpoint, noun = read_fitting_checkpoint(stage, own_cache), "cache" if len(paths) == 1 else "caches"
+            yield f"stages.{name}: {stage.init} fits the {noun}{_indent_lines(checkpoint.notes)}"
+            yield _describe_training(name, stage, checkpoint)
         elif own_cache in paths:
             checkpoint = read_checkpoint(stage.init)
             check_architecture(checkpoint, stage)
             notes = check_fit(checkpoint, identity)
             yield f"stages.{name}: {stage.init} fits the teacher{_indent_lines(notes)}"
+            yield _describe_training(name, stage, checkpoint)
+
+
+def _describe_training(name: str, stage: StageSection, checkpoint: Checkpoint) -> str:
+    """A line with the parameters that a stage trains, by module, before a sparse stage copies MLPs to experts."""
+    counts = count_parameters(checkpoint, stage.train)
+    dense = "" if stage.moe is None else f", before moe makes {stage.moe.experts} experts of an MLP"
+    return f"stages.{name} trains {describe_trained(counts, lora=stage.lora is not None)}{dense}"
 
 
 def _check_made_inits(experiment: Experiment) -> Iterator[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -47,11 +49,11 @@ def file(tmp_path: Path) -> Path:
 def test_a_student_that_does_not_fit_the_cache_is_found(file: Path) -> None:
     experiment = read_experiment(file)
     student = Path(experiment.stages["kd"].init)
-    assert list(check_experiment(experiment))[-2] == f"stages.kd: {student} fits the teacher"  # there is no cache yet
+    assert list(check_experiment(experiment))[-3] == f"stages.kd: {student} fits the teacher"  # there is no cache yet
     settings = read_settings(file)
     CacheWriter.open(experiment.cache.path, plan_dump(settings).identity, ("response", "visual"))
     lines = list(check_experiment(experiment))
-    assert lines[-2] == f"stages.kd: {student} fits the cache"
+    assert lines[-3] == f"stages.kd: {student} fits the cache"
     assert lines[-1].startswith("not checked:\n  weights")
     later = experiment.stages["later"].init
     assert f"whether the student of stages.later fits: {later} is not there yet" in lines[-1]
@@ -199,6 +201,26 @@ def test_experts_that_the_ranks_of_an_ablation_cannot_share_are_found(file: Path
         list(check_experiment(read_experiment(file, [runs, "evaluation.splits=[train]"])))
 
 
+def test_the_parameters_that_a_stage_trains_are_listed(file: Path) -> None:
+    document = yaml.safe_load(file.read_text())
+
+    def trains(**fields: Any) -> str:
+        with_sections(file, stages={"kd": {**document["stages"]["kd"], **fields}})
+        lines = list(check_experiment(read_experiment(file)))
+        (line,) = (line for line in lines if line.startswith("stages.kd trains "))
+        return line.removeprefix("stages.kd trains ")
+
+    projector = r"projector [\d,]+ of [\d,]+ \(4 tensors: model\.multi_modal_projector\)"
+    only = trains(train=["projector"])
+    assert re.fullmatch(rf"vision none of [\d,]+, {projector}, llm none of [\d,]+, mlp none of [\d,]+", only), only
+    mlp = trains(train=["mlp"])
+    assert re.search(r"llm none of [\d,]+, mlp ([\d,]+) of \1 \(\d+ tensors\)$", mlp), mlp
+    both = trains(train=["projector", "llm"])
+    assert re.search(r"llm ([\d,]+) of \1 \(\d+ tensors\), mlp ([\d,]+) of \2 \(\d+ tensors\)$", both), both
+    adapted = trains(train=["projector", "llm"], lora={})
+    assert re.search(r"llm adapters beside its [\d,]+, mlp adapters beside its [\d,]+$", adapted), adapted
+
+
 def test_a_checkpoint_that_a_stage_writes_or_the_hub_may_have_is_no_mistake(file: Path) -> None:
     for override in ("stages.later.init={run}/models/kd", "stages.kd.init=owner/name"):
         list(check_experiment(read_experiment(file, [override])))
@@ -216,7 +238,7 @@ def test_every_cache_of_a_stage_is_checked(file: Path) -> None:
         file.write_text(yaml.safe_dump(document))
         return list(check_experiment(read_experiment(file)))
 
-    *_, fits, unseen = lines()
+    *_, fits, _, unseen = lines()
     assert fits == f"stages.kd: {file.parent / 'student'} fits the teacher"
     assert unseen.startswith("not checked:")
     assert "stages.later" in unseen
