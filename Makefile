@@ -39,6 +39,7 @@ lint: $(VENV)/installed docs
 # Into site/. A link to a page or heading that is not there is an error, and so is anything from another host.
 docs: $(VENV)/installed
 	$(BIN)/python -m docs.make_fields --check
+	$(BIN)/python -m docs.make_architectures --check
 	$(BIN)/python -m docs.make_tables --check
 	$(BIN)/zensical build --clean --strict
 	$(BIN)/python -m docs.check_site site
