@@ -44,6 +44,7 @@ from student_train.models.loading import (
     load_student,
 )
 from student_train.models.loading import read_checkpoint as read
+from student_train.models.parameter_groups import make_parameter_groups
 from student_train.models.student import Student
 from student_train.models.trained_parameters import count_model_parameters
 from student_train.training.objective import Objective
@@ -199,6 +200,10 @@ def test_the_projector_alone_trains(part: str, expected: tuple[str, ...], case_o
     assert set(counts["projector"].names) == set(expected)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts["projector"].num_trained
     assert sum(count.num_all for count in counts.values()) == sum(p.numel() for p in model.parameters())
+    freeze(model, ("vision", "projector", "llm"))
+    groups = make_parameter_groups(model, lr=1.0, module_lr={"projector": 0.5}, weight_decay=0.0)
+    own = [parameter for group in groups if group.lr_factor == 0.5 for parameter in group.parameters]
+    assert sum(parameter.numel() for parameter in own) == counts["projector"].num_all
     freeze(model, ("vision", "llm"))
     assert not [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(expected)]
     freeze(model, ("mlp",))
