@@ -20,6 +20,8 @@ SHOWN_BY = {  # column: file and function of the test that shows it; [NAME] of t
     "images": f"{_TEACHERS}/test_architectures.py::test_expansion_and_signals_are_those_of_the_whole_model",
     "student": "tests/student_train/models/test_architectures.py::"
     "test_logits_of_padded_batches_are_those_of_the_whole_model",
+    "LLaVA student": "tests/student_train/models/test_student.py::"
+    "test_hidden_states_and_head_are_those_of_the_whole_model",
     "refused student": "tests/student_train/models/test_architectures.py::"
     "test_a_student_that_the_losses_do_not_fit_is_refused",
     "prefix": f"{_TEACHERS}/test_paligemma.py",
@@ -50,9 +52,9 @@ def make_page() -> str:
 def _make_row(name: str) -> str:
     support, sees = engine_support(name), name not in TEXT_ONLY
     vllm = f"tested ({NUMBERS['vLLM']})" if support.state == "tested" else f"**{support.state}**"
-    student = (
-        f"**refused** ({NUMBERS['refused student']})" if name in REFUSED_STUDENTS else f"tested ({NUMBERS['student']})"
-    )
+    student = f"tested ({NUMBERS['LLaVA student' if name == 'llava' else 'student']})"
+    if name in REFUSED_STUDENTS:
+        student = f"**refused** ({NUMBERS['refused student']})"
     of_images = f"tested ({NUMBERS['images']})" if sees else "–"
     cells = [f"`{name}`", PUBLISHED[name], vllm, f"tested ({NUMBERS['transformers']})", student, of_images, of_images]
     return f"| {' | '.join(cells)} |"
