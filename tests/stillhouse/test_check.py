@@ -201,6 +201,19 @@ def test_experts_that_the_ranks_of_an_ablation_cannot_share_are_found(file: Path
         list(check_experiment(read_experiment(file, [runs, "evaluation.splits=[train]"])))
 
 
+def test_an_untested_architecture_is_named_and_a_refused_one_stops(file: Path) -> None:
+    path = file.parent / "teacher" / "config.json"
+    config = json.loads(path.read_text())
+    lines = list(check_experiment(read_experiment(file)))
+    assert not [line for line in lines if line.startswith("warning: teacher")]
+    path.write_text(json.dumps({**config, "model_type": "llava_next"}))
+    lines = list(check_experiment(read_experiment(file)))
+    assert [line for line in lines if line.startswith("warning: teacher: a llava_next is untested in vLLM: ")]
+    path.write_text(json.dumps({**config, "model_type": "paligemma"}))
+    with pytest.raises(ConfigError, match=r"a paligemma cannot be a teacher with teacher\.backend: vllm"):
+        list(check_experiment(read_experiment(file)))
+
+
 def test_the_parameters_that_a_stage_trains_are_listed(file: Path) -> None:
     document = yaml.safe_load(file.read_text())
 
