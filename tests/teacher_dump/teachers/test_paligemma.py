@@ -84,6 +84,7 @@ def test_answers_are_those_of_the_model_with_its_processor_s_own_inputs(
             logits = teacher._model(**inputs).logits[0, :, :1452].double()
         predicting = torch.nonzero(labels >= 0)[:, 0]
         logprobs = logits.log_softmax(dim=-1)[predicting - 1, labels[predicting]]
+        assert rows.label_logprob is not None
         np.testing.assert_allclose(rows.label_logprob, logprobs, atol=5e-5)
 
 
