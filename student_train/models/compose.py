@@ -198,7 +198,7 @@ def _check_tower(section: CompositionSection, processor: Any, image_token_id: in
     if features.kind == "map":
         layer = -1
         _check_map_fields(section, place)
-    elif section.select == "default" and not features.num_prefix:
+    elif section.select == "default" and not features.num_prefix and not _drops_first(section, processor):
         raise ConfigError(
             f"compose.select is default, which drops the first position, but {section.vision} has no known "
             "class token there; set select: full"
@@ -206,6 +206,14 @@ def _check_tower(section: CompositionSection, processor: Any, image_token_id: in
     num_tokens = features.num_positions - (1 if section.select == "default" else 0)
     _check_token_count(section, processor, image_token_id, num_tokens, is_map=features.kind == "map")
     return Tower(config, kind, features, layer, num_tokens)
+
+
+def _drops_first(section: CompositionSection, processor: Any) -> bool:
+    """Return whether the given processor's model drops its tower's first position too, whatever that is.
+
+    TinyLLaVA's models drop the first patch of SigLIP; a student whose visual tokens are compared does the same.
+    """
+    return bool(section.processor) and getattr(processor, "vision_feature_select_strategy", None) == "default"
 
 
 def _check_map_fields(section: CompositionSection, place: str) -> None:
