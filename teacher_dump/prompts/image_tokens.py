@@ -96,6 +96,10 @@ class VisualGrid:
         first, *others = (self._probe(size).tolist() for size in _PROBED_SIZES)
         return all(other == first for other in others)
 
+    def count_fixed_tokens(self) -> int | None:
+        """Returns the number of visual tokens of every image; None if it depends on an image's size."""
+        return int(np.count_nonzero(self._probe(_PROBED_SIZES[0]) == self._image_token_id)) if self.is_fixed else None
+
     def _probe(self, size: tuple[int, int]) -> NDArray[np.int64]:
         token = self._processor.tokenizer.convert_ids_to_tokens(self._image_token_id)
         text = get_placeholder(self._processor, token)

@@ -6,6 +6,7 @@ compressed and written, and the first samples of a third are decoded. Each of th
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import threading
@@ -200,17 +201,23 @@ def measure_peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts kibibytes
 
 
+def _check_pooling(grid: VisualGrid) -> None:
+    num_tokens = grid.count_fixed_tokens()
+    if num_tokens is None or math.isqrt(num_tokens) ** 2 != num_tokens:
+        laid = "lays out visual tokens by an image's size" if num_tokens is None else f"has {num_tokens} visual tokens"
+        raise ConfigError(
+            f"cache.relation.pool: averages over blocks of a square grid, but this teacher {laid}; leave it out"
+        )
+
+
 def open_preparer(settings: WorkerSettings) -> Preparer:
     """Loads the teacher's processor, no weights. Raises ConfigError if relation matrices cannot be pooled."""
     facts = settings.facts
     trust = bool(settings.engine_settings.get("trust_remote_code", False))
     processor = load_processor(settings.checkpoint, trust_remote_code=trust)
     grid = VisualGrid(processor, facts.image_token_id)
-    if settings.request.relation_pool is not None and facts.image_token_id >= 0 and not grid.is_fixed:
-        raise ConfigError(
-            "cache.relation.pool: averages over blocks of a square grid, but this teacher lays out visual tokens by an "
-            "image's size; leave it out"
-        )
+    if settings.request.relation_pool is not None and facts.image_token_id >= 0:
+        _check_pooling(grid)
     return Preparer(
         prompts=PromptBuilder(
             processor,

@@ -101,6 +101,24 @@ def test_a_grid_that_depends_on_image_size_is_not_pooled(write_config: WriteConf
         open_preparer(make_worker_settings(plan_dump(settings), settings))
 
 
+def test_a_fixed_grid_that_is_no_square_is_not_pooled(
+    write_config: WriteConfig, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """A teacher that drops its tower's first patch has 15 visual tokens of 16."""
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    for name in ("config.json", "processor_config.json"):
+        document = json.loads((teacher / name).read_text(encoding="utf-8"))
+        (teacher / name).write_text(json.dumps({**document, "vision_feature_select_strategy": "default"}))
+    settings = read_settings(
+        write_config(
+            teacher={"model": str(teacher)},
+            cache={"families": ["relation"], "relation": {"encoding": "pooled", "pool": 2}},
+        )
+    )
+    with pytest.raises(ConfigError, match=r"cache\.relation\.pool: .* this teacher has 15 visual tokens; leave it out"):
+        open_preparer(make_worker_settings(plan_dump(settings), settings))
+
+
 def test_error_summary_and_tail_profiles_of_a_dump(write_config: WriteConfig) -> None:
     """The manifest splits what was lost, and the profile is the mean of all tails."""
     rows = {"method": "topk", "k": 4, "rounding_kl": 1e-3}
