@@ -153,6 +153,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="of a comparison (comparison.html beside the first DIR)",
     )
+    sub = add_verb("convert", _convert, "a checkpoint in another format into one of transformers", file=False)
+    sub.add_argument("source", type=Path, metavar="SOURCE", help="its folder, or a .gguf file")
+    sub.add_argument("target", type=Path, metavar="TARGET", help="a folder that does not exist")
+    sub.add_argument("--vision-tower", type=Path, metavar="DIR", help="of a source that only names its tower")
+    sub.add_argument("--base", type=Path, metavar="DIR", help="the decoder of a lone mm_projector.bin")
+    sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="one with the source's vocabulary")
+    sub.add_argument("--template", metavar="NAME", help="the chat template that the model was trained with")
+    sub.add_argument("--dtype", default="float32", help="of a GGUF file's weights (float32)")
     return parser
 
 
@@ -393,6 +401,24 @@ def _ablate(arguments: argparse.Namespace) -> None:
     ablate(experiment, restart=arguments.restart)
     write_report(experiment.run)
     print_summary(experiment.run)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from stillhouse.conversion.conversion import Options  # torch, transformers
+    from stillhouse.conversion.convert import convert
+
+    options = Options(
+        vision_tower=arguments.vision_tower,
+        base=arguments.base,
+        tokenizer=arguments.tokenizer,
+        template=arguments.template,
+        dtype=arguments.dtype,
+    )
+    converted = convert(arguments.source, arguments.target, options)
+    done = "converted" if converted.is_new else "nothing to do; it was converted"
+    print(f"{arguments.target}: {done} from {converted.format} ({arguments.source})")
+    for note in converted.notes:
+        print(f"  {note}")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""Foreign checkpoints to checkpoints of transformers, which teachers and students load."""
