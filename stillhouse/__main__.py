@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from storage.entry_point import run_command
@@ -102,7 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     restart = "discard the states of unfinished trainings that had other settings"
     sub = add_verb("run", _run, "everything: data, teacher, dump, verify, train, evaluate, report")
     sub.add_argument("--restart", action="store_true", help=restart)
-    add_verb("check", _check, "validate configuration, data and prompts before anything costs money")
+    sub = add_verb("check", _check, "validate configuration, data and prompts before anything costs money")
+    sub.add_argument("--engine", action="store_true", help="also compare vLLM with transformers on a few samples")
     sub = add_verb("plan", _plan, "parts, bytes and hours of the dump, estimated from a few hundred samples")
     sub.add_argument("--samples", type=int, default=256, metavar="N", help="samples to estimate from (256)")
     sub.add_argument("--json", action="store_true", help="print the forecast as one JSON object")
@@ -206,11 +208,14 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from stillhouse.check import check_experiment  # torch, transformers, Ray
+    from stillhouse.check import check_engine_outputs, check_experiment  # torch, transformers, Ray
     from stillhouse.config import read_experiment
 
-    for line in check_experiment(read_experiment(arguments.file, arguments.overrides)):
+    experiment = read_experiment(arguments.file, arguments.overrides)
+    for line in check_experiment(experiment):
         print(line)
+    if arguments.engine:
+        check_engine_outputs(experiment, notify=partial(print, flush=True))
 
 
 def _dump(arguments: argparse.Namespace) -> None:
@@ -252,7 +257,9 @@ def _make_cache_overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
 def _plan(arguments: argparse.Namespace) -> None:
     from stillhouse.preflight import write_forecast  # torch, Ray
     from stillhouse.reporting.plan_table import format_forecast
+    from teacher_dump.engine_check.gate import has_engine, measure_engine, refuse_difference
     from teacher_dump.estimates.cost_calibration import forecast_dump
+    from teacher_dump.planning.dump_plan import plan_dump
     from teacher_dump.settings import read_settings
 
     if arguments.hardware is not None:
@@ -263,12 +270,18 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.samples < 2:
         raise ConfigError(f"--samples is {arguments.samples}, expected at least 2")
     settings = read_settings(arguments.file, arguments.overrides)
-    forecast = forecast_dump(settings, num_samples=arguments.samples)
+    planned = plan_dump(settings)
+    forecast = forecast_dump(settings, num_samples=arguments.samples, planned=planned)
     write_forecast(settings.run, num_samples=forecast.samples, num_bytes=forecast.total_bytes)
+    if not arguments.json:
+        print(format_forecast(forecast), flush=True)
+    checks = has_engine(planned, settings) and settings.dump.engine_check
+    record = measure_engine(planned, settings, notify=partial(print, flush=True)) if checks else None
     if arguments.json:
-        _print_json(arguments, {**asdict(forecast), "total_bytes": forecast.total_bytes})
-    else:
-        print(format_forecast(forecast))
+        check = {} if record is None else {"engine_check": record.model_dump(mode="json")}
+        _print_json(arguments, {**asdict(forecast), "total_bytes": forecast.total_bytes, **check})
+    if record is not None:
+        refuse_difference(record, planned, settings)
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -27,6 +27,7 @@ from student_train.training.init_making import check_init_making, list_init_part
 from student_train.training.stage_data import check_architecture, check_losses, read_fitting_checkpoint
 from student_train.training.trainer import resolve_stage
 from teacher_dump.audit.preflight import check_teacher, list_teacher_warnings
+from teacher_dump.engine_check.gate import has_engine, measure_engine, refuse_difference
 from teacher_dump.execution.worker_setup import inspect_data
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.planning.recorded_budget import make_comparable_identity
@@ -88,11 +89,31 @@ def _check_inputs_are_here(experiment: Experiment) -> Iterator[str]:
     yield from (f"not here yet: {each.path}, {each.text}; commands download it" for each in missing)
 
 
+def check_engine_outputs(experiment: Experiment, *, notify: Callable[[str], None]) -> None:
+    """Compares the engine with the model itself on a few samples, and reports the figures.
+
+    ConfigError if the samples or the teacher are not there yet; StillhouseError if the two differ by more than
+    check.max_engine_kl, once the figures were reported.
+    """
+    settings = read_settings(experiment.path, experiment.overrides)
+    missing = _find_unprepared(experiment)
+    if experiment.train_teacher is not None and not Path(settings.teacher.model).is_dir():
+        missing = [*missing, settings.teacher.model]
+    if missing:
+        raise ConfigError(f"--engine: cannot be checked yet: `run` has yet to make {_join_first(missing)}")
+    planned = plan_dump(settings)
+    if not has_engine(planned, settings):
+        notify("engine: nothing to compare, since no engine but transformers scores anything")
+        return
+    refuse_difference(measure_engine(planned, settings, notify=notify), planned, settings)
+    notify(f"engine: says what the model says, within {settings.check.max_engine_kl:g} nats a row")
+
+
 def _list_unchecked(experiment: Experiment) -> str:
     """What `check` does not check, with the verb that does, so that nobody believes it was checked."""
     lines = ["weights, of teacher and students alike, and whether they fit into memory (`dump` and `train` load them)"]
     if experiment.teacher.backend == "vllm":
-        lines.append("whether vLLM starts and gives the model's outputs (`dump`)")
+        lines.append("whether vLLM starts and gives the model's outputs (`check --engine` and `plan` compare them)")
     lines.append("whether the teacher sees its images (`dump`)")
     lines += [f"the samples of {path} (`run` dumps it)" for path in experiment.more_caches]
     if has_cache(open_folder(experiment.cache.path)):

@@ -14,7 +14,7 @@ from storage.config import CacheSection, LocalPath, Section
 from storage.config_loader import NamedSections, read_sections
 from storage.errors import ConfigError
 from student_train.config import EvaluationSection, StageSection
-from teacher_dump.config import DataSection, DumpSection, TeacherSection
+from teacher_dump.config import CheckSection, DataSection, DumpSection, TeacherSection
 
 
 class PrepareSection(Section):
@@ -115,6 +115,7 @@ SCHEMAS = {
     "teacher": TeacherSection,
     "dump": DumpSection,
     "cache": CacheSection,
+    "check": CheckSection,
     "more_caches": NamedSections(MoreCacheSection),
     "train_teacher": TrainTeacherSection,
     "stages": NamedSections(StageSection),

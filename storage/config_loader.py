@@ -23,8 +23,8 @@ from storage.errors import ConfigError
 from storage.home_paths import expand_path
 
 TOP_LEVEL_KEYS = (
-    "name", "runs_dir", "prepare", "data", "teacher", "dump", "cache", "more_caches", "train_teacher", "stages",
-    "evaluation", "ablations",
+    "name", "runs_dir", "prepare", "data", "teacher", "dump", "cache", "check", "more_caches", "train_teacher",
+    "stages", "evaluation", "ablations",
 )  # fmt: skip
 _LISTS = {"data": "sources"}  # a section that may be a list: of that field of its own
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # file systems take 255 bytes, with what we append

@@ -15,6 +15,10 @@ from storage.selection import Selection, make_selection
 
 FORMAT_VERSION = 5  # becomes 1 with the first release; other versions are refused
 NO_TEACHER = "none"  # `teacher_fingerprint` of a cache, or a segment, of tokens only
+TEACHER_FIELDS = (  # that decide a teacher's outputs, besides its engine
+    "teacher_fingerprint", "dtype", "tokenizer_fingerprint", "vocab_size", "chat_template_fingerprint",
+    "image_preprocessing_fingerprint", "pixels", "image_processor", "image_token_id", "eos_token_ids",
+)  # fmt: skip
 LOCATION_FIELDS = ("teacher", "image_root")  # paths at the time of the dump; never compared, hashes are
 
 

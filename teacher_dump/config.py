@@ -1,4 +1,4 @@
-"""The `data:`, `teacher:` and `dump:` sections of pipeline.yaml."""
+"""The `data:`, `teacher:`, `dump:` and `check:` sections of pipeline.yaml."""
 
 from __future__ import annotations
 
@@ -161,3 +161,13 @@ class DumpSection(Section):
     rows_per_chunk: Annotated[int, Field(ge=1)] = 1024  # rows of logits [rows, vocabulary] in memory at once
     max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of samples; above it the dump fails
     blind_check_samples: Annotated[int, Field(ge=0)] = 4  # samples of the vision check; 0 turns it off
+    # whether a dump needs a passed engine check where vLLM is untested with the teacher's architecture; false is
+    # recorded in the manifest
+    engine_check: bool = True
+
+
+class CheckSection(Section):
+    """The engine check: how far the engine's outputs may be from those of the model in transformers."""
+
+    engine_samples: Annotated[int, Field(ge=1, le=1024)] = 16  # samples that both score
+    max_engine_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01  # nats a row

@@ -28,6 +28,7 @@ from storage.reader.cache import Cache
 from storage.records.records import SampleError
 from storage.writer.cache_writer import CacheWriter
 from teacher_dump.config import DumpSection
+from teacher_dump.engine_check.gate import require_engine_check
 from teacher_dump.estimates.budget_choice import apply_budget
 from teacher_dump.execution.answer_generation import generate_missing_answers
 from teacher_dump.execution.driver import write_parts
@@ -36,6 +37,7 @@ from teacher_dump.execution.retry import make_retry_identity, make_retry_plan, s
 from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.answer_files import ANSWERS_FOLDER, load_answered_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump, plan_questions
+from teacher_dump.planning.recorded_budget import make_comparable_identity
 from teacher_dump.settings import DumpSettings
 from teacher_dump.workers.progress import DumpSummary, count_error_kinds
 
@@ -81,13 +83,15 @@ def run_dump(settings: DumpSettings, *, retry_errors: bool = False, progress: bo
     more samples fail than dump.max_error_fraction allows (the cache then stays unsealed).
     """
     asked, settings = settings, _resolve_answers(settings, retry_errors=retry_errors, progress=progress)
-    planned, cache = apply_budget(plan_dump(settings), settings), settings.cache
+    planned, cache = plan_dump(settings), settings.cache
+    check = require_engine_check(planned, settings) if retry_errors or not _has_all(planned, settings) else None
+    planned = apply_budget(planned, settings)
     retried, summary = _retry_failed(planned, settings, asked, progress=progress) if retry_errors else (None, None)
     finished: set[int] = set()
     for plan in _iterate_plans(planned, settings):
         while (writer := _open_writer(plan, settings)).segment.number not in finished:
             summary = _write_missing_parts(writer, plan, settings, progress=progress) or summary
-            writer.seal()
+            writer.seal(check if {*writer.segment.families} - {"images"} else None)
             finished.add(writer.segment.number)
     whole = Cache.open(cache.path, families=())
     return DumpResult(
@@ -99,6 +103,15 @@ def run_dump(settings: DumpSettings, *, retry_errors: bool = False, progress: bo
         summary=summary,
         retried=retried,
     )
+
+
+def _has_all(planned: DumpPlan, settings: DumpSettings) -> bool:
+    """Returns whether the cache has all parts and families of a plan, though maybe not of its retries."""
+    folder, cache = open_folder(settings.cache.path), settings.cache
+    found, _ = find_segment(
+        folder, make_comparable_identity(planned.identity, cache), cache.families, append=cache.append
+    )
+    return not isinstance(found, NewSegment) and is_complete(folder, found)
 
 
 def _iterate_plans(planned: DumpPlan, settings: DumpSettings) -> Iterator[DumpPlan]:
@@ -248,6 +261,7 @@ def _resolve_answers(settings: DumpSettings, *, retry_errors: bool, progress: bo
             "fixed rows and images, or run the dump without --retry-errors, which asks all questions again"
         )
     if found is None:
+        require_engine_check(questions, settings)
         generate_missing_answers(settings, questions, progress=progress)
         found = load_answered_settings(settings, questions.identity)
     assert found is not None

@@ -9,9 +9,15 @@ from typing import Any
 
 from storage.config import CacheSection
 from storage.config_loader import Sections, read_sections
-from teacher_dump.config import DataSection, DumpSection, TeacherSection
+from teacher_dump.config import CheckSection, DataSection, DumpSection, TeacherSection
 
-SCHEMAS = {"data": DataSection, "teacher": TeacherSection, "dump": DumpSection, "cache": CacheSection}
+SCHEMAS = {
+    "data": DataSection,
+    "teacher": TeacherSection,
+    "dump": DumpSection,
+    "cache": CacheSection,
+    "check": CheckSection,
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class DumpSettings:
     teacher: TeacherSection
     dump: DumpSection
     cache: CacheSection
+    check: CheckSection = field(default_factory=CheckSection)
     answer_selection: dict[str, Any] = field(default_factory=dict)  # how the teacher's answers were sampled; else empty
     answers: Path | None = None  # the folder of the teacher's answers; None: the answers are the data set's
 

@@ -15,7 +15,15 @@ from storage.backends import folder as files
 from storage.backends.folder import Folder
 from storage.encoding.output_head import StoredHead, decode_head
 from storage.errors import CacheError, CorruptPartError
-from storage.layout.documents import Commit, CommitEntry, FileEntry, HeadEntry, Manifest, parse_document
+from storage.layout.documents import (
+    Commit,
+    CommitEntry,
+    EngineCheckEntry,
+    FileEntry,
+    HeadEntry,
+    Manifest,
+    parse_document,
+)
 from storage.layout.error_summaries import merge_all_summaries
 from storage.layout.segments import COMMITS_FOLDER, SEGMENTS_FOLDER, Segment
 
@@ -139,8 +147,10 @@ def read_manifest(folder: Folder, segment: Segment) -> Manifest | None:
     return manifest
 
 
-def make_manifest(segment: Segment, commits: Sequence[tuple[Commit, str]]) -> Manifest:
-    """Makes the manifest of all parts in order; the same commits give the same bytes."""
+def make_manifest(
+    segment: Segment, commits: Sequence[tuple[Commit, str]], engine_check: EngineCheckEntry | None = None
+) -> Manifest:
+    """Makes the manifest of all parts in order; the same commits and engine check give the same bytes."""
     families = commits[0][0].families if commits else {}
     head = commits[0][0].head if commits else None
     entries = [CommitEntry(file=commit_file(segment, commit.part), sha256=sha256) for commit, sha256 in commits]
@@ -156,6 +166,7 @@ def make_manifest(segment: Segment, commits: Sequence[tuple[Commit, str]]) -> Ma
         },
         commits=tuple(entries),
         head=head,
+        engine_check=engine_check,
         index=None,
         **merge_all_summaries([commit for commit, _ in commits]),
     )

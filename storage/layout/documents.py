@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -95,7 +95,21 @@ class ErrorSummaries(Document):
     selection_errors: dict[str, ErrorSummary] | None = None  # selected entries against the dense row
     dropped_mass: dict[str, ErrorSummary] | None = None  # of selections that draw nothing from the tail
     errors_by_family: dict[str, ErrorSummary] | None = None  # of lossy encodings
-    engine_check: dict[str, ErrorSummary] | None = None  # the engine against the model itself, of a slice of samples
+
+
+class EngineCheckEntry(Entry):
+    """What a dump knew of the distance between its engine and the model itself, from a slice of samples.
+
+    Without figures, all fields but `state` are empty.
+    """
+
+    state: Literal["passed", "off"]  # off: dump.engine_check is false
+    engine: str = ""  # name and version
+    model: str = ""  # that of transformers
+    dtype: str = ""
+    num_samples: Count = 0
+    max_kl: ErrorValue = 0.0  # nats a row: the limit of the mean
+    families: dict[str, tuple[ErrorSummary, ...]] = {}  # one for each measure
 
 
 class CacheDescription(Document):
@@ -143,7 +157,7 @@ class CommitEntry(Entry):
 
 
 class Manifest(ErrorSummaries):
-    """manifest.json, manifest-0001.json: seals a segment; determined by its document and commits alone."""
+    """manifest.json, manifest-0001.json: seals a segment; determined by its document, commits and engine check."""
 
     format_version: int
     cache_sha256: Sha256  # as a commit's
@@ -153,6 +167,7 @@ class Manifest(ErrorSummaries):
     bytes_by_family: dict[str, Count]  # and those of the head
     commits: tuple[CommitEntry, ...]  # by part
     head: HeadEntry | None = None
+    engine_check: EngineCheckEntry | None = None  # of a dump that had one, or did without
     index: NamedFile | None = None  # where samples lie, so that a reader need not read every part's ids
 
 

@@ -22,7 +22,7 @@ from storage.errors import CacheError, CorruptPartError, MissingFamilyError
 from storage.identity import Identity, stored_selection
 from storage.images.image_root import find_image_root, may_follow_links
 from storage.layout import commits as layout
-from storage.layout.documents import Commit
+from storage.layout.documents import Commit, EngineCheckEntry
 from storage.layout.part_index import (
     Part,
     explain_missing_family,
@@ -331,6 +331,18 @@ class Cache:
         """
         found = compute_statistics(self._parts, self.segments)
         return {"num_samples": self.num_samples, **found, "num_errors": len(self.errors), "sealed": self.sealed}
+
+    def engine_checks(self) -> dict[int, EngineCheckEntry]:
+        """Returns what the manifests say of engines, by segment: how far each was from the model itself.
+
+        A segment that is not sealed, or whose dump had no engine check, is left out.
+        """
+        manifests = {segment.number: layout.read_manifest(self.folder, segment) for segment in self.segments}
+        return {
+            number: manifest.engine_check
+            for number, manifest in manifests.items()
+            if manifest is not None and manifest.engine_check is not None
+        }
 
     def _commits(self) -> list[Commit]:
         return [commit for part in self._parts for commit in part.commits]

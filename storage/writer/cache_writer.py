@@ -17,7 +17,15 @@ from storage.encoding.part_encoder import PartEncoder
 from storage.errors import CacheError, CorruptPartError
 from storage.identity import Identity
 from storage.layout import commits as layout
-from storage.layout.documents import CacheDescription, Commit, ErrorEntry, FileEntry, HeadEntry, Manifest
+from storage.layout.documents import (
+    CacheDescription,
+    Commit,
+    EngineCheckEntry,
+    ErrorEntry,
+    FileEntry,
+    HeadEntry,
+    Manifest,
+)
 from storage.layout.error_summaries import summarize_encoding_errors, summarize_errors_before_encoding
 from storage.layout.processor_files import write_processor_files
 from storage.layout.retries import FailedIds, find_or_begin_retry, read_contents
@@ -185,8 +193,10 @@ class CacheWriter:
         """Removes the segment's manifest, so that parts whose commits were deleted can be written again."""
         self.folder.remove(self.segment.manifest_file)
 
-    def seal(self) -> Manifest:
+    def seal(self, engine_check: EngineCheckEntry | None = None) -> Manifest:
         """Writes the manifest once every part is committed; does nothing if the segment is already sealed.
+
+        `engine_check`: what the dump that wrote the parts knew; a segment that is sealed keeps its own.
 
         Errors: CacheError naming missing parts or a sample id that two parts hold; CorruptPartError.
         """
@@ -200,20 +210,22 @@ class CacheWriter:
                 f"{shown}; run the dump again"
             )
         layout.check_one_head([*(commit for commit, _ in commits), *self._read_commits_with_head()])
-        manifest = layout.make_manifest(self.segment, commits)
-        content = manifest.to_bytes()
-        if self._read_manifest_bytes() == content:
+        earlier = self._read_manifest()
+        kept = engine_check if earlier is None else earlier.engine_check
+        manifest = layout.make_manifest(self.segment, commits, kept)
+        if earlier == manifest:
             return manifest
         if self.segment.has_tokens:
             self._unique_ids.check_commits([commit for commit, _ in commits])
         layout.remove_orphans(self.folder, self.segment, [commit for commit, _ in commits])
-        self.folder.write(self.segment.manifest_file, content)
+        self.folder.write(self.segment.manifest_file, manifest.to_bytes())
         return manifest
 
-    def _read_manifest_bytes(self) -> bytes | None:
+    def _read_manifest(self) -> Manifest | None:
+        """Reads the segment's manifest; None if there is none, or if it is damaged and must be written again."""
         try:
-            return self.folder.read(self.segment.manifest_file)
-        except FileNotFoundError:
+            return layout.read_manifest(self.folder, self.segment)
+        except CacheError:
             return None
 
     def _find_commit(self, number: int) -> Commit | None:

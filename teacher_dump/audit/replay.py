@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CacheError, IdentityError, StillhouseError
-from storage.identity import Identity, describe_differences
+from storage.identity import TEACHER_FIELDS, Identity, describe_differences
 from storage.reader.cache import Cache
 from storage.records.records import SampleError
 from teacher_dump.audit.comparison import Comparison, Measurement
@@ -29,11 +29,6 @@ NOISE_FACTOR = 4.0
 FROM_THE_TEACHER = ("response", "visual", "relation", "sequence", "hidden")
 _SAMPLES_AT_ONCE = 32  # whose hidden states are in memory together
 _SECOND_BATCH = 5  # samples in a batch of the second scoring
-# The fields that decide a teacher's outputs; `engine` may be newer, and then replay measures what that changed.
-_COMPARED = (
-    "teacher_fingerprint", "dtype", "tokenizer_fingerprint", "vocab_size", "chat_template_fingerprint",
-    "image_preprocessing_fingerprint", "pixels", "image_processor", "image_token_id", "eos_token_ids",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,8 +127,11 @@ def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) ->
 
 
 def check_same_teacher(cache: Identity, run: Identity, path: str) -> None:
-    """Raises IdentityError, with a line for each differing field, if the present teacher is not the cache's."""
-    same = {name: getattr(cache, name) for name in Identity.model_fields if name not in _COMPARED}
+    """Raises IdentityError, with a line for each differing field, if the present teacher is not the cache's.
+
+    The engine may be another one: replay measures what that changes.
+    """
+    same = {name: getattr(cache, name) for name in Identity.model_fields if name not in TEACHER_FIELDS}
     lines = describe_differences(cache, run.model_copy(update=same))
     if lines:
         raise IdentityError(

@@ -15,10 +15,13 @@ from storage.errors import ConfigError, StillhouseError
 from storage.records.records import PartRecords, SampleError
 from teacher_dump.data.partition import Part, group_by_images
 from teacher_dump.data.sample import Sample, SampleRefusedError
+from teacher_dump.engine_check.engine_states import EngineStates, score_slice_states
+from teacher_dump.engine_check.gate import find_missing_check, save_states
+from teacher_dump.engine_check.slice_choice import CheckTask
 from teacher_dump.estimates.budget_choice import apply_budget
 from teacher_dump.estimates.cost_model import Calibration, Forecast, SampleCounts, SliceCost, Work, forecast
 from teacher_dump.execution.worker_setup import call_with_teacher, make_worker_settings
-from teacher_dump.planning.dump_plan import plan_dump
+from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.prompts.data_report import DataReport, DataReporter
 from teacher_dump.prompts.preparation import Preparer
 from teacher_dump.settings import DumpSettings
@@ -50,12 +53,16 @@ class SliceResult:
     head_bytes: int
 
 
-def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> Forecast:
+def forecast_dump(
+    settings: DumpSettings, *, num_samples: int = NUM_SAMPLES, planned: DumpPlan | None = None
+) -> Forecast:
     """Forecasts bytes and time of the whole dump, finished parts included. Writes nothing to the cache.
 
+    `planned`: the plan of `settings`, if the caller has made it. If the engine has yet to be checked, it scores the
+    slice of the check as well, whose states then lie in the run's folder: engine_check.gate.check_engine resumes there.
     Raises the errors of dump.run_dump, and StillhouseError if no sample can be scored.
     """
-    planned = plan_dump(settings)
+    planned = planned or plan_dump(settings)
     if not planned.plan.num_samples:
         unread = [error for part in planned.plan.parts for error in part.errors]
         raise ConfigError(f"none of the {len(unread):,} samples can be used: {unread[0]}")
@@ -65,7 +72,12 @@ def forecast_dump(settings: DumpSettings, *, num_samples: int = NUM_SAMPLES) -> 
     families = ("tokens", *settings.cache.families)
     task = SliceTask(halves, PartEncoder(planned.identity, families, settings.cache.zstd_level))
     started = time.perf_counter()
-    if worker.request.needs_teacher:
+    check = find_missing_check(planned, settings)
+    if check is not None:
+        both = (task, check.task)
+        result, states = call_with_teacher(planned, settings, score_both_slices, both)
+        save_states(settings.run, check, states)
+    elif worker.request.needs_teacher:
         result = call_with_teacher(planned, settings, score_slice, task)
     else:
         result = score_slice(open_scorer(worker), task)
@@ -136,6 +148,15 @@ def score_slice(scorer: PartScorer, task: SliceTask) -> SliceResult:
     if scorer.teacher is not None and "hidden" in task.encoder.families:
         head_bytes = len(encode_head(scorer.teacher.head.stored()))
     return SliceResult(whole, halves, seconds, time.perf_counter() - started, errors, head_bytes)
+
+
+def score_both_slices(scorer: PartScorer, both: tuple[SliceTask, CheckTask]) -> tuple[SliceResult, EngineStates]:
+    """Returns the result of `score_slice`, and the engine's states of the slice of the engine check."""
+    started = time.perf_counter()
+    states = score_slice_states(scorer, both[1])
+    check_s = time.perf_counter() - started
+    result = score_slice(scorer, both[0])
+    return replace(result, total_s=result.total_s + check_s), states
 
 
 def _score_concurrently(scorer: PartScorer, task: SliceTask) -> tuple[list[ScoredPart], tuple[SliceCost, ...]]:

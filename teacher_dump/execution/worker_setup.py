@@ -68,17 +68,23 @@ def call_with_teacher(
     argument: A,
     *,
     request: SignalRequest | None = None,
+    is_reference: bool = False,
 ) -> B:
     """Calls `function(scorer, argument)` in one actor with its teacher loaded. See ray_jobs.call_with_teacher.
 
-    `request` replaces the signals of the dump.
+    `request` replaces the signals of the dump. `is_reference`: transformers loads the teacher in the place of the
+    engine, in the same dtype and with as many GPUs.
     """
     from teacher_dump import ray_jobs
 
     worker, dump = make_worker_settings(planned, settings), settings.dump
+    if request is not None:
+        worker = replace(worker, request=request)
+    if is_reference:
+        worker = make_reference_settings(worker)
     with log_output(settings.logs / LOG_FILE):
         return ray_jobs.call_with_teacher(
-            worker if request is None else replace(worker, request=request),
+            worker,
             function,
             argument,
             num_cpus=dump.cpus_per_actor,
@@ -86,6 +92,17 @@ def call_with_teacher(
             address=dump.ray_address,
             logs=settings.logs,
         )
+
+
+def make_reference_settings(worker: WorkerSettings) -> WorkerSettings:
+    """Returns the settings of a worker whose teacher transformers loads, beside an engine of the same settings.
+
+    It does without the vision check, which the engine has passed. Its GPUs are all of one node.
+    """
+    from teacher_dump.workers.worker import REFERENCE
+
+    own = {name: value for name, value in worker.engine_settings.items() if name != "distributed_executor_backend"}
+    return replace(worker, backend=REFERENCE, engine_settings=own, check_samples=())
 
 
 def list_prompt_errors(settings: DumpSettings, planned: DumpPlan, *, progress: bool = True) -> list[SampleError]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 1 where an image is
 class TransformersTeacher:
     """A causal vision-language model of transformers, up to its last norm."""
 
-    def __init__(self, folder: Path, *, dtype: str, image_token_id: int, settings: dict[str, object]) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: str, image_token_id: int, settings: dict[str, object], spreads: bool = False
+    ) -> None:
         """Loads the model, on the first GPU if there is one.
 
+        `spreads`: on all GPUs that this process sees, one after another, if there are several and accelerate, by which
+        transformers does it, is installed.
         Raises ConfigError for any setting but trust_remote_code.
         """
         unknown = sorted(set(settings) - {"trust_remote_code"})
@@ -44,11 +49,18 @@ class TransformersTeacher:
         kind = AutoModelForCausalLM if image_token_id < 0 else AutoModelForImageTextToText
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        spreads = spreads and torch.cuda.device_count() > 1 and find_spec("accelerate") is not None
         try:
-            model: Any = kind.from_pretrained(folder, dtype=self._dtype, trust_remote_code=trust, use_safetensors=True)
+            model: Any = kind.from_pretrained(
+                folder,
+                dtype=self._dtype,
+                trust_remote_code=trust,
+                use_safetensors=True,
+                **({"device_map": "auto"} if spreads else {}),
+            )
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise StillhouseError(f"transformers cannot load {folder}: {error}") from error
-        self._model = model.to(self._device).eval()
+        self._model = model.eval() if spreads else model.to(self._device).eval()
         trunk = model.base_model
         self._trunk = model.model if trunk is model else trunk  # Llama 4's decoder names it by another prefix
         self._processor = load_processor(folder, trust_remote_code=trust)

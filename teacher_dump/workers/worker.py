@@ -41,6 +41,7 @@ from teacher_dump.teachers.teacher import Generator, Teacher
 if TYPE_CHECKING:
     from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 
+REFERENCE = "reference"  # a backend: transformers in the place of another engine, with that engine's settings
 T = TypeVar("T")
 
 
@@ -49,7 +50,7 @@ class WorkerSettings:
     """All settings of a worker, as plain values that can be sent to another process."""
 
     checkpoint: Path
-    backend: str  # vllm or transformers
+    backend: str  # vllm, transformers or REFERENCE
     dtype: str
     max_length: int  # tokens, visual tokens included
     engine_settings: dict[str, Any]
@@ -302,9 +303,12 @@ def _load_transformers(settings: WorkerSettings) -> TransformersTeacher:
     """Loads transformers' engine, which is both a teacher and a generator."""
     from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 
+    is_reference = settings.backend == REFERENCE
+    own = {name: value for name, value in settings.engine_settings.items() if name == "trust_remote_code"}
     return TransformersTeacher(
         settings.checkpoint,
         dtype=settings.dtype,
         image_token_id=settings.facts.image_token_id,
-        settings=settings.engine_settings,
+        settings=own if is_reference else settings.engine_settings,
+        spreads=is_reference,
     )
