@@ -23,12 +23,14 @@ from storage.errors import ConfigError, StillhouseError
 from storage.identity import NO_TEACHER
 from storage.layout.documents import EngineCheckEntry
 from storage.layout.error_summaries import summarize_errors
+from storage.records.records import SampleError
 from teacher_dump.engine_check.record import (
     ALL,
     RECORD_FILE,
     EngineCheckRecord,
     Figure,
     RefusedSample,
+    Refuser,
     explain_failure,
     explain_staleness,
     format_record,
@@ -152,8 +154,8 @@ def _refuse(failures: Sequence[str], path: Path) -> None:
         raise StillhouseError(
             f"the engine does not say what the model says ({path}):"
             + "".join(f"\n  {line}" for line in failures)
-            + "\nset teacher.backend: transformers, or find the version or setting of the engine that changes its outputs; "
-            "until then no dump of this teacher starts (dump.engine_check: false starts one nevertheless, which its "
+            + "\nset teacher.backend: transformers, or find the version or setting of the engine that changes its "
+            "outputs; until then no dump of this teacher starts (dump.engine_check: false starts one nevertheless, which its "
             "manifest then says)"
         )
 
@@ -254,9 +256,12 @@ def _compare(
         raise StillhouseError(f"the engine cannot be compared with the model: {compared.problem}")
     kinds = {sample.id: classify_sample(sample) for sample in plan.task.samples}
     ids = {one.sample_id for one in compared.distances}
+    found: list[tuple[Refuser, Sequence[SampleError]]] = [
+        ("data", states.unusable), ("engine", states.errors), ("model", compared.errors)
+    ]  # fmt: skip
     refused = [
         RefusedSample(sample_id=error.sample_id, kind=kinds[error.sample_id], by=by, reason=error.reason)
-        for by, errors in (("data", states.unusable), ("engine", states.errors), ("model", compared.errors))
+        for by, errors in found
         for error in errors
     ]
     return EngineCheckRecord(

@@ -66,7 +66,7 @@ def compare_with_model(scorer: PartScorer, argument: tuple[CheckTask, EngineStat
     """
     task, engine = argument
     theirs = {states.sample_id: states for states in engine.samples}
-    kinds = {sample.id: classify_sample(sample) for sample in task.samples}
+    kinds: dict[str, Kind] = {sample.id: classify_sample(sample) for sample in task.samples}
     distances: list[Distances] = []
     errors: list[SampleError] = []
     for chunk in scorer.prepare_chunks(Part(0, task.samples)):

@@ -24,6 +24,7 @@ from teacher_dump.teachers.fingerprint import get_engine_version
 RECORD_FILE = "engine_check.json"
 REFERENCE = "transformers"
 ALL = "all"  # the kind of a figure over all samples
+Refuser = Literal["data", "engine", "model"]  # data: no prompt can be built of the sample
 _IMAGE_FAMILIES = ("visual", "relation")
 
 
@@ -44,7 +45,7 @@ class RefusedSample(BaseModel):
 
     sample_id: str
     kind: str
-    by: Literal["data", "engine", "model"]  # data: no prompt can be built of it
+    by: Refuser
     reason: str
 
 
@@ -158,7 +159,7 @@ def make_manifest_entry(record: EngineCheckRecord | None, *, limit: float, is_on
 def format_record(record: EngineCheckRecord) -> list[str]:
     """Formats the figures for a terminal: one line for each family, measure and kind of samples."""
     head = ("family", "measure", "samples with", "rows", "mean", "p99", "max")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for figure in record.figures:
         one, kind = figure.summary, "anything" if figure.kind == ALL else _name_kind(figure.kind)
         numbers = (f"{one.mean:.2e}", f"{one.p99:.2e}", f"{one.max:.2e}")
