@@ -14,13 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.encoding.hidden_states import MAX_FLOAT16, decode_hidden, encode_hidden
 from storage.encoding.relation_matrix import compute_stored_norm, decode_relation, encode_relation
-from storage.identity import Identity, stored_relation, stored_rounding_kl
+from storage.identity import Identity, stored_hidden, stored_relation, stored_rounding_kl
 from storage.records.records import RelationMatrix, SampleRecord
 from storage.records.sparse_rows import LOGPROB_TOLERANCE, SparseRows
+from teacher_dump.engine_check.distances import compute_row_distances
 from teacher_dump.prompts.preparation import PreparedSample
 from teacher_dump.signals.lm_head import OutputHead
 
+KL = "kl"  # the measure that has an absolute limit: nats a row
 ROWS_AT_ONCE = 256  # of full-vocabulary logprobs
 _ROUNDED = 2.0**-11  # relative error of a stored scalar (FORMAT.md)
 _ROUNDOFF = 1e-4  # of matrices and states of norm 1 in float32, summed in another order
@@ -60,7 +63,7 @@ class Comparison:
         if record.sequence is not None:
             yield self._compare_sequence(record.sequence.logprob, first[mask], second[mask])
         if record.hidden is not None:
-            yield self._compare_hidden(record.hidden, first[mask], second[mask])
+            yield from self._compare_hidden(record.hidden, first[mask], second[mask])
         for image, positions in zip(record.tokens.images, self.sample.expansion.visual, strict=True):
             one, other = first[torch.from_numpy(positions)], second[torch.from_numpy(positions)]
             if image.key in record.visual:
@@ -97,6 +100,10 @@ class Comparison:
         # Pinsker: the rounding of a row moves no more than this of its probability.
         bound = math.sqrt(self.bounds.get(family, 0.0) / 2) + 2 * rounded + LOGPROB_TOLERANCE
         yield self._make_measurement(family, "total_variation", noise, drift, np.full(rows.num_rows, bound))
+        noise = _compute_merged_kl(once, again, row, rows.num_rows)
+        drift = _compute_merged_kl(once, stored, row, rows.num_rows)
+        bound = self.bounds.get(family, 0.0) + rounded + LOGPROB_TOLERANCE
+        yield self._make_measurement(family, KL, noise, drift, np.full(rows.num_rows, bound))
 
     def _compute_facts(self, states: Tensor, rows: SparseRows, labels: Tensor | None) -> _RowFacts:
         """Computes the facts of new rows, unrounded, for the cache's own choice of exact entries."""
@@ -127,13 +134,22 @@ class Comparison:
             "sequence", "logprob", np.array(abs(once - again)), np.array(abs(once - stored)), np.array(allowed)
         )
 
-    def _compare_hidden(self, stored: NDArray[np.float32], first: Tensor, second: Tensor) -> Measurement:
+    def _compare_hidden(self, stored: NDArray[np.float32], first: Tensor, second: Tensor) -> Iterator[Measurement]:
+        """Yields relative errors, and the KL divergence that they make through the output head."""
         once, again = first.double().cpu().numpy(), second.double().cpu().numpy()
         size = np.maximum(np.linalg.norm(once, axis=1), np.finfo(np.float64).tiny)
         noise, drift = (np.linalg.norm(once - other, axis=1) / size for other in (again, stored))
-        return self._make_measurement(
+        yield self._make_measurement(
             "hidden", "relative_error", noise, drift, np.full(len(size), self._get_bound("hidden"))
         )
+        encoding = stored_hidden(self.identity).encoding
+        most = MAX_FLOAT16 if encoding == "float16" else np.inf
+        rounded = decode_hidden(encode_hidden(once.astype(np.float32).clip(-most, most), encoding))
+        noise, drift, own = (
+            compute_row_distances(self.head, first, torch.as_tensor(other, dtype=torch.float32), None).kl
+            for other in (second, stored, rounded)
+        )
+        yield self._make_measurement("hidden", KL, noise, drift, own + _ROUNDOFF)
 
     def _compare_relation(self, key: str, first: Tensor, second: Tensor) -> Iterator[Measurement]:
         """Yields the distance of matrices of norm 1, after the cache's encoding, and of their norms."""
@@ -188,3 +204,22 @@ def _total_variation(one: _RowFacts, other: _RowFacts, row: NDArray[np.int64], n
     """Computes total variation, (r,), with all tokens but the exact entries merged into one."""
     entries = np.bincount(row, np.abs(one.probs - other.probs), num_rows)
     return (entries + np.abs(one.tail_mass - other.tail_mass.astype(np.float64))) / 2
+
+
+def _compute_merged_kl(one: _RowFacts, other: _RowFacts, row: NDArray[np.int64], num_rows: int) -> NDArray[np.float64]:
+    """Computes lower bounds of KL(one || other) in nats, (r,): with all tokens but the exact entries merged into one.
+
+    Rows with labels: with all tokens but the label merged, if that is more (a sampled row has no exact entries).
+    """
+    entries = np.bincount(row, _compute_terms(one.probs, other.probs), num_rows)
+    kl = entries + _compute_terms(one.tail_mass, other.tail_mass.astype(np.float64))
+    if one.label_logprob is not None and other.label_logprob is not None:
+        p, q = (np.exp(label.astype(np.float64)) for label in (one.label_logprob, other.label_logprob))
+        kl = np.maximum(kl, _compute_terms(p, q) + _compute_terms(1 - p, 1 - q))
+    return np.maximum(kl, 0.0)
+
+
+def _compute_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Computes p log(p / q), with probabilities below the resolution of float32 raised to it."""
+    least = float(np.finfo(np.float32).eps)
+    return p * np.log(np.maximum(p, least) / np.maximum(q, least))

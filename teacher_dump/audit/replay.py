@@ -1,12 +1,15 @@
 """Replay: scores random samples of a cache again with its teacher, and measures how much the cache differs.
 
 Each sample is scored twice, in different batches: their difference is the teacher's own noise. The cache may differ
-from the first scoring by its encoding error and by NOISE_FACTOR times that noise; more is drift.
+from the first scoring by its encoding error and by NOISE_FACTOR times that noise; more is drift. In the mean of all
+rows it may differ by check.max_engine_kl, whatever the noise; where another engine made the cache, as when transformers
+replays what vLLM wrote, this limit alone counts, since two engines differ by more than either differs from itself.
 It finds rows of another sample, shifted rows, rows of another teacher, and rows computed with a stale prefix.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +20,7 @@ from storage.errors import CacheError, IdentityError, StillhouseError
 from storage.identity import TEACHER_FIELDS, Identity, describe_differences
 from storage.reader.cache import Cache
 from storage.records.records import SampleError
-from teacher_dump.audit.comparison import Comparison, Measurement
+from teacher_dump.audit.comparison import KL, Comparison, Measurement
 from teacher_dump.execution.worker_setup import call_with_teacher, make_worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.settings import DumpSettings
@@ -27,6 +30,7 @@ from teacher_dump.signals.scoring import PartScorer
 # 1 every second good cache would be refused, since either of two equal sets may have the larger maximum.
 NOISE_FACTOR = 4.0
 FROM_THE_TEACHER = ("response", "visual", "relation", "sequence", "hidden")
+_WITH_KL = ("response", "visual", "hidden")
 _SAMPLES_AT_ONCE = 32  # whose hidden states are in memory together
 _SECOND_BATCH = 5  # samples in a batch of the second scoring
 
@@ -59,6 +63,7 @@ class Drift:
     drift: Spread  # between the cache and the first scoring
     excess: Spread  # of the drift beyond the possible error of the cache's encoding
     samples: tuple[str, ...]  # ids of those that drifted
+    limit: float | None = None  # of the mean excess, in nats; None: the noise is the limit
 
     @property
     def is_drift(self) -> bool:
@@ -114,6 +119,12 @@ def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) ->
     if (root := cache.image_root).is_dir():
         there = planned.identity.model_copy(update={"image_root": str(root)})
         planned = replace(planned, identity=there)
+    is_same_engine = cache.identity.engine.split()[:1] == planned.identity.engine.split()[:1]
+    if not is_same_engine and not set(held) & set(_WITH_KL):
+        raise CacheError(
+            f"{path}: was made by {cache.identity.engine}, and holds none of {', '.join(_WITH_KL)}, by which another "
+            f"engine is compared; replay it with teacher.backend: {cache.identity.engine.split()[0]}"
+        )
     chosen = np.random.default_rng(seed).permutation(cache.num_samples)[:num_samples]
     task = ReplayTask(path, tuple(sorted(int(index) for index in chosen)))
     found = _measure_with_teacher(planned, settings, task)
@@ -121,7 +132,9 @@ def replay(settings: DumpSettings, path: str, *, num_samples: int, seed: int) ->
         seed=seed,
         num_samples=len(task.indices),
         engine=(cache.identity.engine, planned.identity.engine),
-        drifts=tuple(summarize_drifts(found.measured)),
+        drifts=tuple(
+            summarize_drifts(found.measured, max_kl=settings.check.max_engine_kl, is_same_engine=is_same_engine)
+        ),
         refused=found.refused,
     )
 
@@ -174,24 +187,40 @@ def measure(scorer: PartScorer, task: ReplayTask) -> ReplayMeasurements:
     return ReplayMeasurements(tuple(measured), tuple(refused))
 
 
-def summarize_drifts(measured: Sequence[Measurement]) -> Iterator[Drift]:
-    """Yields the drift of each family and measure, with the samples that drifted."""
+def summarize_drifts(
+    measured: Sequence[Measurement], *, max_kl: float = math.inf, is_same_engine: bool = True
+) -> Iterator[Drift]:
+    """Yields the drift of each family and measure, with the samples that drifted.
+
+    `max_kl`: nats a row that the cache may differ by in the mean. With another engine than the cache's it is the only
+    limit, and measures other than KL are shown without one.
+    """
     for family, name in dict.fromkeys((one.family, one.measure) for one in measured):
         some = [one for one in measured if (one.family, one.measure) == (family, name)]
         noise = Spread.from_values(np.concatenate([one.noise for one in some]))
         drift = np.concatenate([one.drift for one in some])
         beyond = {id(one): np.maximum(0, one.drift - one.allowed) for one in some}
         excess = Spread.from_values(np.concatenate(list(beyond.values())))
-        drifted = [
-            one.sample_id
-            for one in some
-            if len(one.drift)
-            and (
-                beyond[id(one)].max() > NOISE_FACTOR * noise.max
-                or (excess.mean > NOISE_FACTOR * noise.mean and beyond[id(one)].mean() >= excess.mean)
-            )
-        ]
-        yield Drift(family, name, len(drift), noise, Spread.from_values(drift), excess, tuple(dict.fromkeys(drifted)))
+        if name == KL:
+            is_beyond = excess.mean > max_kl
+            drifted = [
+                one.sample_id for one in some if is_beyond and len(one.drift) and beyond[id(one)].mean() > max_kl
+            ]
+        else:
+            drifted = [
+                one.sample_id
+                for one in some
+                if is_same_engine
+                and len(one.drift)
+                and (
+                    beyond[id(one)].max() > NOISE_FACTOR * noise.max
+                    or (excess.mean > NOISE_FACTOR * noise.mean and beyond[id(one)].mean() >= excess.mean)
+                )
+            ]
+        limit = max_kl if name == KL else None
+        yield Drift(
+            family, name, len(drift), noise, Spread.from_values(drift), excess, tuple(dict.fromkeys(drifted)), limit
+        )
 
 
 def format_replay(found: Replay) -> str:
@@ -207,6 +236,8 @@ def format_replay(found: Replay) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     if found.engine[0] != found.engine[1]:
         text.append(f"the cache was made by {found.engine[0]}, this is {found.engine[1]}")
+    if found.engine[0].split()[:1] != found.engine[1].split()[:1]:
+        text.append("of another engine the mean KL alone is limited, by check.max_engine_kl")
     return "\n".join(text)
 
 
@@ -218,6 +249,12 @@ def check_drift(found: Replay, path: str) -> None:
     for one in found.drifts:
         if one.is_drift:
             shown = ", ".join(one.samples[:10]) + (", …" if len(one.samples) > 10 else "")
+            if one.limit is not None:
+                lines.append(
+                    f"  {one.family} {one.measure}: {one.excess.mean:.3g} nats a row from the teacher in the mean, "
+                    f"besides what encoding cost; check.max_engine_kl allows {one.limit:g}; samples {shown}"
+                )
+                continue
             lines.append(
                 f"  {one.family} {one.measure}: up to {one.drift.max:.3g} from the teacher, {one.excess.max:.3g} more "
                 f"than encoding cost; allowed are {NOISE_FACTOR:g} times its own noise, {one.noise.max:.3g} at most; "

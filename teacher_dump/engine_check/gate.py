@@ -155,8 +155,8 @@ def _refuse(failures: Sequence[str], path: Path) -> None:
             f"the engine does not say what the model says ({path}):"
             + "".join(f"\n  {line}" for line in failures)
             + "\nset teacher.backend: transformers, or find the version or setting of the engine that changes its "
-            "outputs; until then no dump of this teacher starts (dump.engine_check: false starts one nevertheless, which its "
-            "manifest then says)"
+            "outputs; until then no dump of this teacher starts (dump.engine_check: false starts one nevertheless, "
+            "which its manifest then says)"
         )
 
 
