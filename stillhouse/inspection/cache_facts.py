@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CacheError
+from storage.layout.documents import EngineCheckEntry
 from storage.layout.error_summaries import KINDS
 from storage.layout.segments import Segment, select_tokens_segments
 from storage.reader.cache import Cache
@@ -77,6 +78,7 @@ class CacheFacts:
     num_parts: int  # committed
     num_planned_parts: int
     segments: dict[str, str]  # what each dump wrote
+    engine_checks: dict[str, str]  # what each dump knew of its engine; without those that had no check
     num_samples: int
     num_samples_by_split: dict[str, int]
     num_bytes: int
@@ -100,6 +102,10 @@ def collect_facts(cache: Cache) -> CacheFacts:
         num_parts=statistics["num_parts"],
         num_planned_parts=sum(segment.num_parts for segment in select_tokens_segments(cache.segments)),
         segments={f"segment {segment.number}": _describe_segment(segment) for segment in cache.segments},
+        engine_checks={
+            f"engine of segment {number}": describe_engine_check(entry)
+            for number, entry in cache.engine_checks().items()
+        },
         num_samples=cache.num_samples,
         num_samples_by_split={split: cache.splits.count(split) for split in sorted(set(cache.splits))},
         num_bytes=statistics["bytes"],
@@ -138,6 +144,19 @@ def _describe_segment(segment: Segment) -> str:
     if segment.retries is not None:
         added = f", of samples that had failed in segment {segment.retries}"
     return f"{stored} of parts {parts.start} to {parts.stop - 1}{added}"
+
+
+def describe_engine_check(entry: EngineCheckEntry) -> str:
+    """What a manifest says of its dump's engine, in one line."""
+    means = [
+        f"{family} {summary.measure} {summary.mean:.2g}"
+        for family, summaries in entry.families.items()
+        for summary in summaries
+    ]
+    figures = f"; {', '.join(means)} in the mean of {entry.num_samples} samples" if means else ""
+    if entry.state == "off":
+        return f"not required to be checked (dump.engine_check: false){figures}"
+    return f"checked: {entry.engine} against {entry.model} in {entry.dtype}, KL of at most {entry.max_kl:g}{figures}"
 
 
 def convert_facts(facts: CacheFacts) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def format_facts(facts: CacheFacts) -> str:
         ("cache", f"{facts.path}, {state}"),
         ("parts", f"{facts.num_parts:,} of {facts.num_planned_parts:,}"),
         *facts.segments.items(),
+        *facts.engine_checks.items(),
         ("samples", f"{facts.num_samples:,}" + (f" ({splits})" if splits else "")),
         ("errors", f"{len(facts.errors):,}"),
     ]

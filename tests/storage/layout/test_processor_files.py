@@ -8,8 +8,7 @@ import pytest
 
 from storage.backends.folder import open_folder
 from storage.errors import CorruptPartError
-from storage.layout.documents import Commit, Manifest, NamedFile, parse_document
-from storage.layout.error_summaries import summarize_errors
+from storage.layout.documents import Manifest, NamedFile, parse_document
 from storage.layout.processor_files import MAX_BYTES, load_processor_files, read_processor_files
 from storage.layout.segments import read_segments
 from storage.verify.scan_cache import verify
@@ -57,14 +56,11 @@ def test_code_and_weights_of_a_checkpoint_stay_where_they_are(tmp_path):
     assert sorted(read_processor_files(tmp_path)) == ["chat_template.jinja", "tokenizer.json"]
 
 
-def test_documents_have_room_for_an_engine_check_and_an_index(path):
-    found = {"response": summarize_errors("kl", [1e-4, 2e-4])}
+def test_a_manifest_has_room_for_an_index(path):
     index = NamedFile(name="index.parquet", file="index/x.parquet", file_bytes=3, sha256="b" * 64)
     plain = parse_document((path / "manifest.json").read_bytes(), Manifest, "manifest.json")
-    assert b"engine_check" not in plain.to_bytes()
-    manifest = plain.model_copy(update={"engine_check": found, "index": index})
+    manifest = plain.model_copy(update={"index": index})
     assert parse_document(manifest.to_bytes(), Manifest, "manifest.json") == manifest
-    assert "engine_check" in Commit.model_fields
 
 
 def test_a_file_that_is_too_large_to_carry_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from stillhouse.__main__ import main
-from storage.errors import IdentityError, StillhouseError
+from storage.errors import CacheError, IdentityError, StillhouseError
 from storage.records.records import PartRecords
 from storage.records.sparse_rows import SparseRows
 from storage.verify.scan_cache import verify
@@ -252,3 +252,62 @@ def test_the_command_reports_drift_and_exits_1(write_config: WriteConfig, tmp_pa
     assert main([*command[:2], "--replay", "0", str(path)]) == 2
     assert main([*command, "teacher.dtype=bfloat16"]) == 2
     assert "dtype: cache has 'float32'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mean", "is_drift"), [(0.9e-2, False), (1.1e-2, True)])
+def test_a_mean_kl_beyond_the_absolute_limit_is_drift_whatever_the_noise(mean, is_drift):
+    noisy, zero = np.full(4, 1.0), np.zeros(4)
+    far = Measurement("far", "response", "kl", noisy, np.full(4, 2 * mean), zero)
+    near = Measurement("near", "response", "kl", noisy, zero, zero)
+    (found,) = summarize_drifts([far, near], max_kl=1e-2)
+    assert found.samples == (("far",) if is_drift else ())
+    assert found.limit == 1e-2
+    if is_drift:
+        with pytest.raises(
+            StillhouseError, match=r"kl: 0.011 nats a row .* check.max_engine_kl allows 0.01; samples far"
+        ):
+            check_drift(Replay(0, 2, ("vllm 1", "vllm 1"), (found,), ()), "cache")
+
+
+def test_another_engine_is_held_to_the_absolute_limit_alone(
+    write_config: WriteConfig, tiny_teacher: Path, tmp_path: Path
+):
+    """A cache that vLLM made is replayed with transformers, whose own noise is zero."""
+    slightly = shutil.copytree(tiny_teacher, tmp_path / "slightly")
+    weights = load_file(slightly / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.1.mlp.down_proj.weight"))
+    weights[name] *= 1.01
+    save_file(weights, slightly / "model.safetensors", metadata={"format": "pt"})
+    config = write_config(cache={"families": FAMILIES})
+    settings = read_settings(config)
+    right = plan_dump(settings).identity.teacher_fingerprint
+    made = read_settings(config, [f"teacher.model={slightly}"])
+    dump_changed(made, teacher_fingerprint=right, engine="vllm 0.1")
+    found = replay_cache(settings)
+    assert found.ok, found
+    by_measure = {(one.family, one.measure): one for one in found.drifts}
+    assert by_measure["response", "total_variation"].drift.max > 1e-3
+    for family in ("response", "visual", "hidden"):
+        one = by_measure[family, "kl"]
+        assert one.noise.max < 1e-6
+        assert 1e-6 < one.drift.mean < 1e-2, one
+    strict = read_settings(config, ["check.max_engine_kl=1e-7"])
+    with pytest.raises(StillhouseError, match=r"hidden kl: .* check.max_engine_kl allows 1e-07"):
+        check_drift(replay_cache(strict), "cache")
+    shutil.rmtree(tmp_path / "cache")
+    dump_changed(made, teacher_fingerprint=right)  # by the same engine: the noise is the limit
+    assert not replay_cache(settings).ok
+
+
+def test_rows_of_another_engine_that_are_shifted_are_found(write_config: WriteConfig):
+    settings = read_settings(write_config(cache={"families": ["response"]}, dump={"samples_per_part": 1}))
+    dump_changed(settings, shift_rows, engine="vllm 0.1")
+    with pytest.raises(StillhouseError, match=r"response kl: .* nats a row from the teacher in the mean"):
+        check_drift(replay_cache(settings), "cache")
+
+
+def test_another_engine_without_rows_to_compare_is_refused(write_config: WriteConfig):
+    settings = read_settings(write_config(cache={"families": ["relation"]}))
+    dump_changed(settings, engine="vllm 0.1")
+    with pytest.raises(CacheError, match=r"was made by vllm 0\.1, and holds none of response, visual, hidden"):
+        replay_cache(settings)
