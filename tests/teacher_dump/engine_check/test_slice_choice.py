@@ -12,7 +12,7 @@ from teacher_dump.engine_check.slice_choice import KINDS, choose_slice, classify
 
 
 def make_sample(name: str, num_images: int) -> Sample:
-    return Sample(SampleKey(0, name, "", 0), "train", "", tuple(f"{at}.png" for at in range(num_images)), ())
+    return Sample(SampleKey(name), "train", "", tuple(f"{at}.png" for at in range(num_images)), ())
 
 
 def count_kinds(samples: tuple[Sample, ...]) -> list[int]:
