@@ -25,6 +25,7 @@ RECORD_FILE = "engine_check.json"
 REFERENCE = "transformers"
 ALL = "all"  # the kind of a figure over all samples
 Refuser = Literal["data", "engine", "model"]  # data: no prompt can be built of the sample
+_SECRETS = ("hf_token",)  # settings of vLLM that no file of ours repeats, and that change no output
 _IMAGE_FAMILIES = ("visual", "relation")
 
 
@@ -66,10 +67,11 @@ def make_check_identity(planned: DumpPlan, settings: DumpSettings) -> dict[str, 
     """Returns, as plain JSON, everything that the figures hold for: teacher, engine, model, prompts and pixels."""
     identity = planned.identity.model_dump(mode="json")
     tokens = identity["selection"].get("tokens", {})
+    engine_settings = {name: value for name, value in settings.teacher.settings.items() if name not in _SECRETS}
     return {
         **{name: identity[name] for name in TEACHER_FIELDS},
         "engine": identity["engine"],
-        "engine_settings": json.loads(json.dumps(settings.teacher.settings, default=str)),
+        "engine_settings": json.loads(json.dumps(engine_settings, default=str)),
         "model": get_engine_version(REFERENCE),
         "tokenisation": tokens.get("tokenisation"),
         "chat_template_arguments": dict(settings.teacher.chat_template_arguments),

@@ -97,7 +97,7 @@ def check_backend(config: Mapping[str, Any], backend: Literal["vllm", "transform
     if support.state == "untested" and backend == "vllm":
         return (
             f"teacher: a {support.model_type or 'model without model_type'} is untested in vLLM: {support.reason}; "
-            f"compare its outputs with those of {USE_TRANSFORMERS} before a long dump"
+            "its dump needs a passed `stillhouse check --engine`"
         )
     return None
 

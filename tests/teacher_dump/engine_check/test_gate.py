@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from stillhouse.__main__ import main
+from storage.encoding.part_encoder import PartEncoder
 from storage.errors import ConfigError, StillhouseError
 from teacher_dump.engine_check.gate import (
     STATES_FOLDER,
@@ -24,11 +25,15 @@ from teacher_dump.engine_check.gate import (
     plan_check,
     refuse_difference,
     require_engine_check,
+    save_states,
 )
 from teacher_dump.engine_check.record import RECORD_FILE, EngineCheckRecord, read_record, write_record
 from teacher_dump.engine_check.slice_choice import KINDS
+from teacher_dump.estimates.cost_calibration import SliceTask, choose_halves, score_both_slices
+from teacher_dump.execution.worker_setup import make_reference_settings, make_worker_settings
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import DumpSettings, read_settings
+from teacher_dump.workers.worker import open_scorer
 from tests.teacher_dump.architectures import write_samples
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.engine_check import engines
@@ -179,6 +184,28 @@ def test_a_check_that_fails_in_the_second_process_resumes(write_engine_config: W
         measure(other, fresh)
         assert fresh.calls == ["engine", "model"], changes
         (settings.run / RECORD_FILE).unlink()
+
+
+def test_the_check_resumes_from_the_states_that_a_forecast_leaves(write_engine_config: WriteConfig):
+    """`plan` starts the engine anyway: it scores both slices there, and transformers comes after it."""
+    settings = read_settings(write_engine_config())
+    planned = plan_dump(settings)
+    check = find_missing_check(planned, settings)
+    assert check is not None
+    halves = choose_halves(planned.plan.parts, 8)
+    encoder = PartEncoder(planned.identity, ("tokens", *FAMILIES), settings.cache.zstd_level)
+    scorer = open_scorer(make_reference_settings(make_worker_settings(planned, settings)))
+    result, states = score_both_slices(scorer, (SliceTask(halves, encoder), check.task))
+    assert result.whole.work.samples >= 8
+    assert {one.sample_id for one in states.samples} == {sample.id for sample in check.task.samples}
+    save_states(settings.run, check, states)
+    assert find_missing_check(planned, settings) is None
+    call = LocalCaller()
+    record = measure(settings, call)
+    assert call.calls == ["model"]
+    refuse_difference(record, planned, settings)
+    off = read_settings(settings.run.parent.parent / "pipeline.yaml", ["dump.engine_check=false"])
+    assert find_missing_check(planned, off) is None
 
 
 def test_a_process_that_is_killed_leaves_states_that_are_whole(write_engine_config: WriteConfig):
