@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -109,7 +110,8 @@ def test_an_engine_that_is_the_model_passes_and_the_figures_are_kept(write_engin
     ],
 )
 def test_a_wrong_engine_is_refused_by_name(write_engine_config: WriteConfig, change: engines.Change, family: str):
-    settings = read_settings(write_engine_config())
+    config = write_engine_config()
+    settings = read_settings(config)
     planned = plan_dump(settings)
     record = measure(settings, LocalCaller(change))
     if change is engines.add_noise:
@@ -118,8 +120,10 @@ def test_a_wrong_engine_is_refused_by_name(write_engine_config: WriteConfig, cha
         refuse_difference(record, planned, settings)
     with pytest.raises(StillhouseError, match="the engine does not say what the model says"):
         require_engine_check(planned, settings)  # of a tested architecture too: it is known to be wrong here
+    assert main(["dump", str(config)]) == 1
+    assert not Path(settings.cache.path).exists()
     assert not (settings.run / STATES_FOLDER).exists()
-    loose = read_settings(settings.run.parent.parent / "pipeline.yaml", ["check.max_engine_kl=2e6"])
+    loose = read_settings(config, ["check.max_engine_kl=2e6"])
     refuse_difference(record, planned, loose)
 
 
@@ -327,8 +331,15 @@ def test_a_dump_of_an_untested_architecture_needs_a_passed_check(
     assert require_engine_check(plan_dump(slower), slower) is None
 
 
-def test_the_transformers_backend_has_nothing_to_compare(
+def test_check_tells_figures_and_that_transformers_has_nothing_to_compare(
     write_engine_config: WriteConfig, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["check", "--engine", str(write_engine_config(teacher={"backend": "transformers"}))]) == 0
+    config = write_engine_config()
+    measure(read_settings(config), LocalCaller())
+    assert main(["check", "--engine", str(config), "teacher.backend=transformers"]) == 0
     assert "engine: nothing to compare" in capsys.readouterr().out
+    assert main(["check", "--engine", str(config)]) == 0  # an earlier check of this identity is told again
+    said = capsys.readouterr().out
+    assert "engine: checked before" in said
+    assert re.search(r"^response +kl +several images +\d+ ", said, flags=re.MULTILINE)
+    assert said.splitlines()[-1] == "engine: says what the model says, within 0.01 nats a row"
