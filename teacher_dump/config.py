@@ -161,8 +161,7 @@ class DumpSection(Section):
     rows_per_chunk: Annotated[int, Field(ge=1)] = 1024  # rows of logits [rows, vocabulary] in memory at once
     max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of samples; above it the dump fails
     blind_check_samples: Annotated[int, Field(ge=0)] = 4  # samples of the vision check; 0 turns it off
-    # whether a dump needs a passed engine check where vLLM is untested with the teacher's architecture; false is
-    # recorded in the manifest
+    # a dump needs a passed engine check where vLLM is untested with the teacher's architecture
     engine_check: bool = True
 
 
