@@ -258,6 +258,7 @@ takes `section.field=value` after the file, which replaces one field: `stillhous
 | `teacher` | section | – | the teacher; `teacher.model` is required |
 | `dump` | section | its defaults | how the dump's work is cut and who does it |
 | `cache` | section | its defaults | where the cache lies and what is kept |
+| `check` | section | its defaults | how far an engine may be from the model |
 | `more_caches` | mapping: name → section | none | further caches of the same teacher |
 | `train_teacher` | section | – | trains the teacher before it is dumped |
 | `stages` | mapping: name → section | none | the trainings |
