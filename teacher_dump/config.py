@@ -58,12 +58,24 @@ class SourceSection(Section):
 
 
 class SamplingSection(Section):
-    """How the teacher samples its answers when `data.responses` is `teacher`."""
+    """How answers are sampled when `data.responses` is `teacher` or a model."""
 
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0  # 0: always the most probable token
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Annotated[int, Field(ge=1)] = 512  # an answer that does not end by then makes its sample an error
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+class AnsweringModelSection(Section):
+    """A model that generates every answer first, such as a student after SFT. The teacher scores its answers.
+
+    The model sees the teacher's prompts, so its tokenizer must be the teacher's.
+    """
+
+    model: LocalPath  # folder of a checkpoint
+    backend: Literal["vllm", "transformers"] | None = None  # None: vllm where it is installed, else transformers
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    settings: dict[str, Any] = {}  # passed to vllm.LLM by name
 
 
 class DataSection(Section):
@@ -81,8 +93,9 @@ class DataSection(Section):
     too_long: TooLong = "refuse"
     # rows of each split as published, for a forecast before the data is here (`plan --hardware`)
     published_rows: dict[str, Annotated[int, Field(ge=1)]] = {}
-    responses: Literal["dataset", "teacher"] = "dataset"  # teacher: the teacher generates every answer first
-    sampling: SamplingSection = SamplingSection()  # for answers that the teacher generates
+    # teacher: the teacher generates every answer first; {model: DIR}: the model in a folder does
+    responses: Literal["dataset", "teacher"] | AnsweringModelSection = "dataset"
+    sampling: SamplingSection = SamplingSection()  # for generated answers
 
     @model_validator(mode="before")
     @classmethod
@@ -91,11 +104,22 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check_captions(self) -> DataSection:
-        if self.responses == "teacher" and any(source.template == "caption" for source in self.sources):
+        if self.responses != "dataset" and any(source.template == "caption" for source in self.sources):
+            said = "teacher" if self.responses == "teacher" else "a model"
             raise ValueError(
-                "responses is teacher, but a source has template: caption, which asks nothing; use template: chat"
+                f"responses is {said}, but a source has template: caption, which asks nothing; use template: chat"
             )
         return self
+
+    @property
+    def answering_model(self) -> AnsweringModelSection | None:
+        """The model, other than the teacher, that generates the answers."""
+        return self.responses if isinstance(self.responses, AnsweringModelSection) else None
+
+    @property
+    def answerer(self) -> Literal["the teacher", "the model"]:
+        """Who generates answers, for messages."""
+        return "the teacher" if self.answering_model is None else "the model"
 
 
 class TeacherSection(Section):

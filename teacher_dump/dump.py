@@ -130,7 +130,7 @@ def _retry_failed(
 ) -> tuple[RetryOutcome, DumpSummary | None]:
     """Writes the parts that a plan lacks, then attempts its failed samples again. Seals nothing.
 
-    Finishes an incomplete retry rather than begin another. `asked`: the settings before the teacher's
+    Finishes an incomplete retry rather than begin another. `asked`: the settings before generated
     answers replaced the sources. Raises the errors of `run_dump`.
     """
     cache, folder = settings.cache, open_folder(settings.cache.path)
@@ -148,7 +148,7 @@ def _retry_failed(
             f"{folder}; a retry needs them all"
         )
     begun = next((one for one in select_retries(segments, base) if not is_committed(folder, one)), None)
-    if begun is None and asked.data.responses == "teacher" and num_failed:
+    if begun is None and asked.data.responses != "dataset" and num_failed:
         names = {error.sample_id for errors in failed for error in errors}
         reask_failed_questions(asked, plan_questions(asked), names, progress=progress)
     failed_ids = begun.failed_ids if begun is not None else select_retryable(planned, settings, failed)

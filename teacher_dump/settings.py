@@ -30,8 +30,8 @@ class DumpSettings:
     dump: DumpSection
     cache: CacheSection
     check: CheckSection = field(default_factory=CheckSection)
-    answer_selection: dict[str, Any] = field(default_factory=dict)  # how the teacher's answers were sampled; else empty
-    answers: Path | None = None  # the folder of the teacher's answers; None: the answers are the data set's
+    answer_selection: dict[str, Any] = field(default_factory=dict)  # who generated the answers, and how; else empty
+    answers: Path | None = None  # the folder of generated answers; None: the answers are the data set's
 
     @staticmethod
     def from_sections(sections: Sections) -> DumpSettings:

@@ -81,7 +81,7 @@ def parse_conversation(
     rejected = None
     if only_questions:
         if is_pair(row):
-            raise SampleRefusedError("is a preference pair, which data.responses: teacher cannot use")
+            raise SampleRefusedError("is a preference pair, whose answers data.responses cannot generate")
         turns = _replace_answers(_parse_single({**row, "answer": row.get("answer") or UNANSWERED}, parser))
     elif is_pair(row):
         turns, rejected = _parse_pair(row, parser)

@@ -61,6 +61,7 @@ def make_plan(
     samples_per_part: int,
     max_length: int,
     too_long: TooLong = "refuse",
+    parts_of_ids: Sequence[Sequence[str]] | None = None,
 ) -> Plan:
     """Splits the samples into parts of about `samples_per_part`, in the samples' order.
 
@@ -68,9 +69,17 @@ def make_plan(
     halves of a preference pair; a part is larger if one group is. `max_length` (tokens) and `too_long` decide
     which samples are refused or cut and are part of the fingerprint. `errors` go to part 0; with no samples
     there is one part.
+
+    `parts_of_ids` are the sample ids of an earlier split, in order, to keep; ids without a sample are left out, so
+    parts may be smaller, or empty. Raises ValueError for a sample that it lacks.
     """
     parts: list[array[int]] = []  # places of samples
-    for group in group_by_images(samples):
+    if parts_of_ids is not None:
+        places = {sample.id: place for place, sample in enumerate(samples)}
+        parts = [array("q", [places.pop(name) for name in ids if name in places]) for ids in parts_of_ids]
+        if places:
+            raise ValueError(f"sample {next(iter(places))} is in none of the {len(parts)} parts to keep")
+    for group in [] if parts_of_ids is not None else group_by_images(samples):
         if not parts or len(parts[-1]) + len(group) > samples_per_part:
             parts.append(array("q"))
         parts[-1].extend(group)

@@ -1,8 +1,9 @@
-"""Generates the teacher's own answers, for `data.responses: teacher`, before the dump that scores them.
+"""Generates the answers of the teacher or of another model (`data.responses`), before the dump that scores them.
 
 Answers lie in a folder of the run (teacher_dump/planning/answer_files.py). Existing answers are kept, so a stopped
 run resumes; only `--retry-errors` asks failed questions again (repeated_questions.py).
-Ray starts one process for each stripe of the parts (answer_job.py).
+Ray starts one process for each stripe of the parts (answer_job.py). All of them end before the dump starts its
+teacher, so the two models are never in memory together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from teacher_dump.planning.answer_files import (
     write_json_lines,
     write_text,
 )
+from teacher_dump.planning.answering_model import AnsweringModel
 from teacher_dump.planning.dump_plan import DumpPlan, plan_questions
 from teacher_dump.settings import DumpSettings
 from teacher_dump.workers.answerer import Answerer
@@ -49,7 +52,8 @@ def generate_missing_answers(settings: DumpSettings, questions: DumpPlan, *, pro
     missing = sum(not get_part_path(folder, part.number).exists() for part in questions.plan.parts)
     if missing:
         write_text(folder / JOB_FILE, json.dumps(make_answer_job(settings)))
-        run_answer_processes(settings, folder / JOB_FILE, missing, f"the teacher answers {missing:,} parts" * progress)
+        message = f"{settings.data.answerer} answers {missing:,} parts" * progress
+        run_answer_processes(settings, folder / JOB_FILE, missing, message)
     _write_answer_data_set(folder, settings, questions)
 
 
@@ -67,7 +71,7 @@ def run_answer_processes(settings: DumpSettings, job: Path, num_parts: int, mess
             name=f"answers-{stripe}",
             argv=(*make_module_command("teacher_dump.execution.answer_job"), str(job), str(stripe), str(count)),
             log_path=settings.logs.resolve() / f"answers-{stripe}.log",
-            num_devices=ray_jobs.count_engine_gpus(settings.teacher.settings),
+            num_devices=ray_jobs.count_engine_gpus((settings.data.answering_model or settings.teacher).settings),
         )
         for stripe in range(count)
     ]
@@ -85,7 +89,8 @@ def run_answer_processes(settings: DumpSettings, job: Path, num_parts: int, mess
             failed = [result for result in results if result.returncode]
     if failed:
         kind = ConfigError if failed[0].returncode == 2 else StillhouseError
-        raise kind(f"the teacher's answers: {_read_last_line(failed[0].log_path)} (see {failed[0].log_path})")
+        reason = _read_last_line(failed[0].log_path)
+        raise kind(f"{settings.data.answerer}'s answers: {reason} (see {failed[0].log_path})")
 
 
 def answer_parts(settings: DumpSettings, *, stripe: int, num_stripes: int) -> None:
@@ -112,12 +117,28 @@ def open_answerer(settings: DumpSettings, questions: DumpPlan) -> Answerer:
     processor = load_processor(worker.checkpoint, trust_remote_code=trust)
     return Answerer(
         preparer=open_preparer(worker),
-        generator=_LazyGenerator(worker),
+        generator=_LazyGenerator(_select_generating_worker(worker, questions.answering_model)),
         tokenizer=getattr(processor, "tokenizer", processor),
         image_token_id=worker.facts.image_token_id,
         eos_token_ids=worker.facts.eos_token_ids,
         sampling=settings.data.sampling,
         vocab_size=worker.facts.vocab_size,
+        speaker=settings.data.answerer,
+    )
+
+
+def _select_generating_worker(worker: WorkerSettings, model: AnsweringModel | None) -> WorkerSettings:
+    """Returns the settings of the engine that generates: the teacher's own, or those of another model."""
+    if model is None:
+        return worker
+    return replace(
+        worker,
+        checkpoint=model.checkpoint,
+        backend=model.backend,
+        dtype=model.dtype,
+        max_length=model.max_length,
+        engine_settings=model.engine_settings,
+        facts=replace(worker.facts, image_token_id=model.image_token_id),
     )
 
 
@@ -151,6 +172,7 @@ def _write_answer_data_set(folder: Path, settings: DumpSettings, questions: Dump
     done = {
         "splits": splits,
         "sampling": settings.data.sampling.model_dump(mode="json"),
+        "keeps_parts": True,
     }
     write_text(folder / DONE_FILE, json.dumps(done, indent=1))
 

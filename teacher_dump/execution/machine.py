@@ -20,6 +20,7 @@ from storage.errors import ConfigError
 from storage.layout.segments import has_cache
 from storage.reader.cache import Cache
 from teacher_dump.settings import DumpSettings
+from teacher_dump.teachers.fingerprint import choose_backend
 
 _FEW_FILES, _MANY_FILES = 256, 4096  # descriptors: without the first Ray may never start, large dumps want the second
 _SHARED_BYTES = 64 << 20  # of /dev/shm, docker's default
@@ -38,7 +39,11 @@ def check_dump_machine(settings: DumpSettings) -> list[str]:
     if not needs_teacher(settings) or is_sealed(settings.cache.path):
         return []
     check_engine_gpus(settings)
-    return check_machine(runs_vllm=settings.teacher.backend == "vllm", ray_address=settings.dump.ray_address)
+    model = settings.data.answering_model
+    runs_vllm = settings.teacher.backend == "vllm"
+    if model is not None:
+        runs_vllm = runs_vllm or (model.backend or choose_backend()) == "vllm"
+    return check_machine(runs_vllm=runs_vllm, ray_address=settings.dump.ray_address)
 
 
 def check_machine(*, runs_vllm: bool, ray_address: str | None) -> list[str]:
@@ -61,16 +66,26 @@ def check_engine_gpus(settings: DumpSettings) -> None:
     """
     if not is_local_ray(settings.dump.ray_address) or not needs_teacher(settings):
         return
-    num_available, wanted, ranks = count_gpus(), settings.dump.gpus_per_actor, _num_ranks(settings.teacher.settings)
-    if wanted is None:
-        wanted, field = (ranks if num_available else 0), "teacher.settings.tensor_parallel_size"
+    num_available, model = count_gpus(), settings.data.answering_model
+    engines = {"teacher.settings": settings.teacher.settings}
+    if model is not None:
+        engines["data.responses.settings"] = model.settings
+    for field, engine in engines.items():
+        _check_ranks(field, engine, settings.dump.gpus_per_actor, num_available)
+
+
+def _check_ranks(field: str, engine: Mapping[str, Any], gpus_per_actor: float | None, num_available: int) -> None:
+    """Raises ConfigError if an engine's ranks need more GPUs than an actor gets, or an actor more than there are."""
+    ranks = _num_ranks(engine)
+    if gpus_per_actor is None:
+        wanted, asking = (ranks if num_available else 0), f"{field}.tensor_parallel_size"
     else:
-        field = "dump.gpus_per_actor"
-    check_gpu_count(wanted, num_available, field=field)
-    by_ray = settings.teacher.settings.get("distributed_executor_backend") == "ray"
+        wanted, asking = gpus_per_actor, "dump.gpus_per_actor"
+    check_gpu_count(wanted, num_available, field=asking)
+    by_ray = engine.get("distributed_executor_backend") == "ray"
     if num_available and 0 < wanted < ranks and not by_ray:
         raise ConfigError(
-            f"dump.gpus_per_actor is {wanted:g}, but teacher.settings make {ranks} ranks (tensor_parallel_size × "
+            f"dump.gpus_per_actor is {wanted:g}, but {field} make {ranks} ranks (tensor_parallel_size × "
             f"pipeline_parallel_size), each with a GPU of its own; give {ranks}, or leave it out"
         )
 
@@ -102,8 +117,8 @@ def is_local_ray(ray_address: str | None) -> bool:
 
 
 def needs_teacher(settings: DumpSettings) -> bool:
-    """Returns whether a dump needs a teacher at all."""
-    return settings.data.responses == "teacher" or any(family != "images" for family in settings.cache.families)
+    """Returns whether a dump needs a teacher, or another model that answers."""
+    return settings.data.responses != "dataset" or any(family != "images" for family in settings.cache.families)
 
 
 def is_sealed(cache_path: str) -> bool:

@@ -1,8 +1,8 @@
-"""Asks a teacher failed questions again: those without an answer, whose samples are errors of a cache.
+"""Asks failed questions again: those without an answer, whose samples are errors of a cache.
 
-Their images or rows may have been fixed. The results go to later.jsonl (answer_files.py), which a retry reads;
-the first answers do not change, nor does the plan of the dump over them. Unfinished work lies in again/, so a
-stopped run resumes.
+The teacher, or the model that answers in its place, is asked. Images or rows of the questions may have been fixed. The
+results go to later.jsonl (answer_files.py), which a retry reads; the first answers do not change, nor does the plan of
+the dump over them. Unfinished work lies in again/, so a stopped run resumes.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from teacher_dump.settings import DumpSettings
 def reask_failed_questions(
     settings: DumpSettings, questions: DumpPlan, failed_ids: Collection[str], *, progress: bool = True
 ) -> None:
-    """Has the teacher answer the failed questions that still have no answer.
+    """Has the failed questions that still have no answer answered.
 
-    `settings` have data.responses: teacher, and their first answers exist; `questions` is their plan. Questions that
-    cannot be read yet are skipped. Raises StillhouseError if a process fails; the answers that it wrote stay.
+    The data.responses of `settings` are generated, and their first answers exist; `questions` is their plan. Questions
+    that cannot be read yet are skipped. Raises StillhouseError if a process fails; the answers that it wrote stay.
     """
     folder = resolve_answers_folder(settings, questions.identity)
     work = begin_reasking(settings, folder, failed_ids)
@@ -50,7 +50,7 @@ def reask_failed_questions(
     missing = sum(not get_part_path(work, number).exists() for number in range(len(job["again"])))
     if missing:
         num_asked = sum(map(len, job["again"]))
-        message = f"the teacher is asked {num_asked:,} failed questions again" * progress
+        message = f"{settings.data.answerer} is asked {num_asked:,} failed questions again" * progress
         run_answer_processes(settings, work / JOB_FILE, missing, message)
     _save_later_answers(folder, work, job)
 

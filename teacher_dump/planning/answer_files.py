@@ -1,15 +1,15 @@
-"""The folder of a teacher's generated answers: its name, its files, and the questions without an answer.
+"""The folder of generated answers: its name, its files, and the questions without an answer.
 
 ```
 <run>/answers/<key>/part-00000.jsonl   the answered samples of a part of the questions' plan, written whole
 <run>/answers/<key>/<split>.jsonl      the data set that the dump reads in place of data.sources
-<run>/answers/<key>/answers.json       written last: the splits, the sampling
+<run>/answers/<key>/answers.json       written last: the splits, the sampling, whether the dump keeps the parts
 <run>/answers/<key>/later.jsonl        the results of failed questions that were asked again
 <run>/answers/<key>/again/             unfinished work of asking again, until it is in later.jsonl
 ```
 
-The key is a hash of questions, teacher, tokenisation and sampling. The first three files never change, so the
-plan of the dump over them stays the same; a retry also reads later.jsonl.
+The key is a hash of questions, tokenisation, sampling, and the teacher or model that answers. The first three files
+never change, so the plan of the dump over them stays the same; a retry also reads later.jsonl.
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ _PART = "part-{:05d}.jsonl"
 
 
 def compute_answers_key(questions: Identity, sampling: SamplingSection) -> str:
-    """Computes the name of the answers' folder for a plan of questions."""
-    identity = questions.model_dump(mode="json", exclude={"selection", "image_root", "teacher"})
+    """Computes the name of the answers' folder for a plan of questions.
+
+    Where another model answers, it is described in the selection, and the teacher's weights do not matter.
+    """
+    ignored = {"selection", "image_root", "teacher"}
+    if "responses" in questions.selection["tokens"]:
+        ignored |= {"teacher_fingerprint", "dtype", "engine"}
+    identity = questions.model_dump(mode="json", exclude=ignored)
     key = json.dumps([identity, questions.selection["tokens"], sampling.model_dump(mode="json")], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -47,7 +53,7 @@ def resolve_answers_folder(settings: DumpSettings, questions: Identity) -> Path:
 
 
 def load_answered_settings(settings: DumpSettings, questions: Identity) -> DumpSettings | None:
-    """Returns settings whose sources are the teacher's answers; None if answers are missing.
+    """Returns settings whose sources are the generated answers; None if answers are missing.
 
     `questions`: the identity of the plan of `settings`.
     """
@@ -67,7 +73,19 @@ def load_answered_settings(settings: DumpSettings, questions: Identity) -> DumpS
         for split, name in done["splits"]
     )
     data = settings.data.model_copy(update={"sources": sources, "responses": "dataset"})
-    return replace(settings, data=data, answer_selection={"responses": "teacher", **done["sampling"]}, answers=folder)
+    responses = questions.selection["tokens"].get("responses", "teacher")
+    selection = {"responses": responses, **done["sampling"]}
+    return replace(settings, data=data, answer_selection=selection, answers=folder)
+
+
+def read_question_parts(folder: Path) -> list[list[str]] | None:
+    """Returns the sample ids of each part of the questions, which a dump over their answers keeps.
+
+    None for answers of an earlier version, whose dump splits the answered samples anew.
+    """
+    if not json.loads((folder / DONE_FILE).read_bytes()).get("keeps_parts"):
+        return None
+    return [[row["id"] for row in read_json_lines(path)] for path in sorted(folder.glob("part-*.jsonl"))]
 
 
 def get_part_path(folder: Path, number: int) -> Path:

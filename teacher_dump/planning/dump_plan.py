@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ from teacher_dump.config import TeacherSection
 from teacher_dump.data.dataset import SampleSet, read_samples
 from teacher_dump.data.partition import Plan, make_plan
 from teacher_dump.data.sample import Sample
-from teacher_dump.planning.answer_files import ANSWERS_FOLDER, compute_answers_key, load_answered_settings
+from teacher_dump.planning.answer_files import (
+    ANSWERS_FOLDER,
+    compute_answers_key,
+    load_answered_settings,
+    read_question_parts,
+)
+from teacher_dump.planning.answering_model import AnsweringModel, read_answering_model
 from teacher_dump.planning.cached_plan import restore_answered_plan, restore_cached_plan
 from teacher_dump.planning.recorded_budget import read_recorded_choices
 from teacher_dump.prompts.preprocessor import TOKENISATION
@@ -39,12 +45,13 @@ class DumpPlan:
     checkpoint: Path
     facts: fingerprint.ProcessorFacts
     max_length: int  # tokens; teacher.max_length or the model's own limit, whichever is lower
+    answering_model: AnsweringModel | None = None  # of a plan of questions for another model than the teacher
 
 
 def plan_dump(settings: DumpSettings) -> DumpPlan:
     """Reads the samples and makes parts and identity. Caches hashes of weights in <run>/fingerprints.json.
 
-    If the teacher is to generate answers and they do not exist yet, each answer is a placeholder.
+    If answers are to be generated and do not exist yet, each answer is a placeholder.
     """
     if settings.data.responses == "dataset":
         return _make_dump_plan(settings)
@@ -54,13 +61,13 @@ def plan_dump(settings: DumpSettings) -> DumpPlan:
 
 
 def plan_questions(settings: DumpSettings) -> DumpPlan:
-    """Plans the questions alone, for a teacher that generates the answers."""
+    """Plans the questions alone, for the teacher or the model that generates the answers."""
     return _make_dump_plan(settings)
 
 
 def _make_dump_plan(settings: DumpSettings) -> DumpPlan:
-    teacher, answers = settings.teacher, settings.data.responses == "teacher"
-    needs_teacher = answers or _needs_teacher(settings.cache)
+    teacher, answers = settings.teacher, settings.data.responses != "dataset"
+    needs_teacher = settings.data.responses == "teacher" or _needs_teacher(settings.cache)
     extracted = Path(settings.data.extracted or settings.run / "images")
     read = partial(read_samples, settings.data.sources, extracted=extracted, only_questions=answers, spool=settings.run)
     sample_set = read()
@@ -80,6 +87,18 @@ def _make_dump_plan(settings: DumpSettings) -> DumpPlan:
     _check_background(folder, facts)
     max_length = min(teacher.max_length, _read_context_length(folder) or teacher.max_length)
 
+    answering_model = None
+    if settings.data.answering_model is not None:
+        answering_model = read_answering_model(
+            settings.data.answering_model,
+            facts,
+            memory,
+            max_length=max_length,
+            shows_images=any(sample.images for sample in sample_set.samples),
+        )
+        settings = replace(settings, answer_selection={"responses": answering_model.description})
+    questions = None if settings.answers is None else read_question_parts(settings.answers)
+
     def make_parts(samples: Sequence[Sample], errors: Sequence[SampleError]) -> Plan:
         return make_plan(
             samples,
@@ -87,6 +106,7 @@ def _make_dump_plan(settings: DumpSettings) -> DumpPlan:
             samples_per_part=settings.dump.samples_per_part,
             max_length=max_length,
             too_long=settings.data.too_long,
+            parts_of_ids=questions,
         )
 
     def read_again(watched: Collection[str]) -> SampleSet:
@@ -132,7 +152,7 @@ def _make_dump_plan(settings: DumpSettings) -> DumpPlan:
             read_again=read_again,
             make_parts=make_parts,
         )
-    return DumpPlan(plan, identity_of(plan), folder, facts, max_length)
+    return DumpPlan(plan, identity_of(plan), folder, facts, max_length, answering_model)
 
 
 def _check_background(folder: Path, facts: fingerprint.ProcessorFacts) -> None:

@@ -1,4 +1,4 @@
-"""Failed rows and questions, read again from the sources or from the teacher's later answers."""
+"""Failed rows and questions, read again from the sources or from later answers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class FailedRow:
 def read_failed_rows(settings: DumpSettings, failed_ids: Collection[str]) -> dict[str, FailedRow]:
     """Reads the current state of failed rows, by the ids of their errors (a sample's id or a row's place).
 
-    If the teacher generated the answers, a later answer replaces the first refusal.
+    If the answers were generated, a later answer replaces the first refusal.
     """
     extracted = Path(settings.data.extracted or settings.run / "images")
     found = read_samples(
         settings.data.sources,
         extracted=extracted,
-        only_questions=settings.data.responses == "teacher",
+        only_questions=settings.data.responses != "dataset",
         spool=settings.run,
         watched=failed_ids,
     )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from storage.backends.disk import explain_write_errors
 from storage.backends.folder import write_atomically
@@ -104,6 +104,15 @@ def get_engine_version(backend: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     raise StillhouseError(f"teacher.backend is {backend}, but {backend} is not installed")
+
+
+def choose_backend() -> Literal["vllm", "transformers"]:
+    """Returns vllm where it is installed, else transformers."""
+    try:
+        get_engine_version("vllm")
+    except StillhouseError:
+        return "transformers"
+    return "vllm"
 
 
 class FingerprintMemory:

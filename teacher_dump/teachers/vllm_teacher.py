@@ -237,6 +237,7 @@ class VllmGenerator:
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(stop_ids),
+                ignore_eos=True,  # of the checkpoint, which may not be the teacher's: the stop tokens alone count
                 seed=seed,
                 detokenize=False,
                 logit_bias=bias,

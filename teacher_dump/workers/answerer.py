@@ -1,6 +1,6 @@
-"""Has a generating teacher answer samples. An answer keeps its token ids: its text may tokenise to others.
+"""Has a generating model answer samples. An answer keeps its token ids: its text may tokenise to others.
 
-An answer that does not end within `max_new_tokens`, or is empty, makes its sample an error.
+An answer that is empty, or does not end within `max_new_tokens` or the longest sequence, makes its sample an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SEED_BITS = 0x7FFF_FFFF  # engines take seeds of 31 bits
 
 @dataclass(frozen=True)
 class Answerer:
-    """Has a generating teacher answer every question of a sample; its earlier answers are part of the prompt."""
+    """Has a generating model answer every question of a sample; its earlier answers are part of the prompt."""
 
     preparer: Preparer
     generator: Generator
@@ -39,6 +39,7 @@ class Answerer:
     eos_token_ids: tuple[int, ...]
     sampling: SamplingSection
     vocab_size: int  # the tokenizer's real one; a padded head can generate larger ids
+    speaker: str = "the teacher"  # who answers, for messages
 
     def answer_part(self, part: Part) -> Iterator[dict[str, Any]]:
         """Yields a part's samples as rows of a data set; a failed one has its reason in `refused`."""
@@ -54,12 +55,12 @@ class Answerer:
                 yield {**row, "images": list(sample.images), "messages": messages}
 
     def answer_samples(self, samples: Sequence[Sample]) -> Iterator[Sample | SampleError]:
-        """Yields each sample with the teacher's answers, or its error, in order."""
+        """Yields each sample with generated answers, or its error, in order."""
         for start in range(0, len(samples), _SAMPLES_PER_CALL):
             yield from self.replace_answers(samples[start : start + _SAMPLES_PER_CALL])
 
     def replace_answers(self, samples: Sequence[Sample]) -> list[Sample | SampleError]:
-        """Returns each sample with every answer replaced by the teacher's, or its error, in order."""
+        """Returns each sample with every answer replaced by a generated one, or its error, in order."""
         outcomes: list[Sample | SampleError] = list(samples)
         for number in range(max((len(sample.turns) for sample in samples), default=0)):
             asked: list[tuple[int, Sample, TeacherPrompt]] = []
@@ -102,21 +103,21 @@ class Answerer:
         except Exception as error:  # an engine raises its own kinds
             if isinstance(error, StillhouseError) or is_device_failure(error):
                 raise
-            _log.warning("the teacher failed on %d prompts together: %s", len(prompts), error)
+            _log.warning("%s failed on %d prompts together: %s", self.speaker, len(prompts), error)
         answers: list[list[int] | SampleRefusedError] = []
         failure: Exception | None = None
         for at in range(len(prompts)):
             try:
                 answers += generate(at, at + 1)
             except PromptRefusedError as error:
-                answers.append(SampleRefusedError(f"the teacher refuses this sample: {error}"))
+                answers.append(SampleRefusedError(f"{self.speaker} refuses this sample: {error}"))
             except Exception as error:
                 if isinstance(error, StillhouseError) or is_device_failure(error):
                     raise
                 failure = error
-                answers.append(SampleRefusedError(f"the teacher failed: {error}"))
+                answers.append(SampleRefusedError(f"{self.speaker} failed: {error}"))
         if failure is not None and len(answers) > 1 and all(isinstance(one, SampleRefusedError) for one in answers):
-            raise StillhouseError(f"the teacher fails on every prompt; {failure}") from failure
+            raise StillhouseError(f"{self.speaker} fails on every prompt; {failure}") from failure
         return answers
 
     def _make_prompt(self, sample: Sample, number: int) -> TeacherPrompt:
@@ -130,20 +131,20 @@ class Answerer:
         return TeacherPrompt(prepared.record.token_ids[:-1], prepared.prompt.images)  # without the stop token
 
     def _decode_answer(self, token_ids: Sequence[int], number: int) -> str:
+        answer = f"{self.speaker}'s answer at turn {number}"
         if not token_ids or token_ids[-1] not in self.eos_token_ids:
-            raise SampleRefusedError(
-                f"the teacher's answer at turn {number} does not end within {len(token_ids)} tokens; "
-                "data.sampling.max_new_tokens and teacher.max_length limit them"
-            )
+            if len(token_ids) >= self.sampling.max_new_tokens:
+                limit = "data.sampling.max_new_tokens allows no more"
+            else:
+                limit = "teacher.max_length, or the model's own context, allows no longer sequence"
+            raise SampleRefusedError(f"{answer} does not end within {len(token_ids)} tokens; {limit}")
         if max(token_ids) >= self.vocab_size:
-            raise SampleRefusedError(
-                f"the teacher's answer at turn {number} holds token {max(token_ids)}, which the tokenizer does not have"
-            )
+            raise SampleRefusedError(f"{answer} holds token {max(token_ids)}, which the tokenizer does not have")
         if self.image_token_id in token_ids:
-            raise SampleRefusedError(f"the teacher's answer at turn {number} holds its own image token")
+            raise SampleRefusedError(f"{answer} holds its own image token")
         text = self.tokenizer.decode(list(token_ids[:-1]), skip_special_tokens=False)
         if not text.strip():
-            raise SampleRefusedError(f"the teacher's answer at turn {number} is empty")
+            raise SampleRefusedError(f"{answer} is empty")
         return text
 
 
