@@ -1,8 +1,9 @@
 """Trains the ablation grid: every run with every seed, over one cache, scheduled by Ray. Finished runs are kept.
 
 A run that starts from the checkpoint of another (`after`) waits for all seeds of it, and is trained again when that
-checkpoint changes. Each run writes <run>/models/<name>/seed<k>/ with its checkpoint, metrics.jsonl, summary.json and
-evaluation.json. <run>/ablations.json lists the runs for the report.
+checkpoint changes. A round (`rounds`) waits in the same way for the model that answers, and then its cache is dumped.
+Each run writes <run>/models/<name>/seed<k>/ with its checkpoint, metrics.jsonl, summary.json and evaluation.json.
+<run>/ablations.json lists the runs for the report.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stillhouse.config import Experiment
+from stillhouse.cache_steps import dump_cache, verify_cache
+from stillhouse.config import Experiment, get_round_cache, make_round_overrides
 from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
 from stillhouse.reporting.reproduction import record_command
 from stillhouse.reporting.text_formats import compute_mean_and_sd, format_columns, format_percent
@@ -32,7 +34,7 @@ from stillhouse.torchrun import (
 from storage.backends.disk import explain_write_errors, suggest_freeing_space
 from storage.backends.folder import write_json
 from storage.config_loader import NamedSections, read_sections
-from storage.errors import ConfigError, StillhouseError
+from storage.errors import ConfigError, IdentityError, StillhouseError
 from storage.field_changes import describe_changes
 from storage.processes.search_path import make_module_command
 from student_train.config import StageSection
@@ -53,6 +55,8 @@ class GridRun:
     overrides: tuple[str, ...]  # those of the experiment, then those of the run
     section: StageSection  # with the overrides applied
     parent: Path | None  # folder of the run that this one starts from, of the same seed
+    round_cache: str | None = None  # of a round: the cache of answers that it trains on
+    round_overrides: tuple[str, ...] = ()  # with which that cache is dumped
 
     @property
     def label(self) -> str:
@@ -66,10 +70,11 @@ def list_grid(experiment: Experiment) -> Iterator[GridRun]:
         for name, run in experiment.ablations.runs.items():
             folder = _get_folder(experiment, name, seed)
             parent = None if run.after is None else _get_folder(experiment, run.after, seed)
-            place = f"stages.{run.stage}"
+            place, round_cache = f"stages.{run.stage}", get_round_cache(experiment, name, seed=seed)
             overrides = (
                 *experiment.overrides,
-                *run.make_overrides(),
+                *_make_cache_overrides(experiment, name, round_cache),
+                *_fill_seed(run.make_overrides(), None if round_cache is None else seed),
                 f"{place}.seed={seed}",
                 f"{place}.output={json.dumps(str(folder))}",
                 *(() if parent is None else (f"{place}.init={json.dumps(str(parent))}",)),
@@ -77,7 +82,34 @@ def list_grid(experiment: Experiment) -> Iterator[GridRun]:
             section = read_sections(experiment.path, {"stages": NamedSections(StageSection)}, overrides)["stages"][
                 run.stage
             ]
-            yield GridRun(name, run.stage, seed, folder, overrides, section, parent)
+            if round_cache is None:
+                yield GridRun(name, run.stage, seed, folder, overrides, section, parent)
+                continue
+            if round_cache not in [source.path for source in section.list_sources(experiment.cache.path)]:
+                raise ConfigError(
+                    f"{experiment.path}: ablations.runs: {name} does not train on {round_cache}, the cache of its own "
+                    "answers; name it in set.caches, or leave out set.cache and set.caches"
+                )
+            model = parent or resolve_stage(section, run.stage).init
+            dumped = make_round_overrides(experiment, name, section, seed=seed, model=str(model))
+            yield GridRun(name, run.stage, seed, folder, overrides, section, parent, round_cache, dumped)
+
+
+def _make_cache_overrides(experiment: Experiment, name: str, round_cache: str | None) -> Iterator[str]:
+    """The caches that a round trains on and is evaluated on, unless the run's `set` says otherwise."""
+    run = experiment.ablations.runs[name]
+    if round_cache is None:
+        return
+    if not {"cache", "caches"} & set(run.set):
+        yield f"stages.{run.stage}.cache={json.dumps(round_cache)}"
+        yield f"stages.{run.stage}.caches=null"
+    if experiment.stages[run.stage].evaluation_cache is None:
+        yield f"stages.{run.stage}.evaluation_cache={json.dumps(experiment.cache.path)}"
+
+
+def _fill_seed(overrides: list[str], seed: int | None) -> list[str]:
+    """Replaces `{seed}` in the overrides of a round."""
+    return overrides if seed is None else [override.replace("{seed}", str(seed)) for override in overrides]
 
 
 def group_by_parent(experiment: Experiment) -> list[list[GridRun]]:
@@ -108,6 +140,8 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
     _check_made_inits(experiment, runs)
     with tqdm(total=len(runs), desc="students", unit="run") as bar:
         for group in group_by_parent(experiment):
+            for run in group:
+                _dump_round_cache(experiment, run, ledger, bar)
             failed = list(_train_group(experiment, group, ledger, bar, restart=restart))
             if failed:
                 raise StillhouseError("training failed:\n  " + "\n  ".join(failed))
@@ -130,6 +164,21 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
     }
     write_json(experiment.run / "ablations.json", document)
     return runs
+
+
+def _dump_round_cache(experiment: Experiment, run: GridRun, ledger: Ledger, bar: Any) -> None:
+    """Makes and verifies the cache that a round trains on; does nothing for other runs. A sealed one is kept."""
+    if run.round_cache is None:
+        return
+    bar.clear()  # the dump has a bar of its own
+    try:
+        dump_cache(experiment, run.round_overrides)
+    except IdentityError as error:
+        raise IdentityError(
+            f"{run.label}: {error}\n{run.round_cache} holds the answers of an earlier model, sampling or teacher; "
+            "delete this folder to have it made anew, or undo the change"
+        ) from error
+    verify_cache(run.round_cache, ledger, step=f"verify-{run.label}")
 
 
 def _train_group(

@@ -116,6 +116,9 @@ def _list_unchecked(experiment: Experiment) -> str:
         lines.append("whether vLLM starts and gives the model's outputs (`check --engine` and `plan` compare them)")
     lines.append("whether the teacher sees its images (`dump`)")
     lines += [f"the samples of {path} (`run` dumps it)" for path in experiment.more_caches]
+    rounds = list(dict.fromkeys(run.name for run in list_grid(experiment) if run.round_cache is not None))
+    if rounds:
+        lines.append(f"the answers that {_join_first(rounds)} train on (`run` and `ablate` generate and dump them)")
     if has_cache(open_folder(experiment.cache.path)):
         lines.append("the bytes of the cache (`verify`) and whether its rows still fit the teacher (`verify --replay`)")
     for name, section in experiment.stages.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from storage.config import CacheSection, LocalPath, Section
 from storage.config_loader import NamedSections, read_sections
@@ -54,11 +54,43 @@ class MoreCacheSection(Section):
         return [f"{field}={json.dumps(value)}" for field, value in {**self.set, "cache.path": path}.items()]
 
 
+class RoundsSection(Section):
+    """Repeats a run on answers of the model that learns: generate, dump, train, and again with the trained model.
+
+    Round 1 starts from the checkpoint of the run's `after`, or of its stage's `init`; that model answers first. Round
+    N is the run NAME_roundN of the grid, which starts from round N - 1. A number in place of the section is `number`.
+    """
+
+    number: Annotated[int, Field(ge=1, le=1000)]  # of rounds
+    # of each round, with `{round}` and `{seed}`; null: {run}/caches/NAME_round{round}/seed{seed}
+    cache: LocalPath | None = None
+    # fields of data, dump or cache for the rounds' caches, by dotted name, such as data.sampling.temperature
+    set: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_number(cls, given: Any) -> Any:
+        return {"number": given} if isinstance(given, int) and not isinstance(given, bool) else given
+
+    @field_validator("set")
+    @classmethod
+    def _check_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        for field in fields:
+            is_reserved = field in ("cache.path", "data.responses", "data.responses.model")
+            if field.partition(".")[0] not in ("data", "dump", "cache") or is_reserved:
+                raise ValueError(
+                    f"set has {field!r}, expected fields of data, dump or cache, but neither cache.path, which is "
+                    "rounds.cache, nor data.responses.model, which is the model of the round before"
+                )
+        return fields
+
+
 class AblationRunSection(Section):
     """One run of the ablation: a stage with some of its fields replaced."""
 
     stage: str
     after: str | None = None  # an earlier run, whose checkpoint of the same seed this run starts from
+    rounds: RoundsSection | None = None  # trains on answers of the model itself, as often as this says
     set: dict[str, Any] = {}  # fields of the stage, by name; a dotted name is a field of a nested section
     controls: tuple[str, ...] | None = None  # replaces ablations.controls for this run
 
@@ -92,6 +124,10 @@ class AblationsSection(Section):
             if run.after is not None and "init" in run.set:
                 raise ValueError(f"{name} has both after and set.init; a run starts from one checkpoint")
             earlier.append(name)
+        for name, run in runs.items():
+            for label in list_round_names(name, run):
+                if label in runs:
+                    raise ValueError(f"{label!r} is a round of {name!r} and another run; rename one of them")
         return runs
 
     @field_validator("seeds")
@@ -107,6 +143,46 @@ class AblationsSection(Section):
         if own is None:
             return () if name in self.controls else self.controls
         return tuple(control for control in own if control != name)
+
+
+class RoundRunSection(AblationRunSection):
+    """One round of a run with `rounds`. Made by `expand_rounds`; no file holds one."""
+
+    of_run: str
+    round: int  # from 1
+
+
+def list_round_names(name: str, run: AblationRunSection) -> list[str]:
+    """The names of a run's rounds; none for a run without `rounds`."""
+    return [] if run.rounds is None else [f"{name}_round{number}" for number in range(1, run.rounds.number + 1)]
+
+
+def expand_rounds(section: AblationsSection) -> AblationsSection:
+    """Replaces each run with `rounds` by a run for each round, one after another.
+
+    `after` and `controls` that name such a run mean its last round.
+    """
+    rounds = {name: list_round_names(name, run) for name, run in section.runs.items()}
+    last = {name: names[-1] for name, names in rounds.items() if names}
+    runs: dict[str, AblationRunSection] = {}
+    for name, run in section.runs.items():
+        after = last.get(run.after, run.after) if run.after is not None else None
+        controls = None if run.controls is None else tuple(last.get(one, one) for one in run.controls)
+        run = run.model_copy(update={"after": after, "controls": controls})
+        if run.rounds is None:
+            runs[name] = run
+        for number, label in enumerate(rounds[name], 1):
+            fields = {
+                **run.model_dump(exclude={"rounds"}),
+                "rounds": run.rounds,
+                "set": json.loads(json.dumps(run.set).replace("{round}", str(number))),
+                "after": after,
+            }
+            runs[label] = RoundRunSection(**fields, of_run=name, round=number)
+            after = label
+    return section.model_copy(
+        update={"runs": runs, "controls": tuple(last.get(control, control) for control in section.controls)}
+    )
 
 
 SCHEMAS = {
@@ -168,7 +244,7 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         cache=sections["cache"],
         stages=sections["stages"],
         evaluation=sections["evaluation"],
-        ablations=sections["ablations"],
+        ablations=expand_rounds(sections["ablations"]),
         prepare=sections.get("prepare"),
         train_teacher=sections.get("train_teacher"),
         more_caches={
@@ -185,6 +261,8 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
             "stages"
         ]
         _check_gpus_per_run(path, name, stages[run.stage].num_processes, experiment.ablations.gpus_per_run)
+        if isinstance(run, RoundRunSection):
+            _check_round(experiment, name, run, stages[run.stage])
         for control in experiment.ablations.get_controls(name):
             if control not in experiment.ablations.runs:
                 raise ConfigError(f"{path}: controls of {name}: {control!r} is not one of ablations.runs")
@@ -201,6 +279,64 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
                 "of its own, made from train_teacher.data"
             )
     return experiment
+
+
+def _check_round(experiment: Experiment, name: str, run: RoundRunSection, stage: StageSection) -> None:
+    """ConfigError for a round whose cache could not be made."""
+    assert run.rounds is not None
+    place = f"{experiment.path}: ablations.runs.{run.of_run}"
+    if run.after is None and (stage.compose is not None or stage.prune is not None):
+        raise ConfigError(
+            f"{place}: rounds start from {stage.init}, which stage {run.stage} composes or prunes and nobody has "
+            "trained; name a run that trains it by `after`"
+        )
+    given = run.rounds.cache
+    if given is not None:
+        if run.rounds.number > 1 and "{round}" not in given:
+            raise ConfigError(
+                f"{place}: rounds.cache is {given}; each round has a cache of its own: use {{round}} in it"
+            )
+        if len(experiment.ablations.seeds) > 1 and "{seed}" not in given:
+            raise ConfigError(f"{place}: rounds.cache is {given}; each seed has a cache of its own: use {{seed}} in it")
+    overrides = (*experiment.overrides, *make_round_overrides(experiment, name, stage, seed=0, model=stage.init))
+    read_sections(experiment.path, {key: SCHEMAS[key] for key in ("data", "dump", "cache")}, overrides)
+
+
+def get_round_cache(experiment: Experiment, name: str, *, seed: int) -> str | None:
+    """The path of the cache that run `name` trains on if it is a round; else None."""
+    run = experiment.ablations.runs[name]
+    if not isinstance(run, RoundRunSection):
+        return None
+    assert run.rounds is not None
+    path = run.rounds.cache or str(experiment.run / "caches" / name / "seed{seed}")
+    return path.replace("{round}", str(run.round)).replace("{seed}", str(seed))
+
+
+def make_round_overrides(
+    experiment: Experiment, name: str, stage: StageSection, *, seed: int, model: str
+) -> tuple[str, ...]:
+    """The overrides with which the cache of round `name` is dumped. `model`: who answers.
+
+    Unless the file gives other sources, only those are asked whose split the stage trains on or selects by.
+    """
+    run = experiment.ablations.runs[name]
+    assert isinstance(run, RoundRunSection) and run.rounds is not None  # noqa: PT018
+    path = get_round_cache(experiment, name, seed=seed)
+    splits = {split for source in stage.list_sources("") for split in source.splits or ()}
+    splits |= set() if stage.checkpoints is None else set(stage.checkpoints.splits)
+    sources = [
+        source.model_dump(mode="json", exclude_unset=True)
+        for source in experiment.data.sources
+        if source.split in splits
+    ]
+    fields = {
+        "data.sources": sources,
+        "data.responses": {"model": model},
+        **run.rounds.set,
+        "cache.path": path,
+    }
+    texts = [f"{field}={json.dumps(value)}" for field, value in fields.items()]
+    return tuple(text.replace("{round}", str(run.round)).replace("{seed}", str(seed)) for text in texts)
 
 
 def _check_gpus_per_run(path: Path, run: str, num_processes: int, gpus: float | None) -> None:

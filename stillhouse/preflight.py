@@ -59,6 +59,11 @@ def check_preconditions(experiment: Experiment, *, dumps: bool = True) -> Iterat
     yield from check_disk_space(estimate_disk_needs(experiment), experiment.run)
     trains = any(not (run.folder / "evaluation.json").exists() for run in list_grid(experiment))
     warnings = check_dump_machine(read_settings(experiment.path, experiment.overrides)) if dumps else []
+    for run in list_grid(experiment):
+        if run.round_cache is not None and not (run.folder / "evaluation.json").exists():
+            warnings += check_dump_machine(
+                read_settings(experiment.path, (*experiment.overrides, *run.round_overrides))
+            )
     if trains:  # Ray runs the trainings
         warnings += check_machine(runs_vllm=False, ray_address=experiment.dump.ray_address)
     yield from (f"warning: {line}" for line in dict.fromkeys(warnings))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillhouse.ablate import train_grid
-from stillhouse.cache_scan import scan_with_progress
+from stillhouse.cache_steps import dump_cache, print_now, verify_cache
 from stillhouse.composed_teacher import compose_teacher
 from stillhouse.config import Experiment, PrepareSection, TrainTeacherSection, read_experiment
 from stillhouse.ledger import Ledger, fingerprint_cache, fingerprint_path, lock_run
@@ -31,9 +31,6 @@ from storage.processes.child_process import GRACE_S, run_child
 from storage.processes.search_path import make_module_command
 from storage.processes.stop_signals import Interrupted, find_stop_signal
 from student_train.training.stage_inputs import collect_init_inputs
-from teacher_dump.__main__ import format_result
-from teacher_dump.dump import run_dump
-from teacher_dump.settings import read_settings
 
 
 def run_experiment(experiment: Experiment, *, restart: bool = False) -> Path:
@@ -74,9 +71,9 @@ def prepare_data(experiment: Experiment, section: PrepareSection, ledger: Ledger
     inputs = {"sources": sources, "arguments": section.arguments}
     outputs = [experiment.run / "data", experiment.run / "models"]
     if ledger.is_done("prepare", inputs, outputs):
-        return _print_now("data and untrained models: there already")
+        return print_now("data and untrained models: there already")
     _print_redo_reasons(ledger.explain_redo("prepare", inputs, outputs))
-    _print_now(f"preparing data and untrained models with {script}")
+    print_now(f"preparing data and untrained models with {script}")
     arguments = [text for name, value in section.arguments.items() for text in (f"--{name}", str(value))]
     module = ".".join(script.with_suffix("").parts)
     _run_command([sys.executable, "-m", module, "--out", str(experiment.run), *arguments], num_threads=1)
@@ -102,24 +99,19 @@ def train_teacher(experiment: Experiment, section: TrainTeacherSection, ledger: 
     folder = Path(stage.output)
     outputs = [folder / "config.json", folder / "evaluation.json"]
     if ledger.is_done("train-teacher", inputs, outputs):
-        _print_now(f"teacher: trained already, {folder}")
+        print_now(f"teacher: trained already, {folder}")
     else:
-        _print_now(f"training the teacher: stage {section.stage}, {stage.num_processes} processes")
+        print_now(f"training the teacher: stage {section.stage}, {stage.num_processes} processes")
         _print_redo_reasons(ledger.explain_redo("train-teacher", inputs, outputs))
         train_stage(experiment, section.stage, evaluate=True, flags=make_training_flags(restart=restart))
         ledger.record("train-teacher", inputs)
     accuracy = json.loads((folder / "evaluation.json").read_bytes())["exact_match"]
-    _print_now(f"teacher: exact match {accuracy:.1%} on held-out questions")
+    print_now(f"teacher: exact match {accuracy:.1%} on held-out questions")
     if accuracy < section.min_exact_match:
         raise StillhouseError(
             f"the teacher's exact match is {accuracy:.1%}, expected at least {section.min_exact_match:.1%} "
             "(train_teacher.min_exact_match); a student would learn its mistakes. Train it longer."
         )
-
-
-def dump_cache(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
-    """Runs the dump in this process and prints its result."""
-    _print_now(format_result(run_dump(read_settings(experiment.path, (*experiment.overrides, *overrides)))))
 
 
 def train_stage(
@@ -163,18 +155,6 @@ def evaluate_model(experiment: Experiment, model: Path, ledger: Ledger | None = 
     return target
 
 
-def verify_cache(path: str, ledger: Ledger, *, step: str = "verify") -> None:
-    """Scans the sealed cache unless it was scanned before. StillhouseError lists the problems."""
-    inputs = {"manifest": fingerprint_cache(path)}
-    if ledger.is_done(step, inputs, []):
-        return _print_now(f"cache: verified already, {path}")
-    report = scan_with_progress(path)
-    if not report.ok:
-        raise StillhouseError(f"{path} does not verify:\n  " + "\n  ".join(report.problems))
-    ledger.record(step, inputs)
-    return _print_now(f"cache: verified, {path}")
-
-
 def _run_command(command: Sequence[str], *, num_threads: int, grace_s: float = GRACE_S) -> None:
     """Runs a child process. Its exit code 2 becomes a ConfigError, another one but 0 a StillhouseError."""
     code = run_child(command, env=make_training_environment(num_threads), grace_s=grace_s)
@@ -188,8 +168,4 @@ def _run_command(command: Sequence[str], *, num_threads: int, grace_s: float = G
 
 def _print_redo_reasons(reasons: list[str]) -> None:
     if reasons:
-        _print_now("done again:" + "".join(f"\n  {reason}" for reason in reasons))
-
-
-def _print_now(text: str) -> None:
-    print(text, flush=True)
+        print_now("done again:" + "".join(f"\n  {reason}" for reason in reasons))

@@ -3,7 +3,7 @@
 With the teacher in every step a distilled run takes its own measured seconds and, for each sample that it trains on,
 the dump's measured seconds a sample. With the cache it takes its own seconds alone, and the dump is paid once. Not
 counted: the start of Ray and of the engine (once for a dump, once for each run with its teacher), further caches
-(`more_caches`), and the memory that a teacher beside the student would need.
+(`more_caches`, and those of rounds with their answers), and the memory that a teacher beside the student would need.
 """
 
 from __future__ import annotations

@@ -1,0 +1,210 @@
+"""Runs with `rounds`: the model of each round answers the questions that the next one trains on."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stillhouse.ablate import group_by_parent, list_grid
+from stillhouse.config import read_experiment
+from storage.errors import ConfigError
+from storage.reader.cache import Cache
+from storage.verify.scan_cache import verify
+from teacher_dump.settings import read_settings
+from tests.processes import MARK
+from tests.stillhouse.test_run import ENVIRONMENT, PATIENCE_S, stillhouse
+from tests.teacher_dump.ray_head import RayHead
+from tests.tiny import make_tiny_dataset, make_tiny_llava
+
+STAGE = {"init": "{run}/student", "steps": 2, "global_batch": 4, "micro_batch": 4, "precision": "fp32", "zero_stage": 0}
+ROUNDS = {"number": 2, "set": {"data.sampling.temperature": 1.0, "dump.max_error_fraction": 0.9}}
+RUNS = {
+    "sft": {"stage": "sft"},
+    "on_policy": {"stage": "kd", "after": "sft", "rounds": ROUNDS, "controls": ["sft"]},
+}
+
+
+def write(
+    folder: Path, runs: dict[str, Any], *, seeds: tuple[int, ...] = (0,), controls: tuple[str, ...] = ("sft",)
+) -> Path:
+    sources = [{"path": str(folder / f"{split}.jsonl"), "split": split} for split in ("train", "validation", "test")]
+    document = {
+        "name": "tiny",
+        "runs_dir": str(folder / "runs"),
+        "data": {"sources": sources},
+        "teacher": {"model": str(folder / "teacher"), "backend": "transformers", "max_length": 96},
+        "dump": {"samples_per_part": 4},
+        "cache": {"families": ["response"], "response": {"method": "topk", "k": 8}},
+        "stages": {
+            "sft": STAGE,
+            "kd": {**STAGE, "losses": {"cross_entropy": 0, "response": {"divergence": "reverse_kl"}}},
+            "made": {**STAGE, "prune": {"model": str(folder / "teacher"), "layers": 1}},
+        },
+        "evaluation": {"max_new_tokens": 4},
+        "ablations": {"seeds": list(seeds), "controls": list(controls), "runs": runs},
+    }
+    path = folder / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def test_each_round_starts_from_the_one_before_and_learns_its_answers(tmp_path: Path) -> None:
+    later = {"stage": "kd", "after": "on_policy"}
+    experiment = read_experiment(write(tmp_path, {**RUNS, "later": later}, seeds=(3, 7)))
+    groups = [[run.label for run in group] for group in group_by_parent(experiment)]
+    assert groups == [
+        ["sft-seed3", "sft-seed7"],
+        ["on_policy_round1-seed3", "on_policy_round1-seed7"],
+        ["on_policy_round2-seed3", "on_policy_round2-seed7"],
+        ["later-seed3", "later-seed7"],
+    ]
+    run, models = tmp_path / "runs" / "tiny", tmp_path / "runs" / "tiny" / "models"
+    found = {one.label: one for one in list_grid(experiment)}
+    for number, before in ((1, "sft"), (2, "on_policy_round1")):
+        one = found[f"on_policy_round{number}-seed7"]
+        cache = str(run / "caches" / f"on_policy_round{number}" / "seed7")
+        assert one.section.init == str(models / before / "seed7")
+        assert (one.section.cache, one.section.evaluation_cache) == (cache, str(run / "cache"))
+        settings = read_settings(experiment.path, one.round_overrides)
+        assert settings.data.answering_model is not None
+        assert settings.data.answering_model.model == one.section.init
+        assert [source.split for source in settings.data.sources] == ["train"]  # the others are not trained on
+        assert settings.cache.path == one.round_cache == cache
+        assert settings.data.sampling.temperature == 1.0
+        assert settings.dump.max_error_fraction == 0.9
+    assert found["later-seed7"].parent == models / "on_policy_round2" / "seed7"
+    assert found["later-seed7"].section.cache is None
+    assert found["sft-seed3"].round_cache is None
+
+
+def test_a_run_with_rounds_is_named_by_its_last_one(tmp_path: Path) -> None:
+    runs = {**RUNS, "kd": {"stage": "kd", "controls": ["on_policy"]}}
+    ablations = read_experiment(write(tmp_path, runs, controls=("sft", "on_policy"))).ablations
+    assert list(ablations.runs) == ["sft", "on_policy_round1", "on_policy_round2", "kd"]
+    assert ablations.controls == ("sft", "on_policy_round2")
+    assert ablations.get_controls("kd") == ("on_policy_round2",)
+    assert ablations.get_controls("on_policy_round1") == ("sft",)
+
+
+def test_rounds_may_mix_caches_and_lie_elsewhere(tmp_path: Path) -> None:
+    """A number is enough, without `after` the stage's init answers, and {round} and {seed} stand in any path."""
+    own = "{run}/own/{seed}/{round}"
+    caches = [{"path": "{run}/cache", "weight": 1}, {"path": own, "weight": 3}]
+    mixed = {"stage": "kd", "rounds": {"number": 1, "cache": own}, "set": {"caches": caches, "init": "{run}/s_{seed}"}}
+    runs = {"mixed": mixed, "plain": {"stage": "kd", "rounds": 1}}
+    found = {run.label: run for run in list_grid(read_experiment(write(tmp_path, runs, seeds=(0, 4), controls=())))}
+    run = tmp_path / "runs" / "tiny"
+    one = found["mixed_round1-seed4"]
+    assert [source.path for source in one.section.caches or ()] == [str(run / "cache"), str(run / "own/4/1")]
+    answering = read_settings(tmp_path / "pipeline.yaml", one.round_overrides).data.answering_model
+    assert answering is not None
+    assert answering.model == str(run / "s_4")
+    assert found["plain_round1-seed0"].section.init == str(run / "student")
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ({"rounds": 0}, ["rounds.number", "greater than or equal to 1"]),
+        ({"rounds": {"nubmer": 2}}, ["nubmer", "did you mean number"]),
+        ({"rounds": {"number": 1, "set": {"cache.path": "x"}}}, ["set has 'cache.path'", "rounds.cache"]),
+        ({"rounds": {"number": 1, "set": {"data.responses": "teacher"}}}, ["data.responses", "round before"]),
+        ({"rounds": {"number": 1, "set": {"teacher.model": "x"}}}, ["teacher.model", "data, dump or cache"]),
+        ({"rounds": {"number": 1, "set": {"data.samplin.seed": 1}}}, ["samplin", "did you mean sampling"]),
+        ({"rounds": {"number": 2, "cache": "{run}/own/{seed}"}}, ["each round has a cache of its own", "{round}"]),
+        ({"rounds": {"number": 2, "cache": "{run}/own/{round}"}}, ["each seed has a cache of its own", "{seed}"]),
+        ({"rounds": 1, "stage": "made"}, ["prunes", "name a run that trains it by `after`"]),
+        ({"rounds": 1, "set": {"cache": "{run}/cache"}}, ["does not train on", "the cache of its own answers"]),
+        ({"rounds": 1, "set": {"seed": 4}}, ["set has seed"]),
+    ],
+)
+def test_impossible_rounds_are_refused(tmp_path: Path, run: dict[str, Any], words: list[str]) -> None:
+    path = write(tmp_path, {"own": {"stage": "kd", **run}}, seeds=(0, 1), controls=())
+    with pytest.raises(ConfigError) as caught:
+        list(list_grid(read_experiment(path)))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_round_and_a_run_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'on_policy_round2' is a round of 'on_policy' and another run"):
+        read_experiment(write(tmp_path, {**RUNS, "on_policy_round2": {"stage": "sft"}}))
+
+
+def write_models_and_data(folder: Path) -> Path:
+    """A teacher, a student that ends some of its answers early, and data of three splits; returns the YAML file."""
+    from safetensors.torch import load_file, save_file
+
+    for split, num_samples in (("train", 16), ("validation", 4), ("test", 4)):
+        file = make_tiny_dataset(folder, num_samples=num_samples, num_images=4, splits=(split,))[split]
+        assert file == folder / f"{split}.jsonl"
+    make_tiny_llava(folder / "teacher")
+    student = make_tiny_llava(folder / "runs" / "tiny" / "student", num_layers=1, seed=1)
+    weights = load_file(student / "model.safetensors")
+    (head,) = [name for name in weights if name.endswith("lm_head.weight")]
+    weights[head][298] *= 6  # the end of a turn
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+    runs = {**RUNS, "kd": {"stage": "kd", "after": "sft", "controls": ["sft"]}}
+    path = write(folder, runs)
+    document = yaml.safe_load(path.read_text())
+    (rounds,) = [run["rounds"] for run in document["ablations"]["runs"].values() if "rounds" in run]
+    rounds["set"] |= {"data.sampling.max_new_tokens": 24, "data.responses.backend": "transformers"}
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def list_times(folder: Path, *patterns: str) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_two_rounds_end_to_end_through_a_kill(ray_head: RayHead, tmp_path: Path) -> None:
+    config = write_models_and_data(tmp_path)
+    folder = tmp_path / "runs" / "tiny"
+    environment = {**ENVIRONMENT, **ray_head.environment, MARK: secrets.token_hex(8)}
+    killed = stillhouse("run", str(config), environment=environment)
+    deadline = time.monotonic() + PATIENCE_S
+    last = folder / "caches" / "on_policy_round2" / "seed0"
+    while not list((last / "commits").glob("*.json")):  # the second round's dump has begun
+        assert killed.poll() is None, killed.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    kept = ("cache/**/*", "caches/on_policy_round1/**/*", "answers/**/part-*", "models/*/seed0/*.safetensors")
+    before = list_times(folder, *kept)
+    assert {path.relative_to(folder).parts[0] for path in before} == {"cache", "caches", "answers", "models"}
+
+    second = stillhouse("run", str(config), environment=environment)
+    said, _ = second.communicate(timeout=PATIENCE_S)
+    assert second.returncode == 0, said
+    after = list_times(folder, *kept)
+    assert {path: after.get(path) for path in before} == before
+    caches = [Cache.open(folder / "caches" / f"on_policy_round{number}" / "seed0") for number in (1, 2)]
+    for number, cache in enumerate(caches, 1):
+        assert cache.sealed
+        assert verify(folder / "caches" / f"on_policy_round{number}" / "seed0").problems == []
+        assert 0 < cache.num_samples == 16 - len(cache.errors)
+        assert {name.partition("-")[0] for name in cache.sample_ids} == {"train"}
+        assert cache.identity.selection["tokens"]["temperature"] == 1.0
+    answered_by = [cache.identity.selection["tokens"]["responses"]["model"] for cache in caches]
+    assert answered_by[0] != answered_by[1]
+    assert caches[0].identity.teacher_fingerprint == caches[1].identity.teacher_fingerprint
+    assert len(list((folder / "answers").iterdir())) == 2
+    report = json.loads((folder / "report.json").read_bytes())
+    assert [run["name"] for run in report["runs"]] == ["sft", "on_policy_round1", "on_policy_round2", "kd"]
+    assert all(run["kl_to_teacher"]["mean"] > 0 for run in report["runs"])
+
+    third = stillhouse("ablate", str(config), environment=environment)
+    said, _ = third.communicate(timeout=PATIENCE_S)
+    assert third.returncode == 0, said
+    again = list_times(folder, *kept)
+    assert {path: again[path] for path in after} == after
