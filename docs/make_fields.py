@@ -243,7 +243,8 @@ Every field of a YAML file such as `pipeline.yaml`, with its type, its default, 
 takes `section.field=value` after the file, which replaces one field: `stillhouse dump mine.yaml dump.actors=4`.
 
 - A field that is not known is refused, with the names that are close to it.
-- `{{run}}` in a path stands for `<runs_dir>/<name>`; `{{stage}}` and `{{seed}}` for a stage's name and seed.
+- `{{run}}` in a path stands for `<runs_dir>/<name>`; `{{stage}}` and `{{seed}}` for a stage's name and seed, and
+  in runs with `rounds` `{{round}}` for the round's number.
 - `~` and `$VAR` in a path stand for what they name on this machine.
 - `–` in the column *default* means that the field may be left out, or be `null`.
 
