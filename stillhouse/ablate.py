@@ -140,8 +140,9 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
     _check_made_inits(experiment, runs)
     with tqdm(total=len(runs), desc="students", unit="run") as bar:
         for group in group_by_parent(experiment):
+            bar.clear()  # a dump has a bar of its own
             for run in group:
-                _dump_round_cache(experiment, run, ledger, bar)
+                dump_round_cache(experiment, run, ledger)
             failed = list(_train_group(experiment, group, ledger, bar, restart=restart))
             if failed:
                 raise StillhouseError("training failed:\n  " + "\n  ".join(failed))
@@ -166,11 +167,13 @@ def train_grid(experiment: Experiment, *, restart: bool = False) -> list[GridRun
     return runs
 
 
-def _dump_round_cache(experiment: Experiment, run: GridRun, ledger: Ledger, bar: Any) -> None:
-    """Makes and verifies the cache that a round trains on; does nothing for other runs. A sealed one is kept."""
+def dump_round_cache(experiment: Experiment, run: GridRun, ledger: Ledger) -> None:
+    """Makes and verifies the cache that a round trains on; does nothing for other runs. A sealed one is kept.
+
+    IdentityError if the cache was made from other answers.
+    """
     if run.round_cache is None:
         return
-    bar.clear()  # the dump has a bar of its own
     try:
         dump_cache(experiment, run.round_overrides)
     except IdentityError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,18 +13,26 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
-from stillhouse.ablate import group_by_parent, list_grid
+from stillhouse.ablate import dump_round_cache, group_by_parent, list_grid
 from stillhouse.config import read_experiment
-from storage.errors import ConfigError
+from stillhouse.ledger import Ledger
+from storage.errors import ConfigError, IdentityError
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
+from teacher_dump.execution.answer_generation import answer_parts, generate_missing_answers
+from teacher_dump.execution.worker_setup import make_worker_settings
+from teacher_dump.planning.answer_files import load_answered_settings
+from teacher_dump.planning.dump_plan import plan_dump, plan_questions
 from teacher_dump.settings import read_settings
+from teacher_dump.workers.worker import Worker
 from tests.processes import MARK
 from tests.stillhouse.test_run import ENVIRONMENT, PATIENCE_S, stillhouse
 from tests.teacher_dump.ray_head import RayHead
 from tests.tiny import make_tiny_dataset, make_tiny_llava
 
+FORMAT = {"format": "pt"}  # of safetensors
 STAGE = {"init": "{run}/student", "steps": 2, "global_batch": 4, "micro_batch": 4, "precision": "fp32", "zero_stage": 0}
 ROUNDS = {"number": 2, "set": {"data.sampling.temperature": 1.0, "dump.max_error_fraction": 0.9}}
 RUNS = {
@@ -140,9 +149,7 @@ def test_a_round_and_a_run_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def write_models_and_data(folder: Path) -> Path:
     """A teacher, a student that ends some of its answers early, and data of three splits; returns the YAML file."""
-    from safetensors.torch import load_file, save_file
-
-    for split, num_samples in (("train", 16), ("validation", 4), ("test", 4)):
+    for split, num_samples in (("train", 16), ("validation", 2), ("test", 2)):
         file = make_tiny_dataset(folder, num_samples=num_samples, num_images=4, splits=(split,))[split]
         assert file == folder / f"{split}.jsonl"
     make_tiny_llava(folder / "teacher")
@@ -150,18 +157,63 @@ def write_models_and_data(folder: Path) -> Path:
     weights = load_file(student / "model.safetensors")
     (head,) = [name for name in weights if name.endswith("lm_head.weight")]
     weights[head][298] *= 6  # the end of a turn
-    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
-    runs = {**RUNS, "kd": {"stage": "kd", "after": "sft", "controls": ["sft"]}}
-    path = write(folder, runs)
+    save_file(weights, student / "model.safetensors", FORMAT)
+    path = write(folder, RUNS)
     document = yaml.safe_load(path.read_text())
     (rounds,) = [run["rounds"] for run in document["ablations"]["runs"].values() if "rounds" in run]
     rounds["set"] |= {"data.sampling.max_new_tokens": 24, "data.responses.backend": "transformers"}
+    rounds["set"] |= {"dump.blind_check_samples": 0}  # a check of the teacher that costs as much as a part
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
 
 
 def list_times(folder: Path, *patterns: str) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+
+
+def test_a_rounds_cache_holds_the_answers_of_the_model_before(tmp_path: Path) -> None:
+    """A sealed cache is kept, one of another model is refused. Everything runs in this process, without Ray."""
+    config = write_models_and_data(tmp_path)
+    experiment = read_experiment(config)
+    student = tmp_path / "runs" / "tiny" / "student"
+    runs = {run.name: run for run in list_grid(experiment)}
+    shutil.copytree(student, runs["sft"].folder)  # as trained
+    trained = shutil.copytree(student, runs["on_policy_round1"].folder)
+    weights = load_file(trained / "model.safetensors")
+    (head,) = [name for name in weights if name.endswith("lm_head.weight")]
+    weights[head][:298] *= 0.7
+    save_file(weights, trained / "model.safetensors", FORMAT)
+    ledger = Ledger(experiment.run / "steps")
+    for number, name in enumerate(("on_policy_round1", "on_policy_round2"), 1):
+        settings = read_settings(config, runs[name].round_overrides)
+        answer_parts(settings, stripe=0, num_stripes=1)
+        questions = plan_questions(settings)
+        generate_missing_answers(settings, questions, progress=False)
+        found = load_answered_settings(settings, questions.identity)
+        assert found is not None
+        planned = plan_dump(settings)
+        worker = Worker(make_worker_settings(planned, found))
+        for part in planned.plan.parts:
+            worker.run(part)
+        dump_round_cache(experiment, runs[name], ledger)  # every part exists: it seals and verifies
+        cache = Cache.open(str(runs[name].round_cache))
+        assert cache.sealed
+        assert 0 < cache.num_samples == 16 - len(cache.errors)
+        assert len(list((experiment.run / "answers").iterdir())) == number
+    caches = [Cache.open(str(runs[name].round_cache)) for name in ("on_policy_round1", "on_policy_round2")]
+    first, second = (cache.identity.selection["tokens"]["responses"]["model"] for cache in caches)
+    assert first != second
+    before = list_times(experiment.run, "caches/**/*", "answers/**/*")
+    for run in runs.values():
+        dump_round_cache(experiment, run, ledger)
+    assert list_times(experiment.run, "caches/**/*", "answers/**/*") == before
+
+    shutil.copy(student / "model.safetensors", trained / "model.safetensors")  # trained again, to other weights
+    settings = read_settings(config, runs["on_policy_round2"].round_overrides)
+    answer_parts(settings, stripe=0, num_stripes=1)
+    generate_missing_answers(settings, plan_questions(settings), progress=False)
+    with pytest.raises(IdentityError, match=r"(?s)on_policy_round2-seed0: .*answers of an earlier model.*delete"):
+        dump_round_cache(experiment, runs["on_policy_round2"], ledger)
 
 
 @pytest.mark.ci
@@ -200,11 +252,5 @@ def test_two_rounds_end_to_end_through_a_kill(ray_head: RayHead, tmp_path: Path)
     assert caches[0].identity.teacher_fingerprint == caches[1].identity.teacher_fingerprint
     assert len(list((folder / "answers").iterdir())) == 2
     report = json.loads((folder / "report.json").read_bytes())
-    assert [run["name"] for run in report["runs"]] == ["sft", "on_policy_round1", "on_policy_round2", "kd"]
+    assert [run["name"] for run in report["runs"]] == ["sft", "on_policy_round1", "on_policy_round2"]
     assert all(run["kl_to_teacher"]["mean"] > 0 for run in report["runs"])
-
-    third = stillhouse("ablate", str(config), environment=environment)
-    said, _ = third.communicate(timeout=PATIENCE_S)
-    assert third.returncode == 0, said
-    again = list_times(folder, *kept)
-    assert {path: again[path] for path in after} == after

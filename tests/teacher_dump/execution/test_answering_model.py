@@ -32,6 +32,7 @@ from teacher_dump.teachers.transformers_teacher import TransformersTeacher
 from teacher_dump.workers.progress import count_error_kinds
 from teacher_dump.workers.worker import Worker
 from tests.teacher_dump.conftest import WriteConfig
+from tests.teacher_dump.execution.test_answer_generation import split_outcomes
 from tests.tiny import make_tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[3]
@@ -80,8 +81,15 @@ def make_text_model(folder: Path) -> Path:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    config = Qwen2Config(vocab_size=300, hidden_size=32, intermediate_size=32, max_position_embeddings=256, **heads)
+    config = Qwen2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     make_tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -116,7 +124,7 @@ def test_a_models_answers_are_kept_as_ids_and_scored_by_the_teacher(
     model = TransformersTeacher(talker, dtype="float32", image_token_id=299, settings={})
     alone = replace(open_answerer(settings, questions), generator=model)
     samples = [sample for part in questions.plan.parts for sample in part.samples]
-    expected = {sample.id: sample for sample in alone.answer_samples(samples) if not hasattr(sample, "reason")}
+    expected = {sample.id: sample for sample in split_outcomes(list(alone.answer_samples(samples)))[0]}
     assert set(expected) == set(answered)
     teacher = TransformersTeacher(tiny_teacher, dtype="float32", image_token_id=299, settings={})
     head = read_head(tiny_teacher, vocab_size=300)
@@ -221,7 +229,7 @@ def test_unusable_answers_are_counted_by_kind(write_config: WriteConfig, talker:
     questions = plan_questions(settings)
     answerer = replace(open_answerer(settings, questions), generator=Scripted())
     samples = [sample for part in questions.plan.parts for sample in part.samples]
-    errors = [outcome for outcome in answerer.answer_samples(samples[:6]) if hasattr(outcome, "reason")]
+    _, errors = split_outcomes(list(answerer.answer_samples(samples[:6])))
     assert [error.sample_id for error in errors] == [sample.id for sample in samples[:3]]
     kinds = count_error_kinds(errors)
     assert len(kinds) == 3
