@@ -251,6 +251,21 @@ def _make_command(experiment: Experiment, run: GridRun, flags: tuple[str, ...]) 
     )
 
 
+def check_round_caches(experiment: Experiment) -> None:
+    """ConfigError for a round whose cache would have the path of another one. Rounds of equal answers may share it."""
+    others: dict[str, tuple[str, object]] = {experiment.cache.path: ("cache.path", None)}
+    others |= {path: (f"more_caches.{Path(path).name}", None) for path in experiment.more_caches}
+    for run in list_grid(experiment):
+        if run.round_cache is None:
+            continue
+        name, dumped = others.setdefault(run.round_cache, (run.label, run.round_overrides))
+        if dumped != run.round_overrides:
+            raise ConfigError(
+                f"{experiment.path}: the cache of {run.label} would lie in {run.round_cache}, as that of {name}, but "
+                "holds other answers; give its rounds.cache another path"
+            )
+
+
 def _check_made_inits(experiment: Experiment, runs: list[GridRun]) -> None:
     """ConfigError for two runs that make different students in one folder, where each would replace the other's."""
     made: dict[str, GridRun] = {}

@@ -215,6 +215,12 @@ def _check_stages(experiment: Experiment, identity: Identity) -> Iterator[str]:
             elif has_cache(open_folder(source.path)):
                 other = Cache.open(source.path, families=())
                 check_losses(section.losses, other.identity, other.families, place=f"{source.path}: {field}")
+    for run in list_grid(experiment):
+        if run.round_cache is not None:  # which a dump makes only after a training
+            overrides = (*experiment.overrides, *run.round_overrides)
+            dumped = read_sections(experiment.path, {"cache": CacheSection}, overrides)["cache"]
+            place = f"ablations.runs.{run.name}: losses"
+            check_losses(run.section.losses, identity, {"tokens", *dumped.families}, place=place)
     yield from _check_made_inits(experiment)
     for name, section in experiment.stages.items():
         stage = resolve_stage(section, name)

@@ -76,7 +76,7 @@ class RoundsSection(Section):
     @classmethod
     def _check_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
         for field in fields:
-            is_reserved = field in ("cache.path", "data.responses", "data.responses.model")
+            is_reserved = field in ("data", "cache.path", "data.responses", "data.responses.model")
             if field.partition(".")[0] not in ("data", "dump", "cache") or is_reserved:
                 raise ValueError(
                     f"set has {field!r}, expected fields of data, dump or cache, but neither cache.path, which is "

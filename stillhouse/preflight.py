@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from stillhouse.ablate import list_grid
+from stillhouse.ablate import check_round_caches, list_grid
 from stillhouse.checkpoint_sizes import count_pruned_weights, count_weights
 from stillhouse.config import Experiment
 from storage.backends.disk import check_writable, find_existing_parent, format_bytes, measure_free_bytes
@@ -54,6 +54,7 @@ def check_preconditions(experiment: Experiment, *, dumps: bool = True) -> Iterat
     """
     check_splits(experiment)
     check_inits(experiment)
+    check_round_caches(experiment)
     check_output_folders(experiment)
     yield check_gpus(experiment)
     yield from check_disk_space(estimate_disk_needs(experiment), experiment.run)

@@ -85,7 +85,13 @@ def read_question_parts(folder: Path) -> list[list[str]] | None:
     """
     if not json.loads((folder / DONE_FILE).read_bytes()).get("keeps_parts"):
         return None
-    return [[row["id"] for row in read_json_lines(path)] for path in sorted(folder.glob("part-*.jsonl"))]
+    return [
+        [row["id"] for row in read_json_lines(path)] for path in sorted(folder.glob("part-*.jsonl"), key=_get_number)
+    ]
+
+
+def _get_number(part: Path) -> int:
+    return int(part.stem.removeprefix("part-"))
 
 
 def get_part_path(folder: Path, number: int) -> Path:
@@ -115,6 +121,5 @@ def read_refusals(folder: Path) -> dict[int, tuple[ErrorEntry, ...]]:
     for path in sorted(folder.glob("part-*.jsonl")):
         rows = [row for row in read_json_lines(path) if "refused" in row]
         if rows:
-            number = int(path.stem.removeprefix("part-"))
-            refusals[number] = tuple(ErrorEntry(sample_id=row["id"], reason=row["refused"]) for row in rows)
+            refusals[_get_number(path)] = tuple(ErrorEntry(sample_id=row["id"], reason=row["refused"]) for row in rows)
     return refusals

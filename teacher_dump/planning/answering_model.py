@@ -55,6 +55,9 @@ def read_answering_model(
     folder = folder.resolve()
     trust = bool(section.settings.get("trust_remote_code", False))
     backend = section.backend or fingerprint.choose_backend()
+    unknown = sorted(set(section.settings) - {"trust_remote_code"})
+    if backend == "transformers" and unknown:
+        raise ConfigError(f"data.responses.settings: the transformers backend takes no {', '.join(unknown)}")
     try:
         facts = memory.facts(folder, lambda: load_processor(folder, trust_remote_code=trust))
         config = checkpoint.read_json(folder / "config.json")

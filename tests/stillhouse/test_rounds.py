@@ -15,7 +15,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from stillhouse.ablate import dump_round_cache, group_by_parent, list_grid
+from stillhouse.ablate import check_round_caches, dump_round_cache, group_by_parent, list_grid
+from stillhouse.check import check_experiment
 from stillhouse.config import read_experiment
 from stillhouse.ledger import Ledger
 from storage.errors import ConfigError, IdentityError
@@ -126,6 +127,7 @@ def test_rounds_may_mix_caches_and_lie_elsewhere(tmp_path: Path) -> None:
         ({"rounds": {"nubmer": 2}}, ["nubmer", "did you mean number"]),
         ({"rounds": {"number": 1, "set": {"cache.path": "x"}}}, ["set has 'cache.path'", "rounds.cache"]),
         ({"rounds": {"number": 1, "set": {"data.responses": "teacher"}}}, ["data.responses", "round before"]),
+        ({"rounds": {"number": 1, "set": {"data": {}}}}, ["set has 'data'", "round before"]),
         ({"rounds": {"number": 1, "set": {"teacher.model": "x"}}}, ["teacher.model", "data, dump or cache"]),
         ({"rounds": {"number": 1, "set": {"data.samplin.seed": 1}}}, ["samplin", "did you mean sampling"]),
         ({"rounds": {"number": 2, "cache": "{run}/own/{seed}"}}, ["each round has a cache of its own", "{round}"]),
@@ -140,6 +142,42 @@ def test_impossible_rounds_are_refused(tmp_path: Path, run: dict[str, Any], word
     with pytest.raises(ConfigError) as caught:
         list(list_grid(read_experiment(path)))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_rounds_share_a_cache_only_for_equal_answers(tmp_path: Path) -> None:
+    def check(one: dict[str, Any], other: dict[str, Any]) -> None:
+        runs = {"sft": {"stage": "sft"}, "one": {"stage": "kd", "after": "sft", "rounds": one}}
+        runs["other"] = {"stage": "kd", "after": "sft", "rounds": other, "set": {"steps": 3}}
+        check_round_caches(read_experiment(write(tmp_path, runs)))
+
+    own = "{run}/own_{round}"
+    check({"number": 1, "cache": own}, {"number": 2, "cache": own})  # the first answers are the same
+    check({"number": 2}, {"number": 2})  # two paths
+    sampled = {"data.sampling.seed": 1}
+    for one, other, words in (
+        ({"number": 2, "cache": own}, {"number": 2, "cache": own}, "other_round2-seed0 .* as that of one_round2-seed0"),
+        ({"number": 1, "cache": own}, {"number": 1, "cache": own, "set": sampled}, "holds other answers"),
+        ({"number": 1, "cache": "{run}/cache"}, {"number": 1}, r"as that of cache\.path"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check(one, other)
+
+
+def test_the_example_takes_as_many_steps_in_every_run() -> None:
+    """Steps since the common start, and who answers."""
+    runs = {run.name: run for run in list_grid(read_experiment(Path("examples/digits/rounds.yaml"))) if run.seed == 0}
+    check_round_caches(read_experiment(Path("examples/digits/rounds.yaml")))
+
+    def count_steps(name: str) -> int:
+        run = runs[name]
+        before = 0 if run.parent is None or run.parent == runs["sft"].folder else count_steps(run.parent.parent.name)
+        return before + (run.section.steps or 0)
+
+    assert runs["sft"].parent is None
+    finals = ("sft_sft", "off_policy_forward", "off_policy", "one_round_round1", "two_rounds_round2")
+    assert {name: count_steps(name) for name in finals} == dict.fromkeys(finals, 250)
+    assert runs["one_round_round1"].round_overrides == runs["two_rounds_round1"].round_overrides
+    assert runs["two_rounds_round2"].parent == runs["two_rounds_round1"].folder
 
 
 def test_a_round_and_a_run_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -214,6 +252,15 @@ def test_a_rounds_cache_holds_the_answers_of_the_model_before(tmp_path: Path) ->
     generate_missing_answers(settings, plan_questions(settings), progress=False)
     with pytest.raises(IdentityError, match=r"(?s)on_policy_round2-seed0: .*answers of an earlier model.*delete"):
         dump_round_cache(experiment, runs["on_policy_round2"], ledger)
+
+
+def test_check_names_rounds_and_refuses_those_whose_cache_would_not_serve_them(tmp_path: Path) -> None:
+    config = write_models_and_data(tmp_path)
+    lines = list(check_experiment(read_experiment(config)))
+    assert "the answers that on_policy_round1, on_policy_round2 train on" in lines[-1]
+    fields = 'ablations.runs.on_policy.rounds.set={"cache.families": []}'
+    with pytest.raises(ConfigError, match=r"ablations\.runs\.on_policy_round1: .*read response, which is not dumped"):
+        list(check_experiment(read_experiment(config, [fields])))
 
 
 @pytest.mark.ci

@@ -290,6 +290,12 @@ def test_a_misspelt_answering_model_is_explained(
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_settings_of_an_engine_that_has_none_are_refused(write_config: WriteConfig, talker: Path) -> None:
+    settings = read_answered_settings(write_config, talker, ["data.responses.settings={max_num_seqs: 4}"])
+    with pytest.raises(ConfigError, match=r"data\.responses\.settings: the transformers backend takes no max_num_seqs"):
+        plan_dump(settings)
+
+
 def test_a_text_only_model_may_answer_questions_without_images(
     write_config: WriteConfig, talker: Path, tmp_path: Path
 ) -> None:
