@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +16,12 @@ from stillhouse.config import read_experiment
 from stillhouse.ledger import Ledger
 from storage.errors import ConfigError, IdentityError
 from storage.reader.cache import Cache
-from storage.verify.scan_cache import verify
 from teacher_dump.execution.answer_generation import answer_parts, generate_missing_answers
 from teacher_dump.execution.worker_setup import make_worker_settings
 from teacher_dump.planning.answer_files import load_answered_settings
 from teacher_dump.planning.dump_plan import plan_dump, plan_questions
 from teacher_dump.settings import read_settings
 from teacher_dump.workers.worker import Worker
-from tests.processes import MARK
-from tests.stillhouse.test_run import ENVIRONMENT, PATIENCE_S, stillhouse
-from tests.teacher_dump.ray_head import RayHead
 from tests.tiny import make_tiny_dataset, make_tiny_llava
 
 FORMAT = {"format": "pt"}  # of safetensors
@@ -261,43 +252,3 @@ def test_check_names_rounds_and_refuses_those_whose_cache_would_not_serve_them(t
     fields = 'ablations.runs.on_policy.rounds.set={"cache.families": []}'
     with pytest.raises(ConfigError, match=r"ablations\.runs\.on_policy_round1: .*read response, which is not dumped"):
         list(check_experiment(read_experiment(config, [fields])))
-
-
-@pytest.mark.ci
-@pytest.mark.slow
-def test_two_rounds_end_to_end_through_a_kill(ray_head: RayHead, tmp_path: Path) -> None:
-    config = write_models_and_data(tmp_path)
-    folder = tmp_path / "runs" / "tiny"
-    environment = {**ENVIRONMENT, **ray_head.environment, MARK: secrets.token_hex(8)}
-    killed = stillhouse("run", str(config), environment=environment)
-    deadline = time.monotonic() + PATIENCE_S
-    last = folder / "caches" / "on_policy_round2" / "seed0"
-    while not list((last / "commits").glob("*.json")):  # the second round's dump has begun
-        assert killed.poll() is None, killed.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    kept = ("cache/**/*", "caches/on_policy_round1/**/*", "answers/**/part-*", "models/*/seed0/*.safetensors")
-    before = list_times(folder, *kept)
-    assert {path.relative_to(folder).parts[0] for path in before} == {"cache", "caches", "answers", "models"}
-
-    second = stillhouse("run", str(config), environment=environment)
-    said, _ = second.communicate(timeout=PATIENCE_S)
-    assert second.returncode == 0, said
-    after = list_times(folder, *kept)
-    assert {path: after.get(path) for path in before} == before
-    caches = [Cache.open(folder / "caches" / f"on_policy_round{number}" / "seed0") for number in (1, 2)]
-    for number, cache in enumerate(caches, 1):
-        assert cache.sealed
-        assert verify(folder / "caches" / f"on_policy_round{number}" / "seed0").problems == []
-        assert 0 < cache.num_samples == 16 - len(cache.errors)
-        assert {name.partition("-")[0] for name in cache.sample_ids} == {"train"}
-        assert cache.identity.selection["tokens"]["temperature"] == 1.0
-    answered_by = [cache.identity.selection["tokens"]["responses"]["model"] for cache in caches]
-    assert answered_by[0] != answered_by[1]
-    assert caches[0].identity.teacher_fingerprint == caches[1].identity.teacher_fingerprint
-    assert len(list((folder / "answers").iterdir())) == 2
-    report = json.loads((folder / "report.json").read_bytes())
-    assert [run["name"] for run in report["runs"]] == ["sft", "on_policy_round1", "on_policy_round2"]
-    assert all(run["kl_to_teacher"]["mean"] > 0 for run in report["runs"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,6 @@ from storage.errors import ConfigError, IdentityError
 from storage.images.settings import PIXELS_FILE, PixelSettings
 from storage.reader.cache import Cache
 from storage.verify.scan_cache import verify
-from teacher_dump.config import SamplingSection
 from teacher_dump.data.partition import make_plan
 from teacher_dump.dump import run_dump
 from teacher_dump.execution.answer_generation import answer_parts, generate_missing_answers, open_answerer
@@ -35,7 +32,6 @@ from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.execution.test_answer_generation import split_outcomes
 from tests.tiny import make_tiny_tokenizer
 
-REPOSITORY = Path(__file__).parents[3]
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 24, "seed": 5}
 
 
@@ -313,35 +309,3 @@ def test_the_gpus_of_the_answering_engine_are_checked(write_config: WriteConfig,
     )
     with pytest.raises(ConfigError, match=r"dump\.gpus_per_actor asks for 64 GPUs"):
         check_engine_gpus(settings)
-
-
-@pytest.mark.ci
-@pytest.mark.slow
-def test_both_engines_end_a_models_answers_at_the_teachers_stop_tokens(
-    write_config: WriteConfig, padded: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    """The model's own settings name a further end token, which the teacher's prompts do not know."""
-    model = shutil.copytree(padded, tmp_path / "model")
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [298, *range(60, 100)]}))
-    code = (
-        "import sys; from teacher_dump.execution.answer_generation import answer_parts\n"
-        "from teacher_dump.settings import read_settings\n"
-        "for backend in ('transformers', 'vllm'):\n"
-        "    overrides = [f'data.responses.backend={backend}', f'runs_dir={sys.argv[2]}/{backend}']\n"
-        "    answer_parts(read_settings(sys.argv[1], overrides), stripe=0, num_stripes=1)"
-    )
-    sampling = SamplingSection(max_new_tokens=12).model_dump()
-    data = {"sources": [{"path": str(tiny_data)}], "responses": {"model": str(model)}, "sampling": sampling}
-    config = write_config(data=data, dump={"samples_per_part": 12})
-    command = [sys.executable, "-c", code, str(config), str(tmp_path / "both")]  # vLLM's own warnings are no errors
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    said = {}
-    for backend in ("transformers", "vllm"):
-        (folder,) = (tmp_path / "both" / backend).rglob("answers/*")
-        said[backend] = read_rows(folder)
-    assert said["transformers"] == said["vllm"]
-    ids = [
-        one for row in said["vllm"] for turn in row.get("messages", ()) for one in turn.get("generated_token_ids", ())
-    ]
-    assert any(60 <= one < 100 for one in ids)
