@@ -81,7 +81,7 @@ def test_every_yaml_snippet_is_one_that_the_schema_takes(text: str, tmp_path: Pa
     assert set(document) <= set(TOP_LEVEL_KEYS)
     if "teacher" in document:  # a guide may show one field of it
         document["teacher"].setdefault("model", "/models/teacher")
-    path.write_text(yaml.safe_dump(document))
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
     sections = read_sections(path, {key: schema for key, schema in SCHEMAS.items() if key in document})
     stages = sections["stages"] if "stages" in document else {}
     for run in getattr(sections.get("ablations"), "runs", {}).values():
