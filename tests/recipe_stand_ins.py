@@ -36,7 +36,7 @@ def make_hub_model(name: str, root: Path) -> Path:
     if "siglip" in name or "clip" in name:
         return _make_tower(folder, is_clip="clip-vit" in name)
     if "Qwen3-VL" in name:
-        return _make_qwen3_vl(folder)
+        return make_teacher(folder, "qwen3_vl")
     for part, architecture in _ARCHITECTURES.items():
         if part in name:
             return make_teacher(folder, architecture)
@@ -81,38 +81,6 @@ def _make_decoder(folder: Path) -> Path:
                 parameter.normal_(0, 0.15 if "layers" in name else 0.3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-def _make_qwen3_vl(folder: Path) -> Path:
-    """Qwen3-VL with features of one layer of its tower added within the decoder (DeepStack)."""
-    import torch
-    import transformers
-
-    from tests import tiny_architectures as tiny
-
-    processor = tiny._qwen_processor()
-    settings = tiny._qwen_settings(processor.tokenizer)
-    settings["text_config"] |= {
-        "head_dim": 32,
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True,
-        },
-    }  # fmt: skip
-    vision = {
-        "depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 128,
-        "deepstack_visual_indexes": [0], "num_position_embeddings": 64,
-    }  # fmt: skip
-    of_images = processor.image_processor
-    made = transformers.Qwen3VLProcessor(
-        image_processor=of_images,
-        tokenizer=processor.tokenizer,
-        video_processor=transformers.Qwen3VLVideoProcessor(patch_size=8, size=dict(of_images.size)),
-        chat_template=processor.chat_template,
-    )
-    torch.manual_seed(0)
-    config = transformers.Qwen3VLConfig(vision_config=vision, **settings)
-    tiny._save(folder, lambda: transformers.Qwen3VLForConditionalGeneration(config), made)
     return folder
 
 

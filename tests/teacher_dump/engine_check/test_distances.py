@@ -32,6 +32,7 @@ def test_equal_states_have_no_distance_and_blocks_of_rows_are_joined():
     assert found.label_logprob is None
     other = states + 0.1 * torch.randn(150, 8, generator=draw)
     whole = compute_row_distances(head, states, other, torch.arange(150) % 50)
+    assert whole.label_logprob is not None
     for at in (0, 63, 64, 149):
         rows = slice(at, at + 1)
         alone = compute_row_distances(head, states[rows], other[rows], torch.tensor([at % 50]))

@@ -32,7 +32,7 @@ from teacher_dump.engine_check.record import RECORD_FILE, EngineCheckRecord, rea
 from teacher_dump.engine_check.slice_choice import KINDS
 from teacher_dump.estimates.cost_calibration import SliceTask, choose_halves, score_both_slices
 from teacher_dump.execution.worker_setup import make_reference_settings, make_worker_settings
-from teacher_dump.planning.dump_plan import plan_dump
+from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.settings import DumpSettings, read_settings
 from teacher_dump.workers.worker import open_scorer
 from tests.teacher_dump.architectures import write_samples
@@ -217,10 +217,18 @@ def test_a_process_that_is_killed_leaves_states_that_are_whole(write_engine_conf
     planned = plan_dump(settings)
 
     class Killed(LocalCaller):
-        def __call__(self, *given: Any, is_reference: bool = False) -> Any:
+        def __call__(
+            self,
+            planned: DumpPlan,
+            settings: DumpSettings,
+            function: Callable[..., Any],
+            argument: Any,
+            *,
+            is_reference: bool = False,
+        ) -> Any:
             if is_reference:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(*given, is_reference=is_reference)
+            return super().__call__(planned, settings, function, argument, is_reference=is_reference)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
