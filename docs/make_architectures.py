@@ -83,8 +83,8 @@ checkpoint in the tests, with a processor built from parts; a number in brackets
 {rows}
 
 - **tested**: vLLM and transformers give the same signals here, for several images, none, several turns and odd sizes.
-- **untested**: no test compares the two for it. `stillhouse check` warns. Any `model_type` that is not listed is
-  untested as well.
+- **untested**: no test compares the two for it. `stillhouse check` warns, and a dump needs a passed
+  [engine check](commands.md) on your machine. Any `model_type` that is not listed is untested as well.
 - **refused**: the command stops and names the reason and the way round.
 
 The tests:
