@@ -32,7 +32,7 @@ ABSENT = {  # a family of checkpoints: what lacks it. Source: the model folders 
     "InternVL in its original form (`InternVLChatModel`)": "transformers; take the `-hf` checkpoint of the same model",
     "MiniCPM-V up to 4.5, MiniCPM-o": "transformers; they need remote code",
     "Phi-4-multimodal": "vLLM, in transformers' form; in its own form it needs remote code",
-    "TinyLLaVA, MobileVLM, MoE-LLaVA in their original forms": "both libraries; see [recipes](recipes.md)",
+    "TinyLLaVA, MobileVLM, MoE-LLaVA in their original forms": "both libraries; [`convert`](checkpoints.md) them",
 }
 
 

@@ -228,8 +228,8 @@ def _dump(arguments: argparse.Namespace) -> None:
     settings = read_settings(arguments.file, overrides)
     stages = read_sections(arguments.file, {}, overrides).document.get("stages")
     sections = stages.values() if isinstance(stages, dict) else ()
-    inits = [fields.get("init") for fields in sections if isinstance(fields, dict) and fields.get("compose")]
-    if settings.teacher.model in inits and not Path(settings.teacher.model).is_dir():
+    composes = any(isinstance(fields, dict) and fields.get("compose") for fields in sections)
+    if composes and not Path(settings.teacher.model).is_dir():
         from stillhouse.composed_teacher import compose_teacher  # torch, transformers
         from stillhouse.config import read_experiment
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
 from stillhouse.cache_scan import scan_with_progress
 from stillhouse.config import Experiment
 from stillhouse.ledger import Ledger, fingerprint_cache
@@ -16,7 +14,7 @@ from teacher_dump.execution.machine import is_sealed, needs_teacher
 from teacher_dump.planning.dump_plan import plan_dump
 from teacher_dump.settings import DumpSettings, read_settings
 from teacher_dump.teachers.architectures import read_engine_support
-from teacher_dump.teachers.hf_checkpoint import read_json
+from teacher_dump.teachers.hf_checkpoint import read_json, resolve_checkpoint
 
 
 def dump_cache(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
@@ -28,11 +26,12 @@ def dump_cache(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
 
 def _check_untested_engine(settings: DumpSettings) -> None:
     """Compares engine and model if vLLM is untested with the teacher's architecture. The dump judges the figures."""
-    config = Path(settings.teacher.model) / "config.json"
-    wanted = settings.teacher.backend == "vllm" and settings.dump.engine_check and needs_teacher(settings)
-    if not wanted or is_sealed(settings.cache.path) or not config.is_file():
+    teacher = settings.teacher
+    wanted = teacher.backend == "vllm" and settings.dump.engine_check and needs_teacher(settings)
+    if not wanted or is_sealed(settings.cache.path):
         return
-    if read_engine_support(read_json(config)).state == "untested":
+    folder = resolve_checkpoint(teacher.model, teacher.revision, with_weights=False)
+    if read_engine_support(read_json(folder / "config.json")).state == "untested":
         planned = plan_dump(settings)
         if has_engine(planned, settings) and plan_check(planned, settings).record is None:
             measure_engine(planned, settings, notify=print_now)

@@ -99,6 +99,8 @@ def check_engine_outputs(experiment: Experiment, *, notify: Callable[[str], None
     missing = _find_unprepared(experiment)
     if experiment.train_teacher is not None and not Path(settings.teacher.model).is_dir():
         missing = [*missing, settings.teacher.model]
+    if find_composed_teacher(experiment) is not None:
+        missing = [*missing, settings.teacher.model]
     if missing:
         raise ConfigError(f"--engine: cannot be checked yet: `run` has yet to make {_join_first(missing)}")
     planned = plan_dump(settings)

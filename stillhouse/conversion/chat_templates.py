@@ -16,26 +16,20 @@ with nothing between rounds. A generation prompt ends with `ASSISTANT:`, so an a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from storage.errors import ConfigError
+from student_train.models.checkpoint_contents import get_shipped_template
 
 IMAGE_TOKEN = "<image>"
-_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-_TEXT_OF = (  # a message's text, stripped; an image's marker and newline lie apart from it
-    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
-    "{% set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') %}"
-    "{{ texts | join('\n') | trim }}{% endif %}"
-)
-_IMAGES_FIRST = (
-    "{% if message['content'] is not string %}{% for item in message['content'] %}"
-    "{% if item['type'] == 'image' %}<image>\n{% endif %}{% endfor %}{% endif %}" + _TEXT_OF
-)
-_IN_PLACE = (
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for item in message['content'] %}"
-    "{% if item['type'] == 'image' %}<image>\n{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}"
+_CHATML = (  # a text beside an image is stripped; the image's marker and newline come first
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
+    "{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}"
+    "{% for image in images %}<image>\n{% endfor %}{{ text | trim if images else text }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -49,32 +43,19 @@ class ChatTemplate:
     begin_token: str = ""
 
 
-def _make_rounds(name: str, end: str, *, begin: str = "", images: str = _IMAGES_FIRST) -> ChatTemplate:
-    jinja = (
-        f"{begin}{{% if messages[0]['role'] == 'system' %}}{{% set message = messages[0] %}}{_TEXT_OF} {{% else %}}"
-        f"{_SYSTEM} {{% endif %}}"
-        "{% for message in messages %}"
-        f"{{% if message['role'] == 'user' %}}USER: {images} "
-        f"{{% elif message['role'] == 'assistant' %}}ASSISTANT: {_TEXT_OF}{end}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    )
-    return ChatTemplate(name, jinja, end, begin)
+def _read_shipped(name: str, paper: Literal["llava_kd", "llava_mod"], end: str, *, begin: str = "") -> ChatTemplate:
+    """Return one of the papers' templates, which `compose` uses too. It writes the tokenizer's eos_token: `end`."""
+    return ChatTemplate(name, begin + get_shipped_template(paper).read_text(encoding="utf-8"), end, begin)
 
 
-_CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    f"{{% if message['role'] == 'user' %}}{_IMAGES_FIRST}{{% else %}}{_TEXT_OF}{{% endif %}}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 _ALL = (
-    _make_rounds("qwen2_base", "<|endoftext|>"),
-    _make_rounds("qwen2_instruct", "<|im_end|>"),
-    _make_rounds("phi", "<|endoftext|>"),
-    _make_rounds("llama", "</s>", begin="<s>"),
-    _make_rounds("vicuna_v1", "</s>", begin="<s>"),
-    _make_rounds("gemma", "<eos>"),
-    _make_rounds("moe_llava", "<|endoftext|>", images=_IN_PLACE),
+    _read_shipped("qwen2_base", "llava_kd", "<|endoftext|>"),
+    _read_shipped("qwen2_instruct", "llava_kd", "<|im_end|>"),
+    _read_shipped("phi", "llava_kd", "<|endoftext|>"),
+    _read_shipped("llama", "llava_kd", "</s>", begin="<s>"),
+    _read_shipped("vicuna_v1", "llava_kd", "</s>", begin="<s>"),
+    _read_shipped("gemma", "llava_kd", "<eos>"),
+    _read_shipped("moe_llava", "llava_mod", "<|endoftext|>"),
     ChatTemplate("chatml", _CHATML, "<|im_end|>"),
 )
 TEMPLATES = {template.name: template for template in _ALL}

@@ -36,6 +36,13 @@ from student_train.models.loading import read_checkpoint
 
 RECORD = "conversion.json"
 MAPPING_VERSION = 1  # raise it when a mapping changes what it writes
+_OPTIONS = {  # which formats read an option
+    "vision_tower": ("llava", "moe_llava"),
+    "base": ("llava",),
+    "tokenizer": ("tinyllava", "llava", "moe_llava", "gguf"),
+    "template": ("tinyllava", "llava", "moe_llava"),
+    "dtype": ("gguf",),
+}
 _ROWS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")  # one row a token
 
 
@@ -55,8 +62,9 @@ def convert(source: Path, target: Path, options: Options | None = None, *, shard
     else; HeldError if another process writes the target; WriteError for a full disk.
     """
     options = options or Options()
+    target = Path(os.path.abspath(target))  # `.` has a name then
     detected = detect_format(source)
-    _check_options(options)
+    _check_options(options, detected.format)
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise ConfigError(f"TARGET {target} is or holds SOURCE {source}; give another folder")
     missing = [parent for parent in target.absolute().parents if not parent.exists()]
@@ -89,7 +97,13 @@ def _convert_locked(detected: Detected, target: Path, options: Options, shard_by
     return Converted(detected.format, notes, is_new=True)
 
 
-def _check_options(options: Options) -> None:
+def _check_options(options: Options, source_format: str) -> None:
+    for name, formats in _OPTIONS.items():
+        if getattr(options, name) != getattr(Options(), name) and source_format not in formats:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} is not for the format {source_format}, only for {', '.join(formats)}; leave it out"
+            )
     for name, folder in (
         ("--vision-tower", options.vision_tower),
         ("--base", options.base),

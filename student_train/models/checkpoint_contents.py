@@ -53,11 +53,15 @@ def describe_composition(section: CompositionSection, *, seed: int) -> dict[str,
     }
 
 
+def get_shipped_template(name: str) -> Path:
+    """Return the file of one of TEMPLATES."""
+    return Path(__file__).with_name("templates") / f"{name}.jinja"
+
+
 def read_template(section: CompositionSection) -> str:
     """Return the text of a composition's chat template: a shipped one or a file. Errors: ConfigError."""
     assert section.template is not None
-    shipped = section.template in TEMPLATES
-    path = Path(__file__).with_name("templates") / f"{section.template}.jinja" if shipped else Path(section.template)
+    path = get_shipped_template(section.template) if section.template in TEMPLATES else Path(section.template)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

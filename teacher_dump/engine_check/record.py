@@ -119,6 +119,9 @@ def explain_failure(
     differ by more in low precision. Visual rows count where the dump has them, or relation matrices made of them.
     """
     judged = ["response"] + ["visual"] * bool(set(families) & set(_IMAGE_FAMILIES))
+    if not sum(record.num_samples.values()):
+        first = f"; {record.refused[0].sample_id}: {record.refused[0].reason}" if record.refused else ""
+        return [f"none of the chosen samples could be compared{first}; raise check.engine_samples"]
     lines = []
     for figure in record.figures:
         summary = figure.summary

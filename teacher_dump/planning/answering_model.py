@@ -16,6 +16,7 @@ from teacher_dump.config import AnsweringModelSection
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers import hf_checkpoint as checkpoint
+from teacher_dump.teachers.architectures import read_engine_support
 
 _FIELD = "data.responses.model"
 
@@ -66,6 +67,14 @@ def read_answering_model(
         engine = fingerprint.get_engine_version(backend)
     except StillhouseError as error:
         raise ConfigError(f"{_FIELD}: {error}") from error
+    support = read_engine_support(config)
+    if support.state == "refused" and backend == "vllm":
+        if section.backend == "vllm":
+            raise ConfigError(
+                f"data.responses.backend: vllm cannot serve a {support.model_type}: {support.reason}; leave it out, or "
+                "set transformers"
+            )
+        backend, engine = "transformers", fingerprint.get_engine_version("transformers")
     _check_fit(folder, facts, teacher, config, shows_images=shows_images)
     return AnsweringModel(
         checkpoint=folder,

@@ -98,11 +98,11 @@ class PromptBuilder:
     def _build_caption(self, sample: Sample) -> Prompt:
         """Builds image tokens, the caption and a line break, all of it but the images a label; no stop token.
 
-        Raises SampleRefusedError as `build`; StillhouseError for a teacher that frames its image tokens.
+        Raises SampleRefusedError as `build`; ConfigError for a teacher that frames its image tokens.
         """
         (answer,) = sample.turns
         if self._image_frame:
-            raise StillhouseError(
+            raise ConfigError(
                 f"data.sources: template: caption writes image tokens alone, but the teacher's chat template frames "
                 f"them by {self._image_frame}; use template: chat"
             )

@@ -6,7 +6,7 @@ One table, by `model_type` of config.json. `docs/architectures.md` is made from 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from storage.errors import ConfigError
@@ -25,11 +25,10 @@ class EngineSupport:
     way_round: str = ""  # of `refused`: what to set instead; "" if neither backend can do it
 
 
-_TESTED = ("llama", "qwen2", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
+_TESTED = ("llama", "qwen2", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "qwen3")
 _UNKNOWN = "no test here compares vLLM with transformers for it"
 _NOT_RUN = "vLLM was not compared with transformers for it here yet"
 _UNTESTED = {
-    "qwen3": _NOT_RUN,
     "qwen3_vl": _NOT_RUN,
     "qwen3_vl_moe": _NOT_RUN,
     "internvl": _NOT_RUN,
@@ -73,12 +72,20 @@ def list_known_support() -> list[EngineSupport]:
 
 
 def read_engine_support(config: Mapping[str, Any]) -> EngineSupport:
-    """Returns the support of a checkpoint, by its config.json; a refused decoder refuses the whole model."""
+    """Returns the support of a checkpoint, by its config.json.
+
+    A refused decoder refuses the whole model. A LLaVA may have any decoder, and is untested with an untested one.
+    """
     text = config.get("text_config")
     decoder = text.get("model_type") if isinstance(text, dict) else None
     if isinstance(decoder, str) and decoder in _REFUSED:
         return engine_support(decoder)
-    return engine_support(str(config.get("model_type", "")))
+    support = engine_support(str(config.get("model_type", "")))
+    if support.state == "tested" and isinstance(decoder, str) and not decoder.endswith("_text"):
+        of_decoder = engine_support(decoder)
+        if of_decoder.state == "untested":
+            return replace(of_decoder, model_type=f"{support.model_type} with a {decoder} decoder")
+    return support
 
 
 def check_backend(config: Mapping[str, Any], backend: Literal["vllm", "transformers"]) -> str | None:
@@ -97,7 +104,7 @@ def check_backend(config: Mapping[str, Any], backend: Literal["vllm", "transform
     if support.state == "untested" and backend == "vllm":
         return (
             f"teacher: a {support.model_type or 'model without model_type'} is untested in vLLM: {support.reason}; "
-            "its dump needs a passed `stillhouse check --engine`"
+            "its dump needs a passed engine check (`stillhouse check --engine`; `run` makes it)"
         )
     return None
 

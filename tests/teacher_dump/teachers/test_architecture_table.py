@@ -49,6 +49,16 @@ def test_what_the_table_calls_tested_is_tested() -> None:
     assert set(PUBLISHED) == set(ARCHITECTURES)
 
 
+def test_a_llava_is_untested_with_a_decoder_that_is() -> None:
+    """`compose` and `convert` make LLaVAs with decoders that no test compares."""
+    support = read_engine_support({"model_type": "llava", "text_config": {"model_type": "gpt_oss"}})
+    assert (support.state, support.model_type) == ("untested", "llava with a gpt_oss decoder")
+    for decoder in ("llama", "qwen2"):
+        assert read_engine_support({"model_type": "llava", "text_config": {"model_type": decoder}}).state == "tested"
+    own = {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}}
+    assert read_engine_support(own).state == "tested"
+
+
 def test_a_refused_decoder_refuses_the_whole_model() -> None:
     config = {"model_type": "llava", "text_config": {"model_type": "step3p5"}}
     assert read_engine_support(config).model_type == "step3p5"
