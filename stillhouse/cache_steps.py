@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from stillhouse.cache_scan import scan_with_progress
 from stillhouse.config import Experiment
 from stillhouse.ledger import Ledger, fingerprint_cache

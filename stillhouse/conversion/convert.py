@@ -62,7 +62,7 @@ def convert(source: Path, target: Path, options: Options | None = None, *, shard
     else; HeldError if another process writes the target; WriteError for a full disk.
     """
     options = options or Options()
-    target = Path(os.path.abspath(target))  # `.` has a name then
+    target = target.resolve()  # `.` has a name then
     detected = detect_format(source)
     _check_options(options, detected.format)
     if target.resolve() in (source.resolve(), *source.resolve().parents):

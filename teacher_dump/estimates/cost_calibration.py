@@ -59,7 +59,7 @@ def forecast_dump(
     """Forecasts bytes and time of the whole dump, finished parts included. Writes nothing to the cache.
 
     `planned`: the plan of `settings`, if the caller has made it. If the engine has yet to be checked, it scores the
-    slice of the check as well, whose states then lie in the run's folder: engine_check.gate.measure_engine resumes there.
+    slice of the check as well, whose states then lie in the run's folder: gate.measure_engine resumes there.
     Raises the errors of dump.run_dump, and StillhouseError if no sample can be scored.
     """
     planned = planned or plan_dump(settings)

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from storage.processes import torchvision_shim
+from student_train.models.huggingface import import_transformers
 from tests.tiny import make_tiny_tokenizer
 
 torchvision_shim.import_torch_companions()  # as in all tests: later ones build processors that need torchvision
+import_transformers()  # before any other import of it, which would find the packages that this one hides
 
 NUM_TOKENS = 300  # of the tokenizer, without <image>
 HIDDEN, WIDTH, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS = 64, 96, 2, 2, 1
