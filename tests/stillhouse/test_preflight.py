@@ -120,6 +120,7 @@ def test_parts_that_nothing_makes_are_refused(file: Path, fields: dict[str, Any]
 def test_a_disk_that_is_certainly_too_small_is_refused(
     file: Path, disk: SmallDisk, verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (file.parent / "train.json").write_text("[]")  # `check` names missing inputs first
     disk.fill(free_bytes=1_500_000)
     assert main([verb, str(file)]) == 2
     said = capsys.readouterr().err
