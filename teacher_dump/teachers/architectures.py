@@ -25,16 +25,25 @@ class EngineSupport:
     way_round: str = ""  # of `refused`: what to set instead; "" if neither backend can do it
 
 
-_TESTED = ("llama", "qwen2", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm", "qwen3")
+_TESTED = (
+    "llama",
+    "qwen2",
+    "llava",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "idefics3",
+    "smolvlm",
+    "qwen3",
+    "llama4_text",
+)
 _UNKNOWN = "no test here compares vLLM with transformers for it"
-_NOT_RUN = "vLLM was not compared with transformers for it here yet"
 _UNTESTED = {
     "qwen3_vl": "vLLM gave a picture other pixel values than the processor here",
     "qwen3_vl_moe": "vLLM reads norm_topk_prob, which the config that transformers writes lacks",
     "internvl": "vLLM's engine did not start here: its video processor's backend cannot be set",
     "qwen3_5": "vLLM's engine on a CPU computes linear attention in bfloat16 alone",
     "gpt_oss": "vLLM's engine did not start here: it misses 'factor' among the rope parameters",
-    "llama4_text": _NOT_RUN,
     "gemma4": "vLLM's engine on a CPU, where these tests run, does not let tokens of an image see each other",
 }
 # Source: `lm_head(` and the attention masks in transformers, `compute_logits` and the prompt updates in vLLM.
