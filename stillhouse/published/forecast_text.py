@@ -41,7 +41,7 @@ def list_assumptions(forecast: RecipeForecast) -> list[str]:
         "caption: assumed (--question-tokens, --response-tokens and --caption-tokens change them)",
         "rows of the splits: data.published_rows, as the papers or the data sets' names have them",
         "an image in every sample, none shared: an upper bound for visual rows and relation matrices",
-        "parameters and visual tokens: stillhouse/published/models.yaml, which says what was read and what computed; "
+        "parameters and visual tokens: stillhouse/published/models.yaml, which names their sources; "
         "visual tokens that depend on an image's size are those of 640 x 480 pixels",
         "bytes of a row: measured on rows of a text model with 49,152 tokens (docs/storing.md, "
         "`python -m benchmarks.codec`); visual rows are taken to cost as much",

@@ -18,8 +18,6 @@ class PublishedModel:
     hidden: int  # of the decoder, or of the tower
     licence: str
     visual_tokens: int = 0  # of an image; where they depend on its size, of 640 x 480 pixels
-    by_size: bool = False  # whether they do
-    read: bool = False  # parameters were read at the model's page, not computed
     note: str = ""
 
 
