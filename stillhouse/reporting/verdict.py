@@ -63,6 +63,8 @@ def _describe_gain(comparisons: Sequence[Comparison]) -> str:
     is_best = least.difference == min(each.difference for each in comparisons)
     others = f", the best of {len(comparisons)} controls," if len(comparisons) > 1 and is_best else ""
     points, interval = f"{100 * abs(least.difference):.1f} points", describe_interval(least, scale=100, digits=1)
+    if least.num_seeds > 1:
+        interval += f", {least.num_seeds} seeds"
     if least.shown:
         verb = "beats" if least.difference > 0 else "falls behind"
         return f"{least.run} {verb} {least.control}{others} by {points} ({interval})"

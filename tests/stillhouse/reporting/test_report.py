@@ -61,14 +61,14 @@ def test_spread_of_one_seed() -> None:
 def test_the_verdict_is_one_honest_sentence_either_way() -> None:
     runs = [run("sft", distilled=False), run("kd", distilled=True)]
     wins = [compare("kd", 0.098, 0.036), compare("kd", 0.2, 0.01, control="sft_double")]
-    assert describe_verdict(runs, wins[:1]) == "kd beats sft by 9.8 points (95 % interval 6.2 to 13.4)."
+    assert describe_verdict(runs, wins[:1]) == "kd beats sft by 9.8 points (95 % interval 6.2 to 13.4, 3 seeds)."
     assert describe_verdict(runs, wins).startswith("kd beats sft, the best of 2 controls, by 9.8 points")
     unsure = describe_verdict(runs, [compare("kd", 0.01, 0.05)])
     assert unsure == (
-        "That kd beats sft is not shown: +1.0 points (95 % interval -4.0 to 6.0; would need about 11 seeds)."
+        "That kd beats sft is not shown: +1.0 points (95 % interval -4.0 to 6.0, 3 seeds; would need about 11 seeds)."
     )
     worse = describe_verdict(runs, [compare("kd", -0.1, 0.05)])
-    assert worse.startswith("kd falls behind sft by 10.0 points (95 % interval 5.0 to 15.0).")
+    assert worse.startswith("kd falls behind sft by 10.0 points (95 % interval 5.0 to 15.0, 3 seeds).")
     assert "nothing to compare" in describe_verdict(runs, [])
     assert "nothing to compare" in describe_verdict(runs[:1], [compare("sft", 0.1, 0.05)])
     once = dataclasses.replace(wins[0], low=None, high=None, shown=False, num_seeds=1, seeds_needed=None)
@@ -88,7 +88,7 @@ def test_the_verdict_is_about_the_most_accurate_distilled_run() -> None:
 def test_the_verdict_speaks_of_controls_that_are_not_distilled() -> None:
     runs = [run("sft", distilled=False), run("kd_response", distilled=True), run("kd", distilled=True)]
     found = [compare("kd", 0.3, 0.05), compare("kd", 0.1, 0.05, control="kd_response")]
-    assert describe_verdict(runs, found) == "kd beats sft by 30.0 points (95 % interval 25.0 to 35.0)."
+    assert describe_verdict(runs, found) == "kd beats sft by 30.0 points (95 % interval 25.0 to 35.0, 3 seeds)."
     assert describe_verdict(runs, found[1:]).startswith("kd beats kd_response by 10.0 points")  # no other one
 
 
