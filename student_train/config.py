@@ -11,7 +11,9 @@ from storage.reader.shuffle import WINDOW_ROWS
 from student_train.data.sample_filter import Condition, check_condition
 from student_train.losses.config import LOSS_OPTIONS, LossesSection
 
-Module = Literal["vision", "projector", "llm", "mlp"]  # mlp: of the decoder's layers, routers and experts too
+# layers: those of the decoder, without its embeddings and head; mlp: of these layers, routers and experts too
+Module = Literal["vision", "projector", "llm", "layers", "mlp"]
+_CONTAINED: dict[Module, set[Module]] = {"llm": {"layers", "mlp"}, "layers": {"mlp"}}
 Precision = Literal["fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 TEMPLATES = ("llava_kd", "llava_mod")  # chat templates of the two papers, in student_train/models/templates
@@ -258,7 +260,7 @@ class StageSection(Section):
 
     @model_validator(mode="after")
     def _check_module_lr(self) -> StageSection:
-        trained = {*self.train, "mlp"} if "llm" in self.train else set(self.train)
+        trained = set(self.train).union(*(_CONTAINED.get(module, set()) for module in self.train))
         if idle := sorted(set(self.module_lr) - trained):
             raise ValueError(
                 f"module_lr names {', '.join(idle)}, but train is {', '.join(self.train)}; train these modules or "
@@ -268,9 +270,9 @@ class StageSection(Section):
 
     @model_validator(mode="after")
     def _check_lora(self) -> StageSection:
-        if self.lora and ("llm" not in self.train or "mlp" in self.train):
+        if self.lora and ("llm" not in self.train or {"layers", "mlp"} & set(self.train)):
             raise ValueError(
-                f"lora replaces the training of llm and needs llm but not mlp in train, which is "
+                f"lora replaces the training of llm and needs llm but not layers or mlp in train, which is "
                 f"{', '.join(self.train)}; select the adapted layers with lora.modules"
             )
         if self.lora and self.moe:
@@ -337,7 +339,7 @@ class StageSection(Section):
                 f"{place} needs zero_stage 1, 2 or 3, but it is 0, where DeepSpeed computes a wrong gradient norm for "
                 "sharded experts; raise zero_stage"
             )
-        if not {"mlp", "llm"} & set(self.train):
+        if not {"mlp", "layers", "llm"} & set(self.train):
             raise ValueError(
                 f"{place} shards trained experts, but train is {', '.join(self.train)}; set expert_parallel: 1"
             )

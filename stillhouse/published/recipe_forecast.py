@@ -215,7 +215,7 @@ def _forecast_stage(
         length = lengths.caption if split.is_caption else lengths.question + lengths.response
         sequences += share
         tokens += share * (length + size.visual_tokens)
-    trains_decoder = bool({"llm", "mlp"} & set(stage.train))
+    trains_decoder = bool({"llm", "layers", "mlp"} & set(stage.train))
     work = assumptions.FORWARD + assumptions.ACTIVATIONS + (assumptions.WEIGHTS if trains_decoder else 0)
     work += assumptions.AGAIN if stage.gradient_checkpointing else 0
     factor = assumptions.MOE_FACTOR if _is_sparse(experiment, stage) else 1.0

@@ -60,7 +60,8 @@ PARTS: dict[Literal["projector", "vision", "llm"], tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _LAYERS = ("model.language_model.layers", "model.text_model.layers", "model.layers")
-_MLP = "(?:mlp|feed_forward)"  # of a decoder's layer; the latter is Llama 4's
+# A module or parameter of a decoder's layer, and whether it belongs to its MLP; `feed_forward` is Llama 4's.
+_IN_LAYER = re.compile(rf"(?:{'|'.join(map(re.escape, _LAYERS))})\.\d+(?P<mlp>\.(?:mlp|feed_forward))?(?:\.|$)")
 _REFUSED = {
     "paligemma": "tokens before the answer see each other, but a student's batches are causal; take another student",
 }
@@ -244,11 +245,11 @@ def check_trained_parts(checkpoint: Checkpoint, trained: Sequence[Module], *, pl
             f"{kind} has the parameter {unknown[0]}, which belongs to neither vision, projector nor llm; this "
             "architecture cannot be trained here"
         )
-    held = {find_part(name) for name in names} | ({"mlp"} if _find_mlps(model) else set())
+    held = {module for name in names for module in find_modules(name)}
     for part in trained:
         if part not in held:
             raise ConfigError(
-                f"{place}: {kind} has no {part}; it has {', '.join(sorted(filter(None, held)))}; take these"
+                f"{place}: {kind} has no {part}; it has {', '.join(sorted(held))}; take these"
             )
 
 
@@ -265,12 +266,6 @@ def find_part(name: str) -> Literal["projector", "vision", "llm"] | None:
         if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
             return part
     return None
-
-
-def _find_mlps(model: nn.Module) -> list[str]:
-    """Return the names of the MLPs of the decoder's layers."""
-    names = [name for name, _ in model.named_modules()]
-    return [name for name in names for layers in _LAYERS if re.fullmatch(rf"{re.escape(layers)}\.\d+\.{_MLP}", name)]
 
 
 def load_student(checkpoint: Checkpoint, *, precision: Precision, device: torch.device) -> Any:
@@ -357,27 +352,29 @@ def find_modules(name: str) -> tuple[Module, ...]:
     """Return the modules that contain a parameter, the narrowest first."""
     part = find_part(name)
     assert part is not None, name
-    is_mlp = any(re.match(rf"{re.escape(layers)}\.\d+\.{_MLP}\.", name) for layers in _LAYERS)
-    return ("mlp", part) if is_mlp else (part,)
+    of_layer = _IN_LAYER.match(name)
+    if of_layer is None:
+        return (part,)
+    return ("mlp", "layers", part) if of_layer["mlp"] else ("layers", part)
 
 
 def freeze(model: nn.Module, trained: Sequence[Module]) -> None:
     """Enable gradients and train mode for the trained parts only. Batch norms keep their statistics."""
     model.requires_grad_(False).eval()
-    mlps = tuple(_find_mlps(model)) if "mlp" in trained else ()
     for part in ("vision", "llm", "projector"):  # a projector may be a submodule of its tower, so it comes last
         for name in PARTS[part]:
             module = _get_submodule(model, name)
             if module is not None:
                 module.train(part in trained)
-    for name in mlps:
-        model.get_submodule(name).train()
+    for name, module in model.named_modules():
+        of_layer = _IN_LAYER.match(name)
+        if of_layer and ("layers" in trained or (of_layer["mlp"] and "mlp" in trained)):
+            module.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()  # statistics of a batch would depend on ranks, micro-batches and blank images
     for name, parameter in model.named_parameters():
-        is_mlp = any(name.startswith(mlp + ".") for mlp in mlps)
-        parameter.requires_grad_(is_mlp or find_part(name) in trained)
+        parameter.requires_grad_(any(module in trained for module in find_modules(name)))
 
 
 def _get_submodule(model: nn.Module, name: str) -> nn.Module | None:

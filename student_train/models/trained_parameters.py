@@ -10,12 +10,12 @@ from torch import nn
 from student_train.config import Module
 from student_train.models.loading import PARTS, Checkpoint, build_without_weights, find_modules, find_part
 
-_ORDER: tuple[Module, ...] = ("vision", "projector", "llm", "mlp")
+_ORDER: tuple[Module, ...] = ("vision", "projector", "llm", "layers", "mlp")
 
 
 @dataclass
 class ModuleCount:
-    """The parameters of one module; those of `mlp` are not counted in `llm` as well."""
+    """The parameters of one module; those of a narrower module are not counted in `llm` as well."""
 
     num_all: int = 0
     num_trained: int = 0
@@ -24,7 +24,10 @@ class ModuleCount:
 
 
 def count_parameters(checkpoint: Checkpoint, trained: Sequence[Module]) -> dict[Module, ModuleCount]:
-    """Count parameters by the narrowest module that contains them, in the order vision, projector, llm, mlp."""
+    """Count parameters by the narrowest module that contains them, in the order vision, projector, llm, layers, mlp.
+
+    `layers` has no count of its own unless it is trained.
+    """
     return count_model_parameters(build_without_weights(checkpoint), trained)
 
 
@@ -34,7 +37,7 @@ def count_model_parameters(model: nn.Module, trained: Sequence[Module]) -> dict[
     for name, parameter in model.named_parameters():
         if find_part(name) is None:
             continue
-        modules = find_modules(name)
+        modules = [module for module in find_modules(name) if module != "layers" or "layers" in trained]
         count = counts.setdefault(modules[0], ModuleCount())
         count.num_all += parameter.numel()
         if any(module in trained for module in modules):

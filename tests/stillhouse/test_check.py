@@ -335,7 +335,7 @@ def test_a_module_that_a_student_lacks_is_found(file: Path) -> None:
     make_teacher(file.parent / "decoder", "llama")
     document["stages"]["kd"]["init"] = str(file.parent / "decoder")
     file.write_text(yaml.safe_dump(document))
-    with pytest.raises(ConfigError, match="a 'llama' has no projector; it has llm, mlp"):
+    with pytest.raises(ConfigError, match="a 'llama' has no projector; it has layers, llm, mlp"):
         list(check_experiment(read_experiment(file)))
 
 

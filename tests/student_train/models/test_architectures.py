@@ -208,6 +208,14 @@ def test_the_projector_alone_trains(part: str, expected: tuple[str, ...], case_o
     assert not [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(expected)]
     freeze(model, ("mlp",))
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"mlp"}
+    freeze(model, ("layers",))
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (re.match(r"model\.(language_model\.|text_model\.)?layers\.", name) is not None)
+    counts = count_model_parameters(model, ("layers",))
+    assert counts["layers"].num_trained + counts["mlp"].num_trained == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+    assert counts["llm"].num_trained == 0
 
 
 @pytest.mark.parametrize("architecture", REFUSED_STUDENTS)
@@ -218,9 +226,9 @@ def test_a_student_that_the_losses_do_not_fit_is_refused(architecture: str, tmp_
 
 def test_parts_that_an_architecture_lacks_are_refused_before_loading(case_of: Callable[[str], Case]) -> None:
     for name in GENERAL:
-        known = ("llm", "mlp") if name in BLIND else ("vision", "projector", "llm", "mlp")
+        known = ("llm", "layers", "mlp") if name in BLIND else ("vision", "projector", "llm", "layers", "mlp")
         check_trained_parts(case_of(name).checkpoint, known)
-    with pytest.raises(ConfigError, match=r"train: .* a 'llama' has no projector; it has llm, mlp"):
+    with pytest.raises(ConfigError, match=r"train: .* a 'llama' has no projector; it has layers, llm, mlp"):
         check_trained_parts(case_of("llama").checkpoint, ("projector", "llm"))
 
 

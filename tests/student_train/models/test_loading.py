@@ -164,6 +164,16 @@ def test_only_trained_parts_get_gradients_and_train_mode(checkpoint: Path) -> No
     assert not model.model.vision_tower.training
 
 
+def test_the_decoder_s_layers_train_without_embeddings_and_head(checkpoint: Path) -> None:
+    model = load_student(read_checkpoint(checkpoint), precision="fp32", device=torch.device("cpu"))
+    freeze(model, ("layers",))
+    layers = model.model.language_model.layers
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in layers.parameters()}
+    assert all(module.training for layer in layers for module in layer.modules())
+    assert not model.model.language_model.embed_tokens.training
+
+
 @pytest.mark.parametrize(
     ("precision", "capability", "installed", "expected"),
     [
