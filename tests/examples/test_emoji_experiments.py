@@ -17,7 +17,7 @@ def test_labels_and_teacher_differ_in_nothing_but_the_losses(experiment):
         if labels in experiment.stages:
             sft, dft = (experiment.stages[name].model_dump(exclude={"losses"}) for name in (labels, teacher))
             assert sft == dft
-            assert experiment.stages[teacher].losses.cross_entropy == 0
+            assert experiment.stages[teacher].losses.cross_entropy == 1
     assert experiment.stages["sft"].prune.layers == 8
     assert experiment.ablations.runs["sft_double"].set == {"steps": 2 * experiment.stages["sft"].steps}
     assert set(experiment.ablations.controls) <= set(experiment.ablations.runs)
