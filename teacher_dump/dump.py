@@ -106,23 +106,31 @@ def run_dump(settings: DumpSettings, *, retry_errors: bool = False, progress: bo
 
 
 def _has_all(planned: DumpPlan, settings: DumpSettings) -> bool:
-    """Returns whether the cache has all parts and families of a plan, though maybe not of its retries."""
+    """Returns whether the cache has all parts and families of a plan, and of its retries."""
     folder, cache = open_folder(settings.cache.path), settings.cache
     found, _ = find_segment(
         folder, make_comparable_identity(planned.identity, cache), cache.families, append=cache.append
     )
-    return not isinstance(found, NewSegment) and is_complete(folder, found)
+    if isinstance(found, NewSegment) or not is_complete(folder, found):
+        return False
+    return next(_iterate_unfinished_retries(planned, settings), None) is None
 
 
 def _iterate_plans(planned: DumpPlan, settings: DumpSettings) -> Iterator[DumpPlan]:
     """Yields the plan; once it is dumped, yields the plans of its retries that are incomplete."""
     yield planned
+    for retry in _iterate_unfinished_retries(planned, settings):
+        yield make_retry_plan(retry, planned, settings)
+
+
+def _iterate_unfinished_retries(planned: DumpPlan, settings: DumpSettings) -> Iterator[Segment]:
+    """Yields the retries of a dumped plan whose parts or families are incomplete."""
     folder, cache = open_folder(settings.cache.path), settings.cache
     segments = read_segments(folder)
     for retry in select_retries(segments, _find_base_segment(segments, planned)):
         found, _ = find_segment(folder, make_retry_identity(retry, planned), cache.families, append=False)
         if isinstance(found, NewSegment) or not is_complete(folder, found):
-            yield make_retry_plan(retry, planned, settings)
+            yield retry
 
 
 def _retry_failed(

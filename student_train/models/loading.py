@@ -248,9 +248,7 @@ def check_trained_parts(checkpoint: Checkpoint, trained: Sequence[Module], *, pl
     held = {module for name in names for module in find_modules(name)}
     for part in trained:
         if part not in held:
-            raise ConfigError(
-                f"{place}: {kind} has no {part}; it has {', '.join(sorted(held))}; take these"
-            )
+            raise ConfigError(f"{place}: {kind} has no {part}; it has {', '.join(sorted(held))}; take these")
 
 
 def build_without_weights(checkpoint: Checkpoint) -> Any:

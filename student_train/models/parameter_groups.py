@@ -25,7 +25,7 @@ def make_parameter_groups(
 ) -> list[ParameterGroup]:
     """Group all trainable parameters of a model; no group is empty.
 
-    A module in `module_lr` has its own peak; the narrowest module that has one counts. Norms and biases get no weight decay.
+    A module in `module_lr` has its own peak; the narrowest one that has a peak counts. Norms and biases get no decay.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -210,7 +210,8 @@ def test_the_projector_alone_trains(part: str, expected: tuple[str, ...], case_o
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"mlp"}
     freeze(model, ("layers",))
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (re.match(r"model\.(language_model\.|text_model\.)?layers\.", name) is not None)
+        in_layer = re.match(r"model\.(language_model\.|text_model\.)?layers\.", name) is not None
+        assert parameter.requires_grad == in_layer, name
     counts = count_model_parameters(model, ("layers",))
     assert counts["layers"].num_trained + counts["mlp"].num_trained == sum(
         p.numel() for p in model.parameters() if p.requires_grad

@@ -96,9 +96,9 @@ class LocalCaller:
         if is_reference and self.fails_in_model is not None:
             raise self.fails_in_model
         worker = make_reference_settings(make_worker_settings(planned, settings))
-        return function(open_scorer(worker, None if is_reference else self._open_engine), argument)
+        return function(open_scorer(worker, None if is_reference else self.open_engine), argument)
 
-    def _open_engine(self, worker: WorkerSettings) -> Teacher:
+    def open_engine(self, worker: WorkerSettings) -> Teacher:
         engine = TransformersTeacher(
             worker.checkpoint, dtype=worker.dtype, image_token_id=worker.facts.image_token_id, settings={}
         )

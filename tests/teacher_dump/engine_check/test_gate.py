@@ -18,6 +18,8 @@ import pytest
 from stillhouse.__main__ import main
 from storage.encoding.part_encoder import PartEncoder
 from storage.errors import ConfigError, StillhouseError
+from storage.writer.cache_writer import CacheWriter
+from teacher_dump.dump import run_dump
 from teacher_dump.engine_check.gate import (
     STATES_FOLDER,
     find_missing_check,
@@ -34,7 +36,7 @@ from teacher_dump.estimates.cost_calibration import SliceTask, choose_halves, sc
 from teacher_dump.execution.worker_setup import make_reference_settings, make_worker_settings
 from teacher_dump.planning.dump_plan import DumpPlan, plan_dump
 from teacher_dump.settings import DumpSettings, read_settings
-from teacher_dump.workers.worker import open_scorer
+from teacher_dump.workers.worker import Worker, open_scorer
 from tests.teacher_dump.architectures import write_samples
 from tests.teacher_dump.conftest import WriteConfig
 from tests.teacher_dump.engine_check import engines
@@ -337,6 +339,29 @@ def test_a_dump_of_an_untested_architecture_needs_a_passed_check(
     assert (kept.state, set(kept.families)) == ("off", {"response", "visual", "relation"})
     slower = read_settings(config, ["teacher.backend=transformers"])
     assert require_engine_check(plan_dump(slower), slower) is None
+
+
+def test_a_dump_that_finishes_an_interrupted_retry_heeds_the_check_too(
+    write_engine_config: WriteConfig, mixed_data: Path, tmp_path: Path
+):
+    rows = [json.loads(line) for line in mixed_data.read_text().splitlines()]
+    text = next(row for row in rows if not row["image"])
+    late = next(row for row in rows if len(row["image"]) == 1) | {"id": "late", "image": ["late.png"]}
+    data = tmp_path / "late.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in (text, late)))
+    settings = read_settings(
+        write_engine_config(data={"sources": [{"path": str(data)}]}, dump={"max_error_fraction": 1.0})
+    )
+    planned = plan_dump(settings)
+    writer = CacheWriter.open(settings.cache.path, planned.identity, settings.cache.families)
+    for part in planned.plan.parts:
+        Worker(make_worker_settings(planned, settings), open_engine=LocalCaller().open_engine).run(part)
+    writer.seal()
+    measure(settings, LocalCaller(engines.add_noise))
+    assert run_dump(settings, progress=False).num_errors == 1  # nothing is left to write
+    CacheWriter.begin_retry(settings.cache.path, planned.identity, 0, [["late"]])
+    with pytest.raises(StillhouseError, match="the engine does not say what the model says"):
+        run_dump(settings, progress=False)
 
 
 def test_check_tells_figures_and_that_transformers_has_nothing_to_compare(
