@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -36,6 +38,9 @@ LONGEST_FILES = (  # come first, so that two processes that share the files end 
     "test_answer_generation.py",
     "test_vllm_teacher.py",
 )
+
+_NO_MODELS = tempfile.TemporaryDirectory(prefix="stillhouse-hub-")
+os.environ["HF_HUB_CACHE"] = _NO_MODELS.name  # no test depends on what this machine's owner has downloaded
 
 register_profiles()
 install_import_hook(SHAPED_MODULES, "beartype.beartype")

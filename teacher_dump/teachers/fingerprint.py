@@ -26,7 +26,7 @@ from teacher_dump.teachers import hf_checkpoint as checkpoint
 NONE = "none"  # in a cache without a teacher
 _SETTINGS = ("config.json", "generation_config.json")
 _ROUNDING_SETTINGS = ("quantization", "kv_cache_dtype")
-_GRID_SETTINGS = ("num_image_tokens", "vision_aspect_ratio", "image_seq_len")  # of newer processors
+_GRID_SETTINGS = ("num_image_tokens", "vision_aspect_ratio", "image_seq_len", "image_seq_length")  # of newer processors
 _VOLATILE = ("transformers_version", "_name_or_path", "processor_class", "image_processor_type")
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from teacher_dump.prompts.processor import load_processor
 from teacher_dump.teachers import fingerprint
 from teacher_dump.teachers import hf_checkpoint as checkpoint
@@ -58,3 +60,13 @@ def test_an_engine_that_rounds_further_is_another_teacher() -> None:
     )
     rounded = fingerprint.describe_served_dtype("bfloat16", {"quantization": "fp8", "kv_cache_dtype": "fp8"})
     assert rounded == "bfloat16 quantization=fp8 kv_cache_dtype=fp8"
+
+
+@pytest.mark.parametrize("name", ["num_image_tokens", "image_seq_len", "image_seq_length"])
+def test_another_number_of_visual_tokens_is_another_preprocessing(name: str, tiny_teacher: Path) -> None:
+    found = []
+    for number in (4, 9):
+        processor = load_processor(tiny_teacher)
+        setattr(processor, name, number)
+        found.append(fingerprint.read_processor_facts(tiny_teacher, processor).image_preprocessing_fingerprint)
+    assert len(set(found)) == 2
