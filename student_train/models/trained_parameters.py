@@ -37,7 +37,7 @@ def count_model_parameters(model: nn.Module, trained: Sequence[Module]) -> dict[
     for name, parameter in model.named_parameters():
         if find_part(name) is None:
             continue
-        modules = [module for module in find_modules(name) if module != "layers" or "layers" in trained]
+        modules: list[Module] = [one for one in find_modules(name) if one != "layers" or "layers" in trained]
         count = counts.setdefault(modules[0], ModuleCount())
         count.num_all += parameter.numel()
         if any(module in trained for module in modules):
